@@ -12,15 +12,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from zephyr_lite.train import setup
 
 FLUSH_BYTES = 512 * 2**20
 FLUSHES = 4
@@ -44,30 +40,25 @@ class Clock:
         """Median seconds of a run."""
         for _ in range(self.warm_up):
             run()
-        return median(self._on_cuda(run) if self._flush is not None else self._on_cpu(run))
-
-    def _on_cuda(self, run: Callable[[], Any]) -> list[float]:
-        assert self._flush is not None
-        events = []
+        times = []
         for _ in range(self.rounds):
+            if self._flush is None:
+                begun = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - begun)
+                continue
             for _ in range(FLUSHES):
                 self._flush.zero_()
             self._flush.amax()  # a read at last: written lines left in the cache would be charged to the run
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begun.record()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             run()
-            ended.record()
-            events.append((begun, ended))
-        torch.cuda.synchronize(self.device)
-        return [begun.elapsed_time(ended) / 1e3 for begun, ended in events]
-
-    def _on_cpu(self, run: Callable[[], Any]) -> list[float]:
-        times = []
-        for _ in range(self.rounds):
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
-        return times
+            end.record()
+            times.append((start, end))
+        if self._flush is not None:
+            torch.cuda.synchronize(self.device)
+            times = [start.elapsed_time(end) / 1e3 for start, end in times]
+        return median(times)
 
 
 def copy_bandwidth(clock: Clock, size: int) -> float:
@@ -98,24 +89,20 @@ def matmul_ceiling(
     }
     found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "products": {}}
     seconds, flops = {}, {}
+
+    def draw(*size: int) -> Tensor:
+        # zeros and ones would draw less power, and let the card clock higher than real numbers do
+        return torch.empty(size, device=clock.device, dtype=dtype).normal_()
+
     for name, (m, n, k) in sizes.items():
-        x, weight, out = (_random(clock.device, dtype, *size) for size in ((m, k), (n, k), (m, n)))
-        seconds[name] = clock.seconds(_product(x, weight, out))
+        x, weight, out = draw(m, k), draw(n, k), draw(m, n)
+        seconds[name] = clock.seconds(lambda x=x, weight=weight, out=out: torch.mm(x, weight.T, out=out))
         flops[name] = 2 * m * n * k
         found["products"][name] = {"m": m, "n": n, "k": k, "flop_per_second": flops[name] / seconds[name]}
     layer = [name for name in sizes if name != "square"]
     found["square_flop_per_second"] = found["products"]["square"]["flop_per_second"]
     found["layer_flop_per_second"] = sum(flops[name] for name in layer) / sum(seconds[name] for name in layer)
     return found
-
-
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> Callable[[], Any]:
-    return lambda: torch.mm(x, weight.T, out=out)
-
-
-def _random(device: torch.device, dtype: torch.dtype, *size: int) -> Tensor:
-    # zeros and ones would draw less power, and let the card clock higher than real numbers do
-    return torch.empty(size, device=device, dtype=dtype).normal_()
 
 
 def describe_card(device: torch.device) -> dict[str, Any]:
@@ -138,31 +125,4 @@ def describe_card(device: torch.device) -> dict[str, Any]:
         told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
         if told.returncode == 0:
             found |= dict(zip(asked, told.stdout.strip().split(", ")))
-    return found
-
-
-def commit() -> str | None:
-    """The checkout's commit, with a plus where files were changed since; None outside a checkout."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    here = Path(__file__).parent
-
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([git, *words], cwd=here, capture_output=True, text=True, check=False)
-
-    head = ask("rev-parse", "HEAD")
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if ask("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
-
-
-def versions(*peers: str) -> dict[str, str]:
-    """Of what runs here, and of the packages named, those that are missing included."""
-    found = setup.versions()
-    for name in peers:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
     return found

@@ -1,12 +1,10 @@
-"""The operations that ``bench.ops`` measures: each with its shapes, the bytes that it must move, and what does the same
-elsewhere."""
+"""The operations that ``bench.ops`` measures: each with its shapes, and the bytes that it must move."""
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -32,8 +30,7 @@ class Case:
         bytes: the least that must be read and written.
         ours: the operation; kernel or twin is the dispatch's choice.
         flops: where it is bound by products.
-        peers: who → makes what does the same there; it may raise, where a version has no such function.
-        peer_bytes: of a peer that computes less.
+        peers: the same by another library.
     """
 
     name: str
@@ -41,8 +38,7 @@ class Case:
     bytes: int
     ours: Run
     flops: int | None = None
-    peers: dict[str, Callable[[], Run]] = field(default_factory=dict)
-    peer_bytes: dict[str, int] = field(default_factory=dict)
+    peers: dict[str, Run] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,10 +54,7 @@ class Bench:
         return torch.randn(size, device=self.device).to(self.dtype)
 
     def bytes(self, *size: int) -> int:
-        count = self.dtype.itemsize
-        for n in size:
-            count *= n
-        return count
+        return self.dtype.itemsize * math.prod(size)
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -85,18 +78,10 @@ def _nf4(bench: Bench) -> list[Case]:
                 "nf4",
                 read + bench.bytes(count),
                 lambda weight=weight, out=out: nf4.dequantize(weight, bench.dtype, out=out),
-                peers={
-                    "bitsandbytes": lambda weight=weight: lambda: bnb.dequantize_4bit(weight.data, weight.quant_state),
-                    "unsloth": lambda weight=weight: _unsloth_dequantize(weight),
-                },
+                peers={"bitsandbytes": lambda weight=weight: bnb.dequantize_4bit(weight.data, weight.quant_state)},
             )
         )
     return found
-
-
-def _unsloth_dequantize(weight: Any) -> Run:
-    run = importlib.import_module("unsloth.kernels").fast_dequantize
-    return lambda: run(weight.data, weight.quant_state)
 
 
 def _norm(bench: Bench) -> list[Case]:
@@ -105,62 +90,13 @@ def _norm(bench: Bench) -> list[Case]:
     weight = bench.random(size[1])
     _, h, inverse = rms_norm.rms_norm_forward(x, weight, EPS, residual)
     one = bench.bytes(*size)
-    leaf = x.clone().requires_grad_()
-
-    def liger_forward() -> Run:
-        run = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction.apply
-        return lambda: run(leaf, weight, EPS)
-
-    def liger_added() -> Run:
-        run = importlib.import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction.apply
-        return lambda: run(leaf, residual, weight, EPS)
-
-    def unsloth_forward() -> Run:
-        run = importlib.import_module("unsloth.kernels").fast_rms_layernorm
-        layer = SimpleNamespace(weight=weight, variance_epsilon=EPS)
-        return lambda: run(layer, leaf)
-
-    return [
-        Case(
-            "rms_norm forward",
-            "rms_norm",
-            2 * one,
-            lambda: rms_norm.rms_norm_forward(x, weight, EPS),
-            peers={"liger": liger_forward, "unsloth": unsloth_forward},
-        ),
-        Case(
-            "rms_norm forward, adding",
-            "rms_norm",
-            4 * one,
-            lambda: rms_norm.rms_norm_forward(x, weight, EPS, residual),
-            peers={"liger": liger_added},
-        ),
-        Case(
-            "rms_norm backward",
-            "rms_norm",
-            3 * one,
-            lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse),
-            peers={"liger": _backward(liger_forward, leaf, grad), "unsloth": _backward(unsloth_forward, leaf, grad)},
-        ),
-        Case(
-            "rms_norm backward, adding",
-            "rms_norm",
-            4 * one,
-            lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse, more),
-            peers={"liger": _backward(liger_added, leaf, (grad, more))},
-        ),
-    ]
-
-
-def _backward(forward: Callable[[], Run], inputs: Any, grads: Any) -> Callable[[], Run]:
-    """A peer's backward pass through autograd. The gradients are its own copies: some write into them."""
-
-    def make() -> Run:
-        out = forward()()
-        own = [g.clone() for g in (grads if isinstance(grads, tuple) else (grads,))]
-        return lambda: torch.autograd.grad(out, inputs, own, retain_graph=True)
-
-    return make
+    runs: dict[str, tuple[int, Run]] = {
+        "forward": (2, lambda: rms_norm.rms_norm_forward(x, weight, EPS)),
+        "forward, adding": (4, lambda: rms_norm.rms_norm_forward(x, weight, EPS, residual)),
+        "backward": (3, lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse)),
+        "backward, adding": (4, lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse, more)),
+    }
+    return [Case(f"rms_norm {name}", "rms_norm", count * one, run) for name, (count, run) in runs.items()]
 
 
 def _rope(bench: Bench) -> list[Case]:
@@ -172,75 +108,25 @@ def _rope(bench: Bench) -> list[Case]:
     angles = torch.rand(tokens, width // 2, device=bench.device) * 6.28
     cos, sin = (torch.cat([f, f], -1).to(bench.dtype) for f in (angles.cos(), angles.sin()))
     traffic = 2 * bench.bytes(*x.shape) + 2 * bench.bytes(tokens, width // 2)
-    # a peer's layout: [1, heads, tokens, width] over [1, tokens, heads, width]
-    leaves = [bench.random(1, tokens, n, width).transpose(1, 2).requires_grad_() for n in (heads, key_heads)]
-    dense = [bench.random(1, n, tokens, width).requires_grad_() for n in (heads, key_heads)]
-
-    def liger() -> Run:
-        run = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction.apply
-        return lambda: run(*leaves, cos[None], sin[None])
-
-    def unsloth() -> Run:
-        run = importlib.import_module("unsloth.kernels").fast_rope_embedding
-        places = torch.arange(tokens, device=bench.device, dtype=torch.int32)[None]
-        # it rotates in place, which autograd refuses for a leaf
-        return lambda: run(*(t.view_as(t) for t in dense), cos, sin, places)
-
-    grads = tuple(torch.randn_like(t) for t in leaves)
-    dense_grads = tuple(torch.randn_like(t) for t in dense)
     return [
-        Case(
-            "rope forward", "rope", traffic, lambda: rope.rope_(x, cos, sin), peers={"liger": liger, "unsloth": unsloth}
-        ),
-        Case(
-            "rope backward",
-            "rope",
-            traffic,
-            lambda: rope.rope_(x, cos, sin, inverse=True),
-            peers={"liger": _backward(liger, leaves, grads), "unsloth": _backward(unsloth, dense, dense_grads)},
-        ),
+        Case("rope forward", "rope", traffic, lambda: rope.rope_(x, cos, sin)),
+        Case("rope backward", "rope", traffic, lambda: rope.rope_(x, cos, sin, inverse=True)),
     ]
 
 
 def _swiglu(bench: Bench) -> list[Case]:
     size = (bench.tokens, bench.shape["intermediate_size"])
-    both = bench.random(size[0], 2 * size[1])
-    gate, up = both.split(size[1], dim=1)
+    gate, up = bench.random(size[0], 2 * size[1]).split(size[1], dim=1)
     grad, out = bench.random(*size), bench.random(*size)
     d_gate, d_up, act = (torch.empty_like(grad) for _ in range(3))
     one = bench.bytes(*size)
-    leaves = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in (gate, up)]
 
-    def liger() -> Run:
-        run = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
-        return lambda: run(*leaves)
-
-    def unsloth() -> Run:
-        run = importlib.import_module("unsloth.kernels").swiglu_fg_kernel
-        e, g = (t.detach()[None] for t in leaves)
-        return lambda: run(e, g)
-
-    def unsloth_backward() -> Run:
-        run = importlib.import_module("unsloth.kernels").swiglu_DWf_DW_dfg_kernel
-        own = [t.detach().clone() for t in (grad, *leaves)]  # all three are written over
-        return lambda: run(*own)
+    def backward() -> Any:
+        return swiglu.swiglu_backward(grad, gate, up, d_gate, d_up, act)
 
     return [
-        Case(
-            "swiglu forward",
-            "swiglu",
-            3 * one,
-            lambda: swiglu.swiglu_forward(gate, up, out),
-            peers={"liger": liger, "unsloth": unsloth},
-        ),
-        Case(
-            "swiglu backward, and forward again",
-            "swiglu",
-            6 * one,
-            lambda: swiglu.swiglu_backward(grad, gate, up, d_gate, d_up, act),
-            peers={"liger": _backward(liger, leaves, grad), "unsloth": unsloth_backward},
-            peer_bytes={"liger": 5 * one},  # it does not give the product again
-        ),
+        Case("swiglu forward", "swiglu", 3 * one, lambda: swiglu.swiglu_forward(gate, up, out)),
+        Case("swiglu backward, and forward again", "swiglu", 6 * one, backward),
     ]
 
 
@@ -251,14 +137,9 @@ def _dropout(bench: Bench) -> list[Case]:
     positions = torch.arange(size[0], device=bench.device) % 512
     key = dropout.DropoutKey(0.05, 42, 7, streams, positions).at(3, 1)
     one = bench.bytes(*size)
+    theirs = {"torch": lambda: F.dropout(x, 0.05, training=True)}
     return [
-        Case(
-            "dropout",
-            "dropout",
-            2 * one,
-            lambda: dropout.drop(x, key, out),
-            peers={"torch": lambda: lambda: F.dropout(x, 0.05, training=True)},
-        ),
+        Case("dropout", "dropout", 2 * one, lambda: dropout.drop(x, key, out), peers=theirs),
         Case("dropout backward, adding", "dropout", 3 * one, lambda: dropout.add_dropped_(target, x, key)),
     ]
 
@@ -273,22 +154,8 @@ def _logps(bench: Bench) -> list[Case]:
     def ours() -> Any:
         return torch.autograd.grad(token_logps.token_logps(hidden, head, targets), hidden, grad)
 
-    def liger() -> Run:
-        name = "liger_kernel.ops.fused_linear_cross_entropy"
-        run = importlib.import_module(name).LigerFusedLinearCrossEntropyFunction.apply
-
-        def step() -> Any:
-            found = run(hidden, head, targets)
-            return torch.autograd.grad(found[0] if isinstance(found, tuple) else found, hidden)
-
-        return step
-
-    def unsloth() -> Run:
-        run = importlib.import_module("unsloth.kernels").fast_cross_entropy_loss
-        return lambda: torch.autograd.grad(run((hidden @ head.T)[None], targets[None]), hidden)
-
-    def plain() -> Run:
-        return lambda: torch.autograd.grad(F.cross_entropy((hidden @ head.T).float(), targets), hidden)
+    def plain() -> Any:
+        return torch.autograd.grad(F.cross_entropy((hidden @ head.T).float(), targets), hidden)
 
     # in it, of a chunk of the logits: what is bound by memory, the rest is products
     rows = min(size[0], max(1, token_logps.CHUNK_BYTES // (4 * vocabulary)))
@@ -306,6 +173,6 @@ def _logps(bench: Bench) -> list[Case]:
             bench.bytes(2 * size[0] + vocabulary, size[1]),
             ours,
             flops=4 * vocabulary * size[0] * size[1],
-            peers={"torch": plain, "liger": liger, "unsloth": unsloth},
+            peers={"torch": plain},
         ),
     ]

@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.card import commit, versions
-from bench.command import run
-from bench.turns import machine
+from bench.command import header, run, save
 from zephyr_lite.chat import Chat
 from zephyr_lite.chat.generate import Streamer
 from zephyr_lite.model.loaded import open_live
@@ -114,7 +112,7 @@ def first_tokens(chat: Chat, names: list[str], turns: int, tokens: int) -> list[
             row[f"seconds_{name}"] = round(first[0] - started, 4)
         row["reused"] = drawn.reused
         found.append(row)
-        messages += [{"role": "assistant", "content": chat.text(drawn.tokens)}, {"role": "user", "content": FOLLOWING}]
+        messages += [{"role": "assistant", "content": drawn.text}, {"role": "user", "content": FOLLOWING}]
     return found
 
 
@@ -127,12 +125,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    head = {"machine": machine(), "versions": versions(), "commit": commit()}
-    found = {**head, **measure(given.source, given.stage, given.tokens, given.repeats, given.turns)}
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.out is not None:
-        given.out.write_text(text + "\n", encoding="utf-8")
+    found = {**header(), **measure(given.source, given.stage, given.tokens, given.repeats, given.turns)}
+    print(json.dumps(found, indent=1))
+    save(given.out, found)
 
 
 if __name__ == "__main__":

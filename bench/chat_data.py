@@ -16,16 +16,13 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.command import run
+from bench.command import header, run, save, watched
 from bench.truecasing import dialogues, fault, measure
 from zephyr_lite.errors import UserError
 
@@ -68,68 +65,21 @@ def _varied(text: str, draw: random.Random, vocabulary: list[str]) -> str:
     return _WORD.sub(lambda m: draw.choice(vocabulary) if draw.random() < EXCHANGED else m.group(), text)
 
 
-def play(folder: Path, out: Path, processes: int, extra: list[str]) -> dict[str, Any]:
-    """Run the command once; seconds, and the peaks of memory of all its processes together."""
+def play(folder: Path, out: Path, processes: int) -> dict[str, Any]:
+    """Run the command once; seconds, and the peak memory of all its processes together."""
     cache = out.with_name(out.name + "-cache")
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "zephyr_lite",
-        "data",
-        "chat",
-        str(folder),
-        "--out",
-        str(out),
-        "--num-proc",
-        str(processes),
-        *extra,
-    ]
+    words = ["data", "chat", str(folder), "--out", str(out), "--num-proc", str(processes)]
     started = time.monotonic()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peaks = {"anonymous_mib": 0.0, "largest_process_mib": 0.0}
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(process.pid, peaks, done))
-    watcher.start()
-    _, errors = process.communicate()
+    _, peak = watched([sys.executable, "-m", "zephyr_lite", *words], environment)
     seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
     shutil.rmtree(cache, ignore_errors=True)
-    if process.returncode:
-        raise UserError(f"the command failed ({process.returncode}): {errors[-1000:]}")
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return {
         "seconds": round(seconds, 2),
-        **{k: round(v, 1) for k, v in peaks.items()},
+        "anonymous_mib": peak,
         **{k: report[k] for k in ("rows", "kept", "dropped", "cut", "broken_capitals", "names_in_lexicon")},
     }
-
-
-def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
-    while not done.wait(0.1):
-        own = [_anonymous(p) for p in _family(pid)]
-        peaks["anonymous_mib"] = max(peaks["anonymous_mib"], sum(own))
-        peaks["largest_process_mib"] = max(peaks["largest_process_mib"], max(own, default=0.0))
-
-
-def _family(pid: int) -> Iterator[int]:
-    yield pid
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return
-    for child in children:
-        yield from _family(int(child))
-
-
-def _anonymous(pid: int) -> float:
-    """RssAnon in MiB: what the kernel cannot take back, unlike pages of mapped files."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -148,15 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not rows:
         raise UserError("no conversations in these folders.", "Name folders with JSONL files of messages.")
     score, counted = measure(rows)
-    from bench.card import commit, versions  # imports torch: in time for a report, out of the way of --help
-    from bench.turns import machine
-
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "versions": versions("numpy", "pyarrow"),
-        "commit": commit(),
-        "truecasing": {**score.table(), **counted},
-    }
+    result: dict[str, Any] = {**header("numpy", "pyarrow"), "truecasing": {**score.table(), **counted}}
     texts = [[turn["content"] for turn in turns if turn["role"] != "system"] for turns in rows]
     # short ones cannot be varied enough to be no duplicates
     texts = [row for row in texts if len(row) > 1 and sum(len(_WORD.findall(text)) for text in row) >= LEAST] or texts
@@ -166,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             source = Path(work) / f"raw{number}"
             source.mkdir()
             made = corpus(texts, turns, source)
-            found = play(source, Path(work) / f"out{number}", options.processes, [])
+            found = play(source, Path(work) / f"out{number}", options.processes)
             found.update(turns=made[1], characters=made[2], turns_per_second=round(made[1] / found["seconds"]))
             result.setdefault("speed", []).append(found)
             shutil.rmtree(source)
@@ -175,9 +117,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         result["marginal_turns_per_second"] = round(
             (large["turns"] - small["turns"]) / max(large["seconds"] - small["seconds"], 1e-9)
         )
-    print(json.dumps(result, indent=2, ensure_ascii=False))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+    save(options.out, result)
     return result
 
 

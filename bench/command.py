@@ -1,15 +1,113 @@
-"""How every bench ends when it is run as a command."""
+"""What all benches share: how they end as commands, what they say of the machine, and processes whose memory is watched."""
 
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from zephyr_lite.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
+_WATCH_SECONDS = 0.25
+
 
 def run(main: Callable[[], Any]) -> None:
-    """Call it; what the user can mend is said in words, without a traceback."""
+    """Call a bench's main function; a UserError is printed without a traceback."""
     try:
         main()
     except UserError as error:
         sys.exit(str(error))
+
+
+def header(*peers: str, checkout: Path = ROOT) -> dict[str, Any]:
+    """Date, commit, machine and versions, the named packages' included; "not installed" for those that are missing."""
+    from zephyr_lite.train.setup import versions
+
+    found = versions()
+    for name in peers:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(checkout),
+        "machine": machine(),
+        "versions": found,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, system, and load."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load_before": os.getloadavg()}
+
+
+def commit(checkout: Path = ROOT) -> str | None:
+    """The checkout's commit, with a plus if tracked files were changed; None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=False)
+
+    head = ask("rev-parse", "HEAD")
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if ask("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+
+
+def save(path: Path | None, results: dict[str, Any]) -> None:
+    """Write results as JSON; None: do nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def watched(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
+    """Run a command.
+
+    Returns:
+        its standard output, and the most memory in MiB that it and its children held together, pages of files aside and
+        shared pages counted once.
+
+    Raises:
+        UserError: it failed.
+    """
+    import psutil
+
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak, ended = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(_WATCH_SECONDS):
+            total = 0
+            try:
+                own = psutil.Process(process.pid)
+                for each in (own, *own.children(recursive=True)):
+                    lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
+                    total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+            except (OSError, psutil.Error):  # a process ended meanwhile
+                continue
+            peak = max(peak, total)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, errors = process.communicate()
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        raise UserError(f"{' '.join(command[:6])} ended with {process.returncode}: {errors[-1000:]}")
+    return output, round(peak / 1024, 1)

@@ -1,17 +1,23 @@
-"""What ``bench.gpu`` plays and tells: the card and its base, the rows, one match after the other, targets and table."""
+"""What ``bench.gpu`` runs and prints: the card and its base, the rows, every engine's settings, targets and table.
+
+Every setting is a process of its own that loads, warms up, and does its rounds: optimizer steps on the same rows in the same
+order for all. What runs out of memory is a result, not a failure of the bench. The fastest setting of an engine that fits
+counts; quotients are medians over rounds with the same rows.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import multiprocessing
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,9 +25,9 @@ from typing import Any
 import torch
 
 from bench import mistral, rows
-from bench.card import Clock, commit, describe_card, matmul_ceiling, versions
-from bench.match import WARM_UP, Match, Player, following, settings
-from bench.turns import CONTEXT_BYTES, frozen_adapter, machine
+from bench.card import Clock, describe_card, matmul_ceiling
+from bench.command import header, save
+from bench.turns import CONTEXT_BYTES, Failed, Runner, Variant, describe, frozen_adapter, times_faster
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.base import compute_device, compute_dtype
@@ -30,6 +36,202 @@ TOKENS_AT_ONCE = 4096
 # under a cap of 24 GiB: quotients over Unsloth, and the share of the matmul ceiling at 4096 tokens
 TARGETS = {"sft": 1.5, "dpo": 3.5, "ceiling": 0.6}
 BASELINES = ("trl", "unsloth")
+WARM_UP = 3  # steps before the rounds: the first is slow, a trial goes by the better of the others
+SKIPS = (24, 16, 8)  # of Mistral's 32 layers, those that Unsloth does not recompute
+MOST_AHEAD = 4  # processes that load while another is tried
+
+
+# -- one method under one cap ------------------------------------------------------------------------------------------
+
+
+def settings(method: Any, engine: str, per_device: Iterable[int], *, liger: bool = False) -> list[Variant]:
+    """A baseline's settings, in the order in which they are tried: what surely fits first.
+
+    Args:
+        liger: TRL with Liger's kernels, too.
+    """
+    sizes = sorted(per_device)
+    found = [Variant(method, engine, recompute=recompute, per_device=n) for n in sizes for recompute in (True, False)]
+    if engine == "unsloth":
+        found += [Variant(method, engine, recompute=True, per_device=n, skip_layers=k) for n in sizes for k in SKIPS]
+    if engine == "trl" and liger:
+        found += [Variant(method, engine, recompute=True, per_device=n, liger=True) for n in sizes]
+        found.append(Variant(method, engine, liger=True))
+    if engine == "trl" and method == "sft":
+        found.append(Variant(method, engine, recompute=True, padded=True))
+    return found
+
+
+@dataclass
+class Match:
+    """One method under one cap.
+
+    Args:
+        method: sft or dpo.
+        values: the configuration that all engines share.
+        rounds: measured steps of each.
+        deadline: when the rounds shall end, on ``time.monotonic``; each engine does one round at least.
+        folder: for the runs.
+        cap: GiB that each process may take of the card; None on a CPU.
+        ahead: processes that may load while another is tried.
+        threads: engines are threads of this process (a test).
+    """
+
+    method: str
+    values: dict[str, Any]
+    rounds: int
+    deadline: float
+    folder: Path
+    cap: float | None
+    ahead: int = 0
+    threads: bool = False
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, tuple[float, Runner]] = field(default_factory=dict)
+    loading: deque[Runner] = field(default_factory=deque)
+    started: int = 0
+
+    def play(self, variants: Sequence[Variant], then: Callable[[Match], list[list[Variant]]]) -> dict[str, Any]:
+        """Run all settings.
+
+        Args:
+            variants: in this order; of a side's the fastest counts.
+            then: called after that, for sides whose setting follows from another's: lists of which the first that
+                fits counts.
+        """
+        waiting = deque(variants)
+        try:
+            while waiting or self.loading:
+                while waiting and len(self.loading) <= self.ahead:
+                    variant = waiting.popleft()
+                    if why := self._pointless(variant):
+                        self._note(variant, "not tried", why)
+                    else:
+                        self.loading.append(self._start(variant))
+                if self.loading:
+                    runner = self.loading.popleft()
+                    if why := self._pointless(runner.variant):  # as it is known by now
+                        runner.kill()
+                        self._note(runner.variant, "not tried", why)
+                    else:
+                        self._try(runner)
+            for alternatives in then(self):
+                for variant in alternatives:
+                    if self._try(self._start(variant)):
+                        break
+        finally:
+            for runner in self.loading:
+                runner.kill()
+        return self._result()
+
+    def fitting(self, side: str) -> list[Variant]:
+        """The settings of a side that fitted, the fastest first."""
+        ran = [t for t in self.tried if t["side"] == side and t["result"] == "ran"]
+        return [t["variant"] for t in sorted(ran, key=lambda t: t["seconds"])]
+
+    def _pointless(self, variant: Variant) -> str | None:
+        own = [t for t in self.tried if t["side"] == variant.side]
+        for t in own:
+            other: Variant = t["variant"]
+            if t["result"] == "refused":
+                return f"the engine refused {other.name}"
+            if t["result"] == "memory" and other.per_device < variant.per_device and other.kind == variant.kind:
+                return f"{other.name} did not fit"
+            less = not other.recompute or other.skip_layers > variant.skip_layers
+            if variant.skip_layers and t["result"] == "ran" and other.per_device == variant.per_device and less:
+                return f"{other.name} fitted, which recomputes less"
+        if sum(t["result"] in ("error", "died", "late") for t in own) > 1 and variant.side not in self.best:
+            return "the engine failed twice"
+        if time.monotonic() > self.deadline and variant.side in self.best:
+            return "out of time"
+        return None
+
+    def _start(self, variant: Variant) -> Runner:
+        self.started += 1
+        told = {
+            **self.values,
+            "engine": variant.engine,
+            "lora_dropout": variant.dropout or 0.0,
+            "precompute_ref_log_probs": variant.cached,
+            "output_dir": str(self.folder / f"{self.method}-{variant.dropout}-{self.started}"),
+        }
+        if variant.micro_tokens is not None:
+            told["memory"] = {"micro_tokens": variant.micro_tokens}
+        return Runner(variant, told, threads=self.threads, cap=self.cap, own_folder=True)
+
+    def _patience(self) -> float:
+        """How long to wait for an answer."""
+        return max(60.0, self.deadline - time.monotonic())
+
+    def _try(self, runner: Runner) -> bool:
+        """Load and warm up; do the rounds if it is the side's fastest. False: it failed."""
+        variant = runner.variant
+        try:
+            runner.load(self._patience())
+            for other in self.loading:
+                other.pipe.poll(self._patience())  # nothing loads while steps are measured
+            steps = [runner.step(self._patience()) for _ in range(WARM_UP)]
+            seconds = min(step["seconds"] for step in steps[1:])
+            if variant.side not in self.best or seconds < self.best[variant.side][0]:
+                for place in range(self.rounds):
+                    if place == 0 or time.monotonic() < self.deadline:
+                        runner.steps.append(runner.step(self._patience()))
+                self.best[variant.side] = (seconds, runner)
+        except Failed as error:
+            self._note(variant, error.kind, error.text)
+            runner.kill()
+            return False
+        self._note(variant, "ran", "", seconds=seconds, peak_bytes=max(s.get("peak_bytes", 0) for s in steps))
+        with suppress(Failed):  # it has measured
+            runner.stop()
+        return True
+
+    def _note(self, variant: Variant, result: str, why: str, **found: Any) -> None:
+        self.tried.append({"variant": variant, "side": variant.side, "result": result, "why": why, **found})
+        words = why.strip().splitlines()[-1:] or [f"{found.get('seconds', 0):.2f} s"]
+        print(f"{self.method} {variant.name}: {result}: {words[0]}", file=sys.stderr, flush=True)
+
+    def _result(self) -> dict[str, Any]:
+        unit = "tokens" if self.method == "sft" else "pairs"
+        runners = {side: runner for side, (_, runner) in self.best.items()}
+        ratios = {
+            f"{a} over {b}": times_faster(runners[a], runners[b])
+            for a in runners
+            for b in runners
+            if a in ("fused", "fused live", "fused cached") and not b.startswith("fused")
+        }
+        for side in ("unsloth", "unsloth live"):  # its fastest setting may be its default
+            for ours in runners:
+                both = [ratios[n] for n in (f"{ours} over {side}", f"{ours} over {side} default") if n in ratios]
+                ratios |= {f"{ours} over {side}": min(both)} if both else {}
+        # the last word on each side that has no result
+        last = {t["side"]: t for t in self.tried if t["result"] not in ("ran", "not tried")}
+        return {
+            "method": self.method,
+            "cap_gib": self.cap,
+            "rounds": min((len(runner.steps) for runner in runners.values()), default=0),
+            "rounds_wanted": self.rounds,
+            "variants": {side: {"setting": r.variant.name, **describe(r, unit)} for side, r in runners.items()},
+            "ratios": ratios,
+            "not_run": {side: f"{t['result']}: {t['why']}" for side, t in last.items() if side not in runners},
+            "tried": [{**{k: v for k, v in t.items() if k != "variant"}, **asdict(t["variant"])} for t in self.tried],
+        }
+
+
+def following(match: Match, side: str, **changes: Any) -> list[Variant]:
+    """The settings of a side that fitted, the fastest first, changed."""
+    return [replace(variant, **changes) for variant in match.fitting(side)]
+
+
+def nothing(match: Match) -> list[list[Variant]]:
+    return []
+
+
+def trl_cached(match: Match) -> list[list[Variant]]:
+    """TRL with the reference computed before the first step, at its fastest setting with a live one."""
+    return [following(match, "trl live", cached=True)]
+
+
+# -- everything --------------------------------------------------------------------------------------------------------
 
 
 def prepare_card(base: Path | None, shape: dict[str, Any], square: int, tokens: int) -> dict[str, Any]:
@@ -101,13 +303,13 @@ def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[s
     return {"sft": sft, "dpo": dpo}
 
 
-def lineup(method: str, engines: Sequence[str], per_device: Sequence[int], tokens: int) -> list[Player]:
+def lineup(method: Any, engines: Sequence[str], per_device: Sequence[int], tokens: int) -> list[Variant]:
     """Who is tried, the fused engine first and then the baselines in turn, so that each has been tried once soon."""
     players = []
     if "fused" in engines:
-        players.append(Player(method, "fused"))
+        players.append(Variant(method, "fused"))
         extra = (
-            Player(method, "fused", micro_tokens=tokens) if method == "sft" else Player(method, "fused", cached=True)
+            Variant(method, "fused", micro_tokens=tokens) if method == "sft" else Variant(method, "fused", cached=True)
         )
         players.append(extra)
     liger = importlib.util.find_spec("liger_kernel") is not None
@@ -131,7 +333,7 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
     base = Path(found["base"]["folder"])
     values = configurations(args, base, folder)
     room = found["card"].get("free_bytes", 0)
-    idle = sum(p.stat().st_size for p in base.glob("*.safetensors")) + 2 * 2**30
+    idle = sum(p.stat().st_size for p in base.glob("*.safetensors")) + 2 * 2**30  # of a process that has only loaded
     engines = args.engines.split(",")
     found["matches"] = []
     todo = matches(args)
@@ -139,48 +341,30 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
     for place, (cap, method, dropout, share) in enumerate(todo):
         now = time.monotonic()
         until = now + (deadline - now) * share / sum(m[3] for m in todo[place:])
+        ahead = 0
         if cap is not None:
             cap = min(cap, (room + CONTEXT_BYTES) / 2**30)  # a card that is smaller is its own cap
-        arguments = (method, values[method], args.rounds, until, folder, cap, room, idle, args.tiny)
-        match = Match(*arguments)
+            ahead = max(0, min(MOST_AHEAD, int((room - cap * 2**30) // idle)))
+        match = Match(method, values[method], args.rounds, until, folder, cap, ahead, args.tiny)
         peers = [engine for engine in (*BASELINES, "unsloth default") if engine.split()[0] in engines]
-        if method == "sft" and dropout != args.dropout[0]:
+        if method == "sft" and dropout != args.dropout[0]:  # at the settings that were found without
             assert first is not None
-            before = first
-            again = [following(before, engine, dropout=dropout) for engine in peers]
+            again = [following(first, engine, dropout=dropout) for engine in peers]
             if "fused" in engines:
-                again.insert(0, [Player("sft", "fused", dropout=dropout)])
-            result = match.play([], lambda match, again=again: again, len(again))
-            missing = {
-                engine: "nothing fitted without dropout either" for engine in peers if not before.fitting(engine)
-            }
-            result["not_run"] |= missing
+                again.insert(0, [Variant("sft", "fused", dropout=dropout)])
+            result = match.play([], lambda match, again=again: again)
+            missing = [engine for engine in peers if not first.fitting(engine)]
+            result["not_run"] |= dict.fromkeys(missing, "nothing fitted without dropout either")
         else:
-            players = [replace(p, dropout=dropout) for p in lineup(method, engines, args.per_device, TOKENS_AT_ONCE)]
-            cached = method == "dpo" and "trl" in engines
-            result = match.play(players, trl_cached if cached else nothing, len({p.side for p in players}) + cached)
+            variants = [replace(v, dropout=dropout) for v in lineup(method, engines, args.per_device, TOKENS_AT_ONCE)]
+            result = match.play(variants, trl_cached if method == "dpo" and "trl" in engines else nothing)
             first = match if method == "sft" else first
         found["matches"].append({**result, "dropout": dropout})
-        save(args.out, found)  # what was measured is not lost if what follows takes too long
-
-
-def save(path: Path | None, results: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def nothing(match: Match) -> list[list[Player]]:
-    return []
-
-
-def trl_cached(match: Match) -> list[list[Player]]:
-    """TRL with the reference computed before the first step, at its fastest setting with a live one."""
-    return [following(match, "trl live", cached=True)]
+        save(args.out, found)  # kept if what follows is interrupted
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the issue wants, beside what was reached: a number, or None where it could not be measured."""
+    """Goals, and what was reached: a number, or None where it could not be measured."""
     flops = results["flop_per_token"]
     found = []
     for played in results["matches"]:
@@ -209,8 +393,7 @@ def table(results: dict[str, Any]) -> list[str]:
         unit = "tokens/s" if played["method"] == "sft" else "pairs/s"
         cap = f", {played['cap_gib']:g} GiB" if played["cap_gib"] else ""
         rounds = f"{played['rounds']} of {played['rounds_wanted']} rounds"
-        order = "taking turns" if played["side_by_side"] else "one engine after the other"
-        lines += ["", f"{played['method']}, dropout {played['dropout']}{cap}: {rounds}, {order}"]
+        lines += ["", f"{played['method']}, dropout {played['dropout']}{cap}: {rounds}"]
         lines.append(f"  {'':30}{unit:>12}{'peak GiB':>10}{'allocated':>11}  setting")
         for side, found in played["variants"].items():
             speed = found[unit.replace("/s", "_per_second")]
@@ -244,10 +427,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             shape = mistral.MISTRAL_7B | {"num_hidden_layers": args.layers}
             found = alone(prepare_card, args.base, shape, 8192, TOKENS_AT_ONCE)
         results: dict[str, Any] = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(),
-            "versions": versions("accelerate", "unsloth", "unsloth_zoo", "liger_kernel", "xformers", "flash_attn"),
+            **header("accelerate", "unsloth", "unsloth_zoo", "liger_kernel", "xformers", "flash_attn"),
             "settings": vars(args) | {"out": None, "base": None},
             **found,
             # forward and the gradient to the inputs: two products of two FLOP each; recomputing is not work done

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.command import ROOT, save
+
 # The stages import what they need; this file works where torch does not.
 
-ROOT = Path(__file__).resolve().parent.parent
 LEAST = 5.0  # seconds: with less left a stage is not started
 GRACE = 3.0  # seconds between a stage's interrupt and its end
 
@@ -56,7 +57,6 @@ STAGES = (
     Stage("base", 60, "bench.stages", "base", "base"),
     Stage("tests", 100, "bench.stages", "tests", "tests"),
     Stage("ops", 60, "bench.ops", "--rounds 15"),
-    Stage("profile", 55, "bench.profiling", "", "--tokens 256 512"),
     Stage("gpu", 190, "bench.gpu", f"--cap 24 {_GPU}", _TINY_GPU),
     Stage(
         "memory",
@@ -65,7 +65,6 @@ STAGES = (
         "--parts cards --cards 24 8 --minutes {minutes}",
         "--parts cards --cards 24 --rows 1",
     ),
-    Stage("rates", 25, "bench.stages", "rates", "rates"),
     Stage("cap12", 60, "bench.gpu", f"--cap 12 --methods sft {_GPU}", f"--methods sft {_TINY_GPU}"),
 )
 
@@ -74,8 +73,7 @@ def words_of(stage: Stage, args: argparse.Namespace, seconds: float) -> list[str
     """The stage's command after ``python -m``."""
     given = stage.tiny if args.tiny else stage.arguments.format(minutes=round(max(0.1, 0.9 * seconds / 60 - 0.1), 3))
     words = [stage.module, *given.split(), "--out", str(args.out / f"{stage.name}.json")]
-    takes_base = stage.name != "ops" and not (args.tiny and stage.name == "memory")  # whose tiny model is another
-    words += ["--base", str(args.base)] if args.base is not None and takes_base else []
+    words += ["--base", str(args.base)] if args.base is not None and stage.name != "ops" else []
     return [*words, "--tiny"] if args.tiny else words
 
 
@@ -117,22 +115,13 @@ def run_stage(words: list[str], log: Path, seconds: float, environment: dict[str
     return {"status": status, **told, "exit_code": code, "last_lines": lines[-15:]}
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
 def earlier(path: Path) -> dict[str, Any]:
-    """What an earlier command found; nothing where it cannot be read. A stage that it was killed in has not ended."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        stages = found["stages"].items()
-        found["stages"] = {k: {"status": "interrupted"} if v["status"] == "running" else v for k, v in stages}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    """What an earlier command found, or nothing. A stage that it was killed in was interrupted."""
+    if not path.is_file():
         return {}
-    return dict(found)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    stages = found["stages"].items()
+    return found | {"stages": {k: {"status": "interrupted"} if v["status"] == "running" else v for k, v in stages}}
 
 
 def environment_of(out: Path) -> dict[str, str]:
@@ -169,20 +158,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", choices=[s.name for s in STAGES], help="these stages; others' results are kept"
     )
-    parser.add_argument("--base", type=Path, help="the model's folder, built where it is not there; default: a cache")
+    parser.add_argument("--base", type=Path, help="the model's folder, built if it does not exist; default: a cache")
     parser.add_argument("--commit", help="commit to record in a copy without git")
     parser.add_argument("--tiny", action="store_true", help="everything at a tiny size, on a CPU too: does it run?")
     args = parser.parse_args(words)
-    if not 0 <= args.minutes < 24 * 60:
-        parser.error(f"--minutes {args.minutes:g}: give some minutes, up to a day's")
     deadline = time.monotonic() + 60 * args.minutes
     args.out = args.out.resolve()
     path, environment = args.out / "evidence.json", environment_of(args.out)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").touch()
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}; name a folder that can be written")
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.base is not None or args.tiny:
         args.base = (args.base or args.out / "tiny-base" / "base").resolve()
     before = earlier(path) if args.only else {}
@@ -209,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 }
             else:
                 found["stages"][stage.name] = {"status": "running", "limit": round(seconds, 1)}
-                write(path, found)
+                save(path, found)
                 print(f"{stage.name}: at most {seconds:.0f} s …", flush=True)
                 commands = words_of(stage, args, seconds)
                 try:
@@ -224,9 +207,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 with suppress(ValueError):  # cut off while it was written
                     found["machine"] = json.loads(told.read_text(encoding="utf-8"))
                     found["commit"] = found["machine"].get("commit") or args.commit
-            write(path, found)
+            save(path, found)
     except KeyboardInterrupt:
-        write(path, found)
+        save(path, found)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -4,9 +4,9 @@
     python -m bench.gpu --cap 24 12 --out gpu.json
 
 The model has random weights (built once, 4 GB, see ``mistral``), the rows have the lengths of real ones (``rows``).
-Every baseline tries micro-batches and recomputation on and off first, and plays at its fastest setting that fits
-(``match``). What does not fit, and an engine that is missing or refuses, is a result. The whole takes ``--minutes``:
-where time is short, rounds are dropped, never an engine.
+Every engine tries its settings (micro-batches, recomputation on and off); its fastest that fits counts (``contest``). A
+setting that does not fit, and an engine that is missing or refuses, is a result. The whole takes ``--minutes``: where time
+is short, settings and rounds are dropped, never an engine.
 """
 
 from __future__ import annotations
@@ -44,34 +44,21 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sft-rows", type=int, default=4, help="packed rows of 2048 tokens in a step")
     parser.add_argument("--dpo-pairs", type=int, default=8, help="pairs in a step")
     parser.add_argument("--layers", type=int, default=32, help="fewer than Mistral's, for a small card")
-    parser.add_argument("--base", type=Path, help="the model's folder, built where it is not there; default: a cache")
+    parser.add_argument("--base", type=Path, help="the model's folder, built if it does not exist; default: a cache")
     parser.add_argument("--tiny", action="store_true", help="a tiny model in one process, on a CPU too: does it run?")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     args = parser.parse_args(words)
-    for what, given, known in (("engines", args.engines, ENGINES), ("methods", args.methods, METHODS)):
+    for name, given, known in (("engines", args.engines, ENGINES), ("methods", args.methods, METHODS)):
         if not set(given.split(",")) <= set(known):
-            raise UserError(f"--{what} {given}: known are {', '.join(known)}.")
-    counts = {
-        "--rounds": args.rounds,
-        "--rank": args.rank,
-        "--sft-rows": args.sft_rows,
-        "--dpo-pairs": args.dpo_pairs,
-        "--layers": args.layers,
-        "--per-device": min(args.per_device),
-    }
-    if low := [f"{name} {n}" for name, n in counts.items() if n < 1]:
-        raise UserError(f"{', '.join(low)}: must be 1 or more.")
-    if any(not 0 <= p < 1 for p in args.dropout):
-        raise UserError(f"--dropout {args.dropout}: must be at least 0 and below 1.")
-    too_many = [n for n in args.per_device if args.sft_rows % n or args.dpo_pairs % n]
-    if too_many:
-        raise UserError(f"--per-device {too_many}: must divide --sft-rows and --dpo-pairs.")
+            raise UserError(f"--{name} {given}: known are {', '.join(known)}.")
+    if any(args.sft_rows % n or args.dpo_pairs % n for n in args.per_device):
+        raise UserError(f"--per-device {args.per_device}: must divide --sft-rows and --dpo-pairs.")
     return args
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(words)
-    # nothing is fetched, and nobody is told; set before the engines' processes start
+    # no downloads and no telemetry; set before the engines' processes start
     for name in ("HF_HUB_OFFLINE", "UNSLOTH_DISABLE_STATISTICS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,7 +1,7 @@
-"""What runs take of a card's memory against what the plan said, and what streaming and long rows cost, on a Mistral-7B.
+"""What runs take of a card's memory against what the plan said, and what streaming costs, on a Mistral-7B.
 
     python -m bench.memory --out memory.json                    # on one NVIDIA card; smaller ones are imitated
-    python -m bench.memory --parts goals cards --cards 8 6
+    python -m bench.memory --parts cards --cards 8 6
 
 The model has random weights (built once, 4 GB, see ``mistral``). Every case is a process of its own, which opens a stage
 as a user's run does, under a cap on PyTorch's allocator: a card's nominal size less 0.75 GiB for the CUDA context. The
@@ -30,24 +30,11 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
     parser.add_argument("--rows", type=int, default=8, help="rows of 2048 tokens, or pairs, in a step")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(SPEED_TOKENS), help="at once, for the speeds")
-    parser.add_argument("--host", type=float, default=48.0, help="GiB of main memory that a run may lock")
-    parser.add_argument("--longest", type=int, default=2**17, help="tokens of the longest row that is tried")
     parser.add_argument("--layers", type=int, default=32, help="fewer than Mistral's, for a small card")
-    parser.add_argument("--base", type=Path, help="the model's folder, built where it is not there; default: a cache")
+    parser.add_argument("--base", type=Path, help="the model's folder, built if it does not exist; default: a cache")
     parser.add_argument("--tiny", action="store_true", help="a tiny model in one process, on a CPU too: does it run?")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     args = parser.parse_args(words)
-    positive = {
-        "--cards": min(args.cards),
-        "--minutes": args.minutes,
-        "--rows": args.rows,
-        "--tokens": min(args.tokens),
-        "--host": args.host,
-        "--longest": args.longest,
-        "--layers": args.layers,
-    }
-    if low := [f"{name} {n:g}" for name, n in positive.items() if n <= 0]:
-        raise UserError(f"{', '.join(low)}: must be more than 0.")
     if odd := [n for n in args.tokens if n % min(args.tokens)]:
         raise UserError(f"--tokens {odd}: must be multiples of the least, {min(args.tokens)}.")
     return args

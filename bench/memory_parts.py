@@ -1,47 +1,267 @@
-"""The parts of ``bench.memory``: which cases each plays, what is wanted of them, and the table."""
+"""The cases of ``bench.memory``, and its table: runs on imitated cards, each in a process of its own.
+
+A case opens a stage as a user's run does and runs a few steps. In its own process, one that runs out of memory does not spoil
+the next, and peaks are its own. Its result is plain numbers, or why there are none.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import multiprocessing
+import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from bench import mistral, rows
-from bench.card import commit, describe_card, versions
-from bench.contest import alone, save
-from bench.memory_case import (
-    CONTEXT_BYTES,
-    Case,
-    measure_peak,
-    measure_reference,
-    measure_speed,
-    measure_start,
-    play,
-)
-from bench.memory_context import measure_context, plan_context
-from bench.turns import frozen_adapter, machine
+from bench.card import describe_card
+from bench.command import header, save
+from bench.contest import alone
+from bench.turns import Stop, frozen_adapter, imitate_card
+from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.memory.machine import main_memory
+from zephyr_lite.io.logging import messages_to
+from zephyr_lite.memory.plan import Plan
 from zephyr_lite.model.base import compute_device, compute_dtype, load_tokenizer
 
 GIB = 2**30
-CONTEXT_GIB = CONTEXT_BYTES / GIB
+# Of a card's memory, what the CUDA context and loaded kernels take, which PyTorch's allocator does not count
+CONTEXT_BYTES = 3 * 2**28
 CARDS = (24.0, 16.0, 12.0, 8.0, 6.0)
 SFT_RANK, DPO_RANK = 16, 128
 SPEED_TOKENS = (1024, 2048, 4096, 8192)
-# the issue's goals: GiB on the card, tokens, shares
-OFFLOADED_GIB, STREAMED_GIB, DPO_GIB = 5.0, 2.0, 8.0
-LONGEST = {24.0: 65536, 8.0: 24576}
-STREAMED_SHARE, AT_TOKENS = 0.9, 4096
-RIGHT_TO = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to run.
+
+    Attributes:
+        name: by which results are found.
+        run: what does it: a function of a module, of the case and the time at which its process was started.
+        method: sft or dpo.
+        values: the stage's configuration.
+        card: GiB of the card imitated; None: all there is.
+        options: of ``run``.
+    """
+
+    name: str
+    run: Callable[[Case, float], dict[str, Any]]
+    method: Method
+    values: dict[str, Any]
+    card: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def play(case: Case, seconds: float, *, here: bool = False) -> dict[str, Any]:
+    """Run a case and return what it tells; ``error`` and ``kind`` (memory, refused, late, died or error) where it fails.
+
+    Args:
+        seconds: after so many it is ended.
+        here: in this process (a test of the bench, where memory means nothing).
+    """
+    begun = time.time()
+    if here:
+        return _tell(case, begun)
+    near, far = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_child, args=(far, pickle.dumps((case, begun))), daemon=True
+    )
+    process.start()
+    far.close()  # the only other end is the child's: its death is an EOFError here
+    try:
+        if not near.poll(max(1.0, seconds)):
+            process.kill()
+            return {"kind": "late", "error": f"not done within {seconds:.0f} s"}
+        return near.recv()
+    except (EOFError, OSError):
+        process.join(5)
+        return {"kind": "died", "error": f"its process died with exit code {process.exitcode} (main memory full?)"}
+    finally:
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _child(pipe: Connection, packed: bytes) -> None:
+    case, begun = pickle.loads(packed)
+    pipe.send(_tell(case, begun))
+
+
+def _tell(case: Case, begun: float) -> dict[str, Any]:
+    from zephyr_lite.train.oom import is_out_of_memory
+
+    try:
+        if case.card is not None:
+            imitate_card(case.card, CONTEXT_BYTES)
+        return case.run(case, begun)
+    except UserError as error:
+        return {"kind": "refused", "error": str(error)}
+    except Exception as error:
+        if is_out_of_memory(error):
+            return {"kind": "memory", "error": str(error).splitlines()[0]}
+        return {"kind": "error", "error": traceback.format_exc()}
+
+
+# -- peaks -------------------------------------------------------------------------------------------------------------
+
+
+def reset_peak() -> None:
+    """From now on peaks are new ones. (Linux resets a process's peak when 5 is written to clear_refs: proc(5).)"""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> dict[str, int | None]:
+    """Bytes at most since ``reset_peak``: on a GPU what the allocator reserved and what it handed out of that; on a CPU
+    the process's resident set, which is all that a CPU can say."""
+    if torch.cuda.is_available():
+        return {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
+    return {"reserved": _status("VmHWM"), "allocated": None}
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def managed_bytes(optimizer: Any) -> int:
+    """Of a paged optimizer's state, which CUDA moves between card and host by itself; no part of the allocator's."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if getattr(value, "is_paged", False))
+
+
+# -- a stage -----------------------------------------------------------------------------------------------------------
+
+
+class Until(TrainerCallback):
+    """Ends a run after so many steps, with the seconds that each took."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.begun = steps, 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *words: Any, **settings: Any) -> None:
+        wait()
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, *words: Any, **settings: Any) -> None:
+        wait()
+        self.seconds.append(time.perf_counter() - self.begun)
+        if len(self.seconds) == self.steps:
+            raise Stop
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[Any, Any]:
+    """A stage and the state of its run."""
+    from zephyr_lite.train.callbacks import Callbacks
+    from zephyr_lite.train.dpo import DpoObjective
+    from zephyr_lite.train.loop import TrainState
+    from zephyr_lite.train.setup import setup_stage
+    from zephyr_lite.train.sft import SftObjective
+
+    config = RunConfig.model_validate(case.values)
+    with messages_to(lambda record: said.append(record.getMessage())):
+        stage = setup_stage(case.method, Loaded(config, set(case.values), [], None))
+        task = (SftObjective if case.method == "sft" else DpoObjective)(stage)
+        return stage, TrainState(stage, task, observers=[Callbacks(callbacks)])
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """What the plan counts, in bytes, less the CUDA context, which no allocator sees.
+
+    The allocator's slack is a part of what is reserved, not of what is handed out.
+    """
+    parts = {name: size for name, size in plan.account.items() if name not in ("peak", "CUDA context")}
+    reserved = sum(parts.values())
+    return {
+        "reserved": reserved,
+        "allocated": reserved - parts.get("allocator's slack", 0),
+        "managed": plan.managed,
+        "host": sum(plan.host.values()),
+        "at": plan.at,
+        "parts": parts,
+    }
+
+
+def measure_peak(case: Case, begun: float) -> dict[str, Any]:
+    """A few steps; the largest micro-batch comes first (``loop.warmup_largest_batch``).
+
+    Options:
+        steps: how many.
+    """
+    said: list[str] = []
+    until = Until(case.options["steps"])
+    from zephyr_lite.train.loop import train
+
+    stage, state = opened(case, said, until)
+    plan = stage.plan
+    loaded = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+    found = {"plan": plan.as_dict(), "predicted": predicted(plan), "loaded": loaded}
+    reset_peak()
+    with suppress(Stop):  # which ``Until`` raises
+        train(state)
+    measured = {**peak(), "managed": managed_bytes(state.optimizer), "resident_set": _status("VmHWM")}
+    return {
+        **found,
+        "measured": measured,
+        "seconds": until.seconds,
+        "adapted": stage.plan != plan,
+        "plan_at_the_end": stage.plan.as_dict(),
+        "said": said,
+    }
+
+
+def measure_speed(case: Case, begun: float) -> dict[str, Any]:
+    """Tokens/s of a step's forward and backward passes with so many tokens at once.
+
+    Options:
+        tokens: numbers of tokens, each tried.
+        rounds: timed steps of each; the fastest counts.
+    """
+    from zephyr_lite.train.loop import accumulate_gradients
+
+    stage, state = opened(case, [])
+    found: dict[str, Any] = {"plan": stage.plan.as_dict(), "tokens_per_second": {}}
+    for tokens in case.options["tokens"]:
+        state.objective.oom.follow(replace(stage.plan, micro_tokens=tokens))
+        seconds = []
+        for _ in range(1 + case.options["rounds"]):
+            wait()
+            start = time.perf_counter()
+            metrics = accumulate_gradients(state, 0)
+            wait()
+            seconds.append(time.perf_counter() - start)
+            state.optimizer.zero_grad(set_to_none=True)
+        if stage.plan.micro_tokens != tokens:  # it did not fit, and the plan adapted
+            found["tokens_per_second"][tokens] = None
+            continue
+        found["tokens_per_second"][tokens] = metrics["num_tokens"] / min(seconds[1:])
+    return found
 
 
 class Bench:
@@ -49,7 +269,7 @@ class Bench:
 
     Attributes:
         args: the command's.
-        base, shallow: folders of the whole model and of one of two layers.
+        base: the model's folder.
         folder: for rows and runs.
         deadline: when to have ended, of ``time.monotonic``.
         at_once: cases that may share the card where only memory is measured.
@@ -57,13 +277,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, found: dict[str, Any], folder: Path, deadline: float) -> None:
         self.args, self.folder, self.deadline = args, folder, deadline
-        self.base, self.shallow = Path(found["base"]["folder"]), Path(found["shallow"]["folder"])
-        self.layers = found["base"]["shape"]["num_hidden_layers"]
+        self.base = Path(found["base"]["folder"])
         room = found["card"].get("free_bytes", 0)
         self.at_once = 1 if args.tiny else max(1, min(3, int(room / GIB // (max(args.cards) + 2))))
-        # on a CPU the longest context by the plan is that of a consumer card
-        major, minor = found["card"].get("compute_capability", "8.6").split(".")
-        self.capability, self.dtype = (int(major), int(minor)), getattr(torch, found["dtype"])
         self.scale = 0.1 if args.tiny else 1.0
         self.runs = 0
         template = resolve_template("auto", load_tokenizer(self.base))
@@ -73,7 +289,6 @@ class Bench:
         rows.write_pairs(folder / "dpo.jsonl", template, 4 * args.rows, scale=self.scale)
         adapter = {"model_name_or_path": str(self.base), "lora_r": SFT_RANK}
         self.frozen = frozen_adapter(adapter, folder)
-        self.template = template
 
     def values(self, method: str, memory: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
         """A stage's configuration: the recipe's, with an 8-bit optimizer."""
@@ -128,47 +343,6 @@ class Bench:
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def goals(bench: Bench) -> dict[str, Any]:
-    """What the issue wants of a recipe's memory; the sizes here are the allocator's, without the CUDA context."""
-    offloaded = {"keep": "input", "offload": True, "stream": False}
-    steps = {"steps": 2}
-    cases = [
-        Case(
-            "sft, inputs offloaded",
-            measure_peak,
-            "sft",
-            bench.values("sft", offloaded),
-            bench.card(OFFLOADED_GIB + CONTEXT_GIB),
-            steps,
-        ),
-        Case(
-            "sft, streamed",
-            measure_peak,
-            "sft",
-            bench.values("sft", {"stream": True}),
-            bench.card(STREAMED_GIB + CONTEXT_GIB),
-            steps,
-        ),
-        Case("dpo", measure_peak, "dpo", bench.values("dpo"), bench.card(DPO_GIB), steps),
-        Case("reference", measure_reference, "dpo", bench.values("dpo", {"micro_tokens": int(4096 * bench.scale)})),
-    ]
-    found = bench.play(cases, at_once=bench.at_once)
-    row = {"micro_tokens": int(2048 * bench.scale), "keep": "input", "offload": True}
-    again = [
-        Case(
-            f"{name}, on the whole card",
-            measure_peak,
-            "sft",
-            bench.values("sft", row | {"stream": stream}),
-            None,
-            steps,
-        )
-        for name, stream in (("sft, inputs offloaded", False), ("sft, streamed", True))
-        if "error" in found[name]  # then at least: what would it have taken?
-    ]
-    return found | bench.play(again, at_once=bench.at_once)
-
-
 def cards(bench: Bench) -> dict[str, Any]:
     """Peaks against the plan that the planner makes by itself, on each card."""
     cases = [
@@ -177,11 +351,6 @@ def cards(bench: Bench) -> dict[str, Any]:
         for method in ("sft", "dpo")
     ]
     return bench.play(cases, at_once=bench.at_once)
-
-
-def start(bench: Bench) -> dict[str, Any]:
-    """From the start of the process to the first step."""
-    return bench.play([Case("start", measure_start, "sft", bench.values("sft", batch_size=1))])
 
 
 def speed(bench: Bench) -> dict[str, Any]:
@@ -196,99 +365,7 @@ def speed(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def context(bench: Bench) -> dict[str, Any]:
-    """The longest row that trains: by the plan, on two layers, and a step of the whole model at the shorter of the two."""
-    step, most = (32, 128) if bench.args.tiny else (1024, bench.args.longest)
-    names = {card: f"{card:g} GB" for card in bench.args.cards}
-    found: dict[str, Any] = {}
-    memory = {"keep": "input", "offload": True, "stream": True, "micro_tokens": step}
-    tile = {"layers": bench.layers, "tile": 16 if bench.args.tiny else 2048, "step": step, "most": most}
-    trials = []
-    for card, name in names.items():
-        found[f"{name}: by the plan"] = plan_context(
-            bench.values("sft"), card, bench.capability, bench.dtype, host=bench.args.host, step=step, most=most
-        )
-        values = bench.values("sft", memory, model_name_or_path=str(bench.shallow))
-        trials.append(Case(f"{name}: on two layers", measure_context, "sft", values, bench.card(card), tile))
-    found |= bench.play(trials, at_once=bench.at_once)
-    whole, lengths = [], {}
-    for card, name in names.items():
-        tokens = min(found[f"{name}: {how}"].get("tokens", 0) for how in ("by the plan", "on two layers"))
-        if tokens:
-            path = bench.folder / f"long-{card:g}.jsonl"
-            rows.write_row(path, bench.template, tokens)
-            more = {"dataset": [{"path": str(path)}], "max_length": tokens, "batch_size": 1}
-            values = bench.values("sft", {"host": f"{bench.args.host}GiB"}, **more)
-            case = Case(
-                f"{name}: a step of the whole model", measure_peak, "sft", values, bench.card(card), {"steps": 1}
-            )
-            whole.append(case)
-            lengths[case.name] = tokens
-    several = max(1, min(bench.at_once, int(main_memory() / GIB / bench.args.host / 1.2)))
-    for name, result in bench.play(whole, at_once=several).items():
-        found[name] = result | {"tokens": lengths[name]}
-    return found
-
-
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "goals": goals,
-    "start": start,
-    "cards": cards,
-    "speed": speed,
-    "context": context,
-}
-
-
-# -- what is wanted ----------------------------------------------------------------------------------------------------
-
-
-def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the issue wants, beside what was reached: a number, or None where it could not be measured."""
-    found: list[dict[str, Any]] = []
-    parts = results["parts"]
-
-    def add(what: str, wanted: float, reached: float | None, *, at_most: bool) -> None:
-        reached = reached if results["on_a_card"] else None  # of a tiny model on a CPU there is nothing to want
-        met = None if reached is None else bool(reached <= wanted if at_most else reached >= wanted)
-        found.append({"what": what, "wanted": wanted, "at_most": at_most, "reached": reached, "met": met})
-
-    for name, wanted in (("sft, inputs offloaded", OFFLOADED_GIB), ("sft, streamed", STREAMED_GIB), ("dpo", DPO_GIB)):
-        if "goals" in parts:
-            add(f"{name}: GiB reserved, managed ones too", wanted, taken(parts["goals"][name]), at_most=True)
-    if "goals" in parts:
-        reference = parts["goals"]["reference"]
-        bound = 2 * reference["a_hidden_state"] / GIB if "modes" in reference else 0.0
-        for mode in ("together", "own"):
-            cost = reference["modes"][mode]["cost"] / GIB if "modes" in reference else None
-            add(f"live reference, {mode}: GiB more at the peak (wanted: two hidden states)", bound, cost, at_most=True)
-    for name, case in parts.get("cards", {}).items():
-        add(f"{name}: predicted and reserved differ by", RIGHT_TO, error_of(case), at_most=True)
-    if "speed" in parts:
-        both = [parts["speed"][name].get("tokens_per_second", {}) for name in ("streamed", "resident")]
-        at = next((n for n in both[0] if n == AT_TOKENS), None)
-        share = both[0][at] / both[1][at] if at is not None and both[0].get(at) and both[1].get(at) else None
-        add(f"streamed over resident tokens/s at {AT_TOKENS} tokens", STREAMED_SHARE, share, at_most=False)
-    for card, wanted in LONGEST.items():
-        if f"{card:g} GB: by the plan" in parts.get("context", {}):
-            case = parts["context"].get(f"{card:g} GB: a step of the whole model", {})
-            reached = case["tokens"] if "measured" in case else None
-            add(f"{card:g} GB: tokens of a row that trains", wanted, reached, at_most=False)
-    if "start" in parts:
-        add("seconds to the first step's end", 60, parts["start"]["start"].get("seconds"), at_most=True)
-    return found
-
-
-def taken(case: dict[str, Any]) -> float | None:
-    """GiB of a case's peak."""
-    measured = case.get("measured")
-    return None if measured is None else ((measured["reserved"] or 0) + measured["managed"]) / GIB
-
-
-def error_of(case: dict[str, Any]) -> float | None:
-    """How far what was reserved is from what was predicted; None where nothing was reserved by an allocator."""
-    if "measured" not in case or case["measured"]["allocated"] is None:
-        return None
-    return abs(case["measured"]["reserved"] / case["predicted"]["reserved"] - 1)
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"cards": cards, "speed": speed}
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -297,17 +374,9 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append("A CPU: peaks are the resident set of the whole process, and say nothing of a plan.")
     for part, cases in results["parts"].items():
         lines += ["", f"{part}: {(PARTS[part].__doc__ or '').splitlines()[0]}"]
-        peaks = [case for case in cases.values() if "measured" in case]
-        if peaks:
+        if any("measured" in case for case in cases.values()):
             lines.append(f"  {'':34}{'predicted':>10}{'reserved':>10}{'allocated':>10}{'managed':>9}{'host':>7}  plan")
-        for name, case in cases.items():
-            lines.append(f"  {name:34}" + _row(case))
-    lines += ["", "wanted and reached:"]
-    for target in results["targets"]:
-        reached = "not measured" if target["reached"] is None else f"{target['reached']:.4g}"
-        word = "at most" if target["at_most"] else "at least"
-        verdict = {True: "", False: "  MISSED", None: ""}[target["met"]]
-        lines.append(f"  {target['what']}: {word} {target['wanted']:.4g}, {reached}{verdict}")
+        lines += [f"  {name:34}{_row(case)}" for name, case in cases.items()]
     return lines
 
 
@@ -319,27 +388,9 @@ def _row(case: dict[str, Any]) -> str:
         sizes = (told["reserved"], found["reserved"], found["allocated"])
         shown = "".join(f"{size / GIB:10.2f}" if size is not None else f"{'-':>10}" for size in sizes)
         words = _plan(case["plan"]) + ("; DID NOT FIT, and adapted" if case["adapted"] else "")
-        words = f"{case['tokens']:,} tokens a row; {words}" if "tokens" in case else words
         return f"{shown}{found['managed'] / GIB:9.2f}{told['host'] / GIB:7.1f}  {words}"
-    if "modes" in case:
-        costs = ", ".join(f"{mode} {found['cost'] / GIB:.3f}" for mode, found in case["modes"].items())
-        beside = (
-            f"a pass keeps {case['kept_by_a_pass'] / GIB:.2f}, a hidden state is {case['a_hidden_state'] / GIB:.3f}"
-        )
-        return f"{costs} more at the peak of {case['tokens']:,} tokens ({beside})"
-    if "tokens_per_second" in case:
-        speeds = case["tokens_per_second"].items()
-        return "  ".join(f"{n:,}: {speed:,.0f} tokens/s" if speed else f"{n:,}: did not fit" for n, speed in speeds)
-    if "opening" in case:
-        cold = (
-            "files dropped from the system's cache first" if case["files_dropped_from_cache"] else "files maybe cached"
-        )
-        return (
-            f"{case['seconds']:.1f} s: {case['imports']:.1f} to start and import, {case['opening']:.1f} for rows, base and "
-            f"plan, {case['first_step']:.1f} for the step ({case['base_bytes'] / 1e9:.2f} GB read; {cold})"
-        )
-    host = sum(case["host"].values()) / GIB if "host" in case else None
-    return f"{case['tokens']:,} tokens" + (f", {host:.1f} GiB of main memory at full depth" if host is not None else "")
+    speeds = case["tokens_per_second"].items()
+    return "  ".join(f"{n:,}: {speed:,.0f} tokens/s" if speed else f"{n:,}: did not fit" for n, speed in speeds)
 
 
 def _plan(plan: dict[str, Any]) -> str:
@@ -355,22 +406,21 @@ def _plan(plan: dict[str, Any]) -> str:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(base: Path | None, shape: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Build the models that are not there; in a process of its own, which gives the card's memory back."""
+def prepare(base: Path | None, shape: dict[str, Any]) -> dict[str, Any]:
+    """Build the model if it does not exist; in a process of its own, which gives the card's memory back."""
     device = compute_device()
     dtype = compute_dtype("auto", device)
-    found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-    for name, given, sizes in (
-        ("base", base, shape),
-        ("shallow", folder, shape | {"num_hidden_layers": 2}),
-    ):
-        begun = time.monotonic()
-        path, built = mistral.ensure_base(given or mistral.default_folder(sizes, dtype), sizes, device, dtype)
-        seconds = round(time.monotonic() - begun, 1)
-        found[name] = {"folder": str(path.resolve()), "built_now": built, "seconds": seconds, "shape": sizes}
+    begun = time.monotonic()
+    path, built = mistral.ensure_base(base or mistral.default_folder(shape, dtype), shape, device, dtype)
+    seconds = round(time.monotonic() - begun, 1)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return found | {"card": describe_card(device), "on_a_card": device.type == "cuda"}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "base": {"folder": str(path.resolve()), "built_now": built, "seconds": seconds, "shape": shape},
+        "card": describe_card(device),
+        "on_a_card": device.type == "cuda",
+    }
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -385,15 +435,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         if args.tiny:
-            shape = mistral.TINY | {"num_hidden_layers": 3}
-            found = prepare(args.base or folder / "base", shape, folder / "shallow")
+            found = prepare(args.base or folder / "base", mistral.TINY)
         else:
-            found = alone(prepare, args.base, mistral.MISTRAL_7B | {"num_hidden_layers": args.layers}, None)
+            found = alone(prepare, args.base, mistral.MISTRAL_7B | {"num_hidden_layers": args.layers})
         results: dict[str, Any] = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(),
-            "versions": versions("accelerate"),
+            **header("accelerate"),
             "settings": vars(args) | {"out": None, "base": None},
             "context_bytes": CONTEXT_BYTES,
             **found,
@@ -402,8 +448,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(args, found, folder, begun + 60 * args.minutes)
         for part in args.parts:
             results["parts"][part] = PARTS[part](bench)
-            save(args.out, results)  # what was measured is not lost if what follows takes too long
-    results["targets"] = targets(results)
+            save(args.out, results)  # kept if what follows is interrupted
     results["minutes"] = round((time.monotonic() - begun) / 60, 2)
     save(args.out, results)
     return results

@@ -1,8 +1,8 @@
 """A Mistral-7B of random weights in NF4, as a folder in the hub's layout, for benches where the real one is not at hand.
 
 What a step costs does not depend on what the weights are, so nothing is downloaded. Every matrix is drawn and quantized
-on the device by itself and written at once: the whole model is never in memory. The tensors are those that
-``save_pretrained`` of a model in bitsandbytes' NF4 writes, so that transformers, TRL and Unsloth load the folder too.
+on the device by itself. The tensors are those that ``save_pretrained`` of a model in bitsandbytes' NF4 writes, so that
+transformers, TRL and Unsloth load the folder too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ TINY = MISTRAL_7B | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
-SHARD_BYTES = 10**9
 STD = 0.02
 
 
@@ -80,8 +79,7 @@ def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder) as aside:
-        _write_weights(aside, shape, device, dtype)
-        _write_config(aside, shape, dtype)
+        _write_model(aside, shape, device, dtype)
         make_tokenizer(shape["vocab_size"]).save_pretrained(aside)
     return folder, True
 
@@ -109,46 +107,19 @@ def decoder_parameters(shape: dict[str, Any]) -> int:
     return sum(size[0] * size[1] for name, size in matrices(shape) if name.endswith("_proj.weight"))
 
 
-def _write_weights(folder: Path, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+def _write_model(folder: Path, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     import bitsandbytes.functional as bnb
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, Tensor]] = []
-    sizes: list[int] = []
-    places: list[list[str]] = []
-
-    def flush() -> None:
-        save_file(shards[-1], folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards[-1] = {}
-
-    for name, size in matrices(shape):
-        weight = random_weight(name, size, device, dtype)
-        tensors = {name: weight}
-        if name.endswith("_proj.weight"):
-            packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            tensors = {name: packed, **{f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}}
-        if not shards or sizes[-1] > SHARD_BYTES:
-            if shards:
-                flush()
-            shards.append({})
-            sizes.append(0)
-            places.append([])
-        shards[-1].update({k: v.cpu().contiguous() for k, v in tensors.items()})
-        sizes[-1] += sum(t.nbytes for t in tensors.values())
-        places[-1] += tensors
-    flush()
-    index: dict[str, str] = {}
-    for number, names in enumerate(places, 1):
-        file = f"model-{number:05}-of-{len(places):05}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / file)
-        index |= dict.fromkeys(names, file)
-    text = json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": index}, indent=1)
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _write_config(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    from huggingface_hub import save_torch_state_dict
     from transformers import BitsAndBytesConfig, MistralConfig
 
+    tensors: dict[str, Tensor] = {}
+    for name, size in matrices(shape):
+        weight = random_weight(name, size, device, dtype)
+        if name.endswith("_proj.weight"):
+            weight, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            tensors |= {f"{name}.{k}": v.cpu().contiguous() for k, v in state.as_dict(packed=True).items()}
+        tensors[name] = weight.cpu().contiguous()
+    save_torch_state_dict(tensors, folder, max_shard_size="1GB")
     config = MistralConfig(**shape)
     config.architectures = ["MistralForCausalLM"]
     config.dtype = dtype
@@ -159,6 +130,16 @@ def _write_config(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> No
         bnb_4bit_compute_dtype=dtype,
     ).to_dict()
     config.save_pretrained(folder)
+
+
+def tiny_base(folder: Path) -> Path:
+    """Write a Mistral of two layers and random weights, in 32 bits."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    MistralForCausalLM(MistralConfig(**TINY)).save_pretrained(folder)
+    make_tokenizer(TINY["vocab_size"]).save_pretrained(folder)
+    return folder
 
 
 def make_tokenizer(entries: int) -> Any:

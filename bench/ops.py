@@ -1,4 +1,4 @@
-"""Each Triton kernel against its plain PyTorch twin, and against bitsandbytes, Liger and Unsloth where they are installed.
+"""Each Triton kernel against its plain PyTorch twin, bitsandbytes, and PyTorch's own operations.
 
     python -m bench.ops --out ops.json                         # Mistral-7B's shapes, 4096 tokens
     TRITON_INTERPRET=1 python -m bench.ops --tiny              # on a CPU: does everything run?
@@ -12,10 +12,6 @@ matrix products, so FLOP/s are given instead.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +19,16 @@ from typing import Any
 
 import torch
 
-from bench import command
-from bench.card import Clock, commit, copy_bandwidth, describe_card, versions
+from bench.card import Clock, copy_bandwidth, describe_card
 from bench.cases import Bench, Case, cases
+from bench.command import header, run, save
 from bench.mistral import MISTRAL_7B, TINY
-from bench.turns import machine
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.base import compute_device, compute_dtype
 from zephyr_lite.ops import dispatch
 
 TARGET = 0.8  # of the copy bandwidth, for what is bound by memory
-PEERS = {"bitsandbytes": None, "torch": None, "liger": "liger_kernel", "unsloth": "unsloth"}
+PEERS = ("bitsandbytes", "torch")
 
 
 def measure(
@@ -44,7 +39,7 @@ def measure(
     results: list[dict[str, Any]],
     done: Callable[[], None],
 ) -> None:
-    """Everyone's times, into ``results``. Unsloth comes last: on import it changes what bitsandbytes does.
+    """Times of the kernels, of their twins and of other libraries, into ``results``.
 
     Args:
         done: called after each of them.
@@ -56,37 +51,24 @@ def measure(
                 continue
             record: dict[str, Any] = {"operation": case.name, "by": who}
             results.append(record)
-            try:
-                record["seconds"] = _seconds(who, case, clock, bench)
-            except Exception as error:  # a missing package, a version without the function, a compiler's failure
-                record["not_run"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if who == "twin":
+                with dispatch.twins():
+                    record["seconds"] = clock.seconds(case.ours)
+            elif who in PEERS:
+                record["seconds"] = clock.seconds(case.peers[who])
+            elif dispatch.runs_triton(case.op, torch.empty(0, device=bench.device, dtype=bench.dtype)):
+                record["seconds"] = clock.seconds(case.ours)
+            else:
+                record["not_run"] = f"no kernel runs on {bench.device} in {bench.dtype}, so the twin does"
                 continue
-            moved = case.peer_bytes.get(who, case.bytes)
             if case.flops is not None:
                 record["flop_per_second"] = case.flops / record["seconds"]
                 continue
-            record["bytes_per_second"] = moved / record["seconds"]
+            record["bytes_per_second"] = case.bytes / record["seconds"]
             record["share"] = record["bytes_per_second"] / copied
             if case.name in same_size:
                 record["share_of_same_size"] = record["bytes_per_second"] / same_size[case.name]
         done()
-
-
-class NotUsed(Exception):
-    """The dispatch takes the twin."""
-
-
-def _seconds(who: str, case: Case, clock: Clock, bench: Bench) -> float:
-    if who == "twin":
-        with dispatch.twins():
-            return clock.seconds(case.ours)
-    if who == "kernel":
-        if not dispatch.runs_triton(case.op, torch.empty(0, device=bench.device, dtype=bench.dtype)):
-            raise NotUsed(f"no kernel runs on {bench.device} in {bench.dtype}, so the twin does")
-        return clock.seconds(case.ours)
-    if PEERS[who] is not None and bench.device.type == "cpu" and not dispatch.runs_triton(case.op, torch.empty(0)):
-        raise NotUsed("needs a CUDA device")
-    return clock.seconds(case.peers[who]())
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -123,9 +105,6 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--tokens {args.tokens} --rounds {args.rounds}: must be 1 or more.")
     if not args.tiny and not torch.cuda.is_available():
         raise UserError("bench.ops measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    # what Unsloth generates on import is not left in the current folder
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "zephyr-lite-bench-unsloth"))
     device = compute_device()
     dtype = compute_dtype("auto", device)
     tokens, rounds = (8, 2) if args.tiny else (args.tokens, args.rounds)
@@ -135,11 +114,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     copied = copy_bandwidth(clock, 2**20 if args.tiny else 2**30)
     replaced = dispatch.check_kernels(device, dtype)
     results: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
+        **header(),
         "card": describe_card(device),
-        "versions": versions("liger_kernel", "unsloth", "unsloth_zoo"),
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "rounds": rounds,
@@ -149,16 +125,14 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         "operations": [],
     }
 
-    def save() -> None:
+    def done() -> None:
         results["minutes"] = round((time.monotonic() - begun) / 60, 2)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        save(args.out, results)
 
-    measure(bench, cases(bench), clock, copied, results["operations"], save)
+    measure(bench, cases(bench), clock, copied, results["operations"], done)
     print("\n".join(table(results)))
     return results
 
 
 if __name__ == "__main__":
-    command.run(main)
+    run(main)

@@ -21,21 +21,17 @@ import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.command import run
+from bench.command import header, run, save, watched
 from zephyr_lite.errors import UserError
 
-MIB = 2**20
 _SENTENCE = re.compile(r"(?<=[.!?:\n])\s+")
-_TREE_SECONDS = 0.25
 
 
 def conversations(places: Sequence[Path]) -> list[list[dict[str, str]]]:
@@ -149,52 +145,12 @@ def _cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def _anonymous(root: int) -> int:
-    """Bytes of main memory that a process and its descendants hold; what they share is counted once."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    total, waiting = 0, [root]
-    while waiting:
-        process = waiting.pop()
-        waiting += children.get(process, [])
-        try:
-            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss_Anon:"):
-                    total += int(line.split()[1]) * 1024
-        except OSError:
-            continue
-    return total
-
-
 def measure(data: Path, tokenizer: Path, cache: Path, max_length: int) -> dict[str, Any]:
     """One process that prepares; with the most memory that it and its workers held."""
     command = [sys.executable, "-m", "bench.prepare", "--child", str(data), str(tokenizer), str(max_length)]
     settings = {"HF_DATASETS_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True)
-    most = 0
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not ended.wait(_TREE_SECONDS):
-            most = max(most, _anonymous(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        output, _ = process.communicate()
-    finally:
-        ended.set()
-        watcher.join()
-    if process.returncode:
-        raise UserError(f"the measured process ended with {process.returncode}.", "What it said stands above.")
-    return {**json.loads(output.splitlines()[-1]), "anonymous_mib": round(most / MIB)}
+    output, peak = watched(command, {**os.environ, **settings})
+    return {**json.loads(output.splitlines()[-1]), "anonymous_mib": round(peak)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -207,11 +163,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dir", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
-    from bench.card import commit, versions
-    from bench.turns import machine
-
     real = conversations(args.data)
-    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit(), "sizes": []}
+    result: dict[str, Any] = {**header(), "sizes": []}
     if args.dir is not None:
         args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
@@ -229,10 +182,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             result["sizes"].append(row)
             shutil.rmtree(folder / f"cache_{count}")
             data.unlink()
-    text = json.dumps(result, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    print(text)
+    save(args.out, result)
+    print(json.dumps(result, indent=1))
     return result
 
 

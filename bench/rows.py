@@ -47,16 +47,6 @@ def write_conversations(path: Path, template: ChatTemplate, tokens: int, *, scal
     raise AssertionError("cycle() never ends")
 
 
-def write_row(path: Path, template: ChatTemplate, tokens: int, *, seed: int = 0) -> None:
-    """A JSONL of one conversation that takes so many tokens, nearly all of them the answer's."""
-    rng = random.Random(seed)
-    first, _, reply = _around(template)
-    question = _words(rng, 8)
-    answer = _words(rng, tokens - first - len(question) - reply - 1)  # and the template's last newline
-    messages = [_message(0, question), _message(1, answer)]
-    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
-
-
 def write_pairs(path: Path, template: ChatTemplate, pairs: int, *, scale: float = 1.0, seed: int = 0) -> None:
     """A JSONL of preference pairs, the real lengths over and over."""
     rng = random.Random(seed)

@@ -1,18 +1,18 @@
-"""The short stages of ``bench.evidence`` that are no bench of their own: the machine, the base, the tests, rates of products.
+"""The short stages of ``bench.evidence`` that are no bench of their own: the machine, the base, the tests.
 
-python -m bench.stages machine|base|tests|rates --out FILE
+python -m bench.stages machine|base|tests --out FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,21 +74,18 @@ def machine(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
     if found["on_a_card"]:
         found["capability"] = torch.cuda.get_device_capability()
         found["arch_list"] = torch.cuda.get_arch_list()
-    from bench.card import Clock, commit, copy_bandwidth, describe_card, matmul_ceiling, versions
+    from bench.card import Clock, copy_bandwidth, describe_card, matmul_ceiling
     from bench.mistral import MISTRAL_7B, TINY
-    from bench.turns import machine as host
     from zephyr_lite.model.base import compute_device, compute_dtype
 
     device = compute_device()
-    found |= {"host": host(), "commit": commit(), "card": describe_card(device)}
+    peers = ("accelerate", "liger_kernel", "unsloth", "unsloth_zoo", "xformers", "flash_attn", "pytest-xdist")
+    found |= {**command.header(*peers), "card": describe_card(device)}
     save(found)
     clock = Clock(device, 2 if tiny else 10, 1 if tiny else 3)
     found["copy_bytes_per_second"] = copy_bandwidth(clock, 2**20 if tiny else 2**30)
     sizes = (TINY, 16, 32) if tiny else (MISTRAL_7B, 4096, 8192)
     found["products"] = matmul_ceiling(clock, *sizes, compute_dtype("auto", device))
-    found["versions"] = versions(
-        "accelerate", "liger_kernel", "unsloth", "unsloth_zoo", "xformers", "flash_attn", "pytest-xdist"
-    )
     save(found)
     found["imports"] = {name: _imports(name) for name in PACKAGES}
     if unsloth is not None:
@@ -107,36 +104,32 @@ def _imports(name: str) -> str:
 
 
 def base(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
-    """Build the models that later stages share: bench.gpu's base, and bench.memory's of two layers."""
+    """Build the model that later stages share."""
     from bench.memory_parts import prepare
     from bench.mistral import MISTRAL_7B, TINY
 
-    return prepare(base, TINY if tiny else MISTRAL_7B, base.parent / "shallow" if tiny and base else None)
+    return prepare(base, TINY if tiny else MISTRAL_7B)
 
 
 class Recorder:
-    """A plugin of pytest that counts outcomes as they come, so that a run which is cut short has told what it saw."""
+    """A plugin of pytest that counts outcomes and saves them as they come."""
 
     def __init__(self, save: Save) -> None:
-        self.save, self.counts, self.failed = save, dict.fromkeys(("passed", "failed", "skipped"), 0), {}
-        self.seconds: dict[str, float] = {}
+        self.save = save
+        self.found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "seconds": {}}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.counts[report.outcome] += 1
-            self.seconds[report.nodeid] = round(report.duration, 2)
+            self.found[report.outcome] += 1
+            self.found["seconds"][report.nodeid] = round(report.duration, 2)
         if report.failed:
-            self.failed[report.nodeid] = report.longreprtext[-2000:]
-        self.save(self.told())
+            self.found["failures"][report.nodeid] = report.longreprtext[-2000:]
+        self.save(self.found)
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.counts["failed"] += 1
-            self.failed[report.nodeid] = report.longreprtext[-2000:]
-
-    def told(self) -> dict[str, Any]:
-        slowest = dict(sorted(self.seconds.items(), key=lambda item: -item[1])[:10])
-        return {**self.counts, "failures": self.failed, "slowest": slowest}
+            self.found["failed"] += 1
+            self.found["failures"][report.nodeid] = report.longreprtext[-2000:]
 
 
 def selection(names: Sequence[str]) -> str:
@@ -156,77 +149,14 @@ def tests(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
     if find_spec("xdist") is not None and not tiny:
         words += ["-n", "4"]
     code = int(pytest.main(words, plugins=[recorder]))
-    found = {"exit_code": code, "selected": chosen, **recorder.told()}
+    found = {"exit_code": code, "selected": chosen, **recorder.found}
     if code or not (tiny or found["passed"]):
         save(found)
-        sys.exit(
-            f"pytest ended with {code}; {found['passed']} passed, {found['failed']} failed: {', '.join(recorder.failed)}"
-        )
+        sys.exit(f"pytest ended with {code}; {found['passed']} passed, failed: {', '.join(found['failures'])}")
     return found
 
 
-def rates(tiny: bool, base: Path | None, save: Save) -> dict[str, Any]:
-    """FLOP/s of the products of a Mistral's layer in 16 bits, in FP8 and in INT8, without quantizing or scaling the inputs."""
-    import torch
-
-    from bench.card import Clock, describe_card
-    from bench.mistral import MISTRAL_7B, TINY
-    from zephyr_lite.model.base import compute_device, compute_dtype
-
-    device = compute_device()
-    clock = Clock(device, 2 if tiny else 15, 1 if tiny else 3)
-    shape = TINY if tiny else MISTRAL_7B
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    sizes = {
-        "qkv": (hidden + 2 * keys, hidden),
-        "o": (hidden, hidden),
-        "gate_up": (2 * inner, hidden),
-        "down": (hidden, inner),
-    }
-    dtype = compute_dtype("auto", device)
-
-    def drawn(*size: int) -> torch.Tensor:
-        return torch.randn(size, device=device, dtype=dtype)
-
-    def fp8(m: int, n: int, k: int, rowwise: bool) -> Callable[[], Any]:
-        x, w = (drawn(rows, k).to(torch.float8_e4m3fn) for rows in (m, n))
-        of_x, of_w = (torch.ones(s if rowwise else (), device=device) for s in ((m, 1), (1, n)))
-        return lambda: torch._scaled_mm(x, w.t(), of_x, of_w, out_dtype=torch.bfloat16)
-
-    def int8(m: int, n: int, k: int) -> Callable[[], Any]:
-        x, w = (torch.randint(-127, 128, (rows, k), device=device, dtype=torch.int8) for rows in (m, n))
-        return lambda: torch._int_mm(x, w.t())
-
-    def plain(m: int, n: int, k: int) -> Callable[[], Any]:
-        x, w, out = drawn(m, k), drawn(n, k), drawn(m, n)
-        return lambda: torch.mm(x, w.t(), out=out)
-
-    kinds: dict[str, Callable[[int, int, int], Callable[[], Any]]] = {
-        str(dtype).removeprefix("torch."): plain,
-        "int8 (_int_mm)": int8,
-        "fp8 (_scaled_mm, a scale a tensor)": lambda *size: fp8(*size, False),
-        "fp8 (_scaled_mm, a scale a row)": lambda *size: fp8(*size, True),
-    }
-    found: dict[str, Any] = {"card": describe_card(device), "rates": {}}
-    for tokens in (64,) if tiny else (2048, 4096):
-        for kind, make in kinds.items():
-            told = found["rates"].setdefault(kind, {}).setdefault(tokens, {})
-            done = taken = 0.0
-            for name, (n, k) in sizes.items():
-                try:
-                    seconds = clock.seconds(make(tokens, n, k))
-                except Exception as error:  # a card, or a build, without such a product
-                    told[name] = f"not available: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                    continue
-                told[name], done, taken = 2 * tokens * n * k / seconds, done + 2 * tokens * n * k, taken + seconds
-            told["layer"] = done / taken if taken else None
-            print(f"{tokens} tokens, {kind}: {told['layer'] and round(told['layer'] / 1e12, 1)} TFLOP/s")
-        save(found)
-    return found
-
-
-STAGES = {"machine": machine, "base": base, "tests": tests, "rates": rates}
+STAGES = {"machine": machine, "base": base, "tests": tests}
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -238,9 +168,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    def save(found: dict[str, Any]) -> None:
-        args.out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
-
+    save = partial(command.save, args.out)
     found = STAGES[args.stage](args.tiny, args.base, save)
     save(found)
     return found

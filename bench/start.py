@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.command import run
+from bench.command import ROOT, header, run, save
 from zephyr_lite.errors import UserError
 
 HELP = (["--help"], ["--version"], ["sft", "--help"], ["plan", "--help"])
@@ -86,48 +86,17 @@ def _processor_seconds(process: int) -> float:
     return sum(int(value) for value in fields[11:15]) / _TICKS  # its own, and of the children that it waited for
 
 
-def tiny_base(folder: Path) -> Path:
-    """A Mistral of random weights with a byte-level tokenizer, in the hub's layout."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-
-    config = MistralConfig(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        sliding_window=None,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    return folder
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path)
-    parser.add_argument("--checkout", type=Path, default=Path(__file__).parent.parent)
+    parser.add_argument("--checkout", type=Path, default=ROOT)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
-    from bench.card import commit, versions
-    from bench.turns import machine
+    from bench.mistral import tiny_base
 
     checkout = args.checkout.resolve()
-    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit()}
-    if checkout != Path(__file__).resolve().parent.parent:
-        told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
-        result["commit"] = told.stdout.strip() or None
-    result["base"] = str(args.base.name) if args.base else "a tiny one"
+    result: dict[str, Any] = {**header(checkout=checkout), "base": args.base.name if args.base else "a tiny one"}
     measured: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -163,10 +132,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         wall, used = (round(middle(values), 2) for values in zip(*pairs))
         result[case] = {"seconds": wall, "cpu_seconds": used}
     result["load_after"] = os.getloadavg()
-    text = json.dumps(result, indent=1)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
-    print(text)
+    save(args.out, result)
+    print(json.dumps(result, indent=1))
     return result
 
 

@@ -7,9 +7,7 @@ that slows down for a while slows all of them, and a quotient of two times of th
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
-import platform
 import sys
 import threading
 import time
@@ -31,10 +29,10 @@ from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.logging import messages_to
-from zephyr_lite.train.loop import train
+from zephyr_lite.train.callbacks import Callbacks
+from zephyr_lite.train.loop import TrainState, train
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.stage import Stage
-from zephyr_lite.train.state import init_state
 from zephyr_lite.train.steps import rows_of_step
 
 # Of a card's memory, what the CUDA context and loaded kernels take: PyTorch's allocator does not count it.
@@ -54,6 +52,8 @@ class Variant:
         padded: TRL gets a packed row's conversations as a padded batch.
         liger: TRL with Liger's kernels.
         skip_layers: of a recomputing Unsloth, layers that keep their activations (``checkpoint_skip_layers``).
+        dropout: LoRA dropout; None: as the configuration says.
+        micro_tokens: tokens that the fused engine runs at once; None: as its plan says.
     """
 
     method: Method
@@ -64,18 +64,36 @@ class Variant:
     padded: bool = False
     liger: bool = False
     skip_layers: int = 0
+    dropout: float | None = None
+    micro_tokens: int | None = None
 
     @property
-    def name(self) -> str:
+    def side(self) -> str:
+        """Whose settings compete for one place in the results; Unsloth's default is a side of its own."""
         words = [self.engine]
         if self.method == "dpo":
             words.append("cached" if self.cached else "live")
-        if self.engine != "fused":
-            words += [f"{self.per_device} at once"] if self.per_device > 1 else []
-            words += ["padded"] if self.padded else []
-            words += ["liger"] if self.liger else []
-            words += ["recompute"] if self.recompute else []
-            words += [f"skip {self.skip_layers}"] if self.skip_layers else []
+        if self.micro_tokens is not None:
+            words.append(f"{self.micro_tokens} tokens at once")
+        if self.engine == "unsloth" and self.recompute and not self.skip_layers:
+            words.append("default")
+        return " ".join(words)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What settings that differ by the size of their micro-batches have in common."""
+        return self.recompute, self.padded, self.liger, self.skip_layers
+
+    @property
+    def name(self) -> str:
+        if self.engine == "fused":
+            return self.side
+        words = [self.side.removesuffix(" default")]
+        words += [f"{self.per_device} at once"] if self.per_device > 1 else []
+        words += ["padded"] if self.padded else []
+        words += ["liger"] if self.liger else []
+        words += ["recompute"] if self.recompute else []
+        words += [f"skip {self.skip_layers}"] if self.skip_layers else []
         return " ".join(words)
 
 
@@ -129,17 +147,14 @@ class Turns(TrainerCallback):
 
 def memory() -> dict[str, int]:
     """In bytes, now and at most: on a GPU what PyTorch's allocator handed out and what it took from the card, else the
-    process's resident set; empty where /proc is not to be had."""
+    process's resident set."""
     if torch.cuda.is_available():
         return {
             "peak_bytes": torch.cuda.max_memory_reserved(),
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
             "now_bytes": torch.cuda.memory_allocated(),
         }
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
+    lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))}
     return {"peak_bytes": found["VmHWM"], "now_bytes": found["VmRSS"]}
 
@@ -225,8 +240,8 @@ def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.dpo import DpoObjective
     from zephyr_lite.train.sft import SftObjective
 
-    task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage, lambda line: None)
-    return partial(train, init_state(stage, task, callbacks=[turns]))
+    task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage)
+    return partial(train, TrainState(stage, task, observers=[Callbacks([turns])]))
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
@@ -316,14 +331,8 @@ class Runner:
         self.kill()
 
     def kill(self) -> None:
-        """Wait a moment for the process to end, then end it; a thread ends by itself."""
+        """End the process and give its memory back; a thread ends by itself."""
         if self.process is not None:
-            self.process.join(5)
-            self.abandon()
-
-    def abandon(self) -> None:
-        """End it now, whatever it does, and give its memory back; a thread ends with this process."""
-        if self.process is not None and self.process.is_alive():
             self.process.kill()
             self.process.join()
 
@@ -336,8 +345,7 @@ class Runner:
     def _receive(self, timeout: float | None) -> dict[str, Any]:
         try:
             if not self.pipe.poll(timeout):
-                if self.process is not None:
-                    self.process.kill()
+                self.kill()
                 raise Failed(self.variant.name, "late", f"no answer within {timeout:.0f} s.")
             found = self.pipe.recv()
         except (EOFError, OSError):
@@ -376,20 +384,6 @@ def times_faster(ours: Runner, theirs: Runner) -> float:
 def take_turns(runners: Sequence[Runner], number: int) -> Sequence[Runner]:
     """The order of a round: forwards, then backwards."""
     return runners if number % 2 == 0 else runners[::-1]
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-        load: Any = os.getloadavg()
-    except OSError:
-        load = None
-    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load_before": load}
 
 
 def frozen_adapter(values: dict[str, Any], folder: Path) -> Path:

@@ -45,7 +45,6 @@ class Act:
     headers: dict[str, str] = field(default_factory=dict)
     sleep: float = 0.0
     cut: int | None = None  # bytes of the body after which the connection ends
-    drip: float = 0.0  # seconds between the bytes
 
 
 Script = Callable[[Seen], Act]
@@ -188,14 +187,7 @@ class ChatServer:
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(act.body)))
         handler.end_headers()
-        if act.drip:
-            for place in range(len(act.body)):
-                handler.wfile.write(act.body[place : place + 1])
-                handler.wfile.flush()
-                if self._over.wait(act.drip):
-                    break
-        else:
-            handler.wfile.write(act.body if act.cut is None else act.body[: act.cut])
+        handler.wfile.write(act.body if act.cut is None else act.body[: act.cut])
         handler.wfile.flush()
         if act.cut is not None:
             handler.close_connection = True

@@ -136,7 +136,7 @@ CASES = [
     Case(
         "words: a stage outside of the run",
         words("sft", "stage=../../etc"),
-        "the command line: stage: a stage's name is one word of letters, digits, '-' and '_'; it is also a folder's name (found '../../etc').",
+        "the command line: stage: String should match pattern '^[\\w-]+$' (found '../../etc').",
     ),
     Case(
         "words: a regular expression for modules",

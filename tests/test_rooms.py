@@ -27,8 +27,8 @@ ROOMS = (
     "merge",
     "export",
     "recipe",
-    "audit",
     "demo",
+    "audit",
     "cli",
 )
 # imports that run upwards, to be removed: (room, room)

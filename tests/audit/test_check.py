@@ -1,4 +1,4 @@
-"""``check``: adapters that were trained wrongly in the known ways are found out, and right ones are left in peace."""
+"""``check``: adapters that were trained wrongly in the known ways are found, and right ones are sound."""
 
 import json
 import math
@@ -10,16 +10,13 @@ import torch
 
 from tests.conftest import CONVERSATIONS, make_model
 from tests.train.test_train import dpo_words, words
-from zephyr_lite.audit.evidence import gather
-from zephyr_lite.audit.files import product_distance
-from zephyr_lite.audit.measured import with_bos
+from zephyr_lite.audit.files import Level, gather, product_distance
+from zephyr_lite.audit.measure import with_bos
 from zephyr_lite.audit.run import audit
-from zephyr_lite.audit.subject import Request
-from zephyr_lite.audit.verdict import Level
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations
-from zephyr_lite.data.chat_template import ZEPHYR, Example, resolve_template
+from zephyr_lite.data.chat_template import Example, resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import load_tokenizer
@@ -37,22 +34,29 @@ LN2 = math.log(2)
 def run(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     """Both stages."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    run_sft(
-        load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, num_train_epochs=12, **PLAIN)),
-    )
+    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, batch_size=1, num_train_epochs=12, **PLAIN)))
     run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, **PLAIN)))
     return out
 
 
-def found(request, topic):
+def found(topic, adapter, **options):
     """The findings on a topic: level and text."""
-    return [(f.level, f.text) for f in audit(request).findings if f.topic == topic]
+    return [(f.level, f.text) for f in audit(str(adapter), **options).findings if f.topic == topic]
 
 
-def by_hand(base, folder, change, *, template=ZEPHYR, saved=None, steps=40):
+def files(topic, adapter, **options):
+    return found(topic, adapter, files_only=True, **options)
+
+
+def save(folder, modules, base="mistralai/Mistral-7B-v0.1"):
+    write_adapter(folder, dict(modules), base_model_name=base)
+    return folder
+
+
+def by_hand(base, folder, change=lambda example, tokenizer: example, *, saved=None, steps=40):
     """An adapter trained on the conversations, each changed as told, and saved with tokenizer and template."""
     tokenizer = load_tokenizer(base)
-    chosen = resolve_template(template if "{" in template else "zephyr", tokenizer)
+    chosen = resolve_template("zephyr", tokenizer)
     examples = []
     for place, (question, answer) in enumerate(CONVERSATIONS):
         ids, mask = chosen.encode([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
@@ -66,49 +70,46 @@ def by_hand(base, folder, change, *, template=ZEPHYR, saved=None, steps=40):
         optimizer.zero_grad()
         (-decoder.token_logps(batch).mean()).backward()
         optimizer.step()
-    write_adapter(folder, stack.weights("own"), base_model_name=str(base))
+    save(folder, stack.weights("own"), str(base))
     tokenizer.chat_template = saved or chosen.text
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def same(example, tokenizer):
-    return example
+# Adapters of this program
 
 
-# Ours
-
-
-def test_a_run_of_ours_is_sound(run, pair_rows, chat_rows):
+def test_a_run_of_this_program_is_sound(run, pair_rows, chat_rows):
     for stage in ("sft", "dpo"):
-        result = audit(Request(str(run / stage), rows=str(chat_rows), pairs=str(pair_rows) if stage == "dpo" else None))
+        result = audit(str(run / stage), rows=str(chat_rows), pairs=str(pair_rows) if stage == "dpo" else None)
         assert result.level <= Level.note, [f for f in result.findings if f.level > Level.note]
         assert result.tool == "zephyr-lite" and result.method == stage
     told = {f.topic: f.text for f in result.findings if f.level == Level.right}
-    assert told["below"] and f"ln 2 against what it started from ({run}/sft/adapter)" in told["reference"]
+    assert told["below"] and f"ln 2 against the start of training ({run}/sft/adapter)" in told["reference"]
     assert result.numbers["pairs"]["start"]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert result.numbers["pairs"]["start"]["accuracy"] > 0.5
 
 
-def test_a_claimed_reference_that_is_not_where_it_started_is_wrong(run, pair_rows, chat_rows):
-    request = Request(str(run / "dpo"), rows=str(chat_rows), pairs=str(pair_rows), reference="base")
-    result = audit(request)
+def test_a_claimed_reference_that_is_not_the_start_is_wrong(run, pair_rows, chat_rows):
+    result = audit(str(run / "dpo"), rows=str(chat_rows), pairs=str(pair_rows), reference="base")
     worst = [f for f in result.findings if f.level == Level.wrong]
     assert [f.topic for f in worst] == ["reference"] and "against the bare base, not ln 2" in worst[0].text
     assert abs(result.numbers["pairs"]["base"]["loss"] - LN2) > 1e-3
+    result = audit(str(run / "dpo"), rows=str(chat_rows), pairs=str(pair_rows), reference=str(run / "sft"))
+    assert result.verdict() == "sound" and str(run / "sft") in result.numbers["pairs"]
 
 
-def test_a_delta_needs_what_lies_below_it(run, chat_rows, tmp_path):
-    result = audit(Request(str(run / "dpo" / "delta"), rows=str(chat_rows)))
+def test_a_delta_needs_the_adapters_below_it(run, chat_rows, tmp_path):
+    result = audit(str(run / "dpo" / "delta"), rows=str(chat_rows))
     assert result.level <= Level.note and any("right only with sft/adapter below" in f.text for f in result.findings)
     rows = result.numbers["rows"]
     assert rows["policy"]["loss"] < rows["alone"]["loss"] - 0.1
-    # copied out of its run it is an adapter like any other's
+    # copied out of its run it is an adapter of an unknown tool
     shutil.copytree(run / "dpo" / "delta", tmp_path / "copy")
     for file in (run / "sft" / "adapter").iterdir():
         if not file.name.startswith("adapter_"):
             shutil.copy(file, tmp_path / "copy")
-    lone = audit(Request(str(tmp_path / "copy"), rows=str(chat_rows), below=[str(run / "sft")], load_in_4bit=False))
+    lone = audit(str(tmp_path / "copy"), rows=str(chat_rows), below=[str(run / "sft")], load_in_4bit=False)
     assert any(f.level == Level.right and "does worse than on the adapters below it" in f.text for f in lone.findings)
     assert lone.numbers["rows"]["policy"]["loss"] == pytest.approx(rows["policy"]["loss"], rel=1e-6)
 
@@ -118,98 +119,76 @@ def test_an_adapter_that_is_not_the_chain_is_wrong(run, tmp_path):
     adapter = read_adapter(tmp_path / "r/dpo/adapter")
     changed = {n: LoraWeights(w.a.clone(), w.b * 1.01, w.scale) for n, w in adapter.modules.items()}
     shutil.rmtree(tmp_path / "r/dpo/adapter")
-    write_adapter(tmp_path / "r/dpo/adapter", changed, base_model_name=str(adapter.config["base_model_name_or_path"]))
-    told = found(Request(str(tmp_path / "r/dpo/adapter"), files_only=True), "below")
+    save(tmp_path / "r/dpo/adapter", changed, str(adapter.config["base_model_name_or_path"]))
+    told = files("below", tmp_path / "r/dpo/adapter")
     assert told == [(Level.wrong, "it is not the chain that its stage.json names")]
 
 
-# Of other tools
-
-
-def test_what_was_continued_is_told_from_what_was_stacked(run, tmp_path):
-    sft = read_adapter(run / "sft/adapter")
-    moved = {n: LoraWeights(w.a + 0.01 * torch.randn_like(w.a), w.b * 1.5, w.scale) for n, w in sft.modules.items()}
-    write_adapter(tmp_path / "on", moved, base_model_name="mistralai/Mistral-7B-v0.1")
-    fresh = {n: LoraWeights(torch.randn_like(w.a), w.b, w.scale) for n, w in sft.modules.items()}
-    write_adapter(tmp_path / "fresh", fresh, base_model_name="mistralai/Mistral-7B-v0.1")
-    below, name = str(run / "sft"), "files_only"
-    for folder, option, level in (
-        ("on", "below", Level.wrong),
-        ("on", "start", Level.right),
-        ("fresh", "below", Level.right),
-        ("fresh", "start", Level.wrong),
-    ):
-        value = [below] if option == "below" else below
-        told = found(Request(str(tmp_path / folder), **{option: value, name: True}), "below")
-        assert [t[0] for t in told] == [level], (folder, option, told)
-    assert compare_origins(read_adapter(tmp_path / "on"), sft)[0] < 0.2
-    assert compare_origins(read_adapter(tmp_path / "fresh"), sft)[0] > 1
-
-
-def test_an_adapter_of_the_same_seed_is_not_taken_for_a_continued_one(run, tmp_path):
-    """Scripts set one seed for every stage: a fresh adapter has the first one's A, and a B of its own."""
-    torch.manual_seed(0)
-    sft = read_adapter(run / "sft/adapter")
-    drawn = {n: LoraWeights(w.a + 0.01, torch.randn_like(w.b) * w.b.std(), w.scale) for n, w in sft.modules.items()}
-    write_adapter(tmp_path / "a", drawn, base_model_name="mistralai/Mistral-7B-v0.1")
-    fresh, below = str(tmp_path / "a"), str(run / "sft")
-    distance, held = compare_origins(read_adapter(fresh), sft)
-    assert distance < 0.2 and abs(held) < 0.2 and compare_origins(sft, sft) == (0, pytest.approx(1))
-    told = found(Request(fresh, below=[below], files_only=True), "below")
-    assert told[0][0] == Level.right and "drawn with the same seed: both can be on" in told[0][1]
-    told = found(Request(fresh, start=below, files_only=True), "below")
-    assert told[0][0] == Level.wrong and "it was drawn with the same seed" in told[0][1]
-
-
-def test_a_stage_of_ours_holds_what_its_stage_json_says(run):
+def test_a_stage_contains_what_its_stage_json_says(run):
     sft, dpo = str(run / "sft"), run / "dpo"
     for path, option, level in (
-        (dpo, "start", Level.right),
-        (dpo, "below", Level.wrong),
-        (dpo / "delta", "start", Level.wrong),
-        (dpo / "delta", "below", Level.note),
+        (dpo, {"start": sft}, Level.right),
+        (dpo, {"below": [sft]}, Level.wrong),
+        (dpo / "delta", {"start": sft}, Level.wrong),
+        (dpo / "delta", {"below": [sft]}, Level.note),
     ):
-        request = Request(str(path), files_only=True, **{option: [sft] if option == "below" else sft})
-        assert max(t[0] for t in found(request, "below")) == level, (path, option)
+        assert max(level for level, _ in files("below", path, **option)) == level, (path, option)
+
+
+# Adapters of other tools
+
+
+def test_a_continued_adapter_is_told_from_a_stacked_one_and_from_one_of_the_same_seed(run, tmp_path):
+    torch.manual_seed(0)
+    sft, below = read_adapter(run / "sft/adapter"), str(run / "sft")
+    adapters = {
+        "continued": lambda w: LoraWeights(w.a + 0.01 * torch.randn_like(w.a), w.b * 1.5, w.scale),
+        "fresh": lambda w: LoraWeights(torch.randn_like(w.a), w.b, w.scale),
+        # scripts set one seed for every stage: a fresh adapter has the first one's A, and a B of its own
+        "seed": lambda w: LoraWeights(w.a + 0.01, torch.randn_like(w.b) * w.b.std(), w.scale),
+    }
+    for name, change in adapters.items():
+        folder = save(tmp_path / name, {n: change(w) for n, w in sft.modules.items()})
+        levels = (Level.wrong, Level.right) if name == "continued" else (Level.right, Level.wrong)
+        ((as_below, below_text),) = files("below", folder, below=[below])
+        ((as_start, start_text),) = files("below", folder, start=below)
+        assert (as_below, as_start) == levels, name
+        if name == "seed":
+            assert "drawn with the same seed: both can be on" in below_text
+            assert "it was drawn with the same seed" in start_text
+        distance, share = compare_origins(read_adapter(folder), sft)
+        assert (distance > 1) == (name == "fresh") and (name != "seed" or abs(share) < 0.2)
 
 
 def test_step_zero_against_itself_is_no_evidence(run, chat_rows, pair_rows, tmp_path):
-    """A model against itself is ln 2 whatever it was trained against: nothing is called right for that."""
     shutil.copytree(run / "dpo/adapter", tmp_path / "a")
     given = {"rows": str(chat_rows), "pairs": str(pair_rows), "load_in_4bit": False, "limit": 4}
-    ((level, text),) = found(Request(str(tmp_path / "a"), **given), "reference")
-    assert level == Level.note and "by definition: the bare base is taken for both" in text
+    ((level, text),) = found("reference", tmp_path / "a", **given)
+    assert level == Level.note and "by definition: the bare base is taken as both" in text
 
 
 def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
     stack = AdapterStack(make_model())
     stack.add_trainable("own", r=4, alpha=8, targets="all-linear", seed=1)
-    write_adapter(tmp_path / "a", stack.weights("own"), base_model_name=str(tiny_base))
-    assert found(Request(str(tmp_path / "a"), files_only=True), "weights")[0][0] == Level.wrong
+    assert files("weights", save(tmp_path / "a", stack.weights("own")))[0][0] == Level.wrong
 
 
 @pytest.mark.parametrize(
     ("card", "tool", "method", "level"),
     [
         ("---\ntags: [trl, dpo]\n---\nfine-tuned version of [org/Base-7B](x) with [TRL](y).", "TRL", "dpo", None),
-        (
-            "---\ntags: [trl, dpo]\n---\nThis is a fine-tuned version of [org/base-7b-sft](x).",
-            "TRL",
-            "dpo",
-            Level.doubtful,
-        ),
+        ("---\ntags: [trl, dpo]\n---\na fine-tuned version of [org/base-7b-sft](x).", "TRL", "dpo", Level.doubtful),
         ("---\nlibrary_name: peft\ntags: [llama-factory, sft]\n---\n", "LLaMA-Factory", "sft", None),
         ("---\ntags: [unsloth]\nbase_model: unsloth/Base-7B-bnb-4bit\n---\n", "Unsloth", None, None),
         ("---\n: [broken\n---\n", "an unknown tool (PEFT)", None, None),
     ],
 )
 def test_a_card_is_read(run, tmp_path, card, tool, method, level):
-    write_adapter(tmp_path / "a", dict(read_adapter(run / "sft/adapter").modules), base_model_name="org/Base-7B")
+    save(tmp_path / "a", read_adapter(run / "sft/adapter").modules, "org/Base-7B")
     (tmp_path / "a/README.md").write_text(card)
     evidence = gather(str(tmp_path / "a"))
     assert (evidence.tool, evidence.method) == (tool, method)
-    told = found(Request(str(tmp_path / "a"), files_only=True), "below")
-    assert [t[0] for t in told] == ([] if level is None else [level])
+    assert [found for found, _ in files("below", tmp_path / "a")] == ([] if level is None else [level])
 
 
 @pytest.mark.parametrize(
@@ -221,61 +200,71 @@ def test_a_card_is_read(run, tmp_path, card, tool, method, level):
         ({"step": 10, "loss": 0.41, "rewards/accuracies": 0.8}, Level.doubtful),
     ],
 )
-def test_a_trainers_log_says_where_dpo_began(run, tmp_path, record, level):
-    write_adapter(tmp_path / "a", dict(read_adapter(run / "sft/adapter").modules), base_model_name="org/Base-7B")
+def test_a_trainers_log_shows_where_dpo_began(run, tmp_path, record, level):
+    save(tmp_path / "a", read_adapter(run / "sft/adapter").modules, "org/Base-7B")
     for number, history in ((9, [{"step": 1, "loss": 5.0}]), (10, [record])):
         (tmp_path / f"a/checkpoint-{number}").mkdir()
         (tmp_path / f"a/checkpoint-{number}/trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert gather(str(tmp_path / "a")).method == "dpo"
-    assert found(Request(str(tmp_path / "a"), files_only=True), "reference")[0][0] == level
+    assert files("reference", tmp_path / "a")[0][0] == level
 
 
-# Measured
+# Measurements
 
 
-def test_rows_with_bos_twice_are_found_out(tiny_base, chat_rows, tmp_path):
+def test_rows_with_bos_twice_are_found(tiny_base, chat_rows, tmp_path):
     twice = by_hand(tiny_base, tmp_path / "twice", lambda e, t: with_bos(e, t.bos_token_id, 2))
-    once = by_hand(tiny_base, tmp_path / "once", same)
-    for folder, level in ((twice, Level.doubtful), (once, Level.right)):
-        told = found(Request(str(folder), rows=str(chat_rows), load_in_4bit=False), "bos")
+    for folder, level in ((twice, Level.doubtful), (by_hand(tiny_base, tmp_path / "once"), Level.right)):
+        told = found("bos", folder, rows=str(chat_rows), load_in_4bit=False)
         assert told[0][0] == level and ("BOS twice" in told[0][1]) == (level == Level.doubtful), told
 
 
-def test_an_end_token_that_was_masked_is_found_out(tiny_base, chat_rows, tmp_path):
+def test_a_masked_end_token_is_found(tiny_base, chat_rows, tmp_path):
     def no_end(example, tokenizer):
-        mask = example.mask & (example.ids != tokenizer.eos_token_id)
-        return Example(example.ids, mask, "", example.index)
+        return Example(example.ids, example.mask & (example.ids != tokenizer.eos_token_id), "", example.index)
 
     folder = by_hand(tiny_base, tmp_path / "a", no_end)
-    assert found(Request(str(folder), rows=str(chat_rows), load_in_4bit=False), "end")[0][0] == Level.wrong
+    assert found("end", folder, rows=str(chat_rows), load_in_4bit=False)[0][0] == Level.wrong
 
 
-def test_another_template_than_the_one_it_was_saved_with_is_found_out(tiny_base, chat_rows, tmp_path):
+def test_another_template_than_the_saved_one_is_found(tiny_base, chat_rows, tmp_path):
     other = (
         "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + eos_token + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
     )
-    folder = by_hand(tiny_base, tmp_path / "a", same, saved=other, steps=80)
-    told = found(Request(str(folder), rows=str(chat_rows), load_in_4bit=False), "template")
+    folder = by_hand(tiny_base, tmp_path / "a", saved=other, steps=80)
+    told = found("template", folder, rows=str(chat_rows), load_in_4bit=False)
     assert told[-1][0] == Level.doubtful and "under the template zephyr" in told[-1][1]
     (folder / "chat_template.jinja").unlink()
-    told = found(Request(str(folder), rows=str(chat_rows), load_in_4bit=False), "template")
+    told = found("template", folder, rows=str(chat_rows), load_in_4bit=False)
     assert [t[0] for t in told] == [Level.doubtful, Level.note] and "zephyr fits it best" in told[1][1]
 
 
-def test_without_an_effect_nothing_is_said_to_have_become_likelier(run, chat_rows, tmp_path):
+def test_without_an_effect_no_difference_is_claimed(run, chat_rows, tmp_path):
     weak = {n: LoraWeights(w.a, w.b * 1e-4, w.scale) for n, w in read_adapter(run / "sft/adapter").modules.items()}
     shutil.copytree(run / "sft/adapter", tmp_path / "a", ignore=shutil.ignore_patterns("adapter_*"))
-    base = gather(str(run / "sft")).base
-    write_adapter(tmp_path / "a", weak, base_model_name=base)
-    told = found(Request(str(tmp_path / "a"), rows=str(chat_rows), load_in_4bit=False), "below")
+    save(tmp_path / "a", weak, gather(str(run / "sft")).base)
+    told = found("below", tmp_path / "a", rows=str(chat_rows), load_in_4bit=False)
     assert told[0][0] == Level.note and "neither clearly likelier nor less likely" in told[0][1]
 
 
-# What cannot be
+def test_a_bos_that_begins_every_turn_cannot_be_doubled(chat_rows, run, tmp_path):
+    """SmolLM2's and Qwen's tokenizers call <|im_start|> their BOS."""
+    shutil.copytree(run / "sft/adapter", tmp_path / "a")
+    tokenizer = load_tokenizer(tmp_path / "a")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "a")
+    told = found("bos", tmp_path / "a", rows=str(chat_rows), load_in_4bit=False)
+    assert any("apart from the tokens of its turns" in text for _, text in told)
 
 
-def test_what_the_user_got_wrong_is_said_before_anything_is_measured(run, chat_rows, tmp_path, capsys, monkeypatch):
+# Mistakes
+
+
+def test_mistakes_are_found_before_the_base_is_loaded(run, chat_rows, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     for given, told in (
         (["--out", str(tmp_path)], "is a folder"),
@@ -283,18 +272,21 @@ def test_what_the_user_got_wrong_is_said_before_anything_is_measured(run, chat_r
         (["--pairs", str(tmp_path / "none.jsonl")], "there is no such file"),
         (["--reference", str(tmp_path)], "no adapter_config.json"),
         (["--beta", "0"], "DPO's beta is above 0"),
+        (["--start", "x", "--below", "y"], "--start and --below cannot be combined"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("zephyr_lite.audit.subject.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+            patch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
             assert cli.run(["check", str(run / "sft"), "--rows", str(chat_rows), *given]) == 2, given
         assert told in capsys.readouterr().err, given
     with pytest.raises(UserError, match="neither a template's name nor a file"):
-        audit(Request(str(run / "sft"), rows=str(chat_rows), chat_template="nonsense"))
+        audit(str(run / "sft"), rows=str(chat_rows), chat_template="nonsense")
+    with pytest.raises(UserError, match=r"several stages \(dpo, sft\)"):
+        audit(str(run))
 
 
-def test_a_base_that_is_not_there_is_a_finding_and_the_files_are_looked_at(run, tmp_path):
+def test_a_missing_base_is_a_finding(run, tmp_path):
     shutil.copytree(run / "sft" / "adapter", tmp_path / "a")
-    result = audit(Request(str(tmp_path / "a"), base="nobody/nothing"))
+    result = audit(str(tmp_path / "a"), base="nobody/nothing")
     assert {f.topic for f in result.findings} >= {"weights", "base"}
     assert any("nothing could be measured" in f.text for f in result.findings)
 
@@ -303,15 +295,8 @@ def test_an_adapter_of_another_base_is_wrong(run, tmp_path):
     make_model(hidden_size=32, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "b")
     for file in (run / "sft/adapter").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "b")
-    told = found(Request(str(run / "sft/adapter"), base=str(tmp_path / "b"), load_in_4bit=False), "base")
+    told = found("base", run / "sft/adapter", base=str(tmp_path / "b"), load_in_4bit=False)
     assert told[-1][0] == Level.wrong and "does not fit" in told[-1][1]
-
-
-def test_start_and_below_are_one_or_the_other(run):
-    with pytest.raises(UserError, match="--start names what it was continued from"):
-        audit(Request(str(run / "sft"), start="x", below=["y"]))
-    with pytest.raises(UserError, match=r"several stages \(dpo, sft\)|several stages \(sft, dpo\)"):
-        audit(Request(str(run)))
 
 
 def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, tmp_path, capsys):
@@ -327,7 +312,7 @@ def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, t
 # Arithmetic
 
 
-def test_bos_is_counted_out_exactly():
+def test_bos_is_counted_exactly():
     example = Example(np.array([1, 5, 6, 7], dtype=np.int32), np.array([False, False, True, True]), "", 0)
     for count in (0, 1, 2):
         changed = with_bos(example, 1, count)
@@ -345,16 +330,3 @@ def test_products_are_compared_without_being_formed():
     wanted = right.norm() / (third["m"].scale * third["m"].b @ third["m"].a).norm()
     assert product_distance(one, third) == pytest.approx(float(wanted), rel=1e-5)
     assert product_distance(one, one) == 0
-
-
-def test_a_bos_that_begins_every_turn_is_none(tiny_base, chat_rows, run, tmp_path):
-    """SmolLM2's and Qwen's tokenizers call <|im_start|> their BOS."""
-    shutil.copytree(run / "sft/adapter", tmp_path / "a")
-    tokenizer = load_tokenizer(tmp_path / "a")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
-    )
-    tokenizer.save_pretrained(tmp_path / "a")
-    request = Request(str(tmp_path / "a"), rows=str(chat_rows), load_in_4bit=False)
-    assert [f for f in found(request, "bos") if "apart from the tokens of its turns" in f[1]]

@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
-from bench import compare, contest, gpu, match, mistral, ops, rows, turns
+from bench import compare, contest, gpu, mistral, ops, rows, turns
 from bench.cases import Bench, cases
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import resolve_template
@@ -50,12 +48,6 @@ def _fastest(variants):
     return min((v for v in variants if v.startswith("trl")), key=lambda name: variants[name]["seconds"][0])
 
 
-def test_one_engine_alone(tmp_path, capsys):
-    results = compare.main(["--tiny", "--engines", "fused", "--methods", "sft"])
-    assert list(results["sft"]["variants"]) == ["fused"] and results["sft"]["ratios"] == {}
-    assert "dpo" not in results
-
-
 def test_a_variant_that_fails_says_which(tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "fused", None)
     with pytest.raises(UserError, match="fused"):
@@ -86,9 +78,6 @@ def test_the_random_mistral_is_what_transformers_quantizes_and_saves(random_base
     )
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    index = json.loads((random_base / "model.safetensors.index.json").read_text())["weight_map"]
-    assert index.keys() == wanted.keys()
-
     quantized = 0
     for name, weight in AutoModelForCausalLM.from_pretrained(random_base).named_parameters():
         if hasattr(weight, "quant_state"):
@@ -201,41 +190,25 @@ def test_what_does_not_fit_is_a_result(monkeypatch):
         assert played["not_run"]["fused"] == "memory: CUDA out of memory."
 
 
-def players_alone(folder: Path, base: Path, **changes) -> match.Match:
+def match_of(folder: Path, base: Path, **changes) -> contest.Match:
     args = gpu.arguments([*SMALL, "--rounds", "2", "--methods", "sft"])
     values = contest.configurations(args, base, folder)["sft"]
-    told = {
-        "cap": 1.0,
-        "room_bytes": 2**30,
-        "idle_bytes": 2**28,
-        "deadline": time.monotonic() + 600,
-        "threads": True,
-        **changes,
-    }
-    return match.Match("sft", values, 2, folder=folder, **told)
-
-
-def test_where_the_card_holds_one_engine_they_run_one_after_the_other(random_base, tmp_path):
-    played = players_alone(tmp_path, random_base)
-    sides = [match.Player("sft", "fused"), match.Player("sft", "trl")]
-    result = played.play(sides, contest.nothing, 2)
-    assert not result["side_by_side"] and result["rounds"] == 2
-    assert result["variants"]["fused"]["tokens"] == result["variants"]["trl"]["tokens"]
-    assert result["ratios"].keys() == {"fused over trl"}
+    told = {"cap": None, "deadline": time.monotonic() + 600, "threads": True, **changes}
+    return contest.Match("sft", values, 2, folder=folder, **told)
 
 
 def test_without_time_a_round_is_played_all_the_same(random_base, tmp_path):
-    played = players_alone(tmp_path, random_base, cap=None, deadline=0.0)
-    result = played.play(match.settings("sft", "trl", [1, 2]), contest.nothing, 1)
+    played = match_of(tmp_path, random_base, deadline=0.0)
+    result = played.play(contest.settings("sft", "trl", [1, 2]), contest.nothing)
     assert result["rounds"] == 1 and result["rounds_wanted"] == 2
     assert [t["why"] for t in result["tried"]] == ["", *["out of time"] * 4]
 
 
 def test_an_engine_in_a_process_of_its_own(random_base, tmp_path):
-    played = players_alone(tmp_path, random_base, room_bytes=2**34, threads=False)
-    result = played.play([match.Player("sft", "fused")], contest.nothing, 1)
-    assert result["side_by_side"] and result["variants"]["fused"]["peak_bytes"] > 0
-    assert result["not_run"] == {}
+    played = match_of(tmp_path, random_base, threads=False)
+    result = played.play([turns.Variant("sft", "fused")], contest.nothing)
+    assert result["variants"]["fused"]["peak_bytes"] > 0
+    assert result["rounds"] == 2 and result["not_run"] == {}
 
 
 def test_a_cap_is_what_the_planner_sees(monkeypatch):
@@ -250,51 +223,6 @@ def test_a_cap_is_what_the_planner_sees(monkeypatch):
     assert told == [(24 * gib - turns.CONTEXT_BYTES) / (140 * gib)]
     assert torch.cuda.mem_get_info() == (18 * gib - turns.CONTEXT_BYTES, 24 * gib)
     assert free_memory(torch.device("cuda")) == 19 * gib - turns.CONTEXT_BYTES
-
-
-def test_room_is_made_for_the_next_on_trial(monkeypatch, tmp_path):
-    """The card is never asked for more than it has: loaded players, kept ones at their peaks, and one at its cap."""
-    gib, cap, idle, card = 2**30, 24, 6 * 2**30, 125 * 2**30
-    alive: dict[object, int] = {}
-
-    class Fake:
-        def __init__(self, variant, values, **options):
-            self.variant, self.steps, self.ready = variant, [], {"threads": 1, "plan": {}, "kernels_replaced": []}
-            alive[self] = idle
-
-        def load(self, timeout):
-            return self
-
-        def step(self, timeout):
-            alive[self] = cap * gib
-            assert sum(alive.values()) <= card
-            alive[self] = 20 * gib + turns.CONTEXT_BYTES
-            seconds = 1 / self.variant.per_device  # more at once is faster, so that the kept one changes
-            return {"seconds": seconds, "cpu_seconds": 0, "pairs": 4, "tokens": 9, "peak_bytes": 20 * gib}
-
-        def stop(self):
-            alive.pop(self)
-
-        def abandon(self):
-            alive.pop(self, None)
-
-    monkeypatch.setattr(match, "Runner", Fake)
-    played = match.Match("dpo", {}, 3, time.monotonic() + 60, tmp_path, cap, card, idle)
-    players = contest.lineup("dpo", ["fused", "trl", "unsloth"], [1, 2, 4], 4096)
-    result = played.play(players, contest.nothing, 5)
-    assert result["side_by_side"] and result["rounds"] == 3
-    assert {s: v["per_device"] for s, v in result["variants"].items()} == {
-        "fused live": 1,
-        "fused cached": 1,
-        "trl live": 4,
-        "unsloth live": 4,
-        "unsloth live default": 4,
-    }
-    assert not alive
-
-    small = match.Match("dpo", {}, 3, time.monotonic() + 60, tmp_path, cap, cap * gib, idle)
-    card = cap * gib
-    assert not small.play(players, contest.nothing, 5)["side_by_side"] and not alive
 
 
 def test_unsloth_plays_at_its_default_too(monkeypatch, tmp_path):
@@ -316,13 +244,13 @@ def test_unsloth_plays_at_its_default_too(monkeypatch, tmp_path):
         def stop(self):
             pass
 
-        abandon = stop
+        kill = stop
 
-    monkeypatch.setattr(match, "Runner", Fake)
+    monkeypatch.setattr(contest, "Runner", Fake)
     wanted = {32: ("unsloth", 1 / 1.5), 16: ("unsloth recompute skip 16", 1.34 / 1.5), 0: (None, 1)}
     for keeps_fit, (setting, share) in wanted.items():
-        played = match.Match("sft", {}, 2, time.monotonic() + 60, tmp_path, None, 2**40, 2**30)
-        result = played.play(contest.lineup("sft", ["fused", "unsloth"], [1], 4096), contest.nothing, 4)
+        played = contest.Match("sft", {}, 2, time.monotonic() + 60, tmp_path, None)
+        result = played.play(contest.lineup("sft", ["fused", "unsloth"], [1], 4096), contest.nothing)
         assert result["variants"].get("unsloth", {}).get("setting") == setting
         assert ("unsloth" in result["not_run"]) == (setting is None)
         ratios = result["ratios"]
@@ -334,51 +262,14 @@ def test_unsloth_plays_at_its_default_too(monkeypatch, tmp_path):
         assert result["variants"]["unsloth default"]["setting"] == "unsloth recompute"
 
 
-def test_unsloth_is_asked_to_keep_some_layers(monkeypatch):
-    class FastLanguageModel:
-        @staticmethod
-        def get_peft_model(model, **options):
-            return model, options
-
-    class Made(Exception):
-        pass
-
-    def make_trainer(stage, **options):
-        raise Made(sys.modules["unsloth"].FastLanguageModel.get_peft_model("model", r=4))
-
-    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
-    monkeypatch.setattr("zephyr_lite.engines.trl.make_trainer", make_trainer)
-    stage = SimpleNamespace(
-        base=SimpleNamespace(device=CPU, dtype=torch.float32), info={}, config=SimpleNamespace(batch_size=4)
-    )
-    with pytest.raises(Made) as made:
-        turns.baseline(stage, None, match.Player("sft", "unsloth", recompute=True, skip_layers=16))
-    assert made.value.args == (("model", {"checkpoint_skip_layers": 16, "r": 4}),)
-
-
-def test_what_is_tried():
-    tried = match.settings("sft", "trl", [2, 1], liger=True)
-    assert tried[0].name == "trl recompute" and tried[0].per_device == 1  # what surely fits comes first
-    assert {"trl", "trl 2 at once", "trl padded recompute", "trl liger recompute"} <= {p.name for p in tried}
-    assert not any(p.liger or p.padded for p in match.settings("dpo", "unsloth", [1, 2], liger=True))
-    order = [p.engine for p in contest.lineup("dpo", ["fused", "trl", "unsloth"], [1], 4096)]
-    assert order[:4] == ["fused", "fused", "trl", "unsloth"]  # no engine waits until another has tried everything
-
-
 def test_gpu_refuses_what_it_cannot_do():
-    with pytest.raises(UserError, match="per-device"):
-        gpu.main(["--tiny", "--per-device", "3"])
     for words, said in (
+        (["--per-device", "3"], "per-device"),
         (["--engines", "fused,foo"], "foo"),
         (["--methods", "ppo"], "ppo"),
-        (["--rounds", "0"], "rounds 0"),
-        (["--per-device", "0"], "per-device 0"),
-        (["--dropout", "2"], "dropout"),
     ):
         with pytest.raises(UserError, match=said):
             gpu.main(["--tiny", *words])
-    with pytest.raises(UserError, match="rounds 0"):
-        ops.main(["--tiny", "--rounds", "0"])
     if not torch.cuda.is_available():
         for main in (gpu.main, ops.main):
             with pytest.raises(UserError, match="NVIDIA"):
@@ -400,7 +291,6 @@ def test_ops_tiny(tmp_path, capsys):
     for name in names():
         assert by[name, "twin"]["seconds"] > 0
     assert by["nf4.dequantize gate_proj", "bitsandbytes"]["bytes_per_second"] > 0
-    assert by["rms_norm forward", "liger"].keys() > {"operation", "by"}
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         assert all("so the twin does" in by[name, "kernel"]["not_run"] for name in names())
     assert "dropout backward" in capsys.readouterr().out

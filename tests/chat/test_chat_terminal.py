@@ -17,8 +17,9 @@ import pytest
 import zephyr_lite
 from tests.conftest import make_model
 from zephyr_lite.chat import Chat, load_chat, repl
+from zephyr_lite.chat.generate import Drawn
 from zephyr_lite.chat.repl import side_by_side
-from zephyr_lite.chat.session import Answer, Session
+from zephyr_lite.chat.session import Session
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli import talk
 from zephyr_lite.monitor.console import Console, visible
@@ -142,7 +143,7 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
         ask(self, question, *rest)
         for column in self.columns:
             text = "Same." if question == "All?" else f"[I am {column.model}]"
-            column.turns[-1] = (question, Answer(text, "stop", 2, 1.0))
+            column.turns[-1] = (question, Drawn(text, [1, 2], "stop"))
         return [column.turns[-1][1] for column in self.columns]
 
     monkeypatch.setattr(Session, "ask", named)
@@ -179,22 +180,10 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
     assert again[0] == 0 and "0 votes; 0 pairs added" in again[1] and len(file.read_text().splitlines()) == 4
 
 
-def test_a_vote_that_cannot_be_written_leaves_no_trace(typed, tmp_path, monkeypatch):
-    def full(path, rows):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr("zephyr_lite.chat.vote.append_rows", full)
-    options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
-    code, out, err = typed("Tell me a joke.", "1", "/undo", options=options)
-    assert (
-        code == 0 and "No space left on device" in err and "nothing to take back" in err and "0 votes; 0 pairs" in out
-    )
-
-
 def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
     def cut(self, question, *rest):
         for column in self.columns:
-            column.turns.append((question, Answer(f"I am {column.model}", "length", 2, 1.0)))
+            column.turns.append((question, Drawn(f"I am {column.model}", [1, 2], "length")))
         return [column.turns[-1][1] for column in self.columns]
 
     monkeypatch.setattr(Session, "ask", cut)
@@ -211,13 +200,15 @@ def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
     [
         (["--vote", "v.jsonl"], "--vote needs answers"),
         (["--model", "sft", "--model", "dpo"], "more than once"),
-        (["--model", "sft", "--model", "sft", "--compare"], "the same model twice"),
+        (["--model", "sft", "--model", "sft", "--compare"], "is one model, sft"),
         (["--model", "rlhf"], "no model 'rlhf'"),
         (["--compare", "--model", "sft"], "is one model, sft"),
         (["--prompts", "p.txt"], "go together"),
         (["--out", "p.jsonl"], "go together"),
         (["--compare", "--vote", "v.txt"], ".jsonl file"),
         (["--top-p", "0"], "top-p 0.0"),
+        (["--temperature", "nan"], "temperature nan"),
+        (["--seed", "-1"], "seed -1"),
         (["--system", "<s>"], "control token"),
     ],
 )

@@ -9,10 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     dpo_words,
@@ -25,20 +23,12 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     tiny_base,
 )
 from zephyr_lite.errors import UserError
-from zephyr_lite.memory import forecast
-from zephyr_lite.memory.forecast import needs_lines
 from zephyr_lite.monitor.console import Console, duration, metrics_line
 
 ROOT = Path(__file__).parents[2]
 
 
 # -- help, version, usage ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", [[], ["sft"], ["dpo"], ["merge"], ["demo"], ["env"]])
-def test_help(invoke, command):
-    code, out, _ = invoke(*command, "--help")
-    assert code == 0 and "Usage: zephyr-lite" in out
 
 
 def test_help_imports_nothing_heavy_and_the_module_runs():
@@ -61,15 +51,10 @@ def test_an_unexpected_error_is_ours(invoke, monkeypatch):
 
     monkeypatch.setattr("zephyr_lite.cli.environment.survey", broken)
     code, out, err = invoke("env")
-    assert code == 1 and "[bold]a [/wrong] thing" in err and "our fault" in err and "--verbose" in err
+    assert code == 1 and "[bold]a [/wrong] thing" in err and "a bug in zephyr-lite" in err and "--verbose" in err
     assert "Traceback" not in out + err
     code, _, err = invoke("env", "--verbose")
     assert code == 1 and "Traceback" in err
-
-
-def test_user_errors_show_their_traceback_on_request_only(invoke):
-    code, _, err = invoke("sft", "nonsense=1", "--verbose")
-    assert code == 2 and "Traceback" in err and "no key 'nonsense'" in err
 
 
 def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
@@ -81,22 +66,6 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
     monkeypatch.setattr("zephyr_lite.config.load.load_config", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
     assert code == 130 and "resumes: from the last checkpoint" in err
-
-
-def test_a_full_card_and_a_full_disk_are_said(invoke, monkeypatch):
-    def full():
-        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
-
-    monkeypatch.setattr("zephyr_lite.cli.environment.survey", full)
-    code, _, err = invoke("env")
-    assert code == 2 and "max_length" in err
-
-    def no_space():
-        raise OSError(28, "No space left on device", "runs/x")
-
-    monkeypatch.setattr("zephyr_lite.cli.environment.survey", no_space)
-    code, _, err = invoke("env")
-    assert code == 2 and "runs/x" in err
 
 
 # -- what goes well ----------------------------------------------------------------------------------------------------
@@ -155,37 +124,6 @@ def test_merge_compares_with_the_live_stack(invoke, runs, tmp_path, onto):
     assert invoke("merge", "--out", "model", "--onto", onto, "--overwrite", "--no-check")[0] == 0
 
 
-def test_the_same_merge_again_makes_what_is_missing(invoke, runs, tmp_path):
-    """As after a kill between the weights and the comparison, between that and the card, and after the end."""
-    words, model = ("merge", "--out", "model", "--rows", "2"), tmp_path / "model"
-    assert invoke(*words)[0] == 0
-    weights = (model / "model.safetensors").stat()
-    mark = json.loads((model / "zephyr_lite.json").read_text())
-    measured = mark.pop("measured")
-    (model / "zephyr_lite.json").write_text(json.dumps(mark))
-    (model / "README.md").unlink()
-    (tmp_path / ".model.01234567").mkdir()
-    (model / ".README.md.01234567").write_text("half a card")
-    code, out, err = invoke(*words)
-    assert code == 0 and "the comparison is still to be made" in out and "merged against live" in out, err
-    assert json.loads((model / "zephyr_lite.json").read_text()) == {**mark, "measured": measured}
-    assert (
-        (model / "README.md").is_file() and not list(model.glob(".*")) and not (tmp_path / ".model.01234567").exists()
-    )
-    (model / "README.md").unlink()
-    code, out, _ = invoke(*words)
-    assert code == 0 and "model is complete already." in out and "model card: model/README.md" in out
-    (model / "README.md").write_text("mine")
-    code, out, _ = invoke(*words)
-    assert code == 0 and "model is complete already." in out and "model card" not in out
-    assert (model / "model.safetensors").stat() == weights and (model / "README.md").read_text() == "mine"
-    (model / "README.md").unlink()
-    code, out, _ = invoke("merge", "--out", "model", "--rows", "3")
-    assert code == 0 and "merged against live" in out and (model / "model.safetensors").stat() == weights
-    for _ in range(2):
-        assert invoke("merge", "--out", "adapter", "--adapter-only")[0] == 0
-
-
 def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, tiny_base, tmp_path):
     chain = ["--adapter", "runs/t/sft/adapter", "--adapter", "runs/t/dpo/delta", "--base", tiny_base]
     code, out, err = invoke("merge", "--out", "model", "--onto", "nf4", *chain)
@@ -195,7 +133,7 @@ def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, ti
     refused("merge", "--out", "x", "--run", "runs/t", *chain, says=("--run",))
     assert invoke("merge", "--out", "y", "--base", tiny_base, "--no-check", "--no-card")[0] == 0  # of the run, moved
     refused("merge", "--out", "x", "--base", "nowhere", says=("nowhere", "--base FOLDER"))
-    refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such run"))
+    refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such folder"))
 
 
 def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
@@ -205,23 +143,6 @@ def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
     for name in ("system:", "packages:", "GPU:", "attention:", "hub token:", "disk:", "demo:"):
         assert name in out
     assert "secret" not in out and "there is one" in out
-
-
-def test_the_demo_says_what_it_found(invoke, monkeypatch):
-    from types import SimpleNamespace
-
-    from zephyr_lite.demo import run
-
-    standing = SimpleNamespace(loss=1.5, preference_accuracy=0.5, dodging=0.25, answers=["[one]", "word " * 40, "end"])
-    standings = {"base": standing, "SFT": standing, "DPO": standing}
-    result = SimpleNamespace(standings=standings, reward_accuracy=0.8, seconds={"sft": 61.0})
-    monkeypatch.setattr(run, "run_demo", lambda out, **options: result)
-    code, out, err = invoke("demo")
-    assert code == 0, err
-    # no column is cut off, however long the answers
-    for text, count in (("[one]", 3), ("1.500", 3), ("25%", 3), ("word", 120), ("0.80", 1)):
-        assert out.count(text) == count
-    assert max(len(line) for line in out.splitlines()) <= 120
 
 
 def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
@@ -237,41 +158,6 @@ def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
         assert text in out
 
 
-@pytest.mark.parametrize("words", [["model_name_or_path=no such place"], ["dataset=some/rows"], ["load_in_4bit=false"]])
-def test_what_is_not_known_is_no_error(words):
-    from zephyr_lite.config.load import load_config
-
-    assert needs_lines("sft", load_config("sft", None, words).config)
-
-
-def test_free_disk_is_that_of_the_place_that_is_written_to(tmp_path, monkeypatch):
-    from zephyr_lite.config.load import load_config
-
-    monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "other disk" / "runs"
-
-    class Disk:
-        def __init__(self, place):
-            self.number = 2 if "other disk" in str(place) else 1
-
-        def stat(self):
-            return SimpleNamespace(st_dev=self.number)
-
-    monkeypatch.setattr(forecast, "_existing", Disk)
-    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda disk: SimpleNamespace(free=disk.number * 100 * 10**6))
-    disk = [
-        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
-    ]
-    assert len(disk) == 2 and all("NOT ENOUGH" in line for line in disk)
-    assert f"0 GB are free for {run}" in next(line for line in disk if "checkpoints" in line)
-    assert str(tmp_path / "cache") in next(line for line in disk if "quantized base" in line)
-    (run / "sft").mkdir(parents=True)  # a run that is resumed has its checkpoints
-    disk = [
-        line for line in needs_lines("sft", load_config("sft", None, [f"output_dir={run}"]).config) if "disk:" in line
-    ]
-    assert len(disk) == 1 and "checkpoints" not in disk[0]
-
-
 # -- the console -------------------------------------------------------------------------------------------------------
 
 
@@ -283,11 +169,6 @@ def test_lines_are_plain_and_whole_in_a_pipe(capsys):
     captured = capsys.readouterr()
     assert captured.out == long + "\n"
     assert captured.err == f"error: {long}: no\ndo this\n"
-
-
-def test_a_row_marks_what_is_supervised(capsys):
-    Console().row("file row 1:", [("<|user|>\nq[/x]", False), ("answer</s>", True)])
-    assert "<|user|>\nq[/x]⟦answer</s>⟧" in capsys.readouterr().out
 
 
 def test_progress_lines():

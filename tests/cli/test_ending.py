@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.app import interrupted_line
-from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.errors import UserError
 from zephyr_lite.monitor.console import Console
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ def invoke(capsys):
         (OSError(errno.EACCES, "Permission denied", "runs/x"), "Permission denied: runs/x"),
         (type("SafetensorError", (Exception,), {})("No space left (os error 28)"), "No space left (os error 28)"),
         (RuntimeError("while generating"), "No space left on device: cache/x"),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), "lower max_length"),
     ],
     ids=lambda value: None if isinstance(value, str) else f"{type(value).__name__}-{getattr(value, 'errno', '')}",
 )
@@ -56,14 +58,6 @@ def test_what_is_the_machines_fault_is_no_fault_of_ours(invoke, monkeypatch, err
     assert invoke("env", "--verbose")[0] == 2
 
 
-def test_what_a_command_says_when_it_stopped_in_good_order(invoke, monkeypatch):
-    def stopped(*_, **__):
-        raise Interrupted("stopped after step 3; the same command goes on")
-
-    monkeypatch.setattr("zephyr_lite.config.load.load_config", stopped)
-    assert invoke("sft")[::2] == (130, "stopped after step 3; the same command goes on\n")
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -71,18 +65,18 @@ def test_what_a_command_says_when_it_stopped_in_good_order(invoke, monkeypatch):
         (["demo", "--out", "x"], "finished stages are not run again"),
         (["merge", "--out", "x"], "nothing was left half-written"),
         (["data", "pairs", "x"], "nothing was left half-written"),
+        (["env"], ""),
+        (["data", "show"], ""),
+        (["sft", "--dry-run"], ""),
+        ([], ""),
     ],
 )
 def test_what_is_true_of_an_interrupted_command(words, says):
-    assert says in interrupted_line(words)
+    line = interrupted_line(words)
+    assert says in line if says else line == "interrupted"
 
 
-@pytest.mark.parametrize("words", [["env"], ["data", "show"], ["data", "stats"], ["plan"], ["sft", "--dry-run"], []])
-def test_nothing_is_promised_of_a_command_that_keeps_nothing(words):
-    assert interrupted_line(words) == "interrupted"
-
-
-@pytest.mark.parametrize("words", [["sfft"], ["merge"], ["data", "nothing"]])
+@pytest.mark.parametrize("words", [["sfft"], ["merge"]])
 def test_wrong_usage_shows_its_traceback_on_request_only(invoke, words):
     code, _, err = invoke(*words)
     assert code == 2 and "Traceback" not in err and err.startswith("Usage: zephyr-lite")

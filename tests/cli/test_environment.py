@@ -77,10 +77,10 @@ def test_the_allocator_is_set_before_torch_is_imported():
 
 def test_env_names_wsl_and_says_what_is_off_there(kernel):
     kernel(WSL)
-    found = environment._system().found
+    found = environment.system().found
     assert "(WSL2)" in found and "expandable_segments is off" in found
     kernel(LINUX)
-    found = environment._system().found
+    found = environment.system().found
     assert "WSL" not in found and "expandable_segments" not in found
 
 
@@ -119,7 +119,7 @@ def card(monkeypatch):
 )
 def test_env_compares_the_card_with_what_torch_was_built_for(capability, architectures, says, card):
     card(capability, architectures)
-    finding = environment._torch()
+    finding = environment.gpu()
     assert f"compute capability {capability[0]}.{capability[1]}" in finding.found
     assert says in finding.cure and bool(says) == bool(finding.cure)
     assert ("has no code for this card" in finding.cure) == ("whl" in says or "newer" in says)

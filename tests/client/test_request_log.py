@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -16,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, disconnect, error, hang, not_json, ok
-from tests.client.test_client import ask_all, one, records, request, run, spec
-from zephyr_lite.client.client import BudgetSpent, prompt_token_bound
+from tests.client.test_client import ask_all, one, records, run, spec
+from zephyr_lite.client.client import prompt_token_bound
 from zephyr_lite.client.request_log import NAME, Reply, RequestLog
 from zephyr_lite.errors import UserError
 
@@ -28,24 +27,25 @@ from pathlib import Path
 from zephyr_lite.client.client import Request, open_client
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.jobs import run_job
-url, folder, count, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+url, folder, count, settings, limits = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 async def main():
-    spec = EndpointSpec(url=url, model="m", concurrency=concurrency, max_tokens=50)
-    async with open_client([spec], Path(folder), back_off=0.01, grace=5.0) as client:
+    spec = EndpointSpec(url=url, model="m", max_tokens=50, **settings)
+    async with open_client([spec], Path(folder), back_off=0.01, grace=5.0, **limits) as client:
         print("open", flush=True)
         asked = [Request(f"k{i}", "m", ({"role": "user", "content": f"q{i}"},), seed=i) for i in range(count)]
-        replies = await asyncio.gather(*(client.ask(r) for r in asked))
-        print(json.dumps({"replies": [r.text for r in replies], "totals": client.totals.as_dict()}), flush=True)
+        found = await asyncio.gather(*(client.ask(r) for r in asked), return_exceptions=True)
+        replies = [getattr(each, "text", type(each).__name__) for each in found]
+        print(json.dumps({"replies": replies, "totals": client.totals.as_dict()}), flush=True)
 run_job(main())
 """
 
 
-def job(server: ChatServer, folder: Path, count: int = 40, concurrency: int = 8) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", JOB, server.url, str(folder), str(count), str(concurrency)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+def job(
+    server: ChatServer, folder: Path, count: int = 40, limits: dict[str, int] | None = None, **settings: Any
+) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", JOB, server.url, str(folder), *map(json.dumps, (count, settings, limits or {}))]
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder.parent
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
 
 
@@ -93,30 +93,6 @@ def test_a_job_killed_in_the_middle_goes_on_and_pays_for_no_reply_twice(tmp_path
     assert totals["replies_from_journal"] == len(replied)
 
 
-def test_what_was_under_way_at_a_kill_counts_against_the_budget(tmp_path):
-    bound = prompt_token_bound([{"role": "user", "content": "q0"}]) + 50
-    folder = tmp_path / "job"
-    with ChatServer(lambda seen: ok("late", sleep=30) if seen.number >= 1 else by_hash(seen)) as server:
-        process = job(server, folder, count=6, concurrency=4)
-        wait_for(lambda: len(server.seen) == 5)
-        process.kill()
-        process.communicate()
-        server.script = by_hash
-
-        async def nothing(client):
-            return client.totals.tokens
-
-        tokens, totals = run([spec(server)], folder, nothing)
-        assert tokens == 12 + 4 * bound and totals.requests == 5 and totals.unanswered == 4
-        limit = tokens + bound + 5
-        replies, totals = run(
-            [spec(server, concurrency=1)], folder, lambda d: ask_all(d, list("abcdefg")), max_tokens=limit
-        )
-        assert totals.tokens <= limit and sum(isinstance(r, Reply) for r in replies) == 1
-        replies, totals = run([spec(server)], folder, lambda d: ask_all(d, list("hij")), max_requests=7)
-    assert totals.requests == 7 and sum(isinstance(r, BudgetSpent) for r in replies) == 2
-
-
 def test_two_processes_do_not_share_a_folder(tmp_path):
     folder = tmp_path / "job"
     with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
@@ -161,57 +137,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert totals.unanswered == 4 and totals.replies == 2
 
 
-def test_a_cancelled_caller_does_not_lose_the_reply(tmp_path):
-    with ChatServer(lambda seen: ok("late", sleep=0.3)) as server:
-
-        async def work(client):
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.1):
-                    await client.ask(request("a"))
-            await asyncio.sleep(0.4)
-            return await client.ask(request("a"))
-
-        reply, totals = run([spec(server)], tmp_path, work)
-    assert reply.text == "late" and len(server.seen) == 1 and totals.requests == 1
-
-
-def test_who_gives_up_while_waiting_is_not_sent(tmp_path):
-    with ChatServer(lambda seen: ok("x", sleep=0.2)) as server:
-
-        async def work(client):
-            first = asyncio.create_task(client.ask(request("a")))
-            second = asyncio.create_task(client.ask(request("b")))
-            await asyncio.sleep(0.05)
-            second.cancel()
-            await first
-            await asyncio.sleep(0.1)
-            return await client.ask(request("c"))
-
-        run([spec(server, concurrency=1)], tmp_path, work)
-    assert [seen.question for seen in server.seen] == ["a", "c"]
-
-
-# Kills, failures and a budget at once
-
-STORM = """
-import asyncio, json, sys
-from pathlib import Path
-from zephyr_lite.client.client import Request, open_client
-from zephyr_lite.client.endpoints import EndpointSpec
-url, folder, tokens, requests = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-def check(totals):
-    assert totals.tokens <= tokens and totals.requests <= requests, totals
-async def main():
-    settings = {"url": url, "model": "m", "max_tokens": 30, "timeout": 0.2, "retries": 4}
-    specs = [EndpointSpec(name=name, concurrency=n, **settings) for name, n in (("a", 16), ("b", 3))]
-    limits = {"max_tokens": tokens, "max_requests": requests, "on_progress": check}
-    async with open_client(specs, Path(folder), back_off=0.005, grace=1.0, **limits) as client:
-        asked = [Request(f"k{i}", "ab"[i % 2], ({"role": "user", "content": f"q{i}"},), seed=i) for i in range(60)]
-        found = await asyncio.gather(*(client.ask(r) for r in asked), return_exceptions=True)
-        print(json.dumps([type(f).__name__ for f in found]))
-asyncio.run(main())
-"""
-KILLS = int(os.environ.get("ZEPHYR_LITE_KILLS", "6"))
+KILLS = int(os.environ.get("ZEPHYR_LITE_KILLS", "5"))
 
 
 @pytest.mark.parametrize(("seed", "share", "tokens", "requests"), [(1, 0.3, 10**6, 10**6), (3, 0.1, 3_000, 100)])
@@ -220,13 +146,12 @@ def test_a_job_that_is_killed_again_and_again_pays_once_and_keeps_its_budget(tmp
     spent: list[int] = []
 
     def script(seen: Seen) -> Act:
-        prompt, completion = draws.randrange(20, 120), draws.randrange(1, 31)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        usage = {"prompt_tokens": draws.randrange(20, 120), "completion_tokens": draws.randrange(1, 51)}
         fails = draws.random() < share
         kind = draws.randrange(8)
         if fails and kind < 2:
             return [error(429), error(503, retry_after="0.05")][kind]
-        spent.append(prompt + completion)  # generated, whether or not it arrives
+        spent.append(sum(usage.values()))  # generated, whether or not it arrives
         if fails:
             acts = [error(500), disconnect(0), disconnect(5), hang(0.4), not_json(), ok("x", usage=None)]
             return acts[kind - 2]
@@ -237,25 +162,21 @@ def test_a_job_that_is_killed_again_and_again_pays_once_and_keeps_its_budget(tmp
         for session in range(KILLS + 1):
             paid = {row["key"] for row in records(folder, "replied")} if (folder / NAME).exists() else set()
             before = len(server.seen)
-            words = [sys.executable, "-c", STORM, server.url, str(folder), str(tokens), str(requests)]
-            process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
-            )
+            limits = {"max_tokens": tokens, "max_requests": requests}
+            process = job(server, folder, 60, limits, concurrency=16, timeout=0.2, retries=4)
             if session < KILLS:
                 target = before + draws.randrange(1, 15)
                 deadline = time.monotonic() + 3  # of a budget that is spent, nothing more comes
                 while len(server.seen) < target and process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.002)
                 process.kill()
-            out, err = process.communicate(timeout=60)
+                process.communicate(timeout=60)
+            else:
+                kinds = finish(process)["replies"]
             time.sleep(0.1)  # requests that had left arrive
             assert not {f"k{seen.question[1:]}" for seen in server.seen[before:]} & paid
             assert sum(spent) <= tokens and len(server.seen) <= requests
-            assert "AssertionError" not in err + out
-        assert process.returncode == 0, err
-    kinds = json.loads(out)
-    assert set(kinds) <= {"Reply", "BudgetSpent", "RequestFailed"}
-    assert tokens <= 5_000 or kinds.count("Reply") > 40  # a small budget may be spent by the killed sessions
+    assert tokens <= 5_000 or kinds.count("BudgetSpent") + kinds.count("RequestFailed") < 20
 
 
 # The file
@@ -265,21 +186,6 @@ def test_a_file_that_is_no_log(tmp_path):
     (tmp_path / NAME).write_text("my notes, which are long enough to be no empty database " * 20)
     with ChatServer() as server, pytest.raises(UserError, match="cannot be read or written"):
         one(server, tmp_path)
-
-
-def test_a_full_disk_is_named_and_nothing_leaves_that_cannot_be_recorded(tmp_path, monkeypatch):
-    with ChatServer() as server:
-
-        async def work(client):
-            await client.ask(request("a"))
-            client._log._db.execute("PRAGMA max_page_count = 1")  # no page can be added
-            return await ask_all(client, ["b" * 5000, "c"])
-
-        replies, _ = run([spec(server)], tmp_path, work)
-        assert all(isinstance(r, UserError) and "cannot be read or written" in r.message for r in replies[:1]), replies
-        left = len(server.seen)
-        _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "c"]))
-    assert left <= 2 and totals.replies == 2
 
 
 # Jobs of earlier versions

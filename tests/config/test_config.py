@@ -29,35 +29,11 @@ def test_every_way_to_write_an_override(words):
     assert loaded.given == {"learning_rate"}
 
 
-def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
-    file = write(tmp_path, "lora_r: 8\nbatch_size: 4\n")
-    config = load("lora_r=32", "lora_r=64", file=file).config
-    assert (config.lora_r, config.batch_size) == (64, 4)
-
-
-def test_numbers_of_yaml_files_that_yaml_reads_as_words(tmp_path):
-    assert load(file=write(tmp_path, "learning_rate: 5e-7\n")).config.learning_rate == 5e-7
-
-
 def test_the_stages_differ_in_their_defaults():
     sft, dpo = load().config, load(method="dpo").config
     assert (sft.stage, sft.lora_r, sft.max_length, sft.batch_size, sft.learning_rate) == ("sft", 16, 2048, 8, 2e-4)
     assert (dpo.stage, dpo.lora_r, dpo.max_length, dpo.batch_size, dpo.learning_rate) == ("dpo", 128, 1024, 16, 5e-6)
     assert dpo.dataset[0].split == "train_prefs" and dpo.lora_dropout == 0
-
-
-@pytest.mark.parametrize(
-    ("word", "near"),
-    [
-        ("learning_rat=1", "learning_rate"),
-        ("--lora-rank=8", "lora_"),
-        ("max_lenght=8", "max_length"),
-        ("bta=1", "beta"),
-    ],
-)
-def test_an_unknown_key_is_refused_with_the_nearest(word, near):
-    with pytest.raises(UserError, match=near):
-        load(word)
 
 
 def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
@@ -88,14 +64,6 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
 def test_a_value_that_does_not_fit_names_its_key(word, place):
     with pytest.raises(UserError, match=place):
         load(word)
-
-
-def test_a_wrong_word_is_not_blamed_on_the_file(tmp_path):
-    file = write(tmp_path, "seed: 1\n")
-    with pytest.raises(UserError, match=r"^the command line: batch_size"):
-        load("batch_size=0", file=file)
-    with pytest.raises(UserError, match=r"\.yaml: batch_size"):
-        load("seed=2", file=write(tmp_path, "batch_size: 0\n"))
 
 
 @pytest.mark.parametrize("words", [["5"], ["--seed"], ["--use-peft", "--seed", "3"], ["-x"]])
@@ -139,66 +107,6 @@ def test_several_data_sets(tmp_path):
     assert [(spec.path, spec.weight) for spec in config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
     with pytest.raises(UserError, match="2 entries"):
         load("dataset.limit=3", file=file)
-
-
-def test_a_trl_file_runs_as_it_is(tmp_path):
-    file = write(
-        tmp_path,
-        """
-model_name_or_path: some/model
-torch_dtype: bf16
-dataset_name: some/rows
-dataset_train_split: train
-dataset_test_split: test
-eval_strategy: steps
-per_device_train_batch_size: 2
-gradient_accumulation_steps: 4
-gradient_checkpointing: true
-bf16: true
-use_peft: true
-packing: true
-max_steps: -1
-warmup_steps: 0.05
-report_to: none
-push_to_hub: false
-""",
-    )
-    loaded = load(file=file)
-    config = loaded.config
-    assert (config.batch_size, config.max_steps, config.warmup_ratio, config.dtype) == (8, None, 0.05, "bfloat16")
-    assert (config.dataset[0].path, config.dataset[0].split) == ("some/rows", "train")
-    assert config.eval_dataset[0].split == "test"
-    assert (config.report_to, config.push_to_hub) == ([], None)
-    said = "\n".join(loaded.notes)
-    assert "gradient_checkpointing changes nothing here" in said and "use_peft changes nothing" in said
-
-
-def test_a_handbook_file_runs_as_it_is(tmp_path):
-    file = write(
-        tmp_path,
-        """
-dataset_mixer: {a/x: 1.0, b/y: 0.5}
-dataset_splits: [train_prefs, test_prefs]
-adapter_name_or_path: some/adapter
-max_seq_length: 1024
-""",
-    )
-    config = load(file=file, method="dpo").config
-    assert [(s.path, s.split, s.weight) for s in config.dataset] == [
-        ("a/x", "train_prefs", 1.0),
-        ("b/y", "train_prefs", 0.5),
-    ]
-    assert [s.split for s in config.eval_dataset] == ["test_prefs", "test_prefs"]
-    assert config.adapters == ["some/adapter"] and config.max_length == 1024
-
-
-def test_micro_batch_and_accumulation_of_the_command_line_are_multiplied():
-    assert load("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8").config.batch_size == 16
-
-
-def test_a_second_model_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="no second model"):
-        load("ref_model_name_or_path=x", method="dpo")
 
 
 def test_adapters_none_is_not_adapters_empty():
@@ -281,8 +189,3 @@ def test_a_text_that_reads_as_a_number_is_a_text_and_a_tilde_is_the_home(monkeyp
 def test_another_stages_file_is_refused():
     with pytest.raises(UserError, match="this file is for zephyr-lite dpo, and not for sft"):
         load_config("sft", "zephyr-7b/dpo")
-
-
-@pytest.mark.parametrize("written", ["none", "[none]", "null"])
-def test_no_tracker_in_every_writing(written):
-    assert load_config("sft", None, [f"report_to={written}"]).config.report_to == []

@@ -149,8 +149,8 @@ def test_configurations_travel_in_the_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
     code = (
-        "import zephyr_lite, zephyr_lite.config.load as c, zephyr_lite.config.presets as s; print(zephyr_lite.__file__);"
-        "print(*s.preset_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
+        "import zephyr_lite, zephyr_lite.config.load as c; print(zephyr_lite.__file__);"
+        "print(*c.preset_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],

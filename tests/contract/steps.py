@@ -4,9 +4,8 @@ import torch
 
 from tests.train.test_train import dpo_words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.train.loop import accumulate_gradients
+from zephyr_lite.train.loop import TrainState, accumulate_gradients
 from zephyr_lite.train.setup import setup_stage
-from zephyr_lite.train.state import init_state
 
 PLAIN = {"load_in_4bit": "false"}  # float32, so that a merge rounds nothing
 
@@ -27,5 +26,5 @@ def step_of(stage, task, tokens, step):
     plan = type(stage.plan)(tokens, ("all",) * len(stage.plan.keep))
     task.oom.follow(plan)
     stage.config.max_grad_norm = 1e9  # unclipped
-    state = init_state(stage, task)
+    state = TrainState(stage, task)
     return accumulate_gradients(state, step), {n: p.grad.clone() for n, p in state.parameters.items()}

@@ -13,9 +13,8 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_pairs
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.loop import train
+from zephyr_lite.train.loop import TrainState, train
 from zephyr_lite.train.setup import setup_stage
-from zephyr_lite.train.state import init_state
 
 
 def test_reference_is_the_frozen_stack_and_equals_an_untrained_policy_bit_for_bit():
@@ -64,7 +63,7 @@ def test_dpo_starts_at_ln_2_moves_and_keeps_its_reference(tiny_base, quantized_r
     shutil.rmtree(stage.dir.path)
     outcome_stage = setup_stage("dpo", loaded)
     task = DpoObjective(outcome_stage)
-    train(init_state(outcome_stage, task))
+    train(TrainState(outcome_stage, task))
     losses = metrics(quantized_run / "dpo")
     assert losses[0] == pytest.approx(LN2, abs=1e-6)
     assert losses[-1] < LN2 - 1e-3

@@ -8,10 +8,9 @@ from tests.numeric import apart
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import accumulate_gradients
+from zephyr_lite.train.loop import TrainState, accumulate_gradients
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective
-from zephyr_lite.train.state import init_state
 from zephyr_lite.train.steps import rows_of_step
 
 
@@ -44,7 +43,7 @@ def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, to
         plan = type(stage.plan)(size, ("all",) * len(stage.plan.keep))
         task = SftObjective(stage)
         task.oom.follow(plan)
-        state = init_state(stage, task)
+        state = TrainState(stage, task)
         got = accumulate_gradients(state, step)
         found[size] = (got["loss"], got["num_targets"], [p.grad.clone() for p in state.parameters.values()])
     assert found[tokens][:2] == pytest.approx(found[128][:2], rel=1e-6)

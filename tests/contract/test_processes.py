@@ -97,10 +97,10 @@ def signalled(state, step):
     return plain(state, step)
 def command(words):
     code = cli.run(words)
-    if here.writes:
+    if here.is_main_process:
         time.sleep(0.3)  # the other's last words come first
         print("== next", flush=True)
-    here.gather(0)
+    here.all_gather(0)
     return code
 with joined() as here:
     loop.accumulate_gradients = signalled

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import make_tokenizer, tiny_config
 from tests.messages import messages_to
-from zephyr_lite.cli.eval_judged import _say_who
+from zephyr_lite.cli.eval import say_models
 from zephyr_lite.client.local_model import Weights
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.chat_template import ZEPHYR
@@ -156,7 +156,7 @@ def test_every_command_says_it(adapters, base, command, tmp_path):
 
 def test_the_judged_evaluations_say_it_too(adapters, base, capsys):
     weights = Weights(adapters=[str(adapters / "dpo-on-sft")], base=str(base))
-    _say_who(Answering({}, weights, None))
+    say_models(Answering({}, weights, None))
     assert "note: adapter" in capsys.readouterr().out
     with pytest.raises(UserError, match="twice"):
         Weights(adapters=[str(adapters / "sft"), str(adapters / "continued")], base=str(base))

@@ -115,14 +115,6 @@ def test_ids_are_those_of_the_text_and_the_generation_prompt_is_their_prefix(tem
         assert [text[a:b] for a, b in spans] == [m["content"] + end for m in messages if m["role"] == "assistant"]
 
 
-def test_supervised_tokens_are_the_answers_and_their_end_tokens(smol):
-    template = resolve_template("chatml", smol)
-    for messages in random_conversations(40, seed=1):
-        ids, mask = template.encode(messages)
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        assert smol.decode(ids[mask]) == "".join(answer + "<|im_end|>" for answer in answers)
-
-
 def test_a_server_that_renders_the_saved_template_gets_the_ids_of_training(template, tmp_path):
     template.tokenizer.save_pretrained(tmp_path)
     served = AutoTokenizer.from_pretrained(tmp_path)
@@ -131,24 +123,6 @@ def test_a_server_that_renders_the_saved_template_gets_the_ids_of_training(templ
     assert served.apply_chat_template(messages, return_dict=False) == ids.tolist()
     asked = served.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
     assert asked == template.prompt_ids(messages[:3]).tolist() == ids[: len(asked)].tolist()
-
-
-def test_tokenizing_turn_by_turn_gives_other_ids(mistral):
-    # what "render once, tokenize once" is for: this is how the mask is often made
-    template = resolve_template("auto", mistral)
-    messages = turns("Hi", "Hello!", "And now?", "Bye")
-    parts = [template.text_of(messages[:2]), template.text_of(messages)]
-    parts[1] = parts[1][len(parts[0]) :]
-    apart = [i for part in parts for i in mistral(part, add_special_tokens=False)["input_ids"]]
-    assert apart != template.encode(messages)[0].tolist()
-
-
-def test_searching_the_tags_tokens_would_mask_everything(mistral):
-    template = resolve_template("auto", mistral)
-    ids, mask = template.encode(turns("Hi", "Hello!"))
-    tag = mistral("<|assistant|>\n", add_special_tokens=False)["input_ids"]
-    assert not any(ids[i : i + len(tag)].tolist() == tag for i in range(len(ids)))
-    assert mistral.decode(ids[mask]) == "Hello!</s>"
 
 
 def test_bos_stands_once(mistral, smol):
@@ -213,15 +187,6 @@ def test_the_end_token_is_supervised_although_pad_is_eos(template):
     assert template.end_token_ids == [eos]
     # the newline that the template writes after it is not: generation has stopped by then
     assert template.tokenizer.decode([ids[ends[0] + 1]]) == "\n" and not mask[ends[0] + 1]
-
-
-def test_loss_on(smol):
-    template = resolve_template("chatml", smol)
-    messages = turns("Hi", "Hello", "More", "Yes")
-    ids, last = template.encode(messages, "last")
-    assert smol.decode(ids[last]) == "Yes<|im_end|>"
-    _, everything = template.encode(messages, "all")
-    assert not everything[0] and everything[1:].all()
 
 
 @pytest.mark.parametrize(
@@ -289,25 +254,6 @@ def test_typed_control_tokens_forge_no_turn(template):
         template.encode_pair(turns("Hi"), forged[1:], [{"role": "assistant", "content": f"a{eos}b"}])
 
 
-def test_a_refusing_template_drops_the_row_only(tiny, tmp_path):
-    (tmp_path / "strict.jinja").write_text(
-        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate') }}{% endif %}"
-        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
-    )
-    template = resolve_template(str(tmp_path / "strict.jinja"), tiny)
-    ids, mask = template.encode(turns("Hi", "Hello"))
-    assert tiny.decode(ids[mask]) == " Hello</s>"
-    with pytest.raises(RowError, match="roles must alternate"):
-        template.encode([*turns("Hi"), *turns("Hi", "Hello")])
-
-
-def test_a_greeting_before_the_first_question_is_not_supervised(mistral):
-    template = resolve_template("auto", mistral)
-    ids, mask = template.encode([{"role": "assistant", "content": "Welcome!"}, *turns("Hi", "Hello")])
-    assert mistral.decode(ids[mask]) == "Hello</s>"
-
-
 def test_pairs_share_their_prompt_and_supervise_answers_only(template):
     for messages in random_conversations(20, seed=2):
         prompt = messages[: len(messages) - 1]
@@ -326,24 +272,6 @@ def test_pairs_share_their_prompt_and_supervise_answers_only(template):
         assert decode(last.chosen_ids[last.chosen_mask]) == f"So.{end}"
         everything = template.encode_pair(prompt, chosen, rejected, "all")
         assert everything.chosen_mask.all() and everything.rejected_mask.all()
-
-
-def test_the_first_token_of_an_answer_is_supervised_behind_a_space(tiny, tmp_path):
-    # the generation prompt ends in a space, which byte-level tokenizers join with the answer's first word
-    (tmp_path / "plain.jinja").write_text(
-        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
-    )
-    template = resolve_template(str(tmp_path / "plain.jinja"), tiny)
-    word = "the fox"
-    ids, mask = template.encode(turns("Hi", word))
-    asked = template.prompt_ids(turns("Hi"))
-    assert ids[: len(asked)].tolist() == asked.tolist() and tiny.decode(ids) == f"Q: Hi</s>A: {word}</s>"
-    assert tiny.decode(ids[mask]) == f"{word}</s>"
-    pair = template.encode_pair(turns("Hi"), turns("", word)[1:], turns("", "a dog")[1:])
-    assert pair.prompt_ids.tolist() == asked.tolist()
-    assert pair.chosen_mask.all() and pair.rejected_mask.all()
-    assert tiny.decode(pair.chosen_ids) == f"{word}</s>" and tiny.decode(pair.rejected_ids) == "a dog</s>"
 
 
 def test_the_fingerprint_follows_template_and_tokenizer(mistral_folder, smol_folder):

@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import CONVERSATIONS
 from zephyr_lite.cli import app as cli
-from zephyr_lite.cli.row_stats import RowStats, histogram, measure, stats_lines
-from zephyr_lite.cli.trained_rows import TrainedRows, open_rows
+from zephyr_lite.cli.row_stats import budgets, histogram, lengths_of, stats_lines, uncut_rows
+from zephyr_lite.cli.rows import TrainedRows, open_rows
 from zephyr_lite.train.steps import step_schedule
 
 
@@ -20,8 +20,8 @@ def opened(method, base: Path, *words: object, held_out: bool = False) -> Traine
     return open_rows(method, None, [f"model_name_or_path={base}", *map(str, words)], held_out=held_out)
 
 
-def plain(stats: RowStats, **options) -> list[str]:
-    return [line.plain for line in stats_lines(stats, width=100, colour=False, **options)]
+def plain(rows: TrainedRows, **options) -> list[str]:
+    return [line.plain for line in stats_lines(rows, width=100, colour=False, **options)]
 
 
 @pytest.fixture
@@ -44,13 +44,11 @@ def long_rows(tmp_path) -> Path:
 
 def test_the_figures_are_the_runs(tiny_base, long_rows):
     rows = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2", "num_train_epochs=3")
-    stats = measure(rows)
     report = rows.data.report
-    assert (stats.per_epoch, stats.steps) == step_schedule(rows.config, len(rows.data.rows))
-    text = "\n".join(plain(stats))
+    text = "\n".join(plain(rows))
     assert f"{report.tokens:,} tokens, {report.supervised:,} of them supervised" in text
     assert f"{report.rows:,} packed rows of 128 tokens, {report.fill:.1%} full" in text
-    assert f"in all: {stats.steps} steps (num_train_epochs 3)" in text
+    assert f"in all: {step_schedule(rows.config, len(rows.data.rows))[1]} steps (num_train_epochs 3)" in text
     assert f"left out, no assistant turn: 1 ({long_rows} row 5)" in text
     assert f"left out, no supervised token within max_length 128: 1 ({long_rows} row 3)" in text
     assert f"changed, ended with the user; the last turn was cut: 1 ({long_rows} row 6)" in text
@@ -58,24 +56,25 @@ def test_the_figures_are_the_runs(tiny_base, long_rows):
 
 def test_lengths_are_those_before_cutting_and_every_cut_row_is_named(tiny_base, long_rows):
     whole = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=4096")
-    stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128"))
-    assert sorted(stats.whole) == sorted(whole.data.lengths) and stats.whole.max() > 128
+    rows = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128")
+    (lengths,) = lengths_of(uncut_rows(rows)).values()
+    assert sorted(lengths) == sorted(whole.data.lengths) and lengths.max() > 128
     masks = {e.where: np.asarray(e.mask) for e in whole.data.examples}
     expected = [(w, int(m[128:].sum())) for w, m in masks.items() if len(m) > 128 and m[:128].any()]
-    assert len(expected) > 3 and sorted(stats.cut_places) == sorted(expected)
-    assert sum(lost for _, lost in stats.cut_places) == stats.report.supervised_lost
-    (line,) = [line for line in plain(stats, places=0) if line.startswith("  cut to max_length 128")]
+    assert len(expected) > 3 and sum(lost for _, lost in expected) == rows.data.report.supervised_lost
+    (line,) = [line for line in plain(rows, places=0) if line.startswith("  cut to max_length 128")]
     numbers = re.findall(r"(\d+) −(\d+)", line)
-    assert [(f"{long_rows} row {n}", int(lost)) for n, lost in numbers] == stats.cut_places
-    (short,) = [line for line in plain(stats, places=2) if line.startswith("  cut to max_length 128")]
+    assert sorted((f"{long_rows} row {n}", int(lost)) for n, lost in numbers) == sorted(expected)
+    (short,) = [line for line in plain(rows, places=2) if line.startswith("  cut to max_length 128")]
     assert len(re.findall(r"\d+ −\d+", short)) == 2 and short.endswith(", …)") and short.count(str(long_rows)) == 1
 
 
 def test_other_budgets_are_what_a_run_with_them_would_have(tiny_base, long_rows):
-    stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2"))
+    rows = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2")
+    found = budgets(rows, uncut_rows(rows))
     # within a quarter of it no row has a supervised token
-    assert [b.max_length for b in stats.budgets] == [64, 128, 256, 512]
-    for budget in stats.budgets:
+    assert [b.max_length for b in found] == [64, 128, 256, 512]
+    for budget in found:
         words = (f"dataset={long_rows}", f"max_length={budget.max_length}", "batch_size=2")
         run = opened("sft", tiny_base, *words)
         report = run.data.report
@@ -83,13 +82,10 @@ def test_other_budgets_are_what_a_run_with_them_would_have(tiny_base, long_rows)
         assert (budget.left_out, budget.cut, budget.lost) == (beyond, report.cut, report.supervised_lost)
         assert (budget.rows, budget.fill) == (report.rows, pytest.approx(report.fill))
         assert budget.steps == step_schedule(run.config, report.rows)[1]
-    assert any("128 ←" in line for line in plain(stats))
+    assert any("128 ←" in line for line in plain(rows))
     # what cuts nothing ends the table
-    assert [b.max_length for b in measure(opened("sft", tiny_base, f"dataset={long_rows}")).budgets] == [
-        512,
-        1024,
-        2048,
-    ]
+    whole = opened("sft", tiny_base, f"dataset={long_rows}")
+    assert [b.max_length for b in budgets(whole, whole)] == [512, 1024, 2048]
 
 
 def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path):
@@ -99,45 +95,27 @@ def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path):
         f"dataset:\n- path: {long_rows}\n- {{path: {chat_rows}, weight: 2}}\n"
     )
     rows = open_rows("sft", str(config), [])
-    stats = measure(rows)
-    long, chat = (stats.sources[str(path)] for path in (long_rows, chat_rows))
-    assert (long.left_out, chat.kept, chat.left_out, chat.cut) == (2, 2 * len(CONVERSATIONS), 0, 0)
-    assert long.cut == len(stats.cut_places) and long.kept == 10
-    assert long.tokens + chat.tokens == rows.data.report.tokens
-    assert long.supervised + chat.supervised == rows.data.report.supervised
-    text = "\n".join(plain(stats))
-    assert re.search(rf"{re.escape(str(chat_rows))} +16 +0 +0 +{chat.tokens:,}", text)
+    text, report = "\n".join(plain(rows)), rows.data.report
+    counts = []
+    for path, start in ((long_rows, f"10 +2 +{report.cut}"), (chat_rows, f"{2 * len(CONVERSATIONS)} +0 +0")):
+        tokens, supervised = re.search(rf"{re.escape(str(path))} +{start} +([\d,]+) +([\d,]+) ", text).groups()
+        counts.append((int(tokens.replace(",", "")), int(supervised.replace(",", ""))))
+    assert [sum(column) for column in zip(*counts)] == [report.tokens, report.supervised]
 
 
 def test_pairs(tiny_base, pair_rows):
     rows = opened("dpo", tiny_base, f"dataset={pair_rows}", "max_length=60", "max_prompt_length=30", "batch_size=3")
-    stats = measure(rows)
-    whole = opened("dpo", tiny_base, f"dataset={pair_rows}")
-    examples = list(whole.data.examples)
-    prompt, chosen, rejected = stats.parts.values()
+    whole, prompt, chosen, rejected = lengths_of(uncut_rows(rows)).values()
+    examples = list(opened("dpo", tiny_base, f"dataset={pair_rows}").data.examples)
     assert prompt.tolist() == [len(e.prompt_ids) for e in examples]
     assert chosen.tolist() == [len(e.chosen_ids) for e in examples]
     assert rejected.tolist() == [len(e.rejected_ids) for e in examples]
     bounded = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples]
-    assert stats.whole.tolist() == bounded
-    assert len(stats.cut_places) == sum(b > 60 for b in bounded) > 0
-    assert stats.chosen_longer == np.mean([len(e.chosen_ids) > len(e.rejected_ids) for e in examples])
-    assert not stats.budgets and stats.steps == stats.per_epoch == 3
-    text = "\n".join(plain(stats))
-    assert "on the prompt's left" in text and "3 steps of 3 pairs" in text and "packed" not in text
-
-
-def test_what_is_held_out_has_no_steps(tiny_base, chat_rows):
-    words = (f"dataset={chat_rows}", f"eval_dataset={chat_rows}", "max_length=64")
-    stats = measure(opened("sft", tiny_base, *words, held_out=True))
-    text = "\n".join(plain(stats))
-    assert text.startswith("held-out data, sft") and "an evaluation" in text and "steps" not in text
-
-
-def test_nothing_is_tokenized_twice_where_nothing_is_cut(tiny_base, chat_rows, monkeypatch):
-    rows = opened("sft", tiny_base, f"dataset={chat_rows}")
-    monkeypatch.setattr("zephyr_lite.cli.row_stats.prepare", None)
-    assert any("nothing is left out, changed or cut" in line for line in plain(measure(rows)))
+    assert whole.tolist() == bounded and max(bounded) > 60
+    text = "\n".join(plain(rows))
+    assert f"cut to max_length 60: {sum(b > 60 for b in bounded)} pairs" in text and "on the prompt's left" in text
+    assert f"the longer one in {(chosen > rejected).mean():.1%}" in text
+    assert "3 steps of 3 pairs" in text and "packed" not in text
 
 
 # -- histogram -----------------------------------------------------------------------------------------------------------
@@ -164,21 +142,6 @@ def test_every_value_is_in_the_bin_that_is_named(kind, mark):
         # no bin holds both rows that are cut and rows that are not
         assert not (low <= mark < (high or values.max())) or mark >= values.max()
     assert bins[0][2] and len(bins) <= 20
-
-
-def test_bars_are_blocks_in_colour_and_ascii_in_a_pipe(tiny_base, long_rows):
-    stats = measure(opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128"))
-    bars = [line for line in plain(stats) if re.search(r"–\d+ .*%", line)]
-    assert max(line.count("#") for line in bars) == 40
-    for line in bars:
-        count = int(re.search(r" (\d+) +[\d.]+%", line)[1])
-        assert bool(line.count("#")) == bool(count)
-    coloured = list(stats_lines(stats, width=100, colour=True))
-    assert not any("#" in line.plain for line in coloured)
-    cut = [line for line in coloured if line.plain.endswith("  cut")]
-    assert cut and all(any(span.style == "yellow" for span in line.spans) for line in cut)
-    narrow = [line for line in stats_lines(stats, width=60, colour=True) if "%  " in line.plain and "–" in line.plain]
-    assert narrow and max(line.cell_len for line in narrow) <= 60
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data import workers
 from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
 from zephyr_lite.data.dataset import prepare
-from zephyr_lite.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -76,28 +75,6 @@ def test_pairs(pair_rows, template):
     assert data.report.fill is None and "8 pairs" in data.report.lines()[-1]
 
 
-def test_a_row_with_no_supervised_token_is_dropped_counted_and_named(template, tmp_path):
-    # every label masked is a silent loss of 0 elsewhere
-    question = "why " * 60
-    specs = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": turns(question, "So.")}])
-    data = prepare(specs, "sft", RunConfig(max_length=60), template)
-    assert len(data.examples) == 1
-    assert data.report.dropped == {"no supervised token within max_length 60": [f"{tmp_path}/a.jsonl row 2"]}
-    assert any("no supervised token" in line and "a.jsonl row 2" in line for line in data.report.lines())
-    with pytest.raises(UserError, match=r"no row is left to train on: .*row 1(.|\n)*Raise max_length"):
-        prepare(specs, "sft", RunConfig(max_length=10), template)
-
-
-def test_a_long_conversation_is_cut_and_the_loss_counted(template, tmp_path):
-    conversation = turns("Hi", "word " * 100)
-    specs = write(tmp_path / "a.jsonl", [{"messages": conversation}, {"messages": turns("Hi", "Hello")}])
-    data = prepare(specs, "sft", RunConfig(max_length=80), template)
-    _, mask = template.encode(conversation)
-    assert data.lengths[0] == 80 and data.report.cut == 1
-    assert data.report.supervised_lost == mask[80:].sum() > 0
-    assert any("1 conversations cut" in line for line in data.report.lines())
-
-
 def test_long_pairs(template, tmp_path):
     long, answer = "why " * 80, "because " * 80
     pairs = [
@@ -118,18 +95,6 @@ def test_long_pairs(template, tmp_path):
     data = prepare(specs, "dpo", RunConfig(max_length=60, max_prompt_length=60), template)
     (reason,) = [reason for reason in data.report.dropped if "prompt" in reason]
     assert "longer than the budget" in reason and data.report.dropped[reason] == [f"{tmp_path}/a.jsonl row 2"]
-
-
-def test_typed_control_tokens_are_a_counted_drop(template, tmp_path):
-    specs = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": turns("Hi</s>", "Hello")}])
-    data = prepare(specs, "sft", RunConfig(), template)
-    assert data.report.dropped == {"a turn's text contains the control token </s>": [f"{tmp_path}/a.jsonl row 2"]}
-
-
-def test_the_default_system_turn_is_in_the_ids(chat_rows, template):
-    data = prepare([DatasetSpec(path=str(chat_rows))], "sft", RunConfig(system="Be kind."), template)
-    texts = [template.tokenizer.decode(e.ids) for e in data.examples]
-    assert "<|system|>\nBe kind.</s>" in texts[0] and "<|system|>\nAnswer in one line.</s>" in texts[1]
 
 
 def test_the_fingerprint_is_that_of_the_ids_masks_and_template(chat_rows, template, tmp_path):

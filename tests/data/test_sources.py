@@ -10,7 +10,7 @@ import pytest
 
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data import workers
-from zephyr_lite.data.load import load_rows
+from zephyr_lite.data.load import load_rows, open_source
 from zephyr_lite.errors import UserError
 
 
@@ -78,11 +78,6 @@ def test_plain_text(tmp_path):
         load(named, "dpo", columns={"text": "story"})
 
 
-def test_alpacas_input_follows_the_instruction(tmp_path):
-    rows = load(write(tmp_path / "a.jsonl", [{"instruction": "Sum", "input": "1 2", "output": "3"}]))
-    assert messages(rows) == [turns("Sum\n\n1 2", "3")]
-
-
 def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
     own = {"messages": turns("Hi", "Hello", system="own"), "system": "column"}
     column = {"messages": turns("Hi", "Hello"), "system": "column"}
@@ -95,57 +90,10 @@ def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
 PROMPT = turns("One", "1", "Two")
 
 
-@pytest.mark.parametrize(
-    ("row", "prompt", "kind"),
-    [
-        # as in ultrafeedback_binarized: the prompt column is the first user turn only
-        (
-            {"prompt": "One", "chosen": turns("One", "1", "Two", "2"), "rejected": turns("One", "1", "Two", "3")},
-            PROMPT,
-            "with",
-        ),
-        ({"chosen": turns("One", "1", "Two", "2"), "rejected": turns("One", "1", "Two", "3")}, PROMPT, "pairs"),
-        ({"prompt": PROMPT, "chosen": turns("", "2")[1:], "rejected": turns("", "3")[1:]}, PROMPT, "with"),
-        ({"prompt": "Two", "chosen": "2", "rejected": "3"}, turns("Two"), "with"),
-        (
-            {"chosen": "\n\nHuman: Two\n\nAssistant: 2", "rejected": "\n\nHuman: Two\n\nAssistant: 3"},
-            turns("Two"),
-            "pairs",
-        ),
-        (
-            {"prompt": "\n\nHuman: One\n\nAssistant: 1\n\nHuman: Two\n\nAssistant:", "chosen": "2", "rejected": "3"},
-            PROMPT,
-            "with",
-        ),
-        (
-            {
-                "conversations": [{"from": "human", "value": "Two"}],
-                "chosen": {"from": "gpt", "value": "2"},
-                "rejected": {"from": "gpt", "value": "3"},
-            },
-            turns("Two"),
-            "pairs",
-        ),
-    ],
-)
-def test_preference_formats(tmp_path, row, prompt, kind):
-    rows = load(write(tmp_path / "a.jsonl", [row]), "dpo")
-    (found,) = list(rows.values())
-    assert found["prompt"] == prompt
-    assert found["chosen"] == turns("", "2")[1:] and found["rejected"] == turns("", "3")[1:]
-    assert kind in rows.notes[0]
-
-
 def test_one_response_may_be_the_others_beginning(tmp_path):
     row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
     (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
     assert found["prompt"] == turns("One") and found["rejected"] == turns("One", "1", "Two", "2")[1:]
-
-
-def test_a_system_turn_goes_to_the_pairs_prompt(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}])
-    (found,) = list(load(path, "dpo", system="Be kind.").values())
-    assert found["prompt"] == turns("Hi", system="Be kind.")
 
 
 def test_faulty_rows_are_dropped_counted_and_named(tmp_path):
@@ -175,13 +123,7 @@ def test_a_row_of_another_schema_is_dropped_and_named(tmp_path):
     rows = load(write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"text": "once"}]))
     assert rows.dropped == {"no conversation in columns text": [f"{tmp_path}/a.jsonl row 2"]}
     path = write(tmp_path / "b.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": "once"}])
-    assert load(path).dropped == {"messages is text, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
-
-
-def test_a_conversation_that_ends_with_the_user_is_cut_and_counted(tmp_path):
-    rows = load(write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello", "And?")}]))
-    assert messages(rows) == [turns("Hi", "Hello")]
-    assert rows.changed == {"ended with the user; the last turn was cut": [f"{tmp_path}/a.jsonl row 1"]}
+    assert load(path).dropped == {"messages is str, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
 
 
 def test_pairs_that_teach_nothing_are_dropped(tmp_path):
@@ -200,24 +142,6 @@ def test_pairs_that_teach_nothing_are_dropped(tmp_path):
         "a turn without content",
         "one of chosen and rejected repeats the prompt, the other does not",
     ]
-
-
-def test_when_no_row_is_left_the_reasons_are_said(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"messages": turns("Hi")}] * 4)
-    with pytest.raises(UserError, match=r"none of 4 rows .*no assistant turn: 4 \(.*row 1, "):
-        load(path)
-
-
-def test_rows_of_the_other_method_are_refused(tmp_path):
-    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(UserError, match=r"found preference rows .* sft needs conversations"):
-        load(pairs)
-    chats = write(tmp_path / "chats.jsonl", [{"messages": turns("Hi", "Hello")}])
-    with pytest.raises(UserError, match="found messages rows; dpo needs preference rows"):
-        load(chats, "dpo")
-    texts = write(tmp_path / "texts.jsonl", [{"body": "once upon a time"}])
-    with pytest.raises(UserError, match="found columns body"):
-        load(texts)
 
 
 def test_columns_are_renamed(tmp_path):
@@ -248,30 +172,19 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_a_folder_in_the_hubs_layout(tmp_path):
     for split, word in (("train_sft", "a"), ("test_sft", "b")):
-        write(tmp_path / "lines" / f"{split}.jsonl", [{"messages": turns("Hi", word)}])
-    (tmp_path / "lines" / "README.md").write_text("words")
-    (tmp_path / "lines" / "report.json").write_text("{}")  # beside the splits that `data chat` makes
-    table = datasets.Dataset.from_list([{"messages": turns("Hi", f"{i}")} for i in range(4)])
-    (tmp_path / "shards" / "data").mkdir(parents=True)
-    for i in range(2):
-        table.select([2 * i, 2 * i + 1]).to_parquet(
-            tmp_path / "shards" / "data" / f"train_sft-0000{i}-of-00002.parquet"
-        )
-    rows = load(tmp_path / "lines", split="test_sft")
+        write(tmp_path / f"{split}.jsonl", [{"messages": turns("Hi", word)}])
+    (tmp_path / "README.md").write_text("words")
+    (tmp_path / "report.json").write_text("{}")  # beside the splits that `data chat` makes
+    rows = load(tmp_path, split="test_sft")
     assert messages(rows) == [turns("Hi", "b")] and rows.dataset["where"][0].endswith("test_sft.jsonl row 1")
-    rows = load(tmp_path / "shards", split="train_sft")
-    assert [m[1]["content"] for m in messages(rows)] == ["0", "1", "2", "3"]
-    assert len(load(tmp_path / "shards").dataset) == 4  # the only split there is
-    assert len(load(tmp_path / "shards", split="train_sft[:3]").dataset) == 3
-    with pytest.raises(UserError, match=r"no split 'train'(.|\n)*There are test_sft, train_sft"):
-        load(tmp_path / "lines", split="train")
-    with pytest.raises(UserError, match=r"which split\? There are test_sft, train_sft"):
-        load(tmp_path / "lines")
-    with pytest.raises(UserError, match="no splits"):
-        load(tmp_path / "lines" / "train_sft.jsonl", split="test")
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="no data in this folder"):
-        load(tmp_path / "bare")
+    for options, says in (
+        ({"split": "train"}, r"no split 'train'(.|\n)*There are test_sft, train_sft"),
+        ({}, r"which split\? There are test_sft, train_sft"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load(tmp_path, **options)
+    with pytest.raises(UserError, match="no split 'test'"):
+        load(tmp_path / "train_sft.jsonl", split="test")
 
 
 def test_the_hubs_errors_are_explained(monkeypatch):
@@ -285,11 +198,6 @@ def test_the_hubs_errors_are_explained(monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *args, **options: ["a", "b"])
     with pytest.raises(UserError, match="org/set: which split"):
         load("org/set")
-
-
-def test_a_name_that_is_nowhere(monkeypatch):
-    with pytest.raises(UserError, match="no such file or folder here, and the hub gave no data set"):
-        load("zephyr-lite-tests/there-is-no-such-set", split="train")
 
 
 def numbered(tmp_path, count: int, name: str = "n", tag: str = "") -> str:
@@ -349,12 +257,19 @@ def test_several_processes_read_the_same(tmp_path, monkeypatch):
     assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
 
 
-def test_the_files_of_a_split_are_read_in_order_and_a_broken_line_is_named(tmp_path):
-    for part in range(3):
-        rows = [{"messages": turns("Hi", f"{part} {i}")} for i in range(5)]
-        write(tmp_path / "set" / f"train-0000{part}-of-00003.jsonl", rows)
-    assert answers(load(tmp_path / "set")) == [f"{p} {i}" for p in range(3) for i in range(5)]
-    with (tmp_path / "set" / "train-00001-of-00003.jsonl").open("a") as file:
-        file.write("{broken\n")
-    with pytest.raises(UserError, match=r"train-00001-of-00003\.jsonl line 6: broken JSON"):
-        load(tmp_path / "set")
+# -- names that a stranger chose -------------------------------------------------------------------------------------------
+
+LINE = json.dumps({"prompt": "Name a river.", "completion": "The Rhine."}) + "\n"
+
+
+@pytest.mark.parametrize("name", ["my-chats", "[train]", "\x1b[31mx", "*", "{a}", "a b", "train#1?", "%2e", "tr\nain"])
+def test_a_folder_with_one_file_of_any_name_is_read(tmp_path, name):
+    (tmp_path / f"{name}.jsonl").write_text(LINE * 3)
+    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
+
+
+@pytest.mark.parametrize(("split", "rows"), [("my-chats", 4), ("my-chats[:2]", 2), ("train[:50%]", 4), ("[x]", 1)])
+def test_one_of_several_files_is_named_by_split_and_cut(tmp_path, split, rows):
+    for name, count in (("my-chats", 4), ("train", 8), ("[x]", 1)):
+        (tmp_path / f"{name}.jsonl").write_text(LINE * count)
+    assert len(open_source(DatasetSpec(path=str(tmp_path), split=split))) == rows

@@ -15,7 +15,6 @@ from zephyr_lite.demo.reproduce import (
     HEADER,
     RECIPES,
     RULE,
-    changed,
     plan_reproduction,
     row,
     run_reproduction,
@@ -83,7 +82,7 @@ def test_the_row_is_what_the_files_say(reproduced):
     assert float(found["peak GiB"]) == pytest.approx(max(first[s]["peak_gib"] for s in ("sft", "dpo")), abs=0.06)
 
 
-def test_a_part_that_fails_or_is_stopped_says_so(reproduced):
+def test_a_part_that_fails_or_is_interrupted_is_named(reproduced):
     chosen = reproduced[0]
     with pytest.raises(UserError, match="`zephyr-lite sft --config` ended with exit code 2"):
         run_reproduction(chosen, run=lambda words: Ended(2))
@@ -102,31 +101,26 @@ def test_keys_go_to_both_stages_or_to_one():
     }
 
 
-@pytest.mark.parametrize("word", ["output_dir=x", "dpo.adapters=none", "--stage=x"])
-def test_what_the_recipe_decides_is_refused(word):
-    with pytest.raises(UserError, match="is the recipe's decision"):
-        plan_reproduction("overnight", [word])
-
-
-def test_a_recipe_that_is_none_is_refused():
+def test_wrong_words_are_refused():
+    for word in ("output_dir=x", "dpo.adapters=none", "--stage=x"):
+        with pytest.raises(UserError, match="is the recipe's decision"):
+            plan_reproduction("overnight", [word])
     with pytest.raises(UserError, match="there is no such recipe") as error:
         plan_reproduction("overnigth")
     assert "overnight, full" in error.value.hint
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_a_recipe_changes_nothing_by_itself(recipe):
+def test_what_differs_from_the_recipe_is_named(recipe):
     chosen = plan_reproduction(recipe)
-    assert changed(chosen) == {}
-    configs = chosen.configs
-    assert (configs["sft"].stage, configs["dpo"].stage) == ("sft", "dpo")
-    assert {config.output_dir for config in configs.values()} == {str(chosen.run)}
-
-
-def test_what_differs_from_the_recipe_is_named():
+    assert chosen.changed == {} and {stage: config.stage for stage, config in chosen.configs.items()} == {
+        "sft": "sft",
+        "dpo": "dpo",
+    }
+    assert {config.output_dir for config in chosen.configs.values()} == {str(chosen.run)}
     words = ["lora_r=8", "dpo.beta=0.2", "sync=somewhere", "model_name_or_path=some/base"]
-    found = changed(plan_reproduction("overnight", words))
-    assert found == {"model_name_or_path": "some/base", "lora_r": 8, "dpo.beta": 0.2}
+    changed = plan_reproduction(recipe, words).changed
+    assert changed == {"model_name_or_path": "some/base", "lora_r": 8, "dpo.beta": 0.2}
 
 
 def test_a_row_of_a_night_on_one_card():

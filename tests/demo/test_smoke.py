@@ -14,8 +14,7 @@ import pytest
 
 # what the commands would import, each in a process of its own
 import zephyr_lite.chat.session
-import zephyr_lite.evaluate.loss
-import zephyr_lite.evaluate.preference
+import zephyr_lite.evaluate.likelihood
 import zephyr_lite.memory.forecast
 import zephyr_lite.merge.command
 import zephyr_lite.monitor.report_writer
@@ -31,9 +30,9 @@ from zephyr_lite.demo.smoke import (
     MARK,
     STEPS,
     claim,
-    rehearsal_folder,
     run_smoke,
     small_stage,
+    smoke_folder,
     speed,
     whole_stage,
 )
@@ -74,8 +73,8 @@ def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory, tiny_base, pair_rows):
-    """A DPO stage rehearsed in a run that has no SFT stage yet: both stages, then."""
+def tested(tmp_path_factory, tiny_base, pair_rows):
+    """A DPO stage tested in a run that has no SFT stage yet: both stages, then."""
     root = tmp_path_factory.mktemp("runs")
     said: list[str] = []
     small = {"load_in_4bit": "false", "max_length": 64, "max_prompt_length": 32, "samples": 0}
@@ -85,8 +84,8 @@ def rehearsed(tmp_path_factory, tiny_base, pair_rows):
     return root, parts, said
 
 
-def test_a_stage_is_killed_goes_on_is_merged_and_answers(rehearsed):
-    root, parts, said = rehearsed
+def test_a_stage_is_killed_resumed_merged_and_answers(tested):
+    root, parts, said = tested
     names = ["an SFT stage below", "train, 10 steps", f"resume to step {STEPS}", "merge", "answer"]
     assert [part.name for part in parts] == names
     stage = StageDir(root / "mine-smoke" / "run" / "dpo")
@@ -100,14 +99,14 @@ def test_a_stage_is_killed_goes_on_is_merged_and_answers(rehearsed):
     assert "everything works" in text and "GiB at most" in text and "so the real dpo of about 6 steps" in text
 
 
-def test_the_run_itself_is_not_touched_and_nobody_takes_the_rehearsal_for_one(rehearsed):
-    root, _, _ = rehearsed
+def test_the_run_is_not_touched_and_the_smoke_test_is_never_the_newest_run(tested):
+    root, _, _ = tested
     assert not (root / "mine").exists()
     assert newest_run(root) is None
     assert json.loads((root / "mine-smoke" / MARK).read_text())["status"] == "passed"
 
 
-def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows, tmp_path):
+def test_a_dpo_stage_starts_from_the_runs_sft_adapter(tiny_base, chat_rows, pair_rows, tmp_path):
     """Without a process: a runner that only looks at what it is given."""
     from zephyr_lite.train.sft import run_sft
 
@@ -128,24 +127,19 @@ def test_a_dpo_stage_stands_on_what_the_run_has(tiny_base, chat_rows, pair_rows,
     assert json.loads((tmp_path / "mine-smoke" / MARK).read_text())["status"] == "failed"
 
 
-def test_a_folder_that_is_no_rehearsal_is_left_alone(tmp_path):
+def test_the_folder_is_beside_the_run_and_only_an_earlier_smoke_test_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert smoke_folder(tmp_path / "runs" / "a") == tmp_path / "runs" / "a-smoke"
+    assert smoke_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}-smoke")
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"is not a smoke test .it holds thesis.tex"):
         claim(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
-
-
-def test_an_earlier_rehearsal_is_replaced(tmp_path):
+    (tmp_path / "thesis.tex").unlink()
     claim(tmp_path)
     (tmp_path / "merged").mkdir()
     claim(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", MARK]
-
-
-def test_it_lies_beside_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert str(rehearsal_folder(tmp_path / "runs" / "a")) == str(tmp_path / "runs" / "a-smoke")
-    assert rehearsal_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}-smoke")
 
 
 def test_what_decides_memory_stays_and_the_rest_is_small(tmp_path):
@@ -158,11 +152,11 @@ def test_what_decides_memory_stays_and_the_rest_is_small(tmp_path):
 
 
 def test_hours_come_from_the_steps_that_were_warm(chat_rows):
-    slow, fast = {"seconds": 50.0, "num_tokens": 100.0}, {"seconds": 2.0, "num_tokens": 100.0}
-    records = [{"step": n, "loss": 1.0, **(slow if n in (1, 11) else fast)} for n in range(1, 21)]
-    assert speed([*records, {"step": 20, "eval_loss": 1.0}], [0, 10]) == (50.0, "tokens")
+    steps = list(range(1, 21))
+    seconds = [50.0 if step in (1, 11) else 2.0 for step in steps]
+    assert speed({"num_tokens": (steps, [100.0] * 20), "seconds": (steps, seconds)}, [0, 10]) == (50.0, "tokens")
     config = load_config("sft", None, [f"dataset={chat_rows}", "batch_size=2", "num_train_epochs=3"]).config
-    # 8 rows were read, of which the rehearsal made 2 packed ones of 4
+    # of 4 rows the smoke test made 2 packed ones
     assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 50.0, "tokens") == (6, 4 * 3 * 100 / 50)
     config = config.model_copy(update={"max_steps": 5})
     assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 2.0, "pairs") == (5, 5.0)

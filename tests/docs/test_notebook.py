@@ -30,13 +30,6 @@ def test_it_is_valid_and_stripped(notebook):
             assert cell.outputs == [] and cell.execution_count is None
 
 
-def test_every_cell_is_explained(notebook):
-    """A few words stand before each cell but the one of parameters, whose lines explain themselves."""
-    for before, cell in zip(notebook.cells, notebook.cells[1:]):
-        if cell.cell_type == "code":
-            assert before.cell_type == "markdown" and len(before.source.split()) >= 8, cell.source
-
-
 def tagged(notebook, tag):
     (cell,) = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
     return cell

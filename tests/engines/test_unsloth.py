@@ -1,5 +1,5 @@
-"""Engine unsloth: what stands in its way is said before anything is loaded; where Unsloth starts, its runs are the other
-engines' runs. It has to be imported before transformers, so every run is a process of its own, as a user's is."""
+"""Engine unsloth: a missing or unsuitable Unsloth is reported before anything is loaded; where Unsloth starts, its runs equal
+the other engines'. It has to be imported before transformers, so every run is a process of its own, as a user's is."""
 
 import importlib
 import json
@@ -15,9 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import make_model
 from zephyr_lite.engines import unsloth as early
-from zephyr_lite.engines.unsloth import linear_names
 from zephyr_lite.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -38,19 +36,10 @@ def python(*arguments):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="unsloth is installed here")
-def test_not_installed():
-    with pytest.raises(UserError) as found:
-        early.start_unsloth()
-    assert f"unsloth {early.WANTED} is not installed" in found.value.message
-    assert EXTRA in found.value.hint
-
-
-@pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="unsloth is installed here")
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_it_is_said_before_anything_is_loaded(method, tmp_path):
+def test_a_missing_unsloth_is_reported_before_anything_is_loaded(tmp_path):
     """There is no such model either; the engine's error comes first, and nothing is written."""
     words = ["engine=unsloth", f"output_dir={tmp_path / 'run'}", f"model_name_or_path={tmp_path / 'nowhere'}"]
-    code, _, complaint = python("-m", "zephyr_lite", method, *words)
+    code, _, complaint = python("-m", "zephyr_lite", "sft", *words)
     assert code == 2
     assert "is not installed" in complaint and EXTRA in complaint and "nowhere" not in complaint
     assert not (tmp_path / "run").exists()
@@ -84,10 +73,7 @@ def test_the_extra_asks_for_the_same_versions():
     assert extra == [f"unsloth{early.WANTED}", f"unsloth_zoo{early.WANTED}"]
 
 
-@pytest.mark.parametrize(
-    "error", [NotImplementedError("You need a GPU."), ImportError("no xformers"), RuntimeError("a\n  b"), KeyError("x")]
-)
-def test_it_does_not_start(monkeypatch, tmp_path, error):
+def test_it_does_not_start(monkeypatch, tmp_path):
     Metadata(monkeypatch)
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     monkeypatch.setattr(early, "PATCHED", ())
@@ -96,14 +82,14 @@ def test_it_does_not_start(monkeypatch, tmp_path, error):
         monkeypatch.setenv(name, "set, so that it is put back")
 
     def fail(name):
-        raise error
+        raise NotImplementedError("You need\n a GPU.")
 
     monkeypatch.setattr(early.importlib, "import_module", fail)
     with pytest.raises(UserError) as found:
         early.start_unsloth()
     said = found.value
     assert "unsloth 2026.10.9 does not start here" in said.message
-    assert f"{type(error).__name__}: {' '.join(str(error).split())}" in said.message
+    assert "NotImplementedError: You need a GPU." in said.message
     assert EXTRA in said.hint and "GPU" in said.hint
 
 
@@ -122,11 +108,6 @@ def test_the_start_imports_nothing_heavy():
         "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets', 'bitsandbytes'} & set(sys.modules)))",
     )
     assert (code, printed.strip()) == (0, "[]")
-
-
-def test_all_linear_is_every_linear_layer_but_the_head():
-    wanted = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert linear_names(make_model()) == wanted
 
 
 # Where it starts
@@ -242,14 +223,8 @@ def test_dpo_on_the_bare_base_and_in_float32_is_the_fused_engines_run(run):
     assert (found / "delta").is_dir()
 
 
-def test_recomputing_changes_nothing(run):
-    found, _ = run("sft", "unsloth", "recompute", "memory.keep=input")
-    assert json.loads((found / "stage.json").read_text())["trl"]["arguments"]["gradient_checkpointing"] is True
-    assert_same_run(found, run("sft", "unsloth", "nf4")[0], 1e-6)
-
-
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_a_killed_run_goes_on(run, method):
+def test_a_killed_run_is_resumed(run, method):
     """As if killed after step 2's checkpoint: the rest of the run is what it was, bit for bit."""
     run("sft", "unsloth", "nf4")
     folder, _ = run(method, "unsloth", "nf4")
@@ -273,21 +248,10 @@ def test_a_killed_run_goes_on(run, method):
         kept.rename(folder)
 
 
-def test_a_run_is_merged(run, tmp_path):
-    run("sft", "unsloth", "nf4")
-    folder, _ = run("dpo", "unsloth", "nf4")
-    code, said, complaint = python(
-        "-m", "zephyr_lite", "merge", "--run", folder.parent, "--onto", "nf4", "--out", tmp_path / "model"
-    )
-    assert code == 0, said + complaint
-    assert float(re.search(r"mean \|Δ log p\| (\S+),", said).group(1)) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["bnb_4bit_use_double_quant=false"], "always quantizes the scales"),
-        (["dtype=float64", "load_in_4bit=false"], "float64: Unsloth cannot"),
         (["dtype=float16"], ", wanted was torch.float16"),
         (["max_length=1200", "dataset.limit=1"], None),
     ],

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench.memory_case import predicted
+from bench.memory_parts import predicted
 from tests.conftest import TEXT, make_model, make_tokenizer
 from tests.contract.test_streaming import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
 from tests.messages import messages_to
@@ -29,11 +29,10 @@ from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import accumulate_gradients, update, warmup_largest_batch
+from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from zephyr_lite.train.optim import make_optimizer, restore_state
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
-from zephyr_lite.train.state import init_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -302,7 +301,7 @@ def opened(method, base, rows, folder, **changes):
         del settings["max_prompt_length"], settings["beta"]
     stage = setup_stage(method, load_config(method, None, words(base, folder, rows[method], **settings)))
     task = SftObjective(stage) if method == "sft" else DpoObjective(stage)
-    return stage, init_state(stage, task)
+    return stage, TrainState(stage, task)
 
 
 def emptied():

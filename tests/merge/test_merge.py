@@ -1,12 +1,10 @@
 """Merging: the folder is the live stack, whatever the base looks like, and nothing is half-written."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +25,19 @@ from tests.contract.test_merged import (
     save_tokenizer,
 )
 from zephyr_lite.errors import UserError
-from zephyr_lite.merge import adapter_only, chain_of_adapters, chain_of_run, merge
+from zephyr_lite.merge import adapter_only, chain_of_run, merge
 from zephyr_lite.merge import weights as merging
 from zephyr_lite.model.compose import compose
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 
 
-@pytest.mark.parametrize("block", [1, 1000, 2**26])
+@pytest.mark.parametrize("block", [1, 1000])
 def test_blocks_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     base = make_base(tmp_path / "base")
     chain = make_chain(base, tmp_path)
     monkeypatch.setattr(merging, "BLOCK_BYTES", block)
     merge(base, read(chain), tmp_path / "out", onto="nf4", quant_dtype=torch.float32)
     assert distance(logits(load(tmp_path / "out")), live(in_4bit(base, True), chain)) < 1e-5
-
-
-def test_without_a_template_generation_stops_at_the_tokenizers_eos(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    (base / "generation_config.json").unlink()
-    merge(base, read(make_chain(base, tmp_path)), tmp_path / "out")
-    assert load(tmp_path / "out").generation_config.eos_token_id == 2
 
 
 def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -58,7 +49,7 @@ def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"thesis\.tex"):
         merge(base, chain, foreign, overwrite=True)
     assert (foreign / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(UserError, match="is the base"):
+    with pytest.raises(UserError, match="holds other things"):
         merge(base, chain, base, overwrite=True)
 
     out = tmp_path / "out"
@@ -94,13 +85,6 @@ def test_adapter_of_another_base(tmp_path: Path, module: str, shape: tuple[int, 
     assert not (tmp_path / "out").exists()
 
 
-def test_head_that_is_not_tied_merges(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "a", 1, target_modules=["lm_head", "q_proj"])
-    merge(base, read([adapter]), tmp_path / "out")
-    assert distance(logits(load(tmp_path / "out")), live(load(base), [adapter])) < 1e-5
-
-
 def test_a_weight_that_overflows_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype=torch.float16)
     module = "model.layers.1.mlp.up_proj"
@@ -122,22 +106,19 @@ def test_killed_in_the_middle_there_is_no_folder(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", sharded=True)
     chain = make_chain(base, tmp_path)
     script = f"""
-import time
-from zephyr_lite.merge import merge
+import os
+from zephyr_lite.merge import merge, weights
 from zephyr_lite.model.peft_io import read_adapter
-def progress(done, total):
-    print(done, flush=True)
-    if done > total / 2:
-        time.sleep(60)
-chain = [read_adapter(p) for p in {[str(p) for p in chain]!r}]
-merge({str(base)!r}, chain, {str(tmp_path / "out")!r}, progress=progress)
+written = []
+def write(entry, *rest):
+    written.append(entry)
+    if len(written) > 3:
+        os.kill(os.getpid(), 9)
+    plain(entry, *rest)
+plain, weights._write_rows = weights._write_rows, write
+merge({str(base)!r}, [read_adapter(p) for p in {[str(p) for p in chain]!r}], {str(tmp_path / "out")!r})
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline()
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".out.*/*.safetensors")), "it was not killed in the middle"
     merge(base, read(chain), tmp_path / "out")
@@ -202,13 +183,6 @@ def test_newest_run_and_its_last_stage(tmp_path: Path, monkeypatch: pytest.Monke
     assert chain_of_run(tmp_path / "runs" / "new").stage == "sft"
 
 
-def test_a_run_may_move(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    make_run(tmp_path / "runs" / "one", base)
-    (tmp_path / "runs" / "one").rename(tmp_path / "moved")
-    assert len(chain_of_run(tmp_path / "moved").adapters) == 2
-
-
 @pytest.mark.parametrize("which", ["sft/adapter", "dpo/delta"])
 def test_a_chain_whose_hash_does_not_match_is_refused(tmp_path: Path, which: str) -> None:
     base = make_base(tmp_path / "base")
@@ -231,7 +205,7 @@ def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run there has a complete stage"):
         chain_of_run()
-    with pytest.raises(UserError, match="no such run"):
+    with pytest.raises(UserError, match="no such folder"):
         chain_of_run("runs/nothing")
     run = tmp_path / "runs" / "one"
     make_run(run, base)
@@ -243,33 +217,3 @@ def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path, monkeypatch:
     shutil.rmtree(run / "sft" / "adapter")
     with pytest.raises(UserError, match=r"sft/adapter: no adapter_config\.json there"):
         chain_of_run(run)
-
-
-def test_explicit_adapters(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    chain = make_chain(base, tmp_path)
-    assert chain_of_adapters([str(p) for p in chain]).base["name_or_path"] == str(base)
-    adapter_for(tmp_path / "odd", "model.layers.0.self_attn.q_proj", 64, 64)
-    names = [str(chain[0]), str(tmp_path / "odd")]
-    with pytest.raises(UserError, match="several bases"):
-        chain_of_adapters(names)
-    assert chain_of_adapters(names, base="mine").base["name_or_path"] == "mine"
-
-
-# ---- the comparison afterwards ------------------------------------------------------------------------------------
-
-
-def test_memory_bench_runs(tmp_path: Path) -> None:
-    """The bench itself, at a tiny size."""
-    root = Path(__file__).parents[2]
-    sizes = {"layers": 2, "hidden": 256, "intermediate": 512, "vocab": 300, "shards": 2, "onto": "nf4", "dir": tmp_path}
-    options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run(
-        [sys.executable, str(root / "bench" / "merge_memory.py"), *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["nf4"]["above_imports_mb"] < 300
-    assert list(tmp_path.iterdir()) == []

@@ -9,11 +9,10 @@ import torch
 
 from tests.messages import messages_to
 from zephyr_lite.cli.app import run
-from zephyr_lite.data.dataset import prepare
-from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.likelihood import chat_loss
 from zephyr_lite.evaluate.rows import held_out
-from zephyr_lite.merge import chain_of_adapters, chain_of_run
+from zephyr_lite.merge import chain_of_adapters, chain_of_run, command
 from zephyr_lite.merge import measure as measuring
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.merge.measure import measure
@@ -62,21 +61,21 @@ def test_the_numbers_are_those_of_whole_distributions(trained, merged):
             tokens += len(at)
     way = found.ways["base"]
     assert (found.rows, found.tokens) == (len(data.lengths), tokens)
-    assert way.kl.value == pytest.approx(sums["kl"] / tokens, rel=1e-4)
-    assert way.agreement.value == pytest.approx(sums["same"] / tokens, abs=1e-9)
-    assert way.loss.value == pytest.approx(sums["loss"] / tokens, rel=1e-6)
+    assert way["kl"].value == pytest.approx(sums["kl"] / tokens, rel=1e-4)
+    assert way["top1_agreement"].value == pytest.approx(sums["same"] / tokens, abs=1e-9)
+    assert way["loss"].value == pytest.approx(sums["loss"] / tokens, rel=1e-6)
     assert found.live.value == pytest.approx(sums["live"] / tokens, rel=1e-6)
-    assert way.gap.value == pytest.approx((sums["loss"] - sums["live"]) / tokens, rel=1e-3)
+    assert way["loss_minus_live"].value == pytest.approx((sums["loss"] - sums["live"]) / tokens, rel=1e-3)
     # the number that `eval loss` gives
     assert found.live.value == pytest.approx(chat_loss(live.decoder("dpo"), data), rel=1e-5)
 
 
 def test_nf4_is_the_live_stack_and_base_is_not(merged):
     _, found, lines = merged
-    assert 0 < found.ways["nf4"].kl.value < 1e-6 < 1e-3 < found.ways["base"].kl.value
-    assert found.ways["nf4"].agreement.value == 1.0 > found.ways["base"].agreement.value
-    assert abs(found.ways["nf4"].gap.value) < 1e-5
-    between = found.ways["base"].loss.value - found.ways["nf4"].loss.value
+    assert 0 < found.ways["nf4"]["kl"].value < 1e-6 < 1e-3 < found.ways["base"]["kl"].value
+    assert found.ways["nf4"]["top1_agreement"].value == 1.0 > found.ways["base"]["top1_agreement"].value
+    assert abs(found.ways["nf4"]["loss_minus_live"].value) < 1e-5
+    between = found.ways["base"]["loss"].value - found.ways["nf4"]["loss"].value
     assert found.between.value == pytest.approx(between, abs=1e-9)
     assert any(line.startswith("merged against live") for line in lines)
     assert any(line.startswith("--onto nf4: KL") for line in lines) and lines[-2].startswith("loss of base minus nf4")
@@ -87,30 +86,24 @@ def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
     assert [path.name for path in out.parent.iterdir()] == ["model"]
     told = json.loads((out / "zephyr_lite.json").read_text())
     assert told["onto"] == "base" and told["measured"] == json.loads(json.dumps(found.as_dict()))
-    assert told["measured"]["nf4"]["kl"]["value"] == found.ways["nf4"].kl.value
+    assert told["measured"]["nf4"]["kl"]["value"] == found.ways["nf4"]["kl"].value
     assert told["measured"]["data"]["rows"] == 8
-
-
-def test_a_plain_check_measures_what_was_merged(trained, tmp_path):
-    found = run_merge(tmp_path / "m", run=trained, onto="nf4", rows=2)
-    assert list(found.ways) == ["nf4"] and found.rows == 2 and found.between is None
-    assert json.loads((tmp_path / "m" / "zephyr_lite.json").read_text())["measured"]["nf4"]["loss"]["value"] > 0
 
 
 def test_other_architectures_and_small_memory_give_the_same(trained, merged, monkeypatch):
     """Their logits are kept in files; a folder that does not fit is read from the disk layer by layer."""
     out, found, _ = merged
     monkeypatch.setattr(measuring, "FAMILIES", ())
-    monkeypatch.setattr(measuring, "CHUNK_BYTES", 4 * 448 * 3)  # three tokens at a time
+    monkeypatch.setattr(measuring, "CHUNK", 3)
     same = measure(chain_of_run(trained), {"base": out}, rows=64)
-    assert same.ways["base"].kl.value == pytest.approx(found.ways["base"].kl.value, rel=1e-4)
-    assert same.ways["base"].loss.value == pytest.approx(found.ways["base"].loss.value, rel=1e-6)
+    assert same.ways["base"]["kl"].value == pytest.approx(found.ways["base"]["kl"].value, rel=1e-4)
+    assert same.ways["base"]["loss"].value == pytest.approx(found.ways["base"]["loss"].value, rel=1e-6)
     monkeypatch.undo()
     monkeypatch.setattr(measuring, "_free", lambda device: 300_000)
     monkeypatch.setattr(measuring, "MICRO_TOKENS", 1)  # a row at a time
     same = measure(chain_of_run(trained), {"base": out}, rows=64)
-    assert same.ways["base"].kl.value == pytest.approx(found.ways["base"].kl.value, rel=1e-4)
-    assert same.ways["base"].loss.value == pytest.approx(found.ways["base"].loss.value, rel=1e-6)
+    assert same.ways["base"]["kl"].value == pytest.approx(found.ways["base"]["kl"].value, rel=1e-4)
+    assert same.ways["base"]["loss"].value == pytest.approx(found.ways["base"]["loss"].value, rel=1e-6)
 
 
 def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
@@ -127,57 +120,27 @@ def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
     assert found.origin == "the demo's conversations" and found.rows == 3
     assert any("taking the demo's" in line for line in lines)
     assert chain_of_adapters([str(alone)], base).base["name_or_path"] == base
-    assert found.ways["nf4"].kl.value < 1e-6
+    assert found.ways["nf4"]["kl"].value < 1e-6
 
 
 def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
-    real = measuring.open_folder
-    from zephyr_lite.merge import command
-
-    merges = []
-
-    def no_room(chain, folder, out, onto, *others):
-        merges.append(onto)
-        if len(merges) == 2:
+    def no_room(*words, onto, **settings):
+        if onto == "nf4":
             raise UserError("/there: 0.1 GB are free, the result takes 14.5 GB.")
-        return merge_really(chain, folder, out, onto, *others)
+        return merge(*words, onto=onto, **settings)
 
-    merge_really = command._merge
-    monkeypatch.setattr(command, "_merge", no_room)
+    merge = command.merge
+    monkeypatch.setattr(command, "merge", no_room)
     found = run_merge(tmp_path / "m", run=trained, both=True, rows=2)
-    assert merges == ["base", "nf4"] and list(found.ways) == ["base"] and measuring.open_folder is real
+    assert list(found.ways) == ["base"]
     assert found.missing == {"nf4": "/there: 0.1 GB are free, the result takes 14.5 GB."}
     assert any("nf4: not measured" in line for line in found.lines())
-
-
-def test_interrupted_while_measuring_the_merged_folder_stays(trained, tmp_path, monkeypatch):
-    from zephyr_lite.merge import command
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "measure", interrupted)
-    with pytest.raises(Interrupted, match="m is whole"):
-        run_merge(tmp_path / "m", run=trained, both=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    ("options", "told"), [({"check": False}, "--no-check"), ({"as_adapter": True}, "--adapter-only")]
-)
-def test_measuring_needs_a_merged_model(trained, tmp_path, options, told):
-    with pytest.raises(UserError, match=told):
-        run_merge(tmp_path / "m", run=trained, both=True, **options)
-    with pytest.raises(UserError, match=f"--rows are for the comparison; {told}"):
-        run_merge(tmp_path / "m", run=trained, rows=4, **options)
+@pytest.mark.parametrize("options", [{"check": False}, {"as_adapter": True}])
+@pytest.mark.parametrize("asked", [{"both": True}, {"rows": 4}])
+def test_measuring_needs_a_merged_model(trained, tmp_path, options, asked):
+    with pytest.raises(UserError, match="--measure and --rows are for the comparison"):
+        run_merge(tmp_path / "m", run=trained, **asked, **options)
     assert not (tmp_path / "m").exists()
-
-
-def test_long_rows_are_cut(trained):
-    chain = chain_of_run(trained)
-    live = open_live(trained)
-    found = held_out(chain, live.template, "sft", max_length=40)
-    assert found.data.lengths.max() == 40 and found.config.max_length == 40
-    whole = prepare(found.specs, "sft", found.config.model_copy(update={"max_length": 96}), live.template)
-    assert whole.lengths.max() > 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack, check_targets
 from zephyr_lite.model.base import read_model_config
-from zephyr_lite.model.files import INDEX, SINGLE, fetch_base, weight_files
-from zephyr_lite.model.peft_io import fetch_adapter, other_base, read_adapter
+from zephyr_lite.model.files import SINGLE, fetch_base
+from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -43,7 +42,7 @@ def test_weights_of_another_shape_are_found_before_transformers_loads_them(base,
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("they were loaded"))
     weights = load_file(base / SINGLE) | {"model.norm.weight": torch.zeros(63)}
     save_file(weights, base / SINGLE, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is \[63\]; by config\.json it is \[64\]"):
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight, which is \[63\]; by config\.json it is \[64\]"):
         loaded(base)
 
 
@@ -54,12 +53,6 @@ def test_a_weight_that_no_file_holds_is_not_drawn_at_random(base, four_bit):
     save_file(weights, base / SINGLE, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight and 1 more in its files"):
         loaded(base, load_in_4bit=four_bit)
-
-
-def test_one_file_comes_before_an_index_as_in_transformers(base):
-    (base / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../../x"}}))
-    assert weight_files(base) == [base / SINGLE]
-    loaded(base)
 
 
 def test_links_of_the_hubs_cache_are_read_and_a_broken_one_is_named_with_its_blob(tiny_base, tmp_path):
@@ -109,15 +102,6 @@ def test_a_vocabulary_that_does_not_fit_is_refused(base):
         loaded(base)
 
 
-def test_a_special_token_out_of_the_vocabulary_is_found(base):
-    """transformers gives it an id of its own, behind the model's last embedding when that vocabulary is full."""
-    edit(base / "tokenizer_config.json", eos_token="<the end>")
-    tokenizer = load_tokenizer(base)
-    assert tokenizer.eos_token_id == 420
-    with pytest.raises(UserError, match=r"<the end> \(id 420\), and the model has embeddings for 420"):
-        check_vocabulary(tokenizer, 420, base)
-
-
 @pytest.mark.parametrize(
     "keys",
     [
@@ -140,11 +124,6 @@ def test_numbers_and_names_that_are_none(tmp_path, keys):
     assert str(folder) in caught.value.message and caught.value.hint and caught.value.message.isprintable()
 
 
-def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
-    for place, targets in enumerate(["q_proj", "all-linear", None, "(a+)+"]):
-        assert read_adapter(make_adapter(tmp_path / str(place), target_modules=targets)).modules.keys() == {MODULE}
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -156,15 +135,9 @@ def test_what_an_adapter_reaches_is_read_from_its_weights(tmp_path):
     ],
 )
 def test_an_adapter_that_does_not_fit_is_not_attached(tmp_path, changes, said):
-    adapter = read_adapter(make_adapter(tmp_path / "a", **changes))
+    folder = make_adapter(tmp_path / "a", **changes)
     with pytest.raises(UserError, match=said):
-        AdapterStack(make_model()).add_frozen("a", adapter)
-
-
-def test_another_base_by_name_is_said():
-    assert other_base({"base_model_name_or_path": "o/n"}, "/models/n") is None  # the same, moved
-    assert other_base({}, "o/n") is None
-    assert "names o/n as the base, it is used on o/m" in (other_base({"base_model_name_or_path": "o/n"}, "o/m") or "")
+        AdapterStack(make_model()).add_frozen("a", read_adapter(folder))
 
 
 @pytest.mark.parametrize("targets", [[".*q_proj"], ["(a+)+.q_proj"], ["q_proj\n"], ["lm_head"]])

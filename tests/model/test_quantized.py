@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,34 +114,12 @@ def test_bits_are_those_of_from_pretrained(tmp_path, cache, kind, dtype, double,
 
 def test_what_it_depends_on_is_in_its_name(base, cache):
     load_base(config(base))
-    load_base(config(base, dtype="bfloat16"))
-    load_base(config(base, bnb_4bit_use_double_quant=False))
-    assert len(entries(cache)) == 3
+    load_base(config(base, dtype="bfloat16", bnb_4bit_use_double_quant=False))
     other = make_base(base.parent / "other" / "base", seed=1)
     load_base(config(other))
-    assert len(entries(cache)) == 4
+    assert len(entries(cache)) == 3
     (own,) = [path for path in entries(cache) if load.fingerprint(other)[:16] in path.name]
     assert own.name.startswith("base-")
-
-
-def data_start(path):
-    """Offset of a safetensors file's first tensor."""
-    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
-
-
-def test_a_second_start_reads_no_16_bit_weights(base, cache, monkeypatch):
-    first = load_base(config(base))
-    for path in base.glob("*.safetensors"):  # nothing but the files' headers, sizes and dates is as it was
-        told, start = path.stat(), data_start(path)
-        path.write_bytes(path.read_bytes()[:start] + bytes(told.st_size - start))
-        os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
-    monkeypatch.setattr(load, "fingerprint", lambda folder: first.fingerprint)
-    said: list[str] = []
-    with messages_to(said.append):
-        second = load_base(config(base))
-    assert_same(second.model, first.model)
-    assert said == [] and second.path == base and second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
-    assert not any(any(path.read_bytes()[data_start(path) :]) for path in base.glob("*.safetensors"))
 
 
 def test_a_streamed_base_stays_on_the_host(base, cache):
@@ -174,13 +150,11 @@ def test_a_quantized_checkpoint_computes_in_another_dtype_than_it_was_stored_in(
     load_base(config(base, dtype="bfloat16"))
     (kept,) = entries(cache)
     make_tokenizer(kept)
-    for dtype in (torch.float32, torch.float16):
-        found = load_base(config(kept, dtype=str(dtype).removeprefix("torch.")))
-        plain = [p for p in found.model.parameters() if not hasattr(p, "quant_state")]
-        assert found.dtype == dtype and {p.dtype for p in plain} == {dtype} and len(plain) == 7
-        stack = AdapterStack(found.model)
-        batch = collate_conversations([Example(np.arange(9, dtype=np.int32), np.ones(9, dtype=bool), "", 0)])
-        assert Decoder(stack, found.dtype).token_logps(batch).isfinite().all()
+    found = load_base(config(kept, dtype="float16"))
+    plain = [p for p in found.model.parameters() if not hasattr(p, "quant_state")]
+    assert found.dtype == torch.float16 and {p.dtype for p in plain} == {torch.float16} and len(plain) == 7
+    batch = collate_conversations([Example(np.arange(9, dtype=np.int32), np.ones(9, dtype=bool), "", 0)])
+    assert Decoder(AdapterStack(found.model), found.dtype).token_logps(batch).isfinite().all()
 
 
 def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
@@ -206,12 +180,6 @@ def test_where_the_cache_cannot_be_written_the_base_is_quantized_in_memory(base,
         assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     assert entries(cache) == []
     assert "No space left" in said[-1] and "ZEPHYR_LITE_CACHE" in said[-1] and "in memory" in said[-1]
-    shutil.rmtree(cache.parent)
-    cache.parent.write_text("a file where the folder should be")
-    said.clear()
-    with messages_to(said.append):
-        assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
-    assert "cannot be kept" in said[0] and str(cache) in said[0]
 
 
 def inverted(path: Path) -> None:
@@ -255,15 +223,6 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
     with messages_to(said.append):
         load_base(config(base.rename(base.parent / "moved")))
     assert said == [] and entries(cache) == [kept]
-
-
-def test_the_configuration_is_the_bases_own(base, cache):
-    load_base(config(base))
-    (kept,) = entries(cache)
-    told = json.loads((kept / "config.json").read_text())
-    (kept / "config.json").write_text(json.dumps({**told, "rms_norm_eps": 0.1}))
-    found = load_base(config(base)).model
-    assert found.config.rms_norm_eps == told["rms_norm_eps"] == found.model.norm.variance_epsilon
 
 
 def test_the_cache_has_a_variable_and_the_survey_names_it(base, tmp_path, cache, monkeypatch):

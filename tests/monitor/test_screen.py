@@ -19,14 +19,11 @@ from zephyr_lite.io.logging import messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
-from zephyr_lite.monitor.health import judge
-from zephyr_lite.monitor.panel import LiveScreen, render, spark
-from zephyr_lite.monitor.progress import Progress
-from zephyr_lite.monitor.reference_ranges import DPO, published_of
+from zephyr_lite.monitor.health import DPO, Progress, judge, published_of
+from zephyr_lite.monitor.panel import LiveScreen, render
 from zephyr_lite.monitor.screens import JsonScreen, open_screen
 from zephyr_lite.train.distributed import PeerEnded
-from zephyr_lite.train.objective import Outcome
-from zephyr_lite.train.observer import Sample
+from zephyr_lite.train.stage import Outcome, Sample
 
 LN2 = math.log(2)
 STEP = {
@@ -49,35 +46,17 @@ SAMPLE = Sample(0, "<|user|>\nWhat is \x1b[31m good?</s>\n<|assistant|>\n", "Sou
 
 
 class Terminal(io.StringIO):
-    """A file that says it is a terminal, and draws what terminals draw: text, new lines, up, erase to the end."""
+    """A file that says it is a terminal."""
 
     encoding = "utf-8"
 
     def isatty(self):
         return True
 
-    def lines(self):
-        rows, row, column = [""], 0, 0
-        codes = r"\x1b\[(\d+)A|\x1b\[2K|\x1b\[[\d;]*m|\r|\n|[^\x1b]"
-        text, place = self.getvalue(), 0
-        while place < len(text):
-            found = re.compile(codes).match(text, place)
-            assert found, repr(text[place : place + 20])  # nothing else is ever written
-            place, code = found.end(), found[0]
-            if code == "\n":
-                row, column = row + 1, 0
-                rows += [""] * (row + 1 - len(rows))
-            elif code == "\r":
-                column = 0
-            elif found[1]:
-                row -= int(found[1])
-                assert row >= 0
-            elif code == "\x1b[2K":
-                rows[row] = ""
-            elif not code.startswith("\x1b"):
-                rows[row] = rows[row][:column].ljust(column) + code + rows[row][column + 1 :]
-                column += 1
-        return [line.rstrip() for line in rows]
+    @property
+    def text(self):
+        """Everything that was written, without control codes."""
+        return re.sub(r"\x1b\[[\d;]*[A-Za-z]|\r", "", self.getvalue())
 
 
 def stage_of(folder, method="sft", **changes):
@@ -102,11 +81,6 @@ def terminal(monkeypatch):
     return Terminal()
 
 
-def settled(screen):
-    """Draw what is new now."""
-    screen._live.refresh()
-
-
 def ran(screen, stage, steps=3, total=10, metrics=STEP):
     screen.on_train_begin(stage, "tokens", total, 0)
     for step in range(1, steps + 1):
@@ -124,7 +98,7 @@ def test_each_place_has_its_screen(terminal, monkeypatch):
     assert type(open_screen(pipe, as_json=True)) is JsonScreen
     assert type(open_screen(Console(out=terminal))) is LiveScreen
     monkeypatch.setenv("JPY_PARENT_PID", "7")  # `!zephyr-lite sft` in a cell has a terminal that only appends
-    assert type(open_screen(Console(out=terminal))) is screens.NotebookScreen
+    assert open_screen(Console(out=terminal)).most == screens.NOTEBOOK_LINES
     monkeypatch.delenv("JPY_PARENT_PID")
     monkeypatch.setenv("TERM", "dumb")
     assert type(open_screen(Console(out=terminal))) is screens.Screen
@@ -133,7 +107,7 @@ def test_each_place_has_its_screen(terminal, monkeypatch):
     assert type(open_screen(Console(out=io.StringIO()))) is screens.Screen
 
 
-def test_a_pipe_gets_the_lines_of_before(tmp_path):
+def test_a_pipe_gets_lines(tmp_path):
     out = io.StringIO()
     with open_screen(Console(out=out)) as screen:
         ran(screen, stage_of(tmp_path), steps=2)
@@ -147,7 +121,7 @@ def test_a_pipe_gets_the_lines_of_before(tmp_path):
 
 def test_a_notebook_is_not_flooded(tmp_path):
     out = io.StringIO()
-    screen = screens.NotebookScreen(Console(out=out))
+    screen = screens.Screen(Console(out=out), most=screens.NOTEBOOK_LINES)
     for step in range(1, 1001):
         screen.metrics(step, 1000, STEP)
     screen.metrics(1000, 1000, {"eval_loss": 1.0})
@@ -159,45 +133,32 @@ def test_a_notebook_is_not_flooded(tmp_path):
 # -- the panel ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_panel_stays_at_the_bottom_and_lines_go_above(terminal, tmp_path):
-    stage = stage_of(tmp_path)
-    with LiveScreen(Console(out=terminal)) as screen:
+def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_path):
+    console = Console(out=terminal, err=terminal)
+    with suppress(UserError), LiveScreen(console) as screen:
         screen.say("loading the base")
-        ran(screen, stage)
+        ran(screen, stage_of(tmp_path))
+        screen.progress.begun -= 6  # three steps in six seconds
         screen.on_sample(0, [SAMPLE])
-        settled(screen)
-        screen.say("step 3: something happened")
         screen.on_evaluate(3, {"eval_loss": 1.1})
         screen.metrics(3, 10, {"eval_loss": 1.1})
-        settled(screen)
-        shown = terminal.lines()
-        screen.on_train_end(stage, Outcome(10, {}, None, 1.0))
-        screen.say("Next: zephyr-lite dpo")
-    assert shown[:3] == ["loading the base", "step 3: something happened", "step  3/10  held-out  loss 1.1000"]
-    assert shown[3].startswith("╭─ sft · ") and shown[-1].startswith("╰")
-    assert [line.split()[1] for line in shown[4:-1]][:8] == [
-        "step",
-        "loss",
-        "held",
-        "speed",
-        "rate",
-        "asked",
-        "answers",
-        "Bread",
-    ]
-    text = "\n".join(shown)
+        raise UserError("no room", "make some")
+    console.user_error(UserError("no room", "make some"))
+    assert not console.out._render_hooks and screen._live is None
+    assert terminal.text.startswith("loading the base\n") and terminal.text.endswith("╯\nerror: no room\nmake some\n")
+    assert "\nstep  3/10  held-out  loss 1.1000\n" in terminal.text  # above the panel
+    panel = terminal.text.split("╭")[-1]
+    rows = [line.split()[1] for line in panel.splitlines() if line.startswith("│")]
+    assert rows[:7] == ["step", "loss", "held", "speed", "rate", "asked", "answers"]
     for part in ("3/10", " 30%", "1.2500", "1.1000", "1,500 tokens/s", "memory 9.8 of 11.0 GiB planned", "14 s left"):
-        assert part in text
-    assert "What is \\x1b[31m good?" in text and "<|user|>" not in text  # an answer cannot move the cursor
-    assert max(map(len, shown)) == 80
-    after = terminal.lines()
-    assert after[-2:] == ["Next: zephyr-lite dpo", ""] and sum("╭" in line for line in after) == 1
+        assert part in panel
+    assert "What is \\x1b[31m good?" in panel and "<|user|>" not in panel  # an answer cannot move the cursor
 
 
-@pytest.mark.parametrize("width", [20, 41, 80, 200])
+@pytest.mark.parametrize("width", [20, 200])
 def test_the_panel_fits_every_width(tmp_path, width):
     progress = Progress(stage_of(tmp_path, "dpo"), "pairs", 3000, 0)
-    progress.sampled([Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")])
+    progress.sample = Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")
     for step in range(1, 300):
         progress.stepped(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
     progress.evaluated(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
@@ -213,28 +174,8 @@ def test_an_interrupt_is_shown(terminal, tmp_path):
     with LiveScreen(Console(out=terminal)) as screen, StopRequest(None):
         ran(screen, stage_of(tmp_path))
         signal.raise_signal(signal.SIGINT)
-        settled(screen)
-        assert "stopping after this step" in "\n".join(terminal.lines())
-
-
-def test_a_panel_higher_than_the_window_is_cut(terminal, tmp_path, monkeypatch):
-    monkeypatch.setenv("LINES", "5")
-    with LiveScreen(Console(out=terminal)) as screen:
-        ran(screen, stage_of(tmp_path))
-        settled(screen)
-        settled(screen)
-        assert len(terminal.lines()) == 5
-
-
-def test_an_error_finds_the_terminal_as_it_was(terminal, tmp_path):
-    console = Console(out=terminal, err=terminal)
-    with suppress(UserError), LiveScreen(console) as screen:
-        ran(screen, stage_of(tmp_path))
-        raise UserError("no room", "make some")
-    console.user_error(UserError("no room", "make some"))
-    shown = terminal.lines()
-    assert shown[-4].startswith("╰") and shown[-3:] == ["error: no room", "make some", ""]
-    assert not console.out._render_hooks and screen._live is None
+        screen._live.refresh()
+        assert "stopping after this step" in terminal.text
 
 
 def test_without_utf_8_the_signs_are_ascii():
@@ -242,11 +183,6 @@ def test_without_utf_8_the_signs_are_ascii():
     Console(out=out).say("✓ ▁█ done")
     out.flush()
     assert out.buffer.getvalue() == b"* _# done\n"
-
-
-def test_curves_keep_their_shape():
-    assert spark([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█" and spark([], 4) == "" and spark([3.0, 3.0], 4) == "▁▁"
-    assert spark([0.0, math.nan, 1.0], 4) == "▁█" and len(spark(list(range(100)), 24)) == 24
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------
@@ -261,23 +197,29 @@ def judged(stage, steps, evaluations=(), total=400, published=None):
     return judge(progress, published)
 
 
-def test_the_verdict_says_what_the_numbers_say(tmp_path):
-    sft, dpo = stage_of(tmp_path), stage_of(tmp_path, "dpo")
-    falls = [{"loss": 2.0 - step / 100} for step in range(60)]
-    assert judged(sft, falls[:5]).kind == "open"
-    assert judged(sft, falls).text == "healthy: the loss fell from 1.955 to 1.505"
-    assert judged(sft, falls[::-1]).kind == "bad"
-    assert judged(sft, [*falls, {"loss": math.nan}]).text == "the last loss is not a finite number"
-    overfit = judged(sft, falls, [1.5, 1.6, 1.7])
-    assert overfit.kind == "bad" and "lowest was 1.5000 at step 10" in overfit.text
-    for held_out in (math.nan, "nan"):  # the loop's, and the file's word
-        lost = judged(sft, falls, [1.5, held_out])
-        assert lost.kind == "bad" and "held-out loss is not a finite" in lost.text
-    assert judged(dpo, [PAIRS] * 3).text == "healthy: the first loss is ln 2 (0.6931)"
-    assert judged(dpo, [{**PAIRS, "loss": 0.75}]).kind == "bad"
-    assert judged(dpo, [PAIRS] * 60).kind == "good"
-    assert judged(dpo, [{**PAIRS, "rewards/accuracies": 0.52}] * 60).kind == "open"
-    assert judged(dpo, [{**PAIRS, "rewards/accuracies": 0.3}] * 60).kind == "bad"
+FALLS = [{"loss": 2.0 - step / 100} for step in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "evaluations", "kind", "text"),
+    [
+        ("sft", FALLS[:5], [], "open", "too early"),
+        ("sft", FALLS, [], "good", "healthy: the loss fell from 1.955 to 1.505"),
+        ("sft", FALLS[::-1], [], "bad", "the loss rose"),
+        ("sft", [*FALLS, {"loss": math.nan}], [], "bad", "the last loss is not a finite number"),
+        ("sft", FALLS, [1.5, 1.6, 1.7], "bad", "lowest was 1.5000 at step 10"),
+        ("sft", FALLS, [1.5, math.nan], "bad", "held-out loss is not a finite"),
+        ("sft", FALLS, [1.5, "nan"], "bad", "held-out loss is not a finite"),  # the word in metrics.jsonl
+        ("dpo", [PAIRS] * 3, [], "good", "healthy: the first loss is ln 2 (0.6931)"),
+        ("dpo", [{**PAIRS, "loss": 0.75}], [], "bad", "0.7500 instead of ln 2"),
+        ("dpo", [PAIRS] * 60, [], "good", "preference accuracy 90%"),
+        ("dpo", [{**PAIRS, "rewards/accuracies": 0.52}] * 60, [], "open", "chance"),
+        ("dpo", [{**PAIRS, "rewards/accuracies": 0.3}] * 60, [], "bad", "no preference is learned"),
+    ],
+)
+def test_the_verdict_follows_from_the_metrics(tmp_path, method, steps, evaluations, kind, text):
+    verdict = judged(stage_of(tmp_path, method), steps, evaluations)
+    assert verdict.kind == kind and text in verdict.text
 
 
 def test_only_the_published_recipe_is_compared(tmp_path):
@@ -295,10 +237,9 @@ def test_only_the_published_recipe_is_compared(tmp_path):
     sft = stage_of(tmp_path)
     sft.config = load_config("sft", "zephyr-7b/sft", []).config
     assert published_of(sft) is None  # its loss is over the assistant's tokens alone
-    held_out = {"path": "HuggingFaceH4/ultrachat_200k", "split": "test_sft"}
     sft.config = load_config("sft", "zephyr-7b/sft", ["loss_on=all"]).config
-    assert published_of(sft) is None  # a thousand of the held-out rows tell no difference of a hundredth
-    sft.config = sft.config.model_copy(update={"eval_dataset": [DatasetSpec(**held_out)]})
+    assert published_of(sft) is None  # a thousand of the held-out rows show no difference of a hundredth
+    sft.config.eval_dataset[0].limit = None
     assert published_of(sft).loss == (0.944, 0.952)
     steps = [{**PAIRS, "loss": LN2 if step == 0 else 0.685} for step in range(110)]
     assert (
@@ -317,13 +258,16 @@ def test_a_resumed_run_shows_what_was_logged_before(tmp_path):
     stage.dir.metrics.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 8, "lo')
     progress = Progress(stage, "tokens", 10, 6)
     assert progress.start == 1.9 and len(progress.recent) == 6 and len(progress.evaluations) == 1
-    assert progress.last["loss"] == pytest.approx(1.4) and progress.seconds_left() == pytest.approx(8.0)
+    assert progress.last["loss"] == pytest.approx(1.4) and progress.seconds_left() is None
+    progress.stepped(7, STEP)
+    progress.begun -= 2
+    assert progress.seconds_left() == pytest.approx(6.0, abs=0.1)
 
 
 # -- quiet, JSON -------------------------------------------------------------------------------------------------------
 
 
-def test_quiet_says_warnings_and_the_result(tmp_path):
+def test_quiet_prints_warnings_and_the_result(tmp_path):
     out = io.StringIO()
     stage = stage_of(tmp_path)
     with screens.QuietScreen(Console(out=out)) as screen:

@@ -2,12 +2,9 @@
 
 import importlib.util
 import json
-import sys
 
-import nbformat
 import pytest
 import torch
-from nbclient import NotebookClient
 
 from tests.train.test_train import dpo_words, metrics, words
 from zephyr_lite.chat import load_chat
@@ -15,12 +12,11 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.monitor.screens import NOTEBOOKS
 from zephyr_lite.train import callbacks, samples
 from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.observer import Observer
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
+from zephyr_lite.train.stage import Observer
 
 SHORT = {"sample_tokens": 6, "max_steps": 2, "lora_dropout": 0.1, "learning_rate": 0.02}
 
@@ -112,7 +108,10 @@ def test_a_tracker_that_is_not_there_names_its_extra(name, extra, monkeypatch):
 def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
     (tmp_path / "no_such_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert importlib.util.find_spec("no_such_tracker") is not None and not callbacks._installed("no_such_tracker")
+    monkeypatch.setitem(callbacks.EXTRAS, "tensorboard", ("trackers", ("no_such_tracker",)))
+    assert importlib.util.find_spec("no_such_tracker") is not None
+    with pytest.raises(UserError, match="is not installed"):
+        callbacks.trackers(RunConfig(report_to=["tensorboard"]))
 
 
 def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):
@@ -124,22 +123,6 @@ def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):
     found.Reload()
     assert [e.value for e in found.Scalars("train/loss")] == pytest.approx(metrics(tmp_path / "r" / "sft"), rel=1e-6)
     assert found.Scalars("eval/loss")[-1].step == 2
-
-
-# -- a notebook --------------------------------------------------------------------------------------------------------
-
-
-def test_where_a_cell_prints_is_known(tmp_path):
-    """In a cell's own process rich knows of the notebook. `!command` gives its child a terminal that only appends: a variable
-    of the kernel tells it apart. What is printed there: ``test_screen.test_each_place_has_its_screen``."""
-    child = "import os, sys; print(sys.stdout.isatty(), any(n in os.environ for n in sys.argv[1:]))"
-    cells = [
-        "from rich.console import Console; print(Console().is_jupyter)",
-        f"!{sys.executable} -c '{child}' {' '.join(NOTEBOOKS)}",
-    ]
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(book, timeout=60, kernel_name="python3").execute()
-    assert ["".join(o.text for o in cell.outputs).strip() for cell in book.cells] == ["True", "True True"]
 
 
 def test_the_command_line_keeps_json_clean(tmp_path, capsys):

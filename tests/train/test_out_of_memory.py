@@ -10,7 +10,6 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.optim.optimizer import Optimizer2State
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.conftest import make_model, make_tokenizer
@@ -24,14 +23,11 @@ from zephyr_lite.memory.estimate import Device
 from zephyr_lite.memory.gpus import CARDS
 from zephyr_lite.memory.plan import Limits, Plan
 from zephyr_lite.model.activation_offload import ActivationOffload, LockRefused
-from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.train.dpo import DpoObjective
-from zephyr_lite.train.loop import accumulate_gradients, update, warmup_largest_batch
+from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from zephyr_lite.train.oom import OomRetry, is_out_of_memory
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
-from zephyr_lite.train.state import init_state
 
 STEP = 3
 
@@ -100,7 +96,7 @@ def opened(base, chat_rows, pair_rows, tmp_path):
         task = SftObjective(stage) if method == "sft" else DpoObjective(stage)
         plan = Plan(tokens, keep, threads=torch.get_num_threads())
         task.oom.follow(plan)
-        return init_state(stage, task)
+        return TrainState(stage, task)
 
     return make
 
@@ -231,37 +227,7 @@ def test_the_update_allocates_nothing_with_adamw_torch(opened):
     assert all(state["step"] == 1 for state in state.optimizer.state.values())
 
 
-def test_where_an_update_does_allocate_a_failure_in_it_ends_the_run_before_anything_is_written(
-    base, chat_rows, tmp_path, monkeypatch
-):
-    """bitsandbytes' 8-bit AdamW on a CPU: half of the adapter may have changed, and must not be gone on with."""
-    settings = {"optim": "adamw_8bit", "lora_r": 64, "load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 1}
-    run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)))
-    plain, changed = Optimizer2State.update_step, []
-
-    def failing(self, group, parameter, gindex, pindex):
-        # the operation is one to a dispatch mode, which does not see what it allocates inside
-        if self.state[parameter]["step"] == 1:
-            if len(changed) == 5:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 KiB.")
-            changed.append(parameter)
-        plain(self, group, parameter, gindex, pindex)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Optimizer2State, "update_step", failing)
-        loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
-        with pytest.raises(
-            UserError, match=r"step 2: memory ran out while the adapter was being changed .*\n.*checkpoint"
-        ):
-            run_sft(loaded)
-    assert len(changed) == 5
-    assert [p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()] == ["checkpoint-1"]
-    run_sft(loaded)
-    shas = {n: StageDir(tmp_path / n / "sft").info()["adapter_sha256"] for n in ("whole", "r")}
-    assert shas["whole"] == shas["r"]
-
-
-def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, chat_rows, tmp_path, monkeypatch):
+def test_a_run_continues_under_the_smaller_plan_and_so_does_a_resumed_one(base, chat_rows, tmp_path, monkeypatch):
     settings = {"load_in_4bit": "false", "save_steps": 1, "num_train_epochs": 2, "lora_dropout": 0.1}
     run_sft(load_config("sft", None, words(base, tmp_path / "whole", chat_rows, **settings)))
     plain, said = SftObjective.loss, []
@@ -278,13 +244,8 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
     loaded = load_config("sft", None, words(base, tmp_path / "r", chat_rows, **settings))
     with killed_at(3), messages_to(said.append):
         run_sft(loaded)
-    shrunk = [line for line in said if "memory ran out" in line]
-    assert (
-        shrunk
-        and "the plan is now:" in shrunk[0]
-        and "tokens at once" in shrunk[0]
-        and "Tried to allocate" in shrunk[0]
-    )
+    first = next(line for line in said if "memory ran out" in line)
+    assert "the plan is now:" in first and "tokens at once" in first and "Tried to allocate" in first
     plan = StageDir(tmp_path / "r" / "sft").info()["plan"]
     assert plan["micro_tokens"] <= most
     said.clear()
@@ -293,10 +254,9 @@ def test_a_run_goes_on_under_the_smaller_plan_and_so_does_a_resumed_one(base, ch
     assert not any("memory ran out" in line for line in said)
     info = StageDir(tmp_path / "r" / "sft").info()
     assert info["status"] == "complete" and info["plan"] == plan
-    assert metrics(tmp_path / "r" / "sft") == pytest.approx(metrics(tmp_path / "whole" / "sft"), rel=1e-4)
-    assert metrics(tmp_path / "r" / "sft", "eval_loss") == pytest.approx(
-        metrics(tmp_path / "whole" / "sft", "eval_loss"), rel=1e-4
-    )
+    for key in ("loss", "eval_loss"):
+        found, whole = (metrics(tmp_path / name / "sft", key) for name in ("r", "whole"))
+        assert found == pytest.approx(whole, rel=1e-4)
 
 
 def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base, chat_rows, tmp_path, monkeypatch):
@@ -330,10 +290,10 @@ def test_an_example_that_fits_under_no_plan_is_named_and_nothing_is_changed(base
 
 
 @pytest.mark.parametrize("held", [False, True])
-@pytest.mark.parametrize("at", [0.3, 0.55, 0.8, 0.9])
+@pytest.mark.parametrize("at", [0.3, 0.8])
 def test_the_failed_graph_is_gone_before_the_next_attempt(opened, at, held):
     """An error's traceback holds its frames, and those the graph: then the second attempt has less room than the first.
-    Even where somebody else holds the error (a debugger, a logger)."""
+    Even where other code holds the error (a debugger, a logger)."""
     state = opened("sft", 150, ("all", "all"))
     with Fails() as count:
         accumulate_gradients(state, STEP)
@@ -388,25 +348,11 @@ def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened,
     assert task.evaluate() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
-def test_an_evaluation_obeys_the_plan_about_the_reference(opened, monkeypatch):
-    state = opened("dpo", 150, ("all", "all"))
-    passes = []
-    for name in ("policy_and_reference", "token_logps"):
-        plain = getattr(Decoder, name)
-        monkeypatch.setattr(Decoder, name, lambda *a, _p=plain, _n=name, **k: passes.append(_n) or _p(*a, **k))
-    state.objective.evaluate()
-    assert set(passes) == {"policy_and_reference"}
-    passes.clear()
-    state.objective.oom.follow(replace(state.stage.plan, reference="own"))
-    state.objective.evaluate()
-    assert set(passes) == {"token_logps"}
-
-
 def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_once):
     state = opened("dpo", 250, ("all", "all"))
     stage, task, plan = state.stage, state.objective, state.stage.plan
     stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
-    stage.workload = stage.workload.at(live_reference=False)
+    stage.workload = replace(stage.workload, live_reference=False)
     with Fails() as count:
         cache = task._fill_cache()
     for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
@@ -418,30 +364,24 @@ def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_
         assert (again.sums - cache.sums).norm() <= 1e-5 * cache.sums.norm(), n
 
 
-def test_the_rehearsal_is_guarded_too(opened):
+def test_the_warmup_is_retried_too_and_has_the_gradients_of_a_later_micro_batch(opened):
     state = opened("sft", 250, ("all", "all"))
     assert len(warmup_largest_batch(state)[0]) > 2
     with Fails(40, times=3):
         groups = warmup_largest_batch(state)
-    lengths = state.stage.data.lengths
-    assert int(np.argmax(lengths)) in groups[0] and state.stage.plan.micro_tokens < 250
+    assert int(np.argmax(state.stage.data.lengths)) in groups[0] and state.stage.plan.micro_tokens < 250
     assert all(p.grad is None for p in state.parameters.values())
-
-
-def test_a_rehearsal_has_the_gradients_that_a_later_micro_batch_finds(opened):
-    state = opened("sft", 60, ("all", "all"))
-    found = []
-    plain = state.objective.loss
+    plain, found = state.objective.loss, []
 
     def watched(*args):
         found.append({p.grad is not None for p in state.parameters.values()})
         return plain(*args)
 
     state.objective.loss = watched
-    warmup_largest_batch(state)
-    state.objective.oom.follow(replace(state.stage.plan, micro_tokens=10_000))
-    warmup_largest_batch(state)
-    assert found == [{True}, {False}]
+    for tokens in (60, 10_000):  # several micro-batches a step, or one
+        state.objective.oom.follow(replace(state.stage.plan, micro_tokens=tokens))
+        warmup_largest_batch(state)
+    assert found[0] == {True} and found[-1] == {False}
 
 
 def test_only_a_run_writes_the_plan(opened):
@@ -454,19 +394,6 @@ def test_only_a_run_writes_the_plan(opened):
     assert path.read_text() == before
     state.objective.oom.record()
     assert json.loads(path.read_text())["plan"] == state.stage.plan.as_dict()
-
-
-def test_other_errors_pass(opened):
-    state = opened("sft", 150, ("all", "all"))
-    plan = state.stage.plan
-
-    def broken(*args):
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
-    state.objective.loss = broken
-    with pytest.raises(RuntimeError, match="device-side assert"):
-        accumulate_gradients(state, 0)
-    assert state.stage.plan == plan
 
 
 @pytest.mark.parametrize("asked_for", [False, True])
@@ -496,45 +423,33 @@ def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, aske
         assert apart(parameter.grad, want[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("refuses", ["the lock", "the first buffers"])
-def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkeypatch, refuses):
-    """The rescue itself fails: in the middle of a step either the next smaller plan runs, or the example is named."""
+def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkeypatch):
+    """The next plan would stream the base, and the system lends no locked memory."""
     state = opened("sft", 250, ("input", "input"))
     state.stage.config.max_grad_norm = 1e9
     accumulate_gradients(state, 0)
     want = {n: p.grad.clone() for n, p in state.parameters.items()}
     limits = Limits(2**40, 2**40, CARDS["3060"], Device())
     monkeypatch.setattr(OomRetry, "_limits", lambda self: replace(limits, host=limits.host * self._lockable))
-    plain, room, failed = SftObjective.loss, WeightStreamer._allocate, []
+    plain = SftObjective.loss
 
     def full(self, examples, step, total):
-        if not self.stage.plan.stream and (len(examples) > 1 or refuses != "the lock"):
+        if not self.stage.plan.stream and len(examples) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory (a test)")
         return plain(self, examples, step, total)
-
-    def no_room(self):
-        if not failed:
-            failed.append(True)
-            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
-        return room(self)
 
     def refused(count, device):
         raise LockRefused("no main memory could be locked")
 
     monkeypatch.setattr(SftObjective, "loss", full)
-    if refuses == "the lock":
-        monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
-    else:
-        monkeypatch.setattr(WeightStreamer, "_allocate", no_room)
-        with pytest.raises(UserError, match="tokens do not fit into memory, alone"):
-            accumulate_gradients(state, 0)  # there is nothing left to try; and everything is whole
+    monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
     accumulate_gradients(state, 0)
-    assert state.stage.plan.stream == (refuses != "the lock")
+    assert not state.stage.plan.stream
     for name, parameter in state.parameters.items():
         assert apart(parameter.grad, want[name]) < 1e-5, name
 
 
-def test_what_is_out_of_memory():
+def test_what_is_out_of_memory(monkeypatch):
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(real.value) and is_out_of_memory(torch.OutOfMemoryError("x"))
@@ -547,15 +462,9 @@ def test_what_is_out_of_memory():
         assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
     for text in ("CUDA error: an illegal memory access was encountered", "main memory could not be locked"):
         assert not is_out_of_memory(RuntimeError(text))
-    assert not is_out_of_memory(RuntimeError(NO_HANDLE))  # there is no card
     assert not is_out_of_memory(UserError("CUDA out of memory")) and not is_out_of_memory(MemoryError())
-
-
-NO_HANDLE = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
-
-
-@pytest.mark.parametrize(("free", "expected"), [(100 * 2**20, True), (2**32, False)])
-def test_cublas_without_a_handle_is_out_of_memory_on_a_nearly_full_card(free, expected, monkeypatch):
+    no_handle = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**34))
-    assert is_out_of_memory(RuntimeError(NO_HANDLE)) is expected
+    for free, expected in ((100 * 2**20, True), (2**32, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**34))
+        assert is_out_of_memory(no_handle) is expected

@@ -9,7 +9,7 @@ from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.train import publish
+from zephyr_lite.train import main
 from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
@@ -38,7 +38,7 @@ def test_a_name_that_no_repository_has_is_refused_before_training(tiny_base, cha
 
 def test_a_failed_push_is_made_again_by_the_same_command(tiny_base, chat_rows, tmp_path, monkeypatch):
     hub = Hub()
-    monkeypatch.setattr(publish, "HfApi", lambda: hub)
+    monkeypatch.setattr(main, "HfApi", lambda: hub)
     more = {"max_steps": 1, "push_to_hub": "model", "hub_private_repo": "true"}
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **more))
     with pytest.raises(UserError, match="push_to_hub model: the network is away") as failed:

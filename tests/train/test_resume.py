@@ -6,20 +6,16 @@ import re
 import shutil
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.messages import messages_to
 from tests.train.test_train import dpo_words, killed_at, words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.data.chat_template import TEMPLATES
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.run_dir import StageDir, newest_run
+from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model import base as load
-from zephyr_lite.model.chain import chain_of_run
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import resume, setup
 from zephyr_lite.train.distributed import World
@@ -90,56 +86,45 @@ def test_every_difference_is_shown_with_old_and_new(place):
     weights = load_file(place / "base" / "model.safetensors")
     save_file({k: v + 1 for k, v in weights.items()}, place / "base" / "model.safetensors", metadata={"format": "pt"})
     edit(place / "run" / "sft" / "stage.json", adapters=[{"path": "zero/adapter", "sha256": "ab" * 32}])
-    message = refused(place, learning_rate=1e-4, lora_alpha=4, lora_target_modules="[q_proj]", eval_steps=1)
-    lines = message.splitlines()
-    assert lines[0] == f"{place / 'run' / 'sft'}: was started on something else than this:"
+    lines = refused(place, learning_rate=1e-4, lora_alpha=4, lora_target_modules="[q_proj]", eval_steps=1).splitlines()
+    first = "was started with another configuration or on other files than these:"
+    assert lines[0] == f"{place / 'run' / 'sft'}: {first}"
     assert lines[1:4] == [
         "  lora_alpha: 8.0 then, 4.0 now",
         "  lora_target_modules: 'all-linear' then, ['q_proj'] now",
         "  learning_rate: 0.005 then, 0.0001 now",
     ]
-    assert re.fullmatch(rf"  other weights of {place / 'base'}: [0-9a-f]{{12}} then, [0-9a-f]{{12}} now", lines[4])
-    assert lines[5] == "  an adapter below it was changed or replaced: zero/adapter (abababababab) then, none now"
+    assert re.fullmatch(rf"  base {place / 'base'}: weights [0-9a-f]{{12}} then, [0-9a-f]{{12}} now", lines[4])
+    assert lines[5] == "  adapters below: zero/adapter (abababababab) then, none now"
     assert len(lines) == 6  # eval_steps may change
 
 
-def test_rows_that_were_removed(place):
+def test_other_rows_another_template_and_another_tokenizer_are_named(place):
     file = place / "chat.jsonl"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    rows = file.read_text()
+    file.write_text("".join(rows.splitlines(keepends=True)[1:]))
     message = refused(place)
-    assert "other rows than these:\n    rows read: 8 then, 7 now\n    kept: 8 then, 7 now" in message
-    assert "tokens: " in message and "chat template" not in message and "tokenizer" not in message
-
-
-def test_rows_that_were_edited_without_another_count(place):
-    file = place / "chat.jsonl"
-    file.write_text(file.read_text().replace("Seven minutes", "Three minutes"))
-    assert "other rows than these:" in refused(place)
-    file.write_text(
-        file.read_text().replace("Three minutes for a soft yolk, ten", "Seven minutes for a soft yolk, ten")
-    )
-    opened(place)
-    file.write_text(file.read_text().replace("a", "b", 0).replace("the Nile and the Amazon", "the Amazon and the Nile"))
-    assert re.search(r"as many rows and tokens, other content: \w{12} then, \w{12} now", refused(place))
-
-
-def test_another_template_and_another_tokenizer_are_named(place):
+    assert "data: read 8 then, 7 now" in message and "data: kept 8 then, 7 now" in message
+    assert "template" not in message and "tokenizer" not in message
+    file.write_text(rows.replace("the Nile and the Amazon", "the Amazon and the Nile"))  # the counts are the same
+    assert re.search(r"these:\n  data: fingerprint \w{12} then, \w{12} now$", refused(place))
+    file.write_text(rows)
     opened(place, chat_template="zephyr")  # what auto took
     (place / "mine.jinja").write_text(TEMPLATES["zephyr"].replace("<|user|>", "<|human|>"))
     message = refused(place, chat_template=place / "mine.jinja")
     assert f"chat_template: 'zephyr' then, '{place / 'mine.jinja'}' now" in message
-    assert re.search(r"chat template: \w{12} then, \w{12} now", message) and "tokenizer:" not in message
+    assert re.search(r"data: template_sha256 \w{12} then, \w{12} now", message) and "tokenizer" not in message
     file = place / "base" / "tokenizer.json"
     told = json.loads(file.read_text())
     told["model"]["merges"] = told["model"]["merges"][:-20]
     file.write_text(json.dumps(told))
     message = refused(place, chat_template="zephyr")
-    assert re.search(r"    tokenizer: \w{12} then, \w{12} now", message) and "chat template:" not in message
+    assert re.search(r"data: tokenizer_sha256 \w{12} then, \w{12} now", message) and "template" not in message
 
 
-def test_without_its_configuration_nobody_knows(place):
+def test_a_stage_without_its_configuration_is_refused(place):
     (place / "run" / "sft" / "config.yaml").unlink()
-    assert "config.yaml: is missing" in refused(place)
+    assert "config.yaml: cannot be read" in refused(place)
 
 
 def test_a_key_of_another_version(place):
@@ -147,24 +132,19 @@ def test_a_key_of_another_version(place):
     file.write_text(file.read_text() + "dropconnect: 0.1\n")
     assert "dropconnect: 0.1 then, no such key now" in refused(place)
     old = yaml.safe_load(file.read_text())
-    del (
-        old["dropconnect"],
-        old["sync"],
-        old["bnb_4bit_use_double_quant"],
-    )  # of an earlier version: the default's meaning
+    for key in ("dropconnect", "sync", "bnb_4bit_use_double_quant"):  # an earlier version: it did what the default does
+        del old[key]
     for spec in old["dataset"]:
         del spec["test_size"], spec["part"]
     file.write_text(yaml.safe_dump(old))
     opened(place)
 
 
-# What goes on
+# What is allowed
 
 
-def test_what_may_change_is_said_in_one_line_and_kept(place):
-    said = []
-    with messages_to(said.append):
-        run_sft(load_config("sft", None, given(place, eval_steps=1, logging_steps=2)))
+def test_what_may_change_is_reported_in_one_line_and_kept(place, said):
+    run_sft(load_config("sft", None, given(place, eval_steps=1, logging_steps=2)))
     line = "eval_steps: 2 then, 1 now; logging_steps: 1 then, 2 now"
     assert f"changed since this stage was last worked on: {line}" in said
     (entry,) = StageDir(place / "run" / "sft").info()["resumed"]
@@ -176,17 +156,15 @@ def _of_the_finished(place):
     return read_adapter(place / "finished" / "sft" / "adapter").sha256
 
 
-def test_the_same_things_elsewhere_are_the_same(place):
+def test_the_same_things_elsewhere_are_the_same(place, said):
     for name in ("base", "chat.jsonl", "held.jsonl"):
         shutil.move(place / name, place / f"moved-{name}")
-    said = []
     moved = {
         "model_name_or_path": place / "moved-base",
         "dataset.path": place / "moved-chat.jsonl",
         "eval_dataset.path": place / "moved-held.jsonl",
     }
-    with messages_to(said.append):
-        run_sft(load_config("sft", None, given(place, **moved)))
+    run_sft(load_config("sft", None, given(place, **moved)))
     (line,) = [line for line in said if line.startswith("changed since")]
     assert f"model_name_or_path: '{place / 'base'}' then, '{place / 'moved-base'}' now (the same content)" in line
     assert "dataset: " in line and "do not count" not in str(said)
@@ -207,7 +185,7 @@ def test_a_finished_stage_with_other_rows_elsewhere_is_not_passed_over(place):
         opened(place)
     (place / "other.jsonl").write_text("".join((place / "chat.jsonl").read_text().splitlines(keepends=True)[2:]))
     message = refused(place, **{"dataset.path": place / "other.jsonl"})
-    assert "was finished on something else than this" in message and "rows read: 8 then, 6 now" in message
+    assert "was finished with another configuration or on other files" in message and "read 8 then, 6 now" in message
 
 
 def test_other_held_out_rows_forget_the_best(place, said):
@@ -217,51 +195,25 @@ def test_other_held_out_rows_forget_the_best(place, said):
     held.write_text("".join(held.read_text().splitlines(keepends=True)[2:]))
     assert opened(place).forget_best and any("do not count for the best" in line for line in said)
     assert not opened(place).forget_best  # they are the rows of before now
-    info = place / "run" / "sft" / "stage.json"
-    told = json.loads(info.read_text())
-    del told["eval_data"]  # of an earlier version
-    info.write_text(json.dumps(told))
-    assert not opened(place).forget_best
-    info.write_text(json.dumps(told))
-    shutil.copy(held, place / "else.jsonl")
-    assert opened(place, **{"eval_dataset.path": place / "else.jsonl"}).forget_best
 
 
-def test_other_libraries_are_said_once(place, monkeypatch, said):
-    plain = setup.versions()
-    python = "3.99.1"
-    monkeypatch.setattr(setup, "versions", lambda: {**plain, "torch": "9.9.0", "python": python, "datasets": "0.1"})
+def test_other_libraries_and_another_device_are_reported(place, monkeypatch, said):
+    versions, machine_now = setup.versions(), setup.machine_now
+    monkeypatch.setattr(setup, "versions", lambda: {**versions, "torch": "9.9.0", "datasets": "0.1"})
     opened(place)
     (line,) = [line for line in said if "not bit for bit" in line]
-    assert f"torch {plain['torch']} then, 9.9.0 now" in line and " then, 3.99 now" in line and "datasets" not in line
+    assert f"torch {versions['torch']} then, 9.9.0 now" in line and "datasets" not in line
     said.clear()
-    python = "3.99.2"
     opened(place)
     assert not [line for line in said if "not bit for bit" in line]
     entries = StageDir(place / "run" / "sft").info()["resumed"]
     assert [entry["versions"]["torch"] for entry in entries] == ["9.9.0", "9.9.0"] and entries[1]["changed"] == []
-
-
-def test_another_device_is_planned_for_anew(place, monkeypatch, said):
-    plain = setup.machine_now
-    monkeypatch.setattr(setup, "machine_now", lambda dtype: {**plain(dtype), "device": "cuda", "processor": "a card"})
+    monkeypatch.setattr(
+        setup, "machine_now", lambda dtype: {**machine_now(dtype), "device": "cuda", "processor": "card"}
+    )
     opened(place)
-    assert any("this is another kind of device" in line for line in said)
-    assert any("device cpu then, cuda now; processor" in line and "a card now" in line for line in said)
-
-
-def test_fewer_cores_than_threads_are_said_and_the_plan_stays(place, monkeypatch, said):
-    info = StageDir(place / "run" / "sft").info()
-    info["plan"]["threads"] = 3
-    StageDir(place / "run" / "sft").write_info(info)
-    monkeypatch.setattr(resume, "cores", lambda: 2)
-    threads = torch.get_num_threads()
-    try:
-        stage = opened(place)
-        assert stage.plan.threads == 3 and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
-    assert any("computes with 3 threads, and there are 2 cores here" in line for line in said)
+    assert any("the kind of device has changed: a new plan" in line for line in said)
+    assert any("device cpu then, cuda now; processor" in line and "card now" in line for line in said)
 
 
 def test_another_machine_with_other_rows_is_named(place, monkeypatch):
@@ -273,11 +225,11 @@ def test_another_machine_with_other_rows_is_named(place, monkeypatch):
     file = place / "chat.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     message = refused(place)
-    assert f"{platform.node()}: has other files than the process that writes" in message and "8 then, 7 now" in message
+    assert f"({platform.node()} has other files than the first process)" in message and "8 then, 7 now" in message
     assert (place / "run" / "sft" / "stage.json").read_bytes() == before
 
 
-def test_a_stage_of_an_earlier_version_goes_on(place):
+def test_a_stage_of_an_earlier_version_is_resumed(place):
     file = place / "run" / "sft" / "stage.json"
     told = json.loads(file.read_text())
     for key in ("format", "id", "machine", "eval_data"):
@@ -290,14 +242,6 @@ def test_a_stage_of_an_earlier_version_goes_on(place):
     assert info["format"] == 1 and len(info["id"]) == 32
 
 
-def test_the_stages_of_a_run_share_its_id(place, pair_rows):
-    shutil.rmtree(place / "run")
-    shutil.move(place / "finished", place / "run")
-    loaded = load_config("dpo", None, dpo_words(place / "base", place / "run", pair_rows))
-    dpo = setup.setup_stage("dpo", loaded)
-    assert dpo.info["id"] == StageDir(place / "run" / "sft").info()["id"]
-
-
 # A stage.json that no run wrote
 
 
@@ -308,7 +252,6 @@ def test_the_stages_of_a_run_share_its_id(place, pair_rows):
         ("adapters", ["x"], "'adapters.0' is 'x': Input should be a valid dictionary"),
         ("data", {}, "has no 'data.fingerprint'"),
         ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
-        ("plan", {"micro_tokens": 64, "keep": ["all"]}, "its plan is for 1 layers, and the base has 2"),
         ("method", "ppo", "'method' is 'ppo': Input should be 'sft' or 'dpo'"),
         ("format", 2, "has format 2; this version reads formats up to 1 (written by zephyr-lite"),
     ],
@@ -316,39 +259,6 @@ def test_the_stages_of_a_run_share_its_id(place, pair_rows):
 def test_what_no_run_writes_is_named(place, key, value, message):
     edit(place / "run" / "sft" / "stage.json", **{key: value})
     assert f"{place / 'run' / 'sft' / 'stage.json'}: {message}" in refused(place)
-
-
-def test_a_broken_file_of_another_run_is_in_nobodys_way(place):
-    for name, text in (("x", "{"), ("y", "[]"), ("z", '{"status": "complete"}')):
-        (place / name / "sft").mkdir(parents=True)
-        (place / name / "sft" / "stage.json").write_text(text)
-    shutil.rmtree(place / "z")
-    assert newest_run(place, stage_complete="sft") == place / "finished"
-    assert chain_of_run(runs_root=place).run == place / "finished"
-    (place / "finished" / "dpo").mkdir()
-    (place / "finished" / "dpo" / "stage.json").write_text("{")
-    assert chain_of_run(place / "finished", stage="sft").stage == "sft"
-    with pytest.raises(UserError, match=r"dpo/stage.json: not valid JSON"):  # it may be the one that is meant
-        chain_of_run(place / "finished")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("own", None, "has no 'own'"),
-        ("adapters", None, "has no 'adapters'"),
-    ],
-)
-def test_a_chain_of_what_no_run_writes(place, key, value, message):
-    file = place / "finished" / "sft" / "stage.json"
-    if value is None:
-        told = json.loads(file.read_text())
-        del told[key]
-        file.write_text(json.dumps(told))
-    else:
-        edit(file, **{key: value})
-    with pytest.raises(UserError, match=re.escape(message)):
-        chain_of_run(place / "finished")
 
 
 @pytest.mark.parametrize("what", ["chat template", "tokenizer"])
@@ -369,15 +279,6 @@ def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
     with pytest.raises(UserError, match=message):
         setup.setup_stage("dpo", loaded)
-
-
-@pytest.mark.parametrize("text", [None, "", "{}", "seed: 1"])
-def test_what_a_stage_inherits_is_not_guessed(place, text):
-    """Without the configuration of the stage below, dpo would take the recipe's base, in 4 bits."""
-    file = place / "finished" / "sft" / "config.yaml"
-    file.unlink() if text is None else file.write_text(text)
-    with pytest.raises(UserError, match=rf"{re.escape(str(file))}: (is missing|has no )"):
-        resolve_run("dpo", None, [f"output_dir={place / 'finished'}"])
 
 
 @pytest.mark.parametrize("wrong", [{"lr_scheduler_type": "cosinus"}, {"report_to": "nobody"}])

@@ -14,7 +14,6 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import loop
-from zephyr_lite.train.checkpoint import MetricsLog
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.losses import preference_loss
 from zephyr_lite.train.resume import StageComplete
@@ -188,15 +187,6 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
     assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
 
 
-def test_metrics_log_drops_a_torn_line_and_what_is_repeated(tmp_path):
-    log = MetricsLog(tmp_path / "m.jsonl")
-    for step in (1, 2, 3):
-        log.append({"step": step, "loss": float("nan") if step == 1 else 1.0})
-    log.path.write_text(log.path.read_text() + '{"step": 4, "lo')
-    log.truncate(2)
-    assert [json.loads(x)["step"] for x in log.path.read_text().splitlines()] == [1, 2]
-
-
 def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
     with pytest.raises(UserError, match="adapters=none"):
         run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)))
@@ -205,15 +195,6 @@ def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_ba
     )
     assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
     assert not (tmp_path / "r" / "dpo" / "delta").exists()
-
-
-def test_an_adapter_of_another_tool_is_frozen_and_left_on(tiny_base, run, pair_rows, tmp_path):
-    """``adapters: [FOLDER]``: any PEFT adapter, outside of any run."""
-    shutil.copytree(run / "sft" / "adapter", tmp_path / "elsewhere")
-    settings = dpo_words(tiny_base, tmp_path / "other", pair_rows, adapters=f"[{tmp_path / 'elsewhere'}]", max_steps=2)
-    run_dpo(load_config("dpo", None, settings))
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, max_steps=2)))
-    assert metrics(tmp_path / "other" / "dpo") == metrics(run / "dpo")
 
 
 def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pair_rows, tmp_path):
@@ -284,7 +265,7 @@ def test_preference_losses_follow_their_equations(name):
     torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
 
 
-def test_the_folder_of_somebody_else_is_refused(tiny_base, chat_rows, tmp_path):
+def test_a_folder_that_is_no_stage_is_refused(tiny_base, chat_rows, tmp_path):
     (tmp_path / "r" / "sft").mkdir(parents=True)
     (tmp_path / "r" / "sft" / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="is not a stage of a run"):

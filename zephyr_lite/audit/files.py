@@ -1,33 +1,234 @@
-"""Checks of an adapter's files, without a model."""
+"""Checks of an adapter's files: tool, method and base, whether it was trained, and which adapters belong below it. No code is
+run and nothing is unpickled: ``training_args.bin`` is never opened.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..config.strict_yaml import read_front_matter, read_yaml
 from ..errors import UserError
-from ..io.text import shown
+from ..io.run_dir import STAGE_FILE, StageDir, stages_of
+from ..io.text import read_object, read_text, shown
 from ..model.chain import chain_of_run
 from ..model.compose import compose
-from ..model.overlap import inner, overlap, same_name
-from ..model.peft_io import CARD, AdapterFile, LoraWeights
-from .evidence import Evidence
-from .verdict import Audit, Level
+from ..model.overlap import inner, overlap, same_name, tuned_from
+from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, LoraWeights, fetch_adapter, read_adapter
+from ..monitor.charts import is_number
+from ..monitor.report import json_lines
 
 LN2 = math.log(2)
 # distance of DPO's first logged loss from ln 2: noise of bfloat16, and the change in a few steps of warm-up
 FIRST_STEP, FIRST_STEPS = 0.02, 0.1
+LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
+# files of a hub adapter that are fetched in addition to its weights and configuration
+BESIDE = [CARD, LOG, TRAINER_LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
+_TOOLS = {  # words of a card, the most specific tool first
+    "LLaMA-Factory": ("llama-factory", "llamafactory"),
+    "Axolotl": ("axolotl",),
+    "Unsloth": ("unsloth",),
+    "torchtune": ("torchtune",),
+    "the alignment handbook": ("alignment-handbook",),
+    "TRL": ("trl",),
+}
+_PREFERENCE = {"dpo", "orpo", "kto", "ipo", "cpo", "simpo"}
 
 
-def check_weights(evidence: Evidence, audit: Audit) -> None:
-    """Rank, scale, and whether the adapter was trained."""
+class Level(IntEnum):
+    """Severity of a finding; the verdict is that of the worst."""
+
+    right = 0
+    note = 1
+    doubtful = 2
+    wrong = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question.
+
+    Attributes:
+        topic: weights, base, below, reference, bos, end or template.
+        evidence: numbers and files that it follows from.
+        advice: what to do.
+    """
+
+    topic: str
+    level: Level
+    text: str
+    evidence: tuple[str, ...] = ()
+    advice: str = ""
+
+
+@dataclass
+class Audit:
+    """All findings on an adapter.
+
+    Attributes:
+        adapter: its folder; tool: the program that wrote it; method: sft, dpo, or None if unknown.
+        numbers: measurements, for the JSON.
+    """
+
+    adapter: str
+    tool: str
+    method: str | None
+    findings: list[Finding] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, level: Level, topic: str, text: str, *evidence: str, advice: str = "") -> None:
+        self.findings.append(Finding(topic, level, text, evidence, advice))
+
+    right = partialmethod(add, Level.right)
+    note = partialmethod(add, Level.note)
+    doubtful = partialmethod(add, Level.doubtful)
+    wrong = partialmethod(add, Level.wrong)
+
+    @property
+    def level(self) -> Level:
+        return max((finding.level for finding in self.findings), default=Level.right)
+
+    def verdict(self) -> str:
+        """One line."""
+        topics = ", ".join(dict.fromkeys(f.topic for f in self.findings if f.level == self.level))
+        return {Level.wrong: f"WRONG ({topics})", Level.doubtful: f"doubtful ({topics})"}.get(self.level, "sound")
+
+    def as_dict(self) -> dict[str, Any]:
+        findings = [{**asdict(finding), "level": finding.level.name} for finding in self.findings]
+        return {**vars(self), "verdict": self.verdict(), "findings": findings}
+
+
+@dataclass
+class Evidence:
+    """An adapter's files, read before a model is loaded.
+
+    Attributes:
+        adapter: its weights and adapter_config.json.
+        stage, info: the stage of a run that it belongs to, and its stage.json (None and {} elsewhere).
+        tool: the program that wrote it; method: sft or dpo, None if unknown.
+        base: the base that it names.
+        tuned_from: the model that its card says it was fine-tuned from.
+        settings: config.yaml of the stage.
+        log: records of its trainer: step, loss, rewards/accuracies, …
+        tokenizer_from: the folder of its tokenizer, or None.
+    """
+
+    adapter: AdapterFile
+    stage: StageDir | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    tool: str = "an unknown tool (PEFT)"
+    method: str | None = None
+    base: str | None = None
+    tuned_from: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer_from: Path | None = None
+
+    @property
+    def links(self) -> list[dict[str, Any]]:
+        """The adapters below it (path, sha256) by stage.json."""
+        return self.info.get("adapters") or []
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether it is the own part of a stage, which needs the adapters below it."""
+        return self.stage is not None and self.adapter.path.name == "delta"
+
+    def holds(self, adapter: AdapterFile) -> bool:
+        """Whether stage.json names another adapter as below this one."""
+        return any(link.get("sha256") == adapter.sha256 for link in self.links)
+
+
+def gather(name: str) -> Evidence:
+    """Read an adapter: its folder, a stage's or a run's folder, or a hub id.
+
+    Raises:
+        UserError: there is no adapter, or it cannot be read.
+    """
+    folder = adapter_folder(name)
+    found = Evidence(read_adapter(folder))
+    found.base = found.adapter.config.get("base_model_name_or_path") or None
+    stage = StageDir(folder.parent)
+    with_tokenizer = [folder, stage.adapter]
+    info = stage.info() if folder.name in ("adapter", "delta") else None
+    if info is not None:
+        found.stage, found.info, found.tool, found.method = stage, info, "zephyr-lite", info.get("method")
+        if info.get("engine", "fused") != "fused":
+            found.tool += f" (engine {info['engine']})"
+        found.base = (info.get("base") or {}).get("name_or_path") or found.base
+        found.settings = read_yaml(stage.config) if stage.config.is_file() else {}
+        found.log = json_lines(stage.metrics)
+    else:
+        with_tokenizer = [folder]
+        _read_card(found, folder)
+        # trainer_state.json of transformers' Trainer, here or in the newest checkpoint, or LLaMA-Factory's log
+        checkpoints = [path for path in folder.glob(f"checkpoint-*/{LOG}") if path.parent.name[11:].isdigit()]
+        states = [folder / LOG, *sorted(checkpoints, key=lambda path: -int(path.parent.name[11:]))]
+        state = next((path for path in states if path.is_file()), None)
+        found.log = json_lines(folder / TRAINER_LOG)
+        if state is not None:
+            found.log = read_object(state, strict=False).get("log_history") or []
+        if found.method is None and found.log:
+            rewards = any(str(key).endswith("rewards/accuracies") for record in found.log for key in record)
+            found.method = "dpo" if rewards else "sft"
+    found.tokenizer_from = next(
+        (place for place in with_tokenizer if (place / "tokenizer_config.json").is_file()), None
+    )
+    return found
+
+
+def _read_card(found: Evidence, folder: Path) -> None:
+    """Tool, method and origin, as the README.md of an adapter of another tool names them."""
+    if not (folder / CARD).is_file():
+        return
+    front, body = read_front_matter(read_text(folder / CARD))
+    tags = front.get("tags")
+    words = [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
+    words += [str(front.get("library_name", "")).lower(), str(front.get("base_model", "")).lower()]
+    for tool, names in _TOOLS.items():
+        if any(name in word for name in names for word in words) or any(f"/{name}" in body.lower() for name in names):
+            found.tool = tool
+            break
+    methods = {word.removeprefix("trl-") for word in words}
+    found.method = "dpo" if methods & _PREFERENCE else "sft" if "sft" in methods else None
+    found.tuned_from = tuned_from(folder)
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter, of a stage's adapter, or of the only stage of a run; a hub adapter is fetched.
+
+    Raises:
+        UserError: there is none, or the run has several stages.
+    """
+    path = Path(name).expanduser()
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if (path / STAGE_FILE).is_file():
+        return StageDir(path).adapter
+    stages = [stage for stage in stages_of(path) if stage.complete()] if path.is_dir() else []
+    if len(stages) > 1:
+        names = ", ".join(stage.path.name for stage in stages)
+        raise UserError(f"{path}: is a run with several stages ({names}).", f"Name one: {stages[-1].path}")
+    return stages[0].adapter if stages else fetch_adapter(name, beside=BESIDE)
+
+
+def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: AdapterFile | None, audit: Audit) -> None:
+    """All checks that need no model.
+
+    Args:
+        below: adapters that are claimed to be below it; start: the adapter that it is claimed to be continued from.
+    """
     modules = [evidence.adapter.modules[name] for name in evidence.adapter.modules]
     untrained = sum(not bool(weights.b.any()) for weights in modules)
-    ranks = _few({weights.rank for weights in modules})
-    scales = _few({round(weights.scale, 6) for weights in modules})
+    ranks = ", ".join(map(str, sorted({weights.rank for weights in modules})))
+    scales = ", ".join(f"{scale:g}" for scale in sorted({round(weights.scale, 6) for weights in modules}))
     facts = f"{len(modules)} modules, rank {ranks}, scale {scales}, sha256 {evidence.adapter.sha256[:12]}"
     if untrained == len(modules):
         text = "every B is zero: the adapter was never trained and changes nothing"
@@ -36,39 +237,39 @@ def check_weights(evidence: Evidence, audit: Audit) -> None:
         audit.note("weights", f"{untrained} of its modules have a B of zeros and change nothing", facts)
     else:
         audit.right("weights", "a plain LoRA, every module of it trained", facts)
-
-
-def check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
-    """Which adapters have to be below it, as far as files tell."""
     if evidence.stage is not None:
-        _check_chain(evidence, below, audit)
-        return
+        _check_chain(evidence, evidence.stage, below, audit)
+    else:
+        _check_below(evidence, below, audit)
+    if start is not None:
+        _check_start(evidence, start, audit)
+    if evidence.method == "dpo" and evidence.settings.get("loss_type", "sigmoid") == "sigmoid":
+        _check_log(evidence, audit)
+
+
+def _check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
+    """Which adapters have to be below an adapter of another tool."""
     base, tuned = evidence.base, evidence.tuned_from
     if tuned and base and not same_name(tuned, base):
         facts = f"{CARD}: fine-tuned from {shown(tuned)}; adapter_config.json: base {shown(base)}"
         if any(same_name(tuned, str(adapter.path)) for adapter in below):
             audit.right("below", f"{shown(tuned)} is below it, as its card says", facts)
         else:
-            text = (
-                f"its card says that it was trained from {shown(tuned)}, which is not its base: on the bare base it is "
-            )
-            advice = f"Put that below it: --below {shown(tuned)}; and wherever it is loaded."
-            audit.doubtful("below", text + "probably another, worse model", facts, advice=advice)
+            text = f"its card says that it was trained from {shown(tuned)}, which is not its base: "
+            text += "on the bare base it is probably another, worse model"
+            advice = f"Put that below it (--below {shown(tuned)}), and wherever it is loaded."
+            audit.doubtful("below", text, facts, advice=advice)
     for adapter in below:
         found = overlap(evidence.adapter, adapter)
         if found.contains:
-            audit.wrong(
-                "below",
-                f"it was continued from {adapter.path} and contains it already; below it, that adapter would count twice",
-                found.evidence,
-                advice=f"Give it as --start {adapter.path} instead of --below.",
-            )
+            text = f"it was continued from {adapter.path} and contains it; with that below it, it would count twice"
+            audit.wrong("below", text, found.evidence, advice=f"Give it as --start {adapter.path} instead of --below.")
         else:
             seed = ", though both were drawn with the same seed" if found.same_draw else ""
             audit.right("below", f"it does not contain {adapter.path}{seed}: both can be on", found.evidence)
 
 
-def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
+def _check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
     """Whether it was continued from another adapter, as is claimed."""
     if evidence.holds(start):
         if evidence.is_delta:
@@ -77,64 +278,32 @@ def check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
         else:
             audit.right("below", f"it contains {start.path}, as its stage.json says")
         return
-    advice = "If that one was below it in training, give it as --below."
     found = overlap(evidence.adapter, start)
-    if found.same_draw is None:
-        text = f"it was not continued from {start.path}: other modules, or another rank"
-        audit.wrong("below", text, advice=advice)
-    elif found.contains:
+    if found.contains and found.same_draw is not None:
         audit.right("below", f"it was continued from {start.path}, and contains it", found.evidence)
-    else:
-        why = "it was drawn with the same seed" if found.same_draw else "it has another initialization"
-        audit.wrong("below", f"it was not continued from {start.path}: {why}", found.evidence, advice=advice)
-
-
-def check_log(evidence: Evidence, audit: Audit) -> None:
-    """Whether the logged loss of DPO starts at ln 2, as it does if the policy starts from the reference."""
-    if evidence.method != "dpo" or evidence.settings.get("loss_type", "sigmoid") != "sigmoid":
         return
-    first = next((record for record in evidence.log if _is_number(record.get("loss"))), None)
-    if first is None:
-        audit.note("reference", "its folder has no training log, so its first loss is unknown")
-        return
-    loss, step = float(first["loss"]), first.get("step", first.get("current_steps"))
-    at_first = step is not None and _is_number(step) and step <= 1
-    allowed = FIRST_STEP if at_first else FIRST_STEPS
-    at = f"step {step:g}" if _is_number(step) else "the first record"
-    facts = [f"loss at {at} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
-    for key, form in (("rewards/margins", ".4g"), ("rewards/accuracies", ".3f")):
-        if _is_number(first.get(key)):
-            facts.append(f"{key} {first[key]:{form}} there")
-    if abs(loss - LN2) <= allowed:
-        audit.right("reference", "its log starts at ln 2: its reference is what it started from", *facts)
-    else:
-        audit.add(
-            Level.wrong if at_first else Level.doubtful,
-            "reference",
-            "its log does not start at ln 2: the reference was not what the policy started from (often the bare base, with "
-            "the SFT adapter only in the policy)",
-            *facts,
-            advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
-        )
+    why = "it was drawn with the same seed" if found.same_draw else "it has another initialization"
+    if found.same_draw is None:
+        why = "other modules, or another rank"
+    advice = "If that one was below it in training, give it as --below."
+    audit.wrong("below", f"it was not continued from {start.path}: {why}", found.evidence, advice=advice)
 
 
-def _check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
+def _check_chain(evidence: Evidence, stage: StageDir, below: Sequence[AdapterFile], audit: Audit) -> None:
     """Whether the adapter of a stage is the chain that its stage.json names."""
-    assert evidence.stage is not None
-    stage, names = evidence.stage, [str(link.get("path")) for link in evidence.links]
+    names = [str(link.get("path")) for link in evidence.links]
     where = f"{stage.path}/stage.json: adapters {names or 'none'}"
     if evidence.is_delta:
         text = f"a delta: right only with {' + '.join(names) or 'nothing'} below it"
         audit.note("below", text, where, advice=f"Load {stage.adapter} instead, which is the whole chain.")
         return
-    for adapter in below:
-        if evidence.holds(adapter):
-            text = f"it contains {adapter.path} already; below it, that adapter would count twice"
-            audit.wrong("below", text, advice="Leave --below out.")
+    for adapter in filter(evidence.holds, below):
+        text = f"it contains {adapter.path}; with that below it, it would count twice"
+        audit.wrong("below", text, advice="Leave --below out.")
     try:
         chain = chain_of_run(stage.run, stage=stage.path.name)
     except UserError as error:
-        text = f"the chain that it was made of is not complete any more: {error.message}"
+        text = f"the chain that it was made of is incomplete: {error.message}"
         audit.doubtful("below", text, where, advice=error.hint)
         return
     distance = product_distance(evidence.adapter.modules, compose(chain.adapters))
@@ -143,13 +312,36 @@ def _check_chain(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit)
         parts = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
         audit.right("below", f"{parts}: it belongs on the bare base", where, facts)
     else:
-        audit.wrong(
-            "below",
-            "it is not the chain that its stage.json names",
-            where,
-            facts,
-            advice="Restore the stage, or make the adapter again: zephyr-lite merge --adapter-only.",
-        )
+        advice = "Restore the stage, or make the adapter again: zephyr-lite merge --adapter-only."
+        audit.wrong("below", "it is not the chain that its stage.json names", where, facts, advice=advice)
+
+
+def _check_log(evidence: Evidence, audit: Audit) -> None:
+    """Whether the logged loss of DPO starts at ln 2, as it does if the policy starts from the reference."""
+    first = next((record for record in evidence.log if is_number(record.get("loss"))), None)
+    if first is None:
+        audit.note("reference", "its folder has no training log, so its first loss is unknown")
+        return
+    loss, step = float(first["loss"]), first.get("step", first.get("current_steps"))
+    at_first = is_number(step) and step <= 1
+    at = f"step {step:g}" if is_number(step) else "the first record"
+    facts = [f"loss at {at} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
+    facts += [
+        f"{key} {first[key]:.4g} there"
+        for key in ("rewards/margins", "rewards/accuracies")
+        if is_number(first.get(key))
+    ]
+    if abs(loss - LN2) <= (FIRST_STEP if at_first else FIRST_STEPS):
+        audit.right("reference", "its log starts at ln 2: training started from its reference", *facts)
+        return
+    audit.add(
+        Level.wrong if at_first else Level.doubtful,
+        "reference",
+        "its log does not start at ln 2: training did not start from its reference (often the bare base, with the SFT "
+        "adapter only in the policy)",
+        *facts,
+        advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
+    )
 
 
 def product_distance(one: Mapping[str, LoraWeights], other: Mapping[str, LoraWeights]) -> float:
@@ -165,12 +357,3 @@ def product_distance(one: Mapping[str, LoraWeights], other: Mapping[str, LoraWei
             apart += max(0.0, inner(x, x) - 2 * inner(x, y) + inner(y, y))
         total += inner(y, y)
     return math.sqrt(apart / total) if total else math.inf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _few(values: set[Any]) -> str:
-    listed = sorted(values)
-    return ", ".join(f"{value:g}" for value in listed[:4]) + (" …" if len(listed) > 4 else "")

@@ -3,107 +3,179 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from ..config.load import DatasetSpec, RunConfig
 from ..data.chat_template import NEEDED_TOKENS, TEMPLATES, ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
+from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
-from ..model.base import load_tokenizer
+from ..model.adapters import AdapterStack
+from ..model.base import Base, is_fingerprint_of, load_base, load_tokenizer
+from ..model.chain import chain_of_run
+from ..model.families import FAMILIES, NAMES
+from ..model.loaded import LoadedModel
 from ..model.peft_io import other_base, read_adapter
 from ..model.tokenizer import check_vocabulary
-from .evidence import Evidence, adapter_folder, gather
-from .files import check_below, check_log, check_start, check_weights
-from .measured import Messages
-from .measurements import check_pairs, check_rows
-from .subject import Request, Subject, load_subject
-from .verdict import Audit
+from .files import Audit, Evidence, adapter_folder, check_files, gather
+from .measure import Messages, check_pairs, check_rows
 
 logger = logging.getLogger(__name__)
-
 BETA = 0.1  # TRL's default
-DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
 
 
-def audit(request: Request) -> Audit:
+def audit(
+    adapter: str,
+    *,
+    base: str | None = None,
+    below: Sequence[str] = (),
+    start: str | None = None,
+    reference: str = "start",
+    rows: str | None = None,
+    pairs: str | None = None,
+    beta: float | None = None,
+    chat_template: str | None = None,
+    limit: int = 16,
+    load_in_4bit: bool | None = None,
+    files_only: bool = False,
+) -> Audit:
     """Check the files, then load the base and measure.
+
+    Args:
+        adapter: a folder (PEFT's, a stage's, a run's), or a hub id.
+        base: instead of the one that it names.
+        below: adapters below it, from the bottom up.
+        start: the adapter that it was continued from, and therefore contains.
+        reference: the claimed reference: ``start`` (of training), ``base``, or an adapter.
+        rows, pairs: files or hub ids; None: its own held-out rows, or the demo's; no pairs.
+        beta: of DPO; None: its own, or TRL's default.
+        chat_template: instead of the saved one.
+        limit: number of rows, and of pairs.
+        load_in_4bit: None: as in training if known, else in 4 bits.
+        files_only: load no model.
 
     Raises:
         UserError: there is no such adapter, or the rows or pairs cannot be read. A base that is missing or does not fit is a
             finding.
     """
-    if request.start is not None and request.below:
+    if start is not None and below:
         raise UserError(
-            "--start names what it was continued from, --below what was below it.",
-            "Give one: an adapter that was continued contains the other; one that was stacked does not.",
+            "--start and --below cannot be combined.",
+            "Give --start for an adapter that this one was continued from, --below for adapters that are active below it.",
         )
-    if request.beta is not None and request.beta <= 0:
-        raise UserError(f"--beta {request.beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
-    evidence = gather(request.adapter)
-    found = Audit(str(evidence.path), evidence.tool, evidence.method)
-    below = [read_adapter(adapter_folder(name)) for name in request.below]
-    start = read_adapter(adapter_folder(request.start)) if request.start else None
-    pairs = [DatasetSpec(path=request.pairs, limit=request.limit)] if request.pairs is not None else []
-    rows: list[Messages] = []
-    if not request.files_only:  # before anything is loaded
-        if request.reference not in ("start", "base"):
-            read_adapter(adapter_folder(request.reference))
-        rows = _rows(request, evidence)
-        if pairs:
-            load_rows(pairs, "dpo", seed=0)
-    check_weights(evidence, found)
-    check_below(evidence, below, found)
-    if start is not None:
-        check_start(evidence, start, found)
-    check_log(evidence, found)
-    base = request.base or evidence.base
+    if beta is not None and beta <= 0:
+        raise UserError(f"--beta {beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
+    evidence = gather(adapter)
+    found = Audit(str(evidence.adapter.path), evidence.tool, evidence.method)
+    lower = [read_adapter(adapter_folder(name)) for name in below]
+    starts = [read_adapter(adapter_folder(start))] if start else []
+    claimed = [] if reference in ("start", "base") or files_only else [read_adapter(adapter_folder(reference))]
+    check_files(evidence, lower, starts[0] if starts else None, found)
+    base = base or evidence.base
     if base is None:
         found.doubtful("base", "it names no base", advice="Name it with --base.")
         return found
     if (difference := other_base(evidence.adapter.config, base)) is not None:
         found.note("base", difference)
-    if request.files_only:
+    if files_only:
         found.note("base", "no model was loaded (--files-only): nothing was measured")
         return found
-    subject = load_subject(request, evidence, base, below, start, found)
-    if subject is None:
+    conversations = _rows(rows, limit, evidence)
+    specs = [DatasetSpec(path=pairs, limit=limit)] if pairs is not None else []
+    if specs:  # a mistake in the pairs is found before the base is loaded
+        load_rows(specs, "dpo", seed=0)
+    if evidence.stage is not None and not lower and not starts and evidence.links:
+        with suppress(UserError):  # an incomplete chain is a finding of ``check_files``
+            chain = chain_of_run(evidence.stage.run, stage=evidence.stage.path.name).adapters[:-1]
+            lower, starts = (chain, []) if evidence.is_delta else ([], chain)  # the composed adapter contains them
+    loaded = _load(evidence, base, load_in_4bit, found)
+    if loaded is None:
         return found
-    templates = _templates(request, subject, found)
-    if templates:
-        logger.info(f"measuring {len(rows)} conversations under {len(templates)} templates")
-        check_rows(subject, templates, rows, found)
-    if pairs:
-        template = templates.get("own") or next(iter(templates.values()), None)
-        if template is None:
-            raise UserError("no chat template fits, so the pairs cannot be rendered.", "Name one with --chat-template.")
+    stack, folders = AdapterStack(loaded.model), {}
+    try:
+        for kind, adapters in (
+            ("below", lower),
+            ("start", starts),
+            ("policy", [evidence.adapter]),
+            ("claimed", claimed),
+        ):
+            for place, file in enumerate(adapters):
+                stack.add_frozen(f"{kind}{place}", file)
+                folders[f"{kind}{place}"] = str(file.path)
+    except UserError as error:
+        found.wrong("base", f"it does not fit {base}: {error.message}", advice=error.hint)
+        return found
+    found.right("base", f"it fits {base}", f"{len(evidence.adapter.modules)} modules, shapes equal")
+    under = [name for name in folders if name.startswith("below")]
+    from_ = [name for name in folders if name.startswith("start")] or under
+    models = {"base": [], "start": from_, "below": under, "policy": [*under, "policy0"]}
+    if under:
+        models["alone"] = ["policy0"]
+    if claimed:
+        models[reference] = ["claimed0"]
+    templates = _templates(evidence, loaded, chat_template, found)
+    if not templates:
+        return found
+    live = LoadedModel(str(evidence.adapter.path), loaded, stack, next(iter(templates.values())), models)
+    logger.info("measuring %d conversations under %d templates", len(conversations), len(templates))
+    check_rows(live, templates, conversations, found)
+    if specs:
         settings = evidence.settings if evidence.method == "dpo" else {}
         config = RunConfig(
-            max_length=int(settings.get("max_length") or 1024),
-            max_prompt_length=int(evidence.settings.get("max_prompt_length") or 512),
+            max_length=settings.get("max_length") or 1024, max_prompt_length=settings.get("max_prompt_length") or 512
         )
-        beta = request.beta if request.beta is not None else float(evidence.settings.get("beta") or BETA)
-        data = prepare(pairs, "dpo", config, template, what="pairs")
-        logger.info(f"measuring {len(data.lengths)} pairs")
-        check_pairs(subject, data, beta, found)
+        data = prepare(specs, "dpo", config, live.template, what="pairs")
+        logger.info("measuring %d pairs", len(data.lengths))
+        documented = evidence.stage is not None and evidence.method == "dpo"
+        started = " + ".join(folders[name] for name in from_) or "the bare base"
+        beta = beta or evidence.settings.get("beta") or BETA
+        check_pairs(live, data, reference, beta, started, documented, found)
     elif evidence.method == "dpo":
         found.note("reference", "no pairs were given, so step 0 was not measured", advice="Add --pairs FILE.")
     return found
 
 
-def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, ChatTemplate]:
-    """``own`` (saved with it, or requested) if there is one, the kit's templates, and the base's."""
-    folder = subject.evidence.tokenizer_from or subject.base.path
+def _load(evidence: Evidence, base: str, load_in_4bit: bool | None, found: Audit) -> Base | None:
+    """The base, as in training if that is known. One that is missing or of another architecture is a finding, and None."""
+    trained_on = evidence.info.get("base") or {}
+    own = base == evidence.base
+    if load_in_4bit is None:
+        load_in_4bit = trained_on.get("load_in_4bit", True) if own else True
+    config = RunConfig(
+        model_name_or_path=base,
+        load_in_4bit=load_in_4bit,
+        bnb_4bit_use_double_quant=trained_on.get("double_quant", True),
+    )
+    try:
+        loaded = load_base(config)
+    except UserError as error:
+        found.doubtful("base", f"nothing could be measured: {error.message}", advice=error.hint)
+        return None
+    kind = loaded.model.config.model_type
+    if kind not in FAMILIES:
+        found.note("base", f"nothing could be measured on {kind}: supported families are {NAMES}")
+        return None
+    known = trained_on.get("fingerprint")
+    if own and known is not None and not is_fingerprint_of(known, loaded.path):
+        text = f"{loaded.path} is not the model that it was trained on: its files changed since"
+        found.wrong("base", text, advice="Restore them.")
+    return loaded
+
+
+def _templates(evidence: Evidence, base: Base, chosen: str | None, found: Audit) -> dict[str, ChatTemplate]:
+    """``own`` (saved with it, or chosen) if there is one, the kit's templates, and the base's."""
+    folder = evidence.tokenizer_from or base.path
     result: dict[str, ChatTemplate] = {}
     try:
         tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, subject.base.model.get_input_embeddings().weight.shape[0], folder)
+        check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], folder)
     except UserError as error:
         found.wrong("template", error.message, advice=error.hint)
         return {}
-    if request.chat_template is not None:
-        result["own"] = resolve_template(request.chat_template, tokenizer)
+    if chosen is not None:
+        result["own"] = resolve_template(chosen, tokenizer)
     elif tokenizer.chat_template:
         try:
             result["own"] = resolve_template("auto", tokenizer)
@@ -117,24 +189,22 @@ def _templates(request: Request, subject: Subject, found: Audit) -> dict[str, Ch
         if set(NEEDED_TOKENS[name]) <= set(fresh.get_vocab()):
             with suppress(UserError):  # it cannot be written with this tokenizer, so it was not trained with it
                 result[name] = resolve_template(name, fresh)
-    plain = load_tokenizer(subject.base.path)
+    plain = load_tokenizer(base.path)
     if plain.chat_template:
         with suppress(UserError):
             result["base"] = resolve_template("auto", plain)
     return result
 
 
-def _rows(request: Request, evidence: Evidence) -> list[Messages]:
+def _rows(rows: str | None, limit: int, evidence: Evidence) -> list[Messages]:
     """The named conversations; else the held-out ones of its SFT stage; else the demo's."""
-    specs = [DatasetSpec(path=str(request.rows or DEMO_ROWS), limit=request.limit)]
-    if request.rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
+    specs = [DatasetSpec(path=rows or str(CONVERSATIONS_TEST), limit=limit)]
+    if rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
         try:
             own = RunConfig.model_validate(evidence.settings).eval_dataset[:1]
-            return _messages([spec.model_copy(update={"limit": request.limit}) for spec in own])
+            specs = [spec.model_copy(update={"limit": limit}) for spec in own]
+            return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
         except (UserError, OSError, ValueError) as error:
-            logger.warning(f"its own held-out rows cannot be read ({str(error).splitlines()[0]}); taking the demo's")
-    return _messages(specs)
-
-
-def _messages(specs: list[DatasetSpec]) -> list[Messages]:
+            logger.warning("its own held-out rows cannot be read (%s); taking the demo's", error)
+            specs = [DatasetSpec(path=str(CONVERSATIONS_TEST), limit=limit)]
     return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]

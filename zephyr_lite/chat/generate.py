@@ -1,7 +1,7 @@
-"""Answers from the stages of a run, or from a merged model: one base for all, switched by its adapters.
+"""Answers from the models of a run, or from a merged model: one base for all of them, switched by its adapters.
 
-The generation loop is ours: it gives each token as soon as it is drawn, can be stopped at every token, keeps the keys and
-values from turn to turn, and draws the answers of several models in one batch, each row with its own adapters.
+The loop gives each token as soon as it is drawn, stops at any token, keeps keys and values from turn to turn, and draws the
+answers of several models in one batch, each row with its own adapters.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from ..model.sampling import RowSampler, Sampling
 Message = dict[str, str]
 Prompt = Sequence[int] | np.ndarray
 
-# Tokens of a prompt that are computed at a time: a long one can be interrupted, and its mask stays small.
-PREFILL = 512
+PREFILL = 512  # tokens of a prompt per forward pass: a long prompt can be interrupted, and its mask stays small
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,25 @@ class Drawn:
 
     Attributes:
         text: without special tokens and surrounding white space.
-        tokens: without the one that ends it.
-        finish: "stop" (the model ended it), "length", or "interrupted".
-        prompt_tokens, reused: the prompt's length, and how much of it was in the cache.
+        tokens: without the end token.
+        finish: "stop" (the model ended it), "length", "interrupted", or "context" (the model's context is full).
+        prompt_tokens, reused: length of the prompt, and how many of its tokens were in the cache.
     """
 
     text: str
     tokens: list[int]
     finish: str
-    prompt_tokens: int
-    reused: int
+    prompt_tokens: int = 0
+    reused: int = 0
 
     @property
     def finish_reason(self) -> str:
-        """As the OpenAI API has it: "stop" or "length"."""
+        """As in the OpenAI API: "stop" or "length"."""
         return "stop" if self.finish == "stop" else "length"
 
     @property
     def completion_tokens(self) -> int:
-        """Its tokens, the one that ends it included."""
+        """Number of tokens, the end token included."""
         return len(self.tokens) + (self.finish == "stop")
 
 
@@ -62,9 +61,9 @@ class Chat:
     """A model that answers.
 
     Attributes:
-        live: base, adapters, and which of them make which model.
+        live: the loaded base, its adapters, and the models that they make.
         stack: base and frozen adapters.
-        template: of training; it gives the prompt's ids and the tokens that end an answer.
+        template: the chat template of training.
     """
 
     def __init__(self, live: LoadedModel) -> None:
@@ -77,7 +76,7 @@ class Chat:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer: the template's, and the tokenizer's own."""
+        """The tokens that end an answer: the template's, and the tokenizer's EOS."""
         return sorted({*self.template.end_token_ids, self.template.tokenizer.eos_token_id} - {None})
 
     @property
@@ -86,7 +85,7 @@ class Chat:
 
     @property
     def context(self) -> int | None:
-        """The maximum length of a conversation in tokens; None where the model does not say."""
+        """Maximum tokens of a conversation; None if the model's configuration has no such number."""
         return getattr(self.stack.base.config, "max_position_embeddings", None)
 
     def ask(
@@ -101,14 +100,14 @@ class Chat:
         """Answer all prompts in one batch.
 
         Args:
-            prompts: a user's words, or a conversation that ends with a user's turn.
+            prompts: a user's turn, or a conversation that ends with one.
             max_new_tokens: maximum length of an answer.
             temperature: 0 is greedy.
-            adapters: which of the adapters are on; None: all, []: the base alone.
+            adapters: the active adapters; None: all, []: the base alone.
             seed: for sampling.
 
         Raises:
-            UserError: a prompt that the chat template refuses, or that holds one of its control tokens.
+            UserError: the chat template refuses a prompt, or a prompt contains a control token.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         try:
@@ -126,12 +125,12 @@ class Chat:
         adapters: Sequence[str] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Drawn]:
-        """Answer all prompts in one batch, each with settings and a seed of its own.
+        """Answer all prompts in one batch, each with its own settings and seed.
 
         Args:
             prompt_ids: of each conversation (``template.prompt_ids``), [P_i].
-            rows: how each answer is drawn. It does not depend on the others, but for rounding.
-            adapters: which of the adapters are on; None: all, []: the base alone.
+            rows: the settings of each answer. Other rows change an answer by rounding only.
+            adapters: the active adapters; None: all, []: the base alone.
             stop: called at every token; True ends all answers.
         """
         names = self.adapters if adapters is None else adapters
@@ -141,10 +140,6 @@ class Chat:
         """The text without special tokens."""
         return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def text(self, tokens: list[int]) -> str:
-        """An answer's text: without special tokens and surrounding white space."""
-        return self.decode(tokens).strip()
-
 
 def load_chat(
     source: str | Path | None = None,
@@ -153,7 +148,7 @@ def load_chat(
     base: str | None = None,
     chat_template: str | None = "auto",
 ) -> Chat:
-    """A run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
+    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
 
     Raises:
         UserError: as ``open_live``.
@@ -162,12 +157,14 @@ def load_chat(
 
 
 class Streamer:
-    """Draws answers for a fixed set of rows, each with its own adapters. A row alone keeps its keys and values for the next
-    turn, whole even where the model has a sliding window: an undo may need what slid out of it.
+    """Draws answers for a fixed set of rows, each with its own adapters.
+
+    A single row keeps its keys and values for the next turn, uncut even if the model has a sliding window: after an undo the
+    model may need what was outside of it.
 
     Args:
         chat: the model.
-        adapters: of each row, the names of its adapters.
+        adapters: names of the adapters of each row.
     """
 
     def __init__(self, chat: Chat, adapters: Sequence[Sequence[str]]) -> None:
@@ -188,12 +185,12 @@ class Streamer:
         on_token: Callable[[int, int], None] = lambda row, token: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Drawn]:
-        """Answer, one prompt a row.
+        """Answer one prompt per row.
 
         Args:
             prompts: of each row, [P_i] ids.
-            rows: how each answer is drawn.
-            on_token: called with (row, token) as soon as it is drawn; not with tokens that end an answer.
+            rows: the settings of each answer.
+            on_token: called with (row, token) as soon as it is drawn, but not with end tokens.
             stop: called before every token, and between pieces of a long prompt.
 
         Raises:
@@ -227,35 +224,31 @@ class Streamer:
                     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                     logits = self._forward(torch.tensor(chosen, device=mask.device)[:, None], positions, mask)
         except BaseException:
-            self.forget()  # an interrupt leaves some layers a token ahead of others
+            self.forget()  # after an interrupt some layers can be a token ahead of others
             raise
         if logits is None:
             self.forget()
         else:
             self._ids = ids[0] + answers[0][:-1]  # the last token was not fed back
         return [
-            Drawn(self._chat.text(answer), answer, end or "interrupted", len(prompt), kept)
+            Drawn(self._chat.decode(answer).strip(), answer, end or "interrupted", len(prompt), kept)
             for answer, end, prompt in zip(answers, finish, ids)
         ]
 
     def _begin(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The part of the prompts to compute. One row alone keeps the keys and values that its prompt shares with the cache;
-        at least one token is computed, for its logits.
+        """The part of the prompts to compute: all but the tokens that a single row has in the cache, and at least one.
 
         Returns:
-            tokens and positions [rows, M] int64 to compute, padded on the left; mask [rows, K + M] int64 over the K kept
-            slots and these, 0 for padding; K.
+            tokens and positions [rows, M] int64 to compute, padded on the left; mask [rows, K + M] int64 over the K cached
+            tokens and these, 0 for padding; K.
         """
         kept = 0
         if len(prompts) == 1:
-            kept = min(
-                sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, prompts[0]))),
-                len(prompts[0]) - 1,
-            )
-        removed = self._past.get_seq_length() - kept
+            equal = takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, prompts[0]))
+            kept = min(len(list(equal)), len(prompts[0]) - 1)
         if not kept:
             self._past = DynamicCache()
-        elif removed:
+        elif removed := self._past.get_seq_length() - kept:
             self._past.crop(-removed)
         width = max(map(len, prompts)) - kept
         tokens = torch.full((len(prompts), width), pad, dtype=torch.int64)
@@ -269,7 +262,7 @@ class Streamer:
         return tokens.to(device), positions.to(device), mask.to(device), kept
 
     def _prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor, stop: Callable[[], bool]) -> Tensor | None:
-        """The logits [rows, vocab] after the tokens; None where it was stopped."""
+        """Logits [rows, vocab] after the tokens; None if ``stop`` ended it."""
         width, before = tokens.shape[1], mask.shape[1] - tokens.shape[1]
         logits = None
         for start in range(0, width, PREFILL):
@@ -305,16 +298,15 @@ class TextStream:
         decode: ids → text, without special tokens.
     """
 
-    # A character has four bytes at most: more tokens than this without one are not the beginning of a character.
-    HELD = 8
+    HELD = 8  # a character has four bytes at most: after so many tokens without text the bytes are no character
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._tokens: list[int] = []
-        self._shown, self._done = "", 0  # the text given out, and its tokens
+        self._shown, self._done = "", 0  # the text given out, and the number of its tokens
 
     def push(self, token: int) -> str:
-        """The text that is complete with this token; often empty, since a character's bytes may span several tokens."""
+        """The text that this token completes; often empty, since a character's bytes may span several tokens."""
         self._tokens.append(token)
         return self._next(last=len(self._tokens) - self._done >= self.HELD)
 
@@ -324,7 +316,7 @@ class TextStream:
 
     def _next(self, last: bool) -> str:
         text = self._decode(self._tokens).strip()
-        if text.endswith("\ufffd") and not last:  # what a decoder writes for an incomplete character
+        if text.endswith("\ufffd") and not last:  # an incomplete character
             return ""
         piece = text[len(self._shown) :]
         if piece:

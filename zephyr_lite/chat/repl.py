@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -23,9 +24,9 @@ from rich.text import Text
 from ..errors import Interrupted, UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
-from .rows import append_rows, check_file
-from .session import Answer, Session
-from .vote import Ballot
+from .generate import Drawn
+from .rows import Ballot, append_rows, check_file
+from .session import MAKE_ROOM, Session
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines
@@ -46,16 +47,15 @@ HELP = (
     ("Ctrl-C", "end an answer; twice: the session"),
     (BLOCK, "begins and ends a question of several lines"),
 )
-NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
-    "/temperature": ("temperature", float),
-    "/top-p": ("top_p", float),
-    "/max-new-tokens": ("max_new_tokens", int),
-    "/seed": ("seed", int),
+NUMBERS: dict[str, Callable[[str], float]] = {
+    "/temperature": float,
+    "/top-p": float,
+    "/max-new-tokens": int,
+    "/seed": int,
 }
-# Minimum width of an answer shown side by side; narrower terminals show answers one below the other.
-NARROWEST = 32
-# Seconds between two pictures of answers that grow.
-REFRESH = 0.1
+WITH_TEXT = ("/system", "/save", "/model")  # commands that take a text
+NARROWEST = 32  # minimum width of an answer side by side; in narrower terminals they are one below the other
+REFRESH = 0.1  # seconds between two updates of growing answers
 
 
 class Repl:
@@ -63,37 +63,23 @@ class Repl:
 
     Args:
         session: its models answer.
-        console: ``cli.console.Console``.
+        console: ``monitor.console.Console``.
         compare: show their answers side by side.
         ballot: hide the models' names, and keep the user's votes.
     """
 
     def __init__(self, session: Session, console: Any, compare: bool, ballot: Ballot | None) -> None:
         self.session, self._console, self._compare, self._ballot = session, console, compare, ballot
-        self._saved: tuple[Path, list[object]] | None = None
-        self._commands: dict[str, Callable[[], None]] = {
-            "/help": self._help,
-            "/?": self._help,
-            "/settings": self._settings,
-            "/undo": self._undo,
-            "/retry": self._retry,
-            "/reset": self._reset,
-            "/history": self._history,
-        }
-        self._commands_with_text: dict[str, Callable[[str], None]] = {
-            "/system": self._system,
-            "/save": self._save,
-            "/model": self._model,
-        }
+        self._saved: tuple[Path, list[Any]] | None = None
 
     def run(self) -> None:
-        """Until Ctrl-D, /exit, or Ctrl-C twice.
+        """Run until Ctrl-D, /exit, or Ctrl-C twice.
 
         Raises:
             Interrupted: SIGTERM, or Ctrl-C twice.
         """
         with suppress(ImportError):
-            import readline  # keys to edit a line and to get earlier ones back
+            import readline  # line editing and history
 
             readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one question
         if isinstance(sys.stdin, TextIOWrapper):
@@ -102,28 +88,30 @@ class Repl:
         names = models if self._ballot is None else "answers without names"
         self._note(f"{self.session.chat.live.source}: {names}. /help lists the commands, Ctrl-D ends.")
         interrupted = False
+        before = signal.signal(signal.SIGTERM, _end)  # which otherwise does what Ctrl-C does
         try:
-            with _ended_by_sigterm():
-                while True:
-                    try:
-                        line = self._read()
-                        interrupted = False
-                        if not self._handle(line):
-                            break
-                    except EOFError:
-                        self._console.say()
+            while True:
+                try:
+                    line = self._read()
+                    interrupted = False
+                    if not self._handle(line):
                         break
-                    except KeyboardInterrupt:
-                        self._console.say()
-                        if interrupted:
-                            raise Interrupted("interrupted") from None
-                        interrupted = True
-                        self._note("Ctrl-C once more, or Ctrl-D, ends the session.")
+                except EOFError:
+                    self._console.say()
+                    break
+                except KeyboardInterrupt:
+                    self._console.say()
+                    if interrupted:
+                        raise Interrupted("interrupted") from None
+                    interrupted = True
+                    self._note("Ctrl-C once more, or Ctrl-D, ends the session.")
         finally:
-            self._show_votes()
+            signal.signal(signal.SIGTERM, before)
+            if self._ballot is not None:
+                self._show_votes(self._ballot)
 
     def _read(self) -> str:
-        """One question or command; raises EOFError (Ctrl-D) and KeyboardInterrupt (Ctrl-C)."""
+        """Read one question or command; raises EOFError (Ctrl-D) and KeyboardInterrupt (Ctrl-C)."""
         line = input(PROMPT)
         if not line.lstrip().startswith(BLOCK):
             return line.strip()
@@ -141,6 +129,8 @@ class Repl:
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
         except UserError as error:
             self._console.user_error(error)
+        except torch.OutOfMemoryError:
+            self._console.user_error(UserError("the GPU's memory is too small for this conversation.", MAKE_ROOM))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -155,44 +145,41 @@ class Repl:
 
     def _ask(self, question: str | None) -> None:
         """Ask a question; None: ask the last one again."""
-        session = self.session
+        session, out = self.session, self._console.out
         before = [list(column.turns) for column in session.columns]
         titles = self._titles(question or before[0][-1][0])
 
-        def draw(on_text: Callable[[int, str], None]) -> list[Answer]:
-            try:
-                if question is None:
-                    return session.retry(on_text, lambda: stop.name is not None)
-                return session.ask(question, on_text, lambda: stop.name is not None)
-            except KeyboardInterrupt:  # the second one
-                raise Interrupted("interrupted") from None
+        def draw(on_text: Callable[[int, str], None]) -> list[Drawn]:
+            if question is None:
+                return session.retry(on_text, lambda: stop.name is not None)
+            return session.ask(question, on_text, lambda: stop.name is not None)
 
         with StopRequest(None) as stop, _no_echo():
-            if self._compare:
-                answers = self._growing(titles, draw)
-            else:
-                try:
-                    answers = draw(lambda column, piece: self._console.out.print(self._console.text(piece), end=""))
-                finally:
-                    self._console.out.print()
+            started = time.monotonic()
+            try:
+                if self._compare:
+                    answers = self._growing(titles, draw)
+                else:
+                    answers = draw(lambda column, piece: out.print(self._console.text(piece), end=""))
+            except KeyboardInterrupt:  # the second one
+                raise Interrupted("interrupted") from None
+            finally:
+                if not self._compare:
+                    out.print()
         if self._compare:
             in_order = [answers[column] for column in titles]
-            notes = [ended(answer.finish, answer.tokens) for answer in in_order]
-            table = side_by_side(self._console, [*titles.values()], [answer.text for answer in in_order], notes)
-            self._console.out.print(table, soft_wrap=False)
+            texts, notes = [answer.text for answer in in_order], [ended(answer) for answer in in_order]
+            out.print(side_by_side(self._console, [*titles.values()], texts, notes), soft_wrap=False)
         else:
-            (answer,) = answers
-            speed = f", {answer.tokens / answer.seconds:.1f} tokens/s" if answer.seconds > 0 else ""
-            self._note(ended(answer.finish, answer.tokens) or f"{answer.tokens:,} tokens{speed}")
+            tokens, seconds = len(answers[0].tokens), time.monotonic() - started
+            self._note(ended(answers[0]) or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
         if stop.name not in (None, "SIGINT"):
             raise Interrupted(f"{stop.name}: the session ended")
-        if self._ballot is not None:
-            if any(answer.finish == "interrupted" for answer in answers):
-                for column, turns in zip(session.columns, before):
-                    column.turns = turns
-                self._note("stopped: the question is taken back, without a vote")
-            else:
-                self._vote(self._ballot, list(titles), answers)
+        if self._ballot is not None and any(answer.finish == "interrupted" for answer in answers):
+            session.restore(before)
+            self._note("stopped: the question is taken back, without a vote")
+        elif self._ballot is not None:
+            self._vote(self._ballot, list(titles), answers)
         elif session.turns <= len(before[0]) and question is not None:
             self._note("stopped before there was an answer: the question is taken back")
 
@@ -204,10 +191,9 @@ class Repl:
         order = self._ballot.order(question, self.session.turns, len(columns))
         return {column: f"Answer {place}" for place, column in enumerate(order, 1)}
 
-    def _growing(self, titles: dict[int, str], draw: Callable[..., list[Answer]]) -> list[Answer]:
-        """Draw several answers, and show their ends while they grow, as far as the terminal is high."""
+    def _growing(self, titles: dict[int, str], draw: Callable[..., list[Drawn]]) -> list[Drawn]:
+        """Draw several answers, and show as much of their ends as the terminal has room for."""
         out, texts, shown = self._console.out, dict.fromkeys(titles, ""), 0.0
-        live = Live(console=out, auto_refresh=False, transient=True, vertical_overflow="crop")
 
         def grow(column: int, piece: str) -> None:
             nonlocal shown
@@ -218,23 +204,23 @@ class Repl:
                 live.update(view, refresh=True)
                 shown = time.monotonic()
 
-        with live:
+        with Live(console=out, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
             return draw(grow)
 
     # -- votes -----------------------------------------------------------------------------------------------------
 
-    def _vote(self, ballot: Ballot, order: list[int], answers: list[Answer]) -> None:
+    def _vote(self, ballot: Ballot, order: list[int], answers: list[Drawn]) -> None:
         session = self.session
         if len({answer.text for answer in answers}) == 1:
             self._note("the answers are all the same: no vote, no pair")
             return
         choice = self._choice(len(order))
-        if choice == "skip":
+        if choice == "s":
             ballot.skipped += 1
             session.undo()
             self._note("skipped: the question is taken back")
             return
-        if choice == "tie":
+        if choice == "t":
             ballot.ties += 1
             session.agree(order[0])
             self._note("a tie, which makes no pair; the conversation continues from answer 1")
@@ -244,35 +230,32 @@ class Repl:
         try:
             pairs = ballot.best(prompt, [column.model for column in session.columns], answers, liked)
         except BaseException:
-            session.undo()  # a vote that is not kept leaves no trace
+            session.undo()  # the vote is not in the file
             raise
         session.agree(liked)
         added = f"{pairs} pair{'s' * (pairs != 1)} added to {ballot.path}" if pairs else "no pair: an answer is empty"
         self._note(f"{added}; the conversation continues from answer {choice}")
 
     def _choice(self, most: int) -> str:
-        """The number of the best answer, "tie" or "skip"."""
-        words = {"t": "tie", "tie": "tie", "s": "skip", "skip": "skip", **{str(n): str(n) for n in range(1, most + 1)}}
+        """The number of the best answer, "t" (a tie) or "s" (skip)."""
+        words = {"t", "s", *map(str, range(1, most + 1))}
         while True:
             try:
                 said = input(f"Which is best? 1 to {most}, t(ie), s(kip): ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 self._console.say()
-                return "skip"
+                return "s"
+            said = {"tie": "t", "skip": "s"}.get(said, said)
             if said in words:
-                return words[said]
+                return said
             self._note(f"{short(said, 40)} is none of these.")
 
-    def _show_votes(self) -> None:
-        """The votes by model, and the command that trains on them."""
-        ballot = self._ballot
-        if ballot is None:
-            return
+    def _show_votes(self, ballot: Ballot) -> None:
+        """Print the votes by model, and the command that trains on them."""
         if ballot.votes:
-            counts = [*((column.model, ballot.likes[column.model]) for column in self.session.columns)]
-            rows = [
-                (name, str(count), f"{count / ballot.votes:.0%}") for name, count in [*counts, ("(ties)", ballot.ties)]
-            ]
+            counts = {column.model: ballot.likes[column.model] for column in self.session.columns}
+            counts["(ties)"] = ballot.ties
+            rows = [(name, str(count), f"{count / ballot.votes:.0%}") for name, count in counts.items()]
             self._console.table(["model", "liked best", "of the votes"], rows)
         skipped = f", {ballot.skipped} skipped" if ballot.skipped else ""
         votes, pairs = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((ballot.votes, "vote"), (ballot.pairs, "pair")))
@@ -291,45 +274,43 @@ class Repl:
     # -- commands --------------------------------------------------------------------------------------------------
 
     def _command(self, line: str) -> bool:
-        """Raises UserError: there is no such command, or it does not take what it is given."""
+        """Run a command; False: it ends the session. Raises UserError: no such command, or a wrong argument."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name in ("/exit", "/quit", "/bye"):
             return False
+        command = getattr(self, "_do_" + {"/?": "help"}.get(name, name[1:]), None)
         if name in NUMBERS:
             self._number(name, rest)
-        elif name in self._commands_with_text:
-            self._commands_with_text[name](rest)
-        elif name not in self._commands:
+        elif command is None:
             raise UserError(
                 f"there is no command {short(name, 40)}.", "/help lists them; // begins a question with a slash."
             )
-        elif rest:
+        elif rest and name not in WITH_TEXT:
             raise UserError(f"{name} takes nothing.", "/help lists the commands.")
         else:
-            self._commands[name]()
+            command(rest)
         return True
 
-    def _help(self) -> None:
+    def _do_help(self, text: str) -> None:
         for name, what in HELP:
             self._console.say(f"{name:<19}{what}")
 
     def _number(self, name: str, given: str) -> None:
-        key, kind = NUMBERS[name]
-        settings = self.session.settings
+        key, settings = name[1:].replace("-", "_"), self.session.settings
         before = getattr(settings, key)
         if given:
             try:
-                setattr(settings, key, kind(given))
+                setattr(settings, key, NUMBERS[name](given))
                 settings.check()
             except ValueError:
                 raise UserError(f"{name} {short(given, 40)}: is not a valid value.", f"It is {before}.") from None
             except UserError:
                 setattr(settings, key, before)
                 raise
-        self._note(f"{name.removeprefix('/')} {getattr(settings, key)}")
+        self._note(f"{name[1:]} {getattr(settings, key)}")
 
-    def _system(self, text: str) -> None:
+    def _do_system(self, text: str) -> None:
         settings = self.session.settings
         if text:
             system = None if text in ("none", "''", '""') else text  # '' as with --system
@@ -337,28 +318,28 @@ class Repl:
             settings.system = system
         self._note(f"system: {settings.system}" if settings.system else "no system turn")
 
-    def _settings(self) -> None:
+    def _do_settings(self, text: str) -> None:
         for name in NUMBERS:
             self._number(name, "")
-        self._system("")
+        self._do_system("")
 
-    def _undo(self) -> None:
+    def _do_undo(self, text: str) -> None:
         question = self.session.undo()
         votes = "; its vote stays in the file" if self._ballot is not None else ""
         self._note(f"taken back: {short(question, 60)}{votes}")
 
-    def _retry(self) -> None:
+    def _do_retry(self, text: str) -> None:
         if not self.session.turns:
             raise UserError("nothing was asked yet.")
         if self.session.settings.temperature == 0:
             self._note("temperature 0 gives the same answer again; /temperature 0.7 would not")
         self._ask(None)
 
-    def _reset(self) -> None:
+    def _do_reset(self, text: str) -> None:
         self.session.reset()
         self._note("a new conversation")
 
-    def _history(self) -> None:
+    def _do_history(self, text: str) -> None:
         if not self.session.turns:
             self._note("nothing was said yet")
         hidden = self._ballot is not None
@@ -367,7 +348,7 @@ class Repl:
                 self._note(f"> {question}")
                 self._console.say(answer.text if hidden or not self._compare else f"{column.model}: {answer.text}")
 
-    def _save(self, name: str) -> None:
+    def _do_save(self, name: str) -> None:
         if not name:
             raise UserError("/save needs a file.", "/save FILE.jsonl")
         path = Path(name).expanduser()
@@ -378,13 +359,13 @@ class Repl:
         if self._saved == (path.resolve(), rows) and there:
             raise UserError(f"this conversation is in {path} already.", "Say more first.")
         append_rows(path, rows)
-        self._saved = (path.resolve(), list(rows))
+        self._saved = (path.resolve(), rows)
         count = f"row {there + 1}" if len(rows) == 1 else f"rows {there + 1} to {there + len(rows)}"
         self._note(f"saved as {count} of {path}")
         if cut := sum(answer.finish != "stop" for column in columns for _, answer in column.turns):
             self._note(f"note: {cut} of the answers are cut; training would learn to end there")
 
-    def _model(self, name: str) -> None:
+    def _do_model(self, name: str) -> None:
         models = self.session.chat.live.models
         if self._compare:
             raise UserError("/model: --compare asks all of its models.", "Start without it to talk to one.")
@@ -404,7 +385,7 @@ def side_by_side(
     lines = None if height is None else max(1, height - 4 if wide else height // count - 2)
     cells = []
     for text in texts:
-        # an answer's end is made of its last characters: a long one is not wrapped again for every picture
+        # the last lines are made of the last characters: a long answer is not wrapped again for every update
         cell = console.text(text if lines is None else text[-(lines + 1) * inner :])
         cell.overflow = "fold"
         cells.append(cell if lines is None else Text("\n").join(cell.wrap(out, inner)[-lines:]))
@@ -421,41 +402,30 @@ def side_by_side(
     return table
 
 
-def ended(finish: str, tokens: int) -> str:
-    """Why an answer is cut or empty; "" where it is neither."""
+def ended(answer: Drawn) -> str:
+    """Why an answer is cut or empty; "" if it is neither."""
+    tokens = len(answer.tokens)
     return {
         "length": f"cut at {tokens:,} tokens; --max-new-tokens allows more",
         "context": f"cut at {tokens:,} tokens: the model's context is full",
         "interrupted": f"stopped after {tokens:,} tokens",
-    }.get(finish, "" if tokens else "the answer is empty: the model ended at once")
+    }.get(answer.finish, "" if tokens else "the answer is empty: the model ended at once")
+
+
+def _end(number: int, frame: Any) -> None:
+    raise Interrupted("SIGTERM: the session ended")
 
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
     """Within, the terminal does not echo typed keys (^C above all) into the answers."""
-    before = None
-    with suppress(termios.error, OSError, ValueError):  # not a terminal
-        before = termios.tcgetattr(sys.stdin.fileno())
-        changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, changed)
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
     try:
         yield
     finally:
-        if before is not None:
-            with suppress(termios.error, OSError):  # the terminal is gone
-                termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Within, SIGTERM ends the session, where Ctrl-C takes back a line."""
-
-    def end(number: int, frame: Any) -> None:
-        raise Interrupted("SIGTERM: the session ended")
-
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before if before is signal.SIG_IGN else end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

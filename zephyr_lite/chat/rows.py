@@ -1,8 +1,10 @@
-"""Rows that chat adds to a JSONL file, new or with rows of the same kind in it."""
+"""Rows that chat adds to a JSONL file, new or with rows of the same kind in it: conversations, and votes as preference pairs."""
 
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from ..data.formats import Method, RowError, detect, normalise
 from ..errors import UserError
 from ..io.atomic import append_line, sync_file
-from ..io.text import shown
+from .generate import Drawn, Message
 
 
 def check_file(path: Path, method: Method, option: str) -> int:
@@ -30,13 +32,9 @@ def check_file(path: Path, method: Method, option: str) -> int:
         raise UserError(f"{option} {path}: training reads such rows from a .jsonl file.", f"Name it {path.stem}.jsonl.")
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}.", "Make it first.")
-    if not path.exists():
-        return 0
-    first, lines = b"", 0
-    with path.open("rb") as file:
-        for line in file:
-            first, lines = first or line.strip(), lines + 1
-    if not first:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
         return 0
     try:
         row = json.loads(first)
@@ -50,27 +48,81 @@ def check_file(path: Path, method: Method, option: str) -> int:
         raise UserError(f"{option} {error.message}", "Choose another file.") from None
     except RowError as error:
         raise UserError(f"{option} {path} row 1: {error}.", "Choose another file.") from None
-    return lines
+    return len(lines)
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows, all of them or none; they are on the disk when this returns.
-
-    Raises:
-        OSError: it cannot be written; names ``path``.
-        UserError: a text is not valid Unicode, which a text file cannot hold.
-    """
+    """Add rows, all of them or none; they are on the disk when this returns. Raises OSError, which names ``path``."""
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{shown(str(path))}: a turn holds text that is not valid Unicode.", "/undo takes it back."
-        ) from None
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                text = "\n" + text
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        text = "\n" + text
     append_line(path, text)
     sync_file(path)
+
+
+class Ballot:
+    """Votes on answers whose models are hidden, in a file of preference pairs; and their counts in this session.
+
+    Attributes:
+        likes, ties, skipped: votes for each model, ties, and questions without a vote.
+        pairs: preference pairs written.
+
+    Args:
+        path: a JSONL file, new or with preference pairs in it.
+        seed: of the order in which answers are shown.
+        source: the run or model that answers; written into the rows.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+
+    def __init__(self, path: Path, seed: int, source: str) -> None:
+        self.path, self._seed, self._source = path, seed, source
+        self.before = check_file(path, "dpo", "--vote")
+        self.likes: Counter[str] = Counter()
+        self.ties = self.skipped = self.pairs = 0
+
+    @property
+    def votes(self) -> int:
+        return sum(self.likes.values()) + self.ties
+
+    def order(self, question: str, turn: int, models: int) -> list[int]:
+        """The model shown at each place: a function of the seed, the file's length, the turn and the question."""
+        places = list(range(models))
+        random.Random(f"{self._seed} {self.before} {turn} {question}").shuffle(places)
+        return places
+
+    def best(self, prompt: list[Message], models: Sequence[str], answers: Sequence[Drawn], liked: int) -> int:
+        """Write the pairs of a vote: the liked answer against each other one that differs. An empty answer makes no pair,
+        since training cannot use it.
+
+        Args:
+            prompt: the conversation that was answered; its last turn is the user's.
+            liked: index of the liked answer.
+
+        Returns:
+            the number of pairs written.
+        """
+        chosen = answers[liked]
+        rows = [
+            {
+                "prompt": next(turn["content"] for turn in prompt if turn["role"] == "user"),
+                "chosen": [*prompt, {"role": "assistant", "content": chosen.text}],
+                "rejected": [*prompt, {"role": "assistant", "content": answer.text}],
+                "vote": {
+                    "chosen_model": models[liked],
+                    "rejected_model": model,
+                    "source": self._source,
+                    "chosen_finish": chosen.finish,
+                    "rejected_finish": answer.finish,
+                },
+            }
+            for model, answer in zip(models, answers)
+            if answer.text != chosen.text and answer.text and chosen.text
+        ]
+        if rows:
+            append_rows(self.path, rows)
+        self.likes[models[liked]] += 1
+        self.pairs += len(rows)
+        return len(rows)

@@ -1,25 +1,25 @@
-"""A conversation with one model, or with several at once that are asked the same."""
+"""A conversation with one model, or with several at once that are asked the same questions."""
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
+from ..config.strict_yaml import read_yaml
 from ..data.formats import RowError
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import shown
 from ..model.sampling import Sampling
-from .generate import Chat, Message, Streamer, TextStream
+from .generate import Chat, Drawn, Message, Streamer, TextStream
 
-_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
-OnText = Callable[[int, str], None]
+logger = logging.getLogger(__name__)
+
+MAKE_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
+OnText = Callable[[int, str], None]  # (column, piece of text)
 
 
 @dataclass
@@ -52,30 +52,12 @@ class Settings:
             raise UserError(f"seed {shown(str(self.seed))}: is not between 0 and 2^63 - 1.")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer.
-
-    Attributes:
-        text: without surrounding white space.
-        finish: "stop" (it ended), "length" (max_new_tokens), "context" (the model's context is full), "interrupted".
-        tokens, seconds: their number, and the time that all answers of this turn took.
-        reused: tokens of the prompt that were not computed again.
-    """
-
-    text: str
-    finish: str
-    tokens: int
-    seconds: float = 0.0
-    reused: int = 0
-
-
 @dataclass
 class Column:
     """One model and its conversation: questions and its answers."""
 
     model: str
-    turns: list[tuple[str, Answer]] = field(default_factory=list)
+    turns: list[tuple[str, Drawn]] = field(default_factory=list)
 
     def messages(self, system: str | None, question: str | None = None) -> list[Message]:
         found = [{"role": "system", "content": system}] if system else []
@@ -85,7 +67,7 @@ class Column:
 
 
 class Session:
-    """Models of one base that are asked the same questions; each remembers its own answers.
+    """Models of one base that are asked the same questions; each has its own answers in its conversation.
 
     Attributes:
         columns: one per model.
@@ -93,7 +75,7 @@ class Session:
 
     Args:
         chat: the base with its adapters.
-        models: names among ``chat.live.models``.
+        models: names of models in ``chat.live.models``.
 
     Raises:
         UserError: there is no such model; or as ``Settings.check`` and ``check_system``.
@@ -121,11 +103,7 @@ class Session:
         return len(self.columns[0].turns)
 
     def switch(self, model: str) -> None:
-        """Continue the conversation with another model.
-
-        Raises:
-            UserError: there is no such model.
-        """
+        """Continue the conversation with another model; raises UserError if there is no such model."""
         turns = self.columns[0].turns
         self._use([model])
         self.columns[0].turns = turns
@@ -148,10 +126,8 @@ class Session:
         except UnicodeEncodeError:
             raise UserError(f"{what} cannot be sent to the model: text that is not valid Unicode.") from None
         except RowError as error:
-            hint = "Write it in another way." if "control token" in str(error) else ""
-            if any(m["role"] == "assistant" for m in messages):
-                hint = "If it is an earlier turn: /undo or /reset. " + hint
-            raise UserError(f"{what} cannot be sent to the model: {error}.", hint.strip()) from None
+            hint = "Rephrase it; after earlier turns, /undo or /reset may help."
+            raise UserError(f"{what} cannot be sent to the model: {error}.", hint) from None
 
     def room(self, prompt: int) -> int:
         """The maximum length of an answer to a prompt of ``prompt`` tokens.
@@ -164,7 +140,8 @@ class Session:
             return self.settings.max_new_tokens
         if prompt >= context:
             raise UserError(
-                f"the conversation with this question has {prompt:,} tokens; the model's context is {context:,}.", _ROOM
+                f"the conversation with this question has {prompt:,} tokens; the model's context is {context:,}.",
+                MAKE_ROOM,
             )
         return min(self.settings.max_new_tokens, context - prompt)
 
@@ -174,10 +151,10 @@ class Session:
         on_text: OnText = lambda column, piece: None,
         stop: Callable[[], bool] = lambda: False,
         attempt: int = 0,
-    ) -> list[Answer]:
-        """Ask every model, in one batch, and remember the answers.
+    ) -> list[Drawn]:
+        """Ask every model, in one batch, and keep the answers.
 
-        An interrupted answer is kept as far as it goes; where a model had answered nothing yet, the question is taken back.
+        An interrupted answer is kept as far as it was drawn; if a model had answered nothing yet, the question is taken back.
 
         Args:
             question: the user's turn.
@@ -186,8 +163,7 @@ class Session:
             attempt: another number gives other draws.
 
         Raises:
-            UserError: the template refuses the conversation, it is longer than the context, or memory does not suffice.
-                Nothing is remembered then.
+            UserError: the template refuses the conversation, or it is longer than the context. Nothing is kept then.
         """
         if not question.strip():
             raise UserError("the question is empty.", "Write something.")
@@ -198,25 +174,15 @@ class Session:
         rows = [Sampling(room, how.temperature, how.top_p, seed) for room in rooms]
         streams = [TextStream(self.chat.decode) for _ in self.columns]
 
-        def on_token(row: int, token: int) -> None:
-            if piece := streams[row].push(token):
+        def show(row: int, piece: str) -> None:
+            if piece:
                 on_text(row, piece)
 
-        started = time.monotonic()
-        drawn = None
-        with suppress(torch.OutOfMemoryError):
-            drawn = self._streamer.draw(prompts, rows, on_token, stop)
-        if drawn is None:  # raised outside of the handler: the exception holds the conversation's tensors
-            tokens = max(len(ids) for ids in prompts)
-            raise UserError(f"the GPU's memory does not suffice for a conversation of {tokens:,} tokens.", _ROOM)
-        seconds = time.monotonic() - started
-        answers = []
-        for row, (found, stream) in enumerate(zip(drawn, streams)):
-            if piece := stream.finish():
-                on_text(row, piece)
-            full = found.finish == "length" and rooms[row] < how.max_new_tokens
-            finish = "context" if full else found.finish
-            answers.append(Answer(found.text, finish, len(found.tokens), seconds, found.reused))
+        answers = self._streamer.draw(prompts, rows, lambda row, token: show(row, streams[row].push(token)), stop)
+        for row, stream in enumerate(streams):
+            show(row, stream.finish())
+            if answers[row].finish == "length" and rooms[row] < how.max_new_tokens:
+                answers[row] = replace(answers[row], finish="context")
         if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
             for column, answer in zip(self.columns, answers):
                 column.turns.append((question, answer))
@@ -224,11 +190,7 @@ class Session:
         return answers
 
     def undo(self) -> str:
-        """Take back the last question, which is returned, and its answers.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Take back the last question, which is returned, and its answers; raises UserError if there is none."""
         if not self.turns:
             raise UserError("there is nothing to take back.")
         questions = [column.turns.pop()[0] for column in self.columns]
@@ -236,7 +198,7 @@ class Session:
 
     def retry(
         self, on_text: OnText = lambda column, piece: None, stop: Callable[[], bool] = lambda: False
-    ) -> list[Answer]:
+    ) -> list[Drawn]:
         """Ask the last question again, with other draws; if that fails the earlier answers stay.
 
         Raises:
@@ -249,8 +211,12 @@ class Session:
             return self.ask(self.undo(), on_text, stop, self._attempt + 1)
         finally:
             if self.turns < len(before[0]):
-                for column, turns in zip(self.columns, before):
-                    column.turns = turns
+                self.restore(before)
+
+    def restore(self, turns: Sequence[list[tuple[str, Drawn]]]) -> None:
+        """Set the turns of every column."""
+        for column, own in zip(self.columns, turns):
+            column.turns = own
 
     def reset(self) -> None:
         """Forget the conversation; settings stay."""
@@ -284,8 +250,6 @@ class Session:
 
 def trained_system(chat: Chat) -> str | None:
     """The default system turn of the stage's training (its configuration's ``system``)."""
-    from ..config.strict_yaml import read_yaml
-
     chain = chat.live.chain
     if chain is None or chain.run is None or chain.stage is None:
         return None

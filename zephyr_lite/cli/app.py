@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
 
 import typer
@@ -18,25 +17,12 @@ from .. import __version__
 from ..errors import Interrupted, UserError
 from ..io.interrupts import alone, just_interrupted, launched, speaks
 from ..io.logging import messages_to
-from ..monitor.console import Console
 from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded
-from .ablate import ablate
-from .check import check
-from .data_chat import chat as data_chat
-from .data_pairs import pairs
-from .data_rows import show, stats
-from .distill import distill
-from .eval_harness import harness
-from .eval_judged import alpaca, mt_bench
-from .eval_rows import loss, preference
+from . import data, eval, model, recipe
 from .examples import add_examples
-from .export import card, gguf, ollama, push
-from .feedback import feedback
-from .merge import merge
-from .options import StageConfig, Verbose, nameable
-from .report import report
-from .reproduce import reproduce
+from .info import env, plan
+from .options import Verbose, console
 from .talk import chat
 from .train import train
 
@@ -47,9 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
 )
-console = Console()
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at them as training does.")
-
 eval_app = typer.Typer(no_args_is_help=True, help="Is it better than the base, and than the stage before?")
 export_app = typer.Typer(no_args_is_help=True, help="Take a merged model elsewhere.")
 
@@ -60,9 +44,7 @@ _QUIET = {
     "HF_HUB_VERBOSITY": "error",  # each of its retries would be a line
     "TOKENIZERS_PARALLELISM": "false",  # a fork after tokenizing would warn
 }
-# any key of the configuration may follow a training command
-OPEN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
-KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
+_KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
 
 
 @app.callback(invoke_without_command=True)
@@ -82,85 +64,42 @@ def _root(
     alone()
 
 
-_TRAIN: dict[str, Any] = {"context_settings": OPEN, "epilog": KEYS, "options_metavar": "[OPTIONS] [KEY=VALUE]..."}
+def _keys(words: str) -> dict[str, Any]:
+    """Settings of a command after which any key of the configuration may follow.
+
+    Args:
+        words: the usage line.
+    """
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    return {"context_settings": settings, "epilog": _KEYS, "options_metavar": words}
+
+
 _SFT = "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."
 _DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
-app.command("sft", help=_SFT, **_TRAIN)(train)
-app.command("dpo", help=_DPO, **_TRAIN)(train)
-
-
-@app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
-def plan(
-    context: typer.Context,
-    config: StageConfig = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
-    vram: Annotated[
-        str | None, typer.Option("--vram", help="So much memory: 8GiB. Alone: a plain card of that size.")
-    ] = None,
-    price: Annotated[float | None, typer.Option("--price", help="US dollars an hour for the card.")] = None,
-    ladder: Annotated[bool, typer.Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
-    from ..config.resolve import resolve_run
-    from ..memory.forecast import ladder_lines, planned_lines, stages_of
-
-    methods, words = stages_of(list(context.args), config)
-    if ladder:
-        stage = None if words == context.args else context.args[0]
-        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
-        console.plan(ladder_lines(words, others))
-        return
-    for method in methods:
-        console.plan(planned_lines(method, resolve_run(method, config, words), gpu=gpu, vram=vram, price=price))
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", callback=nameable, help="Where the demo's run and model go.")] = Path(
-        "runs/demo"
-    ),
-    verbose: Verbose = False,
-) -> None:
-    """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo import QUESTIONS
-    from ..demo.run import run_demo
-
-    result = run_demo(out, on_metrics=console.metrics)
-    console.side_by_side(QUESTIONS, result.standings)
-    console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
-    console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
-    console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
-
-
-@app.command()
-def env(verbose: Verbose = False) -> None:
-    """What this machine has, what is missing, and how to get it."""
-    from .environment import survey
-
-    for finding in survey():
-        console.say(finding.line())
-
-
-app.command()(merge)
-app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]...")(ablate)
+app.command("sft", help=_SFT, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
+app.command("dpo", help=_DPO, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
+app.command(**_keys("[sft|dpo|both] [OPTIONS] [KEY=VALUE]..."))(plan)
+app.command()(recipe.demo)
+app.command()(env)
+app.command()(model.merge)
+app.command(**_keys("[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]..."))(recipe.ablate)
 app.add_typer(data_app, name="data")
-data_app.command(no_args_is_help=True)(data_chat)
-data_app.command(no_args_is_help=True)(pairs)
-data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(show)
-data_app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[sft|dpo] [OPTIONS] [KEY=VALUE]...")(stats)
-app.command(no_args_is_help=True)(feedback)
-app.command(no_args_is_help=True)(distill)
+data_app.command(no_args_is_help=True)(data.chat)
+data_app.command(no_args_is_help=True)(data.pairs)
+data_app.command(**_keys("[sft|dpo] [OPTIONS] [KEY=VALUE]..."))(data.show)
+data_app.command(**_keys("[sft|dpo] [OPTIONS] [KEY=VALUE]..."))(data.stats)
+app.command(no_args_is_help=True)(recipe.feedback)
+app.command(no_args_is_help=True)(recipe.distill)
 app.add_typer(eval_app, name="eval")
-for evaluation in (loss, preference, mt_bench, alpaca, harness):
+for evaluation in (eval.loss, eval.preference, eval.mt_bench, eval.alpaca, eval.harness):
     eval_app.command()(evaluation)
 app.command()(chat)
-app.command()(report)
-app.command(context_settings=OPEN, epilog=KEYS, options_metavar="[RECIPE] [OPTIONS] [KEY=VALUE]...")(reproduce)
-app.command(no_args_is_help=True)(check)
+app.command()(model.report)
+app.command(**_keys("[RECIPE] [OPTIONS] [KEY=VALUE]..."))(recipe.reproduce)
+app.command(no_args_is_help=True)(model.check)
 app.add_typer(export_app, name="export")
-for way in (gguf, ollama, card, push):
-    export_app.command()(way)
+for export in (model.gguf, model.ollama, model.card, model.push):
+    export_app.command()(export)
 add_examples(app)
 
 
@@ -189,42 +128,38 @@ def run(arguments: list[str]) -> int:
                 return 128 + signal.SIGPIPE
             if isinstance(error, SystemExit):
                 raise
+            code, message = _ending(error, arguments)
             try:
-                return _report(error, arguments, verbose)
+                if verbose:
+                    console.traceback(error)
+                if code == 1:
+                    console.failure(error)
+                elif isinstance(message, UserError):
+                    console.user_error(message)
+                elif message and speaks():
+                    console.complain(message)
             except OSError:  # standard error cannot be written either: only the exit code is left
                 _discard(sys.stderr)
-                return 130 if isinstance(error, KeyboardInterrupt | Interrupted) else 2
+            return code
 
 
-def _report(error: BaseException, arguments: list[str], verbose: bool) -> int:
-    """Print what ended a command, and give its exit code."""
-    if verbose:
-        console.traceback(error)
-    usage_error: Any = typer.BadParameter.__base__
+def _ending(error: BaseException, arguments: list[str]) -> tuple[int, str | UserError]:
+    """The exit code of an error that ended a command, and what is printed of it."""
     if isinstance(error, Interrupted):
-        if speaks():
-            console.complain(error.message)
-        return 130
+        return 130, error.message
     if isinstance(error, PeerEnded):  # the other process prints its error
-        if speaks() and error.code:
-            console.complain(error.message)
-        return error.code
+        return error.code, error.message if error.code else ""
     if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
-        if speaks():
-            console.complain(interrupted_line(arguments))
-        return 130
+        return 130, interrupted_line(arguments)
+    usage_error: Any = typer.BadParameter.__base__
     if isinstance(error, usage_error):
         shown = io.StringIO()
         error.show(file=shown)
-        console.complain(shown.getvalue().rstrip("\n").replace("Value error, ", ""))
-        return 2
+        return 2, shown.getvalue().rstrip("\n").replace("Value error, ", "")
     known = error if isinstance(error, UserError) else machine_error(error, arguments)
     if known is None:
-        console.failure(error)
-        return 1
-    if not getattr(known, "said_elsewhere", False):
-        console.user_error(known)
-    return 2
+        return 1, ""
+    return 2, "" if getattr(known, "said_elsewhere", False) else known
 
 
 def interrupted_line(arguments: list[str]) -> str:
@@ -259,7 +194,7 @@ def machine_error(error: BaseException | None, arguments: list[str]) -> UserErro
 
 
 def _discard(stream: IO[str] | None) -> None:
-    """Send what a stream still holds nowhere: it cannot be written, and would fail again when Python ends."""
+    """Send what a stream still holds to /dev/null: it cannot be written, and would fail again when Python ends."""
     with suppress(OSError, ValueError, AttributeError):  # closed already, or no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 

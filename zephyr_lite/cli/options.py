@@ -1,13 +1,17 @@
-"""Options that several commands have, with the same words."""
+"""The console, and the options that several commands have."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from ..io.text import place
+from ..monitor.console import Console
+
+console = Console()
 
 
 def nameable(value: Path | None) -> Path | None:
@@ -16,42 +20,51 @@ def nameable(value: Path | None) -> Path | None:
         try:
             place(str(value))
         except ValueError as error:
-            raise typer.BadParameter(f"{str(value)!r} {error}.") from None
+            raise BadParameter(f"{str(value)!r} {error}.") from None
     return value
 
 
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+def say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.say(line)
+
+
+def name_of_words(words: list[str], default: str) -> tuple[str, list[str]]:
+    """The first word if it is no ``key=value`` and no option, else the default; and the other words."""
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        return words[0], words[1:]
+    return default, words
+
+
+Verbose = Annotated[bool, Option("--verbose", help="Show the traceback of an error.")]
 StageConfig = Annotated[
-    str | None, typer.Option("--config", "-c", help="A YAML file, or a preset such as zephyr-7b/overnight-sft.")
+    str | None, Option("--config", "-c", help="A YAML file, or a preset such as zephyr-7b/overnight-sft.")
 ]
+# of `data chat` and `data pairs`
+NewFolder = Annotated[Path, Option("--out", callback=nameable, help="The folder to make.")]
+FileFormat = Annotated[Literal["parquet", "jsonl"], Option("--format", help="File format.")]
+NumProc = Annotated[int | None, Option(help="Number of processes; the result is the same.")]
+Replace = Annotated[bool, Option("--overwrite", help="Replace an earlier result.")]
 # of jobs that ask models
-JobConfig = Annotated[
-    str | None, typer.Option("--config", "-c", help="A YAML file, or a preset; options take precedence.")
-]
-JobOut = Annotated[Path | None, typer.Option("--out", callback=nameable, help="Output folder; reuse it to resume.")]
-JobSeed = Annotated[int | None, typer.Option("--seed", help="Random seed [42].")]
-MaxRequests = Annotated[
-    int | None, typer.Option("--max-requests", help="Maximum requests, retries and restarts included.")
-]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Maximum tokens, prompts included.")]
-JobDryRun = Annotated[bool, typer.Option("--dry-run", help="Show the maximum cost; send nothing.")]
+JobConfig = Annotated[str | None, Option("--config", "-c", help="A YAML file, or a preset; options take precedence.")]
+JobOut = Annotated[Path | None, Option("--out", callback=nameable, help="Output folder; reuse it to resume.")]
+JobSeed = Annotated[int | None, Option("--seed", help="Random seed [42].")]
+MaxRequests = Annotated[int | None, Option(help="Maximum requests, retries and restarts included.")]
+MaxTokens = Annotated[int | None, Option(help="Maximum tokens, prompts included.")]
+JobDryRun = Annotated[bool, Option("--dry-run", help="Show the maximum cost; send nothing.")]
 # of commands that take a trained model
 Source = Annotated[
     Path | None,
-    typer.Argument(help="runs/NAME, runs/NAME/STAGE, or a model's folder \\[the newest run's last complete stage]."),
+    Argument(help="runs/NAME, runs/NAME/STAGE, or a model's folder \\[the newest run's last complete stage]."),
 ]
-StageName = Annotated[str | None, typer.Option("--stage", help="The run's stage \\[the last complete one].")]
+StageName = Annotated[str | None, Option(help="The run's stage \\[the last complete one].")]
 Adapters = Annotated[
-    list[str] | None, typer.Option("--adapter", help="PEFT adapter, instead of a run; repeat it, from the bottom up.")
+    list[str] | None, Option("--adapter", help="PEFT adapter, instead of a run; repeat it, from the bottom up.")
 ]
-AdapterBase = Annotated[
-    str | None, typer.Option("--base", help="Base model for --adapter, or of a run whose base was moved.")
-]
+AdapterBase = Annotated[str | None, Option(help="Base model for --adapter, or of a run whose base was moved.")]
 ChatTemplateOption = Annotated[
-    str | None,
-    typer.Option("--chat-template", help="auto, zephyr, chatml, llama3, or a .jinja file \\[the folder's own]."),
+    str | None, Option(help="auto, zephyr, chatml, llama3, or a .jinja file \\[the folder's own].")
 ]
 EvalOut = Annotated[
-    Path | None,
-    typer.Option("--out", callback=nameable, help="Results folder \\[eval/ in the stage's, or MODEL-eval]."),
+    Path | None, Option("--out", callback=nameable, help="Results folder \\[eval/ in the stage's, or MODEL-eval].")
 ]

@@ -1,35 +1,24 @@
-"""``zephyr-lite data stats``: lengths of rows, what is cut and left out, packing, tokens and steps."""
+"""``zephyr-lite data stats``: lengths of rows, cut and dropped rows, packing, tokens and steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 from rich.text import Text
 
-from ..config.load import RunConfig
-from ..data.dataset import DataReport, TokenizedDataset, prepare
 from ..data.packing import best_fit
 from ..train.steps import step_schedule
-from .trained_rows import TrainedRows, example_column
+from .rows import TrainedRows
 
 _UNCUT = 2**30  # longer than any example
 _BAR, _BINS = 40, 16
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The effect of another ``max_length`` on conversations.
-
-    Attributes:
-        max_length: tokens of a packed row.
-        left_out: conversations without a supervised token within it.
-        cut: other conversations that are longer.
-        lost: supervised tokens of these beyond it.
-        rows: packed rows; fill: their fill; steps: optimizer steps of the run.
-    """
+class Budget(NamedTuple):
+    """Another ``max_length``: dropped and cut conversations, supervised tokens lost, packed rows, their fill, steps."""
 
     max_length: int
     left_out: int
@@ -40,107 +29,47 @@ class Budget:
     steps: int
 
 
-@dataclass
-class SourceStats:
-    """Counts of one source of a mixture: examples, rows left out, and tokens of an epoch after cutting."""
-
-    kept: int = 0
-    left_out: int = 0
-    cut: int = 0
-    tokens: int = 0
-    supervised: int = 0
+def uncut_rows(rows: TrainedRows) -> TrainedRows:
+    """The rows before cutting. If anything was cut, they are tokenized again without a limit."""
+    report = rows.data.report
+    if not report.cut and not any("max_length" in reason for reason in report.dropped):
+        return rows
+    free = rows.config.model_copy(update={"max_length": _UNCUT, "max_prompt_length": _UNCUT})
+    return TrainedRows(rows.method, free, rows.template).prepare(report.what == "held-out")
 
 
-@dataclass
-class RowStats:
-    """Statistics of a stage's rows.
-
-    Attributes:
-        method, config: of the run.
-        report: of the preparation for training.
-        whole: [n] tokens that ``max_length`` bounds, before cutting: of conversations, or of prompts with the longer
-            response.
-        parts: for pairs, [n] tokens of prompts, chosen and rejected responses, before cutting.
-        budgets: a quarter to four times ``max_length`` (sft, training rows).
-        cut_places: places of cut examples, in order, and the supervised tokens that each lost.
-        sources: by name.
-        per_epoch, steps: of ``step_schedule``.
-        chosen_longer: the share of pairs whose chosen response has more tokens.
-    """
-
-    method: str
-    config: RunConfig
-    report: DataReport
-    whole: np.ndarray
-    per_epoch: int
-    steps: int
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
-    budgets: list[Budget] = field(default_factory=list)
-    cut_places: list[tuple[str, int]] = field(default_factory=list)
-    sources: dict[str, SourceStats] = field(default_factory=dict)
-    chosen_longer: float = 0.0
+def lengths_of(rows: TrainedRows) -> dict[str, np.ndarray]:
+    """Tokens of each example, [n] int64: first what ``max_length`` bounds, then (pairs) its parts."""
+    if rows.method == "sft":
+        return {"conversation": rows.data.lengths}
+    parts = {
+        name: pc.list_value_length(rows.column(f"{name}_ids")).to_numpy().astype(np.int64)
+        for name in ("prompt", "chosen", "rejected")
+    }
+    return {"prompt + longer response": parts["prompt"] + np.maximum(parts["chosen"], parts["rejected"]), **parts}
 
 
-def measure(opened: TrainedRows) -> RowStats:
-    """Count. If anything was cut, the rows are tokenized again without a limit, for their lengths."""
-    data, config = opened.data, opened.config
-    uncut = data
-    if data.report.cut or any("max_length" in reason for reason in data.report.dropped):
-        free = config.model_copy(update={"max_length": _UNCUT, "max_prompt_length": _UNCUT})
-        uncut = prepare(opened.specs, opened.method, free, opened.template, what=data.report.what)
-    stats = RowStats(opened.method, config, data.report, uncut.lengths, *step_schedule(config, len(data.rows)))
-    _count_examples(data, stats)
-    if opened.method == "sft":
-        stats.budgets = _budgets(uncut, config) if data.report.what == "training" else []
-        return stats
-    for name in ("prompt", "chosen", "rejected"):
-        stats.parts[name] = pc.list_value_length(example_column(uncut, f"{name}_ids")).to_numpy().astype(np.int64)
-    prompt, chosen, rejected = stats.parts.values()
-    stats.whole = prompt + np.maximum(chosen, rejected)
-    stats.chosen_longer = float((chosen > rejected).mean())
-    return stats
-
-
-def _count_examples(data: TokenizedDataset, stats: RowStats) -> None:
-    """Fill in ``sources``, in the order of their first rows, and ``cut_places``."""
-    columns = [example_column(data, name).to_pylist() for name in ("where", "length", "supervised", "cut", "lost")]
-    for place, length, supervised, cut, lost in zip(*columns):
-        source = stats.sources.setdefault(_source(place), SourceStats())
-        source.kept += 1
-        source.tokens += length
-        source.supervised += supervised
-        if cut:
-            source.cut += 1
-            stats.cut_places.append((place, lost))
-    for place in (place for where in data.report.dropped.values() for place in where):
-        stats.sources.setdefault(_source(place), SourceStats()).left_out += 1
-
-
-def _source(place: str) -> str:
-    return place.rpartition(" row ")[0]
-
-
-def _budgets(uncut: TokenizedDataset, config: RunConfig) -> list[Budget]:
+def budgets(rows: TrainedRows, uncut: TrainedRows) -> list[Budget]:
     """A quarter to four times ``max_length``, up to the first that cuts nothing."""
-    own, lengths = config.max_length, uncut.lengths
+    own, lengths = rows.config.max_length, uncut.data.lengths
     sizes = [size for size in (own // 4, own // 2, own, own * 2, own * 4) if size >= 2]
     # [n, sizes + 1] supervised tokens among the first ones of each example; in the last column all of them
-    places = (np.flatnonzero(mask.values) for mask in example_column(uncut, "mask"))
+    places = (np.flatnonzero(mask.values) for mask in uncut.column("mask"))
     within = np.array([np.searchsorted(supervised, [*sizes, _UNCUT]) for supervised in places])
-    budgets = []
+    found = []
     for max_length, inside in zip(sizes, within.T):
         kept = inside > 0
         if not kept.any():
             continue
         short = np.minimum(lengths[kept], max_length)
-        rows = len(best_fit(short, max_length))
+        packed = len(best_fit(short, max_length))
         cut = kept & (lengths > max_length)
         lost = int((within[:, -1] - inside)[cut].sum())
-        fill, steps = float(short.sum() / (rows * max_length)), step_schedule(config, rows)[1]
-        budgets.append(Budget(max_length, int((~kept).sum()), int(cut.sum()), lost, rows, fill, steps))
+        fill, steps = float(short.sum() / (packed * max_length)), step_schedule(rows.config, packed)[1]
+        found.append(Budget(max_length, int((~kept).sum()), int(cut.sum()), lost, packed, fill, steps))
         if not cut.any() and kept.all() and max_length >= own:
             break
-    return budgets
+    return found
 
 
 def histogram(values: np.ndarray, mark: int) -> list[tuple[int, int | None, int]]:
@@ -171,7 +100,7 @@ def histogram(values: np.ndarray, mark: int) -> list[tuple[int, int | None, int]
 # -- lines ---------------------------------------------------------------------------------------------------------------
 
 
-def stats_lines(stats: RowStats, *, width: int, colour: bool, places: int = 5) -> Iterator[Text]:
+def stats_lines(rows: TrainedRows, *, width: int, colour: bool, places: int = 5) -> Iterator[Text]:
     """The statistics as lines.
 
     Args:
@@ -179,44 +108,36 @@ def stats_lines(stats: RowStats, *, width: int, colour: bool, places: int = 5) -
         colour: bars of blocks in colour, for a terminal; else of ``#``.
         places: the number of places to name for each reason; 0: all.
     """
-    yield Text(f"{stats.report.what} data, {stats.method}", style="bold")
-    for note in stats.report.notes:
+    report, uncut = rows.data.report, uncut_rows(rows)
+    yield Text(f"{report.what} data, {rows.method}", style="bold")
+    for note in report.notes:
         yield Text(f"  {note}")
-    yield from _left_out_lines(stats, places)
+    yield from _left_out_lines(rows, places)
     yield Text()
-    yield from _length_lines(stats, width, colour)
-    if stats.budgets:
+    yield from _length_lines(rows, lengths_of(uncut), width, colour)
+    if rows.method == "sft" and report.what == "training":
         yield Text()
-        yield from _budget_lines(stats)
-    if len(stats.sources) > 1:
-        total = max(1, sum(source.tokens for source in stats.sources.values()))
-        yield Text()
-        yield from _table(
-            ["source", "kept", "left out", "cut", "tokens", "share", "supervised"],
-            [
-                [name, *_numbers(s.kept, s.left_out, s.cut, s.tokens), f"{s.tokens / total:.1%}", f"{s.supervised:,}"]
-                for name, s in stats.sources.items()
-            ],
-        )
+        yield from _budget_lines(rows, uncut)
+    yield from _source_lines(rows)
     yield Text()
-    yield from _training_lines(stats)
+    yield from _training_lines(rows)
 
 
-def _left_out_lines(stats: RowStats, places: int) -> Iterator[Text]:
-    report = stats.report
+def _left_out_lines(rows: TrainedRows, places: int) -> Iterator[Text]:
+    report = rows.data.report
     for reasons, style, before in ((report.dropped, "red", "left out, "), (report.changed, "yellow", "changed, ")):
         for reason, where in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
             yield Text.assemble(("  " + before, style), f"{reason}: {len(where):,} ({_named(where, places)})")
-    if stats.cut_places:
-        unit = "conversations" if stats.method == "sft" else "pairs"
+    columns = (rows.column(name).to_pylist() for name in ("where", "cut", "lost"))
+    cut = [f"{place} −{lost:,}" if lost else place for place, was_cut, lost in zip(*columns) if was_cut]
+    if cut:
+        unit = "conversations" if rows.method == "sft" else "pairs"
         prompts = f" ({report.prompts_cut:,} of them on the prompt's left)" if report.prompts_cut else ""
-        lost = [f"{place} −{count:,}" if count else place for place, count in stats.cut_places]
         yield Text.assemble(
-            (f"  cut to max_length {stats.config.max_length:,}", "yellow"),
-            f": {len(stats.cut_places):,} {unit}{prompts}, −{report.supervised_lost:,} supervised tokens "
-            f"({_named(lost, places)})",
+            (f"  cut to max_length {rows.config.max_length:,}", "yellow"),
+            f": {len(cut):,} {unit}{prompts}, −{report.supervised_lost:,} supervised tokens ({_named(cut, places)})",
         )
-    if not (report.dropped or report.changed or stats.cut_places):
+    if not (report.dropped or report.changed or cut):
         yield Text("  nothing is left out, changed or cut")
 
 
@@ -231,18 +152,17 @@ def _named(where: Sequence[str], places: int) -> str:
     return ", ".join(words) + (", …" if len(words) < len(where) else "")
 
 
-def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
+def _length_lines(rows: TrainedRows, lengths: dict[str, np.ndarray], width: int, colour: bool) -> Iterator[Text]:
     """A histogram, and a table of averages and quantiles."""
-    limit = stats.config.max_length
-    what = "conversation" if stats.method == "sft" else "prompt with its longer response"
+    limit, whole = rows.config.max_length, next(iter(lengths.values()))
+    what, unit = ("conversation", "rows") if rows.method == "sft" else ("prompt with its longer response", "pairs")
     yield Text.assemble((f"tokens of a {what}, before cutting", "bold"), f" (max_length {limit:,})")
-    bins = histogram(stats.whole, limit)
+    bins = histogram(whole, limit)
     labels = [f"{low:,}–{high:,}" if high is not None else f"{low:,} and more" for low, high, _ in bins]
     room, most = max(map(len, labels)), max(count for _, _, count in bins)
     size = max(10, min(_BAR, width - room - 36))
-    unit = "rows" if stats.method == "sft" else "pairs"
     yield Text(f"  {'':>{room}}  {'':<{size}}  {unit:>9}  {'share':>6}  {'so far':>6}")
-    seen, total = 0, len(stats.whole)
+    seen, total = 0, len(whole)
     for label, (low, _, count) in zip(labels, bins):
         seen += count
         beyond = low > limit
@@ -253,59 +173,77 @@ def _length_lines(stats: RowStats, width: int, colour: bool) -> Iterator[Text]:
             f"  {count:>9,}  {count / total:>6.1%}  {seen / total:>6.1%}" + ("  cut" if beyond else ""),
         )
     yield Text()
-    rows = []
-    whole = "conversation" if stats.method == "sft" else "prompt + longer response"
-    for name, values in {whole: stats.whole, **stats.parts}.items():
+    table = [["tokens of", "mean", "median", "90 % ≤", "99 % ≤", "longest"]]
+    for name, values in lengths.items():
         quantiles = np.quantile(values, [0.5, 0.9, 0.99, 1], method="inverted_cdf")
-        rows.append([name, f"{values.mean():,.0f}", *_numbers(*quantiles)])
-    yield from _table(["tokens of", "mean", "median", "90 % ≤", "99 % ≤", "longest"], rows)
-    if stats.parts:
-        yield Text(f"  the chosen response is the longer one in {stats.chosen_longer:.1%} of the pairs")
+        table.append([name, f"{values.mean():,.0f}", *(f"{value:,}" for value in quantiles)])
+    yield from _table(table)
+    if rows.method == "dpo":
+        share = (lengths["chosen"] > lengths["rejected"]).mean()
+        yield Text(f"  the chosen response is the longer one in {share:.1%} of the pairs")
 
 
-def _budget_lines(stats: RowStats) -> Iterator[Text]:
-    rows = []
-    for b in stats.budgets:
-        own = " ←" if b.max_length == stats.config.max_length else ""
-        share = f"{b.cut / len(stats.whole):.1%}"
-        start = [f"{b.max_length:,}{own}", *_numbers(b.left_out, b.cut), share]
-        rows.append([*start, *_numbers(b.lost, b.rows), f"{b.fill:.1%}", f"{b.steps:,}"])
-    head = ["max_length", "left out", "cut", "share", "supervised lost", "packed rows", "full", "steps"]
-    yield from _table(head, rows)
+def _budget_lines(rows: TrainedRows, uncut: TrainedRows) -> Iterator[Text]:
+    table = [["max_length", "left out", "cut", "share", "supervised lost", "packed rows", "full", "steps"]]
+    for b in budgets(rows, uncut):
+        own = " ←" if b.max_length == rows.config.max_length else ""
+        counts = [f"{b.max_length:,}{own}", f"{b.left_out:,}", f"{b.cut:,}", f"{b.cut / len(uncut.data.lengths):.1%}"]
+        table.append([*counts, f"{b.lost:,}", f"{b.rows:,}", f"{b.fill:.1%}", f"{b.steps:,}"])
+    yield from _table(table)
 
 
-def _numbers(*values: int) -> list[str]:
-    return [f"{value:,}" for value in values]
+def _source_lines(rows: TrainedRows) -> Iterator[Text]:
+    """Of a mixture: each source's examples, dropped and cut rows, and tokens of an epoch."""
+    counts: dict[str, np.ndarray] = {}  # source → kept, left out, cut, tokens, supervised
+
+    def add(place: str, *numbers: int) -> None:
+        source = place.rpartition(" row ")[0]
+        counts[source] = counts.get(source, np.zeros(5, dtype=np.int64)) + np.array(numbers)
+
+    columns = (rows.column(name).to_pylist() for name in ("where", "length", "supervised", "cut"))
+    for place, length, supervised, cut in zip(*columns):
+        add(place, 1, 0, bool(cut), length, supervised)
+    for place in (place for where in rows.data.report.dropped.values() for place in where):
+        add(place, 0, 1, 0, 0, 0)
+    if len(counts) < 2:
+        return
+    table = [["source", "kept", "left out", "cut", "tokens", "supervised", "share"]]
+    for source, found in counts.items():
+        table.append([source, *(f"{count:,}" for count in found), f"{found[3] / rows.data.report.tokens:.1%}"])
+    yield Text()
+    yield from _table(table)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Text]:
-    """The first column to the left, numbers to the right."""
-    sizes = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
-    for place, row in enumerate([head, *rows]):
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[Text]:
+    """A head and rows; the first column is left-aligned, the others right-aligned."""
+    sizes = [max(map(len, column)) for column in zip(*rows)]
+    for place, row in enumerate(rows):
         cells = [f"{row[0]:<{sizes[0]}}", *(f"{cell:>{size}}" for cell, size in zip(row[1:], sizes[1:]))]
         yield Text(("  " + "  ".join(cells)).rstrip(), style="bold" if place == 0 else "")
 
 
-def _training_lines(stats: RowStats) -> Iterator[Text]:
-    report, config = stats.report, stats.config
+def _training_lines(rows: TrainedRows) -> Iterator[Text]:
+    report, config = rows.data.report, rows.config
     yield Text("an epoch" if report.what == "training" else "an evaluation", style="bold")
     share = report.supervised / max(1, report.tokens)
     yield Text(
         f"  {report.tokens:,} tokens, {report.supervised:,} of them supervised ({share:.1%}, loss_on {config.loss_on})"
     )
     if report.fill is not None:
+        unit = "rows"
         yield Text(
             f"  {report.rows:,} packed rows of {config.max_length:,} tokens, {report.fill:.1%} full; "
             f"{report.kept / report.rows:.1f} conversations in a row"
         )
     else:
+        unit = "pairs"
         yield Text(f"  {report.rows:,} pairs; a pair's prompt is computed once")
     if report.what != "training":
         return
-    unit = "rows" if stats.method == "sft" else "pairs"
-    tokens, supervised = report.tokens / stats.per_epoch, report.supervised / stats.per_epoch
+    per_epoch, steps = step_schedule(config, len(rows.data.rows))
+    tokens, supervised = report.tokens / per_epoch, report.supervised / per_epoch
     yield Text(
-        f"  {stats.per_epoch:,} steps of {config.batch_size} {unit}, {tokens:,.0f} tokens ({supervised:,.0f} supervised) each"
+        f"  {per_epoch:,} steps of {config.batch_size} {unit}, {tokens:,.0f} tokens ({supervised:,.0f} supervised) each"
     )
     why = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"
-    yield Text(f"in all: {stats.steps:,} steps ({why}), about {tokens * stats.steps:,.0f} tokens", style="bold")
+    yield Text(f"in all: {steps:,} steps ({why}), about {tokens * steps:,.0f} tokens", style="bold")

@@ -2,104 +2,85 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Context, Option
 
 from ..errors import Interrupted, UserError
 from ..io.logging import messages_to
-from ..monitor.console import Console, visible
-from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose
-
-logger = logging.getLogger(__name__)
+from ..monitor.console import visible
+from .eval import open_model
+from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose, console
 
 if TYPE_CHECKING:
-    from ..chat.session import Session
-
-console = Console()
+    from ..chat.session import Session, Settings
 
 
 def chat(
+    ctx: Context,
     source: Source = None,
     stage: StageName = None,
-    adapter: Adapters = None,
+    adapters: Adapters = None,
     base: AdapterBase = None,
     chat_template: ChatTemplateOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="base, sft, dpo …; with --compare several \\[the one that was trained last]."),
+        Option(help="base, sft, dpo …; with --compare several \\[the one that was trained last]."),
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Ask all models, base first, from the one loaded base.")
-    ] = False,
+    compare: Annotated[bool, Option("--compare", help="Ask all models, base first, from the one loaded base.")] = False,
     vote: Annotated[
         Path | None,
-        typer.Option(
-            "--vote", help="With --compare: hide whose answer is whose, and add your choices as pairs to FILE."
-        ),
+        Option(help="With --compare: hide whose answer is whose, and add your choices as pairs to FILE."),
     ] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", help="Instead of talking: a file of prompts to answer, in batches.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="With --prompts: the JSONL file to write.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="With --prompts: prompts at a time.")] = 8,
-    system: Annotated[
-        str | None, typer.Option("--system", help="The system turn; '' for none \\[the one that training used].")
-    ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Maximum length of an answer.")] = 512,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
+    prompts: Annotated[str | None, Option(help="Instead of talking: a file of prompts to answer, in batches.")] = None,
+    out: Annotated[Path | None, Option(help="With --prompts: the JSONL file to write.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="With --prompts: prompts at a time.")] = 8,
+    system: Annotated[str | None, Option(help="The system turn; '' for none \\[the one that training used].")] = None,
+    temperature: Annotated[float, Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, Option(help="Draw from the likeliest tokens of this probability.")] = 0.95,
+    max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 512,
+    seed: Annotated[int, Option(help="Random seed.")] = 0,
     verbose: Verbose = False,
 ) -> None:
     """Talk to a trained model. A prompt on stdin is answered on stdout."""
     terminal = in_terminal()
-    _check_options(compare, vote, model or [], prompts, out, terminal)
+    if len(model or []) > 1 and not compare:
+        raise UserError("--model is given more than once.", "Add --compare to ask several models.")
+    if vote is not None and (not compare or prompts is not None or not terminal):
+        raise UserError(
+            "--vote needs answers to choose from, in a terminal.", "Add --compare, without --prompts or a pipe."
+        )
+    if (prompts is None) != (out is None):
+        raise UserError("--prompts FILE and --out FILE go together.", "Give both, or neither to talk.")
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        problem = "is there already" if out.exists() else f"there is no folder {out.parent}"
+        raise UserError(f"--out {out}: {problem}.", "Choose another file.")
     question = "" if terminal or prompts is not None else _prompt_on_stdin()
 
     from ..chat.rows import check_file
-    from ..chat.session import Session, Settings, trained_system
+    from ..chat.session import Settings
+    from ..recipe.questions import read_questions
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
-    to_stdout = terminal or prompts is not None  # a single answer is alone on standard output
-    with messages_to(console.log if to_stdout else lambda record: console.complain(record.getMessage())):
-        if vote is not None:
-            check_file(vote, "dpo", "--vote")  # before anything is loaded
-        asked: list[str] = []
-        if prompts is not None:
-            from ..recipe.questions import read_questions
+    if vote is not None:
+        check_file(vote, "dpo", "--vote")  # before anything is loaded
+    if prompts is not None and out is not None:
+        asked = read_questions(prompts)
+        _answer_all(_session(ctx, settings), asked, out, batch_size)
+    elif not terminal:
+        with messages_to(lambda record: console.complain(record.getMessage())):
+            session = _session(ctx, settings)
+        _answer_once(session, question)
+    else:
+        from ..chat.repl import Repl
+        from ..chat.rows import Ballot
 
-            asked = read_questions(prompts)
-
-        from ..chat import Chat
-        from ..model.loaded import open_live
-
-        live = open_live(source, stage=stage, adapters=adapter or [], base=base, chat_template=chat_template)
-        talker = Chat(live)
-        if system is None:
-            settings.system = trained_system(talker)
-            if settings.system is not None:
-                logger.info(f"note: the system turn of training is used: {settings.system}")
-        models = model or (list(live.models) if compare else [live.policy])
-        if compare and len(models) < 2:
-            raise UserError(
-                f"--compare: {live.source} is one model, {models[0]}; there is nothing to compare it with.",
-                "Give a run's folder (its base and stages are compared), or leave --compare out.",
-            )
-        session = Session(talker, models, settings)
-        if out is not None:
-            _answer_all(session, asked, out, batch_size)
-        elif not terminal:
-            _answer_once(session, question)
-        else:
-            from ..chat.repl import Repl
-            from ..chat.vote import Ballot
-
-            Repl(session, console, compare, Ballot(vote, seed, live.source) if vote is not None else None).run()
+        session = _session(ctx, settings)
+        ballot = Ballot(vote, seed, session.chat.live.source) if vote is not None else None
+        Repl(session, console, compare, ballot).run()
 
 
 def in_terminal() -> bool:
@@ -107,25 +88,24 @@ def in_terminal() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
-def _check_options(
-    compare: bool, vote: Path | None, models: list[str], prompts: str | None, out: Path | None, terminal: bool
-) -> None:
-    """Raises UserError: options that do not go together."""
-    if len(models) > 1 and not compare:
-        raise UserError("--model is given more than once.", "Add --compare to ask several models.")
-    if len(set(models)) < len(models):
-        raise UserError("--model names the same model twice.", "Name each once.")
-    if vote is not None and not compare:
-        raise UserError("--vote needs answers to choose from.", "Add --compare.")
-    if vote is not None and (prompts is not None or not terminal):
-        raise UserError("--vote needs a terminal.", "Start it in one, with neither --prompts nor a pipe.")
-    if (prompts is None) != (out is None):
-        raise UserError("--prompts FILE and --out FILE go together.", "Give both, or neither to talk.")
-    if out is not None:
-        if out.exists():
-            raise UserError(f"--out {out}: is there already.", "Choose another file, or move that one away.")
-        if not out.parent.is_dir():
-            raise UserError(f"--out {out}: there is no folder {out.parent}.", "Make it first.")
+def _session(ctx: Context, settings: Settings) -> Session:
+    from ..chat import Chat
+    from ..chat.session import Session, logger, trained_system
+
+    live = open_model(ctx)
+    talker = Chat(live)
+    if settings.system is None:
+        settings.system = trained_system(talker)
+        if settings.system is not None:
+            logger.info(f"note: the system turn of training is used: {settings.system}")
+    compare = ctx.params["compare"]
+    models = list(dict.fromkeys(ctx.params["model"] or (live.models if compare else [live.policy])))
+    if compare and len(models) < 2:
+        raise UserError(
+            f"--compare: {live.source} is one model, {models[0]}; there is nothing to compare it with.",
+            "Give a run's folder (its base and stages are compared), or leave --compare out.",
+        )
+    return Session(talker, models, settings)
 
 
 def _prompt_on_stdin() -> str:
@@ -159,7 +139,7 @@ def _answer_once(session: Session, question: str) -> None:
         answers = session.ask(question, on_text, lambda: stop.name is not None)
     for column, answer in zip(session.columns, answers):
         write("\n" if alone else f"## {column.model}\n\n{visible(answer.text)}\n\n")
-        if (how := ended(answer.finish, answer.tokens)) and stop.name is None:
+        if (how := ended(answer)) and stop.name is None:
             console.complain(f"note: {'' if alone else column.model + ': '}{how}")
     console.out.file.flush()
     if stop.name is not None:
@@ -181,7 +161,7 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
     from ..io.text import short
     from ..model.sampling import Sampling
 
-    how = session.settings
+    how, models = session.settings, session.chat.live.models
     head = [{"role": "system", "content": how.system}] if how.system else []
     conversations = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
     usable: list[tuple[int, Any, Sampling]] = []
@@ -200,12 +180,8 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
             places, ids_of, sampling = zip(*usable[start : start + batch])
             rows = []
             for column in session.columns:
-                answers = session.chat.sample(
-                    ids_of,
-                    sampling,
-                    adapters=session.chat.live.models[column.model],
-                    stop=lambda: stop.name is not None,
-                )
+                names = models[column.model]
+                answers = session.chat.sample(ids_of, sampling, adapters=names, stop=lambda: stop.name is not None)
                 rows += [
                     {
                         "messages": [*conversations[place], {"role": "assistant", "content": answer.text}],

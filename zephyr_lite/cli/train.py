@@ -6,37 +6,27 @@ import sys
 from contextlib import redirect_stdout
 from typing import Annotated, Any
 
-import typer
+from typer import Context, Option
 
 from ..errors import UserError
 from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
-from ..monitor.console import Console
-from ..train.distributed import everywhere, joined, nothing
-from .options import StageConfig, Verbose
-
-console = Console()
-
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result, and nothing of the steps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for programs.")]
-Smoke = Annotated[
-    bool,
-    typer.Option("--smoke", help="Smoke test in minutes: 20 steps, a kill, a resume, merge, a generation."),
-]
+from ..train.distributed import everywhere, joined
+from .options import StageConfig, Verbose, console
 
 
 def train(
-    context: typer.Context,
+    context: Context,
     config: StageConfig = None,
-    dry_run: DryRun = False,
-    smoke: Smoke = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the plan, the first row and the first step's time; keep nothing.")
+    ] = False,
+    smoke: Annotated[
+        bool, Option("--smoke", help="Smoke test in minutes: 20 steps, a kill, a resume, merge, a generation.")
+    ] = False,
+    quiet: Annotated[bool, Option("--quiet", help="Print warnings and the result, and nothing of the steps.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print a JSON object a line, for programs.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a stage by the method that the command is named after."""
@@ -51,8 +41,7 @@ def train(
     if smoke and (dry_run or quiet or as_json):
         other = "--dry-run" if dry_run else "--quiet" if quiet else "--json"
         raise UserError(f"--smoke and {other} do not go together.", "Take one of them.")
-    # a wrong key is said before torch is imported
-    try:
+    try:  # a wrong key is reported before torch is imported
         given = load_config(method, config or f"zephyr-7b/{method}", context.args)
     except UserError as error:
         raise everywhere(error, machine=True) from None
@@ -71,10 +60,13 @@ def train(
     from ..memory.forecast import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
-    from ..train.dpo import run_dpo
-    from ..train.dry_run import run_dry
     from ..train.resume import StageComplete
-    from ..train.sft import run_sft
+
+    run: Any
+    if method == "sft":
+        from ..train.sft import run_sft as run
+    else:
+        from ..train.dpo import run_dpo as run
 
     def resolve() -> Any:
         found = resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
@@ -82,21 +74,21 @@ def train(
             screen.say(line)
         return found
 
-    run = run_sft if method == "sft" else run_dpo
     with joined() as here:
-        if not here.writes:
+        if not here.is_main_process:
             # libraries' output must not mix with the events of --json
             with redirect_stdout(sys.stderr), messages_to(None):
-                run(here.lead(nothing))
+                run(here.broadcast(lambda: None))
             return
         with open_screen(console, quiet=quiet, as_json=as_json) as screen, messages_to(screen.log):
             try:
-                loaded = here.lead(resolve)
+                loaded = here.broadcast(resolve)
                 if dry_run:
+                    from ..train.dry_run import run_dry
+
                     run_dry(method, loaded, show=console.row)
                     return
-                observers = [screen, ReportWriter()]
-                run(loaded, on_metrics=screen.metrics, observers=observers)
+                run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
                 screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
                 screen.say(f"{done.message} {done.hint}")

@@ -40,22 +40,14 @@ GRACE = 20.0  # seconds that requests in flight get when a job ends early
 
 @dataclass(frozen=True)
 class Request:
-    """One question to one endpoint.
+    """One question to one endpoint."""
 
-    Attributes:
-        key: names the question within the job ("completion/PROMPT_ID/2").
-        endpoint: the endpoint's name.
-        messages: the conversation; the endpoint's ``system`` is put before it unless it begins with a system turn.
-        temperature, max_tokens: override the endpoint's.
-        seed: for sampling, if the server takes one.
-    """
-
-    key: str
-    endpoint: str
-    messages: tuple[Message, ...]
-    temperature: float | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
+    key: str  # names the question within the job ("completion/PROMPT_ID/2")
+    endpoint: str  # its name
+    messages: tuple[Message, ...]  # the endpoint's ``system`` is put before a conversation without a system turn
+    temperature: float | None = None  # instead of the endpoint's
+    max_tokens: int | None = None  # instead of the endpoint's
+    seed: int | None = None  # for sampling, if the server takes one
 
     def body(self, spec: EndpointSpec) -> dict[str, Any]:
         """What is sent: messages, max_tokens, temperature, and top_p and seed if they are set."""
@@ -75,37 +67,24 @@ class BudgetSpent(Exception):
 
 
 class RequestFailed(Exception):
-    """One request has no reply: all tries failed, the server refuses it, or no reply could be parsed.
-
-    Attributes:
-        reason: the same few words for requests that failed alike ("HTTP 500"), for counting.
-    """
+    """One request has no reply: all tries failed, the server refuses it, or no reply could be parsed."""
 
     def __init__(self, message: str, reason: str = "failed") -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason = reason  # the same few words for requests that failed alike ("HTTP 500"), for counting
 
 
 @dataclass(eq=False)
 class TryFailed(Exception):
-    """One try failed.
+    """One try failed."""
 
-    Attributes:
-        reason, detail: see ``RequestFailed``; the server's message, without keys.
-        retry: whether another try can help.
-        charged: whether the tokens may have been paid for.
-        reached: whether a server got the request.
-        wait: seconds that the server asks to wait.
-        hint: what to do, if the job cannot go on without it; None: only this request has no reply.
-    """
-
-    reason: str
-    detail: str = ""
-    retry: bool = False
-    charged: bool = False
-    reached: bool = True
-    wait: float | None = None
-    hint: str | None = None
+    reason: str  # see ``RequestFailed``
+    detail: str = ""  # the server's message, without keys
+    retry: bool = False  # whether another try can help
+    charged: bool = False  # whether the tokens may have been paid for
+    reached: bool = True  # whether a server got the request
+    wait: float | None = None  # seconds that the server asks to wait
+    hint: str | None = None  # what to do, where the job cannot continue; None: only this request has no reply
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
@@ -166,7 +145,9 @@ class ModelClient:
         prompt = prompt_token_bound(body["messages"])
         bound, dollars = prompt + body["max_tokens"], spec.dollars(prompt, body["max_tokens"])
         async with endpoint.slots:
-            for attempt in range(1, spec.retries + 2):
+            attempt = 0
+            while True:
+                attempt += 1
                 await self._wait_for_turn(endpoint, bound)
                 number = self._log.sent(digest, request.key, spec.name, bound, dollars)
                 self._on_progress(self.totals)
@@ -177,20 +158,16 @@ class ModelClient:
                 if isinstance(outcome, Reply):
                     return outcome
                 if not outcome.retry:
-                    break
+                    raise self._final_error(endpoint, outcome)
                 if outcome.wait is not None:  # a busy server makes all requests to it wait
                     endpoint.next_at = max(endpoint.next_at, time.monotonic() + outcome.wait)
                 await asyncio.sleep(min(MAX_BACK_OFF, self._back_off * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0))
-        raise self._final_error(endpoint, outcome)
 
     async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
-        """Ask until ``parse`` accepts the reply's text.
+        """Ask until ``parse``, which raises ValueError, accepts the reply's text.
 
         A further draw is a request of its own (key + "/again1") with the next seed and a temperature of at least
         ``RETRY_TEMPERATURE``, since a greedy server would repeat itself.
-
-        Args:
-            parse: raises ValueError for a text that it cannot parse.
 
         Raises:
             RequestFailed: no reply of ``tries`` could be parsed; or as ``ask``.

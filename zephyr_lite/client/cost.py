@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from ..io.text import duration
 from .client import prompt_token_bound
@@ -25,29 +25,17 @@ PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
 
 @dataclass
 class Bound:
-    """Upper bounds for some requests.
-
-    ``worst_…``: every question is put as often as its replies may be unusable, and every try fails as often as the
-    endpoint's ``retries`` allow.
-    """
+    """Upper bounds for some requests, each answered at its first try."""
 
     requests: int = 0
     tokens: int = 0
     dollars: float = 0.0
-    worst_requests: int = 0
-    worst_tokens: int = 0
-    worst_dollars: float = 0.0
 
-    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, *, times: int = 1, tries: int = 1) -> None:
-        """Add ``times`` requests of this size, each put up to ``tries`` times."""
-        cost = spec.dollars(prompt_tokens, reply_tokens)
-        worst = times * (1 + spec.retries) * tries
+    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, times: int = 1) -> None:
+        """Add ``times`` requests of this size."""
         self.requests += times
         self.tokens += times * (prompt_tokens + reply_tokens)
-        self.dollars += times * cost
-        self.worst_requests += worst
-        self.worst_tokens += worst * (prompt_tokens + reply_tokens)
-        self.worst_dollars += worst * cost
+        self.dollars += times * spec.dollars(prompt_tokens, reply_tokens)
 
 
 def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: int = 0) -> int:
@@ -57,21 +45,16 @@ def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: i
 
 
 def bound_lines(bounds: Mapping[str, Bound], specs: Iterable[EndpointSpec]) -> list[str]:
-    """One line per endpoint, one for all of them, one for the worst case."""
+    """One line per endpoint, and one for all of them."""
     priced = has_prices(specs)
-    every = bounds.values()
-    total = Bound(*(sum(getattr(b, name) for b in every) for name in Bound.__dataclass_fields__))
-
-    def line(requests: int, tokens: int, dollars: float) -> str:
-        return f"{requests:,} requests, {tokens:,} tokens at most" + (f", ${dollars:,.2f} at most" if priced else "")
-
-    return [
-        *(f"{name}: {line(b.requests, b.tokens, b.dollars)}" for name, b in bounds.items()),
-        f"in all, every request answered at its first try: {line(total.requests, total.tokens, total.dollars)}",
-        "in the worst case, every reply unusable and every try failing, as often as is allowed: "
-        + line(total.worst_requests, total.worst_tokens, total.worst_dollars),
-        *([] if priced else ["no prices are given (input_price, output_price: US dollars per million tokens)"]),
+    total = Bound(*(sum(getattr(b, name) for b in bounds.values()) for name in ("requests", "tokens", "dollars")))
+    lines = [
+        f"{name}: {b.requests:,} requests, {b.tokens:,} tokens at most" + (f", ${b.dollars:,.2f}" if priced else "")
+        for name, b in {**bounds, "in all, every request answered at its first try": total}.items()
     ]
+    if not priced:
+        lines.append("no prices are given (input_price, output_price: US dollars per million tokens)")
+    return [*lines, "failed tries and unreadable replies come on top; --max-requests and --max-tokens are exact limits"]
 
 
 def has_prices(specs: Iterable[EndpointSpec]) -> bool:
@@ -85,28 +68,26 @@ def budget_lines(budget: Budget, out: Path) -> list[str]:
     lines = [
         f"budget: {' and '.join(limits)}, never exceeded" if limits else "no budget (--max-requests, --max-tokens)"
     ]
-    log = next((out / name for name in (NAME, JOURNAL) if (out / name).is_file()), None)
-    if log is not None:
-        lines.append(f"requests that {log} holds are not sent again; they are not deducted here")
+    if any((out / name).is_file() for name in (NAME, JOURNAL)):
+        lines.append(f"requests that {out} holds are not sent again; they are not deducted here")
     return lines
 
 
 class Meter:
-    """``done/total``, requests, tokens, dollars and the time left: a bar in a terminal, a line now and then in a pipe.
+    """Items done, requests, tokens, dollars and the time left: a bar in a terminal, a line now and then in a pipe.
 
     Args:
         total: number of items.
         unit: their name: "prompts".
-        priced: whether any endpoint has a price; without one no dollars are shown.
+        priced: whether dollars are shown.
     """
 
     def __init__(self, console: Console, total: int, unit: str, priced: bool) -> None:
         self._console, self._unit, self._priced = console, unit, priced
         self._totals = Totals()
         self._last_line = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        spent = TextColumn("{task.fields[spent]}")
-        self._progress = Progress(*columns, spent, console=console, transient=True, disable=not console.is_terminal)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[spent]}")
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(unit, total=total, spent="")
 
     def __enter__(self) -> Meter:

@@ -54,7 +54,7 @@ class EndpointSpec(BaseModel):
         if (self.url is None) == (self.path is None):
             raise ValueError("give either url (and model) or path")
         if self.url is not None and not self.model:
-            raise ValueError("give the model's name too, as the server calls it")
+            raise ValueError("url names no model: give the model's name too, as the server calls it")
         if not self.name and self.path is not None:
             self.name = ("/".join(Path(self.path).parts[-2:]) or "local") + (f"#{self.model}" if self.model else "")
         self.name = self.name or self.model or ""
@@ -104,9 +104,6 @@ def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
 
     Args:
         where: the key in the file, for errors.
-
-    Raises:
-        UserError: a key is unknown, missing or wrong; its value is not repeated.
     """
     if isinstance(value, EndpointSpec):
         return value

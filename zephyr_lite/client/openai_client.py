@@ -28,9 +28,6 @@ class OpenAIModel:
 
     Attributes:
         identity: of the model, for the request log. The server's address is no part of it: a server may move.
-
-    Raises:
-        UserError: the package ``openai`` is missing, or the key is not set.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
@@ -62,14 +59,14 @@ class OpenAIModel:
         """
         import openai
 
-        sent = dict(body)
+        sent = {"model": self.spec.model, **body}
         if self._newer_limit:
             sent["max_completion_tokens"] = sent.pop("max_tokens")
         if self._no_seed:
             sent.pop("seed", None)
         try:
             async with asyncio.timeout(self.spec.timeout):  # httpx limits the time between two bytes only
-                done: Any = await self._client.chat.completions.create(model=self.spec.model, **sent)
+                done: Any = await self._client.chat.completions.create(**sent)
             self._reached = True
             choice = done.choices[0]
             text = choice.message.content or choice.message.refusal or ""

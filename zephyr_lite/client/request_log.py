@@ -47,53 +47,33 @@ CREATE INDEX by_digest ON requests (digest);
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer.
-
-    Attributes:
-        finish_reason: "stop", "length".
-        prompt_tokens, completion_tokens: as the server counted them; upper bounds if not ``counted``.
-    """
+    """A model's answer."""
 
     text: str
-    finish_reason: str
+    finish_reason: str  # "stop", "length"
     prompt_tokens: int
     completion_tokens: int
-    counted: bool = field(default=True, compare=False)
+    counted: bool = field(default=True, compare=False)  # by the server; otherwise the tokens are upper bounds
 
 
 @dataclass
 class Totals:
-    """What a job has spent so far, over all its starts.
+    """What a job has spent so far, over all its starts."""
 
-    Attributes:
-        requests: sent; every try counts, those in flight too.
-        prompt_tokens, completion_tokens: of the replies, as the servers counted them (see ``uncounted``).
-        lost_tokens, lost_dollars: upper bound of what was paid for without a reply (timeouts, broken replies, a kill).
-        held: tokens reserved for the requests in flight.
-        uncounted: replies whose server counted no tokens; their upper bound is used.
-        beyond_bound: tokens that servers counted above the bound (servers that ignore ``max_tokens``).
-        unanswered: requests in flight when a process was killed.
-        failed_tries: failed tries by reason.
-        given_up: request → reason why it has no reply.
-        from_log: replies of this start that the log held.
-        asked_again: questions of this start that were repeated because the reply could not be parsed.
-    """
-
-    requests: int = 0
+    requests: int = 0  # sent; every try counts, those in flight too
     replies: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of the replies, as the servers counted them
     completion_tokens: int = 0
-    lost_tokens: int = 0
+    lost_tokens: int = 0  # upper bound of what was paid for without a reply (timeouts, broken replies, a kill)
     dollars: float = 0.0
     lost_dollars: float = 0.0
-    held: int = 0
-    uncounted: int = 0
-    beyond_bound: int = 0
-    unanswered: int = 0
-    failed_tries: Counter[str] = field(default_factory=Counter)
-    given_up: dict[str, str] = field(default_factory=dict)
-    from_log: int = 0
-    asked_again: int = 0
+    held: int = 0  # tokens reserved for the requests in flight
+    uncounted: int = 0  # replies whose server counted no tokens; their upper bound is used
+    unanswered: int = 0  # requests in flight when a process was killed
+    failed_tries: Counter[str] = field(default_factory=Counter)  # by reason
+    given_up: dict[str, str] = field(default_factory=dict)  # request → reason why it has no reply
+    from_log: int = 0  # in this start: replies that the log held
+    asked_again: int = 0  # in this start: questions repeated because the reply could not be parsed
 
     @property
     def tokens(self) -> int:
@@ -116,7 +96,6 @@ class Totals:
             "dollars": round(self.dollars, 6),
             "lost_dollars_at_most": round(self.lost_dollars, 6),
             "replies_without_usage": self.uncounted,
-            "tokens_beyond_the_bound": self.beyond_bound,
             "sent_and_never_answered": self.unanswered,
             "asked_again": self.asked_again,
             "failed_tries": dict(self.failed_tries.most_common()),
@@ -230,7 +209,6 @@ class RequestLog:
             totals.completion_tokens += row["completion_tokens"]
             totals.dollars += row["dollars"]
             totals.uncounted += not row["counted"]
-            totals.beyond_bound += max(0, row["tokens"] - row["bound"])
             totals.given_up.pop(row["digest"], None)
             return
         totals.lost_tokens += row["tokens"]

@@ -232,9 +232,30 @@ def rename(
                 faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
             taken[ours] = one if other is None else other
     result: dict[str, Any] = {}
-    _batch_size(taken, result, faults, notes)
+    parts = {}
+    for key in BATCH_PARTS:
+        if (value := taken.pop(key, None)) is not None:
+            parts[key] = number(value) or math.nan
+    if any(not size.is_integer() for size in parts.values()):
+        faults.append(f"{', '.join(parts)}: must be whole numbers.")
+    elif parts and ("batch_size" in taken or "train_batch_size" in taken):
+        faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
+    elif parts and BATCH_PARTS[0] not in parts:
+        faults.append(
+            f"{BATCH_PARTS[1]}: of what micro-batch? Name {BATCH_PARTS[0]} too (TRL's default is 8), or batch_size alone."
+        )
+    elif parts:
+        result["batch_size"] = int(math.prod(parts.values()))
+        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
     _datasets(taken, result, faults, notes)
-    _evaluation(taken, result, faults, notes)
+    strategy = taken.pop("eval_strategy", None)
+    if strategy in ("no", False):
+        result["eval_dataset"] = None
+    elif strategy == "epoch":
+        taken["eval_steps"] = None
+        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
+    elif strategy not in (None, "steps"):
+        faults.append(f"eval_strategy: {short(strategy)} is none of no, steps and epoch.")
     _losses(taken, faults, notes, dpo)
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers has a switch and a name
@@ -289,33 +310,6 @@ def rename(
 def of_others(values: Collection[str], own: Collection[str]) -> bool:
     """Whether a key belongs to another tool only; a mere alias does not count."""
     return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
-
-
-def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    parts = {key: value for key in BATCH_PARTS if (value := values.pop(key, None)) is not None}
-    sizes = [number(value) for value in parts.values()]
-    if any(size is None or not size.is_integer() for size in sizes):
-        faults.append(f"{', '.join(f'{key} {short(value)}' for key, value in parts.items())}: must be whole numbers.")
-    elif parts and ("batch_size" in values or "train_batch_size" in values):
-        faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
-    elif parts and BATCH_PARTS[0] not in parts:
-        faults.append(
-            f"{BATCH_PARTS[1]}: of what micro-batch? Name {BATCH_PARTS[0]} too (TRL's default is 8), or batch_size alone."
-        )
-    elif parts:
-        result["batch_size"] = math.prod(int(size) for size in sizes if size is not None)
-        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
-
-
-def _evaluation(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
-    chosen = values.pop("eval_strategy", None)
-    if chosen in ("no", False):
-        result["eval_dataset"] = None
-    elif chosen == "epoch":
-        values["eval_steps"] = None
-        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
-    elif chosen not in (None, "steps"):
-        faults.append(f"eval_strategy: {short(chosen)} is none of no, steps and epoch.")
 
 
 def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:

@@ -19,6 +19,7 @@ from ..io.text import read_text
 from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from .load import load_config
 from .schema import DPO_DEFAULTS, PARTS, DatasetSpec, MemorySpec, RunConfig
+from .strict_yaml import dump_yaml
 
 BEGIN, END = (
     "<!-- keys: made by python -m zephyr_lite.config.docs --into docs/configuration.md -->",
@@ -50,14 +51,11 @@ def keys_as_markdown() -> str:
     for why, items in groupby(ACCEPTED.items(), key=lambda item: item[1]):
         lines.append(f"| {', '.join(f'`{key}`' for key, _ in items)} | {why} |")
     lines += ["", "### Refused, except null and the values without effect", ""]
-    lines += ["| key | accepted | why not others |", "|---|---|---|", *(_refused(key) for key in REFUSED)]
+    lines += ["| key | accepted | why not others |", "|---|---|---|"]
+    for key, (harmless, why) in REFUSED.items():
+        accepted = ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in harmless)
+        lines.append(f"| `{key}` | {accepted.strip(', ')} | {why} |")
     return "\n".join(lines).strip() + "\n"
-
-
-def _refused(key: str) -> str:
-    harmless, why = REFUSED[key]
-    values = ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in harmless)
-    return f"| `{key}` | {values.strip(', ')} | {why} |"
 
 
 def values_of(info: FieldInfo) -> str:
@@ -116,14 +114,7 @@ def _value(name: str, value: Any) -> str:
         return f"{first['path'].split('/')[-1]}, {first['split']}"
     if isinstance(value, MemorySpec):
         return "auto"
-    if isinstance(value, dict):
-        return "{}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        digits, power = f"{value:.1e}".split("e")  # 2.0e-4: a YAML reader takes 2e-04 for a text
-        return f"{digits}e{int(power)}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return dump_yaml(value).splitlines()[0]
 
 
 def into(path: Path) -> None:

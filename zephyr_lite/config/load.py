@@ -37,21 +37,13 @@ _MESSAGES = {
 
 @dataclass
 class Loaded:
-    """A resolved configuration.
-
-    Attributes:
-        config: the validated keys.
-        given: the keys that the file or the command line set; the others are defaults.
-        notes: one line for each key that was renamed or has no effect.
-        source: the YAML file, or None.
-        foreign: the file is another tool's.
-    """
+    """A resolved configuration."""
 
     config: RunConfig
-    given: set[str]
-    notes: list[str] = field(default_factory=list)
-    source: Path | None = None
-    foreign: bool = False
+    given: set[str]  # the keys that the file or the command line set; the others are defaults
+    notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
+    source: Path | None = None  # the YAML file
+    foreign: bool = False  # the file is another tool's
 
 
 def find_config(name: str, kind: str = "stages") -> Path:

@@ -105,12 +105,12 @@ def read_word(text: str, *, numbers: bool = True) -> Any:
         value = text
     if not numbers and not isinstance(value, bool | str | None):
         return text
-    if numbers and isinstance(value, str) and any(char.isdigit() for char in value):
+    if numbers and isinstance(value, str) and re.search(r"\d", value):
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 5e-6 as a text
             return float(value)
     return value
 
 
-def dump_yaml(values: dict[str, Any]) -> str:
+def dump_yaml(values: Any) -> str:
     """``key: value`` lines, in the given order."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -82,39 +82,24 @@ _EMPTY_THINKING = re.compile(r"(?:\s*(?:<think>\s*)?</think>\n*)?")
 
 @dataclass
 class Example:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        ids: [T] int32.
-        mask: [T] bool, the token is supervised, i.e. a target; never the first.
-        where: "train.jsonl row 17".
-        index: its position in the data set, which identifies it in any batch.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    where: str
-    index: int
+    ids: np.ndarray  # [T] int32
+    mask: np.ndarray  # [T] bool: the token is supervised, i.e. a target; never the first
+    where: str  # "train.jsonl row 17"
+    index: int  # its position in the data set, which identifies it in any batch
 
 
 @dataclass
 class PairExample:
-    """One preference pair: prompt + chosen and prompt + rejected, with one copy of the prompt.
+    """One preference pair: prompt + chosen and prompt + rejected, with one copy of the prompt: the equal tokens of both texts
+    that end before the first answer begins."""
 
-    ``prompt_ids`` are the equal tokens of both texts that end before the first answer begins.
-
-    Attributes:
-        prompt_ids: [P] int32, P ≥ 1, never supervised.
-        chosen_ids, chosen_mask: [C] int32 and bool.
-        rejected_ids, rejected_mask: [R] int32 and bool.
-        where, index: as in ``Example``.
-    """
-
-    prompt_ids: np.ndarray
-    chosen_ids: np.ndarray
-    chosen_mask: np.ndarray
-    rejected_ids: np.ndarray
-    rejected_mask: np.ndarray
+    prompt_ids: np.ndarray  # [P] int32, P ≥ 1, never supervised
+    chosen_ids: np.ndarray  # [C] int32
+    chosen_mask: np.ndarray  # [C] bool
+    rejected_ids: np.ndarray  # [R] int32
+    rejected_mask: np.ndarray  # [R] bool
     where: str
     index: int
 
@@ -138,36 +123,22 @@ class Span(NamedTuple):
 
 @dataclass
 class Rendered:
-    """The text of a conversation.
-
-    Attributes:
-        text: of the chat template.
-        spans: turn → its answer, for each answer that can be supervised; in order.
-        notes: what the template leaves out, or writes differently at inference.
-    """
+    """The text of a conversation."""
 
     text: str
-    spans: dict[int, Span] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    spans: dict[int, Span] = field(default_factory=dict)  # turn → its answer, if it can be supervised; in order
+    notes: list[str] = field(default_factory=list)  # what the template leaves out, or writes differently at inference
 
 
 class Encoding(NamedTuple):
-    """An encoded conversation.
-
-    Attributes:
-        text: of the template.
-        ids: [T] int32.
-        mask: [T] bool, supervised tokens.
-        starts, ends: [T] int64, characters at which each token starts and ends.
-        first: the character at which the first answer after the prompt begins; 0 if there is none.
-    """
+    """An encoded conversation of T tokens."""
 
     text: str
-    ids: np.ndarray
-    mask: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    first: int
+    ids: np.ndarray  # [T] int32
+    mask: np.ndarray  # [T] bool: supervised
+    starts: np.ndarray  # [T] int64, the character at which each token starts
+    ends: np.ndarray  # [T] int64
+    first: int  # the character at which the first answer after the prompt begins; 0 if there is none
 
 
 class ChatTemplate:
@@ -230,7 +201,7 @@ class ChatTemplate:
             messages: turns; the assistant's are supervised, unless they have ``train: False``. Or one plain text, which
                 is supervised whole.
             loss_on: every answer, the last one, or every token but the first.
-            tools: as for ``render``.
+            tools: JSON schemas of the functions that may be called.
             notes: the notes of the rendering are added to it.
 
         Returns:
@@ -265,14 +236,7 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         notes: list[str] | None = None,
     ) -> Pair:
-        """The ids of a preference pair; answers in the prompt are never supervised.
-
-        Args:
-            notes: the notes of both renderings are added to it.
-
-        Raises:
-            RowError: as ``encode``.
-        """
+        """The ids of a preference pair, as ``encode``; answers in the prompt are never supervised."""
         a, b = (self.encoding([*prompt, *turns], loss_on, tools, notes, len(prompt)) for turns in (chosen, rejected))
         shorter = min(len(a.ids), len(b.ids))
         shared = (a.ids[:shorter] == b.ids[:shorter]) & (a.ends[:shorter] <= min(a.first, b.first))
@@ -289,23 +253,20 @@ class ChatTemplate:
         notes: list[str] | None = None,
         prompt: int = 0,
     ) -> Encoding:
-        """The encoding of turns, of which the first ``prompt`` are not supervised.
-
-        Answers without supervision are tokenized as part of the context, as at inference.
-
-        Raises:
-            RowError: as ``encode``; or no turn after the prompt is an answer.
-        """
+        """The encoding of turns, of which the first ``prompt`` are not supervised. Answers without supervision are tokenized
+        as part of the context, as at inference."""
         self._refuse_control_tokens(messages)
         rendered = self.render(messages, tools)
         if notes is not None:
             notes += rendered.notes
-        first = min((span.start for turn, span in rendered.spans.items() if turn >= prompt), default=0)
+        first, last = 0, max(rendered.spans, default=0)
+        for turn, span in list(rendered.spans.items()):
+            if turn >= prompt:
+                first = first or span.start
+            if turn < prompt or not messages[turn].get("train", True) or (loss_on == "last" and turn != last):
+                del rendered.spans[turn]
         if prompt and not first:
             raise RowError("no supervised token")
-        turns = list(rendered.spans)[-1:] if loss_on == "last" else list(rendered.spans)
-        turns = [turn for turn in turns if turn >= prompt and messages[turn].get("train", True)]
-        rendered.spans = {turn: rendered.spans[turn] for turn in turns}
         ids, starts, ends = self._tokenize(rendered)
         mask = np.full(len(ids), loss_on == "all")
         for span in rendered.spans.values():
@@ -325,9 +286,8 @@ class ChatTemplate:
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            texts = [message["content"], message.get("reasoning_content", "")]
-            texts += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
-            if match := self._control.search("\0".join(texts)):
+            calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+            if match := self._control.search(f"{message['content']}\0{message.get('reasoning_content', '')}\0{calls}"):
                 raise RowError(f"a turn's text contains the control token {match.group()}")
 
     def _tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -356,11 +316,7 @@ class ChatTemplate:
         return self._checked_bos(ids), starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens of a text, without special tokens: the template writes BOS.
-
-        Args:
-            continued: the text continues another one.
-        """
+        """The tokens of a text, perhaps ``continued`` from another one, without special tokens: the template writes BOS."""
         try:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         except BaseException as error:
@@ -415,10 +371,6 @@ class ChatTemplate:
         that the template changes once later turns follow (it cuts their reasoning, or moves the system turn) are context
         and have no span.
 
-        Args:
-            messages: turns with ``role``, ``content`` and, if they have them, ``tool_calls``, ``reasoning_content``.
-            tools: JSON schemas of the functions that may be called.
-
         Raises:
             RowError: the template refuses the turns, leaves one out, gives the last answer another prompt than at
                 inference, or writes no end token after it.
@@ -431,13 +383,13 @@ class ChatTemplate:
         if not self._writes_calls(form, rendered.text, tools):
             raise RowError("the chat template does not write the tool calls")
         roles, position = [message["role"] for message in messages], 0
-        for message in messages:
-            said = _written(message, rendered.text, 0 if message["role"] == "system" else position)
+        for message, role in zip(messages, roles):
+            said = _written(message, rendered.text, 0 if role == "system" else position)
             if said is None:
-                raise RowError(f"the chat template does not write the {message['role']} turn")
-            if message["role"] != "system":
+                raise RowError(f"the chat template does not write the {role} turn")
+            if role != "system":
                 position = rendered.text.index(said, position) + len(said)
-        first = next((roles.index(role) for role in ("user", "system") if role in roles), len(roles))
+        first = roles.index("user") if "user" in roles else roles.index("system") if "system" in roles else len(roles)
         for turn in range(first, len(messages)):
             if roles[turn] == "assistant":
                 self._find_answer(messages, form, turn, tools, rendered)
@@ -513,19 +465,20 @@ class ChatTemplate:
         return match.group() if match else ""
 
     def _form(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Any]:
-        """The messages in the form that this template reads.
-
-        Templates with tool calls read an empty content or null, and arguments as an object or as JSON text.
-        """
+        """The messages in the form that this template reads: templates with tool calls read an empty content or null, and
+        arguments as an object or as JSON text."""
         form: list[Any] = []
+        has_calls = False
         for message in messages:
-            turn: dict[str, Any] = {key: value for key, value in message.items() if key != "train"}
+            turn = dict(message)
+            turn.pop("train", None)
+            has_calls = has_calls or "tool_calls" in turn
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]
             if self.content_parts:
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
             form.append(turn)
-        if not any("tool_calls" in message for message in messages):
+        if not has_calls:
             return form
         for as_text in (False, True):
             for empty in ("", None):
@@ -579,12 +532,15 @@ def _call_form(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[s
 def _written(message: Message, text: str, position: int = 0) -> str | None:
     """The turn's content as it occurs in a text from ``position`` on: trimmed, or without its reasoning; or None."""
     whole = message["content"].strip()
-    forms = [whole]
-    if message["role"] == "assistant":
-        forms += [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
-    if message["role"] == "tool" and (words := re.findall(r"\w+", whole)):  # templates reformat its JSON
-        forms.append(max(words, key=len))
-    return next((form for form in forms if text.find(form, position) >= 0), None)
+    if text.find(whole, position) >= 0:
+        return whole
+    forms = [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
+    if message["role"] == "tool":  # templates reformat its JSON
+        forms = [max(re.findall(r"\w+", whole), key=len, default=whole)]
+    for form in forms:
+        if text.find(form, position) >= 0:
+            return form
+    return None
 
 
 def _parts(message: Message) -> tuple[list[str], list[str]]:
@@ -629,7 +585,23 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             on a plain conversation, has no end token after an answer, ignores ``add_generation_prompt``, or writes BOS
             twice at the beginning.
     """
-    name, text = _choose(choice, tokenizer)
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    path = Path(os.path.expanduser(choice))
+    if choice == "auto" and own:
+        name, text = "the tokenizer's own", own
+    elif choice == "auto" or choice in TEMPLATES:
+        name = choice if choice in TEMPLATES else "zephyr"
+        text = TEMPLATES[name]
+    elif "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
+        name, text = "of the configuration", choice
+    elif is_file(path):
+        name, text = choice, read_text(path, name=f"chat_template {choice}")
+    else:
+        raise UserError(
+            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
+            f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
+        )
     what = f"chat template {name}"
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise UserError(
@@ -646,11 +618,24 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
     template = ChatTemplate(tokenizer, text if adds_bos or name not in TEMPLATES else text.removeprefix(BOS), name, now)
     try:
-        probe = _probe(template)
+        try:
+            rendered = template.render(PROBE)
+        except RowError as error:
+            template.content_parts = True  # templates of vision models read lists of parts only
+            try:
+                rendered = template.render(PROBE)
+            except RowError:
+                raise error from None
+        probe, span = rendered.text, rendered.spans[3]
+        opening = probe[span.start : probe.find(PROBE[3]["content"], span.start)]
+        if opening.strip() and template.text_of(PROBE[:1]) == template.text_of(PROBE[:1], True):
+            raise RowError(
+                f"it ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}"
+            )
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
             template.text = tokenizer.chat_template = BOS + text
-            probe = _probe(template)
+            probe = bos + probe
             template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
         if adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1):
@@ -667,43 +652,3 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: answers end with {words}, which is not the tokenizer's eos {tokenizer.eos_token}"
         )
     return template
-
-
-def _choose(choice: str, tokenizer: Any) -> tuple[str, str]:
-    """The name and the text of a template."""
-    if choice == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        return ("the tokenizer's own", own) if own else ("zephyr", ZEPHYR)
-    if choice in TEMPLATES:
-        return choice, TEMPLATES[choice]
-    if "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
-        return "of the configuration", choice
-    path = Path(os.path.expanduser(choice))
-    if not is_file(path):
-        raise UserError(
-            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
-            f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
-        )
-    return choice, read_text(path, name=f"chat_template {choice}")
-
-
-def _probe(template: ChatTemplate) -> str:
-    """The text of a plain conversation, after the checks that need no rows."""
-    try:
-        rendered = template.render(PROBE)
-    except RowError as error:
-        template.content_parts = True  # templates of vision models read lists of parts only
-        try:
-            rendered = template.render(PROBE)
-        except RowError:
-            raise error from None
-    text, span = rendered.text, rendered.spans[3]
-    opening = text[span.start : text.find(PROBE[3]["content"], span.start)]
-    if opening.strip() and template.text_of(PROBE[:1]) == template.text_of(PROBE[:1], True):
-        raise RowError(
-            f"it ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}; "
-            "end it with {% if add_generation_prompt %}…{% endif %}"
-        )
-    return text

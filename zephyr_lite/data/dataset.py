@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,34 +29,22 @@ _ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": Pair._f
 
 @dataclass
 class DataReport:
-    """Counts of prepared data, for the console and for a run's ``stage.json``.
+    """Counts of prepared data, for the console and for a run's ``stage.json``."""
 
-    Attributes:
-        what: "training" or "evaluation".
-        notes: the sources, their formats and their numbers of rows.
-        read: rows read; kept: examples made of them (repeats included).
-        dropped: reason → places of the rows left out; changed: change → places of the rows it was made in.
-        cut: examples cut to ``max_length``; prompts_cut: pairs among them with a cut prompt.
-        supervised_lost: supervised tokens lost by cutting.
-        rows: packed rows (sft) or pairs (dpo); tokens: their tokens; supervised: their targets.
-        fill: tokens / (rows × max_length); None for pairs, which are packed by the plan.
-        longest: tokens of the longest example.
-    """
-
-    what: str
-    notes: list[str] = field(default_factory=list)
-    read: int = 0
-    kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    changed: dict[str, list[str]] = field(default_factory=dict)
-    cut: int = 0
-    prompts_cut: int = 0
-    supervised_lost: int = 0
-    rows: int = 0
+    what: str  # "training" or "evaluation"
+    notes: list[str] = field(default_factory=list)  # the sources, their formats and their numbers of rows
+    read: int = 0  # rows
+    kept: int = 0  # examples made of them, repeats included
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of the rows left out
+    changed: dict[str, list[str]] = field(default_factory=dict)  # change → places of the rows it was made in
+    cut: int = 0  # examples cut to max_length
+    prompts_cut: int = 0  # pairs among them with a cut prompt
+    supervised_lost: int = 0  # supervised tokens lost by cutting
+    rows: int = 0  # packed rows (sft) or pairs (dpo)
     tokens: int = 0
     supervised: int = 0
-    fill: float | None = None
-    longest: int = 0
+    fill: float | None = None  # tokens / (rows × max_length); None for pairs, which are packed by the plan
+    longest: int = 0  # tokens of the longest example
 
     def lines(self) -> list[str]:
         """One fact a line."""
@@ -99,11 +87,7 @@ class Examples(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
@@ -118,21 +102,13 @@ class Examples(Sequence[Any]):
 
 @dataclass
 class TokenizedDataset:
-    """Data as a stage trains on it.
+    """Data as a stage trains on it."""
 
-    Attributes:
-        examples: ``Example`` (sft) or ``PairExample`` (dpo) by index, read lazily.
-        lengths: int64 [n], the tokens of each example in a batch.
-        rows: indices of the examples in each packed row (sft), or of one pair (dpo).
-        report: counts of the preparation.
-        fingerprint: hash of all ids, masks and the template.
-    """
-
-    examples: Examples
-    lengths: np.ndarray
-    rows: list[list[int]]
+    examples: Examples  # ``Example`` (sft) or ``PairExample`` (dpo) by index, read lazily
+    lengths: np.ndarray  # int64 [n], the tokens of each example in a batch
+    rows: list[list[int]]  # indices of the examples in each packed row (sft), or of one pair (dpo)
     report: DataReport
-    fingerprint: str
+    fingerprint: str  # hash of all ids, masks and the template
 
 
 def prepare(

@@ -44,27 +44,13 @@ _NEEDS = {
     "dpo": "dpo needs preference rows: columns chosen and rejected, with or without prompt",
 }
 
+_CALLS = ("function_call", "tool_call")  # turns that are a call, as JSON
 ROLES = {
     "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-    # turns that are a call, as JSON
-    "function_call": "assistant",
-    "tool_call": "assistant",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", *_CALLS), "assistant"),
+    **dict.fromkeys(("tool", "ipython", "observation", "function", "tool_response", "function_response"), "tool"),
 }
-_CALLS = ("function_call", "tool_call")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # keys for whether a turn is supervised, of OpenAI, Axolotl, ms-swift and torchtune, without "is_", "_" and "-"
@@ -83,20 +69,14 @@ class RowError(Exception):
 
 @dataclass
 class Row:
-    """A normalised row.
+    """A normalised row."""
 
-    Attributes:
-        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" if it has any.
-        kind: the name of its format.
-        changes: changes to the row, in words.
-        unread_columns, unread_keys: columns, and keys of turns, that have a value and were not read.
-    """
-
+    # {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" if it has any
     value: dict[str, Any]
-    kind: str
-    changes: list[str] = field(default_factory=list)
-    unread_columns: list[str] = field(default_factory=list)
-    unread_keys: list[str] = field(default_factory=list)
+    kind: str  # the name of its format
+    changes: list[str] = field(default_factory=list)  # in words
+    unread_columns: list[str] = field(default_factory=list)  # columns that have a value and were not read
+    unread_keys: list[str] = field(default_factory=list)  # keys of turns, likewise
 
 
 class _Reading:
@@ -104,13 +84,17 @@ class _Reading:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
+        self.filled = {column: value for column, value in values.items() if _has_value(value)}
         self.read: set[str] = set()
         self.unread_keys: set[str] = set()
         self.changes: list[str] = []
 
     def holds(self, *columns: str) -> str | None:
         """The first of these columns with a value."""
-        return next((column for column in columns if _has_value(self.values.get(column))), None)
+        for column in columns:
+            if column in self.filled:
+                return column
+        return None
 
     def take(self, *columns: str) -> Any:
         """The value of the first of these columns with one, else None."""
@@ -118,10 +102,7 @@ class _Reading:
         if column is None:
             return None
         self.read.add(column)
-        return self.values[column]
-
-    def messages(self, column: str) -> list[Message]:
-        return as_messages(self.take(column), column, self.unread_keys)
+        return self.filled[column]
 
 
 def _has_value(value: Any) -> bool:
@@ -138,12 +119,12 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     Raises:
         RowError: it has no format of this method, or cannot be trained on.
     """
-    found = _format({c for c, value in values.items() if _has_value(value)}, method) or _format(set(values), method)
+    row = _Reading(values)
+    found = _format(set(row.filled), method) or _format(set(values), method)
     if found is None:
         what = "conversation" if method == "sft" else "preference pair"
         raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
     kind, read = found
-    row = _Reading(values)
     value = read(row)
     label = values.get("label")
     # KTO's; in other rows a number may be a class
@@ -159,8 +140,8 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a surrogate pair
         raise RowError("text that is not valid Unicode") from None
-    unread = [column for column, item in values.items() if column not in row.read and _has_value(item)]
-    return Row(value, kind, row.changes, unread, sorted(row.unread_keys))
+    unread = [column for column in row.filled if column not in row.read]
+    return Row(value, kind, list(dict.fromkeys(row.changes)), unread, sorted(row.unread_keys))
 
 
 def detect(columns: list[str], method: Method, where: str) -> str:
@@ -199,14 +180,17 @@ def mapping_hint(columns: list[str], method: Method) -> str:
 
 def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], dict[str, Any]]] | None:
     """The name and the reader of the first format whose columns are there."""
-    return next(((name, read) for columns, name, read in _FORMATS[method] if columns <= have), None)
+    for columns, name, read in _FORMATS[method]:
+        if columns <= have:
+            return name, read
+    return None
 
 
 # -- conversations -------------------------------------------------------------------------------------------------------
 
 
 def _read_messages(row: _Reading, column: str) -> dict[str, Any]:
-    messages = row.messages(column)
+    messages = as_messages(row.take(column), column, row.unread_keys)
     if isinstance(row.values.get("prompt"), (str, list)):
         messages = [*_only_in_prompt(row, messages), *messages]
     return _conversation(row, messages, "instruction")
@@ -232,7 +216,7 @@ def _read_ultrachat(row: _Reading) -> dict[str, Any]:
 
 def _read_text(row: _Reading) -> dict[str, Any]:
     if isinstance(row.values["text"], list):  # conversations in a column that dataset_text_field named
-        return _conversation(row, row.messages("text"))
+        return _conversation(row, as_messages(row.take("text"), "text", row.unread_keys))
     text = as_text(row.take("text"), "text")
     if not text.strip():
         raise RowError("text is empty")
@@ -241,9 +225,15 @@ def _read_text(row: _Reading) -> dict[str, Any]:
 
 def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
     messages = _with_system(row, messages, *system_columns)
-    if all(turn.get("train") is False for turn in messages if turn["role"] == "assistant"):
-        raise RowError("every answer is marked as not to be trained")
+    _refuse_untrained(messages, "every answer")
     return {"messages": messages}
+
+
+def _refuse_untrained(messages: list[Message], what: str) -> None:
+    for turn in messages:
+        if turn["role"] == "assistant" and turn.get("train", True):
+            return
+    raise RowError(f"{what} is marked as not to be trained")
 
 
 # -- pairs ---------------------------------------------------------------------------------------------------------------
@@ -281,9 +271,8 @@ def _read_pair(row: _Reading) -> dict[str, Any]:
         common = max((i for i in range(common) if chosen[i]["role"] == "assistant"), default=0)
     if common == 0:
         raise RowError("no prompt: chosen and rejected have no user turn in common")
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if all(turn.get("train") is False for turn in turns[common:] if turn["role"] == "assistant"):
-            raise RowError(f"every answer of {name} is marked as not to be trained")
+    _refuse_untrained(chosen[common:], "every answer of chosen")
+    _refuse_untrained(rejected[common:], "every answer of rejected")
     return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
@@ -334,7 +323,7 @@ def _prompt(row: _Reading) -> list[Message]:
     source = row.holds(*_PROMPTS) or next((column for column in _PROMPTS if row.values.get(column) is not None), None)
     if source is None:
         column = row.holds("conversations", "messages")
-        return row.messages(column) if column else []
+        return as_messages(row.take(column), column, row.unread_keys) if column else []
     value = row.take(source)
     if isinstance(value, (list, Mapping)):
         turns = as_messages(value, source, row.unread_keys)
@@ -377,22 +366,22 @@ def _with_system(row: _Reading, messages: list[Message], *more_columns: str) -> 
         RowError: there is no answer, a turn is empty, or a system turn is not the first.
     """
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    roles = [m["role"] for m in messages]
     for column in ("system", "system_prompt", *more_columns):
-        if any(m["role"] == "system" for m in messages):
-            break
-        if (text := as_text(row.take(column), column)).strip():
-            messages = [message("system", text), *messages]
+        if "system" not in roles and (text := as_text(row.take(column), column)).strip():
+            messages, roles = [message("system", text), *messages], ["system", *roles]
             if column in more_columns:
                 row.changes.append(f"the column {column} was taken as the system turn")
-    if not any(m["role"] == "assistant" for m in messages):
+    if "assistant" not in roles:
         raise RowError("no assistant turn")
-    while (last := messages[-1]["role"]) != "assistant":
+    while roles[-1] != "assistant":
+        last = roles.pop()
         messages = messages[:-1]
         row.changes.append(f"ended with {'the user' if last == 'user' else f'a {last} turn'}; the last turn was cut")
     for turn in messages:
         if not turn["content"].strip() and turn["role"] != "tool" and "tool_calls" not in turn:
             raise RowError("a turn without content")
-    if any(m["role"] == "system" for m in messages[1:]):
+    if "system" in roles[1:]:
         raise RowError("a system turn that is not the first")
     return messages
 
@@ -421,27 +410,21 @@ def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list
         raise RowError(f"{column} is empty")
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
-        raise RowError(f"{column} is {_kind(value)}, not a list of turns")
+        raise RowError(f"{column} is {type(value).__name__}, not a list of turns")
     messages: list[Message] = []
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise RowError(f"a turn of {column} is {_kind(turn)}, not {{role, content}}")
-        keys = {key for key, item in turn.items() if _has_value(item)}
+            raise RowError(f"a turn of {column} is {type(turn).__name__}, not {{role, content}}")
         if not {"role", "from"} & set(turn) and {"input", "output"} <= set(turn):  # Capybara's
-            keys -= {"input", "output"}
-            answer = message("assistant", as_text(turn["output"], f"the output of a turn of {column}"))
-            if _is_masked(turn, "assistant", keys):
-                answer["train"] = False
-            messages += [message("user", as_text(turn["input"], f"the input of a turn of {column}")), answer]
-        else:
-            messages.append(_turn(turn, column, keys))
-        if unread is not None:
-            unread |= keys
+            rest = {key: value for key, value in turn.items() if key not in ("input", "output")}
+            messages.append(message("user", as_text(turn["input"], f"the input of a turn of {column}")))
+            turn = {**rest, "role": "assistant", "content": turn["output"]}
+        messages.append(_turn(turn, column, unread))
     return messages
 
 
-def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
-    """One message; the keys that are read are removed from ``keys``."""
+def _turn(turn: Mapping[str, Any], column: str, unread: set[str] | None) -> Message:
+    """One message; the keys that have a value and are not read are added to ``unread``."""
     name = turn.get("role") if turn.get("role") is not None else turn.get("from")
     if name is None:
         raise RowError(f"a turn of {column} has no role")
@@ -451,7 +434,6 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
         raise RowError(f"unknown role {str(name)[:40]!r}")
     text_key = "content" if turn.get("content") is not None else "value"
     calls_key = "tool_calls" if turn.get("tool_calls") else "function_call"
-    keys -= {"role", "from", text_key, calls_key}
     content, calls = turn.get(text_key), turn.get(calls_key)
     if said in _CALLS and not calls:
         content, calls = None, content
@@ -462,36 +444,30 @@ def _turn(turn: Mapping[str, Any], column: str, keys: set[str]) -> Message:
         if role != "assistant":
             raise RowError(f"a {role} turn with tool calls")
         result["tool_calls"] = [_call(call) for call in calls]
-    reasoning = next((key for key in _REASONING if key in keys), None)
-    if reasoning is not None and role == "assistant":
-        result["reasoning_content"] = as_text(turn[reasoning], reasoning)
-        keys -= {key for key in _REASONING if turn.get(key) == turn[reasoning]}
-    for key in ("name", "tool_call_id"):
-        if key in keys:
-            result[key] = as_text(turn[key], key)
-            keys.discard(key)
-    if _is_masked(turn, role, keys):
-        result["train"] = False
-    return result
-
-
-def _is_masked(turn: Mapping[str, Any], role: str, keys: set[str]) -> bool:
-    """Whether a key of the turn excludes it from the loss."""
-    masked = False
-    for key in sorted(keys):
-        plain = key.lower().removeprefix("is_").replace("_", "").replace("-", "")
-        if plain not in _TRAINED | _MASKED:
+    reasoning = None
+    for key, value in turn.items():
+        if key in ("role", "from", text_key, calls_key) or not _has_value(value):
             continue
-        marked = truth(turn[key])
-        if marked is None:
-            raise RowError(
-                f"the {key} of a turn is {str(turn[key])[:40]!r}: a turn is trained (1, true) or not (0, false)"
-            )
-        trained = marked if plain in _TRAINED else not marked
-        masked = masked or not trained
-        if role == "assistant" or not trained:  # other roles are never trained
-            keys.discard(key)
-    return masked and role == "assistant"
+        plain = key.lower().removeprefix("is_").replace("_", "").replace("-", "")
+        if key in ("name", "tool_call_id"):
+            result[key] = as_text(value, key)
+        elif key in _REASONING and role == "assistant" and reasoning in (None, value):
+            reasoning = value
+            result["reasoning_content"] = as_text(value, key)
+        elif plain in _TRAINED | _MASKED:
+            marked = truth(value)
+            if marked is None:
+                raise RowError(
+                    f"the {key} of a turn is {str(value)[:40]!r}: a turn is trained (1, true) or not (0, false)"
+                )
+            is_trained = marked == (plain in _TRAINED)
+            if role == "assistant" and not is_trained:
+                result["train"] = False
+            elif role != "assistant" and is_trained and unread is not None:  # other roles are never trained
+                unread.add(key)
+        elif unread is not None:
+            unread.add(key)
+    return result
 
 
 def truth(value: Any) -> bool | None:
@@ -509,7 +485,7 @@ def _call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _parsed(arguments or "{}", "the arguments of a tool call are")
     if not isinstance(arguments, Mapping):
-        raise RowError(f"the arguments of a tool call are {_kind(arguments)}, not an object")
+        raise RowError(f"the arguments of a tool call are {type(arguments).__name__}, not an object")
     result: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
     if call.get("id") is not None:
         result["id"] = as_text(call["id"], "the id of a tool call")
@@ -559,13 +535,8 @@ def as_text(value: Any, what: str) -> str:
         return str(value)
     if isinstance(value, list) and _are_texts(value):
         return "".join(as_text(part.get("text"), what) for part in value)
-    raise RowError(f"{what} is {_kind(value)}, not text")
+    raise RowError(f"{what} is {type(value).__name__}, not text")
 
 
 def _are_texts(parts: list[Any]) -> bool:
     return all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts)
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -43,7 +43,8 @@ _NUMBERED = re.compile(r"(?:(.*?)[-_.])?\d+")
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
 # JSON files without rows, in the hub's layout and in this package's folders
 _NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "report", "journal")
-_NORMALISED = ("row", "where", "fault", "change", "kind", "unread")
+# a normalised row: its JSON ("" if it was left out), its place, and {"fault"} or {"kind", "changes", …} as JSON
+_NORMALISED = datasets.Features(dict.fromkeys(("row", "where", "facts"), datasets.Value("string")))
 
 
 # -- sources -------------------------------------------------------------------------------------------------------------
@@ -51,15 +52,10 @@ _NORMALISED = ("row", "where", "fault", "change", "kind", "unread")
 
 @dataclass(frozen=True)
 class Source:
-    """The raw rows of one data set.
+    """The raw rows of one data set."""
 
-    Attributes:
-        table: columns ``_TEXT_ROWS`` for text files; for others the file's own.
-        label: the name in front of ``row N`` in messages.
-    """
-
-    table: datasets.Dataset
-    label: str
+    table: datasets.Dataset  # with columns ``_TEXT_ROWS`` for text files; for others the file's own
+    label: str  # in front of ``row N`` in messages
 
     def __len__(self) -> int:
         return len(self.table)
@@ -144,42 +140,49 @@ def open_source(spec: DatasetSpec) -> Source:
     path = Path(spec.path).expanduser()
     refuse_special(path, spec.path)
     if is_folder(path):
-        return _open_folder(path, spec)
-    if not is_file(path):
-        if kind_of(path) or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
-            raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
+        splits = _splits_of_folder(path, spec)
+    elif is_file(path):
+        splits = {"train": [path]}
+        if kind_of(path) is None:
+            raise UserError(
+                f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
+                f"Give one of {', '.join(KINDS)}; text may be compressed ({', '.join(COMPRESSED)}).",
+            )
+    elif kind_of(path) or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
+        raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
+    else:
         return _open_hub(spec)
-    if kind_of(path) is None:
-        raise UserError(
-            f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
-            f"Give one of {', '.join(KINDS)}; text may be compressed ({', '.join(COMPRESSED)}).",
-        )
-    name, part = _split_and_part(spec)
-    if name not in (None, "train"):
-        raise UserError(
-            f"{spec.path}: there is no split {spec.split!r}; a single file has no splits.",
-            "Leave split out, or name a folder with one file for each split.",
-        )
-    return Source(_slice(_read_files([path], spec.path), part, spec.path), spec.path)
+    wanted, part = _split_and_part(spec)
+    split = _choose_split(spec, wanted, list(splits))
+    files = splits[split]
+    if len({file.suffix.lower() for file in files}) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{spec.path}: split {split!r} has files of several formats: {names}. Keep one.")
+    label = f"{spec.path}[{split}{part or ''}]"
+    if files == [path]:
+        label = spec.path
+    elif len(files) == 1 and files[0].name != "state.json":
+        label = str(Path(spec.path) / files[0].relative_to(path))
+    shards = {int(found[1]) for file in files if (found := _SHARD.search(stem_of(file)))}
+    if len(shards) == 1 and len(files) < max(shards):
+        label += f" ({len(files)} of {max(shards)} shards)"
+    table = _read_files(files, label)
+    if part is not None:
+        try:
+            (found,) = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(table)})
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"{label}: the split cannot be read: {error}", "Write train[:1000] or train[:10%]."
+            ) from None
+        first, last = found.from_ or 0, len(table) if found.to is None else min(found.to, len(table))
+        table = table.select(range(first, last) if first < last else [])
+    return Source(table, label)
 
 
 def _split_and_part(spec: DatasetSpec) -> tuple[str | None, str | None]:
     """``train`` and ``[:10%]`` of ``train[:10%]``."""
     found = _SPLIT.fullmatch(spec.split) if spec.split is not None else None
     return (found[1], found[2]) if found else (None, None)
-
-
-def _slice(table: datasets.Dataset, part: str | None, label: str) -> datasets.Dataset:
-    if part is None:
-        return table
-    try:
-        (found,) = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(table)})
-    except (ValueError, AssertionError) as error:
-        raise UserError(
-            f"{label}: split {part} cannot be read: {error}", "Write train[:1000] or train[:10%]."
-        ) from None
-    first, last = found.from_ or 0, len(table) if found.to is None else min(found.to, len(table))
-    return table.select(range(first, last) if first < last else [])
 
 
 def _choose_split(spec: DatasetSpec, wanted: str | None, there: Sequence[str]) -> str:
@@ -226,8 +229,8 @@ def _root(error: BaseException) -> BaseException:
 # -- folders -------------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
-    wanted, part = _split_and_part(spec)
+def _splits_of_folder(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
+    """split → files."""
     if (folder / "dataset_dict.json").is_file():
         splits = {file.parent.name: [file] for file in folder.glob("*/state.json")}
     elif (folder / "state.json").is_file():
@@ -243,17 +246,7 @@ def _open_folder(folder: Path, spec: DatasetSpec) -> Source:
             else "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet "
             f"(one of {', '.join(KINDS)}).",
         )
-    split = _choose_split(spec, wanted, list(splits))
-    files = splits[split]
-    if len({file.suffix.lower() for file in files}) > 1:
-        names = ", ".join(file.name for file in files)
-        raise UserError(f"{spec.path}: split {split!r} has files of several formats: {names}. Keep one.")
-    one = len(files) == 1 and files[0].name != "state.json"
-    label = str(Path(spec.path) / files[0].relative_to(folder)) if one else f"{spec.path}[{split}{part or ''}]"
-    shards = {int(found[1]) for file in files if (found := _SHARD.search(stem_of(file)))}
-    if len(shards) == 1 and len(files) < max(shards):
-        label += f" ({len(files)} of {max(shards)} shards)"
-    return Source(_slice(_read_files(files, label), part, label), label)
+    return splits
 
 
 def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
@@ -322,17 +315,15 @@ def _data_files(files: Iterable[Path]) -> list[Path]:
 
 def _read_files(files: list[Path], label: str) -> datasets.Dataset:
     """The files' rows as one table, cached by datasets under the files' names, sizes and times."""
-    kind = "saved" if files[0].name == "state.json" else kind_of(files[0])
+    if files[0].name == "state.json":
+        return datasets.load_from_disk(str(files[0].parent)).with_format(None)
+    kind = kind_of(files[0])
     # the inode's time too, because cp -p, rsync -t and archives set the other
     states = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files]
     # the code too: datasets would not notice other code under the same name
     fingerprint = hashlib.sha256(repr((kind, states)).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its log would repeat the error
     try:
         with quiet(sum(file.stat().st_size for file in files) < _QUIET_BYTES), interruptible():
-            if kind == "saved":
-                return datasets.load_from_disk(str(files[0].parent)).with_format(None)
             if kind == "parquet" and len({str(pq.read_schema(file)) for file in files}) == 1:
                 escaped = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]  # datasets' wildcards
                 return datasets.load_dataset(kind, fingerprint, data_files={"train": escaped}, split="train")
@@ -352,8 +343,6 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
             f"{label}: cannot be read: {shown(f'{type(root).__name__}: {root}'.rstrip('.'), 300)}.",
             "The file is damaged, was cut off or is a Git LFS pointer: make it or fetch it again.",
         ) from None
-    finally:
-        datasets.logging.set_verbosity(verbosity)
 
 
 def _read_rows(files: tuple[str, ...], kind: str) -> Iterator[dict[str, str]]:
@@ -376,7 +365,9 @@ def _lines(file: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, decompressed if its content is compressed, whatever its name."""
     with file.open("rb") as opened:
         start = opened.read(4)
-    compression = next((name for magic, name in _MAGIC if start.startswith(magic)), None)
+    compression = None
+    for magic, name in _MAGIC:
+        compression = name if start.startswith(magic) else compression
     with io.BufferedReader(pa.input_stream(str(file), compression=compression), 2**20) as opened:
         for number, line in enumerate(opened, 1):
             try:
@@ -408,10 +399,10 @@ def _json_rows(file: Path) -> Iterator[tuple[str, str]]:
 
 def _wrapped_rows(value: Any) -> list[Any] | None:
     """The rows of ``{"version": 1, "data": [{…}, …]}``; None for any other value."""
-    lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-    if len(lists) != 1 or set(value) & (set(COLUMNS) - {"data", *TURNS}):
+    if not isinstance(value, dict) or set(value) & (set(COLUMNS) - {"data"}):
         return None
-    (rows,) = lists
+    lists = [item for item in value.values() if isinstance(item, list)]
+    rows = lists[0] if len(lists) == 1 else []
     are_rows = all(isinstance(row, dict) and not {"role", "from"} & set(row) for row in rows)
     return rows if rows and are_rows and not any(set(row) == {"input", "output"} for row in rows) else None
 
@@ -491,21 +482,14 @@ def _cell(text: str) -> Any:
 
 @dataclass
 class Rows:
-    """Normalised rows of one mixture.
+    """Normalised rows of one mixture."""
 
-    Attributes:
-        dataset: columns ``row``, the JSON of ``formats.Row.value`` (arguments of tools have no common schema), and
-            ``where`` ("train.jsonl row 17", counted from 1).
-        notes: for each source a line with its format and number of rows, and one with the columns that are not read.
-        dropped: reason → places of the rows that were left out; changed: change → places of the rows it was made in.
-        read: the number of rows read.
-    """
-
+    # columns: row, the JSON of ``formats.Row.value`` (arguments of tools have no common schema); where, "train.jsonl row 17"
     dataset: datasets.Dataset
-    notes: list[str] = field(default_factory=list)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    changed: dict[str, list[str]] = field(default_factory=dict)
-    read: int = 0
+    notes: list[str] = field(default_factory=list)  # each source's format, number of rows, and unread columns
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of the rows that were left out
+    changed: dict[str, list[str]] = field(default_factory=dict)  # change → places of the rows it was made in
+    read: int = 0  # rows
 
     def values(self) -> Iterator[dict[str, Any]]:
         """The normalised rows."""
@@ -563,54 +547,45 @@ def _load_source(
         detect(source.columns, method, label)  # raises
     numbers = _drawn_rows(spec, total, label, rng)
     raw = raw if len(numbers) == total else raw.select(numbers)
-    options = {
-        "method": method,
-        "label": label,
-        "system": system,
-        "mapping": dict(mapping),
-        "only": only,
-        "numbers": None if len(numbers) == total else numbers,
-    }
-    features = datasets.Features({name: datasets.Value("string") for name in _NORMALISED})
-    mapped = map_rows(
-        raw, _normalise, features, options=options, key=options, with_indices=True, desc=f"reading {label}"
-    )
-    faults, changes, kinds, unread = (
-        np.asarray(mapped.with_format("numpy")[name][:], dtype=object) for name in ("fault", "change", "kind", "unread")
-    )
-    plain = kinds == PLAIN
-    if not plain[faults == ""].all():  # conversations and texts: the texts are left out
-        faults[plain] = "no conversation in columns text"
-    kept = np.flatnonzero(faults == "")
+    options: dict[str, Any] = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only}
+    options["numbers"] = None if len(numbers) == total else numbers
+    mapped = map_rows(raw, _normalise, _NORMALISED, options, options, f"reading {label}", with_indices=True)
+    facts = [json.loads(text) for text in mapped["facts"]]
+    kinds = Counter(fact["kind"] for fact in facts if "kind" in fact)
+    not_read: dict[str, set[str]] = {"columns": set(), "message keys": set()}
+    if not source.is_text:
+        not_read["columns"] = set(source.columns) - {*COLUMNS, *mapping.values()}
+    good: list[int] = []
     dropped: dict[str, list[str]] = {}
-    for index in np.flatnonzero(faults != ""):
-        dropped.setdefault(str(faults[index]), []).append(f"{label} row {numbers[index] + 1}")
-    if len(kept) == 0:
+    for index, (fact, where) in enumerate(zip(facts, mapped["where"])):
+        if fact.get("kind") == PLAIN and len(kinds) > 1:  # conversations and texts: the texts are left out
+            fact = {"fault": "no conversation in columns text"}
+        if "fault" in fact:
+            dropped.setdefault(fact["fault"], []).append(where)
+            continue
+        good.append(index)
+        for change in fact["changes"]:
+            rows.changed.setdefault(change, []).append(where)
+        for what, names in not_read.items():
+            names.update(fact[what])
+    if not good:
         columns = list(_renamed(dict.fromkeys(source.columns), mapping, only))
         kind = detect(columns, method, label)
         raise UserError(
             f"{label}: none of {len(mapped)} rows can be used (read as {kind}): {summarise(dropped)}.",
             mapping_hint(columns, method),
         )
-    for index in kept[changes[kept] != ""]:
-        for change in str(changes[index]).split("\n"):
-            rows.changed.setdefault(change, []).append(f"{label} row {numbers[index] + 1}")
     for reason, where in dropped.items():
         rows.dropped.setdefault(reason, []).extend(where)
     rows.read += len(mapped)
-    note = f"{label}: read as {' and '.join(name for name, _ in Counter(kinds[kept]).most_common())}, "
-    note += f"{len(mapped):,} rows" + (f" of {total:,}" if len(mapped) < total else "")
-    note += f", {len(mapped) - len(kept):,} left out" if len(kept) < len(mapped) else ""
+    known = " and ".join(name for name, _ in kinds.most_common() if name != PLAIN or len(kinds) == 1)
+    note = f"{label}: read as {known}, {len(mapped):,} rows" + (f" of {total:,}" if len(mapped) < total else "")
+    note += f", {len(mapped) - len(good):,} left out" if len(good) < len(mapped) else ""
     rows.notes.append(note + (f", weight {spec.weight:g}" if spec.weight != 1 else ""))
-    not_read: dict[str, set[str]] = {"columns": set(), "message keys": set()}
-    if not source.is_text:
-        not_read["columns"] = set(source.columns) - {*COLUMNS, *mapping.values()}
-    for text in set(unread[kept]) - {""}:
-        for what, names in json.loads(text).items():
-            not_read[what].update(names)
     if any(not_read.values()):
-        names = [f"{what} {shown(', '.join(sorted(some)), 1000)}" for what, some in not_read.items() if some]
-        rows.notes.append(f"{label}: not read: {'; '.join(names)}")
+        unread = [f"{what} {shown(', '.join(sorted(names)), 1000)}" for what, names in not_read.items() if names]
+        rows.notes.append(f"{label}: not read: {'; '.join(unread)}")
+    kept = np.asarray(good)
     if spec.weight >= 1:
         whole = int(spec.weight)
         share = round(len(kept) * (spec.weight - whole))
@@ -663,28 +638,29 @@ def _normalise(
     numbers: np.ndarray | None,
 ) -> dict[str, list[str]]:
     """A batch of raw rows as ``_NORMALISED``."""
-    result: dict[str, list[str]] = {name: [] for name in _NORMALISED}
+    result: dict[str, list[str]] = {"row": [], "where": [], "facts": []}
     for values, index in zip(raw_rows(batch), indices):
-        cells = dict.fromkeys(_NORMALISED, "")
-        cells["where"] = f"{label} row {(index if numbers is None else int(numbers[index])) + 1}"
+        text = ""
         try:
             row = normalise(_renamed(values, mapping, only), method)
             turns = row.value["messages" if method == "sft" else "prompt"]
             if system and turns[0]["role"] not in ("system", TEXT):
                 turns.insert(0, message("system", system))
-            cells["row"] = json.dumps(row.value, ensure_ascii=False)
-            cells["kind"], cells["change"] = row.kind, "\n".join(dict.fromkeys(row.changes))
-            if row.unread_columns or row.unread_keys:
-                cells["unread"] = json.dumps({"columns": row.unread_columns, "message keys": row.unread_keys})
+            text = json.dumps(row.value, ensure_ascii=False)
+            facts: dict[str, Any] = {"kind": row.kind, "changes": row.changes}
+            facts |= {"columns": row.unread_columns, "message keys": row.unread_keys}
         except RowError as error:
-            cells["fault"] = str(error)
-        for name, cell in cells.items():
-            result[name].append(cell)
+            facts = {"fault": str(error)}
+        result["row"].append(text)
+        result["where"].append(f"{label} row {(index if numbers is None else int(numbers[index])) + 1}")
+        result["facts"].append(json.dumps(facts))
     return result
 
 
 def _renamed(values: dict[str, Any], mapping: dict[str, str], only: list[str] | None) -> dict[str, Any]:
     """A row under this package's column names, without columns that the mapping replaces."""
+    if not mapping and only is None:
+        return values
     hidden = {*mapping, *mapping.values()}
     if {"completion", "output"} & set(mapping):  # the mapped format, not another one that the row has too
         hidden |= {*TURNS} | ({"output"} if "completion" in mapping else set())

@@ -28,26 +28,17 @@ _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a row.
-
-    Attributes:
-        id: in the vocabulary.
-        raw: its bytes; the bytes of a character may be in several tokens.
-        position: the model's position, from 0 in each conversation; a response continues its prompt.
-        role: of its turn, tags and end tokens included; ``template`` for the template's own text before the first turn;
-            roles joined by "+" if the template does not separate the turns.
-        supervised: it is a target.
-        special: a control token, or another added token.
-        completes: the character that these bytes complete, if it begins in an earlier token.
-    """
+    """One token of a row."""
 
     id: int
-    raw: bytes
-    position: int
+    raw: bytes  # the bytes of a character may be in several tokens
+    position: int  # the model's, from 0 in each conversation; a response continues its prompt
+    # of its turn, tags and end tokens included; ``template`` for the template's own text before the first turn; roles joined
+    # by "+" if the template does not separate the turns
     role: str
-    supervised: bool
-    special: bool
-    completes: str = ""
+    supervised: bool  # it is a target
+    special: bool  # a control token, or another added token
+    completes: str = ""  # the character that these bytes complete, if it begins in an earlier token
 
     @property
     def text(self) -> str:
@@ -59,19 +50,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of a row.
+    """Consecutive tokens of a row."""
 
-    Attributes:
-        part: conversation, prompt, chosen or rejected.
-        where: the place of the data row.
-        tokens: in order.
-        cut_left, cut_right: tokens cut to fit the budget.
-    """
-
-    part: str
-    where: str
+    part: str  # conversation, prompt, chosen or rejected
+    where: str  # the place of the data row
     tokens: list[Token]
-    cut_left: int = 0
+    cut_left: int = 0  # tokens cut to fit the budget
     cut_right: int = 0
 
     @property

@@ -25,10 +25,10 @@ def map_rows(
     table: datasets.Dataset,
     function: Callable[..., dict[str, list[Any]]],
     features: datasets.Features,
-    *,
     options: dict[str, Any],
     key: dict[str, Any],
     desc: str,
+    *,
     with_indices: bool = False,
     batch_size: int = 1000,
 ) -> datasets.Dataset:

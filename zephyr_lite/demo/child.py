@@ -1,4 +1,4 @@
-"""A command of this program in its own process: its memory is free again when it ends, and it can be killed."""
+"""A command of this program in its own process: its memory is freed when it ends, and it can be killed."""
 
 from __future__ import annotations
 

@@ -6,29 +6,26 @@ resumes an interrupted reproduction.
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..config.load import Method, RunConfig, load_config
 from ..data.load import open_source
 from ..errors import Interrupted, UserError
-from ..evaluate.rows import stage_config
 from ..io.atomic import write_json
 from ..io.run_dir import StageDir, read_json
 from ..model.chain import chain_of_run
+from ..monitor.report import StageRecord, read_stage
 from .child import Ended, child
-from .smoke import DISK_RESERVE, merged_bytes
+from .smoke import DISK_RESERVE, merged_bytes, speed
 
 logger = logging.getLogger(__name__)
-
 # name → the configurations of its stages
 RECIPES: dict[str, dict[Method, str]] = {
     "overnight": {"sft": "zephyr-7b/overnight-sft", "dpo": "zephyr-7b/overnight-dpo"},
@@ -55,38 +52,18 @@ class Reproduction:
     Attributes:
         recipe: its name in ``RECIPES``.
         run: the run's folder.
-        words: stage → ``key=value`` words.
-        judge: of MT-Bench; None: no MT-Bench.
+        configs: stage → its configuration.
+        changed: keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``.
+        commands: (part, command) in the order of their execution.
         who: for the row.
     """
 
     recipe: str
     run: Path
-    words: dict[str, list[str]]
-    judge: str | None = None
-    who: str = "anonymous"
-
-    @cached_property
-    def configs(self) -> dict[Method, RunConfig]:
-        """Stage → its configuration; raises a UserError for a key that does not fit."""
-        place = f"output_dir={self.run}"
-        return {s: load_config(s, f, [place, *self.words[s]]).config for s, f in RECIPES[self.recipe].items()}
-
-    def commands(self) -> list[tuple[str, list[str]]]:
-        """(part, command) in the order of their execution."""
-        run, dpo = str(self.run), str(self.run / "dpo")
-        found: list[tuple[str, list[str]]] = [
-            (method, [method, "--config", file, f"output_dir={run}", *self.words[method]])
-            for method, file in RECIPES[self.recipe].items()
-        ]
-        found += [
-            ("merge", ["merge", "--run", run, "--stage", "dpo", "--out", str(self.run / "merged"), "--overwrite"]),
-            ("loss", ["eval", "loss", dpo]),
-            ("preference", ["eval", "preference", dpo]),
-        ]
-        if self.judge is not None:
-            found.append(("mt-bench", ["eval", "mt-bench", dpo, "--judge", self.judge]))
-        return [*found, ("report", ["report", run])]
+    configs: dict[Method, RunConfig]
+    changed: dict[str, Any]
+    commands: list[tuple[str, list[str]]]
+    who: str
 
 
 def plan_reproduction(
@@ -97,55 +74,61 @@ def plan_reproduction(
     Args:
         words: ``key=value`` or ``--key value`` for both stages; ``sft.key=value`` and ``dpo.key=value`` for one.
         out: the run's folder; the recipe's by default.
+        judge: of MT-Bench; None: no MT-Bench.
 
     Raises:
         UserError: no such recipe; a key that does not fit.
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe}: there is no such recipe.", f"There are {', '.join(RECIPES)}.")
-    scoped = scopes(words)
-    run = out or Path(load_config("sft", RECIPES[recipe]["sft"]).config.output_dir)
-    chosen = Reproduction(recipe, run, scoped, judge, who)
-    assert set(chosen.configs) == set(STAGES)  # reads the keys, too
-    return chosen
+    given = scopes(words)
+    recipes = {stage: load_config(stage, file).config for stage, file in RECIPES[recipe].items()}
+    run = out or Path(recipes["sft"].output_dir)
+    configs: dict[Method, RunConfig] = {}
+    commands: list[tuple[str, list[str]]] = []
+    for stage, file in RECIPES[recipe].items():
+        configs[stage] = load_config(stage, file, [f"output_dir={run}", *given[stage]]).config
+        commands.append((stage, [stage, "--config", file, f"output_dir={run}", *given[stage]]))
+    merged, dpo = str(run / "merged"), str(run / "dpo")
+    commands.append(("merge", ["merge", "--run", str(run), "--stage", "dpo", "--out", merged, "--overwrite"]))
+    commands += [(kind, ["eval", kind, dpo]) for kind in ("loss", "preference")]
+    if judge is not None:
+        commands.append(("mt-bench", ["eval", "mt-bench", dpo, "--judge", judge]))
+    commands.append(("report", ["report", str(run)]))
 
-
-def changed(chosen: Reproduction) -> dict[str, Any]:
-    """Keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``."""
-    now = {stage: config.model_dump(mode="json") for stage, config in chosen.configs.items()}
-    then = {s: load_config(s, file).config.model_dump(mode="json") for s, file in RECIPES[chosen.recipe].items()}
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
+    now = {stage: config.model_dump(mode="json") for stage, config in configs.items()}
+    then = {stage: config.model_dump(mode="json") for stage, config in recipes.items()}
     for key in (key for key in RunConfig.model_fields if key not in NEUTRAL):
         values = {stage: now[stage][key] for stage in now if now[stage][key] != then[stage][key]}
         if len(values) == 2 and values["sft"] == values["dpo"]:
-            found[key] = values["sft"]
+            changed[key] = values["sft"]
         else:
-            found.update({f"{stage}.{key}": value for stage, value in values.items()})
-    found.pop("dpo.model_name_or_path", None)  # DPO has the base of the stage below
-    return found
+            changed.update({f"{stage}.{key}": value for stage, value in values.items()})
+    changed.pop("dpo.model_name_or_path", None)  # DPO has the base of the stage below
+    return Reproduction(recipe, run, configs, changed, commands, who)
 
 
-def scopes(words: Sequence[str]) -> dict[str, list[str]]:
+def scopes(words: Sequence[str]) -> dict[Method, list[str]]:
     """The words for each stage; ``--key value`` counts as one.
 
     Raises:
         UserError: a key that the recipe decides.
     """
-    scoped: dict[str, list[str]] = {"sft": [], "dpo": []}
+    scoped: dict[Method, list[str]] = {"sft": [], "dpo": []}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if word.startswith("--") and "=" not in word and rest:
             word = f"{word}={rest.pop(0)}"
         word = word.lstrip("-")
-        stage, dot, own = word.partition(".")
-        one = bool(dot) and stage in scoped
-        word = own if one else word
+        stages: list[Method] = [stage for stage in scoped if word.startswith(f"{stage}.")]
+        word = word.partition(".")[2] if stages else word
         key = word.split("=")[0].split(".")[0].replace("-", "_")
         if key in PLACED:
             raise UserError(f"the command line: {key} is the recipe's decision.", "Choose the run's folder with --out.")
-        for each in [stage] if one else scoped:
-            scoped[each].append(word)
+        for stage in stages or scoped:
+            scoped[stage].append(word)
     return scoped
 
 
@@ -165,12 +148,10 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
     for config in chosen.configs.values():
         for spec in [*config.dataset, *config.eval_dataset]:
             open_source(spec)  # a missing one would otherwise be found hours later
-    commands = chosen.commands()
     found: dict[str, Any] = {}
-    for number, (part, words) in enumerate(commands, 1):
-        reason = done(chosen, part)
-        logger.info(f"[{number}/{len(commands)}] {command_line(words)}")
-        if reason is not None:
+    for number, (part, words) in enumerate(chosen.commands, 1):
+        logger.info(f"[{number}/{len(chosen.commands)}] {command_line(words)}")
+        if (reason := done(chosen, part)) is not None:
             logger.info(reason)
         else:
             try:
@@ -193,9 +174,8 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
 
 def done(chosen: Reproduction, part: str) -> str | None:
     """Why a part has nothing to do, or None. The commands of the stages check by themselves whether they are complete."""
-    stage = StageDir(chosen.run / "dpo")
     if part in ("loss", "preference", "mt-bench"):
-        return f"{part} is done already" if evaluation(stage, part) is not None else None
+        return f"{part} is done already" if evaluation(read_stage(chosen.run / "dpo"), part) else None
     if part != "merge":
         return None
     merged = chosen.run / "merged"
@@ -205,7 +185,7 @@ def done(chosen: Reproduction, part: str) -> str | None:
     if free < size + DISK_RESERVE:
         return (
             f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
-            f"{stage.adapter} is the whole chain as one adapter"
+            f"{chosen.run / 'dpo' / 'adapter'} is the whole chain as one adapter"
         )
     return None
 
@@ -217,92 +197,74 @@ def command_line(words: Sequence[str]) -> str:
 
 def results(chosen: Reproduction) -> dict[str, Any]:
     """The content of results.json, from the files of a run whose stages are complete and evaluated."""
-    stages = {name: StageDir(chosen.run / name) for name in STAGES}
-    infos = {name: stage.info() or {} for name, stage in stages.items()}
-    loss, preference = (evaluation(stages["dpo"], kind) for kind in ("loss", "preference"))
-    assert loss is not None and preference is not None
+    records = {name: read_stage(chosen.run / name) for name in STAGES}
+    sft, dpo = records.values()
+    loss, preference = evaluation(dpo, "loss"), evaluation(dpo, "preference")
     against = preference["comparisons"][0]
+    machines: list[str] = []  # the cards; of a CPU, the number of threads
+    stages: dict[str, dict[str, Any]] = {}
+    for name, record in records.items():
+        info, steps, seconds = record.info, record.info["result"]["steps"], record.values("seconds")
+        for machine in [info["machine"], *(start["machine"] for start in info["resumed"])]:
+            count = machine.get("processes", 1)
+            card = f"{count} × {machine['processor']}" if count > 1 else machine["processor"]
+            if machine["device"] != "cuda":
+                threads = info["plan"]["threads"]
+                card = f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}"
+            machines.append(card)
+        rate, unit = speed(record.columns)
+        peaks = [info["result"].get("peak_memory_bytes", 0) / 2**30, *record.values("peak_memory_gib")]
+        stages[name] = {  # over all processes that worked on it
+            "steps": steps,
+            "step_hours": round(statistics.fmean(seconds) * steps / 3600, 4),
+            f"{unit}_per_second": round(rate, 3),
+            "peak_gib": round(max(peaks), 3),
+            "max_length": record.config["max_length"],
+            "warnings": info["result"].get("warnings", []),
+        }
     merged = chosen.run / "merged"
     found: dict[str, Any] = {
         "format": FORMAT,
         "recipe": chosen.recipe,
-        "changed": changed(chosen),
+        "changed": chosen.changed,
         "who": chosen.who,
-        "machines": machines(list(infos.values())),
-        "base": infos["sft"]["base"],
-        "versions": infos["dpo"]["versions"],
-        "sft": _stage(stages["sft"], infos["sft"]),
-        "dpo": _stage(stages["dpo"], infos["dpo"]),
+        "machines": list(dict.fromkeys(machines)),
+        "base": sft.info["base"],
+        "versions": dpo.info["versions"],
+        **stages,
         "eval_loss": {
             "rows": loss["data"]["rows"],
             "models": {name: model["loss"] for name, model in loss["models"].items()},
         },
         "preference": {
             "rows": preference["data"]["rows"],
-            "against": against["against"],
-            "accuracy": against["accuracy"],
-            "margin_nats": against["margin_nats"],
+            **{key: against[key] for key in ("against", "accuracy", "margin_nats")},
         },
-        "mt_bench": (evaluation(stages["dpo"], "mt-bench") or {}).get("models"),
+        "mt_bench": evaluation(dpo, "mt-bench").get("models"),
         "merged": str(merged) if merged_from(merged, chosen.run) else None,
     }
     return {**found, "row": row(found)}
 
 
-def evaluation(stage: StageDir, kind: str) -> dict[str, Any] | None:
-    """The result of ``zephyr-lite eval KIND`` on a stage; None if there is none, or one of another adapter.
-
-    Raises:
-        UserError: the file is not a JSON object.
-    """
-    found = read_json(stage.path / "eval" / f"{kind}.json") or {}
-    own = ((stage.info() or {}).get("own") or {}).get("sha256")
+def evaluation(record: StageRecord, kind: str) -> dict[str, Any]:
+    """The result of ``zephyr-lite eval KIND`` on a stage; {} if there is none, or one of another adapter."""
+    found = record.results.get(kind) or {}
     adapters = found.get("adapters") or [{}]
-    return found if own and adapters[-1].get("sha256") == own else None
-
-
-def machines(infos: list[dict[str, Any]]) -> list[str]:
-    """The cards that the stages were trained on; of a CPU, the number of threads."""
-    found = []
-    for info in infos:
-        for machine in [info["machine"], *(start["machine"] for start in info.get("resumed", []))]:
-            if machine["device"] == "cuda":
-                several = machine.get("processes", 1)
-                found.append(f"{several} × {machine['processor']}" if several > 1 else machine["processor"])
-            else:
-                threads = info["plan"]["threads"]
-                found.append(f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}")
-    return list(dict.fromkeys(found))
-
-
-def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
-    """Hours, speed and memory of a stage, over all processes that worked on it."""
-    records = [json.loads(line) for line in stage.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if "loss" in record and record.get("seconds")]
-    seconds = statistics.fmean(record["seconds"] for record in steps) * info["result"]["steps"]
-    unit = "num_pairs" if any("num_pairs" in record for record in steps) else "num_tokens"
-    rate = sum(record.get(unit, 0.0) for record in steps) / sum(record["seconds"] for record in steps)
-    peaks = [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]
-    peak = max([info["result"].get("peak_memory_bytes", 0) / 2**30, *peaks])
-    config = stage_config(stage)
-    return {
-        "steps": info["result"]["steps"],
-        "step_hours": round(seconds / 3600, 4),
-        f"{unit.removeprefix('num_')}_per_second": round(rate, 3),
-        "peak_gib": round(peak, 3),
-        "max_length": config.max_length,
-        "warnings": info["result"].get("warnings", []),
-    }
+    return found if adapters[-1].get("sha256") == record.info["own"].get("sha256", "") else {}
 
 
 def row(found: dict[str, Any]) -> str:
     """The line for the table in docs/recipe.md."""
     hours = [found[name]["step_hours"] for name in STAGES]
+    recipe, changed = found["recipe"], list(found["changed"])
+    if changed:
+        more = f" and {len(changed) - KEYS_NAMED} more" if len(changed) > KEYS_NAMED else ""
+        recipe += f", but {', '.join(changed[:KEYS_NAMED])}{more}"
     cells = [
         found["who"],
         " + ".join(found["machines"]),
         found["base"]["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
-        _recipe(found["recipe"], list(found["changed"])),
+        recipe,
         " + ".join(f"{value:.1f}" if value >= 0.95 else f"{value:.2f}" for value in hours),
         f"{found['sft']['tokens_per_second']:,.0f}",
         f"{found['dpo']['pairs_per_second']:,.2f}",
@@ -311,26 +273,14 @@ def row(found: dict[str, Any]) -> str:
         f"{found['preference']['accuracy']['value']:.3f}",
         found["versions"]["zephyr-lite"],
     ]
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _recipe(name: str, keys: list[str]) -> str:
-    if not keys:
-        return name
-    more = f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
-    return f"{name}, but {', '.join(keys[:KEYS_NAMED])}{more}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    escaped = [" ".join(cell.replace("|", "\\|").replace("<", "&lt;").split()) for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def merged_from(folder: Path, run: Path) -> bool:
     """Whether a folder holds the merged model of the run as it is now."""
     mark = read_json(folder / "zephyr_lite.json")
-    stage = StageDir(run / "dpo")
-    if mark is None or not stage.complete() or not any(folder.glob("*.safetensors")):
+    if mark is None or not StageDir(run / "dpo").complete() or not any(folder.glob("*.safetensors")):
         return False
-    return [a.sha256 for a in chain_of_run(run, stage="dpo").adapters] == [
-        a["sha256"] for a in mark.get("adapters", [])
-    ]
+    adapters = chain_of_run(run, stage="dpo").adapters
+    return [adapter.sha256 for adapter in adapters] == [adapter["sha256"] for adapter in mark.get("adapters", [])]

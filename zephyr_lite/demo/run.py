@@ -6,11 +6,14 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from ..chat import load_chat
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
@@ -22,6 +25,7 @@ from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
+from ..monitor.console import Console
 from ..monitor.report_writer import ReportWriter
 from ..recipe.ultrafeedback import to_pairs
 from ..train.dpo import run_dpo
@@ -79,12 +83,6 @@ def run_demo(
     Raises:
         UserError: the base is not installed, or ``out`` holds something else.
     """
-    make_folder(out)
-    with alone(out):
-        return _demo(out, on_metrics, base, overrides)
-
-
-def _demo(out: Path, on_metrics: Callable[..., None], base: Path | None, overrides: Sequence[str]) -> DemoResult:
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -104,74 +102,60 @@ def _demo(out: Path, on_metrics: Callable[..., None], base: Path | None, overrid
                 logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
 
-    with timed("base"):
-        folder = base or demo_base()
-    sweep(out)
-    if (
-        any(not path.name.startswith(".") for path in out.iterdir())
-        and not any(StageDir(out / name).info() for name in ("sft", "dpo"))
-        and not (out / "data").exists()
-    ):
-        raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
-    train_pairs, test_pairs = _write_pairs(out / "data")
-    dodge_pairs = _write_dodges(out / "data")
-    logger.info("[1/4] dSFT: conversations")
-    train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
-    logger.info("[2/4] dDPO: preferences")
-    train(run_dpo, "dpo", train_pairs, test_pairs)
-    logger.info("[3/4] merge")
-    chain = chain_of_run(out)
-    with timed("merge"):
-        merged = merge(
-            folder,
-            chain.adapters,
-            out / "merged",
-            tokenizer_from=chain.tokenizer_from,
-            lineage=chain.lineage(),
-            overwrite=True,
-        )
-    for line in merged.lines():
-        logger.info(line)
-    logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
-    with timed("answers"):
-        standings = _standings(out, test_pairs, dodge_pairs)
-    info = StageDir(out / "dpo").info() or {}
-    result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"], seconds)
-    write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
+    make_folder(out)
+    with alone(out):
+        with timed("base"):
+            folder = base or demo_base()
+        sweep(out)
+        others = [path for path in out.iterdir() if not path.name.startswith(".")]
+        if others and not (out / "data").exists():
+            raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
+        train_pairs, test_pairs, dodge_pairs = _write_data(out / "data")
+        logger.info("[1/4] dSFT: conversations")
+        train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
+        logger.info("[2/4] dDPO: preferences")
+        train(run_dpo, "dpo", train_pairs, test_pairs)
+        logger.info("[3/4] merge")
+        chain = chain_of_run(out)
+        with timed("merge"):
+            merge(
+                folder,
+                chain.adapters,
+                out / "merged",
+                tokenizer_from=chain.tokenizer_from,
+                lineage=chain.lineage(),
+                overwrite=True,
+            )
+        logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
+        with timed("answers"):
+            standings = _standings(out, test_pairs, dodge_pairs)
+        info = StageDir(out / "dpo").info() or {}
+        result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"], seconds)
+        write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
     return result
 
 
-def _write_pairs(folder: Path) -> tuple[Path, Path]:
-    """The scored completions as preference pairs: best mean score against a random other one."""
+def _write_data(folder: Path) -> list[Path]:
+    """Files of preference pairs: to train on, held-out, and the held-out prompts' best completion against each that dodges.
+
+    Training and held-out pairs are the best mean score against a random other one.
+    """
     make_folder(folder)
     sweep(folder)
-    paths = []
+    files, dodging = {}, []
     for name, source in (("train_prefs", FEEDBACK), ("test_prefs", FEEDBACK_TEST)):
         rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-        pairs, counts = to_pairs(rows, seed=42)
-        path = folder / f"{name}.jsonl"
-        with file_aside(path) as file:
+        files[name], counts = to_pairs(rows, seed=42)
+        logger.info(f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts")
+    for row in rows:
+        best = max(row["completions"], key=lambda completion: completion["overall_score"])["response"]
+        worse = [other["response"] for other in row["completions"] if dodges(other["response"])]
+        dodging += [{"prompt": row["instruction"], "chosen": best, "rejected": other} for other in worse]
+    files["test_dodges"] = dodging
+    for name, pairs in files.items():
+        with file_aside(folder / f"{name}.jsonl") as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
-        left = {reason: n for reason, n in counts.items() if reason not in ("rows", "pairs") and n}
-        logger.info(
-            f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts" + (f"; {left}" if left else "")
-        )
-        paths.append(path)
-    return paths[0], paths[1]
-
-
-def _write_dodges(folder: Path) -> Path:
-    """Pairs of the held-out prompts: the best completion against each one that dodges."""
-    path = folder / "test_dodges.jsonl"
-    with file_aside(path) as file:
-        for line in FEEDBACK_TEST.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            best = max(row["completions"], key=lambda c: c["overall_score"])
-            for other in row["completions"]:
-                if dodges(other["response"]):
-                    pair = {"prompt": row["instruction"], "chosen": best["response"], "rejected": other["response"]}
-                    file.write(json.dumps(pair) + "\n")
-    return path
+    return [folder / f"{name}.jsonl" for name in files]
 
 
 def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Standing]:
@@ -182,6 +166,10 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     def rows(file: Path, method: Method) -> TokenizedDataset:
         return prepare([DatasetSpec(path=str(file))], method, config, chat.template, what="held-out")
 
+    def accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
+        means = row_logps(decoder, data).means()
+        return (means[:, 0] > means[:, 1]).double().mean().item()
+
     conversations = rows(CONVERSATIONS_TEST, "sft")
     pairs, dodging = rows(test_pairs, "dpo"), rows(dodge_pairs, "dpo")
     prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
@@ -189,17 +177,27 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
         decoder = Decoder(chat.stack, chat.dtype, adapters)
         answers = chat.ask([*QUESTIONS, *prompts], max_new_tokens=40, adapters=adapters)
-        own, others = answers[: len(QUESTIONS)], answers[len(QUESTIONS) :]
         result[name] = Standing(
             loss=chat_loss(decoder, conversations),
-            preference_accuracy=_preference_accuracy(decoder, pairs),
-            dodging=sum(map(dodges, others)) / len(others),
-            prefers_dodge=1 - _preference_accuracy(decoder, dodging),
-            answers=own,
+            preference_accuracy=accuracy(decoder, pairs),
+            dodging=sum(map(dodges, answers[len(QUESTIONS) :])) / len(prompts),
+            prefers_dodge=1 - accuracy(decoder, dodging),
+            answers=answers[: len(QUESTIONS)],
         )
     return result
 
 
-def _preference_accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
-    means = row_logps(decoder, data).means()
-    return (means[:, 0] > means[:, 1]).double().mean().item()
+def print_standings(console: Console, standings: Mapping[str, Standing]) -> None:
+    """Print each model's answers and scores in columns."""
+    table = Table(show_lines=True, expand=True)
+    for name in ("", *standings):
+        table.add_column(name, ratio=1)
+    for place, question in enumerate(QUESTIONS):
+        table.add_row(Text(question, style="bold"), *(Text(s.answers[place]) for s in standings.values()))
+    for title, name, form in (
+        ("held-out loss", "loss", ".3f"),
+        ("better answer likelier", "preference_accuracy", ".0%"),
+        ("dodging answers", "dodging", ".0%"),
+    ):
+        table.add_row(Text(title), *(Text(format(getattr(s, name), form)) for s in standings.values()))
+    console.out.print(table, soft_wrap=False)

@@ -27,11 +27,10 @@ from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
+from ..monitor.report import Columns, StageRecord, read_stage
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, Any]
 MARK = "smoke.json"
 LN2 = math.log(2)
 STEPS = 20
@@ -45,13 +44,7 @@ DISK_RESERVE = 2**30  # bytes that the trial merge leaves free
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the smoke test.
-
-    Attributes:
-        name: ``train, 10 steps``.
-        seconds: how long it took.
-        found: its result in words.
-    """
+    """One part of the smoke test: its name, how long it took, and its result in words."""
 
     name: str
     seconds: float
@@ -61,30 +54,30 @@ class Part:
 def run_smoke(
     method: Method, config: str | None, overrides: Sequence[str], *, run: Callable[..., Ended] = child
 ) -> list[Part]:
-    """Run the smoke test of a stage.
+    """Run the smoke test of a stage: its parts, then the time and memory of the real run.
 
     Args:
         config, overrides: as the stage's command takes them.
         run: starts a command and waits for it.
 
     Raises:
-        UserError: a part failed; or as the stage itself.
+        UserError: a part failed.
         Interrupted: by a signal.
     """
     loaded = resolve_run(method, config, list(overrides))
     for note in loaded.notes:
         logger.info(note)
-    folder = rehearsal_folder(Path(loaded.config.output_dir))
+    folder = smoke_folder(Path(loaded.config.output_dir))
     with alone(folder):
         claim(folder)
-        logger.info(f"smoke test of {method} in {folder}; {loaded.config.output_dir} is not touched")
+        logger.info("smoke test of %s in %s; %s is not touched", method, folder, loaded.config.output_dir)
         try:
-            return SmokeTest(method, loaded, folder, run).perform()
+            return _smoke(method, loaded, folder, run)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; the next --smoke replaces {folder}.") from None
 
 
-def rehearsal_folder(run: Path) -> Path:
+def smoke_folder(run: Path) -> Path:
     """``NAME-smoke`` beside ``NAME``. Its stages are one level deeper than a run's, so that it is never the newest run."""
     run = run.expanduser()
     run = run if run.name not in ("", "..") else run.resolve()
@@ -97,158 +90,102 @@ def claim(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    inside = [path for path in folder.iterdir() if path.name != LOCK_FILE]
+    inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
     if inside and not (folder / MARK).is_file():
         raise UserError(
             f"{folder} exists and is not a smoke test (it holds {', '.join(sorted(p.name for p in inside)[:3])}).",
             "Move it away, or give another output_dir: the smoke test writes to NAME-smoke beside it.",
         )
-    for path in sorted(inside, key=lambda path: path.name == MARK):  # the mark last
+    for path in inside:
         remove_tree(path)
     write_json(folder / MARK, {"status": "running"})
     make_folder(folder / "logs")
 
 
-class SmokeTest:
-    """The smoke test of one stage.
-
-    Args:
-        folder: claimed.
-        run: starts a command and waits for it.
-    """
-
-    def __init__(self, method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> None:
-        self.method, self.loaded, self.folder, self.start = method, loaded, folder, run
-        self.run = folder / "run"
-        self.stage = StageDir(self.run / method)
-        self.parts: list[Part] = []
-
-    def perform(self) -> list[Part]:
-        """All parts, then the time and memory of the real run."""
-        begun = time.monotonic()
-        config, needs_sft = (self.loaded.config, False) if self.method == "sft" else on_what(self.loaded)
+def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> list[Part]:
+    begun, out, config = time.monotonic(), folder / "run", loaded.config
+    stage, merged, asked, answer = (
+        StageDir(out / method),
+        folder / "merged",
+        folder / "asked.txt",
+        folder / "answer.txt",
+    )
+    write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
+    # (name, command, how it is run, its result in words)
+    commands: list[tuple[str, list[str], dict[str, Any], Callable[[], str]]] = []
+    if method == "dpo":
+        config, needs_sft = on_what(loaded)
+        write_text(folder / "dpo.yaml", dump_config(small_stage(config, "dpo", out)))
         if needs_sft:
-            self._part("an SFT stage below", lambda log: self._train_below(log, config))
-        words = self._training(self.method, small_stage(config, self.method, self.run))
-        self._part(f"train, {KILLED_AFTER} steps", lambda log: self._train_and_kill(log, words))
-        self._part(f"resume to step {STEPS}", lambda log: self._resume(log, words))
-        self._part("merge", lambda log: self._merge(log, config))
-        self._part("answer", lambda log: self._answer(log, config))
-        took = duration(time.monotonic() - begun)
-        verdict = [f"smoke test passed in {took}: everything works", *self._outlook(config)]
-        parts = [asdict(part) for part in self.parts]
-        write_json(self.folder / MARK, {"status": "passed", "method": self.method, "parts": parts, "verdict": verdict})
-        for path in (self.folder / "merged", *self.stage.checkpoints()):
-            remove_tree(path)
-        for line in [*table(self.parts), *verdict]:
-            logger.info(line)
-        return self.parts
+            write_text(folder / "sft.yaml", dump_config(stage_below(config, out, folder / "chosen.jsonl")))
+            words = ["sft", "--config", str(folder / "sft.yaml")]
+            commands.append(("an SFT stage below", words, {}, lambda: "on chosen answers; the run has none yet"))
+    words = [method, "--config", str(folder / f"{method}.yaml")]
+    kill = {"kill_when": (stage.path / f"checkpoint-{KILLED_AFTER}").is_dir}
+    commands.append((f"train, {KILLED_AFTER} steps", words, kill, lambda: "killed there (SIGKILL), as by a power cut"))
+    commands.append((f"resume to step {STEPS}", words, {}, lambda: _resumed(stage.path, method, config)))
+    size, free = merged_bytes(config), shutil.disk_usage(folder).free
+    said = f"{size / 1e9:.1f} GB, removed again"
+    rows = ["--rows", "2"]
+    if free < size + DISK_RESERVE:
+        said = f"the adapter only: {free / 1e9:.1f} GB are free for {merged}, and the model takes {size / 1e9:.1f} GB"
+        rows = ["--adapter-only"]
+    words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *rows]
+    commands.append(("merge", words, {}, lambda: said))
+    write_text(asked, first_prompt(config, method)[:2000])
+    words = ["chat", str(stage.path), "--temperature", "0", "--max-new-tokens", "48"]
+    commands.append(("answer", words, {"asked": asked, "answer": answer}, lambda: _shown(answer)))
 
-    def _part(self, name: str, work: Callable[[Path], str]) -> None:
-        """Run one part.
-
-        Args:
-            work: gets the path of the part's log, and returns its result in words.
-
-        Raises:
-            UserError: the part's error, with the part's name.
-        """
-        log = self.folder / "logs" / f"{len(self.parts) + 1}-{name.split(',')[0].replace(' ', '-')}.log"
-        logger.info(f"{name} …")
-        begun = time.monotonic()
+    parts: list[Part] = []
+    for number, (name, words, how, found) in enumerate(commands, 1):
+        log = folder / "logs" / f"{number}-{name.split(',')[0].replace(' ', '-')}.log"
+        logger.info("%s …", name)
+        started = time.monotonic()
         try:
-            found = work(log)
+            ended = run(words, log=log, **how)
+            if not (ended.killed if "kill_when" in how else ended.code == 0):
+                code = f"exit code {ended.code}" if ended.code >= 0 else f"signal {-ended.code}"
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+                raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with {code}", *lines]))
+            parts.append(Part(name, round(time.monotonic() - started, 1), found()))
         except UserError as error:
-            for line in table(self.parts):
+            for line in table(parts):
                 logger.info(line)
-            write_json(self.folder / MARK, {"status": "failed", "at": name, "why": error.message})
-            where = f"Its output is in {log}." if log.is_file() else ""
-            raise UserError(
-                f"the smoke test failed at: {name}. {error.message}", f"{error.hint} {where}".strip()
-            ) from None
-        self.parts.append(Part(name, round(time.monotonic() - begun, 1), found))
+            write_json(folder / MARK, {"status": "failed", "at": name, "why": error.message})
+            message = f"the smoke test failed at: {name}. {error.message}"
+            raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
+    took = duration(time.monotonic() - begun)
+    verdict = [f"smoke test passed in {took}: everything works", *outlook(config, read_stage(stage.path))]
+    told = {"method": method, "parts": [asdict(part) for part in parts], "verdict": verdict}
+    write_json(folder / MARK, {"status": "passed", **told})
+    for path in (merged, *stage.checkpoints()):
+        remove_tree(path)
+    for line in [*table(parts), *verdict]:
+        logger.info(line)
+    return parts
 
-    def _training(self, method: Method, config: RunConfig) -> list[str]:
-        file = self.folder / f"{method}.yaml"
-        write_text(file, dump_config(config))
-        return [method, "--config", str(file)]
 
-    def _command(self, log: Path, *words: str, **options: Any) -> Ended:
-        """Run a command, which has to succeed, or to be killed by ``kill_when``."""
-        ended = self.start(words, log=log, **options)
-        if ended.killed if "kill_when" in options else ended.code == 0:
-            return ended
-        code = f"exit code {ended.code}" if ended.code >= 0 else f"signal {-ended.code}"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        shown = "".join(f"\n  {line}" for line in lines[-LOG_LINES:])
-        raise UserError(f"`zephyr-lite {words[0]}` ended with {code}{shown}")
+def _resumed(folder: Path, method: Method, config: RunConfig) -> str:
+    """Check that the second process continued from the checkpoint of the first."""
+    record = read_stage(folder)
+    steps, losses = record.columns["loss"]
+    began = [start["step"] for start in record.info["resumed"]]
+    assert record.complete and began and began[-1] >= KILLED_AFTER, (record.info["status"], began)
+    if bad := sorted({*range(1, STEPS + 1)} - {step for step, loss in zip(steps, losses) if math.isfinite(loss)}):
+        raise UserError(
+            f"the loss is not finite at steps {bad}.",
+            "Look at the rows (zephyr-lite data show), or lower learning_rate.",
+        )
+    if method == "dpo" and config.engine == "fused" and config.loss_type == "sigmoid" and not config.label_smoothing:
+        assert abs(losses[0] - LN2) < 1e-3, f"first DPO loss {losses[0]}, not ln 2"
+    held_out = record.values("eval_loss")
+    told = f"held out {held_out[-1]:.3f}" if held_out else "nothing is held out"
+    return f"from checkpoint-{began[-1]}, loss {losses[0]:.3f}, at the end {losses[-1]:.3f}, {told}"
 
-    def _train_below(self, log: Path, config: RunConfig) -> str:
-        below = stage_below(config, self.run, self.folder / "chosen.jsonl")
-        self._command(log, *self._training("sft", below))
-        return "on chosen answers; the run has none yet"
 
-    def _train_and_kill(self, log: Path, words: list[str]) -> str:
-        checkpoint = self.stage.path / f"checkpoint-{KILLED_AFTER}"
-        self._command(log, *words, kill_when=checkpoint.is_dir)
-        return "killed there (SIGKILL), as by a power cut"
-
-    def _resume(self, log: Path, words: list[str]) -> str:
-        """Resume, and check that the second process continued from the checkpoint of the first."""
-        self._command(log, *words)
-        info, records = self.stage.info() or {}, self._metrics()
-        steps = [record["step"] for record in records if "loss" in record]
-        losses = [record["loss"] for record in records if "loss" in record]
-        began = [start["step"] for start in info.get("resumed", [])]
-        assert info.get("status") == "complete" and steps == list(range(1, STEPS + 1)), (info.get("status"), steps)
-        assert began and began[-1] >= KILLED_AFTER, began
-        if bad := [step for step, loss in zip(steps, losses) if not math.isfinite(loss)]:
-            raise UserError(
-                f"the loss is not finite at steps {bad}.",
-                "Look at the rows (zephyr-lite data show), or lower learning_rate.",
-            )
-        config = self.loaded.config
-        if self.method == "dpo" and config.loss_type == "sigmoid" and not config.label_smoothing:
-            assert config.engine != "fused" or abs(losses[0] - LN2) < 1e-3, f"first DPO loss {losses[0]}, not ln 2"
-        held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
-        told = f"held out {held_out[-1]:.3f}" if held_out else "nothing is held out"
-        return f"from checkpoint-{began[-1]}, loss {losses[0]:.3f}, at the end {losses[-1]:.3f}, {told}"
-
-    def _merge(self, log: Path, config: RunConfig) -> str:
-        out = self.folder / "merged"
-        words = ["merge", "--run", str(self.run), "--stage", self.method, "--out", str(out), "--no-card"]
-        size, free = merged_bytes(config), shutil.disk_usage(self.folder).free
-        if free < size + DISK_RESERVE:
-            self._command(log, *words, "--adapter-only")
-            return f"the adapter only: {free / 1e9:.1f} GB are free for {out}, and the model takes {size / 1e9:.1f} GB"
-        self._command(log, *words, "--rows", "2")
-        return f"{size / 1e9:.1f} GB, removed again"
-
-    def _answer(self, log: Path, config: RunConfig) -> str:
-        asked, answer = self.folder / "asked.txt", self.folder / "answer.txt"
-        write_text(asked, first_prompt(config, self.method)[:2000])
-        words = ["chat", str(self.stage.path), "--temperature", "0", "--max-new-tokens", "48"]
-        self._command(log, *words, asked=asked, answer=answer)
-        said = " ".join(answer.read_text(encoding="utf-8", errors="replace").split())
-        return f"“{said[:60]}{'…' if len(said) > 60 else ''}”" if said else "empty: the first token was the end token"
-
-    def _metrics(self) -> list[Metrics]:
-        return [json.loads(line) for line in self.stage.metrics.read_text(encoding="utf-8").splitlines()]
-
-    def _outlook(self, config: RunConfig) -> list[str]:
-        """Memory, and the time of the real run at the measured speed."""
-        info, records = self.stage.info() or {}, self._metrics()
-        lines = []
-        if peaks := [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]:
-            lines.append(f"memory: {max(peaks):.1f} GiB at most")
-        found = speed(records, [0, *(start["step"] for start in info.get("resumed", []))])
-        if found is not None and (whole := whole_stage(config, info["data"], *found)) is not None:
-            rate, unit = found
-            lines.append(
-                f"speed: {rate:,.{0 if unit == 'tokens' else 2}f} {unit}/s measured, so the real {self.method} of about "
-                f"{whole[0]:,} steps takes about {duration(whole[1])}, evaluations not counted"
-            )
-        return lines
+def _shown(answer: Path) -> str:
+    said = " ".join(answer.read_text(encoding="utf-8", errors="replace").split())
+    return f"“{said[:60]}{'…' if len(said) > 60 else ''}”" if said else "empty: the first token was the end token"
 
 
 def table(parts: Sequence[Part]) -> list[str]:
@@ -270,8 +207,8 @@ def small_stage(config: RunConfig, method: Method, run: Path, *, steps: int = ST
         update={
             "output_dir": str(run),
             "stage": method,
-            "dataset": [_few(spec, rows) for spec in config.dataset],
-            "eval_dataset": [_few(spec, HELD_OUT) for spec in config.eval_dataset],
+            "dataset": _few(config.dataset, rows),
+            "eval_dataset": _few(config.eval_dataset, HELD_OUT),
             "batch_size": batch,
             "max_steps": steps,
             "eval_steps": steps,
@@ -288,8 +225,8 @@ def small_stage(config: RunConfig, method: Method, run: Path, *, steps: int = ST
     )
 
 
-def _few(spec: DatasetSpec, rows: int) -> DatasetSpec:
-    return spec.model_copy(update={"limit": min(rows, spec.limit or rows)})
+def _few(specs: Sequence[DatasetSpec], rows: int) -> list[DatasetSpec]:
+    return [spec.model_copy(update={"limit": min(rows, spec.limit or rows)}) for spec in specs]
 
 
 def on_what(loaded: Loaded) -> tuple[RunConfig, bool]:
@@ -303,8 +240,7 @@ def on_what(loaded: Loaded) -> tuple[RunConfig, bool]:
         return config.model_copy(update={"adapters": [str(adapter.path) for adapter in chain.adapters]}), False
     if below.config.is_file():  # SFT is still being trained: DPO will use its base
         theirs = stage_config(below)
-        taken = {key: getattr(theirs, key) for key in INHERITED if key not in loaded.given}
-        config = config.model_copy(update=taken)
+        config = config.model_copy(update={key: getattr(theirs, key) for key in INHERITED if key not in loaded.given})
     return config, True
 
 
@@ -316,18 +252,17 @@ def stage_below(config: RunConfig, run: Path, rows: Path) -> RunConfig:
         for pair in pairs.values():
             file.write(json.dumps({"messages": [*pair["prompt"], *pair["chosen"]], "tools": pair.get("tools")}) + "\n")
     keys = (*INHERITED, "engine", "seed", "chat_template", "max_length", "memory")
-    shared = {key: getattr(config, key) for key in keys}
-    whole = RunConfig(**{**shared, "dataset": [DatasetSpec(path=str(rows))], "eval_dataset": []})
+    whole = RunConfig(
+        dataset=[DatasetSpec(path=str(rows))], eval_dataset=[], **{key: getattr(config, key) for key in keys}
+    )
     return small_stage(whole, "sft", run, steps=BELOW_STEPS)
 
 
 def first_prompt(config: RunConfig, method: Method) -> str:
     """The first user turn of the first row."""
-    specs = [_few(spec, 1) for spec in config.dataset[:1]]
-    row = next(load_rows(specs, method, seed=config.seed).values())
+    row = next(load_rows(_few(config.dataset[:1], 1), method, seed=config.seed).values())
     turns = row["messages" if method == "sft" else "prompt"]
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-    return asked[0] if asked else turns[0]["content"]
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
 
 
 def merged_bytes(config: RunConfig) -> int:
@@ -336,29 +271,45 @@ def merged_bytes(config: RunConfig) -> int:
     return sum(entry.nbytes for entry in files.entries.values())
 
 
-def speed(metrics: Sequence[Metrics], began: Sequence[int]) -> tuple[float, str] | None:
-    """(rate, ``tokens`` or ``pairs``) per second over the steps, without the first one of each process.
+def outlook(config: RunConfig, small: StageRecord) -> list[str]:
+    """Memory, and the time of the real run at the measured speed.
 
     Args:
-        metrics: the records of ``metrics.jsonl``.
-        began: the steps after which a process began.
+        config: the real stage's; small: the small stage.
     """
-    steps = [m for m in metrics if "loss" in m and m["step"] - 1 not in began and m.get("seconds")]
-    seconds = sum(m["seconds"] for m in steps)
-    unit = "pairs" if any("pairs_per_second" in m for m in steps) else "tokens"
-    done = sum(m.get(f"num_{unit}", 0.0) for m in steps)
-    return (done / seconds, unit) if seconds and done else None
+    lines = []
+    if peaks := small.values("peak_memory_gib"):
+        lines.append(f"memory: {max(peaks):.1f} GiB at most")
+    rate, unit = speed(small.columns, [0, *(start["step"] for start in small.info["resumed"])])
+    if rate:
+        steps, seconds = whole_stage(config, small.info["data"], rate, unit)
+        lines.append(
+            f"speed: {rate:,.{0 if unit == 'tokens' else 2}f} {unit}/s measured, so the real {config.stage} of about "
+            f"{steps:,} steps takes about {duration(seconds)}, evaluations not counted"
+        )
+    return lines
 
 
-def whole_stage(config: RunConfig, data: dict[str, Any], rate: float, unit: str) -> tuple[int, float] | None:
+def speed(columns: Columns, began: Sequence[int] = ()) -> tuple[float, str]:
+    """(rate, ``tokens`` or ``pairs``) per second over the steps; 0 if none was measured.
+
+    Args:
+        columns: of ``metrics.jsonl``.
+        began: steps after which a process began; the first step of a process is slow and not counted.
+    """
+    unit = "pairs" if "num_pairs" in columns else "tokens"
+    done = dict(zip(*columns.get(f"num_{unit}", ([], []))))
+    seconds = {step: value for step, value in zip(*columns.get("seconds", ([], []))) if step - 1 not in began}
+    return sum(done.get(step, 0.0) for step in seconds) / (sum(seconds.values()) or math.inf), unit
+
+
+def whole_stage(config: RunConfig, data: dict[str, Any], rate: float, unit: str) -> tuple[int, float]:
     """(steps, seconds) of the real stage at a measured rate.
 
     Args:
         config: the real stage's.
         data: the rows of the small stage, from its ``stage.json``.
     """
-    if not data.get("read") or not data.get("rows"):
-        return None
     read = 0.0
     for spec in config.dataset:
         total = len(open_source(spec))

@@ -16,11 +16,9 @@ from ..io.atomic import write_manifest
 from ..io.interrupts import Output, StopRequest
 from ..memory.machine import peak_memory
 from ..train.checkpoint import MetricsLog
-from ..train.monitors import IN_A_ROW, DpoCollapseMonitor, SkippedSteps
-from ..train.objective import Metrics
-from ..train.observer import Observer
-from ..train.stage import Stage
-from ..train.state import OnMetrics
+from ..train.loop import OnMetrics
+from ..train.monitors import DpoCollapseMonitor, SkippedSteps
+from ..train.stage import Metrics, Observer, Stage
 from ..train.steps import rows_of_step, step_schedule
 
 logger = logging.getLogger(__name__)
@@ -49,21 +47,26 @@ class Order(torch.utils.data.Sampler[int]):
 
 class Recorder(TrainerCallback):
     """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; skips a step whose
-    gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came."""
+    gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came.
 
-    def __init__(self, stage: Stage, unit: str, total: int, on_metrics: OnMetrics) -> None:
-        self.stage, self.unit, self.total, self.output = stage, unit, total, Output()
+    Args:
+        stage: what is trained.
+        on_metrics: prints a logged step.
+        observers: are told of steps and evaluations.
+    """
+
+    def __init__(self, stage: Stage, on_metrics: OnMetrics, observers: Sequence[Observer] = ()) -> None:
+        self.stage, self.observers, self.output = stage, observers, Output()
+        self.unit = "tokens" if stage.method == "sft" else "pairs"
         self.on_metrics = self.output.of(on_metrics)
         self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path)
-        self.per_epoch, _ = step_schedule(stage.config, len(stage.data.rows))
+        self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
-        self.collapse = DpoCollapseMonitor() if unit == "pairs" else None
+        self.collapse = DpoCollapseMonitor() if stage.method == "dpo" else None
         self.begun = self.seconds = self.tokens = 0.0
-        self.skips = False
-        self.observers: Sequence[Observer] = ()
         self.trainer: Any = None  # set when there is one
 
     def resume(self, step: int) -> None:
@@ -81,12 +84,10 @@ class Recorder(TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.fp16:  # the loss scaler skips by itself
-            return
         trained = [p for p in model.parameters() if p.grad is not None]
-        self.skips = not all(bool(torch.isfinite(p.grad).all()) for p in trained)
-        if self.skips:  # the optimizer passes over parameters without gradient
-            for parameter in trained:
+        # the scaler of float16 skips by itself
+        if not args.fp16 and not all(bool(torch.isfinite(p.grad).all()) for p in trained):
+            for parameter in trained:  # the optimizer passes over parameters without gradient
                 parameter.grad = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -117,33 +118,31 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _training(self, step: int, logs: Metrics) -> None:
-        data = self.stage.data
+        data, device = self.stage.data, self.stage.base.device
         rows = rows_of_step(self.stage.config, len(data.rows), step - 1)
-        finite_loss = math.isfinite(logs["loss"])
-        finite = finite_loss and not self.skips and math.isfinite(logs.get("grad_norm", 0.0))
         # accelerate's scaler does not tell its scale: every step before the first update counts as its search
-        scale = 1.0 if self.stage.base.dtype == torch.float16 else None
-        outcome = self.left_out.kind(applied=finite, finite_loss=finite_loss, scale=scale)
-        self.left_out.count_step(outcome)
-        if not finite_loss:
+        kind = self.left_out.kind(logs, 1.0 if self.stage.base.dtype == torch.float16 else None)
+        self.left_out.count_step(kind)
+        if not math.isfinite(logs["loss"]):
             self.trainer._tr_loss.zero_()  # transformers subtracts what was logged, which is not a number
-        if outcome == "bad":
+        if kind == "bad":
             where = [data.examples[example].where for row in rows for example in data.rows[row]]
-            named = self.left_out.add(step, logs, where, alone=None)
-            if self.left_out.in_a_row == IN_A_ROW:
-                raise self.left_out.error(step, named, "The last checkpoint is untouched.")
-        elif outcome == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
+            error = self.left_out.add(step, logs, where, "The last checkpoint is untouched.", alone=None)
+            if error is not None:
+                raise error
+        elif kind == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
             logger.warning(warning)
             self.warnings.append(warning)
         self.tokens, before = logs.pop("num_tokens", self.tokens), self.tokens
         logs["num_tokens"] = self.tokens - before
         if self.unit == "pairs":
             logs["num_pairs"] = float(len(rows))
-        done = logs[f"num_{self.unit}"]
-        logs["epoch"] = round(step / self.per_epoch, 4)
-        logs["seconds"] = round(self.seconds, 4)
-        logs[f"{self.unit}_per_second"] = round(done / max(self.seconds, 1e-9), 3)
-        logs["peak_memory_gib"] = round(peak_memory(self.stage.base.device) / 2**30, 3)
+        logs |= {
+            "epoch": round(step / self.per_epoch, 4),
+            "seconds": round(self.seconds, 4),
+            f"{self.unit}_per_second": round(logs[f"num_{self.unit}"] / max(self.seconds, 1e-9), 3),
+            "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
+        }
         self.last = logs
         for observer in self.observers:
             observer.on_step_end(step, logs)

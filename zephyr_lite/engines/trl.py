@@ -15,16 +15,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -34,23 +31,22 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..config.load import Method, RunConfig
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..io.atomic import MANIFEST, manifest_fault, remove_folder
+from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
 from ..memory.machine import reset_peak_memory
 from ..memory.plan import SHARE
 from ..model.adapters import AdapterStack
 from ..model.compose import compose
-from ..model.peft_io import LoraWeights, read_adapter, write_adapter
-from ..train.callbacks import open_wandb, trackers
+from ..model.families import FAMILIES
+from ..model.peft_io import LoraWeights, read_adapter
+from ..train.callbacks import name_wandb_run
 from ..train.checkpoint import resume_point
-from ..train.loop import interrupted
-from ..train.objective import Outcome
-from ..train.observer import Observer
+from ..train.loop import OnMetrics, interrupted
 from ..train.optim import make_optimizer, make_scheduler
-from ..train.stage import Stage
+from ..train.stage import Observer, Outcome, Stage
 from ..train.steps import step_schedule
-from . import unsloth
-from .recorder import OnMetrics, Order, Recorder
+from .recorder import Order, Recorder
+from .unsloth import start_unsloth, unsloth_model
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +64,7 @@ def check_supported(method: Method, config: RunConfig) -> None:
         UserError: Unsloth cannot run here, or TRL has no such loss.
     """
     if config.engine == "unsloth":
-        unsloth.start_unsloth()
+        start_unsloth()
     if method == "dpo" and config.loss_type == "ipo_sum":
         raise UserError("loss_type ipo_sum: TRL has IPO per token only.", "Set loss_type=ipo, or engine=fused.")
     if method == "dpo" and config.loss_type == "sigmoid" and config.label_smoothing:
@@ -92,11 +88,13 @@ def train_on_trl(
     """
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
-    trainer, recorder = make_trainer(stage, on_metrics=on_metrics)
-    found = _resume_point(stage)
+    trainer, recorder = make_trainer(stage, on_metrics=on_metrics, observers=observers)
+    for path in stage.dir.checkpoints():  # transformers writes in place, its state last: a killed process left this one
+        if not (path / "trainer_state.json").is_file():
+            remove_folder(path)
+    found = resume_point(stage.dir)
     done = 0 if found is None else int(found.name.split("-")[1])
     recorder.resume(done)
-    recorder.observers = observers
     for observer in observers:
         observer.on_train_begin(stage, recorder.unit, recorder.total, done)
     if found is not None:
@@ -104,13 +102,21 @@ def train_on_trl(
     started = time.perf_counter()
     with StopRequest("the step is finished and a checkpoint written") as stop:
         recorder.stop = stop
-        if found is None or not _restore_last(trainer, found, recorder.total, stage.config):
+        state = None if found is None else TrainerState.load_from_json(str(found / "trainer_state.json"))
+        if state is not None and (state.global_step >= recorder.total or _stops_early(state, stage.config)):
+            # nothing is left to be trained, and transformers would make one more step
+            trainer.state = state
+            trainer._load_from_checkpoint(str(found))
+            if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                trainer._load_best_model()
+        else:
             trainer.train(resume_from_checkpoint=str(found) if found else None)
     state = trainer.state
-    if stop.name is not None and state.global_step < recorder.total:
-        raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
-    if recorder.output.fault is not None and state.global_step < recorder.total:
-        raise recorder.output.fault
+    if state.global_step < recorder.total:
+        if stop.name is not None:
+            raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
+        if recorder.output.fault is not None:
+            raise recorder.output.fault
     best = None
     if state.best_metric is not None and state.best_global_step:
         best = (float(state.best_metric), int(state.best_global_step))
@@ -127,20 +133,20 @@ def train_on_trl(
     return outcome, AdapterStack(trainer.model).weights(ADAPTER)
 
 
-def make_trainer(stage: Stage, *, on_metrics: OnMetrics) -> tuple[Any, Recorder]:
+def _stops_early(state: TrainerState, config: RunConfig) -> bool:
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    waited = stopping.get("early_stopping_patience_counter", 0)
+    return bool(waited >= (config.early_stopping_patience or math.inf))
+
+
+def make_trainer(stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Observer] = ()) -> tuple[Any, Recorder]:
     """TRL's trainer of an opened stage, ready to train, and the callback that writes its metrics."""
     config, sft, fast = stage.config, stage.method == "sft", stage.config.engine == "unsloth"
-    stage.info.setdefault("trl", {})
-    settings = stage.info["trl"].setdefault("arguments", _split(stage))  # a resumed run keeps the split
-    if fast:
-        model, fresh = unsloth.attach(stage, checkpointing=settings["gradient_checkpointing"]), None
-    else:
-        model, fresh = attach(stage)
-    kept = Start(model) if fresh is None else None
+    settings = stage.info.setdefault("trl", {}).setdefault("arguments", _split(stage))  # a resumed run keeps the split
+    model, fresh, weights = attach(stage, checkpointing=settings["gradient_checkpointing"])
     if stage.dir.path.is_dir():
         stage.dir.write_info(stage.info)
-    _, total = step_schedule(config, len(stage.data.rows))
-    recorder = Recorder(stage, "tokens" if sft else "pairs", total, on_metrics)
+    recorder = Recorder(stage, on_metrics, observers)
     tokenizer = copy.deepcopy(stage.template.tokenizer)  # TRL sets its pad token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = [stage.data] if stage.eval_data is None else [stage.data, stage.eval_data]
@@ -152,24 +158,25 @@ def make_trainer(stage: Stage, *, on_metrics: OnMetrics) -> tuple[Any, Recorder]
         "callbacks": [recorder],
         "peft_config": fresh,
     }
-    common = _arguments(stage, total) | settings
+    common = _arguments(stage, recorder.total) | settings
     trainer: Any
     if sft:
-        lengths = fast and stage.base.device.type == "cuda"  # where Unsloth's own attention runs
-        packed = sees_only_itself(model, with_lengths=lengths)
+        # The masks of these architectures follow positions that start again at 0, as TRL's packing assumes.
+        packed = model.config.model_type in FAMILIES
         if not packed:
-            logger.warning("this architecture does not keep packed conversations apart: TRL gets them padded instead")
+            logger.warning(f"{model.config.model_type}: TRL gets packed conversations as a padded batch")
         if fast:
             common["loss_type"] = "nll"  # the one that Unsloth's own chunked loss replaces
         arguments = SFTConfig(**common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        collator = Rows(parts, pad, packed=packed, with_lengths=lengths)
+        # Unsloth's own attention, which needs the lengths, runs on a GPU
+        collator = Rows(parts, pad, packed=packed, with_lengths=fast and stage.base.device.type == "cuda")
         trainer = Sft(**shared, args=arguments, data_collator=collator)
         if stage.eval_data is not None:
             targets = sum(int(example.mask[1:].sum()) for example in stage.eval_data.examples)
             trainer.eval_items = targets / len(stage.eval_data.rows)
     else:
         if config.lora_dropout:
-            logger.info(f"lora_dropout {config.lora_dropout} is off: TRL's DPO would apply it to the reference too")
+            logger.warning(f"lora_dropout {config.lora_dropout} is off: TRL's DPO would apply it to the reference too")
         arguments = DPOConfig(
             **common,
             max_length=None,
@@ -179,13 +186,10 @@ def make_trainer(stage: Stage, *, on_metrics: OnMetrics) -> tuple[Any, Recorder]
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
         trainer = Dpo(**shared, args=arguments, data_collator=Pairs(parts, pad))
-    if kept is not None:
-        kept.put_back(trainer.model, dropout=config.lora_dropout if sft else 0.0)
-    else:
-        start_as_fused(trainer.model, config, stage.base.dtype)
+    put_weights(trainer.model, stage, weights, dropout=config.lora_dropout if sft else 0.0)
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.optimizer = make_optimizer(config, parameters)
-    trainer.lr_scheduler = make_scheduler(config, trainer.optimizer, total)
+    trainer.lr_scheduler = make_scheduler(config, trainer.optimizer, recorder.total)
     recorder.trainer = trainer
     trainer.order = Order(config, len(stage.data.rows))
     trainer.remove_callback(PrinterCallback)
@@ -200,7 +204,7 @@ def _arguments(stage: Stage, total: int) -> dict[str, Any]:
     """The arguments that both trainers' configurations share."""
     config = stage.config
     cuda = stage.base.device.type == "cuda"
-    open_wandb(trackers(config), stage.dir)
+    name_wandb_run(stage)
     evaluates = stage.eval_data is not None and config.eval_steps is not None
     keep_best = bool(config.load_best_model_at_end and evaluates)
     # transformers can only go back to a checkpoint, so evaluations are where they are written
@@ -270,34 +274,86 @@ def longest_sequence(stage: Stage) -> int:
     )
 
 
-# -- checkpoints -------------------------------------------------------------------------------------------------------
+# The adapter
 
 
-def _resume_point(stage: Stage) -> Path | None:
-    """The newest undamaged checkpoint. transformers writes in place, trainer_state.json last, and then the recorder writes
-    the manifest: a folder without that state is what a killed process left."""
-    for path in stage.dir.checkpoints():
-        if not (path / "trainer_state.json").is_file():
-            remove_folder(path)
-    return resume_point(stage.dir, fault=lambda path: manifest_fault(path) if (path / MANIFEST).is_file() else None)
+def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None, Mapping[str, LoraWeights] | None]:
+    """The model for TRL.
+
+    Args:
+        checkpointing: recompute activations in the backward pass, in Unsloth's way.
+
+    Returns:
+        the model; the adapter that TRL is to put on it, None where the model brings its own; the weights to start from, None
+        for those of a fresh adapter.
+    """
+    config, model = stage.config, stage.base.model
+    shape: dict[str, Any] = {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": config.lora_target_modules,
+    }
+    below, names = None, ", ".join(str(a.path) for a in stage.frozen)
+    if stage.frozen and stage.base.load_in_4bit:
+        below = compose(stage.frozen)
+        ranks = {module: w.a.shape[0] for module, w in below.items()}
+        rank = max(ranks.values())
+        others = {module: r for module, r in ranks.items() if r != rank}
+        # composed weights have their scale in B
+        shape = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
+        shape["target_modules"] = sorted(ranks)
+        logger.warning(
+            f"TRL cannot leave a frozen adapter on under another in 4 bits: it trains {names} on, at rank {rank} instead of "
+            f"lora_r {config.lora_r}" + (", against a frozen copy" if stage.method == "dpo" else "")
+        )
+        stage.info["trl"].setdefault("continues", stage.info["adapters"])
+        stage.info["adapters"] = []  # the trained adapter is the whole chain
+        stage.frozen = []
+    elif stage.frozen:
+        logger.info(
+            f"TRL's reference is a plain model: {names} merged into the {stage.base.dtype} base, a fresh adapter on top"
+        )
+        for adapter in stage.frozen:
+            model = PeftModel.from_pretrained(model, adapter.path).merge_and_unload()
+        model.requires_grad_(False)
+    if config.engine == "unsloth":
+        longest, limit = longest_sequence(stage), stage.base.model.max_seq_length
+        if longest > limit:
+            raise UserError(
+                f"a row has {longest} tokens, and the model {limit} positions; Unsloth would cut it or stretch them.",
+                f"Set max_length={limit}, or engine=fused.",
+            )
+        dropout = config.lora_dropout if stage.method == "sft" else 0.0
+        return unsloth_model(model, shape, dropout=dropout, seed=config.seed, checkpointing=checkpointing), None, below
+    lora = LoraConfig(**shape, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM")
+    return (model, lora, None) if below is None else (get_peft_model(model, lora), None, below)
 
 
-def _restore_last(trainer: Any, checkpoint: Path, total: int, config: RunConfig) -> bool:
-    """Whether nothing was left to be trained after a checkpoint; then the trainer is as ``train`` would end, with the last
-    checkpoint or the best one. (transformers would make one more step.)"""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-    waited = stopping.get("early_stopping_patience_counter", 0)
-    if state.global_step < total and waited < (config.early_stopping_patience or math.inf):
-        return False
-    trainer.state = state
-    trainer._load_from_checkpoint(str(checkpoint))
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        trainer._load_best_model()
-    return True
+def put_weights(model: Any, stage: Stage, weights: Mapping[str, LoraWeights] | None, *, dropout: float) -> None:
+    """Give the adapter, and TRL's reference copy of it, their initial weights in float32 at least: TRL rounds to bfloat16.
+
+    Args:
+        weights: by module; None: the fused engine's fresh ones (``AdapterStack.add_trainable``).
+    """
+    wide = torch.promote_types(stage.base.dtype, torch.float32)
+    generator = torch.Generator().manual_seed(stage.config.seed)
+    for module, layer in AdapterStack(model).lora_layers():
+        if weights is None:
+            a = torch.empty(layer.lora_A[ADAPTER].weight.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+            b = torch.zeros(())
+        else:
+            a, b = weights[module].a, weights[module].b
+        for name in layer.lora_A:
+            layer.lora_A[name].to(wide)
+            layer.lora_B[name].to(wide)
+            with torch.no_grad():
+                layer.lora_A[name].weight.copy_(a)
+                layer.lora_B[name].weight.copy_(b)
+        layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# Rows
 
 
 def places(data: TokenizedDataset) -> datasets.Dataset:
@@ -357,41 +413,7 @@ class Pairs(DataCollatorForPreference):
         return batch
 
 
-def sees_only_itself(model: Any, *, with_lengths: bool = False) -> bool:
-    """Whether positions that start again at 0 keep two sequences of one row apart, as TRL's packing assumes.
-
-    True of every architecture of transformers whose masks come from ``create_causal_mask``; the model is run, as it trains
-    and as it evaluates, without dropout.
-
-    Args:
-        with_lengths: also pass the sequences' lengths, in Unsloth's argument.
-    """
-    device = next(model.parameters()).device
-    first, second = (torch.arange(a, a + 12, device=device) % 100 for a in (3, 40))
-    positions = torch.arange(12, device=device)
-    lengths = {LENGTHS: torch.tensor([12, 12], dtype=torch.int32, device=device)} if with_lengths else {}
-    both = {"input_ids": torch.cat([first, second])[None], "position_ids": torch.cat([positions, positions])[None]}
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    was_training = model.training
-    try:
-        for training in (False, True):
-            model.train(training)
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
-            with torch.no_grad():
-                alone = model(input_ids=second[None], position_ids=positions[None], use_cache=False).logits[0].float()
-                packed = model(**both, **lengths, use_cache=False).logits[0, 12:].float()
-            if not (packed - alone).norm() < tolerance * alone.norm():
-                return False
-    except TypeError:  # it takes no positions
-        return False
-    finally:
-        model.train(was_training)
-    return True
-
-
-# -- trainers ----------------------------------------------------------------------------------------------------------
+# Trainers
 
 
 class _OurRows:
@@ -446,87 +468,3 @@ class Dpo(_OurRows, DPOTrainer):
                     "Set engine=fused, and please report this.",
                 )
         return found
-
-
-# -- the adapter -------------------------------------------------------------------------------------------------------
-
-
-def attach(stage: Stage) -> tuple[Any, LoraConfig | None]:
-    """The model for TRL, and the adapter that TRL is to put on it; None where the model brings its own."""
-    config = stage.config
-    if stage.frozen and stage.base.load_in_4bit:
-        with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "adapter"
-            write_adapter(whole, compose(stage.frozen), base_model_name=str(stage.base.path))
-            model = PeftModel.from_pretrained(stage.base.model, whole, is_trainable=True)
-        train_below(stage, model.peft_config[ADAPTER].r)
-        return model, None
-    fresh = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return merged_below(stage), fresh
-
-
-def merged_below(stage: Stage) -> Any:
-    """The base with the adapters below merged into it (16 or 32 bits), or as it is where there are none."""
-    model: Any = stage.base.model
-    if stage.frozen:
-        names = ", ".join(str(a.path) for a in stage.frozen)
-        logger.info(
-            f"TRL's reference is a plain model: {names} merged into the {stage.base.dtype} base, a fresh adapter on top"
-        )
-        for adapter in stage.frozen:
-            model = PeftModel.from_pretrained(model, adapter.path).merge_and_unload()
-        model.requires_grad_(False)
-    return model
-
-
-def train_below(stage: Stage, rank: int) -> None:
-    """Say that the adapters below are trained on, and make the stage the owner of the whole chain."""
-    logger.warning(
-        f"TRL cannot leave a frozen adapter on under another in 4 bits: it trains "
-        f"{', '.join(str(a.path) for a in stage.frozen)} on, at rank {rank} instead of lora_r {stage.config.lora_r}"
-        + (", against a frozen copy" if stage.method == "dpo" else "")
-    )
-    stage.info["trl"].setdefault("continues", stage.info["adapters"])
-    stage.info["adapters"] = []  # the trained adapter is the whole chain
-    stage.frozen = []
-
-
-class Start:
-    """An adapter's float32 weights, before TRL rounds them to bfloat16."""
-
-    def __init__(self, model: Any) -> None:
-        self.weights = AdapterStack(model).weights(ADAPTER)
-
-    def put_back(self, model: Any, *, dropout: float) -> None:
-        """Into the adapter and, where there is one, into TRL's reference copy of it."""
-        for module, layer in AdapterStack(model).lora_layers():
-            for name in layer.lora_A:
-                layer.lora_A[name].float()
-                layer.lora_B[name].float()
-                with torch.no_grad():
-                    layer.lora_A[name].weight.copy_(self.weights[module].a)
-                    layer.lora_B[name].weight.copy_(self.weights[module].b)
-            layer.lora_dropout[ADAPTER] = nn.Dropout(dropout) if dropout else nn.Identity()
-
-
-def start_as_fused(model: Any, config: RunConfig, dtype: torch.dtype) -> None:
-    """Give the adapter the fused engine's initial weights (``AdapterStack.add_trainable``), in float32 at least."""
-    wide = torch.promote_types(dtype, torch.float32)
-    generator = torch.Generator().manual_seed(config.seed)
-    for module in model.modules():
-        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
-            continue
-        for side in (module.lora_A, module.lora_B):
-            side[ADAPTER].to(wide)
-        weight = module.lora_A[ADAPTER].weight
-        fresh = torch.empty(weight.shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            weight.copy_(fresh)
-            module.lora_B[ADAPTER].weight.zero_()

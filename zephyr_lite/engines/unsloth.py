@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ from ..io.run_dir import cache_dir
 if TYPE_CHECKING:
     from ..config.load import RunConfig
     from ..model.base import Base
-    from ..model.peft_io import LoraWeights
-    from ..train.stage import Stage
 
 WANTED = ">=2026.10.7,<2026.11"  # as the extra in pyproject.toml
 INSTALL = 'pip install "zephyr-lite[unsloth]"'
@@ -57,12 +54,12 @@ def start_unsloth() -> None:
         )
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     # it writes the sources that it generates, into the current folder by default
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / f"unsloth-{unsloth_version()}"))
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / f"unsloth-{version('unsloth')}"))
     try:
         importlib.import_module("unsloth")
     except Exception as error:
         raise UserError(
-            f"engine unsloth: unsloth {unsloth_version()} does not start here: {_named(error)}",
+            f"engine unsloth: unsloth {version('unsloth')} does not start here: {_named(error)}",
             f"It needs a GPU that it knows, and the versions of its extra: {INSTALL}. Or set engine=trl.",
         ) from error
 
@@ -79,10 +76,6 @@ def unsloth_conflicts() -> list[str]:
         except PackageNotFoundError:
             result.append(f"{name} {WANTED} is not installed")
     return result
-
-
-def unsloth_version() -> str:
-    return version("unsloth")
 
 
 def _named(error: Exception) -> str:
@@ -108,11 +101,6 @@ def load_unsloth(config: RunConfig) -> Base:
     dtype = compute_dtype(config.dtype, device)
     stored = getattr(model_config, "quantization_config", None)
     _, four_bit, double = quantization_of(config, stored, folder, dtype)
-    if dtype == torch.float64 or (dtype == torch.float32 and device.type == "cuda"):
-        raise UserError(
-            f"dtype {str(dtype).removeprefix('torch.')}: Unsloth cannot compute in it on this device.",
-            "Set engine=fused.",
-        )
     if four_bit and stored is None and not double:
         raise UserError(
             "bnb_4bit_use_double_quant false: Unsloth always quantizes the scales of a base that it quantizes.",
@@ -136,7 +124,7 @@ def load_unsloth(config: RunConfig) -> Base:
         raise
     except Exception as error:
         raise UserError(
-            f"{folder}: Unsloth {unsloth_version()} cannot load it: {_named(error)}",
+            f"{folder}: Unsloth {version('unsloth')} cannot load it: {_named(error)}",
             "Set engine=trl, which takes any architecture, or engine=fused.",
         ) from error
     embedding = model.get_input_embeddings().weight
@@ -148,84 +136,39 @@ def load_unsloth(config: RunConfig) -> Base:
     for name, (there, wanted) in found.items():  # Unsloth prints a line and continues
         if there != wanted:
             raise UserError(
-                f"{folder}: Unsloth {unsloth_version()} loaded it with {name} {there}, wanted was {wanted}.",
+                f"{folder}: Unsloth {version('unsloth')} loaded it with {name} {there}, wanted was {wanted}.",
                 "Ask for what it does here, or set engine=trl.",
             )
     return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
 
 
-def attach(stage: Stage, *, checkpointing: bool) -> Any:
-    """Unsloth's PeftModel with the weights that the run starts from.
+def unsloth_model(model: Any, shape: dict[str, Any], *, dropout: float, seed: int, checkpointing: bool) -> Any:
+    """``FastLanguageModel.get_peft_model``: Unsloth's PeftModel with a fresh adapter.
 
     Args:
+        shape: the adapter's rank, alpha, patterns and targets; targets are projections, all-linear, or the full names of
+            modules where there is a rank_pattern.
         checkpointing: recompute activations in the backward pass, in Unsloth's way.
     """
-    from ..model.adapters import AdapterStack
-    from ..model.compose import compose
-    from .trl import ADAPTER, longest_sequence, merged_below, start_as_fused, train_below
-
-    longest, limit = longest_sequence(stage), stage.base.model.max_seq_length
-    if longest > limit:
-        raise UserError(
-            f"a row has {longest} tokens, and the model {limit} positions; Unsloth would cut it or stretch the positions.",
-            f"Set max_length={limit}, or engine=fused.",
-        )
-    if stage.frozen and stage.base.load_in_4bit:
-        below = compose(stage.frozen)
-        model = _peft_model(stage.base.model, stage, checkpointing, below)
-        AdapterStack(model).load(ADAPTER, below)
-        train_below(stage, max(w.a.shape[0] for w in below.values()))
-    else:
-        model = _peft_model(merged_below(stage), stage, checkpointing, None)
-        start_as_fused(model, stage.config, stage.base.dtype)
-    return model
-
-
-def _peft_model(model: Any, stage: Stage, checkpointing: bool, below: Mapping[str, LoraWeights] | None) -> Any:
-    """``FastLanguageModel.get_peft_model`` with a fresh adapter, or one of the shape of the adapters below."""
+    from torch import nn
     from unsloth import FastLanguageModel
 
     from ..model.adapters import AdapterStack
 
-    config = stage.config
-    named = config.lora_target_modules
-    shape: dict[str, Any] = {
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": linear_names(model) if isinstance(named, str) else list(named),
-    }
-    if below is not None:
-        ranks = {module: w.a.shape[0] for module, w in below.items()}
-        rank = max(ranks.values())
-        others = {module: r for module, r in ranks.items() if r != rank}
-        shape = {
-            "r": rank,
-            "lora_alpha": rank,  # composed weights have their scale in B
-            "rank_pattern": others,
-            "alpha_pattern": others,
-            "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}),
-        }
+    targets, head = shape["target_modules"], model.get_output_embeddings()
+    if isinstance(targets, str):
+        targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     made = FastLanguageModel.get_peft_model(
         model,
-        **shape,
-        lora_dropout=config.lora_dropout if stage.method == "sft" else 0.0,
+        **{**shape, "target_modules": sorted({module.rsplit(".", 1)[-1] for module in targets})},
+        lora_dropout=dropout,
         bias="none",
         use_gradient_checkpointing="unsloth" if checkpointing else False,
-        random_state=config.seed,
+        random_state=seed,
     )
-    if below is not None and {name for name, layer in AdapterStack(made).lora_layers()} != below.keys():
+    if "rank_pattern" in shape and {name for name, _ in AdapterStack(made).lora_layers()} != set(targets):
         raise UserError(
             "the adapters below are on some layers only, in a pattern that Unsloth's adapter cannot have.",
             "Set engine=fused.",
         )
     return made
-
-
-def linear_names(model: Any) -> list[str]:
-    """PEFT's ``all-linear``: the last part of the names of all linear layers but the head."""
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    return sorted(
-        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    )

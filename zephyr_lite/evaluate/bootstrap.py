@@ -1,8 +1,8 @@
-"""Confidence intervals by the bootstrap over rows: how much would a number move with other rows of the same kind?
+"""Confidence intervals by the bootstrap over rows: the percentile interval of Efron (1979).
 
-The percentile interval of Efron (1979): each resample draws as many rows as there are, with replacement. Every statistic
-is a ratio of sums over rows (loss per token, share of pairs), and all of them are computed on the same resamples, so the
-interval of a difference between two models is a paired one.
+Each resample draws as many rows as there are, with replacement. Every statistic is a ratio of sums over rows (loss per token,
+share of pairs), and all of them are computed on the same resamples, so the interval of a difference between two models is a
+paired one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ _CHUNK = 4_000_000  # random numbers drawn at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its confidence interval.
-
-    Attributes:
-        value: of the rows as they are.
-        low, high: the interval's ends; None if there is only one row.
-    """
+    """A number with its confidence interval; no ends if there is only one row."""
 
     value: float
     low: float | None
@@ -35,34 +30,21 @@ class Interval:
 
     def exp(self) -> Interval:
         """The interval of the perplexity, for a loss; capped at e^700."""
-        return Interval(*(None if x is None else math.exp(min(x, 700.0)) for x in self._ends()))  # type: ignore[arg-type]
-
-    def scaled(self, factor: float) -> Interval:
-        """The interval times a positive factor."""
-        return Interval(*(None if x is None else x * factor for x in self._ends()))  # type: ignore[arg-type]
-
-    def _ends(self) -> tuple[float, float | None, float | None]:
-        return self.value, self.low, self.high
+        ends = (None if x is None else math.exp(min(x, 700.0)) for x in (self.low, self.high))
+        return Interval(math.exp(min(self.value, 700.0)), *ends)
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
     def text(self, form: str = ".4f") -> str:
         """``1.2345 [1.2001, 1.2690]``."""
-        if self.low is None:
-            return f"{self.value:{form}}"
-        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+        ends = "" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.value:{form}}{ends}"
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Settings of the bootstrap.
-
-    Attributes:
-        resamples: number of resamples.
-        level: of confidence; 0.95 cuts off 2.5 % of the resamples at either end.
-        seed: of the random draws.
-    """
+    """Number of resamples, level of confidence (0.95 cuts off 2.5 % of the resamples at either end), and random seed."""
 
     resamples: int = 1000
     level: float = 0.95
@@ -82,8 +64,7 @@ class Bootstrap:
         for start in range(0, self.resamples, size):
             # how often each row is drawn
             counts = generator.multinomial(rows, np.full(rows, 1 / rows), size=min(size, self.resamples - start))
-            counts = counts.astype(np.float64)
-            drawn.append((counts @ above) / (counts @ below))
+            drawn.append((counts.astype(np.float64) @ above) / (counts.astype(np.float64) @ below))
         tail = (1 - self.level) / 2
         low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail], axis=0)
         return {name: Interval(*map(float, ends)) for name, *ends in zip(ratios, values, low, high)}

@@ -9,13 +9,10 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import io
 import logging
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,11 +41,7 @@ _METRICS = ("acc_norm", "exact_match", "acc")  # of other tasks the first that t
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task, or a group of tasks, of the harness.
-
-    Attributes:
-        shots: examples before each question; None: the task's own number.
-    """
+    """A task, or a group of tasks, of the harness; ``shots``: examples before each question; None: the task's own number."""
 
     name: str
     shots: int | None = None
@@ -60,19 +53,12 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """What changes the numbers, besides model and task.
+    """What changes the numbers, besides model and task."""
 
-    Attributes:
-        limit: number of questions of each task; None: all.
-        chat: ask through the chat template, which the paper did not.
-        batch_size: None: the harness finds one on a GPU, and takes 1 on a CPU.
-        include: a folder with the user's own task files.
-    """
-
-    limit: int | None = None
-    chat: bool = False
-    batch_size: int | None = None
-    include: Path | None = None
+    limit: int | None = None  # number of questions of each task
+    chat: bool = False  # ask through the chat template, which the paper did not
+    batch_size: int | None = None  # None: the harness finds one on a GPU, and takes 1 on a CPU
+    include: Path | None = None  # a folder with the user's own task files
 
     @property
     def kind(self) -> str:
@@ -105,34 +91,20 @@ def metrics(tasks: Sequence[TaskSpec], models: Models) -> str:
 def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
     """Tasks from ``NAME`` or ``NAME:SHOTS``, separated by commas; none: the paper's. The paper's tasks have its shots
     unless given.
-
-    Raises:
-        UserError: a number of shots is not a number; a task is given twice.
     """
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     tasks: list[TaskSpec] = []
     for name in names or PAPER:
         plain, colon, shots = name.rpartition(":")
-        if not colon:
-            task = TaskSpec(name, PAPER[name][0] if name in PAPER else None)
-        elif shots.isascii() and shots.isdigit() and len(shots) < 4:
-            task = TaskSpec(plain, int(shots))
-        else:
-            raise UserError(
-                f"--tasks: {short(name)}: {short(shots)} is not a number of shots.", "Write NAME or NAME:5."
-            )
-        if task in tasks:
-            raise UserError(f"--tasks: {task.key} is given twice.", "Name it once.")
-        tasks.append(task)
-    return tasks
+        if colon and not shots.isdecimal():
+            message = f"--tasks: {short(name)}: {short(shots)} is not a number of shots."
+            raise UserError(message, "Write NAME or NAME:5.")
+        tasks.append(TaskSpec(plain, int(shots)) if colon else TaskSpec(name, PAPER.get(name, (None, ""))[0]))
+    return list(dict.fromkeys(tasks))
 
 
 def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
-    """The harness's index of tasks (``TaskManager``), without loading their data.
-
-    Raises:
-        UserError: lm-eval is not installed; there is no such task or folder.
-    """
+    """The harness's index of tasks (``TaskManager``), without loading their data."""
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such folder.", "Give a folder with task files (YAML).")
     try:
@@ -176,9 +148,6 @@ def evaluate_harness(
         models: names in ``live.models``.
         earlier: the file that an earlier command wrote, if there is one.
         on_task: receives all results after each task.
-
-    Raises:
-        UserError: a task's data cannot be loaded; ``earlier`` cannot be read.
     """
     kept = (read_json(earlier) or {}).get("models", {})
     result: Models = {}
@@ -187,8 +156,6 @@ def evaluate_harness(
         same = known.get("identity") == identity
         if name in models or same:
             result[name] = {"identity": identity, "tasks": dict(known["tasks"]) if same else {}}
-    device = live.stack.base.get_input_embeddings().weight.device
-    batch = settings.batch_size or ("auto" if device.type == "cuda" else 1)
     for name in (name for name in live.models if name in models):
         done = result[name]["tasks"]
         for task in tasks:
@@ -197,19 +164,19 @@ def evaluate_harness(
                 continue
             logger.info(f"{name}, {task.key} …")
             start = time.monotonic()
-            # the harness draws progress bars, which are noise in a log file
-            bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-            with live.stack.only(live.models[name]), torch.inference_mode(), bars:
-                found = _run(live, _load(manager, task), settings, batch)
+            with live.stack.only(live.models[name]), torch.inference_mode():
+                found = _run(live, manager, task, settings)
             done[task.key] = _entry(task, found, time.monotonic() - start)
             logger.info(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
             on_task(result)
     return result
 
 
-def _load(manager: Any, task: TaskSpec) -> Any:
-    """A task, or a group's tasks, with rows and shots as the harness's own command sets them."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
+def _run(live: LoadedModel, manager: Any, task: TaskSpec, settings: HarnessSettings) -> Any:
+    """``lm_eval.simple_evaluate`` of a task, or a group's tasks, without its report on the machine."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
 
     try:
         loaded = manager.load([task.name])
@@ -224,21 +191,14 @@ def _load(manager: Any, task: TaskSpec) -> Any:
         if own != 0:  # a task with 0 has examples in its own prompt
             each.set_config(key="num_fewshot", value=task.shots if task.shots is not None else own or 0)
         each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return loaded
-
-
-def _run(live: LoadedModel, loaded: Any, settings: HarnessSettings, batch: int | str) -> Any:
-    """``lm_eval.simple_evaluate`` without its report on the machine."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
+    base = live.stack.base
+    batch = settings.batch_size or ("auto" if base.get_input_embeddings().weight.device.type == "cuda" else 1)
     tokenizer = copy.deepcopy(live.template.tokenizer)  # the harness changes its padding
     return evaluate(
-        lm=HFLM(pretrained=live.stack.base, tokenizer=tokenizer, backend="causal", batch_size=batch),
+        lm=HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", batch_size=batch),
         task_dict=loaded,
         limit=settings.limit,
         apply_chat_template=settings.chat,
@@ -252,8 +212,6 @@ def _entry(task: TaskSpec, found: Any, seconds: float) -> dict[str, Any]:
     # "acc_norm,none": the metric and the filter of the answers that it was computed after
     numbers = {key: value for key, value in results.items() if isinstance(value, int | float) and "," in key}
     metrics = [key for key in numbers if "_stderr," not in key]
-    if not metrics:
-        raise UserError(f"task {task.name}: has no numeric result.", "Choose another task.")
     wanted = [PAPER[task.name][1]] if task.name in PAPER else list(_METRICS)
     chosen = next((key for name in wanted for key in metrics if key.partition(",")[0] == name), metrics[0])
     metric, _, filtered = chosen.partition(",")

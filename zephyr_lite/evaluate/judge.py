@@ -1,27 +1,36 @@
-"""What MT-Bench and AlpacaEval share: the models that answer, the judge, the job, and the result's file."""
+"""What MT-Bench and AlpacaEval share: models answer, a judge gives its verdicts, scores are written.
+
+``Benchmark`` is the skeleton; a benchmark has its items, the judge's prompts and its scores.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import statistics
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
 
-from ..client.client import BudgetSpent, ModelClient, Request, open_client
-from ..client.cost import Bound, Meter, prompt_bound
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
+from ..client.cost import Bound, Meter, bound_lines, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
-from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
+from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
 from ..client.local_model import Weights
-from ..client.request_log import Totals
+from ..config.load import DatasetSpec
+from ..data.load import open_source
 from ..errors import UserError
-from .results import head_of, result_folder
+from ..io.text import shown
+from .results import head_of, result_folder, write_result
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Item")
 R = TypeVar("R")
 JUDGE_TOKENS = 2048  # of a judge's reply, unless its endpoint says otherwise
 JUDGE_TRIES = 2  # draws of a judgment that cannot be parsed
@@ -49,45 +58,18 @@ class JudgedConfig(JobConfig):
 
 @dataclass
 class Answering:
-    """The models that answer, and the judge.
+    """The models that answer, and the judge."""
 
-    Attributes:
-        specs: name → endpoint, in the order of the tables; the first is compared with the others.
-        weights: of the source; None if only endpoints answer.
-        judge: its name differs from those of all models.
-    """
-
-    specs: dict[str, EndpointSpec]
-    weights: Weights | None
-    judge: EndpointSpec
+    specs: dict[str, EndpointSpec]  # by name, in the order of the tables; the first is compared with the others
+    weights: Weights | None  # of the source; None if only endpoints answer
+    judge: EndpointSpec  # its name differs from those of all models
 
     def endpoints(self) -> list[EndpointSpec]:
         return [*self.specs.values(), self.judge]
 
 
-@dataclass
-class Judged:
-    """A result.
-
-    Attributes:
-        models: name → scores.
-        body: of the JSON file.
-        unfinished: what the budget did not reach, or "".
-        files: that were written; none if the result is not complete.
-    """
-
-    models: dict[str, dict[str, Any]]
-    body: dict[str, Any]
-    unfinished: str = ""
-    files: list[Path] = field(default_factory=list)
-
-
 def judge_of(config: JudgedConfig) -> EndpointSpec:
-    """The judge of a configuration.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The judge of a configuration. Raises UserError: there is none."""
     judge = config.judge
     if judge is None:
         raise UserError(
@@ -103,14 +85,10 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
 
     Args:
         temperature: of an endpoint that sets none, in requests that set none.
-
-    Raises:
-        UserError: there is no judge, no such source or model, no chat template, or two models have one name.
     """
-    judge = judge_of(config)
-    words = [word for word in config.models if _is_endpoint(word)]
-    weights = None
-    if config.source or config.stage or config.adapters or len(words) < len(config.models) or not config.models:
+    judge, weights = judge_of(config), None
+    of_source = not config.models or not all(map(_is_endpoint, config.models))
+    if config.source or config.stage or config.adapters or of_source:
         weights = Weights(
             config.source,
             stage=config.stage,
@@ -119,32 +97,24 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
             chat_template=config.chat_template,
         )
         _template(weights, config.chat_template)
-    else:
-        refuse_unused(config, "only endpoints answer")
     usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
+    own = list(weights.models) if weights is not None else []
+    by_default = list(dict.fromkeys([own[-1], own[max(0, len(own) - 2)], own[0]])) if own else []
     specs = []
-    for word in config.models or _default_models(weights):
-        if word in words and not (weights is not None and word in weights.models):
+    for word in config.models or by_default:
+        if weights is not None and (word in own or not _is_endpoint(word)):
+            weights.identity(word)  # raises for an unknown name
+            where = {"name": word, "path": weights.source, "model": word, "concurrency": config.concurrency}
+            spec = EndpointSpec.model_validate({**where, **usual})
+        else:
             spec = parse_endpoint(word)
             spec = spec.model_copy(update={k: v for k, v in usual.items() if k not in spec.model_fields_set})
-        else:
-            assert weights is not None
-            weights.identity(word)  # raises for an unknown name
-            own = {"name": word, "path": weights.source, "model": word, "concurrency": config.concurrency}
-            spec = EndpointSpec.model_validate({**own, **usual})
         specs.append(spec)
     refuse_equal_names(specs)
     by_name = {spec.name: spec for spec in specs}
     if judge.name in by_name:
         judge = judge.model_copy(update={"name": f"{judge.name} (judge)"})
     return Answering(by_name, weights, judge)
-
-
-def _default_models(weights: Weights | None) -> list[str]:
-    """Policy, reference and base, without repetitions."""
-    assert weights is not None
-    names = list(weights.models)
-    return list(dict.fromkeys([names[-1], names[max(0, len(names) - 2)], names[0]]))
 
 
 def _is_endpoint(word: str) -> bool:
@@ -159,179 +129,275 @@ def _template(weights: Weights, choice: str | None) -> Any:
     return template_of_folder(weights.tokenizer_from, load_tokenizer(weights.tokenizer_from), choice)
 
 
-def refuse_unused(config: JudgedConfig, why: str, *also: str) -> None:
-    """Raise a UserError for a setting of the source's models, or one of ``also``, where no model of a source answers."""
-    for key in ("base", "chat_template", "concurrency", *also):
-        if key in config.model_fields_set:
-            raise UserError(
-                f"{why}: --{key.replace('_', '-')} changes nothing.",
-                "Leave it out. An endpoint's own settings follow it: URL#MODEL,concurrency=4.",
-            )
+def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R]:
+    """``parse`` of each row of a file, or of a data set of the hub."""
+    parsed = []
+    for number, row in enumerate(open_source(DatasetSpec(path=str(place))), 1):
+        try:
+            parsed.append(parse(row))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{place} row {number}: {what}; found {shown(row)}.", "Is this the right file?") from None
+    if not parsed:
+        raise UserError(f"{place}: is empty.", "Give a JSON list of objects, or JSONL.")
+    return parsed
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
-
-
-def results_folder(config: JudgedConfig, answering: Answering) -> Path:
-    """``--out``, or the source's folder for results.
-
-    Raises:
-        UserError: there is neither, as no model of a run answers.
-    """
-    if config.out:
-        return Path(config.out)
-    if answering.weights is None:
-        raise UserError("no model of a run answers, so there is no place for the result.", "Add --out FOLDER.")
-    return result_folder(answering.weights.source, answering.weights.chain)
-
-
-def head_of_weights(weights: Weights | None, chat_template: str | None) -> dict[str, Any]:
-    """``results.head_of`` the source's models, which need not be loaded; {} if there is none."""
-    if weights is None:
-        return {}
-    fingerprint = next(iter(weights.models.values()))[0]
-    template = _template(weights, chat_template).text
-    return head_of(weights.source, weights.chain, str(weights.path), fingerprint, template)
-
-
-def part_name(asked: int, whole: int, names: Sequence[str] = ()) -> str:
-    """Suffix of the files of a run on a part of the data, which do not replace the complete result."""
-    return "" if asked == whole else "".join(f"-{name}" for name in names) + f"-limit-{asked}"
-
-
-def settings_of_result(answering: Answering, prompts: str, seed: int) -> dict[str, Any]:
-    """The settings that both results hold.
-
-    Args:
-        prompts: origin of the judge's prompts.
-    """
-    judge = answering.judge
-    return {
-        "judge": {k: v for k, v in (("name", judge.name), ("model", judge.model)) if v},
-        "judge_temperature": 0.0,
-        "judge_prompts": prompts,
-        "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
-        "seed": seed,
-    }
-
-
-def differences(
-    answering: Answering, models: Iterable[str], of: Callable[[str, str], dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """``of(first, other)`` for the first model and each other one that has a result."""
-    first, *others = [*answering.specs, ""]
-    return {f"{first} - {other}": of(first, other) for other in others if first in models and other in models}
-
-
-# -- asking ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Asked(Generic[T, R]):
-    """The outcome of a job.
-
-    Attributes:
-        results: model → (item, result) of the items that are done, in order.
-        unreached: number of items that the budget did not reach, or reached in part.
-        budget_message: why it did not, or "".
-    """
-
-    results: dict[str, list[tuple[T, R]]]
-    unreached: int = 0
-    budget_message: str = ""
-    totals: Totals = field(default_factory=Totals)
-
-    def no_result(self, message: str, reasons: Iterable[str]) -> UserError:
-        """The error if nothing has a score, with the most frequent reasons."""
-        why = [f"{reason} ({count})" for reason, count in Counter(filter(None, reasons)).most_common(3)]
-        what = "Give a larger budget" if self.unreached else "Look at the reasons"
-        return UserError(
-            f"{message}: {'; '.join(filter(None, [*why, self.budget_message]))}",
-            f"{what}; the same command continues the job, and all replies so far are kept.",
-        )
-
-    def unfinished(self, unit: str) -> str:
-        """What is missing, or ""."""
-        if not self.unreached:
-            return ""
-        return (
-            f"{self.unreached:,} {unit} are not done: {self.budget_message} The same command with a larger budget "
-            "continues the job and sends no answered request again. No result is written before all are done."
-        )
-
-
-def ask_all(
-    config: JudgedConfig,
-    answering: Answering,
-    job: Path,
-    command: str,
-    models: Sequence[str],
-    items: Sequence[T],
-    work: Callable[[ModelClient, str, T], Awaitable[R]],
-    meter: Meter,
-) -> Asked[T, R]:
-    """Do the work for every model and item with one client, whose request log is in ``job``.
-
-    Args:
-        command: "eval mt-bench", which the folder is marked with.
-
-    Raises:
-        UserError: the folder holds something else, or an endpoint cannot answer at all.
-    """
-    claim_folder(job, command, config)
-    asked: Asked[T, R] = Asked({model: [] for model in models})
-    # enough items to keep every endpoint busy, and few enough that little is half done when a budget ends
-    window = 2 * max(spec.concurrency for spec in answering.endpoints())
-
-    async def main() -> None:
-        async with open_client(
-            answering.endpoints(),
-            job,
-            weights={answering.weights.source: answering.weights} if answering.weights else {},
-            max_requests=config.budget.requests,
-            max_tokens=config.budget.tokens,
-            on_progress=meter.totals,
-        ) as client:
-            asked.totals = client.totals
-
-            async def one(pair: tuple[str, T]) -> tuple[R] | None:
-                try:
-                    return (await work(client, *pair),)
-                except BudgetSpent as spent:
-                    asked.budget_message = str(spent)
-                    return None
-
-            pairs = [(model, item) for model in models for item in items]
-            async for (model, item), done in in_order(pairs, one, window):
-                if done is None:
-                    asked.unreached += 1
-                else:
-                    asked.results[model].append((item, done[0]))
-                meter.advance()
-
-    run_job(main())
-    return asked
-
-
-class Bounds:
-    """Upper bounds of what a job costs, by endpoint."""
-
-    def __init__(self, answering: Answering) -> None:
-        self._specs = {spec.name: spec for spec in answering.endpoints()}
-        self.of = {name: Bound() for name in self._specs}
-
-    def add(self, name: str, messages: Sequence[Message], more_tokens: int = 0, tries: int = 1) -> None:
-        """Add one request, whose prompt has ``more_tokens`` besides the messages."""
-        spec = self._specs[name]
-        self.of[name].add(spec, prompt_bound(spec, messages, more_tokens), spec.max_tokens, tries=tries)
-
-
-def judge_request(key: str, judge: EndpointSpec, messages: Sequence[Message]) -> Request:
-    """A judge's request, greedy at its first draw."""
-    return Request(key, judge.name, tuple(messages), temperature=0.0)
+def from_hub(name: str, *patterns: str) -> Path:
+    """The folder of a data set of the hub, with the files of these patterns."""
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{name}: no such file or folder here, and it cannot be fetched from the hub: {why}",
+            "Check the name and the network (HF_HUB_OFFLINE?), or give a file.",
+        ) from None
 
 
 def framed(parts: Sequence[tuple[str, str]]) -> str:
     """(title, text) pairs between marks that an answer cannot forge: they are a hash of all texts."""
     mark = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=4).hexdigest()
     return "\n\n".join(f"<<{mark} {title}>>\n{text}\n<<{mark} end>>" for title, text in parts)
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """None for no value."""
+    found = list(values)
+    return statistics.fmean(found) if found else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+# -- the skeleton ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question or an instruction."""
+
+    key: str  # its name within the benchmark
+    turns: tuple[str, ...]  # what the user says
+
+
+@dataclass
+class Outcome(Generic[T]):
+    """The outcome of one item with one model."""
+
+    item: T
+    answers: list[str] = field(default_factory=list)  # to its turns; fewer if the model failed
+    cut: int = 0  # number of answers that ended at max_tokens
+    # for each turn the value and the judge's reply; or None and the reason
+    verdicts: list[tuple[float | None, str]] = field(default_factory=list)
+
+
+@dataclass
+class Judged:
+    """A result."""
+
+    models: dict[str, dict[str, Any]]  # name → scores
+    body: dict[str, Any]  # of the JSON file
+    unfinished: str = ""  # what the budget did not reach
+    files: list[Path] = field(default_factory=list)  # that were written; none if the result is not complete
+
+
+class Benchmark(ABC, Generic[T]):
+    """A benchmark and the models that it is run on; nothing is asked before ``run``."""
+
+    kind: str  # name of the command, of the job's folder and of the result's file
+    unit: str  # of the items
+    why: str  # key of a model's scores: reasons why verdicts are missing
+    items: list[T]  # to ask
+    whole: int  # number of items without a limit
+    part: Sequence[str] = ()  # in the name of a file on some of the items
+    settings: dict[str, Any]  # for the result
+    data: dict[str, Any]  # for the result
+
+    def __init__(self, config: JudgedConfig, answering: Answering) -> None:
+        self.config, self.answering = config, answering
+        if config.out:
+            self.folder = Path(config.out)
+        elif answering.weights is None:
+            raise UserError("no model of a run answers, so there is no place for the result.", "Add --out FOLDER.")
+        else:
+            self.folder = result_folder(answering.weights.source, answering.weights.chain)
+        self.job = self.folder / self.kind
+
+    @abstractmethod
+    def note(self) -> str:
+        """What is asked, in a line."""
+
+    @abstractmethod
+    def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
+        """How scores differ from published ones; before there are any, ``models`` is {}."""
+
+    @abstractmethod
+    def judge_messages(self, item: T, answers: Sequence[str]) -> tuple[Message, ...]:
+        """The request for the verdict on the last of the answers."""
+
+    @abstractmethod
+    def read_verdict(self, item: T, text: str) -> float:
+        """The verdict in a reply. Raises ValueError if there is none."""
+
+    @abstractmethod
+    def scores(self, model: str, outcomes: Sequence[Outcome[T]]) -> dict[str, Any] | None:
+        """A model's scores; None if there is no verdict."""
+
+    @abstractmethod
+    def difference(self, one: Sequence[Outcome[T]], other: Sequence[Outcome[T]]) -> dict[str, Any]:
+        """Difference of two models' scores, over the items that both have."""
+
+    @abstractmethod
+    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[T]]]) -> None:
+        """Write answers and judgments, in the form of the benchmark's own tools."""
+
+    def temperature(self, item: T) -> float | None:
+        """Of an answer; None: the endpoint's."""
+        return None
+
+    def given(self, model: str, item: T) -> str | None:
+        """An answer that exists already."""
+        return None
+
+    def without_judge(self, item: T, answers: Sequence[str]) -> tuple[float, str] | None:
+        """A verdict that needs no judge, and why."""
+        return None
+
+    def models(self) -> list[str]:
+        return list(self.answering.specs)
+
+    def dry_run_lines(self) -> list[str]:
+        """Upper bounds of what the job costs, with every answer of ``max_tokens``."""
+        specs = {spec.name: spec for spec in self.answering.endpoints()}
+        bounds = {name: Bound() for name in specs}
+        judge = self.answering.judge
+        for model in self.models():
+            for item in self.items:
+                said: list[Message] = []
+                length = specs[model].max_tokens if model in specs else 0
+                for n, text in enumerate(item.turns):
+                    given = self.given(model, item)
+                    said.append({"role": "user", "content": text})
+                    if given is None:
+                        prompt = prompt_bound(specs[model], said, n * length)
+                        bounds[model].add(specs[model], prompt, length)
+                    said.append({"role": "assistant", "content": ""})
+                    messages = self.judge_messages(item, [given or ""] * (n + 1))
+                    prompt = prompt_bound(judge, messages, (n + 1) * length)
+                    bounds[judge.name].add(judge, prompt, judge.max_tokens)
+        return bound_lines(bounds, specs.values())
+
+    def run(self, meter: Meter) -> Judged:
+        """Ask models and judge, and write the result and all texts; the result only if the budget reached all items.
+
+        Raises:
+            UserError: the job's folder holds something else, an endpoint cannot answer at all, or there is no verdict.
+        """
+        config, answering = self.config, self.answering
+        claim_folder(self.job, f"eval {self.kind}", config)
+        outcomes: dict[str, list[Outcome[T]]] = {model: [] for model in self.models()}
+        spent: list[str] = []  # a message for each item that the budget did not reach, or reached in part
+        # enough items to keep every endpoint busy, and few enough that little is half done when a budget ends
+        window = 2 * max(spec.concurrency for spec in answering.endpoints())
+
+        async def main() -> dict[str, Any]:
+            async with open_client(
+                answering.endpoints(),
+                self.job,
+                weights={answering.weights.source: answering.weights} if answering.weights else {},
+                max_requests=config.budget.requests,
+                max_tokens=config.budget.tokens,
+                on_progress=meter.totals,
+            ) as client:
+                pairs = [(model, item) for model in outcomes for item in self.items]
+                async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
+                    if isinstance(found, BudgetSpent):
+                        spent.append(str(found))
+                    else:
+                        outcomes[model].append(found)
+                    meter.advance()
+                return client.totals.as_dict()
+
+        totals = run_job(main())
+        asked = len(self.items)
+        ending = "" if asked == self.whole else "".join(f"-{name}" for name in self.part) + f"-limit-{asked}"
+        self.write_texts(self.job / ending[1:], outcomes)
+        models = {model: scores for model, found in outcomes.items() if (scores := self.scores(model, found))}
+        if not models:
+            verdicts = [verdict for found in outcomes.values() for outcome in found for verdict in outcome.verdicts]
+            reasons = Counter(reason for value, reason in verdicts if value is None).most_common(3)
+            raise UserError(
+                f"{self.job}: no verdict: {'; '.join([*(f'{reason} ({n})' for reason, n in reasons), *spent[-1:]])}",
+                "The same command, with a larger budget if need be, continues the job: all replies so far are kept.",
+            )
+        first, *others = [*models]
+        judge = answering.judge
+        body = {
+            "models": models,
+            "differences": {f"{first} - {b}": self.difference(outcomes[first], outcomes[b]) for b in others},
+            "settings": {
+                "judge": {k: v for k, v in (("name", judge.name), ("model", judge.model)) if v},
+                "judge_temperature": 0.0,
+                "max_new_tokens": {name: spec.max_tokens for name, spec in answering.specs.items()},
+                "seed": config.seed,
+                **self.settings,
+            },
+            "data": {**self.data, "asked": asked, "of": self.whole},
+            "notes": self.notes(models),
+            "spent": totals,
+        }
+        if spent:
+            unfinished = (
+                f"{len(spent):,} {self.unit} are not done: {spent[-1]} The same command with a larger budget continues "
+                "the job and sends no answered request again. No result is written before all are done."
+            )
+            return Judged(models, body, unfinished)
+        head = {}
+        if (weights := answering.weights) is not None:
+            fingerprint = next(iter(weights.models.values()))[0]
+            template = _template(weights, config.chat_template).text
+            head = head_of(weights.source, weights.chain, str(weights.path), fingerprint, template)
+        return Judged(models, body, files=[write_result(self.folder, self.kind + ending, body, head)])
+
+    async def _outcome(self, client: ModelClient, model: str, item: T) -> Outcome[T] | BudgetSpent:
+        """All turns of an item, then the verdicts on them."""
+        outcome, said, lost, turns = Outcome(item), list[Message](), "", item.turns
+        parts = [(n,) if len(turns) > 1 else () for n in range(1, len(turns) + 1)]
+
+        async def verdict(n: int) -> tuple[float | None, str]:
+            answers = outcome.answers[: n + 1]
+            if len(answers) <= n:
+                return None, lost
+            if (found := self.without_judge(item, answers)) is not None:
+                return found
+            key = "/".join(map(str, ("judge", model, item.key, *parts[n])))
+            request = Request(key, self.answering.judge.name, self.judge_messages(item, answers), temperature=0.0)
+            return await client.ask_parsed(request, lambda t: (self.read_verdict(item, t), t), tries=JUDGE_TRIES)
+
+        try:
+            for n, text in enumerate(turns):
+                said.append({"role": "user", "content": text})
+                answer = self.given(model, item)
+                if answer is None:
+                    key = "/".join(map(str, ("answer", item.key, *parts[n])))
+                    seed = seed_of(self.config.seed, self.kind, item.key, *parts[n])
+                    reply = await client.ask(Request(key, model, tuple(said), self.temperature(item), seed=seed))
+                    answer = reply.text
+                    outcome.cut += reply.finish_reason == "length"
+                outcome.answers.append(answer)
+                said.append({"role": "assistant", "content": answer})
+        except RequestFailed as failed:
+            lost = f"no answer: {failed.reason}"
+        except BudgetSpent as error:
+            return error
+        try:
+            found = await together(verdict(n) for n in range(len(turns)))
+        except BudgetSpent as error:
+            return error
+        outcome.verdicts = [
+            (None, f"no verdict: {each.reason}") if isinstance(each, RequestFailed) else each for each in found
+        ]
+        return outcome

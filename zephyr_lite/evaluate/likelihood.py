@@ -1,4 +1,4 @@
-"""Log-probabilities of held-out conversations and pairs under the models of a chain."""
+"""Log-probabilities of held-out conversations and pairs under the models of a chain: ``eval loss``, ``eval preference``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
@@ -20,24 +21,20 @@ from ..data.packing import best_fit
 from ..io.text import duration
 from ..model.adapters import AdapterStack
 from ..model.base import FAMILIES
+from ..model.decoder import Decoder
 from ..model.loaded import LoadedModel
+from .bootstrap import Bootstrap, Ratio
+from .rows import HeldOut
 
 logger = logging.getLogger(__name__)
 
 MICRO_TOKENS = 2048
 LOGIT_ROWS = 256  # rows of logits in float32 at once
 PROGRESS_SECONDS = 15.0
-Done = Callable[[int], None]  # receives the number of finished rows
+RESPONSES = ("chosen", "rejected")
 
 
-class Scorer(Protocol):
-    """Gives the log-probability of each target of a batch (``model.decoder.Decoder``, ``PlainScorer``)."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def token_logps(self, batch: Batch) -> Tensor:
-        """[N], in the order of ``batch.target_ids``."""
+# -- scores of rows --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,14 @@ class Logps:
 
 
 @torch.no_grad()
-def row_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: None) -> Logps:
-    """The log-probabilities of conversations, or of the responses of pairs given their prompt, in the order of the data."""
+def row_logps(
+    scorer: Decoder | PlainScorer, data: TokenizedDataset, done: Callable[[int], None] = lambda rows: None
+) -> Logps:
+    """The log-probabilities of conversations, or of the responses of pairs given their prompt, in the order of the data.
+
+    Args:
+        done: receives the number of finished rows.
+    """
     pairs = isinstance(data.examples[0], PairExample)
     collate: Callable[..., Batch] = collate_pairs if pairs else collate_conversations
     groups = 2 if pairs else 1
@@ -74,13 +77,13 @@ def row_logps(scorer: Scorer, data: TokenizedDataset, done: Done = lambda rows: 
     return Logps(sums, tokens)
 
 
-def chat_loss(scorer: Scorer, data: TokenizedDataset) -> float:
+def chat_loss(scorer: Decoder | PlainScorer, data: TokenizedDataset) -> float:
     """Minus the mean log-probability, in nats, over all supervised tokens of the conversations, each counted once."""
     logps = row_logps(scorer, data)
     return float(-logps.sums.sum() / logps.tokens.sum())
 
 
-def scorer_of(live: LoadedModel, model: str) -> Scorer:
+def scorer_of(live: LoadedModel, model: str) -> Decoder | PlainScorer:
     """A scorer of one of the models: the fused decoder for its families, otherwise the model's own forward pass."""
     head = live.stack.base.get_output_embeddings()
     if live.base.model.config.model_type in FAMILIES and not isinstance(head, LoraLayer):
@@ -98,10 +101,7 @@ class PlainScorer:
 
     def __init__(self, stack: AdapterStack, names: Sequence[str]) -> None:
         self.stack, self.names = stack, list(names)
-
-    @property
-    def device(self) -> torch.device:
-        return self.stack.base.get_input_embeddings().weight.device
+        self.device = stack.base.get_input_embeddings().weight.device
 
     @torch.no_grad()
     def token_logps(self, batch: Batch) -> Tensor:
@@ -115,30 +115,111 @@ class PlainScorer:
                 ids = torch.cat([batch.tokens[start:end] for start, end in segment.key_runs()])
                 logits = self.stack.model(input_ids=ids[None], use_cache=False).logits[0]
                 rows = batch.target_rows[here] - segment.start + segment.keys - segment.queries
-                result[here] = torch.cat(
-                    [
-                        -F.cross_entropy(logits[some].float(), ids, reduction="none")
-                        for some, ids in zip(rows.split(LOGIT_ROWS), batch.target_ids[here].split(LOGIT_ROWS))
-                    ]
-                )
+                parts = zip(rows.split(LOGIT_ROWS), batch.target_ids[here].split(LOGIT_ROWS))
+                logps = [-F.cross_entropy(logits[some].float(), ids, reduction="none") for some, ids in parts]
+                result[here] = torch.cat(logps)
         return result
+
+
+# -- the evaluations -------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Evaluation:
-    """Result of an evaluation on held-out rows.
+    """Result of an evaluation on held-out rows."""
 
-    Attributes:
-        body: of the JSON file.
-        tables: (header, rows), to print.
-        missing: models that an interrupt left out.
-        notes: to print below the tables.
+    body: dict[str, Any]  # of the JSON file
+    tables: Sequence[tuple[Sequence[str], list[list[str]]]]  # (header, rows), to print
+    missing: list[str]  # models that an interrupt left out
+    notes: list[str] = field(default_factory=list)  # to print below the tables
+
+
+def evaluate_loss(live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap) -> Evaluation:
+    """The loss of every model on held-out conversations; Ctrl-C ends after the models that are done.
+
+    Losses are in nats per supervised token, each token counted once. A difference is the loss of one model minus that of
+    another.
+
+    Raises:
+        KeyboardInterrupt: before the first was done.
     """
+    logps = score_each(live, held_out.data)
+    ratios: dict[Any, Ratio] = {name: (-of.sums[:, 0].numpy(), of.tokens[:, 0].numpy()) for name, of in logps.items()}
+    pairs = comparisons(live, logps)
+    for one, other in pairs:
+        ratios[one, other] = ((logps[other].sums - logps[one].sums)[:, 0].numpy(), logps[one].tokens[:, 0].numpy())
+    found = bootstrap.intervals(ratios)
+    body = {
+        "settings": {"bootstrap": bootstrap.as_dict(), "unit": "nats per supervised token"},
+        "data": held_out.as_dict(),
+        "models": {name: {"loss": found[name].as_dict(), "perplexity": found[name].exp().as_dict()} for name in logps},
+        "differences": [{"model": one, "minus": other, "loss": found[one, other].as_dict()} for one, other in pairs],
+    }
+    losses = [[roles(live)[name], found[name].text(), found[name].exp().text(".3f")] for name in logps]
+    differences = [[f"{one} - {other}", found[one, other].text("+.4f")] for one, other in pairs]
+    tables = [(("model", "loss", "perplexity"), losses), (("difference", "loss"), differences)]
+    return Evaluation(body, tables, [name for name in live.models if name not in logps])
 
-    body: dict[str, Any]
-    tables: Sequence[tuple[Sequence[str], list[list[str]]]]
-    missing: list[str]
-    notes: list[str] = field(default_factory=list)
+
+def evaluate_preference(
+    live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap, *, beta: float | None = None
+) -> Evaluation:
+    """Which responses the models prefer on held-out pairs; Ctrl-C ends after the models that are done.
+
+    For every model the share of pairs whose chosen response is likelier, by its mean log-probability per token and by the sum
+    (which favours short responses), and the mean summed log-probabilities of both. For every comparison of two models DPO's
+    implicit reward β (log π(y|x) − log π_ref(y|x)) (Rafailov et al. 2023, arXiv 2305.18290, eq. 5): the share of pairs whose
+    chosen response has the higher one (a tie is no success), the mean margin, and the mean gain of both responses, in nats.
+
+    Args:
+        beta: β; None: of the stage whose configuration the rows have, or unknown, and margins are in nats alone.
+
+    Raises:
+        KeyboardInterrupt: before the first was done.
+    """
+    logps = score_each(live, held_out.data)
+    if beta is None and held_out.stage is not None:
+        beta = held_out.config.beta
+    values: dict[Any, np.ndarray] = {}
+    for name, of in logps.items():
+        sums, means = of.sums.numpy(), of.means().numpy()
+        values[name, "likelier"] = means[:, 0] > means[:, 1]
+        values[name, "likelier_sum"] = sums[:, 0] > sums[:, 1]
+        values[name, "logps/chosen"], values[name, "logps/rejected"] = sums.T
+    pairs = comparisons(live, logps)
+    for pair in pairs:
+        gained = (logps[pair[0]].sums - logps[pair[1]].sums).numpy()
+        margins = gained[:, 0] - gained[:, 1]
+        values[pair, "accuracy"], values[pair, "margin_nats"] = margins > 0, margins
+        values[pair, "chosen_nats"], values[pair, "rejected_nats"] = gained.T
+        if beta is not None:
+            values[pair, "margin"] = beta * margins
+    ones = np.ones(len(held_out.data.lengths))
+    found = bootstrap.intervals({key: (each, ones) for key, each in values.items()})
+    models = {name: {key: found[of, key].as_dict() for of, key in values if of == name} for name in logps}
+    rewards, likelier = [], []
+    compared: list[dict[str, Any]] = []
+    for one, other in pairs:
+        intervals = {key: found[of, key] for of, key in values if of == (one, other)}
+        compared.append({"model": one, "against": other, **{key: each.as_dict() for key, each in intervals.items()}})
+        nats, scaled = intervals["margin_nats"].text("+.3f"), "-" if beta is None else intervals["margin"].text("+.4f")
+        rewards.append([f"{one} against {other}", intervals["accuracy"].text(".3f"), nats, scaled])
+    for name in logps:
+        shares = [found[name, key].text(".3f") for key in ("likelier", "likelier_sum")]
+        sums_of = [f"{found[name, f'logps/{key}'].value:.2f}" for key in RESPONSES]
+        likelier.append([roles(live)[name], *shares, *sums_of])
+    body = {
+        "settings": {"bootstrap": bootstrap.as_dict(), "beta": beta},
+        "data": held_out.as_dict(),
+        "models": models,
+        "comparisons": compared,
+    }
+    tables = [
+        (("reward", "accuracy", "margin (nats)", "margin (× β)"), rewards),
+        (("model", "likelier (per token)", "likelier (sum)", "log p chosen", "rejected"), likelier),
+    ]
+    notes = ["margins are in nats alone: no DPO stage gives β (--beta)"] if beta is None and pairs else []
+    return Evaluation(body, tables, [name for name in live.models if name not in logps], notes)
 
 
 def score_each(live: LoadedModel, data: TokenizedDataset) -> dict[str, Logps]:
@@ -148,9 +229,21 @@ def score_each(live: LoadedModel, data: TokenizedDataset) -> dict[str, Logps]:
         KeyboardInterrupt: before the first was done.
     """
     found: dict[str, Logps] = {}
+    total, start = len(data.lengths), time.monotonic()
+    logged = start
+
+    def done(rows: int) -> None:
+        nonlocal logged
+        now = time.monotonic()
+        if now - logged >= PROGRESS_SECONDS and rows < total:
+            logged = now
+            left = duration((now - start) / rows * (total - rows))
+            logger.info(f"{name}: {rows:,} of {total:,} rows, {left} left")
+
     try:
         for name in live.models:
-            found[name] = row_logps(scorer_of(live, name), data, _progress(name, len(data.lengths)))
+            start = time.monotonic()
+            found[name] = row_logps(scorer_of(live, name), data, done)
     except KeyboardInterrupt:
         if not found:
             raise
@@ -171,18 +264,3 @@ def comparisons(live: LoadedModel, scored: Collection[str]) -> list[tuple[str, s
     base = next(iter(live.models))
     wanted = [(live.policy, live.reference), (live.policy, base), (live.reference, base)]
     return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1] and set(pair) <= set(scored)))
-
-
-def _progress(name: str, total: int) -> Done:
-    """A callback that logs the progress and the time left, at most every ``PROGRESS_SECONDS``."""
-    start = said = time.monotonic()
-
-    def done(rows: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= PROGRESS_SECONDS and rows < total:
-            said = now
-            left = duration((now - start) / rows * (total - rows))
-            logger.info(f"{name}: {rows:,} of {total:,} rows, {left} left")
-
-    return done

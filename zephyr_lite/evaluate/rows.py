@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,27 +27,16 @@ _UNITS = {"sft": "conversations", "dpo": "preference pairs"}
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows and their origin.
+    """Held-out rows and their origin."""
 
-    Attributes:
-        method: sft for conversations, dpo for pairs.
-        origin: ``runs/a/sft's eval_dataset``, or the file.
-        specs: the data sets.
-        config: the configuration that they were prepared with: the stage's, or the recipe's if there is no stage.
-        stage: of that configuration; None: the recipe's.
-        data: the prepared rows.
-        named: the value of ``--data``; None: the stage's own held-out rows.
-        limit: number of rows of each data set; None: all.
-    """
-
-    method: Method
-    origin: str
+    method: Method  # sft for conversations, dpo for pairs
+    origin: str  # ``runs/a/sft's eval_dataset``, or the file
     specs: list[DatasetSpec]
-    config: RunConfig
-    stage: StageDir | None
+    config: RunConfig  # that the rows were prepared with: the stage's, or the recipe's if there is no stage
+    stage: StageDir | None  # of that configuration
     data: TokenizedDataset
-    named: str | None = None
-    limit: int | None = None
+    named: str | None = None  # the value of ``--data``; None: the stage's own held-out rows
+    limit: int | None = None  # number of rows of each data set
 
     def kind(self, name: str) -> str:
         """Name of a result: ``loss``; ``loss-limit-8`` for a part of the rows; ``loss-mine`` for ``--data mine.jsonl``, so
@@ -100,19 +88,22 @@ def held_out(
     """
     if split is not None and data is None:
         raise UserError("--split goes with --data.", "Name the data set with --data, or leave --split out.")
-    stage, config = _stage_of(chain, method, rows_wanted=data is None)
+    stages = [] if chain is None else _stages(chain)
+    configs = [(each, stage_config(each)) for each in stages if (each.info() or {}).get("method") == method]
+    stage, config = next((found for found in configs if found[1].eval_dataset or data is not None), (None, None))
     if data is not None:
         origin, specs = data, [_spec(data, split)]
         if config is not None and any(_same(specs[0], trained) for trained in config.dataset):
             assert stage is not None
             logger.info(f"{data}: are the rows that {stage.path} was trained on, not held-out ones")
-    elif stage is None or config is None:
-        raise UserError(
-            f"no stage says which {_UNITS[method]} to evaluate on.",
-            f"Name {_UNITS[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
-        )
-    else:
+    elif config is not None and stage is not None:
         origin, specs = f"{stage.path}'s eval_dataset", list(config.eval_dataset)
+    else:
+        found = f"no stage says which {_UNITS[method]} to evaluate on."
+        if configs:
+            found = f"{configs[0][0].path}: nothing was held out (its configuration has no eval_dataset)."
+        hint = f"Name {_UNITS[method]} that it was not trained on: --data FILE (or a hub id, with --split)."
+        raise UserError(found, hint)
     if limit is not None:
         specs = [spec.model_copy(update={"limit": min(limit, spec.limit or limit)}) for spec in specs]
     config = config or RunConfig.model_validate({"max_length": DPO_DEFAULTS["max_length"]} if method == "dpo" else {})
@@ -123,47 +114,22 @@ def held_out(
 
 
 def stage_config(stage: StageDir) -> RunConfig:
-    """The configuration that a stage was trained with.
-
-    Raises:
-        UserError: config.yaml is missing, or not one that a run wrote.
-    """
+    """The configuration that a stage was trained with."""
     try:
         return RunConfig.model_validate(read_yaml(stage.config))
     except ValidationError as error:
-        what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
-        raise UserError(f"{stage.config}: is not what a run writes: {short(what, 300)}.", "Restore the file.") from None
+        raise UserError(f"{stage.config}: not as a run writes it: {error.errors()[0]['msg']}.", "Restore it.") from None
 
 
-def _stages(chain: Chain) -> Iterator[StageDir]:
+def _stages(chain: Chain) -> list[StageDir]:
     """The stages that a chain's adapters are in, the topmost first, then the other stages of its run."""
-    seen = set()
-    if chain.run is not None and chain.stage is not None:
-        seen.add((chain.run / chain.stage).resolve())
-        yield StageDir(chain.run / chain.stage)
-    below = [StageDir(a.path.parent) for a in reversed(chain.adapters) if a.path.name in ("adapter", "delta")]
-    for stage in [*below, *(stages_of(chain.run) if chain.run is not None else [])]:
-        if stage.path.resolve() not in seen:
-            seen.add(stage.path.resolve())
-            yield stage
-
-
-def _stage_of(chain: Chain | None, method: Method, *, rows_wanted: bool) -> tuple[StageDir | None, RunConfig | None]:
-    """The stage whose settings prepare the rows; with ``rows_wanted`` one that holds rows out."""
-    empty: StageDir | None = None
-    for stage in _stages(chain) if chain is not None else ():
-        if (stage.info() or {}).get("method") != method:
-            continue
-        config = stage_config(stage)
-        if config.eval_dataset or not rows_wanted:
-            return stage, config
-        empty = empty or stage
-    if empty is not None:
-        raise UserError(
-            f"{empty.path}: nothing was held out (its configuration has no eval_dataset).",
-            f"Name {_UNITS[method]} that it was not trained on: --data FILE (or a hub id, with --split).",
-        )
-    return None, None
+    own = [chain.run / chain.stage] if chain.run is not None and chain.stage is not None else []
+    below = [a.path.parent for a in reversed(chain.adapters) if a.path.name in ("adapter", "delta")]
+    others = [stage.path for stage in stages_of(chain.run)] if chain.run is not None else []
+    unique: dict[Path, Path] = {}
+    for path in [*own, *below, *others]:
+        unique.setdefault(path.resolve(), path)
+    return [StageDir(path) for path in unique.values()]
 
 
 def _same(data: DatasetSpec, trained: DatasetSpec) -> bool:

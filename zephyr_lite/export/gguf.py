@@ -24,7 +24,7 @@ from ..io.atomic import bytes_aside, make_folder
 from ..io.safetensors import row_blocks
 from ..io.text import is_whole, read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
-from ..model.base import empty_model, read_model_config
+from ..model.base import check_weights, empty_model, read_model_config
 from ..model.families import FAMILIES, NAMES, head_width, layer_windows
 from .gguf_vocab import Vocabulary, read_vocabulary
 
@@ -40,22 +40,15 @@ _CONVERTER = "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others
 
 @dataclass
 class GgufReport:
-    """What a GGUF file holds.
-
-    Attributes:
-        types: GGUF's name of a type → number of tensors.
-        error: ‖stored - original‖ / ‖original‖ over every weight; None: not computed.
-        pre: llama.cpp's name for how a text is split before the merges.
-        notes: what a server does differently from training.
-    """
+    """What a GGUF file holds."""
 
     out: Path
     bytes: int = 0
     seconds: float = 0.0
-    types: Counter[str] = field(default_factory=Counter)
-    error: float | None = None
-    pre: str = ""
-    notes: list[str] = field(default_factory=list)
+    types: Counter[str] = field(default_factory=Counter)  # GGUF's name of a type → number of tensors
+    error: float | None = None  # ‖stored - original‖ / ‖original‖ over every weight; None: not computed
+    pre: str = ""  # llama.cpp's name for how a text is split before the merges
+    notes: list[str] = field(default_factory=list)  # what a server does differently from training
 
     def lines(self) -> list[str]:
         """For the console."""
@@ -116,6 +109,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
             f"{folder}: is stored quantized, and would be rounded twice.",
             "Export the 16-bit model; a merged folder is one.",
         )
+    check_weights(folder, config)
     files = BaseFiles(str(folder), folder)
     vocabulary = read_vocabulary(folder, config.vocab_size, end_ids(folder, config))
     report = GgufReport(out, pre=vocabulary.pre, notes=list(vocabulary.notes))
@@ -123,24 +117,37 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
     narrow = [part.name for part in parts if part.type == "F16" and kind == "q8_0"]
     if narrow:
         report.notes.append(f"{len(narrow)} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
-    writer = _writer(gguf, out, FAMILIES[config.model_type].gguf)
+    writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].gguf)
     _describe(writer, folder, config, vocabulary, kind, gguf, report)
     for part in parts:
-        _announce(writer, gguf, part)
+        if part.type == "Q8_0":
+            form = gguf.GGMLQuantizationType.Q8_0
+            shape = gguf.quant_shape_to_byte_shape(part.shape, form)
+            writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=form)
+        else:
+            dtype = np.dtype(np.float32 if part.type == "F32" else np.float16)
+            writer.add_tensor_info(part.name, part.shape, dtype, math.prod(part.shape) * dtype.itemsize)
     make_folder(out.parent)
-    with bytes_aside(out) as file:
-        writer.begin(file)
+    with bytes_aside(out) as aside:
+        writer.write_header_to_file(Path(aside.name))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
         squares = torch.zeros(2, dtype=torch.float64)
         done, told, total = 0, 0, sum(math.prod(part.shape) for part in parts)
-        for part in parts:
-            squares += _write(gguf, file, files, part)
-            report.types[part.type] += 1
-            files.forget()
-            done += math.prod(part.shape)
-            if total > 1e9 and done * 10 // total > told:  # below that it takes seconds
-                told = done * 10 // total
-                logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} billion weights")
-        report.bytes = file.tell()
+        try:
+            for part in parts:
+                squares += _write(gguf, file, files, part)
+                report.types[part.type] += 1
+                files.forget()
+                done += math.prod(part.shape)
+                if total > 1e9 and done * 10 // total > told:  # below that it takes seconds
+                    told = done * 10 // total
+                    logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} billion weights")
+            report.bytes = file.tell()
+        finally:
+            writer.close()
     report.error = float((squares[0] / squares[1]).sqrt())
     report.seconds = time.monotonic() - start
     return report
@@ -153,21 +160,17 @@ def model_folder(folder: str | Path) -> Path:
         UserError: it does not; names the command that makes one of a run or an adapter.
     """
     path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder.", "Give a folder that `zephyr-lite merge --out model/` made.")
     if (path / "config.json").is_file():
         return path
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path}: holds an adapter, not a whole model.", "Merge it first: zephyr-lite merge --out model/"
-        )
-    if (path / "stage.json").is_file() or any(path.glob("*/stage.json")):
-        run = path if not (path / "stage.json").is_file() else path.parent
-        raise UserError(
-            f"{path}: is a run, whose adapters are not merged.",
-            f"Merge it first: zephyr-lite merge --run {run} --out model/",
-        )
-    raise UserError(f"{path}: has no config.json, so it holds no model.", "Give the folder that merge made.")
+    run = path.parent if (path / "stage.json").is_file() else path
+    what, hint = "has no config.json, so it holds no model", "zephyr-lite merge --out model/"
+    if not path.is_dir():
+        what = "no such folder"
+    elif (path / "adapter_config.json").is_file():
+        what = "holds an adapter, not a whole model"
+    elif any(run.glob("*/stage.json")):
+        what, hint = "is a run, whose adapters are not merged", f"zephyr-lite merge --run {run} --out model/"
+    raise UserError(f"{path}: {what}.", f"Merge first, and give the merged folder: {hint}")
 
 
 def check_place(out: Path, folder: Path) -> None:
@@ -201,41 +204,27 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
     """Every tensor of the file, in the order of the base's bytes.
 
     Raises:
-        UserError: a weight is missing, unknown, or of another shape than config.json says.
+        UserError: another family, or a weight is missing.
     """
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{folder}: a {config.model_type} model; GGUF files are made of the families {NAMES}.",
             _CONVERTER,
         )
-    wanted = dict(empty_model(folder, config).state_dict())
-    if files.tied:
-        wanted.pop("lm_head.weight", None)
+    wanted = {name for name in empty_model(folder, config).state_dict() if not files.tied or name != "lm_head.weight"}
+    if missing := wanted - files.entries.keys():
+        raise UserError(f"{folder}: no tensor {shown(min(missing))} in its files.", "Merge again.")
     family, head = FAMILIES[config.model_type], head_width(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], config.num_hidden_layers)
-    for source, entry in files.entries.items():
-        if source.endswith("rotary_emb.inv_freq") or (source == "lm_head.weight" and files.tied):
-            continue
-        if source not in wanted:
-            raise UserError(
-                f"{folder}: tensor {shown(source)} belongs to no {config.model_type} model by its config.json.",
-                "The files belong to different models; merge again.",
-            )
-        if tuple(wanted.pop(source).shape) != entry.shape:
-            raise UserError(
-                f"{folder}: {shown(source)} is {list(entry.shape)}, which is not what config.json says.", "Merge again."
-            )
+    for source in (name for name in files.entries if name in wanted):
+        shape = files.entries[source].shape
         stem, _, suffix = source.rpartition(".")
         turned = family.neighbours and stem.endswith((".q_proj", ".k_proj"))
-        order = _interleaved(entry.shape[0], head) if turned else None
-        form = "F32" if len(entry.shape) == 1 else "F16"
-        if kind == "q8_0" and form == "F16" and entry.shape[-1] % QUANT_WIDTH == 0:
+        form = "F32" if len(shape) == 1 else "F16"
+        if kind == "q8_0" and form == "F16" and shape[-1] % QUANT_WIDTH == 0:
             form = "Q8_0"
-        yield _Part(f"{names.get_name(stem)}.{suffix}", entry.shape, form, source, order)
-    if wanted:
-        raise UserError(
-            f"{folder}: no tensor {shown(min(wanted))} in its files.", "The folder is not whole; merge again."
-        )
+        order = _interleaved(shape[0], head) if turned else None
+        yield _Part(f"{names.get_name(stem)}.{suffix}", shape, form, source, order)
     if (factors := rope_factors(config)) is not None:
         if not family.rope_factors:
             raise UserError(
@@ -274,24 +263,6 @@ def rope_factors(config: Any) -> Tensor | None:
     head = head_width(config)
     plain = 1.0 / told["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
     return plain / frequencies.float()
-
-
-def _writer(gguf: Any, out: Path, architecture: str) -> Any:
-    class Writer(gguf.GGUFWriter):  # type: ignore[misc, name-defined]
-        """Writes header and metadata into an open file; the package's own would open one by name."""
-
-        def begin(self, file: BinaryIO) -> None:
-            self.fout = [file]
-            self.state = gguf.gguf_writer.WriterState.EMPTY
-            self.write_header_to_file()
-            self.write_kv_data_to_file()
-            self.write_ti_data_to_file()
-            self.write_padding(file, file.tell())
-
-        def open_output_file(self, path: Path | None = None) -> None:
-            pass
-
-    return Writer(out, architecture)
 
 
 def _describe(
@@ -344,49 +315,24 @@ def _describe(
         writer.add_chat_template(vocabulary.template)
 
 
-def _announce(writer: Any, gguf: Any, part: _Part) -> None:
-    if part.type == "Q8_0":
-        form = gguf.GGMLQuantizationType.Q8_0
-        shape = gguf.quant_shape_to_byte_shape(part.shape, form)
-        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=form)
-        return
-    dtype = np.dtype(np.float32 if part.type == "F32" else np.float16)
-    writer.add_tensor_info(part.name, part.shape, dtype, int(np.prod(part.shape)) * dtype.itemsize)
-
-
 def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
     """Write one tensor and its padding; float64 [2]: Σ (stored - original)², Σ original²."""
     squares, start = torch.zeros(2, dtype=torch.float64), file.tell()
-    height, width = part.shape[0], int(np.prod(part.shape[1:]))
-    for rows in row_blocks(height, width * 4, BLOCK_BYTES):
-        block = _rows(files, part, rows).float()
-        if part.type == "F32":
-            stored = block.numpy()
-        elif part.type == "F16":
-            if not bool((block.abs() <= _F16_MAX).all()):
+    whole = files.tensor(part.source) if part.values is None else part.values
+    for rows in row_blocks(part.shape[0], math.prod(part.shape[1:]) * 4, BLOCK_BYTES):
+        block = (whole[rows] if part.order is None else whole[part.order[rows]]).float()
+        if part.type == "Q8_0":
+            stored = gguf.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            back = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
+        else:
+            back = stored = (block if part.type == "F32" else block.half()).numpy()
+            if not np.isfinite(stored).all():
                 raise UserError(
                     f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches {_F16_MAX:.0f}.",
                     "Use the model as it is (transformers, vLLM); a GGUF file of it needs another type.",
                 )
-            stored = block.numpy().astype(np.float16)
-            squares += _squares(torch.from_numpy(stored).float(), block)
-        else:
-            stored = gguf.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
-            back = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
-            squares += _squares(torch.from_numpy(np.ascontiguousarray(back)), block)
-        if part.type == "F32":
-            squares[1] += block.double().square().sum()
+        difference = torch.from_numpy(np.ascontiguousarray(back)).float() - block
+        squares += torch.stack([difference.double().square().sum(), block.double().square().sum()])
         file.write(np.ascontiguousarray(stored).tobytes())
     file.write(bytes(-(file.tell() - start) % gguf.GGUF_DEFAULT_ALIGNMENT))
     return squares
-
-
-def _rows(files: BaseFiles, part: _Part, rows: slice) -> Tensor:
-    if part.values is not None:
-        return part.values[rows]
-    stored = files.tensor(part.source)
-    return stored[rows] if part.order is None else stored[part.order[rows]]
-
-
-def _squares(stored: Tensor, block: Tensor) -> Tensor:
-    return torch.stack([(stored - block).double().square().sum(), block.double().square().sum()])

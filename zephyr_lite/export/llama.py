@@ -41,16 +41,14 @@ def find_quantizer(given: Path | None = None) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    if given is not None:
-        if (found := shutil.which(str(given.expanduser()))) is None:
-            raise UserError(f"--llama-quantize {given}: is no program.", "Name llama.cpp's llama-quantize.")
-        return [found]
-    if find_spec("llama_cpp") is not None:
+    if given is None and find_spec("llama_cpp") is not None:
         return [*CHILD, "quantize"]
-    if (found := shutil.which("llama-quantize")) is not None:
+    if (found := shutil.which("llama-quantize" if given is None else str(given.expanduser()))) is not None:
         return [found]
     raise UserError(
-        "Q4_K_M is made by llama.cpp's own quantizer, which is not here.",
+        "Q4_K_M is made by llama.cpp's own quantizer, which is not here."
+        if given is None
+        else f"--llama-quantize {given}: is no program.",
         "pip install llama-cpp-python; or get llama.cpp (https://github.com/ggml-org/llama.cpp/releases, brew install "
         "llama.cpp) and name its program with --llama-quantize. F16 and Q8_0 need neither.",
     )

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from huggingface_hub import ModelCard
 
 from .. import __version__
 from ..config.load import RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..evaluate.plotting import have_matplotlib
+from ..evaluate.results import have_matplotlib
 from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, checked, read_json
 from ..merge.weights import MARK
@@ -30,29 +31,21 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 PLOTS = "plots"
 OURS = "<!-- made by zephyr-lite; `zephyr-lite export card` replaces this file as long as this line stands here -->"
-BLUE, ORANGE, GREY = "#3b6ea8", "#d0722b", "#9aa5b1"
+BLUE, ORANGE = "#3b6ea8", "#d0722b"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _METHODS = {"sft": "supervised fine-tuning on conversations", "dpo": "direct preference optimization"}
 _KEYS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "load_in_4bit",
-    "bnb_4bit_use_double_quant",
-    "max_length",
-    "batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "loss_on",
-    "seed",
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "bnb_4bit_use_double_quant"),
+    *(
+        "max_length",
+        "batch_size",
+        "num_train_epochs",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_ratio",
+    ),
+    *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "loss_on", "seed"),
 )
 _DPO_KEYS = ("max_prompt_length", "beta", "loss_type", "label_smoothing")
 _MEASURED = {
@@ -67,15 +60,8 @@ _ONTO = {"base": "the base in its own precision", "nf4": "the base as NF4 rounde
 
 @dataclass
 class StageFacts:
-    """One stage of training.
-
-    Attributes:
-        name, method, engine: sft or dpo; fused, trl or unsloth.
-        config: its configuration.
-        info: its stage.json.
-        sha256: of its own adapter.
-        folder: its folder.
-    """
+    """One stage of training: its name (sft), method and engine, configuration, stage.json, the hash of its own adapter, and
+    its folder."""
 
     name: str
     method: str
@@ -88,32 +74,20 @@ class StageFacts:
 
 @dataclass
 class Facts:
-    """What is known of a folder that ``merge`` made.
+    """The record of a folder that ``merge`` made."""
 
-    Attributes:
-        folder: the model, or the adapter (``adapter``).
-        mark: its zephyr_lite.json.
-        base: the base's name; of a local one the folder's name alone.
-        base_id: its hub id, or None.
-        stages: those that were found, from the bottom up.
-        lost: adapters without a stage.
-        results: kind → an evaluation's JSON.
-        pictures: kind → the evaluation's picture.
-        measure: the merge compared with the live stack (``measured`` in zephyr_lite.json).
-        license: of the base, if its files say.
-    """
-
-    folder: Path
-    mark: dict[str, Any]
-    base: str
-    base_id: str | None
+    folder: Path  # the model, or the adapter (``adapter``)
+    mark: dict[str, Any]  # its zephyr_lite.json
+    base: str  # the base's name; of a local one the folder's name alone
+    base_id: str | None  # its hub id, or None
     adapter: bool
-    stages: list[StageFacts] = field(default_factory=list)
-    lost: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pictures: dict[str, Path] = field(default_factory=dict)
+    stages: list[StageFacts] = field(default_factory=list)  # those that were found, from the bottom up
+    lost: list[dict[str, Any]] = field(default_factory=list)  # adapters without a stage
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind → an evaluation's JSON
+    pictures: dict[str, Path] = field(default_factory=dict)  # kind → the evaluation's picture
+    # the merge compared with the live stack (``measured`` in zephyr_lite.json)
     measure: dict[str, Any] = field(default_factory=dict)
-    license: str | None = None
+    license: str | None = None  # of the base, if its files name one
 
 
 def write_card(
@@ -150,14 +124,13 @@ def write_card(
     return card
 
 
-# What is known: from the folder, its run, and the evaluations
+# From the folder, its run, and the evaluations
 
 
 def gather(folder: Path, *, run: Path | None = None) -> Facts:
-    """Read what a card says.
+    """Read the record of a folder that ``merge`` made.
 
     Args:
-        folder: as ``merge`` made it.
         run: the run's folder or a stage's, if it was moved since.
 
     Raises:
@@ -166,7 +139,7 @@ def gather(folder: Path, *, run: Path | None = None) -> Facts:
     mark = read_json(folder / MARK)
     if mark is None or not isinstance(mark.get("adapters"), list) or not isinstance(mark.get("base"), dict):
         raise UserError(
-            f"{folder}: is no folder that zephyr-lite merge made (it has no {MARK}), so nothing is known of it.",
+            f"{folder}: is no folder that zephyr-lite merge made (it has no {MARK}).",
             "Make it: zephyr-lite merge --out model/",
         )
     if run is not None and (run / "stage.json").is_file():
@@ -179,10 +152,8 @@ def gather(folder: Path, *, run: Path | None = None) -> Facts:
         stage = _stage(link, run)
         if stage is None:
             facts.lost.append(link)
-            hint = "" if run is not None else "; --run says where the run is now"
-            logger.info(
-                f"{link.get('path')}: no finished stage of this content there, so the card says only its hash{hint}"
-            )
+            hint = "" if run is not None else "; give the run's folder with --run"
+            logger.info(f"{link.get('path')}: no finished stage with this adapter, so the card has only its hash{hint}")
             continue
         if stage.sha256 != (stage.info.get("own") or {}).get("sha256"):  # adapter/ holds the stages below too
             for part in stage.info.get("adapters") or []:
@@ -193,10 +164,13 @@ def gather(folder: Path, *, run: Path | None = None) -> Facts:
     if run is not None and not facts.stages:
         raise UserError(
             f"--run {run}: none of its stages is what {folder} was merged from.",
-            "Give the run that it was merged from; without --run the card says only hashes.",
+            "Give the run that it was merged from; without --run the card has only hashes.",
         )
     _find_results(facts)
-    facts.license = _license(local_folder(name)) if name else None
+    here = local_folder(name) if name else None
+    if here is not None and (here / CARD).is_file():
+        card = ModelCard((here / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        facts.license = card.data.license
     return facts
 
 
@@ -206,18 +180,18 @@ def hub_id(name: str) -> str | None:
 
 
 def _stage(link: Mapping[str, Any], run: Path | None) -> StageFacts | None:
-    place = Path(str(link.get("path", "")))
-    path = place.parent if run is None else run / place.parent.name
-    stage = StageDir(path)
+    """The finished stage of an adapter, if it is there and has this adapter."""
+    place = Path(str(link.get("path", ""))).parent
+    stage = StageDir(place if run is None else run / place.name)
     info = stage.info()
     if info is None or info.get("status") != "complete":
         return None
-    checked(info, path / "stage.json")
+    checked(info, stage.path / "stage.json")
     if link.get("sha256") not in ((info.get("own") or {}).get("sha256"), info.get("adapter_sha256")):
         return None
     config = RunConfig.model_validate(read_yaml(stage.config))
-    engine = str(info.get("engine", "fused"))
-    return StageFacts(path.name, str(info.get("method", "sft")), engine, config, info, str(link["sha256"]), path)
+    method, engine = str(info.get("method", "sft")), str(info.get("engine", "fused"))
+    return StageFacts(stage.path.name, method, engine, config, info, str(link["sha256"]), stage.path)
 
 
 def _find_results(facts: Facts) -> None:
@@ -241,16 +215,6 @@ def _find_results(facts: Facts) -> None:
                 facts.pictures[path.stem] = picture
 
 
-def _license(folder: Path | None) -> str | None:
-    """The license in the front matter of the base's own card."""
-    card = folder / CARD if folder is not None else None
-    if card is None or not card.is_file():
-        return None
-    head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    found = re.search(r"^license:\s*['\"]?([\w.-]+)['\"]?\s*$", head, re.MULTILINE) if head.startswith("---") else None
-    return found[1] if found else None
-
-
 # The text
 
 
@@ -261,11 +225,8 @@ def card_text(facts: Facts, pictures: dict[str, str], license: str | None) -> st
     template = environment.from_string(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
     name, stages = facts.folder.resolve().name, facts.stages
     served, not_served = _served(facts, name)
-    measured = {
-        title: dict(leaves(facts.measure[key]))
-        for key, title in _MERGED.items()
-        if isinstance(facts.measure.get(key), dict)
-    }
+    measured = {title: dict(leaves(facts.measure[key])) for key, title in _MERGED.items() if facts.measure.get(key)}
+    measured_rows = [[title, *(told.get(key, "-") for told in measured.values())] for key, title in _MEASURED.items()]
     onto = str(facts.mark.get("onto"))
     versions = (stages[-1].info.get("versions") or {}) if stages else {}
     text = template.render(
@@ -286,16 +247,12 @@ def card_text(facts: Facts, pictures: dict[str, str], license: str | None) -> st
         data=[_data(stage) for stage in stages],
         onto=_ONTO.get(onto, onto),
         measured_header=["", *measured],
-        measured_rows=[
-            [title, *(found.get(key, "-") for found in measured.values())]
-            for key, title in _MEASURED.items()
-            if measured
-        ],
+        measured_rows=measured_rows if measured else [],
         lineage=_lineage(facts),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         license=license,
     )
-    return re.sub(r"\n{3,}", "\n\n", text).lstrip().rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _front(facts: Facts, license: str | None) -> dict[str, Any]:
@@ -339,38 +296,28 @@ def _held_out(stage: StageFacts) -> tuple[StageFacts, Any, list[list[str]]] | No
 
 
 def _result(kind: str, told: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation: its table of models, its rows, judge and notes, and the models compared."""
     models = {str(name): dict(leaves(body)) for name, body in told["models"].items() if isinstance(body, dict)}
     keys = dict.fromkeys(key for found in models.values() for key in found)
+    data, judge = told.get("data") or {}, (told.get("settings") or {}).get("judge") or {}
+    names = ", ".join(hub_id(str(d["path"])) or Path(str(d["path"])).name for d in data.get("datasets") or [])
+    lines = [f"On {data['rows']:,} rows of {names}."] if names and "rows" in data else []
+    lines += [f"Judge: {judge.get('model') or judge['name']}."] if judge else []
+    lines += [f"Note: {note}" for note in told.get("notes") or []]
+    # a list of both names and the numbers, or the numbers by a text of both names
+    compared = []
+    for pairs in (told.get("differences"), told.get("comparisons")):
+        entries = pairs.items() if isinstance(pairs, dict) else ((None, entry) for entry in pairs or [])
+        for names_of_both, entry in entries:
+            both = names_of_both or " against ".join(str(v) for v in entry.values() if isinstance(v, str))
+            compared.append((both, "; ".join(f"{key} {value}" for key, value in leaves(entry))))
     return {
         "kind": kind,
         "header": ["", *models],
         "rows": [[key, *(found.get(key, "-") for found in models.values())] for key in keys],
-        "lines": list(_circumstances(told)),
-        "compared": [(names, "; ".join(f"{k} {v}" for k, v in leaves(entry))) for names, entry in _compared(told)],
+        "lines": lines,
+        "compared": compared,
     }
-
-
-def _circumstances(told: dict[str, Any]) -> Iterator[str]:
-    """The rows, the judge, and the result's own notes."""
-    data, settings = told.get("data") or {}, told.get("settings") or {}
-    paths = [str(spec.get("path")) for spec in data.get("datasets") or [] if isinstance(spec, dict)]
-    names = ", ".join(hub_id(path) or Path(path).name for path in paths)
-    if isinstance(data.get("rows"), int) and names:
-        yield f"On {data['rows']:,} rows of {names}."
-    judge = settings.get("judge")
-    if isinstance(judge, dict) and isinstance(judge.get("model") or judge.get("name"), str):
-        yield f"Judge: {judge.get('model') or judge['name']}."
-    for note in told.get("notes") or []:
-        yield f"Note: {note}"
-
-
-def _compared(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(two models, their differences): a list of both names and the numbers, or the numbers by a text of both names."""
-    for pairs in (told.get("differences"), told.get("comparisons")):
-        if isinstance(pairs, dict):
-            yield from ((str(names), entry) for names, entry in pairs.items() if isinstance(entry, dict))
-        for entry in pairs if isinstance(pairs, list) else []:
-            yield " against ".join(str(value) for value in entry.values() if isinstance(value, str)), entry
 
 
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -472,52 +419,33 @@ def _draw_stage(path: Path, stage: StageFacts) -> bool:
     """Draw a stage's loss with its held-out points, and of DPO the reward's accuracy and margin. False: no points."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     metrics = StageDir(stage.folder).metrics
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
-    panels = [("loss", "loss", "nats a token" if stage.method == "sft" else "DPO loss")]
+    panels = {"loss": "nats a token" if stage.method == "sft" else "DPO loss"}
     if stage.method == "dpo":
-        panels += [
-            ("rewards/accuracies", "accuracy of the implicit reward", "share of pairs"),
-            ("rewards/margins", "reward margin", "β · nats"),
+        panels |= {"rewards/accuracies": "share of pairs", "rewards/margins": "β · nats"}
+    curves = {
+        key: [
+            (prefix, [(line["step"], line[prefix + key]) for line in lines if prefix + key in line])
+            for prefix in ("", "eval_")
         ]
-    panels = [panel for panel in panels if _points(lines, panel[0])[0] or _points(lines, f"eval_{panel[0]}")[0]]
-    if not panels:
+        for key in panels
+    }
+    drawn = [key for key in panels if any(points for _, points in curves[key])]
+    if not drawn:
         return False
-    figure = Figure(figsize=(4.6 * len(panels) + 0.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(drawn) + 0.6, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (key, title, unit) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
-        steps, values = _points(lines, key)
-        if steps:
-            many = len(steps) > 20
-            axes.plot(steps, values, color=GREY if many else BLUE, linewidth=0.8 if many else 1.6, label="training")
-            if many:
-                axes.plot(steps, _smoothed(values), color=BLUE, linewidth=1.8, label="training, smoothed")
-        steps, values = _points(lines, f"eval_{key}")
-        if steps:
-            axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="held-out")
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if key == "rewards/accuracies":
-            axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel(unit)
+    for place, key in enumerate(drawn, start=1):
+        axes = figure.add_subplot(1, len(drawn), place)
+        for prefix, points in curves[key]:
+            label, color, marker = ("held-out", ORANGE, "o") if prefix else ("training", BLUE, "")
+            if points:
+                axes.plot(*zip(*points), linewidth=1.4, color=color, marker=marker, markersize=4, label=label)
+        axes.set(title=key, xlabel="step", ylabel=panels[key])
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     with bytes_aside(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return True
-
-
-def _points(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = {line["step"]: float(line[key]) for line in lines if isinstance(line.get(key), int | float)}
-    return list(found), list(found.values())
-
-
-def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a window of a tenth of the run that ends at each step."""
-    width = max(5, len(values) // 10)
-    return [sum(part) / len(part) for part in (values[max(0, end - width) : end] for end in range(1, len(values) + 1))]

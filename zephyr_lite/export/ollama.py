@@ -34,22 +34,14 @@ TEMPERATURE = 0.7
 
 @dataclass
 class Turns:
-    """The parts of a chat template: ``head``, then every turn between its role's texts, then ``prompt``.
+    """The parts of a chat template: ``head``, then every turn between its role's texts, then ``prompt``."""
 
-    Attributes:
-        head: BOS, or nothing.
-        unsaid: the text in place of a system turn if there is none.
-        before, after: role → the text around a turn's content.
-        prompt: the generation prompt.
-        notes: where the Go template differs.
-    """
-
-    head: str
-    unsaid: str
-    before: dict[str, str]
+    head: str  # BOS, or nothing
+    unsaid: str  # the text in place of a system turn if there is none
+    before: dict[str, str]  # role → the text around a turn's content
     after: dict[str, str]
-    prompt: str
-    notes: list[str] = field(default_factory=list)
+    prompt: str  # the generation prompt
+    notes: list[str] = field(default_factory=list)  # where the Go template differs
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """Build the text of a conversation from the parts."""
@@ -79,7 +71,7 @@ def _literal(text: str) -> str:
 
 
 def take_apart(render: Render, bos: str | None) -> Turns:
-    """Split a chat template into its parts.
+    """Split a chat template into its parts, and compare what they build with what the template renders.
 
     Args:
         render: (messages, add_generation_prompt) → text.
@@ -91,36 +83,25 @@ def take_apart(render: Render, bos: str | None) -> Turns:
     asked, told, more, rule = "a question QAQ", "an answer WAW", "another question QBQ", "a rule SAS"
     user, again = ({"role": "user", "content": text} for text in (asked, more))
     answer, system = {"role": "assistant", "content": told}, {"role": "system", "content": rule}
-    start, after_user = _around(render([user], False), asked)
+    start, _, after_user = render([user], False).partition(asked)
     whole = render([user, answer, again], False)
-    between = _between(whole, asked, told)
-    _, after_answer = _around(render([user, answer], False), told)
-    before_answer = _without_start(between, after_user)
-    before_user = _without_start(_between(whole, told, more), after_answer)
+    before_answer = whole.partition(asked)[2].partition(told)[0].removeprefix(after_user)
+    after_answer = render([user, answer], False).partition(told)[2]
+    before_user = whole.partition(told)[2].partition(more)[0].removeprefix(after_answer)
     with_system = render([system, user], False)
-    system_start, _ = _around(with_system, rule)
-    after_system = _without_end(_between(with_system, rule, asked), before_user)
-    start = _without_end(start, before_user)
+    system_start, _, rest = with_system.partition(rule)
+    start = start.removesuffix(before_user)
     head = bos if bos and start.startswith(bos) and system_start.startswith(bos) else ""
     turns = Turns(
         head,
         start.removeprefix(head),
         {"system": system_start.removeprefix(head), "user": before_user, "assistant": before_answer},
-        {"system": after_system, "user": after_user, "assistant": after_answer},
-        _without_start(render([user], True), render([user], False)),
+        {"system": rest.partition(asked)[0].removesuffix(before_user), "user": after_user, "assistant": after_answer},
+        render([user], True).removeprefix(render([user], False)),
     )
-    plain = [
-        [
-            user,
-            answer,
-            again,
-            {"role": "assistant", "content": "x\n\ny"},
-            {"role": "user", "content": "z {{ .Role }} #"},
-        ],
-        [system, user, answer, again],
-        [{"role": "user", "content": "line one\nline two"}],
-    ]
-    for messages in plain:
+    odd = [{"role": "assistant", "content": "x\n\ny"}, {"role": "user", "content": "z {{ .Role }} #"}]
+    lines: Message = {"role": "user", "content": "line one\nline two"}
+    for messages in ([user, answer, again, *odd], [system, user, answer, again], [lines]):
         for prompt in (False, True):
             if turns.render(messages, prompt) != render(messages, prompt):
                 raise _refused(f"{len(messages)} turns differ from the same turns one by one")
@@ -128,29 +109,6 @@ def take_apart(render: Render, bos: str | None) -> Turns:
     if turns.render(spaced, True) != render(spaced, True):
         turns.notes.append("the chat template strips white space around a turn's text, Ollama does not")
     return turns
-
-
-def _around(text: str, content: str) -> tuple[str, str]:
-    if text.count(content) != 1:
-        raise _refused(f"a turn's text occurs {text.count(content)} times")
-    before, _, after = text.partition(content)
-    return before, after
-
-
-def _between(text: str, first: str, second: str) -> str:
-    return _around(_around(text, first)[1], second)[0]
-
-
-def _without_start(text: str, start: str) -> str:
-    if not text.startswith(start):
-        raise _refused(f"{start!r} ends a turn only sometimes")
-    return text[len(start) :]
-
-
-def _without_end(text: str, end: str) -> str:
-    if not text.endswith(end):
-        raise _refused(f"{end!r} begins a user's turn only sometimes")
-    return text[: len(text) - len(end)]
 
 
 def _refused(why: str) -> UserError:
@@ -240,29 +198,26 @@ def _check_file(path: Path, folder: Path, tokenizer: Any, template: str | None, 
         UserError: the file does not match.
     """
     try:
-        fields = gguf_package().GGUFReader(path).fields
+        fields = {key: field.contents() for key, field in gguf_package().GGUFReader(path).fields.items()}
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise UserError(f"{path}: is no GGUF file that can be read: {error}.", "Export it again.") from None
-
-    def value(key: str) -> Any:
-        return fields[key].contents() if key in fields else None
-
-    again = f"Export it again: zephyr-lite export gguf {shlex.quote(str(folder))}"
-    if template is not None and value("tokenizer.chat_template") != template:
-        raise UserError(f"{path}: has another chat template than {folder}.", again)
-    tokens = dict(enumerate(value("tokenizer.ggml.tokens") or []))
-    if any(tokens.get(index) != token for token, index in tokenizer.get_vocab().items()):
-        raise UserError(f"{path}: has another tokenizer than {folder}.", again)
+    tokens, adds_bos = (
+        dict(enumerate(fields.get("tokenizer.ggml.tokens") or [])),
+        fields.get("tokenizer.ggml.add_bos_token"),
+    )
+    fault = None
+    if template is not None and fields.get("tokenizer.chat_template") != template:
+        fault = f"has another chat template than {folder}"
+    elif any(tokens.get(index) != token for token, index in tokenizer.get_vocab().items()):
+        fault = f"has another tokenizer than {folder}"
+    elif adds_bos is not False and not turns.head:
+        fault = "has a server add BOS, and the chat template writes none: training saw none"
+    if fault is not None:
+        raise UserError(f"{path}: {fault}.", f"Export it again: zephyr-lite export gguf {shlex.quote(str(folder))}")
     notes = []
-    if (adds := value("tokenizer.ggml.add_bos_token")) is not False:
-        if adds is None:
-            raise UserError(f"{path}: does not say whether a server adds BOS.", again)
-        if not turns.head:
-            raise UserError(
-                f"{path}: has a server add BOS, and the chat template writes none: training saw none.", again
-            )
+    if adds_bos is not False:
         turns.head = ""
         notes.append("BOS is left out of the template: with this file Ollama adds it")
-    if (name := value("general.name")) not in (None, folder.resolve().name):
+    if (name := fields.get("general.name")) not in (None, folder.resolve().name):
         notes.append(f"the GGUF file was made of a folder called {shown(name)}")
     return notes

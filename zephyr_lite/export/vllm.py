@@ -19,6 +19,7 @@ from .gguf import end_ids, model_folder
 
 # the values that --max-lora-rank takes
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MERGED = "Serve the merged model instead: zephyr-lite merge --out model/"
 
 
 def check_model(folder: str | Path) -> list[str]:
@@ -55,12 +56,9 @@ def lora_rank(rank: int) -> int:
     Raises:
         UserError: vLLM serves none that large.
     """
-    if rank <= LORA_RANKS[-1]:
-        return min(allowed for allowed in LORA_RANKS if rank <= allowed)
-    raise UserError(
-        f"the adapter's rank is {rank}, and vLLM serves adapters up to {LORA_RANKS[-1]}.",
-        "Serve the merged model instead: zephyr-lite merge --out model/",
-    )
+    if rank > LORA_RANKS[-1]:
+        raise UserError(f"the adapter's rank is {rank}, and vLLM serves adapters up to {LORA_RANKS[-1]}.", _MERGED)
+    return min(allowed for allowed in LORA_RANKS if rank <= allowed)
 
 
 def serve_adapter(folder: str | Path) -> str:
@@ -69,25 +67,15 @@ def serve_adapter(folder: str | Path) -> str:
     Raises:
         UserError: vLLM serves the adapter wrongly or not at all.
     """
-    adapter = read_adapter(Path(folder))
+    adapter, name = read_adapter(Path(folder)), Path(folder).resolve().name
     config: dict[str, Any] = read_object(adapter.path / "adapter_config.json")
-    ranks = {name: weights.rank for name, weights in adapter.modules.items()}
-    whole = float(config["lora_alpha"]) / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    other = sorted(n for n, weights in adapter.modules.items() if abs(weights.scale - whole) > 1e-6 * abs(whole))
-    if other:
+    scales = {round(weights.scale, 6) for weights in adapter.modules.values()}
+    if len(scales) > 1 or any(name.endswith(("lm_head", "embed_tokens")) for name in adapter.modules):
         raise UserError(
-            f"{folder}: scales {other[0]} by {adapter.modules[other[0]].scale:g} and others by {whole:g}; vLLM has one "
-            "scale per adapter.",
-            "zephyr-lite merge --adapter-only writes the chain with the scale 1 everywhere.",
+            f"{folder}: vLLM has one scale per adapter, and serves no embeddings or output head as one.", _MERGED
         )
-    if any(name.rpartition(".")[2] in ("lm_head", "embed_tokens") for name in ranks):
-        raise UserError(
-            f"{folder}: changes the embeddings or the output head, which vLLM does not serve as an adapter.",
-            "Serve the merged model instead: zephyr-lite merge --out model/",
-        )
-    base = config.get("base_model_name_or_path")
-    name = Path(folder).resolve().name
+    rank = lora_rank(max(weights.rank for weights in adapter.modules.values()))
     return (
-        f"vllm serve {base} --enable-lora --lora-modules {name}={folder} --max-lora-rank {lora_rank(max(ranks.values()))} "
-        f"--chat-template {Path(folder) / 'chat_template.jinja'}"
+        f"vllm serve {config.get('base_model_name_or_path')} --enable-lora --lora-modules {name}={folder} "
+        f"--max-lora-rank {rank} --chat-template {Path(folder) / 'chat_template.jinja'}"
     )

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ..data.chat_template import resolve_template
-from ..errors import Interrupted, UserError
-from ..io.atomic import folder_aside, sweep, write_json
+from ..errors import UserError
+from ..io.atomic import remove_tree, sweep, write_json
 from ..io.run_dir import check_rendering, read_json, stages_of
-from ..model.base import (
-    check_fingerprint,
-    compute_device,
-    compute_dtype,
-    fetch_base,
-    fingerprint,
-    load_tokenizer,
-)
-from ..model.chain import Chain, chain_of_adapters, chain_of_run
+from ..model.base import check_fingerprint, compute_device, compute_dtype, fingerprint
+from ..model.chain import Chain
+from ..model.files import fetch_base
+from ..model.loaded import find_chain
+from ..model.tokenizer import load_tokenizer
 from .base_files import BaseFiles
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
-from .weights import COMPOSED, MARK, MERGED, MergeReport, adapter_only, merge
+from .weights import COMPOSED, MARK, MERGED, adapter_only, merge
 
 logger = logging.getLogger(__name__)
 
@@ -64,55 +59,67 @@ def run_merge(
 
     Raises:
         UserError: there is nothing to merge, the chain or its base has changed since, or ``out`` is not an earlier merge.
-        Interrupted: during the comparison, when the folder is complete.
     """
     out = out.expanduser()
-    if adapters and (run is not None or stage is not None):
-        raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
-    for option, what in (
-        (both, "--measure compares merged models"),
-        (rows is not None, "--rows are for the comparison"),
-    ):
-        if option and (as_adapter or not check):
-            why = "--adapter-only makes none" if as_adapter else "--no-check forbids it"
-            raise UserError(f"{what}; {why}.", "Give one of the two.")
-    chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage, base=base)
-    _say_chain(chain, stage is None)
-    name, revision = chain.base["name_or_path"], chain.base.get("revision", "main")
+    if (both or rows is not None) and (as_adapter or not check):
+        raise UserError(
+            "--measure and --rows are for the comparison, which --adapter-only and --no-check leave out.",
+            "Give one or the other.",
+        )
+    chain = find_chain(run, stage=stage, adapters=adapters, base=base)
+    if chain is None:
+        raise UserError(f"{run}: is a model's folder, without adapters to merge.", "Give a run's folder (runs/NAME).")
+    _report_chain(chain, stage is None)
     if as_adapter:
         _write_adapter(chain, out, overwrite)
         return None
-    folder = fetch_base(name, revision)
+    folder = fetch_base(chain.base["name_or_path"], chain.base.get("revision", "main"))
     check_fingerprint(chain.base.get("fingerprint"), folder, "the stage")
     lineage = chain.lineage()
     lineage["base"] = {**chain.base, "fingerprint": fingerprint(folder)}
-
-    def merged(where: Path, way: Way) -> MergeReport:
-        return _merge(chain, folder, where, way, lineage, overwrite)
+    in_4bit = chain.base.get("load_in_4bit", True)
+    stored = chain.base.get("dtype")
+    settings: dict[str, Any] = {
+        "double_quant": chain.base.get("double_quant", True),
+        "quant_dtype": getattr(torch, stored) if stored else compute_dtype("auto", compute_device()),
+        "tokenizer_from": chain.tokenizer_from,
+        "lineage": lineage,
+    }
+    ways: set[Way] = {"base", "nf4"} if both and in_4bit else {onto}
+    if both and not in_4bit:
+        logger.info(
+            "trained on the base in 16 bits: another way of merging would be another model, and is not measured"
+        )
 
     earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
     if earlier is None:
-        for line in merged(out, onto).lines():
-            logger.info(line)
-    elif not check or _is_measured(earlier, onto, both, rows):
+        merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
+    elif not check or _is_measured(earlier, ways, rows):
         logger.info(f"{out} is complete already.")
         return None
     else:
         logger.info(f"{out}: its weights are complete already; the comparison is still to be made")
     if not check:
         return None
+
+    folders: dict[Way, Path] = {onto: out}
+    missing: dict[str, str] = {}
+    aside = out.with_name(f".{out.name}.measure")
     try:
-        found = _measure_both(chain, out, onto, merged, rows or MEASURE_ROWS) if both else None
-        if found is None:
-            found = measure(chain, {onto: out}, rows=rows or CHECK_ROWS)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted during the comparison: {out} is whole, only the numbers are missing. The same command makes them."
-        ) from None
+        for other in ways - {onto}:
+            try:
+                merge(folder, chain.adapters, aside, onto=other, overwrite=True, **settings)
+                folders[other] = aside
+            except UserError as error:  # the disk is too small, or the base has no 16-bit weights
+                missing[other] = error.message
+        found = measure(chain, folders, rows=rows or (MEASURE_ROWS if both else CHECK_ROWS))
+    finally:
+        remove_tree(aside)
+    found.missing.update(missing)
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
-    for line in (found.ways[onto].logps.line(), *found.lines()):
+    for line in (found.logps[onto].line(), *found.lines()):
         logger.info(line)
-    if onto == "base" and chain.base.get("load_in_4bit", True):
+    if onto == "base" and in_4bit:
         logger.info(
             "(live is in 4 bits, merged is not: this is mostly the base's rounding; --onto nf4 keeps what training saw"
             + (")" if both else ", --measure compares the two)")
@@ -120,7 +127,8 @@ def run_merge(
     return found
 
 
-def _say_chain(chain: Chain, last_stage: bool) -> None:
+def _report_chain(chain: Chain, last_stage: bool) -> None:
+    """Log the chain. Raises UserError where the stage's template or tokenizer was changed."""
     where = f"{chain.run}, stage {chain.stage}" if chain.run is not None else "explicit adapters"
     logger.info(f"{where}: {' + '.join([chain.base['name_or_path'], *(str(a.path) for a in chain.adapters)])}")
     for other in stages_of(chain.run) if chain.run is not None and last_stage else ():
@@ -140,8 +148,8 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
         return
     for adapter in chain.adapters:
         if adapter.copies:
-            folder = fetch_base(name, chain.base.get("revision", "main"))
-            adapter.check_copies(BaseFiles(name, folder).parameter)
+            base = fetch_base(name, chain.base.get("revision", "main"))
+            adapter.check_copies(BaseFiles(name, base).parameter)
     adapter_only(
         chain.adapters,
         out,
@@ -161,58 +169,6 @@ def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return told if told is not None and all(told.get(key) == value for key, value in wanted.items()) else None
 
 
-def _is_measured(told: dict[str, Any], onto: Way, both: bool, rows: int | None) -> bool:
+def _is_measured(told: dict[str, Any], ways: set[Way], rows: int | None) -> bool:
     measured = told.get("measured") or {}
-    ways = {"base", "nf4"} if both and told["base"].get("load_in_4bit", True) else {onto}
     return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
-
-
-class _Done(Exception):
-    """Ends a block whose folder is to be removed."""
-
-
-def _measure_both(
-    chain: Chain, out: Path, onto: Way, merged: Callable[[Path, Way], MergeReport], rows: int
-) -> MergeMeasure | None:
-    """Merge the other way into a temporary folder beside ``out``, and measure both. None where the base was not trained in
-    4 bits, so that there is one way only."""
-    other: Way = "nf4" if onto == "base" else "base"
-    if not chain.base.get("load_in_4bit", True):
-        logger.info(f"trained on the base in 16 bits: --onto {other} would be another model, and is not measured")
-        return None
-    found: MergeMeasure | None = None
-    with suppress(_Done), folder_aside(out.with_name(f"{out.name}.measure")) as aside:
-        try:
-            merged(aside / other, other)
-        except UserError as error:  # the disk is too small, or the base has no 16-bit weights
-            found = measure(chain, {onto: out}, rows=rows)
-            found.missing[other] = error.message
-        else:
-            folders = {way: out if way == onto else aside / other for way in ("base", "nf4")}
-            found = measure(chain, folders, rows=rows)
-        raise _Done
-    return found
-
-
-def _merge(chain: Chain, folder: Path, out: Path, onto: Way, lineage: dict[str, Any], overwrite: bool) -> MergeReport:
-    told = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        if total > 2e9 and done * 10 // total > told:  # smaller models take seconds
-            told = done * 10 // total
-            logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
-
-    stored = chain.base.get("dtype")
-    return merge(
-        folder,
-        chain.adapters,
-        out,
-        onto=onto,
-        double_quant=chain.base.get("double_quant", True),
-        quant_dtype=getattr(torch, stored) if stored else compute_dtype("auto", compute_device()),
-        tokenizer_from=chain.tokenizer_from,
-        lineage=lineage,
-        overwrite=overwrite,
-        progress=progress,
-    )

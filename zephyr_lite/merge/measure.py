@@ -10,7 +10,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from ..errors import UserError
 from ..evaluate.bootstrap import Bootstrap, Interval, Ratio
 from ..evaluate.rows import held_out
 from ..io.safetensors import SafetensorsFile
-from ..model.base import FAMILIES
 from ..model.chain import Chain
+from ..model.families import FAMILIES
 from ..model.loaded import live_of
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CHECK_ROWS, MEASURE_ROWS = 8, 64
 MAX_TOKENS = 512  # of each row
 MICRO_TOKENS = 2048  # run at once, padding included
-CHUNK_BYTES = 32 * 2**20  # of one float32 copy of logits
+CHUNK = 64  # tokens whose logits are computed at once: 32 MB in float32 with a vocabulary of 128k
 DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
 
 
@@ -60,52 +60,23 @@ def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDiffe
     Raises:
         ValueError: the lists are not of the same rows, or are empty.
     """
-    if [tuple(x.shape) for x in live] != [tuple(x.shape) for x in merged] or not live:
+    if [x.shape for x in live] != [x.shape for x in merged] or not live:
         raise ValueError("the two lists hold different rows, or none")
-    gaps = torch.cat(
-        [(x.detach().float().cpu() - y.detach().float().cpu()).abs().flatten() for x, y in zip(live, merged)]
-    )
+    gaps = (torch.cat(list(live)).float().cpu() - torch.cat(list(merged)).float().cpu()).abs()
     return LogpDifference(float(gaps.mean()), float(gaps.max()), gaps.numel())
-
-
-@dataclass(frozen=True)
-class Way:
-    """The measurements of one way of merging. Intervals are over conversations.
-
-    Attributes:
-        kl: KL(live ‖ merged) over the whole vocabulary, nats per token.
-        agreement: share of tokens with the same most likely token.
-        loss: of the merged folder, nats per token.
-        gap: its loss minus the live stack's, over the same draws.
-        logps: |Δ log p| of the target tokens.
-    """
-
-    kl: Interval
-    agreement: Interval
-    loss: Interval
-    gap: Interval
-    logps: LogpDifference
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "kl": self.kl.as_dict(),
-            "top1_agreement": self.agreement.as_dict(),
-            "loss": self.loss.as_dict(),
-            "loss_minus_live": self.gap.as_dict(),
-            "mean_abs_logp_difference": self.logps.mean,
-            "max_abs_logp_difference": self.logps.max,
-        }
 
 
 @dataclass
 class MergeMeasure:
-    """The live stack and the folders merged from it, on the same supervised tokens.
+    """The live stack and the folders merged from it, on the same supervised tokens. Intervals are over conversations.
 
     Attributes:
         origin: where the rows come from.
         rows, tokens: conversations, and supervised tokens in them.
-        live: loss of the live stack.
-        ways: "base", "nf4" → measurements.
+        live: loss of the live stack, nats per token.
+        ways: "base", "nf4" → kl: KL(live ‖ merged) over the whole vocabulary, nats per token; top1_agreement: share of
+            tokens with the same most likely token; loss: of the merged folder; loss_minus_live: over the same draws.
+        logps: way → |Δ log p| of the target tokens.
         between: loss of base minus loss of nf4, where both were measured.
         missing: way → reason why it was not measured.
     """
@@ -115,20 +86,24 @@ class MergeMeasure:
     tokens: int
     live: Interval
     bootstrap: Bootstrap
-    ways: dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, dict[str, Interval]]
+    logps: dict[str, LogpDifference]
     between: Interval | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For zephyr_lite.json, key ``measured``."""
-        return {
+        told: dict[str, Any] = {
             "data": {"origin": self.origin, "rows": self.rows, "supervised_tokens": self.tokens},
             "bootstrap": self.bootstrap.as_dict(),
             "live": {"loss": self.live.as_dict()},
-            **{name: way.as_dict() for name, way in self.ways.items()},
             "base_minus_nf4": None if self.between is None else {"loss": self.between.as_dict()},
             "missing": self.missing,
         }
+        for name, way in self.ways.items():
+            told[name] = {key: interval.as_dict() for key, interval in way.items()}
+            told[name] |= {f"{key}_abs_logp_difference": getattr(self.logps[name], key) for key in ("mean", "max")}
+        return told
 
     def lines(self) -> list[str]:
         """For the console."""
@@ -136,18 +111,17 @@ class MergeMeasure:
         told.append(f"live: held-out loss {self.live.text()}")
         for name, way in self.ways.items():
             told.append(
-                f"--onto {name}: KL(live ‖ merged) {way.kl.value:.2e} nats a token, the same top token at "
-                f"{way.agreement.value:.2%}, held-out loss {way.loss.text()} ({way.gap.text('+.4f')} to live)"
+                f"--onto {name}: KL(live ‖ merged) {way['kl'].value:.2e} nats a token, the same top token at "
+                f"{way['top1_agreement'].value:.2%}, held-out loss {way['loss'].text()} "
+                f"({way['loss_minus_live'].text('+.4f')} to live)"
             )
         told += [f"--onto {name}: not measured: {why}" for name, why in self.missing.items()]
-        if self.between is not None:
-            told.append(f"loss of base minus nf4 {self.between.text('+.4f')}: {self._verdict(self.between)}")
+        if (gap := self.between) is not None:
+            better = f"--onto {'base' if gap.value < 0 else 'nf4'} is the better model on these rows"
+            if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
+                better = "these rows do not tell the two apart; base is the default"
+            told.append(f"loss of base minus nf4 {gap.text('+.4f')}: {better}")
         return told
-
-    def _verdict(self, gap: Interval) -> str:
-        if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
-            return "these rows do not tell the two apart; base is the default"
-        return f"--onto {'base' if gap.value < 0 else 'nf4'} is the better model on these rows"
 
 
 @torch.no_grad()
@@ -170,37 +144,39 @@ def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHEC
     targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in examples]
     tokens = np.array([len(t) for t in targets], dtype=np.float64)
     device, dtype = live.base.device, live.dtype
-    found: dict[str, dict[str, list[Tensor]]] = {}
-    with ExitStack() as files:
-        live_states = _states(live.stack.base, examples, device, files)
+    ratios: dict[str, Ratio] = {}
+    logps: dict[str, LogpDifference] = {}
+    losses: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as scratch:
+        live_states = _states(live.stack.base, examples, device, Path(scratch) / "live")
         del live
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for name, folder in folders.items():
-            with open_folder(folder, device, dtype) as model, ExitStack() as own_files:
-                found[name] = _compare(live_states, _states(model, examples, device, own_files), targets)
+        for name in sorted(folders):
+            with open_folder(folders[name], device, dtype) as model:
+                found = _compare(live_states, _states(model, examples, device, Path(scratch) / name), targets)
                 del model
             gc.collect()
-
-    sums = {
-        name: {k: np.array([float(t.sum()) for t in v]) for k, v in values.items()} for name, values in found.items()
-    }
-    live_logp = next(iter(sums.values()))["live"]
-    ratios: dict[str, Ratio] = {"live": (-live_logp, tokens)}
-    for name, of in sums.items():
-        ratios |= {f"{name} kl": (of["kl"], tokens), f"{name} same": (of["same"], tokens)}
-        ratios |= {f"{name} loss": (-of["logp"], tokens), f"{name} gap": (live_logp - of["logp"], tokens)}
-    if {"base", "nf4"} <= sums.keys():
-        ratios["between"] = (sums["nf4"]["logp"] - sums["base"]["logp"], tokens)
+            kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
+            ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
+            ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
+            logps[name], losses[name] = compare_logps(found[2], found[3]), -at_merged
+    if len(losses) == 2:
+        ratios["between"] = (losses["base"] - losses["nf4"], tokens)
     bootstrap = Bootstrap()
-    intervals = bootstrap.intervals(ratios)
-    ways = {}
-    for name, values in found.items():
-        kl, same, loss, gap = (intervals[f"{name} {key}"] for key in ("kl", "same", "loss", "gap"))
-        ways[name] = Way(kl, same, loss, gap, compare_logps(values["live"], values["logp"]))
-    between = intervals.get("between")
-    return MergeMeasure(origin, len(tokens), int(tokens.sum()), intervals["live"], bootstrap, ways, between)
+    found_intervals = bootstrap.intervals(ratios)
+    keys = ("kl", "top1_agreement", "loss", "loss_minus_live")
+    return MergeMeasure(
+        origin=origin,
+        rows=len(tokens),
+        tokens=int(tokens.sum()),
+        live=found_intervals["live"],
+        bootstrap=bootstrap,
+        ways={name: {key: found_intervals[f"{name} {key}"] for key in keys} for name in logps},
+        logps=logps,
+        between=found_intervals.get("between"),
+    )
 
 
 def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDataset, str]:
@@ -214,28 +190,20 @@ def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDa
     return data, "the demo's conversations"
 
 
-@dataclass
-class _States:
-    """The states that each example's targets are predicted from.
-
-    Attributes:
-        tensors: [N_i, D] each, on the CPU.
-        head: [n, D] → logits [n, V].
-    """
-
-    tensors: list[Tensor]
-    head: Callable[[Tensor], Tensor]
-    device: torch.device
+# the states [N_i, D] on the CPU that each example's targets are predicted from, and the head: [n, D] → logits [n, V]
+States = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 
 
-def _states(model: Any, examples: list[Example], device: torch.device, files: ExitStack) -> _States:
+def _states(model: Any, examples: list[Example], device: torch.device, scratch: Path) -> States:
     """By the model's own forward pass, for live and merged alike, so that only the weights differ.
 
-    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept.
+    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept, in
+    mapped files of the folder `scratch`.
     """
     known = model.config.model_type in FAMILIES
+    scratch.mkdir()
     result: list[Tensor] = [torch.empty(0)] * len(examples)
-    for group in _groups(examples) if known else [[place] for place in range(len(examples))]:
+    for group in _groups(examples, MICRO_TOKENS if known else 0):
         longest = max(len(examples[i].ids) for i in group)
         ids = torch.zeros(len(group), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -247,22 +215,19 @@ def _states(model: Any, examples: list[Example], device: torch.device, files: Ex
         for row, i in enumerate(group):
             places = torch.from_numpy(np.flatnonzero(examples[i].mask[1:]))
             chosen = states[row][places.to(states.device)].cpu()
-            result[i] = chosen if known else _on_disk(chosen, files)
-    return _States(result, model.get_output_embeddings() if known else lambda logits: logits, device)
+            if not known:
+                file = torch.from_file(str(scratch / str(i)), shared=True, size=chosen.numel(), dtype=chosen.dtype)
+                chosen = file.view(chosen.shape).copy_(chosen)
+            result[i] = chosen
+    head = model.get_output_embeddings()
+    return result, lambda states: head(states.to(device)) if known else states.to(device)
 
 
-def _on_disk(logits: Tensor, files: ExitStack) -> Tensor:
-    """A copy in a mapped file, which is deleted with the stack."""
-    folder = files.enter_context(tempfile.TemporaryDirectory(prefix="zephyr-lite-"))
-    kept = torch.from_file(f"{folder}/logits", shared=True, size=logits.numel(), dtype=logits.dtype).view(logits.shape)
-    return kept.copy_(logits)
-
-
-def _groups(examples: list[Example]) -> Iterator[list[int]]:
+def _groups(examples: list[Example], micro_tokens: int) -> Iterator[list[int]]:
     """Examples of similar length, so that padding is little."""
     group: list[int] = []
     for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)):
-        if group and (len(group) + 1) * len(examples[group[0]].ids) > MICRO_TOKENS:
+        if group and (len(group) + 1) * len(examples[group[0]].ids) > micro_tokens:
             yield group
             group = []
         group.append(i)
@@ -270,26 +235,18 @@ def _groups(examples: list[Example]) -> Iterator[list[int]]:
         yield group
 
 
-def _compare(live: _States, merged: _States, targets: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Per token, of each example [N_i] float64: kl, same (1 or 0), and the target's log-probability: live, and logp (merged)."""
-    found: dict[str, list[Tensor]] = {"kl": [], "same": [], "live": [], "logp": []}
-    for one, other, ids in zip(live.tensors, merged.tensors, targets):
-        parts: dict[str, list[Tensor]] = {key: [] for key in found}
-        start, size = 0, 1  # one token until the vocabulary is known
-        while start < len(ids):
-            here = slice(start, start + size)
-            p = live.head(one[here].to(live.device)).float().log_softmax(-1)
-            q = merged.head(other[here].to(merged.device)).float().to(p.device).log_softmax(-1)
-            at = ids[here, None].to(p.device)
-            parts["live"].append(p.gather(1, at)[:, 0].double().cpu())
-            parts["logp"].append(q.gather(1, at)[:, 0].double().cpu())
-            parts["same"].append((p.argmax(-1) == q.argmax(-1)).double().cpu())
-            parts["kl"].append(_kl(p, q).double().cpu())
-            start += size
-            size = max(1, CHUNK_BYTES // (4 * p.shape[-1]))
-        for key, values in parts.items():
-            found[key].append(torch.cat(values))
-    return found
+def _compare(live: States, merged: States, targets: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """Per token, of each example [N_i] float64: KL; 1 where the top token is the same; log p of the target, live and merged."""
+    found = []
+    for *states, ids in zip(live[0], merged[0], targets):
+        parts = []
+        for one, other, at in zip(*(tensor.split(CHUNK) for tensor in (*states, ids[:, None]))):
+            p, q = live[1](one).float().log_softmax(-1), merged[1](other).float().log_softmax(-1)
+            at = at.to(p.device)
+            values = (_kl(p, q), p.argmax(-1) == q.argmax(-1), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
+            parts.append([value.double().cpu() for value in values])
+        found.append([torch.cat(values) for values in zip(*parts)])
+    return tuple(map(list, zip(*found)))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

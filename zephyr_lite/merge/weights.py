@@ -6,6 +6,7 @@ megabytes of memory.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from ..model.tokenizer import load_tokenizer, save_tokenizer
 from ..ops.nf4 import StoredNf4, quantize_stored
 from .base_files import BaseFiles, model_files
 
+logger = logging.getLogger(__name__)
+
 MARK = "zephyr_lite.json"
 MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
 # of float32 rows; larger blocks are no faster
@@ -41,28 +44,13 @@ class MergeReport:
         merged: number of weights that an adapter changed.
         requantized: number of weights that went through NF4 (with adapters or without).
         copied: number of tensors that were copied as bytes.
-        bytes: size of the weights written.
         eos_token_ids: where generation stops.
     """
 
-    out: Path
-    onto: str
     merged: int = 0
     requantized: int = 0
     copied: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
     eos_token_ids: list[int] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """For the console."""
-        how = f"{self.merged} weights merged"
-        if self.onto == "nf4":
-            how += f", {self.requantized} taken through NF4"
-        return [
-            f"{self.out}: {self.bytes / 1e9:.2f} GB in {self.seconds:.0f} s; {how}, {self.copied} copied unchanged.",
-            f"Generation stops at token {', '.join(map(str, self.eos_token_ids)) or '(none known)'}.",
-        ]
 
 
 def merge(
@@ -77,7 +65,6 @@ def merge(
     lineage: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     revision: str = "main",
-    progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Merge a chain of adapters into a base and write a model folder that plain transformers loads.
 
@@ -92,7 +79,6 @@ def merge(
         tokenizer_from: a folder with tokenizer files and chat template (a stage's adapter/); default: the base's own.
         lineage: where this came from; written to zephyr_lite.json and to the weights' metadata.
         overwrite: replace an earlier merge in `out`.
-        progress: called with (bytes written, bytes in all).
 
     Raises:
         UserError: `out` exists and is not an earlier merge; the disk is too small; the base cannot be read; an adapter
@@ -101,8 +87,6 @@ def merge(
     start = time.monotonic()
     out = Path(out).expanduser()
     files = BaseFiles(str(base), fetch_base(str(base), revision))
-    if out.exists() and out.resolve() == files.folder.resolve():
-        raise UserError(f"{out}: is the base itself.", "Choose another --out.")
     claim(out, overwrite)
     if files.quantized and onto != "nf4":
         raise UserError(
@@ -121,8 +105,7 @@ def merge(
     if onto == "nf4" and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
 
-    report = MergeReport(out, onto, bytes=total)
-    done = 0
+    report, done = MergeReport(), 0
 
     def write(name: str, file: BinaryIO) -> None:
         nonlocal done
@@ -143,8 +126,8 @@ def merge(
             report.requantized += nf4 is not None
         files.forget()
         done += entry.nbytes
-        if progress is not None:
-            progress(done, total)
+        if total > 2e9 and done * 10 // total > (done - entry.nbytes) * 10 // total:  # smaller models take seconds
+            logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     with folder_aside(out) as aside:
         # the small files first: their errors show before gigabytes are written
@@ -155,7 +138,12 @@ def merge(
             write_stream(aside / shard, header, write, metadata)
         files.write_index(aside)
         write_json(aside / MARK, marks)
-    report.seconds = time.monotonic() - start
+    through = f", {report.requantized} taken through NF4" if onto == "nf4" else ""
+    logger.info(
+        f"{out}: {total / 1e9:.2f} GB in {time.monotonic() - start:.0f} s; {report.merged} weights merged{through}, "
+        f"{report.copied} copied unchanged."
+    )
+    logger.info(f"Stop tokens: {', '.join(map(str, report.eos_token_ids)) or 'none known'}.")
     return report
 
 
@@ -185,11 +173,7 @@ def adapter_only(
 
 
 def claim(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder with other files, or with an earlier merge that is not to be replaced.
-
-    Raises:
-        UserError: says which.
-    """
+    """Refuse an output folder with other files, or with an earlier merge that is not to be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MARK).is_file():
@@ -202,11 +186,7 @@ def claim(out: Path, overwrite: bool) -> None:
 
 
 def check_disk(out: Path, size: int) -> None:
-    """Make the folder above, remove leftovers of killed merges from it, and refuse a merge that the disk has no room for.
-
-    Raises:
-        UserError: says how much is free and how much is needed.
-    """
+    """Make the folder above, remove leftovers of killed merges from it, and refuse a merge that the disk has no room for."""
     make_folder(out.absolute().parent)
     sweep(out.absolute().parent, out.name)
     # 64 MB for tokenizer, configuration and headers

@@ -117,19 +117,19 @@ class AdapterStack:
         if name in self.frozen:
             raise UserError(f"stage {name}: an adapter below it has the same name.", "Give the stage another name.")
         wanted = check_targets(targets)
-        modules = [
-            module
-            for module, layer in self.base.named_modules()
-            if ".layers." in module
-            and isinstance(layer, (LoraLayer, nn.Linear))
-            and any(f".{module}".endswith(f".{target}") for target in wanted)
-        ]
-        for target in wanted:
-            if not any(f".{module}".endswith(f".{target}") for module in modules):
-                raise UserError(
-                    f"lora_target_modules: this base has no linear layer {target} in its decoder layers.",
-                    "Name projections that it has, or all-linear.",
-                )
+        modules, missing = [], set(wanted)
+        for module, layer in self.base.named_modules():
+            if ".layers." not in module or not isinstance(layer, (LoraLayer, nn.Linear)):
+                continue
+            matching = {target for target in wanted if f".{module}".endswith(f".{target}")}
+            missing -= matching
+            if matching:
+                modules.append(module)
+        if missing:
+            raise UserError(
+                f"lora_target_modules: this base has no linear layer {min(missing)} in its decoder layers.",
+                "Name projections that it has, or all-linear.",
+            )
         self._add(name, dict.fromkeys(modules, r))
         generator = torch.Generator().manual_seed(seed)
         for module in modules:
@@ -225,11 +225,11 @@ class AdapterStack:
             self._activate(self.names)
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
-        leaf_ranks = sorted(set(ranks.values()))
+        rank = max(ranks.values())
         config = LoraConfig(
-            r=leaf_ranks[-1],
-            lora_alpha=leaf_ranks[-1],
-            rank_pattern={m: r for m, r in ranks.items() if r != leaf_ranks[-1]},
+            r=rank,
+            lora_alpha=rank,
+            rank_pattern={module: other for module, other in ranks.items() if other != rank},
             target_modules=sorted(ranks),
             lora_dropout=0.0,  # dropout is a hash inside the decoder; PEFT's would draw from the global generator
             task_type="CAUSAL_LM",
@@ -255,12 +255,13 @@ class AdapterStack:
 
 
 def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each frozen adapter: the stage's if it is in a run's folder, else its place in the stack."""
+    """A name for each frozen adapter: the stage's if it is in a run's folder, else its place in the stack. None is called
+    ``base``, the name of the model without adapters."""
     names: list[str] = []
     for place, path in enumerate(paths):
         name = path.parent.name if path.name in ("adapter", "delta") else f"adapter{place}"
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in name) or f"adapter{place}"
-        names.append(name if name not in names else f"{name}_{place}")
+        name = re.sub(r"[^\w-]", "_", name) or f"adapter{place}"
+        names.append(f"{name}_{place}" if name in [*names, "base"] else name)
     return names
 
 

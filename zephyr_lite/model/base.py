@@ -34,9 +34,9 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
 from ..io.safetensors import tensor_bytes
-from ..io.text import read_object, shown
+from ..io.text import shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
-from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
+from .families import FAMILIES, NAMES, head_width, layer_windows
 from .files import again, check_config_file, fetch_base, open_shards, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
@@ -161,23 +161,22 @@ def check_family(config: Any, where: str) -> None:
     Raises:
         UserError: another family, or a variant of the family that the fused engine does not know.
     """
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: a {config.model_type} model; the fused engine knows the families {NAMES}.",
-            "Set engine=trl for any other architecture; docs/extending.md shows how a family is added.",
-        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise UserError(
-            f"{where}: rotary embeddings of type {rope} depend on the sequence's length, which a packed row does not have.",
-            "Set engine=trl.",
-        )
-    try:
-        family_of(config).windows(config)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}.", "Correct the configuration, or set engine=trl.") from None
-    if config.hidden_act != "silu":
-        raise UserError(f"{where}: hidden_act {config.hidden_act!r}; the fused engine knows silu.", "Set engine=trl.")
+    problem, hint = "", "Set engine=trl, which trains any architecture."
+    if config.model_type not in FAMILIES:
+        problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
+        hint += " docs/extending.md shows how a family is added."
+    elif rope in ("dynamic", "longrope"):
+        problem = f"rotary embeddings of type {rope}, which depend on the length of a sequence"
+    elif config.hidden_act != "silu":
+        problem = f"hidden_act {config.hidden_act!r}; the fused engine knows silu"
+    else:
+        try:
+            layer_windows(config)
+        except ValueError as error:
+            problem = str(error)
+    if problem:
+        raise UserError(f"{where}: {problem}.", hint)
 
 
 def check_weights(folder: Path, config: Any) -> None:
@@ -202,17 +201,12 @@ def check_weights(folder: Path, config: Any) -> None:
         if name in packed or name.rpartition(".weight.")[0] + ".weight" in packed:
             continue  # bitsandbytes' parts of an NF4 weight
         # transformers adds the prefix itself, and computes inv_freq, which old checkpoints hold
-        if name not in shapes and f"model.{name}" not in shapes and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(
-                f"{file.path}: holds tensor {shown(name)}, for which the model of config.json has no place.",
-                _OTHER_MODEL,
-            )
-        shape = file.entries[name].shape
-        if shapes.get(name, shape) != shape:
-            raise UserError(
-                f"{file.path}: tensor {shown(name)} is {list(shape)}; by config.json it is {list(shapes[name])}.",
-                _OTHER_MODEL,
-            )
+        wanted, shape = shapes.get(name, shapes.get(f"model.{name}")), file.entries[name].shape
+        if wanted != shape and not name.endswith("rotary_emb.inv_freq"):
+            problem = "for which the model of config.json has no place"
+            if wanted is not None:
+                problem = f"which is {list(shape)}; by config.json it is {list(wanted)}"
+            raise UserError(f"{file.path}: holds tensor {shown(name)}, {problem}.", _OTHER_MODEL)
 
 
 def empty_model(folder: Path, config: Any) -> Any:
@@ -251,16 +245,14 @@ def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.d
         return None, True, bool(stored_settings(stored, folder).bnb_4bit_use_double_quant)
     if not config.load_in_4bit:
         return None, False, False
-    return (
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        True,
-        config.bnb_4bit_use_double_quant,
+    double = config.bnb_4bit_use_double_quant
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
     )
+    return settings, True, double
 
 
 def load_base(config: RunConfig, *, device: torch.device | None = None, stream: bool = False) -> Base:
@@ -312,11 +304,7 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
 def _from_pretrained(
     source: Path, model_config: Any, dtype: torch.dtype, place: torch.device, quantization: BitsAndBytesConfig | None
 ) -> Any:
-    """Load a folder whose files were checked (``check_weights``) with transformers.
-
-    Raises:
-        UserError: its tensors are not those of the model of config.json.
-    """
+    """Load a folder whose files were checked (``check_weights``), and check that every weight was loaded."""
     model, loaded = AutoModelForCausalLM.from_pretrained(
         source,
         output_loading_info=True,
@@ -348,16 +336,7 @@ def _load_quantized(
 ) -> Any:
     """The quantized model, from its copy in the cache, which is made first if there is none or the base's files have changed.
 
-    Where the cache cannot be written, the model is quantized in memory, with a warning that says why.
-
-    Args:
-        source: the 16-bit base's folder.
-        name: the base's name, for the copy's folder name only.
-        model_config: of the base, and of its copy.
-        settings: how the base is quantized.
-        dtype: compute dtype; tensors that are not quantized are stored in it.
-        device: where to compute.
-        place: where the parameters go.
+    Where the cache cannot be written, the model is quantized in memory, with a warning. The parameters go to `place`.
     """
     double = "-double" if settings.bnb_4bit_use_double_quant else ""
     known = fingerprint(source)
@@ -373,9 +352,9 @@ def _load_quantized(
     try:
         make_folder(quantized_dir())
         with FileLock(quantized_dir() / f".lock-{suffix}"):
-            existing = sorted(quantized_dir().glob(f"[!.]*-{suffix}"))  # whatever name the base had when it was made
             folder = quantized_dir() / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
-            folder = existing[0] if existing else folder
+            # the base may have had another name when it was made
+            folder = next(iter(sorted(quantized_dir().glob(f"[!.]*-{suffix}"))), folder)
             if read_json(folder / MANIFEST) != manifest(folder):
                 if folder.exists():
                     logger.warning(f"{folder}: damaged, or made of other files of the base; it is made again")
@@ -505,7 +484,7 @@ def check_fingerprint(known: str | None, folder: Path, trained: str) -> None:
 
 def _fingerprint_of_files(folder: Path) -> str:
     """The fingerprint of earlier versions: config.json, and of every safetensors file 1 MiB and 64 KiB at 16 places."""
-    config = read_object(folder / "config.json", strict=False, hint=again(folder / "config.json"))
+    config = check_config_file(folder)
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
 from ..errors import UserError
-from .peft_io import AdapterFile, LazyModules, LoraWeights
+from .peft_io import AdapterFile, LoraWeights
 
 
-def compose(adapters: Sequence[AdapterFile]) -> Mapping[str, LoraWeights]:
+def compose(adapters: Sequence[AdapterFile]) -> dict[str, LoraWeights]:
     """One adapter that equals the sum of all: Σ sᵢ BᵢAᵢ = [s₁B₁ s₂B₂ …] @ [A₁; A₂; …].
 
     Returns:
-        module name → LoraWeights with scale 1, float32; built at each access, so that memory holds one module at a time.
+        module name → LoraWeights with scale 1, float32.
 
     Raises:
         UserError: two adapters change the same module with different shapes.
     """
-    parts: dict[str, list[AdapterFile]] = defaultdict(list)
+    parts: dict[str, list[LoraWeights]] = defaultdict(list)
     for adapter in adapters:
         for module, weights in adapter.modules.items():
-            for first in parts[module][:1]:
-                if (shape := first.modules[module].shape) != weights.shape:
-                    raise UserError(
-                        f"{adapter.path}: {module} is {list(weights.shape)}, in {first.path} it is {list(shape)}.",
-                        "The adapters were trained on different bases and cannot be stacked.",
-                    )
-            parts[module].append(adapter)
-    return LazyModules({module: partial(_concatenate, module, parts[module]) for module in sorted(parts)})
-
-
-def _concatenate(module: str, adapters: Sequence[AdapterFile]) -> LoraWeights:
-    weights = [adapter.modules[module] for adapter in adapters]
-    a = torch.cat([w.a for w in weights], dim=0)
-    b = torch.cat([w.b * w.scale for w in weights], dim=1)
-    return LoraWeights(a, b, 1.0)
+            parts[module].append(weights)
+            if (shape := parts[module][0].shape) != weights.shape:
+                raise UserError(
+                    f"{adapter.path}: {module} is {list(weights.shape)}, in an adapter below it {list(shape)}.",
+                    "The adapters were trained on different bases and cannot be stacked.",
+                )
+    return {
+        module: LoraWeights(torch.cat([w.a for w in found]), torch.cat([w.b * w.scale for w in found], dim=1), 1.0)
+        for module, found in sorted(parts.items())
+    }

@@ -41,7 +41,7 @@ class DequantBuffer:
             dtype: of the products.
         """
         site = sites[index]
-        if not any(is_quantized(weight) for weight in site.weights):
+        if not is_quantized(site.weights[0]):
             for weight, columns in zip(site.weights, site.slices):
                 yield columns.start, dequantize(weight, dtype)
             return

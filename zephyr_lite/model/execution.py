@@ -75,7 +75,8 @@ class Layer:
 
     @property
     def trained(self) -> list[Tensor]:
-        return [tensor for site in self.sites for tensor in site.trained]
+        qkv, out, gate_up, down = self.sites
+        return [*qkv.trained, *out.trained, *gate_up.trained, *down.trained]
 
 
 @dataclass(frozen=True)

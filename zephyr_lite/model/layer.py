@@ -100,19 +100,15 @@ class _Layer(torch.autograd.Function):
 
 def _save(ctx: Any, acts: _Activations, keep: Keep) -> None:
     """Give the kept tensors to autograd, or to the activation offload."""
-    names = ["x"]
+    tensors, ctx.counts, ctx.away = [acts.x], [], None
     if keep != "input":
-        names += ["attn_out", "lse", "residual"]
-    counts: list[int] = []
-    lora: list[Tensor] = []
+        tensors += [acts.attn_out, acts.lse, acts.residual]
     if keep == "all":
-        names += ["qkv", "gate_up"]
+        tensors += [acts.qkv, acts.gate_up]
         for of_site in acts.lora:
             assert of_site is not None
-            counts.append(len(of_site))
-            lora += of_site
-    tensors = [*(getattr(acts, name) for name in names), *lora]
-    ctx.names, ctx.counts, ctx.away = names, counts, None
+            ctx.counts.append(len(of_site))
+            tensors += of_site
     offload = ctx.state.offload
     if offload is not None and ctx.layer.index < offload.layers:
         ctx.away = offload.put(ctx.layer.index, tensors)
@@ -123,11 +119,18 @@ def _save(ctx: Any, acts: _Activations, keep: Keep) -> None:
 
 
 def _restore(ctx: Any) -> _Activations:
-    tensors = iter(ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.away))
-    kept: dict[str, Any] = {name: next(tensors) for name in ctx.names}
+    tensors = ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.away)
+    acts = _Activations(tensors[0])
+    if len(tensors) > 1:
+        acts.attn_out, acts.lse, acts.residual = tensors[1:4]
     if ctx.counts:
-        kept["lora"] = tuple(tuple(next(tensors) for _ in range(count)) for count in ctx.counts)
-    return _Activations(**kept)
+        acts.qkv, acts.gate_up = tensors[4:6]
+        start, lora = 6, []
+        for count in ctx.counts:
+            lora.append(tuple(tensors[start : start + count]))
+            start += count
+        acts.lora = tuple(lora)
+    return acts
 
 
 def _forward(
@@ -248,7 +251,7 @@ def _backward(
     if need_x:
         d_normed = grad_input(d_qkv, scratch.parts(layer.sites, QKV, grad.dtype), sites[QKV], d_lora)
         d_x = rms_norm_backward(d_normed, acts.x, layer.norms[0].weight, inverse, residual_grad=d_residual)
-    return d_x, [g for of_site in grads for g in of_site]
+    return d_x, [*grads[QKV], *grads[OUT], *grads[GATE_UP], *grads[DOWN]]
 
 
 def _heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,8 +110,6 @@ def find_chain(
     if source is None:
         return chain_of_run(stage=stage, base=base)
     path = Path(source).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
     if (path / "config.json").is_file():
         if stage is not None or base is not None:
             raise UserError(f"{path}: is a model's folder, without stages or a base.", "Leave --stage and --base out.")
@@ -133,9 +131,8 @@ def source_of_chain(chain: Chain) -> str:
 
 
 def model_names(chain: Chain) -> list[str]:
-    """The names in ``LoadedModel.models`` of the chain's adapters; no adapter's model is called ``base``."""
-    names = resolve_frozen_names([adapter.path for adapter in chain.adapters])
-    return [name if name != BASE else f"{name}_adapter" for name in names]
+    """The names in ``LoadedModel.models`` of the chain's adapters, which are those of the stack."""
+    return resolve_frozen_names([adapter.path for adapter in chain.adapters])
 
 
 def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
@@ -146,9 +143,17 @@ def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
     """
     for note in chain.notes:
         logger.info(note)
-    base = load_base(base_config(chain))
+    described = chain.base
+    config = RunConfig(
+        model_name_or_path=described["name_or_path"],
+        model_revision=described.get("revision", "main"),
+        load_in_4bit=described.get("load_in_4bit", True),
+        bnb_4bit_use_double_quant=described.get("double_quant", True),
+        engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
+    )
+    base = load_base(config)
     source = source_of_chain(chain)
-    check_fingerprint(chain.base.get("fingerprint"), base.path, source)
+    check_fingerprint(described.get("fingerprint"), base.path, source)
     folder = chain.tokenizer_from or base.path
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], folder)
@@ -157,23 +162,10 @@ def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
         check_rendering(chain.info, Path(source), template.text, template.tokenizer)
     stack = AdapterStack(base.model)
     models: dict[str, list[str]] = {BASE: []}
-    names = resolve_frozen_names([adapter.path for adapter in chain.adapters])
-    for name, model, adapter in zip(names, model_names(chain), chain.adapters):
+    for name, adapter in zip(model_names(chain), chain.adapters):
         stack.add_frozen(name, adapter)
-        models[model] = list(stack.names)
+        models[name] = list(stack.names)
     return LoadedModel(source, base, stack, template, models, chain)
-
-
-def base_config(chain: Chain) -> RunConfig:
-    """The configuration that loads the base of a chain as its stage trained on it."""
-    described = chain.base
-    return RunConfig(
-        model_name_or_path=described["name_or_path"],
-        model_revision=described.get("revision", "main"),
-        load_in_4bit=described.get("load_in_4bit", True),
-        bnb_4bit_use_double_quant=described.get("double_quant", True),
-        engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
-    )
 
 
 def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) -> ChatTemplate:
@@ -184,7 +176,7 @@ def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) 
     """
     if choice is None and not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{folder}: its tokenizer has no chat template, so nothing says how it was talked to in training.",
-            "Say which one with --chat-template: zephyr, chatml, llama3, or a .jinja file.",
+            f"{folder}: its tokenizer has no chat template.",
+            "Choose the one of its training with --chat-template: zephyr, chatml, llama3, or a .jinja file.",
         )
     return resolve_template(choice or "auto", tokenizer)

@@ -10,9 +10,9 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
-from ..io.safetensors import FLOATS, SafetensorsFile, tensor_bytes, write_stream
+from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
 from ..io.text import read_object, shown
 from .files import checked_place, download, local_folder, pickles
 
@@ -79,22 +79,6 @@ class LoraWeights:
         return self.b.shape[0], self.a.shape[1]
 
 
-class LazyModules(Mapping[str, LoraWeights]):
-    """Module name → LoraWeights, read or computed at each access."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], LoraWeights]]) -> None:
-        self._readers = readers
-
-    def __getitem__(self, module: str) -> LoraWeights:
-        return self._readers[module]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-
 @dataclass
 class AdapterFile:
     """A PEFT LoRA adapter on disk.
@@ -102,14 +86,14 @@ class AdapterFile:
     Attributes:
         path: its folder.
         config: its adapter_config.json.
-        modules: module name (`model.layers.0.self_attn.q_proj`) → LoraWeights, mapped from the file at each access.
-        copies: whole parameters in the file, which PEFT adds for embeddings: name (`lm_head.weight`) → function that reads it.
+        modules: module name (`model.layers.0.self_attn.q_proj`) → LoraWeights; float32 files are mapped, not loaded.
+        copies: whole parameters in the file, which PEFT adds for embeddings: name (`lm_head.weight`) → parameter.
     """
 
     path: Path
     config: dict[str, Any]
     modules: Mapping[str, LoraWeights]
-    copies: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -125,8 +109,8 @@ class AdapterFile:
         Raises:
             UserError: one differs; says how to merge the adapter with PEFT instead.
         """
-        for name, read in self.copies.items():
-            mine, own = read(), of_base(name)
+        for name, mine in self.copies.items():
+            own = of_base(name)
             if own is not None:
                 mine = mine.to(own.device)
                 # equal, or rounded to the other's dtype
@@ -151,19 +135,12 @@ class _Settings(BaseModel):
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
-    """An adapter's configuration and weights.
-
-    The modules are read from the weights, so target_modules may be anything.
-
-    Raises:
-        UserError: a file is missing, broken, or a link out of the folder; the adapter is more than W + s·B·A; its rank or
-            alpha is no number above 0.
-    """
+    """An adapter's configuration, checked but for target_modules (the modules are those of the weights), and weights."""
     path, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(
             f"{folder}: no {CONFIG_NAME} there, so it is not a PEFT adapter.",
-            "Give the folder that PEFT's save_pretrained wrote (a stage's adapter/, for a run of this program).",
+            "Give the folder that PEFT's save_pretrained wrote; for a run, a stage's adapter/.",
         )
     config = read_object(checked_place(path), hint=_AGAIN)
     if config.get("peft_type") != "LORA":
@@ -202,7 +179,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     folder = Path(path)
     config, file = _open(folder)
     names: dict[str, dict[str, str]] = defaultdict(dict)
-    copies: dict[str, Callable[[], Tensor]] = {}
+    copies: dict[str, Tensor] = {}
     for name in file.entries:
         plain = _PREFIXES.sub("", _WRAPPERS.sub("", name))
         match = _KEY.fullmatch(plain)
@@ -215,7 +192,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
                 )
             sides[match["side"]] = name
         elif plain.endswith(".weight") and "lora_" not in plain and ".modules_to_save." not in plain:
-            copies[plain.replace(".base_layer.", ".")] = partial(file.tensor, name)
+            copies[plain.replace(".base_layer.", ".")] = file.tensor(name)
         else:
             raise UserError(
                 f"{file.path}: tensor {shown(name)} is no LoRA matrix of a linear layer, and cannot be stacked here.",
@@ -223,46 +200,33 @@ def read_adapter(path: str | Path) -> AdapterFile:
             )
     if not names:
         raise UserError(f"{file.path}: holds no LoRA weights.", _AGAIN)
-    readers = {
-        module: partial(_read_module, file, module, names[module], _scale(file, config, module, names[module]))
-        for module in sorted(names)
-    }
-    return AdapterFile(folder, config, LazyModules(readers), copies)
+    modules = {module: _read_module(file, config, module, names[module]) for module in sorted(names)}
+    return AdapterFile(folder, config, modules, copies)
 
 
-def _read_module(file: SafetensorsFile, module: str, names: dict[str, str], scale: float) -> LoraWeights:
-    """Raises UserError where a value is not finite."""
-    a, b = (file.tensor(names[side]) for side in "AB")
+def _read_module(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> LoraWeights:
+    """One module's matrices and scale, checked."""
+    a, b = (file.tensor(names[side]) if side in names else torch.empty(0) for side in "AB")
+    ranks = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
+    floats = a.is_floating_point() and b.is_floating_point()
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] not in ranks or not floats:
+        raise UserError(
+            f"{file.path}: {shown(module)} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; by {CONFIG_NAME} they are "
+            f"float matrices [r, in] and [out, r] of rank {' or '.join(map(str, sorted(ranks)))}.",
+            "The adapter is incomplete, or its files belong to different adapters; save it again, or copy both files.",
+        )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise UserError(
             f"{file.path}: the LoRA of {shown(module)} holds NaN or infinite values.",
             "Its training had gone wrong; take an earlier checkpoint of it.",
         )
-    return LoraWeights(a.float(), b.float(), scale)
-
-
-def _scale(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> float:
-    """Alpha by rank of a module, whose matrices are checked.
-
-    Raises:
-        UserError: a matrix is missing, or they do not fit each other or the configuration.
-    """
-    entries = [file.entries.get(names.get(side, "")) for side in "AB"]
-    a, b = (entry.shape if entry is not None and entry.dtype in FLOATS else () for entry in entries)
-    ranks = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] not in ranks:
-        raise UserError(
-            f"{file.path}: {shown(module)} has lora_A {list(a)} and lora_B {list(b)}; by {CONFIG_NAME} they are float "
-            f"matrices [r, in] and [out, r] of rank {' or '.join(map(str, sorted(ranks)))}.",
-            "The adapter is incomplete, or its files belong to different adapters; save it again, or copy both files.",
-        )
-    alpha = config.get("lora_alpha", 8)
+    alpha, rank = config.get("lora_alpha", 8), a.shape[0]
     for key, value in (config.get("alpha_pattern") or {}).items():
         # PEFT's rule: the first key that, as a regular expression, matches the end of the name, from a dot on
         if re.match(rf"(.*\.)?({key})$", module):
             alpha = value
             break
-    return float(alpha) / math.sqrt(a[0]) if config.get("use_rslora") else float(alpha) / a[0]
+    return LoraWeights(a.float(), b.float(), float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _by_peft(folder: Path) -> str:
@@ -280,7 +244,7 @@ def _by_peft(folder: Path) -> str:
 def other_base(config: Mapping[str, Any], name_or_path: str) -> str | None:
     """A note on an adapter whose configuration names another base than the one it is used on; None: the same name.
 
-    Only a note, since a base that was moved has another name. Shapes that do not fit are refused when it is attached.
+    Only a note, since a base that was moved has another name.
     """
     told = config.get("base_model_name_or_path")
     if not told or told == name_or_path or Path(told).name == Path(name_or_path).name:
@@ -325,7 +289,7 @@ def write_adapter(
     A new folder appears complete or not at all; in an existing one the two files are replaced and other files stay.
 
     Args:
-        modules: module name → LoraWeights; a lazy mapping is written module by module.
+        modules: module name → LoraWeights.
         base_model_name: the base's hub id or path, for adapter_config.json.
         extra_config: further keys of PEFT's LoraConfig (lora_dropout, revision, …).
     """
@@ -382,13 +346,18 @@ def _target_modules(modules: Sequence[str]) -> list[str]:
 
     (PEFT gives a leaf name a LoRA in every layer.)
     """
-    leaf = {module: module.rpartition(".")[2] for module in modules}
     layers: dict[str, set[int]] = defaultdict(set)  # leaf → the layers that have it
+    count = 0
     for module in modules:
         match = _LAYER.fullmatch(module)
-        layers[leaf[module]].add(int(match["index"]) if match else -1)
-    everywhere = set(range(1 + max(index for found in layers.values() for index in found)))
-    return sorted({leaf[module] if layers[leaf[module]] == everywhere else module for module in modules})
+        index = int(match["index"]) if match else -1
+        layers[module.rpartition(".")[2]].add(index)
+        count = max(count, index + 1)
+    targets = set()
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        targets.add(leaf if layers[leaf] == set(range(count)) else module)
+    return sorted(targets)
 
 
 def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:

@@ -8,7 +8,7 @@ import re
 import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from rich.console import Console as RichConsole
 from rich.segment import Segment
@@ -26,15 +26,6 @@ PIPE_WIDTH = 120  # columns of a table that is not printed to a terminal
 _ASCII = str.maketrans("▁▂▃▄▅▆▇█✓·–…", "_.-~=+*#*--.")
 # control characters, bidirectional overrides, and lone surrogates (bytes of a path that are not UTF-8)
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-class Standing(Protocol):
-    """Scores of a model on the demo's held-out rows (``demo.run.Standing``)."""
-
-    loss: float
-    preference_accuracy: float
-    dodging: float
-    answers: list[str]
 
 
 class _Rich(RichConsole):
@@ -120,7 +111,7 @@ class Console:
         what = visible(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         self.err.print(Text.assemble(("failed: ", "bold red"), what))
         self.err.print(
-            Text("This is our fault, not yours. Please report it, with what the command shows with --verbose.")
+            Text("This is a bug in zephyr-lite. Please report it, with the output of the command with --verbose.")
         )
 
     def plan(self, lines: Sequence[str]) -> None:
@@ -132,11 +123,15 @@ class Console:
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation as one line."""
-        if not is_evaluation(metrics) and "seconds" in metrics:
-            self._seconds.append(metrics["seconds"])
-        left = sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds and step < total else None
+        left = self.seconds_left(step, total, metrics) if step < total else None
         style = "bold" if is_evaluation(metrics) else ""
         self.out.print(Text(metrics_line(step, total, metrics, left), style=style))
+
+    def seconds_left(self, step: int, total: int, metrics: Metrics) -> float | None:
+        """Seconds of the remaining steps at the speed of the last ones, ``step`` included; None if unknown."""
+        if "seconds" in metrics and not is_evaluation(metrics):
+            self._seconds.append(metrics["seconds"])
+        return sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds else None
 
     def row(self, title: str, spans: Spans) -> None:
         """Print a row as training sees it; supervised text is green in a terminal, and in ⟦ ⟧ elsewhere."""
@@ -148,21 +143,6 @@ class Console:
             else:
                 text.append(f"⟦{part}⟧" if supervised else part)
         self.out.print(text)
-
-    def side_by_side(self, questions: Sequence[str], standings: Mapping[str, Standing]) -> None:
-        """Print each model's answers and scores in columns."""
-        table = Table(show_lines=True, expand=True)
-        for name in ("", *standings):
-            table.add_column(name, ratio=1)
-        for place, question in enumerate(questions):
-            table.add_row(Text(question, style="bold"), *(Text(s.answers[place]) for s in standings.values()))
-        for title, text in (
-            ("held-out loss", lambda s: f"{s.loss:.3f}"),
-            ("better answer likelier", lambda s: f"{s.preference_accuracy:.0%}"),
-            ("dodging answers", lambda s: f"{s.dodging:.0%}"),
-        ):
-            table.add_row(Text(title), *(Text(text(s)) for s in standings.values()))
-        self.out.print(table, soft_wrap=False)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; all columns but the first are right-aligned."""

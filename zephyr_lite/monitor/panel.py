@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 from rich.console import Group, RenderableType
@@ -18,14 +20,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..io.text import duration
-from ..train.objective import Outcome
-from ..train.observer import Sample
-from ..train.stage import Stage
+from ..train.stage import Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation, visible
-from .health import Verdict, judge
-from .progress import Progress
-from .reference_ranges import published_of
-from .screen import Screen
+from .health import Progress, Verdict, judge, published_of
+from .screens import Screen
 
 WIDTH = 100  # columns at most
 LABEL = 9
@@ -36,7 +34,6 @@ _TAGS = re.compile(
     r"<\|im_start\|>\s*\w*|<\|start_header_id\|>\s*\w*\s*<\|end_header_id\|>|<\|[\w ]{1,24}\|>|</?s>|\[/?INST\]"
 )
 _MARKS = {"good": ("✓ ", "green"), "bad": ("! ", "bold yellow"), "open": ("· ", "dim")}
-GIB = 2**30
 STOPPING = Verdict("open", "stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
 
@@ -54,8 +51,10 @@ class LiveScreen(Screen):
         published = published_of(stage)
 
         def panel() -> RenderableType:
+            # the handler of a signal that asked the training loop to stop (``io.interrupts.StopRequest``) has a name
+            request = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
             with progress.lock:
-                verdict = STOPPING if _stopping() else judge(progress, published)
+                verdict = STOPPING if getattr(request, "name", None) else judge(progress, published)
                 return render(progress, verdict, self.console.out.width)
 
         self._live = Live(
@@ -78,7 +77,7 @@ class LiveScreen(Screen):
 
     def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         if self.progress is not None:
-            self.progress.sampled(samples)
+            self.progress.sample = samples[0]
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         self.close()
@@ -91,49 +90,20 @@ class LiveScreen(Screen):
         """Draw the panel a last time and release the terminal."""
         live, self._live = self._live, None
         if live is not None:
-            try:
+            with suppress(OSError):  # the terminal was closed
                 live.stop()
-            except OSError:  # the terminal was closed
-                return
-
-
-def _stopping() -> bool:
-    """Whether a signal asked the training loop to stop (``io.interrupts.StopRequest``)."""
-    request = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    return getattr(request, "name", None) is not None
 
 
 def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
     """The panel, at most ``width`` columns wide."""
     width = max(12, min(width, WIDTH))
     room = max(8, width - 4 - LABEL)
+    last, mean = progress.last, progress.mean
     grid = Table.grid(expand=True)
     grid.add_column(width=LABEL, style="dim", no_wrap=True, overflow="crop")
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    grid.add_row("step", _steps(progress, room))
-    grid.add_row("loss", _loss(progress))
-    if progress.evaluations:
-        grid.add_row("held out", _held_out(progress))
-    if "rewards/margins" in progress.last:
-        grid.add_row("pairs", _preferences(progress))
-    grid.add_row("speed", _speed(progress))
-    if "learning_rate" in progress.last:
-        grid.add_row("rate", _rate(progress))
-    if progress.sample is not None:
-        question, answer = _plain(progress.sample.prompt), _plain(progress.sample.answer) or "(nothing)"
-        cut = "… " + question[-(room - 2) :].partition(" ")[2]  # a question is at the end of its prompt
-        grid.add_row("asked", Text(cut if len(question) > room else question, style="dim"))
-        for place, line in enumerate(textwrap.wrap(answer, room, max_lines=2, placeholder=" …")):
-            grid.add_row("" if place else "answers", Text(line))
-    mark, style = _MARKS[verdict.kind]
-    said = Text(mark + verdict.text, style=style, no_wrap=False, overflow="fold")
-    title = Text(visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}"), style="bold")
-    return Panel(Group(grid, said), title=title, title_align="left", border_style="dim", width=width)
 
-
-def _steps(progress: Progress, room: int) -> RenderableType:
-    step, total = progress.step, max(1, progress.total)
-    left = progress.seconds_left()
+    step, total, left = progress.step, max(1, progress.total), progress.seconds_left()
     ends = f", {duration(left)} left" if left is not None else ", done" if step >= total else ""
     line = Table.grid(*(Column(no_wrap=True, overflow="ellipsis") for _ in range(3)))
     line.add_row(
@@ -141,72 +111,65 @@ def _steps(progress: Progress, room: int) -> RenderableType:
         ProgressBar(total=total, completed=step, width=min(40, max(1, room - 40))),
         Text(f" {min(1.0, step / total):>4.0%}  {duration(time.monotonic() - progress.begun)}{ends}"),
     )
-    return line
+    grid.add_row("step", line)
 
+    loss = Text(f"{float(last['loss']):.4f}" if "loss" in last else "–", style="bold")
+    text = Text.assemble(loss, "  ", (spark(progress.losses, CURVE), "cyan"))
+    if len(progress.recent) > 1 and (recent := mean("loss")) is not None:
+        text.append(f"  mean of {len(progress.recent)} steps {recent:.4f}", style="dim")
+    grid.add_row("loss", text)
 
-def _loss(progress: Progress) -> Text:
-    loss = progress.last.get("loss")
-    line = Text("–" if loss is None else f"{float(loss):.4f}", style="bold")
-    line = Text.assemble(line, "  ", (spark(progress.losses, CURVE), "cyan"))
-    if (mean := progress.mean("loss")) is not None and len(progress.recent) > 1:
-        line.append(f"  mean of {len(progress.recent)} steps {mean:.4f}", style="dim")
-    return line
+    if progress.evaluations:
+        evaluation = progress.evaluations[-1]
+        text = Text(f"{float(evaluation['eval_loss']):.4f}", style="bold")
+        for name, key in (("accuracy", "eval_rewards/accuracies"), ("margin", "eval_rewards/margins")):
+            if key in evaluation:
+                text = Text.assemble(text, f"  {name} {float(evaluation[key]):.3f}")
+        ago = f"  at step {evaluation['step']:,}"
+        if len(progress.evaluations) > 1:
+            ago += f", before {float(progress.evaluations[-2]['eval_loss']):.4f}"
+        grid.add_row("held out", Text.assemble(text, (ago, "dim")))
 
-
-def _held_out(progress: Progress) -> Text:
-    last = progress.evaluations[-1]
-    line = Text.assemble((f"{float(last['eval_loss']):.4f}", "bold"))
-    for name, key in (("accuracy", "eval_rewards/accuracies"), ("margin", "eval_rewards/margins")):
-        if key in last:
-            line.append(f"  {name} {float(last[key]):.3f}")
-    line.append(f"  at step {last['step']:,}", style="dim")
-    if len(progress.evaluations) > 1:
-        line.append(f", before {float(progress.evaluations[-2]['eval_loss']):.4f}", style="dim")
-    return line
-
-
-def _preferences(progress: Progress) -> Text:
-    accuracy, margin = progress.mean("rewards/accuracies"), progress.mean("rewards/margins")
-    line = Text()
+    accuracy, margin = mean("rewards/accuracies"), mean("rewards/margins")
     if accuracy is not None and margin is not None:
-        line.append(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ")
-    return line.append(spark(progress.margins, CURVE), style="cyan")
+        curve = (spark(progress.margins, CURVE), "cyan")
+        grid.add_row("pairs", Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", curve))
 
-
-def _speed(progress: Progress) -> Text:
-    line, unit = Text(), progress.unit
-    seconds, done = progress.mean("seconds"), progress.mean(f"num_{unit}")
+    parts = []
+    seconds, done = mean("seconds"), mean(f"num_{progress.unit}")
     if seconds and done:
         speed = done / seconds
-        line.append(f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s")
-    if "peak_memory_gib" in progress.last:
-        planned = progress.stage.plan.peak
-        line.append(f"  memory {float(progress.last['peak_memory_gib']):.1f}")
-        line.append(f" of {planned / GIB:.1f} GiB planned" if planned else " GiB")
-    return line
+        parts.append(f"{speed:,.0f} {progress.unit}/s" if speed >= 100 else f"{speed:.2f} {progress.unit}/s")
+    if "peak_memory_gib" in last:
+        planned = progress.stage.plan.peak / 2**30
+        of = f" of {planned:.1f} GiB planned" if planned else " GiB"
+        parts.append(f"memory {float(last['peak_memory_gib']):.1f}{of}")
+    grid.add_row("speed", "  ".join(parts))
+    if "learning_rate" in last:
+        norm = f"  gradient norm {float(last['grad_norm']):.3g}" if "grad_norm" in last else ""
+        grid.add_row("rate", f"{float(last['learning_rate']):.2e}{norm}")
 
-
-def _rate(progress: Progress) -> Text:
-    line = Text(f"{float(progress.last['learning_rate']):.2e}")
-    if "grad_norm" in progress.last:
-        line.append(f"  gradient norm {float(progress.last['grad_norm']):.3g}")
-    return line
-
-
-def _plain(text: str) -> str:
-    return " ".join(visible(_TAGS.sub(" ", text)).split())
+    if progress.sample is not None:
+        question, answer = (
+            " ".join(visible(_TAGS.sub(" ", said)).split()) for said in (progress.sample.prompt, progress.sample.answer)
+        )
+        if len(question) > room:
+            question = "… " + question[-(room - 2) :].partition(" ")[2]  # a question is at the end of its prompt
+        grid.add_row("asked", Text(question, style="dim"))
+        for place, part in enumerate(textwrap.wrap(answer or "(nothing)", room, max_lines=2, placeholder=" …")):
+            grid.add_row("" if place else "answers", Text(part))
+    mark, style = _MARKS[verdict.kind]
+    text = Text(mark + verdict.text, style=style, no_wrap=False, overflow="fold")
+    title = Text(visible(f"{progress.stage.config.stage} · {progress.stage.dir.run}"), style="bold")
+    return Panel(Group(grid, text), title=title, title_align="left", border_style="dim", width=width)
 
 
 def spark(values: Sequence[float], places: int) -> str:
     """A curve in at most ``places`` characters, each the mean of an equal part; the lowest mean is the lowest block."""
-    values = [value for value in values if value - value == 0]  # finite
-    edges = (
-        [round(i * len(values) / places) for i in range(places + 1)] if len(values) > places else range(len(values) + 1)
-    )
+    values = [value for value in values if math.isfinite(value)]
+    count = min(places, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    if not means:
-        return ""
-    low, high = min(means), max(means)
-    if high - low < 1e-9:
-        return BLOCKS[0] * len(means)
-    return "".join(BLOCKS[min(len(BLOCKS) - 1, int((m - low) / (high - low) * len(BLOCKS)))] for m in means)
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = len(BLOCKS) / (high - low) if high - low >= 1e-9 else 0.0
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int((mean - low) * scale))] for mean in means)

@@ -33,11 +33,11 @@ for(const figure of document.querySelectorAll("figure.chart")){
       const line=document.createElement("div");
       line.className="hue"+s.h;
       const far=Math.abs(s.x[i]-step)>(high-low)*0.005;
-      line.textContent=s.n+": "+told(s.y[i])+(far?" (step "+s.x[i].toLocaleString("en-US")+")":"");
+      line.textContent=s.n+": "+told(s.y[i])+(far?" ("+data.name+" "+s.x[i].toLocaleString("en-US")+")":"");
       lines.push(line);
     }
     const head=document.createElement("b");
-    head.textContent="step "+step.toLocaleString("en-US");
+    head.textContent=data.name+" "+step.toLocaleString("en-US");
     tip.replaceChildren(head,...lines);
     tip.hidden=false;
     const place=left+(step-low)/(high-low)*(right-left);

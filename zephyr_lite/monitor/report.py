@@ -1,6 +1,7 @@
 """``report.html``: one self-contained file about a run's stages, or about two runs side by side.
 
-This module computes what the template ``report.html.j2`` shows; ``charts`` draws the curves.
+This module reads the files of stages (finished, running or killed, and of older versions) and computes what the template
+``report.html.j2`` lays out. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,127 +25,260 @@ import jinja2
 from markupsafe import Markup
 
 from .. import __version__
+from ..config.load import DPO_DEFAULTS, RunConfig
+from ..config.strict_yaml import read_yaml
 from ..errors import UserError
+from ..io.redact import redact
+from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, read_json, stages_of
 from ..io.text import duration
-from .charts import chart, figures_of, histogram, number
+from .charts import Curve, charts_of, is_number, line_chart, number
 from .console import visible
-from .stage_record import StageRecord, is_number
 
 REPORT = "report.html"
+LENGTHS = "lengths.json"
 MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recognized
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
-_OF_THE_RUN = ("output_dir", "stage")  # keys that differ between any two runs
-COUNTS = {  # keys of the data report
-    "read": "rows read",
-    "kept": "kept",
-    "rows": "packed rows",
-    "tokens": "tokens",
-    "supervised": "supervised tokens",
-    "cut": "cut to max_length",
-    "prompts_cut": "of them prompts",
-    "supervised_lost": "supervised tokens lost by cutting",
-    "longest": "longest, tokens",
-}
-SAMPLES, BETWEEN = 6, 8  # prompts; answers between the first and the last of each
-_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+){2,}/?")  # absolute, of two parts or more
-Records = Sequence[StageRecord]
+_PARTS = ("base", "data", "eval_data", "machine", "own", "plan", "result", "versions")  # objects of stage.json
+SAMPLES = 6  # prompts that are shown
+Columns = dict[str, tuple[list[int], list[float]]]
+# an absolute path of two parts or more, and its last part
+_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+)+[/\\]([\w.@+=-]+)[/\\]?")
 
 
 @dataclass
-class Table:
-    """Rows of a name and one value per stage.
+class StageRecord:
+    """The files of one stage, without the secrets of this process's environment.
 
     Attributes:
-        head: column titles; [] for none.
-        marked: indices of highlighted rows.
+        folder: its path; name, run: the names of the stage's and of the run's folder.
+        method: sft or dpo.
+        info: stage.json; missing objects and lists are empty.
+        config: config.yaml, {} if there is none.
+        columns: every number of metrics.jsonl, evaluations (``eval_…``) included: name → (steps, values).
+        step: the last logged step; total: number of steps of the whole stage, None if unknown.
+        planned: the plan's memory by part, in bytes; ``peak`` is the whole.
+        samples: samples.jsonl; left_out: left_out.jsonl; lengths: lengths.json.
+        results: kind → the result file of ``zephyr-lite eval``.
+        own: stage of the run → sha256 of its own adapter.
+        who: prefix of sentences about it, when two runs are compared.
     """
 
-    head: Sequence[str]
-    rows: list[list[Any]]
-    kind: str = "facts"
-    marked: Sequence[int] = ()
-
-
-@dataclass
-class Group:
-    """What one section of the page is about: a stage, or the same stage of two runs.
-
-    Attributes:
-        labels: the names of the two runs; [] for one stage.
-    """
-
+    folder: Path
     name: str
-    records: Records
-    labels: Sequence[str] = ()
+    run: str
+    method: str
+    info: dict[str, Any]
+    config: dict[str, Any]
+    columns: Columns
+    step: int
+    total: int | None
+    planned: dict[str, float]
+    samples: list[dict[str, Any]]
+    left_out: list[dict[str, Any]]
+    lengths: dict[str, Any]
+    results: dict[str, dict[str, Any]]
+    own: dict[str, str | None]
+    who: str = ""
 
     @property
-    def head(self) -> list[str]:
-        return ["", *self.labels] if self.labels else []
+    def complete(self) -> bool:
+        return self.info.get("status") == "complete"
 
-    def named(self) -> Iterator[tuple[StageRecord, str]]:
-        """Each record with a prefix for sentences about it."""
-        for place, record in enumerate(self.records):
-            yield record, f"{self.labels[place]}: " if self.labels else ""
+    def values(self, key: str) -> list[float]:
+        """The finite values of a metric."""
+        return list(filter(math.isfinite, self.columns.get(key, ((), ()))[1]))
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """The overview: name → value."""
+        result, total, facts = self.info["result"], self.total, {}
+        running = not self.complete and total is not None
+        facts["steps"] = f"{number(self.step)} of {number(total)}" if running else number(self.step)
+        held_out, losses = self.columns.get("eval_loss", ([], []))[1], self.values("loss")
+        if held_out:
+            facts["held-out loss"] = " → ".join(number(loss) for loss in dict.fromkeys((held_out[0], held_out[-1])))
+        if losses:
+            tenth = max(1, len(losses) // 10)
+            first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
+            facts["training loss, start → end"] = f"{number(first)} → {number(last)}"
+        if len(held_out) > 2 and (best := result.get("best")):
+            facts["best held-out loss"] = f"{number(best[0])} (step {number(best[1])})"
+        for name, key, form in (
+            ("preference accuracy", "rewards/accuracies", share),
+            ("margin", "rewards/margins", number),
+            ("token accuracy", "mean_token_accuracy", share),
+        ):
+            if values := self.values(f"eval_{key}"):
+                facts[f"{name}, held-out"] = form(values[-1])
+            elif (values := self.values(key)) and self.method == "dpo":
+                facts[name] = form(statistics.fmean(values[-max(1, len(values) // 10) :]))
+        for unit in ("tokens", "pairs"):
+            if speeds := self.values(f"{unit}_per_second"):
+                facts[f"{unit} a second"] = number(float(f"{statistics.median(speeds):.3g}"))
+        if is_number(result.get("seconds")):
+            facts["time, last start" if self.info["resumed"] else "time"] = duration(result["seconds"])
+        elif running and total is not None and (seconds := self.values("seconds")):
+            facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - self.step))
+        measured, planned = self.values("peak_memory_gib"), self.planned.get("peak")
+        peak = result.get("peak_memory_bytes") or (max(measured) * 2**30 if measured else None)
+        if peak and planned:
+            facts["memory, measured / planned"] = f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
+        elif peak or planned:
+            facts["memory, measured" if peak else "memory planned"] = gib(peak or planned)
+        if left := result.get("steps_left_out", len(self.left_out)):
+            facts["steps left out"] = number(left)
+        return facts
 
 
-def run_page(records: Records) -> str:
+def read_stage(folder: Path) -> StageRecord:
+    """Read a stage's folder.
+
+    Raises:
+        UserError: it is not a stage, or its stage.json or config.yaml is broken.
+    """
+    stage, whole = StageDir(folder), folder.absolute()
+    info = stage.info()
+    if info is None:
+        raise UserError(f"{folder}: is not a stage of a run (no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE.")
+    checked(info, folder / STAGE_FILE)
+    files = {
+        "info": {key: value for key, value in info.items() if value is not None},
+        "config": read_yaml(stage.config) if stage.config.is_file() else {},
+        "metrics": json_lines(stage.metrics),
+        "samples": json_lines(stage.samples),
+        "left_out": json_lines(folder / "left_out.jsonl"),
+        "lengths": read_json(folder / LENGTHS) or {},
+        "results": {path.stem: read_json(path) for path in sorted((folder / "eval").glob("*.json"))},
+    }
+    files = json.loads(redact(json.dumps(files)))
+    info = {**{part: {} for part in _PARTS}, "adapters": [], "resumed": [], **files["info"]}
+    config = files["config"]
+    history: dict[int, dict[str, Any]] = {}
+    for line in files["metrics"]:
+        if isinstance(line.get("step"), int):
+            history.setdefault(line["step"], {}).update(line)
+    columns: Columns = {}
+    for step, line in sorted(history.items()):
+        for key, value in line.items():
+            if is_number(value):
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(float(value))
+    total = info["result"].get("steps") or config.get("max_steps")
+    rows, batch, epochs = info["data"].get("rows"), config.get("batch_size"), config.get("num_train_epochs")
+    if not total and rows and batch and epochs:
+        total = max(1, math.ceil(epochs * math.ceil(rows / batch)))
+    own = {other.path.name: ((other.info() or {}).get("own") or {}).get("sha256") for other in stages_of(whole.parent)}
+    return StageRecord(
+        folder=folder,
+        name=whole.name,
+        run=whole.parent.name,
+        method=info.get("method", "sft"),
+        info=info,
+        config=config,
+        columns=columns,
+        step=max(history, default=0),
+        total=total,
+        planned=info["plan"].get("account") or {},
+        samples=files["samples"],
+        left_out=files["left_out"],
+        lengths=files["lengths"],
+        results={kind: body for kind, body in files["results"].items() if "models" in body and "-partial" not in kind},
+        own=own,
+    )
+
+
+def read_source(source: Path | None) -> list[StageRecord]:
+    """The stages of a run's folder in the order of training, or the one stage whose folder it is.
+
+    Args:
+        source: None: the newest run under ``runs/``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = newest_run(Path("runs")) if source is None else source.expanduser()
+    if path is None:
+        raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a run's folder.")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME) or a stage's (runs/NAME/STAGE).")
+    if (path / STAGE_FILE).is_file():
+        return [read_stage(path)]
+    found = [read_stage(stage.path) for stage in stages_of(path)]
+    if not found:
+        raise UserError(
+            f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or in a subfolder).",
+            "Give runs/NAME or runs/NAME/STAGE.",
+        )
+    # a stage on top of more adapters was trained later
+    return sorted(found, key=lambda record: (len(record.info["adapters"]), str(record.info.get("created"))))
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that a process may be appending to; torn lines are skipped."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def run_page(records: Sequence[StageRecord]) -> str:
     """The page of one run's stages."""
-    name = records[0].run if len(records) > 1 else f"{records[0].run} / {records[0].name}"
-    return _page(name, [Group(record.name, [record]) for record in records])
+    title = records[0].run if len(records) > 1 else f"{records[0].run} / {records[0].name}"
+    return _page(title, [_section(record.name, [record]) for record in records])
 
 
-def side_by_side(first: Records, second: Records) -> str:
+def side_by_side(first: Sequence[StageRecord], second: Sequence[StageRecord]) -> str:
     """The page of two runs, or of two stages: stages of one name side by side, then the others.
 
     Raises:
         UserError: they have no stage in common, or stages of one name have different methods.
     """
+    pairs = [(one, other) for one in first for other in second if one.name == other.name]
     if len(first) == len(second) == 1:
         pairs = [(first[0], second[0])]
-    else:
-        pairs = [(one, other) for one in first for other in second if one.name == other.name]
     if not pairs:
-        names = [", ".join(r.name for r in records) for records in (first, second)]
+        names = [", ".join(record.name for record in records) for records in (first, second)]
         raise UserError(
             f"the runs have no stage in common ({names[0]}; {names[1]}).", "Name two stages: runs/A/sft runs/B/sft"
         )
+    one, other = pairs[0]
+    labels = [one.run, other.run]
+    if one.run == other.run:  # two stages of one run, or runs of one name in different folders
+        labels = [one.name, other.name]
+        if one.name == other.name:
+            labels = [f"{record.folder.absolute().parent.parent.name}/{record.run}" for record in pairs[0]]
+    sections = []
     for one, other in pairs:
         if one.method != other.method:
             raise UserError(
-                f"{one.folder} is {one.method}, and {other.folder} is {other.method}: their numbers mean different things.",
+                f"{one.folder} is {one.method}, and {other.folder} is {other.method}: their metrics cannot be compared.",
                 "Name two stages of one method.",
             )
-    labels = _labels(*pairs[0])
-    groups = [
-        Group(one.name if one.name == other.name else " and ".join(labels), [one, other], labels)
-        for one, other in pairs
-    ]
-    paired = {id(record) for pair in pairs for record in pair}
-    for side, label in zip((first, second), labels):
-        groups += [Group(f"{label} / {record.name}", [record]) for record in side if id(record) not in paired]
-    return _page(" and ".join(labels), groups)
+        one.who, other.who = (f"{label}: " for label in labels)
+        name = one.name if one.name == other.name else " and ".join(labels)
+        sections.append(_section(name, [one, other], labels))
+    for records, label in ((first, labels[0]), (second, labels[1])):
+        sections += [_section(f"{label} / {record.name}", [record]) for record in records if not record.who]
+    return _page(" and ".join(labels), sections)
 
 
-def _labels(one: StageRecord, other: StageRecord) -> list[str]:
-    """Distinct names: of the runs, of the stages of one run, or with the parent folder of runs of one name."""
-    if one.run != other.run:
-        return [one.run, other.run]
-    if one.name != other.name:
-        return [one.name, other.name]
-    above = [record.folder.absolute().parent.parent.name for record in (one, other)]
-    return [f"{place}/{one.run}" for place in above] if above[0] != above[1] else [f"{one.run} (A)", f"{one.run} (B)"]
-
-
-def _page(title: str, groups: Sequence[Group]) -> str:
+def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     for function in (number, share, gib, moment, without_paths, shortened, value_text, places):
         environment.filters[function.__name__] = function
-    environment.filters["counted"] = lambda values: Counter(values).items()
+    environment.filters["counted"] = Counter
     page = environment.get_template("report.html.j2").render(
         mark=MARK,
         title=title,
-        stages=[_stage(group) for group in groups],
+        stages=sections,
         version=__version__,
         now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         script=Markup(script),
@@ -151,205 +287,109 @@ def _page(title: str, groups: Sequence[Group]) -> str:
     return visible(page) + "\n"
 
 
-def _stage(group: Group) -> dict[str, Any]:
-    figures = figures_of(group.records, group.labels)
-    prompts = _samples(group)
+def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = ()) -> dict[str, Any]:
+    """What the page shows of a stage, or of the same stage of two runs."""
+    first, last = records[0], records[-1]
+    warnings: list[str] = []
+    results: list[dict[str, Any]] = []
+    samples: dict[str, dict[str, Any]] = {}
+    notes: dict[str, None] = {}
+    for place, record in enumerate(records):
+        for text in record.info["result"].get("warnings") or ():
+            warnings.append(record.who + without_paths(text))
+        for line in record.left_out[:20]:
+            rows = ", ".join(map(without_paths, (line.get("rows") or [])[:3])) or "unknown"
+            loss = f"loss {number(line.get('loss'))}, gradient norm {number(line.get('grad_norm'))}"
+            warnings.append(f"{record.who}step {line.get('step')} was left out ({loss}); rows: {rows}")
+        if len(record.left_out) > 20:
+            warnings.append(f"{record.who}and {len(record.left_out) - 20:,} more steps were left out (left_out.jsonl)")
+        results += _results(record)
+        for line in record.samples:
+            sample = samples.setdefault(line["prompt"], {"prompt": line["prompt"], "answers": [{}, {}]})
+            sample["answers"][place][line["step"]] = line["answer"]
+            sample["reference"] = line.get("reference")
+        notes |= dict.fromkeys(map(without_paths, record.info["data"].get("notes") or ()))
+    reasons = []
+    for key, title in (("dropped", "left out"), ("changed", "changed")):
+        reasons.append(
+            (key, title, list({**(first.info["data"].get(key) or {}), **(last.info["data"].get(key) or {})}))
+        )
+    recipe = RunConfig.model_validate(DPO_DEFAULTS if first.method == "dpo" else {}).model_dump(mode="json")
+    keys, differences = [], []
+    for key in {**first.config, **last.config}:
+        texts = [
+            value_text(side[key]) if key in side else "" for side in (first.config, last.config if labels else recipe)
+        ]
+        keys.append([key, *texts[: len(records)]])
+        # a key that an older version did not write has its default
+        if key not in ("output_dir", "stage") and all(texts) and texts[0] != texts[1]:
+            differences.append([key, *texts])
+    planned = {**last.planned, **first.planned}
     return {
-        "name": group.name,
-        "records": group.records,
-        "labels": group.labels,
-        "method": _METHODS.get(group.records[0].method, ""),
-        "states": [who + _state(record) for record, who in group.named()],
-        "overview": _overview(group),
-        "warnings": list(_warnings(group)),
-        "curves": [chart(figure) for figure in figures],
-        "steps_left_out": any(figure.marks for figure in figures),
-        "samples": prompts[:SAMPLES],
-        "more_samples": len(prompts) - SAMPLES,
-        "results": list(_results(group)),
-        "counts": COUNTS,
-        "reasons": [
-            (key, title, list(dict.fromkeys(name for record in group.records for name in record.data_part(key))))
-            for key, title in (("dropped", "left out"), ("changed", "changed"))
-        ],
-        "data_notes": list(
-            dict.fromkeys(
-                without_paths(line) for record in group.records for line in record.part("data").get("notes") or ()
-            )
-        ),
-        "lengths": list(_lengths(group)),
-        "parts": _memory_parts(group),
-        "most": max((value for record in group.records for value in record.planned.values()), default=0) or 1,
-        **_configuration(group),
-        "below": max(len(record.links) for record in group.records),
-        "versions": list(dict.fromkeys(name for record in group.records for name in record.part("versions"))),
+        "name": name,
+        "records": records,
+        "labels": labels,
+        "head": ["", *labels] if labels else [],
+        "method": _METHODS[first.method],
+        "warnings": warnings,
+        "curves": charts_of(records, labels),
+        "samples": list(samples.values())[:SAMPLES],
+        "more_samples": len(samples) - SAMPLES,
+        "results": results,
+        "reasons": reasons,
+        "data_notes": list(notes),
+        "lengths": list(_lengths(records)),
+        "parts": sorted(planned, key=planned.__getitem__, reverse=True),
+        "most": max(first.planned.get("peak", 0), last.planned.get("peak", 0)) or 1,
+        "config": keys,
+        "differences": differences,
+        "below": max(len(first.info["adapters"]), len(last.info["adapters"])),
+        "versions": list({**first.info["versions"], **last.info["versions"]}),
     }
 
 
-def _state(record: StageRecord) -> str:
-    if record.complete:
-        times = len(record.info.get("resumed") or [])
-        return "finished" + (f", after {times} {'interruption' if times == 1 else 'interruptions'}" if times else "")
-    return f"not finished, step {number(record.step)}" + (f" of {number(t)}" if (t := record.total()) else "")
-
-
-def _overview(group: Group) -> Table:
-    facts = [dict(_facts(record)) for record in group.records]
-    names = dict.fromkeys(name for each in facts for name in each)
-    return Table(group.head, [[name, *(each.get(name, "–") for each in facts)] for name in names])
-
-
-def _facts(record: StageRecord) -> Iterator[tuple[str, Any]]:
-    result, total = record.part("result"), record.total()
-    finished = record.complete or total is None
-    yield "steps", number(record.step) if finished else f"{number(record.step)} of {number(total)}"
-    losses = record.points("eval_loss")[1]
-    if losses:
-        yield "held-out loss", f"{number(losses[0])} → {number(losses[-1])}" if len(losses) > 1 else number(losses[0])
-    if ys := record.points("loss")[1]:
-        yield "training loss, start → end", f"{number(_end(ys, first=True))} → {number(_end(ys))}"
-    best = result.get("best")
-    if len(losses) > 2 and best:
-        yield "best held-out loss", f"{number(best[0])} (step {number(best[1])})"
-    if record.method == "dpo":
-        for name, key, form in (("preference accuracy", "accuracies", share), ("margin", "margins", number)):
-            held = record.last(f"eval_rewards/{key}")
-            value = held if held is not None else _end(record.points(f"rewards/{key}")[1])
-            yield name + (", held-out" if held is not None else ""), form(value)
-    elif (held := record.last("eval_mean_token_accuracy")) is not None:
-        yield "token accuracy, held-out", share(held)
-    for unit in ("tokens", "pairs"):
-        if speeds := _finite(record.points(f"{unit}_per_second")[1]):
-            yield f"{unit} a second", number(float(f"{statistics.median(speeds):.3g}"))
-    if is_number(result.get("seconds")) and math.isfinite(result["seconds"]):
-        yield "time, last start" if record.info.get("resumed") else "time", duration(result["seconds"])
-    elif (
-        total is not None and not finished and record.step < total and (seconds := _finite(record.points("seconds")[1]))
-    ):
-        yield "left, at this speed", duration(statistics.median(seconds) * (total - record.step))
-    peak, planned = result.get("peak_memory_bytes"), record.planned.get("peak")
-    if not is_number(peak) and (measured := _finite(record.points("peak_memory_gib")[1])):
-        peak = max(measured) * 2**30
-    if is_number(peak) and planned:
-        yield "memory, measured / planned", f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
-    elif is_number(peak):
-        yield "memory, measured", gib(peak)
-    elif planned:
-        yield "memory planned", gib(planned)
-    if left := result.get("steps_left_out", len(record.left_out)):
-        yield "steps left out", number(left)
-
-
-def _finite(values: Sequence[float]) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
-
-
-def _end(values: Sequence[float], *, first: bool = False) -> float | None:
-    """The mean of the last (or first) tenth."""
-    fine = _finite(values)
-    count = max(1, len(fine) // 10)
-    return statistics.fmean(fine[:count] if first else fine[-count:]) if fine else None
-
-
-def _warnings(group: Group) -> Iterator[str]:
-    for record, who in group.named():
-        for text in record.part("result").get("warnings") or ():
-            yield f"{who}{without_paths(text)}"
-        for line in record.left_out[:20]:
-            rows = ", ".join(without_paths(row) for row in (line.get("rows") or [])[:3]) or "unknown"
-            loss = f"loss {number(line.get('loss'))}, gradient norm {number(line.get('grad_norm'))}"
-            yield f"{who}step {line.get('step')} was left out ({loss}); rows: {rows}"
-        if len(record.left_out) > 20:
-            yield f"{who}and {len(record.left_out) - 20:,} more steps were left out (left_out.jsonl)"
-
-
-def _samples(group: Group) -> list[dict[str, Any]]:
-    """Each prompt with the first and last answers, those between them (of one stage), and the held-out row's answer."""
-    found: dict[str, list[dict[int, str]]] = {}
-    references: dict[str, str | None] = {}
-    for place, record in enumerate(group.records):
-        for line in record.samples:
-            stages = found.setdefault(line["prompt"], [{} for _ in group.records])
-            stages[place][line["step"]] = line["answer"]
-            references[line["prompt"]] = line.get("reference")
-    samples = []
-    for prompt, stages in found.items():
-        answers, between = [], []
-        for by_step, (_, who) in zip(stages, group.named()):
-            steps = sorted(by_step)
-            # of two runs only the last answers are compared
-            for step in dict.fromkeys(steps[-1:] if group.labels else [*steps[:1], *steps[-1:]]):
-                answers.append((who + (f"step {step}" if step else "before training"), by_step[step]))
-            inner = [] if group.labels else steps[1:-1]
-            if len(inner) > BETWEEN:
-                inner = [inner[round(i * (len(inner) - 1) / (BETWEEN - 1))] for i in range(BETWEEN)]
-            between += [(f"step {step}", by_step[step]) for step in inner]
-        samples.append({"prompt": prompt, "answers": answers, "between": between, "reference": references[prompt]})
-    return samples
-
-
-def places(entry: Any) -> str:
-    entry = entry or {}
-    count, first = entry.get("count", 0), [without_paths(place) for place in entry.get("first", ())]
-    more = ", …" if count > len(first) else ""
-    return number(count) + (f" ({', '.join(first)}{more})" if first else "")
-
-
-def _lengths(group: Group) -> Iterator[Markup]:
-    same = len({record.part("data").get("fingerprint") for record in group.records}) == 1
-    shown = list(group.named())[: 1 if same else None]
-    for record, who in shown:
+def _lengths(records: Sequence[StageRecord]) -> Iterator[dict[str, Any]]:
+    """Charts of the lengths of the rows; one stage's if both have the same rows."""
+    same = records[0].info["data"].get("fingerprint") == records[-1].info["data"].get("fingerprint")
+    for record in records[: 1 if same else None]:
         unit = record.lengths.get("unit", "row")
         for part, key, title in (
             ("training", "length", f"Tokens a {unit}"),
             ("training", "supervised", f"Supervised tokens a {unit}"),
             ("held-out", "length", f"Tokens a {unit}"),
         ):
-            counts = record.lengths.get(part, {}).get(key)
-            if counts:
-                said = f"{part}; median {number(counts['median'])}, longest {number(counts['longest'])}"
-                stacks = [("as they were", counts["whole"]), ("cut", counts["cut"])]
-                yield histogram(f"{who}{title}" if len(shown) > 1 else title, said, counts["edges"], stacks)
+            if counts := record.lengths.get(part, {}).get(key):
+                about = f"{part}; median {number(counts['median'])}, longest {number(counts['longest'])}"
+                edges = counts["edges"]
+                middles = [(low + high) / 2 for low, high in pairwise(edges)]
+                curves = [Curve("complete", middles, counts["whole"])]
+                if any(counts["cut"]):
+                    curves.append(Curve("cut", middles, counts["cut"], hue=1))
+                yield line_chart(title if same else record.who + title, about, curves, bounds=(0,), x_name="tokens")
 
 
-def _memory_parts(group: Group) -> list[str]:
-    """The names of the plan's parts, the largest first, ``peak`` last."""
-    accounts = [record.planned for record in group.records]
-    names = dict.fromkeys(name for account in accounts for name in account if name != "peak")
-    ordered = sorted(names, key=lambda name: -max(account.get(name, 0) for account in accounts))
-    return [*ordered, "peak"] if ordered else []
-
-
-def _results(group: Group) -> Iterator[dict[str, Any]]:
-    """The results of ``zephyr-lite eval`` for these stages."""
-    for record, who in group.named():
-        for kind, result in record.results.items():
-            models = {name: dict(leaves(body)) for name, body in result["models"].items()}
-            keys = dict.fromkeys(key for found in models.values() for key in found)
-            if not keys:
-                continue
-            own, links = record.part("own").get("sha256"), result.get("adapters")
-            other = own and links and links[-1].get("sha256") not in (None, own)
-            count = (result.get("data") or {}).get("rows")
-            rows = [[key, *(found.get(key, "–") for found in models.values())] for key in keys]
-            yield {
-                "title": f"{who}{kind}" + (" (of another adapter than this stage has now)" if other else ""),
-                "rows": number(count) if is_number(count) else "",
-                "table": Table(["", *models], rows, "numbers"),
-                "compared": list(_compared(result)),
-            }
-
-
-def _compared(result: dict[str, Any]) -> Iterator[str]:
-    """Differences between two of the models on the same rows."""
-    for key, between in (("differences", " minus "), ("comparisons", " against ")):
-        entries = result.get(key)
-        if isinstance(entries, dict):
-            entries = [{"": names, **entry} for names, entry in entries.items()]
-        for entry in entries or ():
-            names = between.join(value for value in entry.values() if isinstance(value, str))
-            if found := "; ".join(f"{name} {value}" for name, value in leaves(entry)):
-                yield f"{names}: {found}"
+def _results(record: StageRecord) -> Iterator[dict[str, Any]]:
+    """The results of ``zephyr-lite eval`` for a stage: a table of models, and differences between two of them."""
+    for kind, result in record.results.items():
+        models = {name: dict(leaves(body)) for name, body in result["models"].items()}
+        keys = dict.fromkeys(key for numbers in models.values() for key in numbers)
+        own, links = record.info["own"].get("sha256"), result.get("adapters")
+        other = own and links and links[-1].get("sha256") not in (None, own)
+        compared = []
+        for key, between in (("differences", " minus "), ("comparisons", " against ")):
+            entries = result.get(key) or ()
+            if isinstance(entries, dict):
+                entries = [{"": names, **entry} for names, entry in entries.items()]
+            for entry in entries:
+                names = between.join(value for value in entry.values() if isinstance(value, str))
+                compared.append(f"{names}: {'; '.join(f'{name} {value}' for name, value in leaves(entry))}")
+        yield {
+            "title": record.who + kind + (" (of another adapter than this stage has now)" if other else ""),
+            "count": (result.get("data") or {}).get("rows"),
+            "models": list(models),
+            "rows": [[key, *(numbers.get(key, "–") for numbers in models.values())] for key in keys],
+            "compared": compared,
+        }
 
 
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -365,25 +405,7 @@ def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", number(value)
 
 
-def _configuration(group: Group) -> dict[str, Any]:
-    """The keys that differ from the published recipe, or between two runs; and all keys."""
-    configs = [record.config for record in group.records]
-    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in _OF_THE_RUN]
-    sides = configs if group.labels else [configs[0], group.records[0].recipe()]
-    head = group.head or ["", "here", "published recipe"]
-    differ = [key for key in keys if len({_comparable(side[key]) for side in sides if key in side}) > 1]
-    rows = [[key, *(value_text(side.get(key)) for side in sides)] for key in differ]
-    every = [[key, *(value_text(config.get(key)) for config in configs)] for key in keys]
-    marked = [place for place, key in enumerate(keys) if key in differ]
-    return {"differences": Table(head, rows), "all_keys": Table(group.head, every, marked=marked) if keys else None}
-
-
-def _comparable(value: Any) -> str:
-    if isinstance(value, dict):  # keys that an older version did not write have their defaults
-        value = {k: v for k, v in value.items() if v not in (None, {}, 1.0)}
-    if isinstance(value, list):
-        value = [json.loads(_comparable(each)) for each in value]
-    return json.dumps(float(value) if is_number(value) else value, sort_keys=True)
+# Filters of the template
 
 
 def value_text(value: Any) -> str:
@@ -391,15 +413,24 @@ def value_text(value: Any) -> str:
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() or value.startswith("~") else value
     if isinstance(value, list):
-        return ", ".join(value_text(each) for each in value) or "none"
+        return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, dict):
-        parts = {k: value_text(v) for k, v in value.items() if v not in (None, {}) and not (k == "weight" and v == 1)}
-        path = parts.pop("path", "")
-        rest = ", ".join(f"{k} {v}" for k, v in parts.items())
+        path, parts = value_text(value.get("path") or ""), []
+        for key, own in value.items():
+            if key != "path" and own not in (None, {}) and not (key == "weight" and own == 1):
+                parts.append(f"{key} {value_text(own)}")
+        rest = ", ".join(parts)
         return f"{path} ({rest})" if path and rest else path or rest or "auto"
     if value is None:
         return "none"
     return str(value).lower() if isinstance(value, bool) else number(value)
+
+
+def places(entry: dict[str, Any] | None) -> str:
+    """A count of rows with the first few of them: ``7 (…/rows.jsonl row 4, …)``."""
+    count, first = (entry or {}).get("count", 0), (entry or {}).get("first", ())
+    more = ", …" if count > len(first) else ""
+    return number(count) + (f" ({', '.join(map(without_paths, first))}{more})" if first else "")
 
 
 def shortened(text: str) -> str:
@@ -408,7 +439,7 @@ def shortened(text: str) -> str:
 
 
 def share(value: Any) -> str:
-    return f"{value:.1%}" if is_number(value) and math.isfinite(value) else "–"
+    return f"{value:.1%}" if is_number(value) else "–"
 
 
 def gib(value: Any) -> str:
@@ -427,4 +458,4 @@ def moment(value: Any) -> str:
 
 def without_paths(text: Any) -> str:
     """A sentence with ``…/name`` instead of absolute paths, which tell about the user's machine."""
-    return _PATH.sub(lambda found: "…/" + re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], str(text))
+    return _PATH.sub(r"…/\1", str(text))

@@ -1,4 +1,4 @@
-"""How a stage's progress is shown: a live panel, lines, fewer lines, warnings only, or JSON."""
+"""How a stage's progress is shown: lines, fewer lines, warnings only, JSON, or a live panel (``panel.py``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from typing import Any
@@ -17,11 +16,8 @@ from ..errors import Interrupted, UserError
 from ..io.redact import redact
 from ..io.text import duration
 from ..train.distributed import PeerEnded
-from ..train.objective import Outcome
-from ..train.observer import Sample
-from ..train.stage import Stage
+from ..train.stage import Observer, Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation
-from .screen import Screen
 
 # Set by the kernels of Jupyter, Colab and Kaggle. `!command` gives its process a terminal there, but the cell only
 # appends: cursor movements would flood it.
@@ -29,11 +25,37 @@ NOTEBOOKS = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE")
 NOTEBOOK_LINES = 50  # steps printed of a whole run in a notebook
 
 
-class NotebookScreen(Screen):
-    """Lines of the first and last step, about ``NOTEBOOK_LINES`` between them, and every evaluation."""
+class Screen(Observer):
+    """Plain lines. A context manager, so that subclasses can restore the terminal.
+
+    Args:
+        most: about how many steps of a whole run are printed; None: every logged one.
+    """
+
+    def __init__(self, console: Console, most: int | None = None) -> None:
+        self.console, self.most = console, most
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Release the output; ``error`` ended the command."""
+
+    def say(self, text: str = "") -> None:
+        """Print a message."""
+        self.console.say(text)
+
+    def log(self, record: logging.LogRecord) -> None:
+        """Print a message of the package's logger."""
+        self.say(record.getMessage())
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
-        if is_evaluation(metrics) or step in (1, total) or step % max(1, -(-total // NOTEBOOK_LINES)) == 0:
+        """Print a logged step or an evaluation."""
+        every = 1 if self.most is None else max(1, -(-total // self.most))
+        if is_evaluation(metrics) or step in (1, total) or step % every == 0:
             self.console.metrics(step, total, metrics)
 
 
@@ -45,34 +67,45 @@ class QuietScreen(Screen):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._before: list[str] = []
-        self._begun = False
+        self._before: list[str] | None = []  # messages before training
 
     def close(self, error: BaseException | None = None) -> None:
-        if not self._begun and error is None:
-            for text in self._before:
-                self.console.say(text)
+        for text in self._before or () if error is None else ():
+            self.console.say(text)
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self._begun = True
+        self._before = None
 
     def say(self, text: str = "") -> None:
-        if self._begun:
+        if self._before is None:
             self.console.say(text)
         else:
             self._before.append(text)
 
     def log(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            self.console.say(record.getMessage())
-        else:
-            self.say(record.getMessage())
+        (self.console if record.levelno >= logging.WARNING else self).say(record.getMessage())
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         return None
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
-        self.console.say(end_line(stage, outcome))
+        """Print the adapter, the time and the held-out metrics in one line."""
+        text = f"{stage.dir.adapter}: {outcome.step:,} steps"
+        if outcome.seconds > 0:
+            text += f", {duration(outcome.seconds)}"
+        last = outcome.evaluations[-1] if outcome.evaluations else {}
+        for name, key in (
+            ("held-out loss", "eval_loss"),
+            ("accuracy", "eval_rewards/accuracies"),
+            ("margin", "eval_rewards/margins"),
+        ):
+            if key in last:
+                text += f"; {name} {float(last[key]):.4f}"
+        if outcome.best is not None and outcome.best[1] != outcome.step:
+            text += f"; best held-out loss {outcome.best[0]:.4f} at step {outcome.best[1]:,}"
+        if outcome.skipped:
+            text += f"; {outcome.skipped:,} steps left out"
+        self.console.say(text)
 
 
 class JsonScreen(Screen):
@@ -86,9 +119,7 @@ class JsonScreen(Screen):
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         super().__init__(console)
         self.quiet = quiet
-        self._out = console.out.file
         self._redirected = redirect_stdout(sys.stderr)
-        self._seconds: deque[float] = deque(maxlen=20)
 
     def __enter__(self) -> JsonScreen:
         self._out = self.console.out.file
@@ -99,12 +130,15 @@ class JsonScreen(Screen):
         self._redirected.__exit__(None, None, None)
         if error is None or isinstance(error, SystemExit | BrokenPipeError):
             return
-        if isinstance(error, UserError | Interrupted | PeerEnded):
-            message = error.message
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        # the exit code in a word; another process's error has that process's code
+        code = error.code if isinstance(error, PeerEnded) else 2 if isinstance(error, UserError) else 1
+        if code == 130 or isinstance(error, Interrupted | KeyboardInterrupt):
+            kind = "interrupted"
         else:
-            message = f"{type(error).__name__}: {error}"
+            kind = "user" if code == 2 else "failed"
         with suppress(OSError):
-            self._emit("error", kind=_kind(error), message=message, hint=getattr(error, "hint", "") or "")
+            self._emit("error", kind=kind, message=message, hint=getattr(error, "hint", "") or "")
 
     def say(self, text: str = "") -> None:
         self._emit("say", text=text)
@@ -113,9 +147,7 @@ class JsonScreen(Screen):
         if is_evaluation(metrics):
             self._emit("eval", step=step, total=total, **metrics)
         elif not self.quiet:
-            if "seconds" in metrics:
-                self._seconds.append(metrics["seconds"])
-            left = sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds else None
+            left = self.console.seconds_left(step, total, metrics)
             self._emit("step", step=step, total=total, seconds_left=left, **metrics)
 
     # An observer must not end a run in the middle of a step: a closed pipe is raised by the next ``say`` or ``metrics``.
@@ -136,7 +168,7 @@ class JsonScreen(Screen):
     def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         with suppress(OSError):
             for sample in samples:
-                self._emit("sample", **sample.as_dict())
+                self._emit("sample", **vars(sample))
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         with suppress(OSError):
@@ -159,35 +191,6 @@ class JsonScreen(Screen):
         self._out.flush()
 
 
-def _kind(error: BaseException) -> str:
-    """The exit code in a word; another process's error has that process's code."""
-    if isinstance(error, PeerEnded):
-        return "interrupted" if error.interrupted else "user" if error.code == 2 else "failed"
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        return "interrupted"
-    return "user" if isinstance(error, UserError) else "failed"
-
-
-def end_line(stage: Stage, outcome: Outcome) -> str:
-    """A finished stage in one line: adapter, time, held-out metrics."""
-    parts = [f"{stage.dir.adapter}: {outcome.step:,} steps"]
-    if outcome.seconds > 0:
-        parts[0] += f", {duration(outcome.seconds)}"
-    last = outcome.evaluations[-1] if outcome.evaluations else {}
-    for name, key in (
-        ("held-out loss", "eval_loss"),
-        ("accuracy", "eval_rewards/accuracies"),
-        ("margin", "eval_rewards/margins"),
-    ):
-        if key in last:
-            parts.append(f"{name} {float(last[key]):.4f}")
-    if outcome.best is not None and outcome.best[1] != outcome.step:
-        parts.append(f"best held-out loss {outcome.best[0]:.4f} at step {outcome.best[1]:,}")
-    if outcome.skipped:
-        parts.append(f"{outcome.skipped:,} steps left out")
-    return "; ".join(parts)
-
-
 def open_screen(console: Console, *, quiet: bool = False, as_json: bool = False) -> Screen:
     """The screen for the console's output stream.
 
@@ -203,7 +206,7 @@ def open_screen(console: Console, *, quiet: bool = False, as_json: bool = False)
     # with FORCE_COLOR rich takes a pipe for a terminal
     terminal = out.is_terminal and not out.is_dumb_terminal and out.file.isatty()
     if console.notebook or (terminal and any(name in os.environ for name in NOTEBOOKS)):
-        return NotebookScreen(console)
+        return Screen(console, most=NOTEBOOK_LINES)
     if terminal and not out.legacy_windows:
         from .panel import LiveScreen
 

@@ -1,4 +1,4 @@
-"""transformers' callbacks and trackers around the loop."""
+"""The trackers of ``report_to``, and other callbacks of transformers, as an observer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..io.run_dir import StageDir
 from .distributed import world
+from .stage import Metrics, Observer, Outcome, Stage
+from .steps import step_schedule
 
 # tracker → the extra that installs it, and the packages of which one is needed
 EXTRAS = {
@@ -32,10 +33,11 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
     Raises:
         UserError: transformers knows no such tracker, or it is not installed.
     """
-    names = config.report_to if world().writes else []
+    names = config.report_to if world().is_main_process else []
     for name in names:
         extra, packages = EXTRAS.get(name, ("", ()))
-        if extra and not any(_installed(package) for package in packages):
+        # a plain folder of the package's name, which a tracker leaves, has no origin
+        if extra and not any((spec := find_spec(package)) and spec.origin for package in packages):
             raise UserError(
                 f"report_to: {name} is not installed.", f'Run: pip install "zephyr-lite[{extra}]", or leave it out.'
             )
@@ -45,62 +47,30 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
         raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
 
-def _installed(package: str) -> bool:
-    """Whether a package can be imported; a plain folder of its name, which a tracker leaves, does not count."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None
+def name_wandb_run(stage: Stage) -> None:
+    """Let W&B continue the stage's run, under the id in stage.json, unless the user has named another."""
+    os.environ.setdefault("WANDB_RUN_ID", f"{stage.info['id']}-{stage.config.stage}")
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
-def open_wandb(reporting: Sequence[TrainerCallback], stage: StageDir) -> None:
-    """Open the stage's W&B run, or continue it under the id in stage.json; transformers' callback uses the open run."""
-    info = stage.info()
-    if not any(type(callback).__name__ == "WandbCallback" for callback in reporting) or not info:
-        return
-    import wandb
-
-    if wandb.run is None:
-        wandb.init(
-            project=os.getenv("WANDB_PROJECT", "huggingface"),
-            name=f"{stage.run.name}-{stage.path.name}",
-            id=os.getenv("WANDB_RUN_ID") or f"{info['id']}-{stage.path.name}",
-            resume=os.getenv("WANDB_RESUME") or "allow",
-        )
-
-
-class Callbacks:
-    """transformers' callbacks, called as its Trainer calls them.
+class Callbacks(Observer):
+    """transformers' callbacks as an observer, called as its Trainer calls them.
 
     Args:
-        config: of the stage.
-        stage: its folder.
-        model: the live model.
-        total: steps of the run.
-        callbacks: beside the trackers of ``report_to``.
-
-    Attributes:
-        state: what callbacks read: the step, the epoch, what was logged.
-        control: what they ask for: to stop, to save.
-
-    Raises:
-        UserError: a tracker is not installed.
+        callbacks: trackers, for instance.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        stage: StageDir,
-        model: Any,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        total: int,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
+    def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
+        self.callbacks, self.control = callbacks, TrainerControl()
+
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        config, run_name = stage.config, f"{stage.dir.run.name}-{stage.dir.path.name}"
         # transformers' integrations read their settings from its own arguments, and send these to the tracker
         self.arguments = TrainingArguments(
-            output_dir=str(stage.path),
+            output_dir=str(stage.dir.path),
             report_to=config.report_to or "none",
             logging_steps=config.logging_steps,
-            run_name=f"{stage.run.name}-{stage.path.name}",
+            run_name=run_name,
             project="zephyr-lite",  # trackio's; wandb reads its own variable
             per_device_train_batch_size=config.batch_size,
             num_train_epochs=config.num_train_epochs,
@@ -115,20 +85,32 @@ class Callbacks:
             save_strategy="no",  # the loop saves and evaluates by itself
             eval_strategy="no",
         )
-        reporting = trackers(config)
-        open_wandb(reporting, stage)
-        self.handler = CallbackHandler(
-            [DefaultFlowCallback(), *reporting, *callbacks], model, None, optimizer, scheduler
-        )
+        name_wandb_run(stage)
+        self.handler = CallbackHandler(list(self.callbacks), stage.stack.model, None, None, None)
+        self.per_epoch, _ = step_schedule(config, len(stage.data.rows))
         self.state = TrainerState(max_steps=total, num_train_epochs=math.ceil(config.num_train_epochs))
         self.state.is_local_process_zero = self.state.is_world_process_zero = True
-        self.control = TrainerControl()
+        self._call("on_train_begin", step)
 
-    def __call__(self, event: str, *values: Any) -> None:
-        """Call every callback.
+    def on_step_begin(self, step: int) -> None:
+        self._call("on_step_begin", step)
 
-        Args:
-            event: "on_step_end", for instance.
-            values: what that event has besides arguments, state and control.
-        """
-        self.control = getattr(self.handler, event)(self.arguments, self.state, self.control, *values)
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
+        self._call("on_step_end", step)
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        self.state.log_history.append({"step": step, **metrics})
+        self._call("on_log", step, dict(metrics))
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
+        self._call("on_evaluate", step, metrics)
+
+    def on_save(self, step: int) -> None:
+        self._call("on_save", step)
+
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
+        self._call("on_train_end", outcome.step)
+
+    def _call(self, event: str, step: int, *values: Any) -> None:
+        self.state.global_step, self.state.epoch = step, step / self.per_epoch
+        getattr(self.handler, event)(self.arguments, self.state, self.control, *values)

@@ -1,15 +1,12 @@
-"""Checkpoints (safetensors, JSON and a manifest of both; complete or absent) and the metrics log."""
+"""Checkpoints (safetensors, JSON and a manifest of both; complete or absent) and the logs of JSON lines beside them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -23,202 +20,203 @@ from ..io.atomic import (
     folder_aside,
     manifest_fault,
     remove_folder,
-    remove_tree,
     sync_file,
     write_json,
     write_manifest,
 )
 from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
-from ..io.safetensors import DTYPE_NAMES, SafetensorsFile, tensor_bytes, write_stream
+from ..io.safetensors import DTYPE_NAMES, tensor_bytes, write_stream
+from .distributed import world
 from .optim import restore_state
+
+if TYPE_CHECKING:
+    from .loop import TrainState
 
 logger = logging.getLogger(__name__)
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
-# prefix of a damaged checkpoint until a new one is written
-_TORN = ".torn-"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything that a run needs to resume bit for bit.
-
-    Dropout and the order of rows are functions of (seed, step), so there is no state of a generator to keep.
-    """
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler
-
-    def write(self, stage: StageDir, step: int, extra: dict[str, Any]) -> Path:
-        """Write ``checkpoint-STEP``, tensor by tensor; it appears complete or not at all.
-
-        Args:
-            extra: more keys of its ``state.json``.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        tensors = {f"adapter.{name}": p.detach() for name, p in self.parameters.items()}
-        plain: dict[str, dict[str, Any]] = {}
-        names = list(self.parameters)
-        optimizer = self.optimizer.state_dict()
-        for index, state in optimizer["state"].items():
-            for key, value in _flat(state):
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{key}.{names[index]}"] = value.detach()
-                else:
-                    plain.setdefault(key, {})[names[index]] = value
-        # the largest items first, so that every tensor is aligned to its own
-        order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-        header = {name: (DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
-
-        def put(name: str, out: BinaryIO) -> None:
-            out.write(tensor_bytes(tensors[name].cpu()))
-
-        target = stage.path / f"checkpoint-{step}"
-        with folder_aside(target) as folder:
-            write_stream(folder / TENSORS, header, put)
-            state = {
-                "step": step,
-                **extra,
-                "optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]},
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
-            write_json(folder / STATE, state)
-            write_manifest(folder)
-        return target
-
-    def read(self, folder: Path) -> dict[str, Any]:
-        """Restore a checkpoint that ``resume_point`` has found undamaged; returns its ``state.json``.
-
-        Raises:
-            UserError: it holds another optimizer's state.
-        """
-        state = read_json(folder / STATE)
-        assert state is not None
-        tensors = load_file(folder / TENSORS)
-        self._load_adapter(tensors)
-        restored: dict[str, dict[str, Any]] = {name: {} for name in self.parameters}
-        for full, tensor in tensors.items():
-            if full.startswith("optimizer."):
-                key, name = full.removeprefix("optimizer.").split(".", 1)
-                restored[name][_inner(key)] = tensor
-        for key, values in state["optimizer"]["plain"].items():
-            for name, value in values.items():
-                restored[name][_inner(key)] = value
-        try:
-            restore_state(self.optimizer, list(restored.values()), state["optimizer"]["param_groups"])
-        except ValueError as error:
-            raise UserError(
-                f"{folder}: holds another optimizer's state than this run's ({error}).",
-                "Resume with the optim and on the kind of device that the run was started with, or choose another "
-                "output_dir.",
-            ) from None
-        self.scheduler.load_state_dict(state["scheduler"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        return state
-
-    def read_adapter(self, folder: Path) -> None:
-        """Restore the adapter's weights alone, from a checkpoint without a fault."""
-        self._load_adapter(load_file(folder / TENSORS))
-
-    def _load_adapter(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                found = tensors[f"adapter.{name}"]
-                assert found.shape == parameter.shape, (
-                    f"{name}: {found.shape} in the checkpoint, {parameter.shape} here"
-                )
-                parameter.copy_(found)
-
-
-def _flat(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """bitsandbytes nests its 8-bit state one level deeper; ``outer/inner`` names such an entry."""
-    for key, value in state.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def _inner(key: str) -> str:
-    """The name of such an entry in the live state, which is flat."""
-    return key.rsplit("/", 1)[-1]
-
-
-def checkpoint_fault(folder: Path, *, deep: bool = True) -> str | None:
-    """The damage of a checkpoint, in words that follow its name; None: there is none.
+def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
+    """Write ``checkpoint-STEP``, tensor by tensor: everything that a run needs to resume bit for bit. (Dropout and the order of
+    rows are functions of seed and step, so there is no state of a generator to keep.)
 
     Args:
-        deep: compare every file's hash; False: sizes only.
+        extra: more keys of its ``state.json``.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    if (folder / MANIFEST).exists():
-        if (wrong := manifest_fault(folder, deep=deep)) is not None:
-            return wrong
-    else:  # an earlier version's
-        try:
-            SafetensorsFile(folder / TENSORS)
-            read_json(folder / STATE)
-        except (UserError, OSError) as error:
-            return str(error).split("\n")[0].removeprefix(f"{folder}/").rstrip(".")
-    return None if (folder / STATE).is_file() else f"{STATE} is missing"
+    tensors = {f"adapter.{name}": p.detach() for name, p in state.parameters.items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in state.parameters.items():
+        for key, value in state.optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{key}.{name}"] = value.detach()
+            else:
+                plain.setdefault(key, {})[name] = value
+    # the largest items first, so that every tensor is aligned to its own
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header = {name: (DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+
+    def put(name: str, out: BinaryIO) -> None:
+        out.write(tensor_bytes(tensors[name].cpu()))
+
+    target = state.stage.dir.path / f"checkpoint-{state.step}"
+    with folder_aside(target) as folder:
+        write_stream(folder / TENSORS, header, put)
+        content = {
+            "step": state.step,
+            **extra,
+            "optimizer": {"plain": plain, "param_groups": groups},
+            "scheduler": state.scheduler.state_dict(),
+            "scaler": state.scaler.state_dict(),
+        }
+        write_json(folder / STATE, content)
+        write_manifest(folder)
+    return target
 
 
-def resume_point(stage: StageDir, *, fault: Callable[[Path], str | None] = checkpoint_fault) -> Path | None:
-    """The newest undamaged checkpoint, or None where there is no checkpoint. Damaged ones are reported and moved aside.
+def read_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
+    """Restore adapter, optimizer, schedule and scaler from a checkpoint; returns its ``state.json``.
+
+    Raises:
+        UserError: it holds another optimizer's state.
+    """
+    content = read_json(folder / STATE)
+    assert content is not None
+    tensors = load_file(folder / TENSORS)
+    _load_adapter(state.parameters, tensors)
+    states: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    found = [(*name.split(".", 2)[1:], tensor) for name, tensor in tensors.items() if name.startswith("optimizer.")]
+    found += [
+        (key, name, value) for key, values in content["optimizer"]["plain"].items() for name, value in values.items()
+    ]
+    for key, name, value in found:
+        # older versions wrote bitsandbytes' nested state as outer/key
+        states[name][key.rsplit("/", 1)[-1]] = value
+    try:
+        restore_state(state.optimizer, list(states.values()), content["optimizer"]["param_groups"])
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: holds another optimizer's state than this run's ({error}).",
+            "Resume with the optim and on the kind of device that the run was started with, or choose another output_dir.",
+        ) from None
+    state.scheduler.load_state_dict(content["scheduler"])
+    if content["scaler"]:
+        state.scaler.load_state_dict(content["scaler"])
+    return content
+
+
+@torch.no_grad()
+def _load_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        assert tensors[f"adapter.{name}"].shape == parameter.shape, name
+        parameter.copy_(tensors[f"adapter.{name}"])
+
+
+def save(state: TrainState, *, pending: bool = False) -> None:
+    """Write a checkpoint, then delete older ones. The logs are on the disk before it is.
 
     Args:
-        fault: the damage of a checkpoint (other engines' have other files).
+        pending: this step's evaluation was not finished.
+    """
+    if not state.stage.writes:
+        return
+    for log in (state.log, state.skipped.log, state.sample_log):
+        log.flush()
+    write_checkpoint(
+        state,
+        {
+            "best": state.best,
+            "stale": state.stale,
+            "total": state.total,
+            "pending": pending,
+            "finite": state.skipped.state(),
+            "warnings": state.warnings,
+        },
+    )
+    prune(state)
+    if state.stage.mirror is not None:
+        state.stage.mirror.changed(state.best[1] if state.best else None)
+
+
+def prune(state: TrainState) -> None:
+    """Delete the oldest checkpoints beyond ``save_total_limit``; never the last, the best, the one from before skipped steps, or
+    one that is being copied."""
+    mirror, stage = state.stage.mirror, state.stage.dir
+    paths = stage.checkpoints()
+    kept = {path.name for path in paths[-1:]} | (mirror.busy() if mirror is not None else set())
+    kept |= {f"checkpoint-{step}" for step in (state.before_skips, state.best and state.best[1])}
+    spare = [path for path in paths if path.name not in kept]
+    for path in spare[: max(0, len(paths) - state.stage.config.save_total_limit)]:
+        remove_folder(path)
+
+
+def resume(state: TrainState) -> bool:
+    """Restore the newest checkpoint, if there is one, and what was logged up to it; returns whether its evaluation is due."""
+    found, forget_best = world().broadcast(lambda: (resume_point(state.stage.dir), state.stage.forget_best))
+    content: dict[str, Any] = {}
+    if found is not None:
+        content = read_checkpoint(state, found)
+        assert content["total"] == state.total, f"{found}: of a run of {content['total']} steps, not {state.total}"
+        state.step = content["step"]
+        if not forget_best:
+            state.best = tuple(content["best"]) if content["best"] else None
+            state.stale = content["stale"]
+        state.skipped.load(content.get("finite") or {})
+        if state.skipped.in_a_row:  # it was stopped among skipped steps
+            state.before_skips = state.step
+        state.warnings = list(content.get("warnings") or [])
+        logger.info(f"going on from {found.name}")
+        if state.stage.writes:
+            prune(state)  # the last process may have been killed between a checkpoint and this
+    pending = bool(content.get("pending"))
+    state.skipped.log.truncate(state.step)
+    state.sampled = {record["step"] for record in state.sample_log.truncate(state.step)}
+    for record in state.log.truncate(state.step, pending=pending):
+        if "eval_loss" in record:
+            state.evaluations.append(record)
+        elif "loss" in record:
+            state.metrics = {k: v for k, v in record.items() if k != "step"}
+            if state.objective.collapse is not None:
+                state.objective.collapse.saw(record["step"], record)
+    return pending
+
+
+def restore_best(state: TrainState) -> None:
+    """Take the adapter of the best checkpoint."""
+    assert state.best is not None
+    _load_adapter(state.parameters, load_file(state.stage.dir.path / f"checkpoint-{state.best[1]}" / TENSORS))
+    logger.info(f"took the adapter of step {state.best[1]}, eval_loss {state.best[0]:.4f}")
+
+
+def resume_point(stage: StageDir) -> Path | None:
+    """The newest undamaged checkpoint, or None where there is none; damaged ones that are newer are deleted. One without a
+    manifest, as early versions wrote them, is taken as it is.
 
     Raises:
         UserError: all are damaged; a run never starts from the beginning by itself.
     """
-    torn: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}
     for path in reversed(stage.checkpoints()):
-        if (wrong := fault(path)) is not None:
-            torn[path] = wrong
+        if (path / MANIFEST).is_file() and (fault := manifest_fault(path)) is not None:
+            damaged[path] = fault
             continue
-        if not (path / MANIFEST).exists():
-            logger.info(
-                f"{path.name}: has no {MANIFEST}, an earlier version wrote it; its files can be read, and are used"
-            )
-        for other, what in torn.items():
-            logger.info(f"{other.name}: {what}; using {path.name}")
-            aside = other.with_name(_TORN + other.name)
-            remove_tree(aside)
-            os.replace(other, aside)  # or it would count as the newest
+        for other, fault in damaged.items():
+            logger.warning(f"{other.name}: {fault}; using {path.name}")
+            remove_folder(other)
         return path
-    if torn:
-        damage = "; ".join(f"{path.name}: {what}" for path, what in torn.items())
+    if damaged:
         raise UserError(
-            f"{stage.path}: all of its checkpoints are damaged: {damage}.",
+            f"{stage.path}: all of its checkpoints are damaged: "
+            f"{'; '.join(f'{path.name}: {fault}' for path, fault in damaged.items())}.",
             "Restore one of them from a copy, or delete them to train the stage from its beginning.",
         )
     return None
-
-
-def prune(stage: StageDir, *, keep: int, best: int | None, busy: frozenset[str] = frozenset()) -> None:
-    """Delete the oldest checkpoints beyond ``keep``, and damaged ones; never the best, the last good one, or one in ``busy``
-    (it is being copied). Call it when a new one is complete.
-
-    Raises:
-        OSError: one cannot be renamed.
-    """
-    faults = {path: checkpoint_fault(path, deep=False) for path in stage.checkpoints()}
-    good = [path for path, wrong in faults.items() if wrong is None]
-    if not good:
-        return
-    stay = busy | {good[-1].name, f"checkpoint-{best}"}
-    spare = [path for path in good if path.name not in stay][: max(0, len(good) - keep)]
-    damaged = [path for path, wrong in faults.items() if wrong is not None and path.name not in stay]
-    for path in [*spare, *damaged, *stage.path.glob(f"{_TORN}checkpoint-*")]:
-        remove_folder(path)
 
 
 class MetricsLog:
@@ -232,13 +230,14 @@ class MetricsLog:
         self.path, self.writes = path, writes
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record: one line, one write.
+        """Add a record: one line, one write. JSON has no NaN and no infinity: they become words.
 
         Raises:
             OSError: it cannot be written.
         """
         if self.writes:
-            append_line(self.path, redact(json.dumps({k: _finite(v) for k, v in record.items()})))
+            finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            append_line(self.path, redact(json.dumps(finite)))
 
     def flush(self) -> None:
         """Write the records to the disk, so that a checkpoint written next knows of no step that the log may lose."""
@@ -251,22 +250,17 @@ class MetricsLog:
         Args:
             pending: this step's evaluation will be repeated, so one that is there is removed.
         """
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        if not self.path.exists():
+            return []
         kept: list[tuple[str, dict[str, Any]]] = []
-        for line in lines:
+        for line in self.path.read_bytes().split(b"\n"):
             try:
-                text = line.decode("utf-8")
-                record = json.loads(text)
+                record = json.loads(line)
                 if record["step"] < step or (record["step"] == step and not (pending and "eval_loss" in record)):
-                    kept.append((text, record))
+                    kept.append((line.decode(), record))
             except (ValueError, KeyError, TypeError):
                 continue  # the torn last line of a killed run, or of a power failure
-        if lines and self.writes:
+        if self.writes:
             with file_aside(self.path) as file:
-                file.writelines(text + "\n" for text, _ in kept)
+                file.writelines(f"{line}\n" for line, _ in kept)
         return [record for _, record in kept]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become words."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

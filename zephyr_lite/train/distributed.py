@@ -1,16 +1,15 @@
 """The processes of one run, as ``torchrun`` or ``accelerate launch`` starts them: one per GPU, on one machine or several.
 
 Each holds the whole model and computes its share of every step's rows; one all-reduce sums the adapter's gradients. Rank 0
-reads the configuration, prints, and writes the run's folder. A process that fails tells the others, so that none waits for
-it.
+reads the configuration, prints, and writes the run's folder. A process that ends closes its connections, which ends the
+others too.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # The longest that a process waits for another: rank 0 may tokenize for hours. A dead process is noticed at once.
-PATIENCE = timedelta(hours=12)
+TIMEOUT = timedelta(hours=12)
 
 
 class PeerEnded(Exception):
@@ -34,13 +33,11 @@ class PeerEnded(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.message, self.code = message, code
-        self.interrupted = code == 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. Every method is a collective call, which all processes make at the same point; it
-    raises ``PeerEnded`` in all the others where one fails.
+    """This process among those of the run. Every method is a collective call, which all processes make at the same point.
 
     Attributes:
         rank, size: of all processes.
@@ -53,84 +50,82 @@ class World:
     local_size: int = 1
 
     @property
-    def writes(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         found: list[Any] = [None] * self.size
-        with _exchange():
-            dist.all_gather_object(found, value)
+        self._exchange("all_gather_object", found, value)
         return found
 
-    def each(self, work: Callable[[], T]) -> list[T]:
-        """Call a function in every process; the results by rank. The function must not exchange anything itself.
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in place."""
+        if self.size > 1:
+            self._exchange("all_reduce", tensor)
+
+    def broadcast(self, work: Callable[[], T]) -> T:
+        """Call a function in rank 0; its result in all. It must not exchange anything itself.
 
         Raises:
-            PeerEnded: the function failed in another process; where it failed its own error is raised.
+            PeerEnded: the function failed there.
         """
-        if self.size == 1:
-            return [work()]
+        return self.all_gather(self._call(work, self.is_main_process))[0]
+
+    def main_process_first(self, work: Callable[[], T]) -> T:
+        """Call a function in rank 0, then in the first process of every other machine, then in the rest, so that they find
+        in the caches what the first has downloaded, tokenized or quantized.
+
+        Raises:
+            PeerEnded: the function failed in another process.
+        """
+        turn = 0 if self.is_main_process else 1 if self.local_rank == 0 else 2
+        return [self._call(work, turn == now) for now in range(3)][turn]
+
+    def shard(self, items: Sequence[int], lengths: Sequence[int] | Any) -> list[int]:
+        """This process's part of the items (see ``deal``)."""
+        return list(items) if self.size == 1 else deal(items, lengths, self.size)[self.rank]
+
+    def _call(self, work: Callable[[], T], here: bool) -> T:
+        """The result of a function in the processes that call it ``here``; PeerEnded in all others if it fails in one."""
         result: Any = None
         error: BaseException | None = None
         try:
-            result = work()
+            result = work() if here else None
         except (Exception, KeyboardInterrupt) as caught:
             error = caught
-        failure = None if error is None else (_code(error), " ".join(f"{type(error).__name__}: {error}".split())[:300])
-        found = self.gather((result, failure))
+        failure = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        found = self.all_gather((failure, _exit_code(error)))
         if error is not None:
             raise error
-        for rank, (_, failed) in enumerate(found):
-            if failed is not None:
-                raise PeerEnded(f"process {rank} ended: {failed[1]}", failed[0])
-        return [value for value, _ in found]
+        for rank, (message, code) in enumerate(found):
+            if message is not None:
+                raise PeerEnded(f"process {rank} ended: {message}", code)
+        return result
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Call a function in every process; this process's own result, which is not sent."""
-        if self.size == 1:
-            return work()
-        kept: list[T] = []
-        self.each(lambda: kept.append(work()))
-        return kept[0]
+    def _exchange(self, operation: str, *arguments: Any) -> None:
+        import torch.distributed as dist
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """Call a function in rank 0; its result in all."""
-        return self.each(work if self.writes else nothing)[0]
+        try:
+            getattr(dist, operation)(*arguments)
+        except RuntimeError as error:  # the connection to a process that ended was closed
+            raise PeerEnded(
+                f"another process of the run has ended ({str(error).splitlines()[0][:200]}). "
+                "The same command resumes from the last checkpoint.",
+                1,
+            ) from None
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Call a function in rank 0, then in the first process of every other machine, then in the rest, so that they find
-        in the caches what the first has downloaded, tokenized or quantized; this process's own result."""
-        mine = 0 if self.writes else 1 if self.local_rank == 0 else 2
-        kept: list[T] = []
-        for turn in range(3):
-            self.each(lambda: kept.append(work()) if turn == mine else None)  # noqa: B023 (called at once)
-        return kept[0]
 
-    def sums(self, work: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """Call a function in every process and sum its numbers by name, in the order of ranks: the same bits in all."""
-        total: dict[str, float] = {}
-        for numbers in self.each(work):
-            for name, value in numbers.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
-
-    def add(self, tensor: Tensor) -> None:
-        """Sum a tensor over all processes, in place."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            with _exchange():
-                dist.all_reduce(tensor)
-
-    def share(self, items: Sequence[int], lengths: Sequence[int] | Any) -> list[int]:
-        """This process's part of the items (see ``deal``)."""
-        return list(items) if self.size == 1 else deal(items, lengths, self.size)[self.rank]
+def sum_by_name(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of each number over all parts, in their order."""
+    total: dict[str, float] = {}
+    for numbers in parts:
+        for name, value in numbers.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def deal(items: Sequence[int], lengths: Sequence[int] | Any, size: int) -> list[list[int]]:
@@ -150,31 +145,7 @@ def deal(items: Sequence[int], lengths: Sequence[int] | Any, size: int) -> list[
     return [[items[place] for place in sorted(part)] for part in parts]
 
 
-@contextmanager
-def _exchange() -> Iterator[None]:
-    """An exchange with the others. A killed process is noticed by the end of its connections. A process that was
-    interrupted within an exchange must not begin another: the others would take its values for those of the first."""
-    global _left
-    if _left:
-        raise KeyboardInterrupt
-    try:
-        yield
-    except KeyboardInterrupt:
-        _left = True
-        raise
-    except RuntimeError as error:
-        raise PeerEnded(
-            f"another process of the run is gone ({str(error).splitlines()[0][:200]}). "
-            "The same command resumes from the last checkpoint.",
-            1,
-        ) from None
-
-
-def nothing(*args: Any) -> Any:
-    """Does nothing: what processes other than rank 0 print."""
-
-
-def _code(error: BaseException) -> int:
+def _exit_code(error: BaseException | None) -> int:
     """The exit code that an error leads to (``cli.app.run``)."""
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return 128 + signal.SIGINT
@@ -183,13 +154,12 @@ def _code(error: BaseException) -> int:
     return getattr(error, "code", 1)
 
 
-_here = World()
-_left = False  # this process was interrupted within an exchange
+_world = World()
 
 
 def world() -> World:
     """This process among those of its run; alone unless ``joined``."""
-    return _here
+    return _world
 
 
 def everywhere(error: UserError, *, machine: bool = False) -> UserError:
@@ -206,9 +176,9 @@ def joined() -> Iterator[World]:
     Raises:
         UserError: the processes cannot connect, or there are more of them on this machine than GPUs.
     """
-    global _here, _left
-    if launched() <= 1 or _here.size > 1:
-        yield _here
+    global _world
+    if launched() <= 1 or _world.size > 1:
+        yield _world
         return
     import torch
     import torch.distributed as dist
@@ -224,31 +194,15 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     try:
         # numbers and decisions go over gloo, gradients on GPUs over NCCL
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"process {rank} of {launched()} cannot connect to the others: {str(error).splitlines()[0]}",
             "Start all of them with torchrun or accelerate launch; on several machines with the same --rdzv-endpoint.",
         ) from None
-    _here, _left = World(rank, launched(), local_rank, local_size or 1), False
+    _world = World(rank, launched(), local_rank, local_size or 1)
     try:
-        yield _here
+        yield _world
     finally:
-        _here = World()
+        _world = World()
         dist.destroy_process_group()  # without a barrier: a process that fails must not wait for the others
-
-
-def sees(folder: Any) -> None:
-    """Check that every process sees the run's folder.
-
-    Raises:
-        UserError: one does not; names its machine.
-    """
-    found = _here.gather((socket.gethostname(), os.path.isdir(folder)))
-    if blind := sorted({host for host, there in found if not there}):
-        raise everywhere(
-            UserError(
-                f"{folder}: does not exist on {', '.join(blind)}.",
-                "All machines need the run's folder, the data and the base at the same paths: use a shared disk.",
-            )
-        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -24,13 +24,13 @@ from ..data.batch import Batch, collate_pairs
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..model.decoder import Dropout
+from .distributed import sum_by_name
 from .losses import Preference, preference_loss
 from .main import run
 from .monitors import DpoCollapseMonitor
-from .objective import Metrics, Shares
 from .oom import OomRetry
-from .reference import ReferenceCache, cache_key, pair_sums
-from .stage import Stage
+from .reference import ReferenceCache, pair_sums
+from .stage import Metrics, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +55,15 @@ class DpoObjective:
     def num_targets(self, examples: Sequence[int]) -> int:
         return len(examples)
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
-        dropout = Dropout(config.lora_dropout, config.seed, step)
-        policy, reference = self._sums(batch, dropout, self.cache)
+        policy, reference = self._sums(batch, Dropout(config.lora_dropout, config.seed, step), self.cache)
         if step == 0:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch)
-        sums = _sums(found, policy.detach())
-        return found.losses.sum() / total, {**sums, "num_tokens": float(len(batch))}
+        return found.losses.sum() / total, {**_metric_sums(found, policy.detach()), "num_tokens": float(len(batch))}
 
     def metrics(self, sums: Metrics, total: int) -> Metrics:
         means = {k: v / total for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
@@ -75,17 +73,16 @@ class DpoObjective:
     def evaluate(self) -> Metrics:
         """Sums over this process's held-out pairs: loss, rewards, accuracy (a tie counts as wrong), margin."""
         data = self.stage.eval_data
-        if data is None:
-            return {}
-        sums: Metrics = {}
-        for attempt, group in self.oom.groups(data):
-            with attempt:
-                batch = self._batch(data, group)
-                policy, reference = self._sums(batch)
-                preference = self._preference(policy, reference, batch)
-                found = {"loss": preference.losses.sum(), **_sums(preference, policy)}
-                sums = {name: sums.get(name, 0.0) + value.item() for name, value in found.items()}
-        return sums
+
+        def of_group(group: list[int]) -> Metrics:
+            assert data is not None
+            batch = self._batch(data, group)
+            policy, reference = self._sums(batch)
+            found = self._preference(policy, reference, batch)
+            sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
+            return {name: value.item() for name, value in sums.items()}
+
+        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
         data = self.stage.eval_data
@@ -123,40 +120,35 @@ class DpoObjective:
 
     def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
         """At step 0 the adapter's B is zero, so policy and reference are the same function."""
-        kind = "cached" if self.cache is not None else "live"
+        kind = "live" if self.cache is None else "cached"
         apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
         if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # the loop handles what is not finite
             raise UserError(
                 f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
                 "they must be the same.",
-                "Delete the reference-*.safetensors file in the stage's folder."
-                if self.cache
-                else "Please report this.",
+                "Please report this." if self.cache is None else f"Delete {self.cache.path}.",
             )
 
     def _fill_cache(self) -> ReferenceCache:
         stage = self.stage
-        key = cache_key(
+        cache = ReferenceCache(
+            stage.dir.path,
+            len(self.data.lengths),
             rows=stage.data.fingerprint,
             template=stage.template.text,
             base={k: v for k, v in stage.base.describe().items() if k not in ("name_or_path", "revision")},
             adapters=[a.sha256 for a in stage.frozen],
         )
-        cache = ReferenceCache(stage.dir.path, key, len(self.data.lengths))
         if cache.load():
             logger.info(f"reference log-probabilities read from {cache.path}")
             return cache
         rest = f"the other {cache.missing:,} of " if cache.missing < cache.pairs else ""
         logger.info(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
-        cache.compute(
-            self.decoder,
-            lambda indices: collate_pairs([self.data.examples[i] for i in indices]),
-            self.oom.groups(self.data),
-        )
+        cache.compute(self.decoder, self.data, self.oom)
         return cache
 
 
-def _sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
+def _metric_sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
     """A micro-batch's sums of what TRL's metrics average."""
     chosen, rejected = found.chosen_rewards, found.rejected_rewards
     return {

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 
@@ -15,12 +14,10 @@ from ..data.preview import text_runs
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoObjective
-from .loop import accumulate_gradients, update, warmup_largest_batch
-from .objective import Objective
+from .loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from .setup import setup_stage
 from .sft import SftObjective
-from .stage import Stage
-from .state import init_state
+from .stage import Objective, Stage
 from .steps import rows_of_step
 
 logger = logging.getLogger(__name__)
@@ -58,7 +55,7 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     for title, spans in first_row(stage):
         show(title, spans)
     objective: Objective = SftObjective(stage) if method == "sft" else DpoObjective(stage)
-    state = init_state(stage, objective)
+    state = TrainState(stage, objective)
     if stage.base.device.type == "cuda":
         warmup_largest_batch(state)
     reset_peak_memory(stage.base.device)
@@ -68,43 +65,36 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     metrics["seconds"] = time.perf_counter() - started
     logger.info(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
-        f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most"
-        + f", {stage.plan.peak / 2**30:.2f} planned"
+        f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most, "
+        f"{stage.plan.peak / 2**30:.2f} planned"
     )
-    whole = timedelta(seconds=round(metrics["seconds"] * state.total))
     logger.info(
-        f"at this pace {state.total:,} steps take {whole} at most, evaluations aside; "
-        f"nothing was written to {loaded.config.output_dir}"
+        f"at this pace {state.total:,} steps take {timedelta(seconds=round(metrics['seconds'] * state.total))} at most, "
+        f"evaluations aside; nothing was written to {loaded.config.output_dir}"
     )
     return metrics
 
 
 def first_row(stage: Stage) -> list[tuple[str, Spans]]:
-    """The row that the first step begins with: (title, runs of text with whether they are supervised)."""
+    """The row that the first step begins with: (title, runs of text with whether they are supervised), each of the first
+    ``SHOWN_TOKENS`` tokens."""
     row = stage.data.rows[rows_of_step(stage.config, len(stage.data.rows), 0)[0]]
-    tokenizer = stage.template.tokenizer
-    shown = []
+    shown: list[tuple[str, np.ndarray, np.ndarray]] = []
     for place, index in enumerate(row[:SHOWN_EXAMPLES]):
         example = stage.data.examples[index]
         if stage.method == "sft":
             more = f", {place + 1} of {len(row)} in the first packed row" if len(row) > 1 else ", the first row"
-            shown.append((f"{example.where}{more}:", spans(tokenizer, example.ids, example.mask)))
+            shown.append((f"{example.where}{more}:", example.ids, example.mask))
             continue
         nothing = np.zeros(len(example.prompt_ids), dtype=bool)
-        for name, ids, mask in (
-            ("chosen", example.chosen_ids, example.chosen_mask),
-            ("rejected", example.rejected_ids, example.rejected_mask),
-        ):
+        for name in ("chosen", "rejected"):
+            ids, mask = getattr(example, f"{name}_ids"), getattr(example, f"{name}_mask")
             whole = np.concatenate([example.prompt_ids, ids])
-            shown.append(
-                (f"{example.where}, prompt and {name}:", spans(tokenizer, whole, np.concatenate([nothing, mask])))
-            )
-    return shown
-
-
-def spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Spans:
-    """Runs of equal supervision as text, of the first ``SHOWN_TOKENS`` tokens."""
-    result = text_runs(tokenizer, ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS])
-    if left := max(0, len(ids) - SHOWN_TOKENS):
-        result.append((f"\n… {left:,} more tokens", False))
+            shown.append((f"{example.where}, prompt and {name}:", whole, np.concatenate([nothing, mask])))
+    result = []
+    for title, ids, mask in shown:
+        spans = text_runs(stage.template.tokenizer, ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS])
+        if len(ids) > SHOWN_TOKENS:
+            spans.append((f"\n… {len(ids) - SHOWN_TOKENS:,} more tokens", False))
+        result.append((title, spans))
     return result

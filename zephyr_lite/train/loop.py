@@ -9,29 +9,81 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import Interrupted, UserError
-from ..io.interrupts import StopRequest
+from ..errors import Interrupted
+from ..io.interrupts import Output, StopRequest
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
 from ..model.adapters import total_norm
-from .callbacks import Callbacks
-from .distributed import PeerEnded, everywhere, world
-from .monitors import IN_A_ROW
-from .objective import Metrics, Outcome
-from .oom import is_out_of_memory
-from .samples import draw_samples
-from .state import TrainState, is_saved, restore_best, resume, save
-from .steps import largest_micro_batches, micro_batches, rows_of_step, tokens_of_largest_step
+from .checkpoint import MetricsLog, restore_best, resume, save
+from .distributed import everywhere, sum_by_name, world
+from .monitors import SkippedSteps
+from .optim import make_optimizer, make_scheduler
+from .stage import Metrics, Objective, Observer, Outcome, Stage
+from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
 
 logger = logging.getLogger(__name__)
+
+OnMetrics = Callable[[int, int, Metrics], None]
+
+
+class TrainState:
+    """A run in progress, before its first step, with the optimizer's state allocated.
+
+    Args:
+        stage, objective: what is trained.
+        on_metrics: prints a logged step.
+        observers: are told of steps, evaluations and samples.
+
+    Attributes:
+        parameters: the adapter's float32 weights, by name.
+        optimizer, scheduler, scaler: of these weights; the scaler is disabled but for float16.
+        per_epoch, total: steps of an epoch, and of the run.
+        output: knows whether anything can still be printed.
+        log, sample_log, skipped: the stage's JSON lines.
+        step: optimizer steps done.
+        metrics: of the last step.
+        evaluations: metrics of every evaluation so far.
+        sampled: steps at which samples were drawn.
+        best, stale: the lowest eval_loss with its step, and evaluations since.
+        warnings: printed about the run's numbers.
+        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
+        gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        objective: Objective,
+        *,
+        on_metrics: OnMetrics = lambda step, total, metrics: None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.stage, self.objective, self.observers = stage, objective, observers
+        self.output = Output()
+        self.on_metrics = self.output.of(on_metrics)
+        self.parameters = stage.stack.parameters()
+        self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
+        self.optimizer = make_optimizer(stage.config, self.parameters)
+        self.scheduler = make_scheduler(stage.config, self.optimizer, self.total)
+        self.scaler = torch.amp.GradScaler(stage.base.device.type, enabled=stage.base.dtype == torch.float16)
+        self.log = MetricsLog(stage.dir.metrics, writes=stage.writes)
+        self.sample_log = MetricsLog(stage.dir.samples, writes=stage.writes)
+        self.skipped = SkippedSteps(stage.dir.path, writes=stage.writes)
+        self.step = self.stale = 0
+        self.metrics: Metrics = {}
+        self.evaluations: list[Metrics] = []
+        self.sampled: set[int] = set()
+        self.best: tuple[float, int] | None = None
+        self.warnings: list[str] = []
+        self.before_skips: int | None = None
+        self.gradients: Tensor | None = None
 
 
 def train(state: TrainState) -> Outcome:
@@ -40,55 +92,47 @@ def train(state: TrainState) -> Outcome:
     Raises:
         Interrupted: a signal came; the step was finished, and there is a checkpoint of it.
         UserError: loss or gradients were not finite three steps in a row (the loss scaler's search aside); an example does
-            not fit into memory under any plan; memory ran out during an update.
+            not fit into memory under any plan.
     """
-    stage, config = state.stage, state.stage.config
+    stage, config, objective = state.stage, state.stage.config, state.objective
     torch.set_num_threads(stage.plan.threads)
-    reset_peak_memory(state.device)
-    state.objective.oom.record()
-    callbacks = Callbacks(
-        config, stage.dir, stage.stack.model, state.optimizer, state.scheduler, state.total, state.callbacks
-    )
+    reset_peak_memory(stage.base.device)
+    objective.oom.record()
     with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
             evaluation_due = resume(state)
-            callbacks.state.global_step, callbacks.state.epoch = state.step, state.step / state.per_epoch
-            if state.device.type == "cuda":
+            if stage.base.device.type == "cuda":
                 warmup_largest_batch(state)
-            callbacks("on_train_begin")
         started, patience = time.perf_counter(), config.early_stopping_patience
-        for observer in state.observers:
-            observer.on_train_begin(stage, state.objective.unit, state.total, state.step)
+        _notify(state, "on_train_begin", stage, objective.unit, state.total, state.step)
         if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
             _sample(state, stop)  # again, if a signal interrupted it
         if evaluation_due:
-            _evaluate(state, callbacks, stop)
-            _save_if_due(state, callbacks, stop)
-        while state.step < state.total and not callbacks.control.should_training_stop:
+            _evaluate(state, stop)
+            _save_if_due(state, stop)
+        while state.step < state.total:
             if patience is not None and state.stale >= patience:
-                logger.info(
-                    f"step {state.step}: eval_loss has not improved for {patience} evaluations; stopping early."
-                )
-                if not is_saved(state, state.step):
-                    save(state)
+                logger.info(f"step {state.step}: eval_loss has not improved in {patience} evaluations; stopping early.")
+                _save_once(state)
                 break
             begun = time.perf_counter()
-            callbacks("on_step_begin")
+            _notify(state, "on_step_begin", state.step)
             state.metrics = accumulate_gradients(state, state.step)
             _check_numbers(state)
             update(state, state.metrics)
             state.step += 1
-            callbacks.state.global_step, callbacks.state.epoch = state.step, state.step / state.per_epoch
-            callbacks("on_step_end")
-            state.metrics["epoch"] = round(state.step / state.per_epoch, 4)
-            state.metrics.update(_throughput(state, time.perf_counter() - begun))
+            seconds, counted = time.perf_counter() - begun, state.metrics.get(f"num_{objective.unit}", 0.0)
+            state.metrics |= {
+                "epoch": round(state.step / state.per_epoch, 4),
+                "seconds": round(seconds, 4),
+                f"{objective.unit}_per_second": round(counted / max(seconds, 1e-9), 3),
+                "peak_memory_gib": round(peak_memory(stage.base.device) / 2**30, 3),
+            }
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
-                _log(state, callbacks, state.metrics)
-            for observer in state.observers:
-                observer.on_step_end(state.step, state.metrics)
-            _evaluate(state, callbacks, stop)
-            _save_if_due(state, callbacks, stop)
-        callbacks("on_train_end")
+                _log(state, state.metrics)
+            _notify(state, "on_step_end", state.step, state.metrics)
+            _evaluate(state, stop)
+            _save_if_due(state, stop)
         if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
             restore_best(state)
         return Outcome(
@@ -120,22 +164,21 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
         the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
     """
     objective, here = state.objective, world()
+
+    def passes() -> tuple[Metrics, int]:
+        examples, lengths = examples_of_step(state, step), objective.data.lengths
+        total = objective.num_targets(examples)
+        sums: dict[str, Any] = {}
+        for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
+            for name, value in forward_backward(state, group, step, total).items():
+                sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
+        return {name: float(value) for name, value in sums.items()}, total
+
     zero_gradients(state)
-    with _failing_together():
-        for attempt in objective.oom.attempts(lambda: zero_gradients(state)):
-            with attempt:
-                examples, lengths = examples_of_step(state, step), objective.data.lengths
-                total = objective.num_targets(examples)
-                sums: dict[str, Any] = {}
-                for group in micro_batches(here.share(examples, lengths), lengths, state.stage.plan.micro_tokens):
-                    for name, value in forward_backward(state, group, step, total).items():
-                        sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
-                sums = {name: float(value) for name, value in sums.items()}
-    if here.size > 1:
-        sums = here.sums(lambda: sums)
-        assert state.gradients is not None
-        here.add(state.gradients)
-    metrics = objective.metrics(sums, total)
+    sums, total = objective.oom.retry(passes, lambda: zero_gradients(state))
+    if state.gradients is not None:
+        here.all_reduce(state.gradients)
+    metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
     metrics["grad_norm"] = clip_gradients(state)
     metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
     return metrics
@@ -159,45 +202,32 @@ def forward_backward(state: TrainState, group: Sequence[int], step: int, total: 
 
 def clip_gradients(state: TrainState) -> float:
     """Remove the loss scale from the gradients and clip them to ``max_grad_norm``; returns their norm before."""
-    oom = state.objective.oom
-    for attempt in oom.attempts():
-        with attempt:
-            state.scaler.unscale_(state.optimizer)
-    for attempt in oom.attempts():
-        with attempt:
-            grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-            norm = total_norm(grads)
-            found = norm.item()
-            if math.isfinite(found):
-                torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
-    return found
+
+    def clip() -> float:
+        grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+        norm = total_norm(grads)
+        found = norm.item()
+        if math.isfinite(found):
+            torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
+        return found
+
+    state.objective.oom.retry(lambda: state.scaler.unscale_(state.optimizer))
+    return state.objective.oom.retry(clip)
 
 
 def update(state: TrainState, metrics: Metrics) -> bool:
     """Change the adapter, unless loss or gradients are not finite; returns whether it was changed. The schedule advances
     either way, because it follows the rows.
 
-    An update cannot be done again: what was changed already would change twice. The fused AdamW and bitsandbytes' kernels
-    for GPUs allocate nothing; bitsandbytes on a CPU does.
+    An update is not retried: what was changed already would change twice. The fused AdamW and bitsandbytes' kernels for GPUs
+    allocate nothing.
 
     Args:
         metrics: of ``accumulate_gradients``.
-
-    Raises:
-        UserError: memory ran out.
     """
     applied = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     if applied:
-        try:
-            state.optimizer.step()  # not through the scaler: the gradients are unscaled and finite
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"step {state.step + 1}: memory ran out while the adapter was being changed "
-                f"({str(error).splitlines()[0]}).",
-                "The last checkpoint is intact: start the same command again, and the run continues from it.",
-            ) from None
+        state.optimizer.step()  # not through the scaler: the gradients are unscaled and finite
     if state.scaler.is_enabled():
         state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -210,16 +240,12 @@ def zero_gradients(state: TrainState) -> None:
     if world().size == 1:
         state.optimizer.zero_grad(set_to_none=True)
         return
+    parameters = list(state.parameters.values())
     if state.gradients is None:
-        first = next(iter(state.parameters.values()))
-        count = sum(p.numel() for p in state.parameters.values())
-        state.gradients = torch.zeros(count, dtype=first.dtype, device=first.device)
+        state.gradients = parameters[0].new_zeros(sum(p.numel() for p in parameters))
     state.gradients.zero_()
-    start = 0
-    for parameter in state.parameters.values():
-        end = start + parameter.numel()
-        parameter.grad = state.gradients[start:end].view_as(parameter)
-        start = end
+    for parameter, part in zip(parameters, state.gradients.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
 
 
 def warmup_largest_batch(state: TrainState) -> list[list[int]]:
@@ -232,33 +258,21 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
     """
     objective = state.objective
     data, config = objective.data, state.stage.config
-    for attempt in objective.oom.attempts(lambda: zero_gradients(state)):
-        with attempt:
-            tokens = state.stage.plan.micro_tokens
-            groups = largest_micro_batches(data.lengths, tokens)
-            zero_gradients(state)
-            if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
-                for parameter in state.parameters.values():
-                    parameter.grad = torch.zeros_like(parameter)
-            for group in groups:
-                forward_backward(state, group, state.total, objective.num_targets(group))
+
+    def passes() -> list[list[int]]:
+        tokens = state.stage.plan.micro_tokens
+        groups = largest_micro_batches(data.lengths, tokens)
+        zero_gradients(state)
+        if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
+            for parameter in state.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+        for group in groups:
+            forward_backward(state, group, state.total, objective.num_targets(group))
+        return groups
+
+    groups = objective.oom.retry(passes, lambda: zero_gradients(state))
     zero_gradients(state)
     return groups
-
-
-@contextmanager
-def _failing_together() -> Iterator[None]:
-    """An error in the body, which exchanges nothing with other processes, ends those too."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if world().size == 1:
-            raise
-        world().together(partial(_raise, error))
-
-
-def _raise(error: BaseException) -> None:
-    raise error
 
 
 # What follows a step: numbers, logs, evaluation, checkpoints
@@ -271,20 +285,18 @@ def _check_numbers(state: TrainState) -> None:
     Raises:
         UserError: three skipped steps in a row.
     """
-    step, skipped, metrics = state.step + 1, state.skipped, state.metrics
-    finite = math.isfinite(metrics["loss"])
-    applied = finite and math.isfinite(metrics["grad_norm"])
+    step, skipped, metrics, collapse = state.step + 1, state.skipped, state.metrics, state.objective.collapse
     # the scale after the overflow
     scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
-    kind = skipped.kind(applied=applied, finite_loss=finite, scale=scale)
+    kind = skipped.kind(metrics, scale)
     if kind == "bad" and state.before_skips is None:
         state.before_skips = state.step
-        if state.step and not is_saved(state, state.step):
-            save(state)
+        if state.step:
+            _save_once(state)
     skipped.count_step(kind)
     if kind == "applied":
         state.before_skips = None
-        if state.objective.collapse is not None and (warning := state.objective.collapse.saw(step, metrics)):
+        if collapse is not None and (warning := collapse.saw(step, metrics)):
             logger.warning(warning)
             state.warnings.append(warning)
     elif kind == "searching":
@@ -292,50 +304,48 @@ def _check_numbers(state: TrainState) -> None:
             f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
         )
     else:
-        rows, alone = world().lead(lambda: _rows_not_finite(state, state.step))
-        named = skipped.add(step, metrics, rows, alone=alone)
-        if skipped.in_a_row == IN_A_ROW:
-            kept = f"checkpoint-{state.before_skips} has the adapter from before." if state.before_skips else ""
-            raise everywhere(skipped.error(step, named, kept or "Nothing had been trained before."))
+        rows, alone = world().broadcast(lambda: _rows_not_finite(state))
+        kept = f"checkpoint-{state.before_skips} has the adapter from before."
+        error = skipped.add(
+            step, metrics, rows, kept if state.before_skips else "No step had been applied.", alone=alone
+        )
+        if error is not None:
+            raise everywhere(error)
 
 
-def _rows_not_finite(state: TrainState, step: int) -> tuple[list[str], bool]:
+def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
-    objective, examples = state.objective, examples_of_step(state, step)
+    objective, examples = state.objective, examples_of_step(state, state.step)
     total = objective.num_targets(examples)
 
-    def finite(example: int) -> bool:
-        zero_gradients(state)
-        loss, _ = objective.loss([example], step, total)
-        loss.backward()
-        norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
-        return bool(torch.isfinite(loss.detach()) and torch.isfinite(norm))
+    def alone() -> list[int]:
+        found = []
+        for example in examples:
+            zero_gradients(state)
+            loss, _ = objective.loss([example], state.step, total)
+            loss.backward()
+            norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+            if not (torch.isfinite(loss.detach()) and torch.isfinite(norm)):
+                found.append(example)
+        return found
 
-    for attempt in objective.oom.attempts(lambda: zero_gradients(state)):
-        with attempt:
-            found = [example for example in examples if not finite(example)]
+    found = objective.oom.retry(alone, lambda: zero_gradients(state))
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
 
 
-def _throughput(state: TrainState, seconds: float) -> Metrics:
-    unit = state.objective.unit
-    return {
-        "seconds": round(seconds, 4),
-        f"{unit}_per_second": round(state.metrics.get(f"num_{unit}", 0.0) / max(seconds, 1e-9), 3),
-        "peak_memory_gib": round(peak_memory(state.device) / 2**30, 3),
-    }
+def _notify(state: TrainState, event: str, *values: Any) -> None:
+    for observer in state.observers:
+        getattr(observer, event)(*values)
 
 
-def _log(state: TrainState, callbacks: Callbacks, metrics: Metrics) -> None:
-    record = {"step": state.step, **metrics}
-    state.log.append(record)
-    callbacks.state.log_history.append(record)
-    callbacks("on_log", dict(metrics))
+def _log(state: TrainState, metrics: Metrics) -> None:
+    state.log.append({"step": state.step, **metrics})
+    _notify(state, "on_log", state.step, metrics)
     state.on_metrics(state.step, state.total, metrics)
 
 
-def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> None:
+def _evaluate(state: TrainState, stop: StopRequest) -> None:
     """Evaluate on the held-out rows if that is due, and draw samples.
 
     Raises:
@@ -344,23 +354,22 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
     step, every = state.step, state.stage.config.eval_steps
     if step != state.total and not (every and step % every == 0):
         return
-
-    def sums() -> Metrics:
-        with stop.at_once():
-            return state.objective.evaluate()
-
+    sums: Metrics | None = None
     try:
-        found = state.objective.eval_metrics(world().sums(sums))
-    except (KeyboardInterrupt, PeerEnded) as error:
-        if isinstance(error, PeerEnded) and not error.interrupted:
-            raise
-        name, _ = _asked_to_stop(state, stop)
+        with stop.at_once():
+            sums = state.objective.evaluate()
+    except KeyboardInterrupt:
+        pass
+    parts = [part for part in world().all_gather(sums) if part is not None]
+    if len(parts) < world().size:
+        signal, _ = _asked_to_stop(state, stop)
         save(state, pending=True)
-        raise interrupted(name, state.stage.dir, step, state.total) from None
+        raise interrupted(signal, state.stage.dir, step, state.total)
+    found = state.objective.eval_metrics(sum_by_name(parts))
     if not found:
         return
     state.evaluations.append({"step": step, **found})
-    _log(state, callbacks, found)
+    _log(state, found)
     loss = found["eval_loss"]
     if not math.isfinite(loss):
         logger.warning(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
@@ -368,37 +377,42 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
         state.best, state.stale = (loss, step), 0
     else:
         state.stale += 1
-    for observer in state.observers:
-        observer.on_evaluate(step, found)
+    _notify(state, "on_evaluate", step, found)
     _sample(state, stop)
-    callbacks("on_evaluate", found)
 
 
 def _sample(state: TrainState, stop: StopRequest) -> None:
     """Answer the held-out prompts, unless the log has this step's answers already; a signal ends it."""
-    if state.step in state.sampled or not state.stage.writes:
+    stage = state.stage
+    if state.step in state.sampled or not stage.writes or stage.eval_data is None or not stage.config.samples:
         return
+    from .samples import draw_samples  # the chat room, which a run without samples does not need
+
     try:
         with stop.at_once():
-            samples = draw_samples(state.stage, state.step)
+            samples = draw_samples(stage, state.step)
     except KeyboardInterrupt:
         return  # ``stop`` remembers it
     for sample in samples:
-        state.sample_log.append(sample.as_dict())
+        state.sample_log.append(asdict(sample))
     state.sampled.add(state.step)
     if samples:
-        for observer in state.observers:
-            observer.on_sample(state.step, samples)
+        _notify(state, "on_sample", state.step, samples)
 
 
-def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, bool]:
-    """The signal that came to any process, and whether any cannot print any more. All processes call it at the same points,
-    and get the same answer."""
-    found = world().gather((stop.name, state.output.fault is not None))
-    return next((name for name, _ in found if name is not None), None), any(mute for _, mute in found)
+def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, OSError | None]:
+    """The signal that came to any process, and the error of any that cannot print any more. All processes call it at the same
+    points, and get the same answer."""
+    found = world().all_gather((stop.name, state.output.fault))
+    return next((name for name, _ in found if name), None), next((fault for _, fault in found if fault), None)
 
 
-def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> None:
+def _save_once(state: TrainState) -> None:
+    if not (state.stage.dir.path / f"checkpoint-{state.step}").is_dir():
+        save(state)
+
+
+def _save_if_due(state: TrainState, stop: StopRequest) -> None:
     """Write a checkpoint after a step, if one is due, and stop if that was asked for.
 
     Raises:
@@ -409,14 +423,14 @@ def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> 
     # while steps are skipped, the newest checkpoint stays the one from before
     periodic = config.save_steps and step % config.save_steps == 0 and state.before_skips is None
     is_best = state.best is not None and state.best[1] == step and config.load_best_model_at_end
-    name, mute = _asked_to_stop(state, stop)
-    if last or periodic or is_best or callbacks.control.should_save or name is not None or mute:
+    signal, fault = _asked_to_stop(state, stop)
+    if last or periodic or is_best or signal is not None or fault is not None:
         save(state)
-        callbacks("on_save")
-    if name is not None and not last:  # after the last step the stage is completed first
-        raise interrupted(name, state.stage.dir, step, state.total)
-    if mute and not last:
-        raise state.output.fault or PeerEnded("the process that prints cannot do so any more", 2)
+        _notify(state, "on_save", step)
+    if signal is not None and not last:  # after the last step the stage is completed first
+        raise interrupted(signal, state.stage.dir, step, state.total)
+    if fault is not None and not last:
+        raise fault
 
 
 def interrupted(signal: str | None, stage: StageDir, step: int, total: int) -> Interrupted:

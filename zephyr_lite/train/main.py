@@ -1,23 +1,30 @@
-"""A run of one stage: lock its folder, set it up, train, save; and ``sync`` on the way."""
+"""A run of one stage: lock its folder, set it up, train, save, publish; and ``sync`` on the way."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from ..config.load import Loaded, Method
+from huggingface_hub import HfApi
+
+from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
-from ..io.atomic import alone
-from ..io.sync import kept_elsewhere
-from .distributed import everywhere, sees, world
-from .loop import train
-from .objective import Objective, Outcome
-from .observer import Observer
-from .setup import save_stage, setup_stage
-from .stage import Stage
-from .state import OnMetrics, init_state
+from ..io.atomic import alone, folder_aside
+from ..io.run_dir import StageDir
+from ..io.sync import kept_elsewhere, open_mirror
+from ..memory.machine import peak_memory
+from ..model.compose import compose
+from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
+from ..model.tokenizer import save_tokenizer
+from .distributed import everywhere, world
+from .loop import OnMetrics, TrainState, train
+from .resume import StageComplete, now
+from .setup import setup_stage
+from .stage import Objective, Observer, Outcome, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +58,10 @@ def run(
                 "Take engine=fused, or start it without torchrun.",
             )
         )
-    if not here.writes:
+    if not here.is_main_process:
         on_metrics, observers = lambda step, total, metrics: None, ()
     with ExitStack() as held:
-        here.together(lambda: held.enter_context(alone(Path(config.output_dir))) if here.writes else None)
+        here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
             from ..engines.trl import check_supported, train_on_trl
 
@@ -64,27 +71,106 @@ def run(
                 f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
                 "(the plan and its hours are for one alone)"
             )
-            sees(config.output_dir)
-        # the writer first: it checks, writes stage.json and fills the caches that the others read
-        stage = here.in_turn(lambda: setup_stage(method, loaded))
+            hosts = here.all_gather((socket.gethostname(), Path(config.output_dir).is_dir()))
+            if blind := sorted({host for host, there in hosts if not there}):
+                raise everywhere(
+                    UserError(
+                        f"{config.output_dir}: does not exist on {', '.join(blind)}.",
+                        "All machines need the run's folder, the data and the base at the same paths: use a shared disk.",
+                    )
+                )
+        try:
+            stage = here.main_process_first(lambda: setup_stage(method, loaded))
+        except StageComplete:
+            if here.is_main_process:
+                done = StageDir(Path(config.output_dir) / config.stage)
+                if (mirror := open_mirror(config.sync, done)) is not None:
+                    mirror.finish()  # the network may have been away at the stage's end
+                push_adapter(config, done)
+            raise
         held.enter_context(kept_elsewhere(stage.mirror))
+        own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
         else:
-            state = init_state(stage, objective(stage), on_metrics=on_metrics, observers=observers)
-            outcome, own = train(state), None
-        here.together(lambda: save_stage(stage, outcome, own=own) if here.writes else None)
+            if config.report_to and here.is_main_process:
+                from .callbacks import Callbacks, trackers
+
+                observers = [*observers, Callbacks(trackers(config))]
+            outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
+        if stage.writes:
+            save_stage(stage, outcome, own=own)
         for observer in observers:
             observer.on_train_end(stage, outcome)
-        stopped_at_the_end(stage, outcome)
+        if outcome.stopped is not None:
+            raise Interrupted(
+                f"{outcome.stopped}: it came at the end; {stage.dir.path} is complete, and nothing else was begun."
+            )
         return outcome
 
 
-def stopped_at_the_end(stage: Stage, outcome: Outcome) -> None:
-    """Raises:
-    Interrupted: a signal came during the last step; the stage is complete, but no other may begin.
+def save_stage(stage: Stage, outcome: Outcome, *, own: dict[str, LoraWeights] | None = None) -> None:
+    """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
+
+    Args:
+        own: the trained adapter's weights, where another engine holds them; None: the stack's.
     """
-    if outcome.stopped is not None:
-        raise Interrupted(
-            f"{outcome.stopped}: it came at the end; {stage.dir.path} is complete, and nothing else was begun."
-        )
+    own = stage.stack.weights(stage.config.stage) if own is None else own
+    options: dict[str, Any] = {
+        "base_model_name": stage.config.model_name_or_path,
+        "extra_config": {"revision": stage.config.model_revision},
+    }
+    chain: Mapping[str, LoraWeights] = own
+    if stage.frozen:
+        write_adapter(stage.dir.delta, own, **options)
+        chain = compose([*stage.frozen, read_adapter(stage.dir.delta)])
+    with folder_aside(stage.dir.adapter) as folder:
+        write_adapter(folder, chain, **options)
+        save_tokenizer(stage.template.tokenizer, folder)
+    stage.info.update(
+        status="complete",
+        own={"path": stage.dir.own.name, "sha256": adapter_sha256(stage.dir.own)},
+        adapter_sha256=adapter_sha256(stage.dir.adapter),
+        result={
+            "steps": outcome.step,
+            "metrics": outcome.metrics,
+            "evaluations": outcome.evaluations,
+            "best": outcome.best,
+            "seconds": round(outcome.seconds, 2),
+            "steps_left_out": outcome.skipped,
+            "warnings": outcome.warnings,
+            "peak_memory_bytes": peak_memory(stage.base.device),
+        },
+        finished=now(),
+    )
+    stage.dir.write_info(stage.info)
+    logger.info(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
+    push_adapter(stage.config, stage.dir)
+
+
+def push_adapter(config: RunConfig, stage: StageDir) -> None:
+    """``push_to_hub``: upload ``adapter/`` of a complete stage, unless stage.json says that this adapter was pushed there.
+
+    Raises:
+        UserError: the upload failed; the stage stays complete, and the same command tries again.
+    """
+    info = stage.info() or {}
+    pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
+    if not config.push_to_hub or info.get("pushed") == pushed:
+        return
+    from httpx2 import HTTPError  # only an upload needs it
+
+    api = HfApi()
+    try:
+        # a name without its owner, as in the handbook's recipes, is completed by the hub
+        repo = api.create_repo(config.push_to_hub, private=config.hub_private_repo or None, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo, folder_path=stage.adapter)
+    except (HTTPError, OSError, ValueError) as error:  # the hub's own errors are kinds of these
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"push_to_hub {config.push_to_hub}: {what}",
+            f"The stage is complete, and its adapter is in {stage.adapter}. Log in (hf auth login) or check the connection; "
+            "the same command then pushes it.",
+        ) from None
+    stage.write_info({**info, "pushed": pushed})
+    logger.info(f"pushed to {config.push_to_hub}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ class SkippedSteps:
 
     Args:
         folder: of the stage.
+        writes: False in processes other than rank 0.
 
     Attributes:
         count: skipped steps, those of the scaler's search included.
@@ -42,18 +44,18 @@ class SkippedSteps:
         self.count = self.in_a_row = 0
         self.settled = False
 
-    def kind(self, *, applied: bool, finite_loss: bool, scale: float | None) -> Kind:
+    def kind(self, metrics: Mapping[str, float], scale: float | None) -> Kind:
         """Classify a step.
 
         Args:
-            applied: whether its update was applied.
-            finite_loss: whether its loss is finite.
+            metrics: its loss and grad_norm.
             scale: the loss scale after the step, or None without a scaler; a search below 1 has failed.
         """
-        if applied:
+        if not math.isfinite(metrics["loss"]):
+            return "bad"
+        if math.isfinite(metrics["grad_norm"]):
             return "applied"
-        searching = finite_loss and scale is not None and scale >= 1 and not self.settled
-        return "searching" if searching else "bad"
+        return "searching" if scale is not None and scale >= 1 and not self.settled else "bad"
 
     def count_step(self, kind: Kind) -> None:
         if kind == "applied":
@@ -66,24 +68,29 @@ class SkippedSteps:
         return {"count": self.count, "in_a_row": self.in_a_row, "settled": self.settled}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.count, self.in_a_row = int(state.get("count", 0)), int(state.get("in_a_row", 0))
-        self.settled = bool(state.get("settled", False))
+        for name, value in state.items():
+            setattr(self, name, value)
 
-    def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str], *, alone: bool | None) -> str:
-        """Record and print a step (from 1); returns the names of its first rows."""
-        loss, norm = metrics["loss"], metrics.get("grad_norm", float("nan"))
+    def add(
+        self, step: int, metrics: Mapping[str, float], rows: Sequence[str], kept: str, *, alone: bool | None
+    ) -> UserError | None:
+        """Record and print a step (from 1).
+
+        Args:
+            rows: names of its rows.
+            kept: a sentence about the checkpoint from before.
+            alone: see ``log``.
+
+        Returns:
+            the error that ends the run if it is the last of ``IN_A_ROW``.
+        """
+        loss, norm = metrics["loss"], metrics["grad_norm"]
         self.log.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": list(rows)})
         named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
         which = {True: "Not finite", False: "Each of its rows is finite alone", None: "Its rows"}[alone]
         logger.warning(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. {which}: {named}.")
-        return named
-
-    def error(self, step: int, named: str, kept: str) -> UserError:
-        """The error that ends a run after ``IN_A_ROW`` of them.
-
-        Args:
-            kept: a sentence about the checkpoint from before.
-        """
+        if self.in_a_row < IN_A_ROW:
+            return None
         return UserError(
             f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. {kept}",
             f"{self.log.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
@@ -115,29 +122,21 @@ class DpoCollapseMonitor:
     def saw(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Add a step's metrics; returns the warning, once."""
         self.steps.append(tuple(float(metrics[key]) for key in self.KEYS))
-        if self.warned or len(self.steps) < self.WINDOW or not self._collapses():
+        if self.warned or len(self.steps) < self.WINDOW:
+            return None
+        half = self.WINDOW // 2
+        steps = list(self.steps)
+        (c1, r1, a1, m1), (c2, r2, a2, m2) = (
+            [sum(x) / half for x in zip(*part)] for part in (steps[:half], steps[half:])
+        )
+        falling = max(c1, r1, c2, r2) < 0 and c2 < c1 and r2 < r1
+        if not (falling and min(a1, a2) >= self.ACCURACY and (m1 + m2) / 2 > self.MARGIN and m2 > m1):
             return None
         self.warned = True
-        chosen, rejected, accuracy, margin = (sum(column) / self.WINDOW for column in zip(*self.steps))
         return (
             f"step {step}: this looks like a collapse. Over {self.WINDOW} steps the log-probabilities of chosen and "
-            f"rejected answers fell together (rewards {chosen:.2f} and {rejected:.2f}), while the accuracy is {accuracy:.2f} "
-            f"and the margin {margin:.2f} grows.\n"
+            f"rejected answers fell together (rewards {(c1 + c2) / 2:.2f} and {(r1 + r2) / 2:.2f}), while the accuracy is "
+            f"{(a1 + a2) / 2:.2f} and the margin {(m1 + m2) / 2:.2f} grows.\n"
             "Known cures: a larger beta, a lower learning_rate, fewer steps (early_stopping_patience, "
             "load_best_model_at_end), label_smoothing=0.1, loss_type=ipo. Read some answers of the model before you use it."
         )
-
-    def _collapses(self) -> bool:
-        half = self.WINDOW // 2
-        first, second = list(self.steps)[:half], list(self.steps)[half:]
-        (c1, r1, a1, m1), (c2, r2, a2, m2) = ([sum(x) / half for x in zip(*part)] for part in (first, second))
-        falling = max(c1, r1, c2, r2) < 0 and c2 < c1 and r2 < r1
-        return falling and min(a1, a2) >= self.ACCURACY and (m1 + m2) / 2 > self.MARGIN and m2 > m1
-
-    def state(self) -> dict[str, Any]:
-        return {"steps": [list(step) for step in self.steps], "warned": self.warned}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.steps.clear()
-        self.steps.extend(tuple(step) for step in state.get("steps", []))
-        self.warned = bool(state.get("warned", False))

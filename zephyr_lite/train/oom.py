@@ -10,9 +10,8 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -22,12 +21,11 @@ from ..memory.machine import this_machine
 from ..memory.plan import Limits, Plan, smaller
 from ..model.activation_offload import LockRefused
 from .distributed import world
+from .stage import Stage
 from .steps import micro_batches
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from .stage import Stage
+T = TypeVar("T")
 
 # Messages of RuntimeErrors that mean out of memory: the driver, cuBLAS' workspaces, Triton loading a kernel, the CPU's
 # allocator.
@@ -54,57 +52,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in WORDS)
 
 
-@dataclass(frozen=True)
-class Running:
-    """What runs, for the case that it does not fit.
-
-    Attributes:
-        data, examples: the rows, and which of them run at once.
-        training: a backward pass follows, so that it matters what layers keep.
-    """
-
-    data: TokenizedDataset
-    examples: Sequence[int]
-    training: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(int(self.data.lengths[i]) for i in self.examples)
-
-
-class Attempt:
-    """One attempt of ``OomRetry``: a context that catches an out-of-memory error and keeps its first line.
-
-    The error's traceback holds the frames of what failed, and those its graph. They are cleared here, so that the memory is
-    free before the next attempt.
-    """
-
-    def __init__(self, oom: OomRetry) -> None:
-        self.oom = oom
-        self.failure: str | None = None
-
-    def __enter__(self) -> Attempt:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if error is None or not self.oom.catches(error):
-            return False
-        self.failure = str(error).strip().splitlines()[0]
-        link: BaseException | None = error
-        while link is not None:
-            traceback.clear_frames(link.__traceback__)
-            link = link.__cause__ or link.__context__
-        return True
-
-
 class OomRetry:
     """Runs a stage's work under its plan, and again under a smaller one where memory runs out.
-
-        for attempt in oom.attempts(undo):
-            with attempt:
-                ...
 
     Args:
         stage: its ``plan`` is replaced.
@@ -112,13 +61,8 @@ class OomRetry:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self._running: Running | None = None
         self._recording = False
         self._lockable = True  # False once the system refused to lock main memory
-
-    @property
-    def plan(self) -> Plan:
-        return self.stage.plan
 
     def follow(self, plan: Plan) -> None:
         """Compute under this plan from the next pass on."""
@@ -128,16 +72,22 @@ class OomRetry:
     def record(self) -> None:
         """Write the plan into stage.json, now and whenever it changes, so that a resumed run begins with it."""
         self._recording = True
-        if self.stage.writes and self.stage.info.get("plan") != self.plan.as_dict():
-            self.stage.info["plan"] = self.plan.as_dict()
-            self.stage.dir.write_info(self.stage.info)
+        stage = self.stage
+        if stage.writes and stage.info.get("plan") != stage.plan.as_dict():
+            stage.info["plan"] = stage.plan.as_dict()
+            stage.dir.write_info(stage.info)
 
     def begin(self, data: TokenizedDataset, examples: Sequence[int], *, training: bool) -> None:
-        """Note what runs next (see ``Running``): the next smaller plan depends on it."""
-        self._running = Running(data, examples, training)
+        """Note what runs next, because the next smaller plan depends on it.
 
-    def attempts(self, undo: Callable[[], None] = lambda: None) -> Iterator[Attempt]:
-        """Contexts for the same work, until it has fit into memory once.
+        Args:
+            data, examples: the rows, and which of them run at once.
+            training: a backward pass follows, so that it matters what layers keep.
+        """
+        self._data, self._examples, self._training = data, examples, training
+
+    def retry(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+        """Call a function until it has fit into memory.
 
         Args:
             undo: drops what a failed attempt left behind.
@@ -146,59 +96,76 @@ class OomRetry:
             UserError: a single example does not fit under any plan; the message names it.
         """
         while True:
-            attempt = Attempt(self)
-            yield attempt
-            if attempt.failure is None:
-                return
+            try:
+                return work()
+            except Exception as error:
+                failure = self._failure(error)
             undo()
-            self._shrink(attempt.failure)
+            self._shrink(failure)
 
-    def groups(self, data: TokenizedDataset) -> Iterator[tuple[Attempt, list[int]]]:
-        """Every example of this process's share once, for passes without gradients, in groups of the plan's size, each with
-        the context to compute it in. A group that did not fit comes again, split; those that did are not repeated.
+    def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
+        """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
+        once. A group that did not fit is split; those that did are not repeated.
 
         Raises:
-            UserError: as ``attempts``.
+            UserError: as ``retry``.
         """
-        left = world().share(range(len(data.lengths)), data.lengths)
+        left = world().shard(range(len(data.lengths)), data.lengths)
         while left:
             done: set[int] = set()
-            for group in micro_batches(left, data.lengths, self.plan.micro_tokens):
+            failure = None
+            for group in micro_batches(left, data.lengths, self.stage.plan.micro_tokens):
                 self.begin(data, group, training=False)
-                attempt = Attempt(self)
-                yield attempt, group
-                if attempt.failure is not None:
-                    self._shrink(attempt.failure)
+                try:
+                    found = compute(group)
+                except Exception as error:
+                    failure = self._failure(error)
                     break
+                yield found
                 done.update(group)
+            if failure is not None:
+                self._shrink(failure)
             left = [i for i in left if i not in done]
 
-    def catches(self, error: BaseException) -> bool:
-        """Whether a smaller plan may help: out of memory, or main memory that cannot be locked and was not asked for."""
+    def _failure(self, error: Exception) -> str:
+        """The first line of an error that a smaller plan may cure: out of memory, or main memory that cannot be locked where
+        that was not asked for. Any other is raised again.
+
+        The error's traceback holds the frames of what failed, and those its graph: they are cleared, so that the memory is
+        free before the next attempt.
+        """
         if isinstance(error, LockRefused) and not self.stage.config.memory.offload:
             self._lockable = False
-            return True
-        return not isinstance(error, LockRefused) and is_out_of_memory(error)
+        elif isinstance(error, LockRefused) or not is_out_of_memory(error):
+            raise error
+        failure = str(error).strip().splitlines()[0]
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        return failure
 
     def _limits(self) -> Limits:
         """The device's memory, and the main memory that may be locked, with what the current plan has locked."""
         stage, memory = self.stage, self.stage.config.memory
         machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
         limits = Limits.of(stage.workload, machine, memory)
-        locked = sum(self.plan.host.values())
+        locked = sum(stage.plan.host.values())
         if not self._lockable:
-            return replace(limits, host=locked - self.plan.host.get("kept activations", 0))
+            return replace(limits, host=locked - stage.plan.host.get("kept activations", 0))
         return limits if memory.host is not None else replace(limits, host=limits.host + locked)
 
     def _shrink(self, failure: str) -> None:
-        """Free what can be freed, and follow the next smaller plan."""
-        running, stage = self._running, self.stage
-        if running is None:
-            raise UserError(f"memory ran out before anything was computed: {failure}", "Use a device with more memory.")
+        """Free what can be freed, and follow the next smaller plan that can be followed.
+
+        Raises:
+            UserError: there is none.
+        """
+        stage, count = self.stage, len(self._examples)
         stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle
-        size = f"{len(running.examples)} example{'s' * (len(running.examples) > 1)}, {running.tokens:,} tokens"
-        failed = self.plan
+        tokens = sum(int(self._data.lengths[i]) for i in self._examples)
+        failed = stage.plan
         while True:
             lockable = self._lockable
             plan = smaller(
@@ -206,41 +173,28 @@ class OomRetry:
                 stage.workload,
                 self._limits(),
                 stage.config.memory,
-                tokens=running.tokens,
-                several=len(running.examples) > 1,
-                training=running.training,
+                tokens=tokens,
+                several=count > 1,
+                training=self._training,
             )
             if plan is None:
-                raise _does_not_fit(stage, running, failure)
-            logger.info(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
-            with Attempt(self) as attempt:
+                raise UserError(
+                    f"{self._data.examples[self._examples[0]].where}: its {tokens:,} tokens do not fit into memory, alone and "
+                    f"with everything that saves memory in use ({failure}).",
+                    f"Lower max_length (it is {stage.config.max_length:,}) or lora_r (it is {stage.config.lora_r}), leave "
+                    "memory.offload and memory.stream to the plan, or use a device with more memory. The last checkpoint is "
+                    "intact.",
+                )
+            size = f"{count} example{'s' * (count > 1)}, {tokens:,} tokens"
+            logger.warning(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
+            try:
                 self.follow(plan)
-            if attempt.failure is None:
                 break
+            except Exception as error:
+                failure = self._failure(error)
             # without locked memory other plans come next, else ones that are smaller still
-            failed = plan if self._lockable == lockable else self.plan
-            failure = attempt.failure
+            failed = plan if self._lockable == lockable else stage.plan
         if stage.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if self._recording:
             self.record()
-
-
-def _does_not_fit(stage: Stage, running: Running, failure: str) -> UserError:
-    index = running.examples[0]
-    cures = [f"lower max_length (it is {stage.config.max_length:,})"]
-    if running.training:
-        cures.append(f"lower lora_r (it is {stage.config.lora_r})")
-    if stage.base.device.type != "cpu":
-        if not stage.plan.stream:
-            cures.append("allow memory.stream, which leaves the base in main memory")
-        if running.training and stage.config.memory.offload is False:
-            cures.append("allow memory.offload")
-        cures.append("or take a card with more memory")
-    else:
-        cures.append("or take a machine with more memory")
-    return UserError(
-        f"{running.data.examples[index].where}: its {running.tokens:,} tokens do not fit into memory, alone and with "
-        f"everything that saves memory in use ({failure}).",
-        f"To continue, {', '.join(cures)}. The last checkpoint is intact.",
-    )

@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..data.batch import Batch, collate_pairs
+from ..data.dataset import TokenizedDataset
 from ..io.safetensors import tensor_bytes, write_stream
 from ..model.decoder import Decoder
-from .distributed import PeerEnded, world
+from .distributed import world
+from .oom import OomRetry
 
 logger = logging.getLogger(__name__)
 
@@ -35,32 +36,28 @@ def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
 class ReferenceCache:
     """Reference log-probabilities of all pairs, kept in a file.
 
-    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet), the key, which tells a foreign file, and the hash
-    of both.
+    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet), the key, and the hash of both.
 
     Args:
         folder: the file's folder.
-        key: hash of rows, template, base, its storage, and the adapters below (see ``cache_key``).
         pairs: the number of pairs.
+        parts: everything that the reference depends on: rows, template, base, its storage, and the adapters below.
     """
 
-    def __init__(self, folder: Path, key: str, pairs: int) -> None:
-        self.path = folder / f"reference-{key[:16]}.safetensors"
-        self.key = key
+    def __init__(self, folder: Path, pairs: int, **parts: Any) -> None:
+        self.key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        self.path = folder / f"reference-{self.key[:16]}.safetensors"
         self.pairs = pairs
         self.sums = torch.full((pairs, 2), float("nan"), dtype=torch.float64)
 
     @property
     def missing(self) -> int:
         """Pairs that have no sums yet."""
-        return int((~self._known()).sum())
+        return int(np.isnan(self.sums.numpy()).any(axis=1).sum())
 
     def load(self) -> bool:
-        """Read the file, in one process for all; returns whether every pair has its sums.
-
-        Args:
-        """
-        self.sums = world().lead(lambda: self._read())
+        """Read the file, in one process for all; returns whether every pair has its sums."""
+        self.sums = world().broadcast(self._read)
         return not self.missing
 
     def _read(self) -> Tensor:
@@ -68,91 +65,49 @@ class ReferenceCache:
             return self.sums
         try:
             with safe_open(self.path, "pt") as file:
-                metadata, sums = file.metadata() or {}, file.get_tensor("sums")
-            wrong = self._fault(metadata, sums)
+                metadata, sums = file.metadata(), file.get_tensor("sums")
+            if metadata == self._metadata(sums) and sums.shape == self.sums.shape:
+                return sums
         except (OSError, SafetensorError) as error:
-            wrong = f"cannot be read ({error})"
-        if wrong is None:
-            return sums
-        logger.info(f"{self.path}: {wrong}; it is computed again")
+            logger.warning(f"{self.path}: {error}")
+        logger.warning(f"{self.path}: is damaged, or of other pairs; it is computed again")
         return self.sums
 
-    def _fault(self, metadata: Mapping[str, str], sums: Tensor) -> str | None:
-        if (sums.dtype, tuple(sums.shape)) != (torch.float64, (self.pairs, 2)):
-            return f"does not hold the sums of {self.pairs:,} pairs"
-        if metadata.get("key") != self.key:
-            return "belongs to other rows, another base or other adapters"
-        if metadata.get("sha256") != self._sha256(sums):
-            return "has another hash than was written"
-        return None
-
-    def compute(
-        self,
-        decoder: Decoder,
-        collate: Callable[[list[int]], Batch],
-        groups: Iterable[tuple[AbstractContextManager[Any], list[int]]],
-    ) -> None:
+    def compute(self, decoder: Decoder, data: TokenizedDataset, oom: OomRetry) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
         minute and when the work is interrupted.
-
-        Args:
-            collate: makes a batch of pairs.
-            groups: all pairs (see ``OomRetry.groups``), split alike at every start, so that sums round alike.
 
         Raises:
             OSError: the file cannot be written.
         """
-        here = world()
+        main = world().is_main_process
 
-        def fill() -> None:
-            saved = time.monotonic()
-            for attempt, indices in groups:
-                with attempt:
-                    if self._known()[indices].all():
-                        continue
-                    batch = collate(indices).to(decoder.device)
-                    self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
-                if here.writes and time.monotonic() - saved >= SAVE_SECONDS:
+        def compute(indices: list[int]) -> None:
+            if self.sums[indices].isnan().any():
+                batch = collate_pairs([data.examples[i] for i in indices]).to(decoder.device)
+                self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
+
+        saved = time.monotonic()
+        try:
+            for _ in oom.groups(data, compute):  # split alike at every start, so that sums round alike
+                if main and time.monotonic() - saved >= SAVE_SECONDS:
                     self._write()
                     saved = time.monotonic()
-
-        try:
-            here.together(fill)
-        except BaseException:
-            with suppress(PeerEnded, KeyboardInterrupt):
-                self._collect()
-            if here.writes:
-                with suppress(OSError):
-                    self._write()
-            raise
-        self._collect()
-        here.together(self._write if here.writes else lambda: None)
-
-    def _collect(self) -> None:
-        """Exchange the shares that each process has computed."""
-        if world().size > 1:
-            for other in world().gather(self.sums):
+            for other in world().all_gather(self.sums):
                 self.sums = torch.where(self.sums.isnan(), other, self.sums)
+        finally:
+            if main:
+                self._write()
 
     def _write(self) -> None:
-        metadata = {"key": self.key, "sha256": self._sha256(self.sums)}
-
         def write(name: str, out: BinaryIO) -> None:
             out.write(tensor_bytes(self.sums))
 
-        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, metadata)
+        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, self._metadata(self.sums))
 
-    def _sha256(self, sums: Tensor) -> str:
-        return hashlib.sha256(self.key.encode() + tensor_bytes(sums)).hexdigest()
-
-    def _known(self) -> np.ndarray:
-        return np.isfinite(self.sums.numpy()).all(axis=1)
+    def _metadata(self, sums: Tensor) -> dict[str, str]:
+        return {"key": self.key, "sha256": hashlib.sha256(self.key.encode() + tensor_bytes(sums)).hexdigest()}
 
     def __call__(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """[P, 2] float64 for these pairs."""
         return self.sums[torch.tensor(list(indices))].to(device)
-
-
-def cache_key(**parts: Any) -> str:
-    """The hash of everything that the reference depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -7,21 +7,19 @@ modes, gradients and adapters stay as they were. A streamed base is not supporte
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..chat.generate import Chat
 from ..data.chat_template import Example
 from ..errors import UserError
-from .observer import Sample
+from ..model.loaded import LoadedModel
+from ..model.sampling import Sampling
+from .stage import Sample, Stage
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from .stage import Stage
 
 
 def draw_samples(stage: Stage, step: int) -> list[Sample]:
@@ -35,114 +33,77 @@ def draw_samples(stage: Stage, step: int) -> list[Sample]:
     wanted = stage.config.samples
     if wanted == 0 or stage.eval_data is None or not stage.draws_samples:
         return []
-    if stage.plan.stream or stage.decoder.stream is not None:
-        return _give_up(stage, "the base is in main memory, where answers would take minutes")
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for example in stage.eval_data.examples[: 4 * wanted]:  # some may have no prompt
-        if (parts := _prompt_and_reference(stage, example)) is not None:
-            found.append(parts)
-        if len(found) == wanted:
-            break
-    if not found:
-        return _give_up(stage, "no held-out row has a prompt before its first answer")
-    decode = stage.template.tokenizer.decode
-    try:
-        answers = _answers(stage, [prompt for prompt, _ in found])
-    except torch.OutOfMemoryError:
-        answers = None  # the cache is emptied after the error is gone
-    except UserError as error:
-        return _give_up(stage, error.message)
-    if answers is None:
-        torch.cuda.empty_cache()
-        return _give_up(stage, "the card's memory does not suffice for them")
+    # some rows may have no prompt
+    parts = [_prompt_and_reference(stage, example) for example in stage.eval_data.examples[: 4 * wanted]]
+    found = [part for part in parts if part is not None][:wanted]
+    why = None
+    if stage.plan.stream:
+        why = "the base is in main memory, where answers would take minutes"
+    elif not found:
+        why = "no held-out row has a prompt before its first answer"
+    else:
+        try:
+            answers = _answers(stage, [prompt for prompt, _ in found])
+        except torch.OutOfMemoryError:
+            why = "the card's memory does not suffice for them"
+        except UserError as error:
+            why = error.message
+    if why is not None:
+        if stage.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        stage.draws_samples = False
+        logger.warning(f"no samples are drawn: {why}. Training is not affected.")
+        return []
     return [
-        Sample(step, decode(prompt.tolist()), answer, decode(reference.tolist(), skip_special_tokens=True).strip())
+        Sample(step, stage.template.tokenizer.decode(prompt), answer, reference)
         for (prompt, reference), answer in zip(found, answers)
     ]
 
 
-def _give_up(stage: Stage, why: str) -> list[Sample]:
-    stage.draws_samples = False
-    logger.info(f"no samples are drawn: {why}. Training is not affected.")
-    return []
-
-
-def _answers(stage: Stage, prompts: list[np.ndarray]) -> list[str]:
+def _answers(stage: Stage, prompts: list[list[int]]) -> list[str]:
     """One answer per prompt.
 
     Raises:
         UserError: the model's logits are not finite.
     """
-    from ..chat.generate import Chat, Streamer
-    from ..model.loaded import LoadedModel
-    from ..model.sampling import Sampling
-
     stack = stage.stack
     live = LoadedModel(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})
     chat = Chat(live)
+    training = [module for module in stack.model.modules() if module.training]
+    stack.model.eval()
     answers = []
-    with _evaluating(stack.model):
+    try:
         for prompt in prompts:  # one at a time: the smallest cache, and no answer depends on another
             room = stage.config.sample_tokens
             if chat.context is not None:
                 room = min(room, chat.context - len(prompt))
-            if room < 1:
-                answers.append("")
-                continue
-            drawn = Streamer(chat, [stack.names]).draw([prompt.tolist()], [Sampling(room, temperature=0.0)])
-            answers.append(chat.text(drawn[0].tokens))
-    return answers
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A context with every module in evaluation mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
+            answers.append(chat.sample([prompt], [Sampling(room, temperature=0.0)])[0].text if room > 0 else "")
     finally:
         for module in training:
             module.training = True
+    return answers
 
 
-def _prompt_and_reference(stage: Stage, example: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids of the conversation up to its first answer, and of that answer; None if the row has none."""
+def _prompt_and_reference(stage: Stage, example: Any) -> tuple[list[int], str] | None:
+    """Ids of the conversation up to its first answer, and that answer; None if the row has none."""
+    template, tokenizer = stage.template, stage.template.tokenizer
     if not isinstance(example, Example):
-        return example.prompt_ids, example.chosen_ids
-    if stage.config.loss_on == "all":  # the mask does not mark answers
-        first = _first_answer(stage, example.ids)
-        if first is None:
+        prompt, answer = example.prompt_ids, example.chosen_ids
+    elif stage.config.loss_on != "all":
+        first = int(np.argmax(example.mask))
+        after = np.flatnonzero(~example.mask[first:])
+        prompt, answer = example.ids[:first], example.ids[first : first + int(after[0]) if len(after) else None]
+    else:
+        # the mask does not mark answers: the text is split at what the template writes before the first of them
+        asked = [{"role": "user", "content": "?"}]
+        opening = template.text_of(asked, True).removeprefix(template.text_of(asked))
+        before, found, _ = tokenizer.decode(example.ids.tolist()).partition(opening)
+        if not opening.strip() or not found:
             return None
-        rest = example.ids[first:]
-        ends = np.flatnonzero(np.isin(rest, stage.template.end_token_ids))
-        return example.ids[:first], rest[: ends[0] + 1] if len(ends) else rest
-    first = int(np.argmax(example.mask))
-    if first == 0 or not example.mask[first]:
+        prompt = np.array(tokenizer(before + found, add_special_tokens=False)["input_ids"])
+        rest = example.ids[len(prompt) :]
+        ends = np.flatnonzero(np.isin(rest, template.end_token_ids))
+        answer = rest[: ends[0]] if len(ends) else rest
+    if len(prompt) == 0:
         return None
-    after = np.flatnonzero(~example.mask[first:])
-    return example.ids[:first], example.ids[first : first + int(after[0]) if len(after) else None]
-
-
-def _first_answer(stage: Stage, ids: np.ndarray) -> int | None:
-    """The number of ids before the first answer: up to the template's opening of an answer."""
-    decode = stage.template.tokenizer.decode
-    asked = [{"role": "user", "content": "?"}]
-    before, opened = stage.template.text_of(asked), stage.template.text_of(asked, True)
-    opening = opened[len(before) :].strip()
-    if not opening or not opened.startswith(before):
-        return None
-    low, high = 0, len(ids)
-    while low < high:  # the fewest ids whose text holds it
-        middle = (low + high) // 2
-        if opening in decode(ids[:middle].tolist()):
-            high = middle
-        else:
-            low = middle + 1
-    text = decode(ids[:low].tolist())
-    if opening not in text or not text.rstrip().endswith(opening):
-        return None
-    while low < len(ids) and not decode(ids[: low + 1].tolist())[len(text) :].strip():
-        low += 1  # white space between the opening and the answer
-    return low
+    return prompt.tolist(), tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip()

@@ -8,7 +8,7 @@ Raises ``UserError`` for a user's mistake, and ``StageComplete`` for a finished 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 from ..data.batch import Batch, collate_conversations
 from ..data.dataset import TokenizedDataset
 from ..model.decoder import Dropout
+from .distributed import sum_by_name
 from .losses import sft_loss
 from .main import run
 from .monitors import DpoCollapseMonitor
-from .objective import Metrics, Shares
 from .oom import OomRetry
-from .stage import Stage
+from .stage import Metrics, Stage
 
 
 class SftObjective:
@@ -40,7 +40,7 @@ class SftObjective:
     def num_targets(self, examples: Sequence[int]) -> int:
         return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Shares]:
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
@@ -58,22 +58,20 @@ class SftObjective:
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Sums over the supervised tokens of this process's held-out rows: loss, entropy, top-1 hits, targets."""
+        """Sums over the supervised tokens of this process's held-out rows: loss, top-1 hits, entropy, targets."""
         data = self.stage.eval_data
-        if data is None:
-            return {}
-        sums = {"loss": 0.0, "mean_token_accuracy": 0.0, "entropy": 0.0, "targets": 0.0}
-        for attempt, group in self.oom.groups(data):
-            with attempt:
-                logps, stats = self.decoder.token_stats(self._batch(data, group))
-                found = {
-                    "loss": -logps.double().sum().item(),
-                    "mean_token_accuracy": stats.correct.sum().item(),
-                    "entropy": stats.entropy.double().sum().item(),
-                    "targets": float(logps.numel()),
-                }
-                sums = {name: value + found[name] for name, value in sums.items()}
-        return sums
+
+        def of_group(group: list[int]) -> Metrics:
+            assert data is not None
+            logps, stats = self.decoder.token_stats(self._batch(data, group))
+            return {
+                "loss": -logps.double().sum().item(),
+                "mean_token_accuracy": stats.correct.sum().item(),
+                "entropy": stats.entropy.double().sum().item(),
+                "targets": float(logps.numel()),
+            }
+
+        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
         means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items() if name != "targets"}

@@ -1,9 +1,12 @@
-"""A stage that is ready to train."""
+"""What a training run is made of: the stage, its objective (SFT, DPO), its observers and its outcome."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from ..config.load import Method, RunConfig
 from ..data.chat_template import ChatTemplate
@@ -16,6 +19,12 @@ from ..model.adapters import AdapterStack
 from ..model.base import Base
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile
+
+if TYPE_CHECKING:
+    from .monitors import DpoCollapseMonitor
+    from .oom import OomRetry
+
+Metrics = dict[str, float]
 
 
 @dataclass
@@ -31,12 +40,12 @@ class Stage:
         stack: the live adapters.
         decoder: runs batches through them.
         data, eval_data: rows to train on, and held-out ones (or None).
-        plan: how a step is split.
+        workload, plan: what a step needs, and how it is split.
         frozen: the adapters below, from the bottom up.
         info: the content of stage.json.
         mirror: copies checkpoints to ``sync``, or None.
         forget_best: the best checkpoint so far was judged on other held-out rows.
-        draws_samples: False once samples could not be drawn; the reason was printed.
+        draws_samples: False once samples could not be drawn.
         writes: this process writes the folder: not in a dry run, and in one of several processes.
     """
 
@@ -57,3 +66,111 @@ class Stage:
     forget_best: bool = False
     draws_samples: bool = True
     writes: bool = True
+
+
+class Objective(Protocol):
+    """Losses and metrics of a method.
+
+    Attributes:
+        unit: what throughput counts: "tokens" or "pairs".
+        data: the training rows.
+        oom: holds the plan, and replaces it by a smaller one where memory runs out.
+        collapse: looks at every step's metrics, or None.
+    """
+
+    unit: str
+    data: TokenizedDataset
+    oom: OomRetry
+    collapse: DpoCollapseMonitor | None
+
+    def num_targets(self, examples: Sequence[int]) -> int:
+        """What a step's loss is divided by: supervised tokens, or pairs."""
+
+    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """A micro-batch's share of the step's loss, differentiable, and sums for the metrics (tensors, so that no step waits
+        for the device).
+
+        Args:
+            examples: indices of the micro-batch.
+            step: from 0; decides dropout.
+            total: ``num_targets`` of the whole step.
+        """
+
+    def metrics(self, sums: Metrics, total: int) -> Metrics:
+        """The step's metrics from the sums over its micro-batches and processes."""
+
+    def evaluate(self) -> Metrics:
+        """Sums over this process's share of the held-out rows; empty where there are none."""
+
+    def eval_metrics(self, sums: Metrics) -> Metrics:
+        """``eval_loss`` and other metrics from the sums over all held-out rows; empty if these are."""
+
+
+@dataclass
+class Outcome:
+    """The result of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: of the last step.
+        best: the lowest eval_loss and its step, or None.
+        seconds: of training in this process.
+        skipped: steps skipped because loss or gradients were not finite, of the whole run.
+        evaluations: of the whole run.
+        warnings: printed about the run's numbers.
+        stopped: the signal that came during the last step, or None.
+    """
+
+    step: int
+    metrics: Metrics
+    best: tuple[float, int] | None
+    seconds: float
+    skipped: int = 0
+    evaluations: list[Metrics] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer of the model under training.
+
+    Attributes:
+        step: optimizer steps done; 0 is before the first.
+        prompt: the conversation up to the answer, as the template wrote it.
+        answer: drawn greedily, cut at ``sample_tokens``.
+        reference: what the held-out row has in its place (dpo: the chosen response).
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    reference: str
+
+
+class Observer:
+    """Called during training in the process that writes; every method does nothing by default."""
+
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        """Training begins, or is resumed after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
+
+    def on_step_begin(self, step: int) -> None:
+        """A step begins after ``step`` steps."""
+
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
+        """A step is done, logged or not; ``metrics`` has the names of ``metrics.jsonl``. Must be cheap."""
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """A step or an evaluation was logged."""
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
+        """The held-out rows were evaluated and logged."""
+
+    def on_save(self, step: int) -> None:
+        """A checkpoint was written."""
+
+    def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
+        """Samples were drawn and logged."""
+
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
+        """The stage is complete and its adapter written."""

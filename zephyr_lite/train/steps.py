@@ -36,27 +36,12 @@ def micro_batches(examples: Sequence[int], lengths: Lengths, tokens: int) -> lis
 
 
 def largest_micro_batches(lengths: Lengths, tokens: int) -> list[list[int]]:
-    """The longest example with as many more as fit beside it, the longest first; then, where another group of examples has
-    more tokens than that one, the fullest that packing all of them gives."""
-    first = _around_the_longest(lengths, tokens)
+    """Of the groups that packing all examples gives, the one with the longest example; then, where another has more tokens,
+    the fullest."""
     groups = micro_batches(range(len(lengths)), lengths, tokens)
-
-    def size(group: Sequence[int]) -> int:
-        return sum(int(lengths[i]) for i in group)
-
-    fullest = max(groups, key=size)
-    return [first, fullest] if size(fullest) > size(first) else [first]
-
-
-def _around_the_longest(lengths: Lengths, tokens: int) -> list[int]:
-    sizes = np.asarray(lengths)
-    group: list[int] = []
-    room = tokens
-    for i in np.argsort(-sizes, kind="stable").tolist():
-        if not group or sizes[i] <= room:
-            group.append(i)
-            room -= int(sizes[i])
-    return group
+    longest = max(groups, key=lambda group: max(int(lengths[i]) for i in group))
+    fullest = max(groups, key=lambda group: sum(int(lengths[i]) for i in group))
+    return [longest] if fullest == longest else [longest, fullest]
 
 
 def tokens_of_largest_step(config: RunConfig, rows: Sequence[Sequence[int]], lengths: Lengths) -> int:

@@ -1,0 +1,343 @@
+"""Checks that need the model: the template, the adapters below, the end token, BOS, and DPO's step 0.
+
+BOS and template are judged by differences of differences, row by row: the effect of a doubled BOS (or of another template) on
+the model with the adapter, minus its effect on the model below it. A base may prefer one text to another; training shows in
+what the adapter changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.batch import collate_conversations
+from ..data.chat_template import ChatTemplate, Example
+from ..data.dataset import TokenizedDataset
+from ..data.formats import RowError
+from ..data.packing import best_fit
+from ..errors import UserError
+from ..evaluate.likelihood import row_logps
+from ..model.decoder import Decoder
+from ..model.loaded import LoadedModel
+from .files import LN2, Audit
+
+Messages = list[dict[str, str]]
+MICRO_TOKENS = 2048
+MAX_TOKENS = 1024  # of a row
+# median probability of the end token after an answer: below the first it was not learned, below the second hardly
+NEVER, HARDLY = 0.02, 0.1
+OTHER_TEMPLATE = 0.02  # nats a token by which another template has to be better
+_MODELS = {
+    "base": "the bare base",
+    "start": "the start of training",
+    "below": "without it",
+    "policy": "with it",
+    "alone": "it alone on the bare base",
+}
+_QUESTION: Messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Log-probabilities of conversations' answers, in nats.
+
+    Attributes:
+        text: [R] float64, sums over the answers' tokens without end tokens.
+        tokens: [R] float64, their number.
+        ends: [E] float64, of every end token.
+    """
+
+    text: Tensor
+    tokens: Tensor
+    ends: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Nats a token of the answers' text."""
+        return float(-self.text.sum() / self.tokens.sum())
+
+    @property
+    def end_probability(self) -> float | None:
+        """The median probability of the end tokens; None if no answer ends within ``MAX_TOKENS``."""
+        return math.exp(float(self.ends.median())) if len(self.ends) else None
+
+
+class Gap(NamedTuple):
+    """A mean difference over rows in nats a token, and its standard error (infinite for a single row)."""
+
+    mean: float
+    error: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is above zero by three standard errors and by more than rounding."""
+        return self.mean > max(3 * self.error, 0.005)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.error:.4f} nats a token"
+
+
+def gap(of: RowSums, against: RowSums, below: tuple[RowSums, RowSums] | None = None) -> Gap:
+    """By how much the answers' text costs less in ``of`` than in ``against``.
+
+    Args:
+        below: the same two without the adapter; their difference is subtracted.
+    """
+    means = [sums.text / sums.tokens.clamp(min=1) for sums in (of, against, *(below or ()))]
+    differences = means[0] - means[1] - (means[2] - means[3] if below else 0)
+    n = len(differences)
+    return Gap(float(differences.mean()), float(differences.std() / math.sqrt(n)) if n > 1 else math.inf)
+
+
+def examples_of(template: ChatTemplate, rows: Sequence[Messages]) -> list[Example]:
+    """The rows that a template can render and that have an answer, cut to ``MAX_TOKENS``."""
+    found = []
+    for place, messages in enumerate(rows):
+        try:
+            ids, mask = template.encode(messages)
+        except RowError:
+            continue
+        if mask[:MAX_TOKENS].any():
+            found.append(Example(ids[:MAX_TOKENS], mask[:MAX_TOKENS], "", place))
+    return found
+
+
+@torch.no_grad()
+def row_sums(decoder: Decoder, examples: Sequence[Example], end_ids: Sequence[int]) -> RowSums:
+    """Sums of each row; end tokens are separate, as templates have different ones."""
+    text = torch.zeros(len(examples), dtype=torch.float64)
+    tokens = torch.zeros(len(examples), dtype=torch.float64)
+    ends: list[Tensor] = []
+    for group in best_fit([min(len(e.ids), MICRO_TOKENS) for e in examples], MICRO_TOKENS):
+        batch = collate_conversations([examples[i] for i in group]).to(decoder.device)
+        targets = [torch.from_numpy(examples[i].ids[examples[i].mask].astype(np.int64)) for i in group]
+        logps = decoder.token_logps(batch).double().cpu().split([len(each) for each in targets])
+        for row, own, ids in zip(group, logps, targets):
+            is_end = torch.isin(ids, torch.tensor(list(end_ids)))
+            text[row], tokens[row] = own[~is_end].sum(), float((~is_end).sum())
+            ends.append(own[is_end])
+    return RowSums(text, tokens, torch.cat(ends))
+
+
+def with_bos(example: Example, bos: int, count: int) -> Example:
+    """The row with this many BOS tokens at its start; the first token is never supervised."""
+    ids, mask = example.ids, example.mask
+    while len(ids) and ids[0] == bos:
+        ids, mask = ids[1:], mask[1:]
+    ids = np.concatenate([np.full(count, bos, dtype=np.int32), ids])
+    mask = np.concatenate([np.zeros(count, dtype=bool), mask])
+    mask[:1] = False
+    return replace(example, ids=ids, mask=mask)
+
+
+def check_rows(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> None:
+    """Check on conversations: the template, then with it the adapters below, the end token and BOS.
+
+    Args:
+        live: its models are base, start, below, policy, and alone if there are adapters below.
+        templates: own, if it has one, base, and the known ones.
+    """
+    name = _check_template(live, templates, rows, found)
+    template = templates[name]
+    examples = examples_of(template, rows)
+    sums: dict[str, RowSums] = {}
+    for model in (model for model in _MODELS if model in live.models):
+        same = [other for other in sums if live.models[other] == live.models[model]]
+        sums[model] = sums[same[0]] if same else row_sums(live.decoder(model), examples, template.end_token_ids)
+    found.numbers["rows"] = {
+        **{model: {"loss": s.loss, "end_token_median": s.end_probability} for model, s in sums.items()},
+        "count": len(examples),
+        "template": name,
+    }
+    _check_below(sums, found)
+    _check_end(sums, template, found)
+    _check_bos(live, template, examples, sums, found)
+
+
+def check_pairs(
+    live: LoadedModel, data: TokenizedDataset, claimed: str, beta: float, started: str, documented: bool, found: Audit
+) -> None:
+    """DPO's loss before its first step, against the claimed and other references (Rafailov et al. 2023, arXiv 2305.18290,
+    eq. 7).
+
+    Args:
+        claimed: the reference: start, base, or another of the models.
+        started: the adapters that training started from, in words.
+        documented: a stage.json says so.
+    """
+    policy, start = (row_logps(live.decoder(model), data).sums for model in ("policy", "start"))
+    facts, numbers = [], {}
+    identical = False  # the claimed reference is the start itself
+    labels = {"start": f"the start of training ({started})", "base": "the bare base"}
+    for model in dict.fromkeys(("start", "base", claimed)):
+        same = live.models[model] == live.models["start"]
+        reference = start if same else row_logps(live.decoder(model), data).sums
+        identical |= model == claimed and torch.equal(reference, start)
+        at_start, now = (beta * ((of - reference) @ torch.tensor([1.0, -1.0]).double()) for of in (start, policy))
+        won = (now > 0).double()
+        numbers[model] = {
+            "loss": float(F.softplus(-at_start).mean()),
+            "accuracy": float(won.mean()),
+            "accuracy_error": float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf,
+            "margin": float(now.mean()),
+            "pairs": len(won),
+        }
+        facts.append(
+            "against {0}: step 0 at {loss:.6f}, now accuracy {accuracy:.3f} ± {accuracy_error:.3f}, margin {margin:+.3f} "
+            "({pairs} pairs, β {1:g})".format(labels.get(model, model), beta, **numbers[model])
+        )
+    found.numbers["pairs"] = {**numbers, "beta": beta}
+    result, label = numbers[claimed], labels.get(claimed, claimed)
+    if identical and not documented:
+        text = f"step 0 is ln 2 by definition: {started} is taken as both the start of training and the reference"
+        advice = "Only the trainer's log can show it; name others with --start or --below, and --reference."
+        found.note("reference", text, *facts, advice=advice)
+    elif abs(result["loss"] - LN2) <= 1e-6:
+        found.right("reference", f"step 0 is ln 2 against {label}", *facts)
+    else:
+        text = f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): "
+        advice = "Train it again with the policy's start as the reference (zephyr-lite dpo does)."
+        found.wrong("reference", text + "training did not start from its reference", *facts, advice=advice)
+    if found.method == "dpo" and result["accuracy"] + 2 * result["accuracy_error"] < 0.5:
+        advice = "Another reference, other pairs, or swapped columns."
+        found.doubtful("reference", "against that reference it prefers the rejected answers", advice=advice)
+
+
+def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> str:
+    """The name of the template to measure with: its own, or the one that fits best."""
+    texts: dict[str, str] = {}
+    sums: dict[str, tuple[RowSums, RowSums]] = {}  # with the adapter, and below it
+    for name, template in templates.items():
+        examples = examples_of(template, [_QUESTION, *rows])[1:]
+        if not examples:
+            continue
+        text = template.text_of(_QUESTION)
+        if text in texts.values():
+            if name == "base" and texts.get("own") == text:
+                found.right("template", "its chat template writes what the base's does")
+            continue
+        texts[name] = text
+        ends = template.end_token_ids
+        sums[name] = row_sums(live.decoder("policy"), examples, ends), row_sums(live.decoder("below"), examples, ends)
+    if not sums:
+        raise UserError(
+            "no chat template can render these conversations.", "Name others with --rows or --chat-template."
+        )
+    if "own" in texts and "base" in texts:
+        shown = [f"{name} {texts[name]!r}" for name in ("own", "base")]
+        found.note("template", "its chat template differs from the base's", *shown)
+    found.numbers["templates"] = {name: {"loss": s.loss, "below": below.loss} for name, (s, below) in sums.items()}
+    facts = tuple(f"{name}: {s.loss:.4f} nats a token (below it {below.loss:.4f})" for name, (s, below) in sums.items())
+    best = min(sums, key=lambda name: sums[name][0].loss)
+    if "own" not in sums:
+        found.note("template", f"of the known templates {best} fits it best", *facts)
+        return best
+    (of, of_below), (own, own_below) = sums[best], sums["own"]
+    if best != "own" and len(of.text) == len(own.text):
+        # the template of training is the one with which the adapter gained most
+        change = gap(of, own, (of_below, own_below))
+        if change.clear and change.mean > OTHER_TEMPLATE and gap(of, own).clear:
+            found.doubtful(
+                "template",
+                f"it answers better under the template {best} than under its own: it was probably trained with that",
+                *facts,
+                f"{best} gains over its own by what the adapter changed: {change}",
+                advice=f"Compare the two; --chat-template {best} measures everything under that one.",
+            )
+            return "own"
+    text = "no other template fits it better than its own"
+    if best != "own":
+        text = f"no clear sign of another template than its own, although {best} has the lower loss"
+    found.right("template", text, *facts)
+    return "own"
+
+
+def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
+    """Whether conversations show that adapters belong below it."""
+    first = {id(s): model for model, s in reversed(sums.items())}  # the first name of models that are the same
+    facts = [f"{_MODELS[model]}: {s.loss:.4f} nats a token" for model, s in sums.items() if first[id(s)] == model]
+    base, policy, alone = sums["base"], sums["policy"], sums.get("alone")
+    if alone is not None:
+        lost = gap(policy, alone)
+        if lost.clear:
+            found.right("below", "on the bare base it does worse than on the adapters below it", *facts, f"by {lost}")
+        elif gap(alone, policy).clear:
+            text = "it does better on the bare base: the adapters given with --below probably were not below it"
+            found.doubtful("below", text, *facts, advice="Leave --below out, or name another.")
+        else:
+            found.note("below", "these conversations do not show whether an adapter was below it", *facts)
+        return
+    worse = gap(base, policy)
+    if worse.clear and found.method == "sft":
+        text = "with it conversations become less likely than on the bare base"
+        advice = "Is this its base? Does an adapter belong below it (--below)?"
+        found.doubtful("below", text, *facts, f"by {worse}", advice=advice)
+    elif worse.clear:
+        text = "with it conversations become less likely than on the bare base, as DPO may do"
+        found.note("below", text, *facts, f"by {worse}")
+    elif gap(policy, base).clear:
+        found.right("below", "it makes conversations likelier than the bare base does", *facts)
+    else:
+        text = "with it these conversations are neither clearly likelier nor less likely than on the bare base"
+        found.note("below", text, *facts, advice="Does an adapter belong below it (--below)?")
+
+
+def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None:
+    """Whether it learned to end an answer."""
+    policy, base = sums["policy"].end_probability, sums["base"].end_probability
+    if policy is None or base is None:
+        found.note("end", "no answer of these conversations ended within the measured tokens")
+        return
+    names = ", ".join(template.tokenizer.convert_ids_to_tokens(template.end_token_ids))
+    facts = [f"median probability of {names} after an answer: {policy:.3f}; on the bare base {base:.3f}"]
+    if policy >= HARDLY:
+        found.right("end", "it ends its answers", *facts)
+    elif policy >= NEVER:
+        found.doubtful("end", "it has hardly learned to end an answer", *facts)
+    else:
+        if template.tokenizer.pad_token_id in template.end_token_ids:
+            facts.append("the pad token is the end token: a collator that masks padding masks every end, too")
+        advice = "Does an adapter belong below it (--below)? Else train again with the end token supervised."
+        text = "it never learned to end an answer: generation runs until it is cut off"
+        found.wrong("end", text, *facts, advice=advice)
+
+
+def _check_bos(
+    live: LoadedModel, template: ChatTemplate, examples: list[Example], sums: dict[str, RowSums], found: Audit
+) -> None:
+    """Whether it was trained with BOS as its template writes it."""
+    tokenizer = template.tokenizer
+    bos = tokenizer.bos_token_id
+    text = template.text_of(_QUESTION)
+    right = int(template.bos_token_id is not None)
+    written = list(tokenizer(text, add_special_tokens=False)["input_ids"]).count(bos)
+    if bos is None or bos == tokenizer.eos_token_id or written > right:
+        # SmolLM2's and Qwen's BOS is <|im_start|>, which begins every turn
+        found.right("bos", "it has no BOS apart from the tokens of its turns, so none can be doubled")
+        return
+    facts, better_by = [], {}
+    for count in {0, 1, 2} - {right}:
+        changed = [with_bos(example, bos, count) for example in examples]
+        policy, below = (row_sums(live.decoder(m), changed, template.end_token_ids) for m in ("policy", "below"))
+        change, better = gap(policy, sums["policy"], (below, sums["below"])), gap(policy, sums["policy"])
+        facts.append(f"BOS {count} times instead of {right}: {better} (changed by the adapter: {change})")
+        if change.clear and better.clear:
+            better_by[count] = better.mean
+    again = next((n for n, token in enumerate(tokenizer(text)["input_ids"]) if token != bos), 0)
+    found.numbers["bos"] = {"right": right, "tokenized_again": again}
+    if better_by:
+        times = ("without BOS", "with BOS", "with BOS twice")[max(better_by, key=lambda count: better_by[count])]
+        advice = "Train it again on rows with BOS once, or serve it as it was trained."
+        found.doubtful("bos", f"it does better {times}: it was probably trained that way", *facts, advice=advice)
+    else:
+        found.right("bos", f"BOS is {'written once' if right else 'never written'}, as in training", *facts)
+    if again > 1:
+        text = f"its template writes BOS, and its tokenizer adds another: tokenizing the rendered text gives {again}"
+        found.note("bos", text, advice="Use apply_chat_template(tokenize=True), or add_special_tokens=False.")

@@ -1,0 +1,275 @@
+"""The rows of a run as training gets them, and ``zephyr-lite data show``; needs the base's tokenizer and ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.cells import cell_len
+from rich.text import Text
+
+from ..config.load import DatasetSpec, Method, RunConfig
+from ..config.resolve import resolve_run
+from ..data.chat_template import ChatTemplate
+from ..data.dataset import TokenizedDataset, prepare
+from ..data.load import load_rows
+from ..data.preview import Segment, Token, example_segments
+from ..errors import UserError
+from ..io.run_dir import StageDir
+from ..memory.forecast import stages_of
+from ..model.base import fetch_base, read_model_config
+from ..model.peft_io import AdapterFile
+from ..model.tokenizer import check_vocabulary
+from ..train.setup import adapters_below, template_of
+
+# columns left of a line of tokens: the turn's role, and the position of the line's first token
+_ROLE, _POSITION = 11, 6
+_SUPERVISED, _SPECIAL = "green", "reverse"
+
+
+@dataclass
+class TrainedRows:
+    """Prepared rows of a configuration.
+
+    Attributes:
+        config, template: as the run resolves them.
+        notes: decisions that were taken, for the user.
+        specs: the sources of ``data``.
+        data: as the run prepares it.
+    """
+
+    method: Method
+    config: RunConfig
+    template: ChatTemplate
+    notes: list[str] = field(default_factory=list)
+    specs: list[DatasetSpec] = field(init=False)
+    data: TokenizedDataset = field(init=False)
+
+    def prepare(self, held_out: bool) -> TrainedRows:
+        """Prepare the rows of ``dataset``, or of ``eval_dataset``; returns itself."""
+        self.specs, what = (self.config.eval_dataset, "held-out") if held_out else (self.config.dataset, "training")
+        self.data = prepare(self.specs, self.method, self.config, self.template, what=what)
+        return self
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the prepared table; ``where`` holds places such as "train.jsonl row 17"."""
+        return self.data.examples.columns(name)[:].column(name)
+
+
+def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str]]:
+    """The stage that the first word or the configuration's file names, and the other words.
+
+    Raises:
+        UserError: neither names one.
+    """
+    methods, rest = stages_of(words, file)
+    if len(methods) > 1:
+        raise UserError("which stage's rows?", "Name sft or dpo, then key=value: … sft dataset=FILE.")
+    return methods[0], rest
+
+
+def open_rows(method: Method, file: str | None, words: list[str], *, held_out: bool = False) -> TrainedRows:
+    """Prepare a run's rows.
+
+    Args:
+        method: the stage.
+        file: its configuration.
+        words: ``key=value`` overrides.
+        held_out: the rows of ``eval_dataset`` instead.
+
+    Raises:
+        UserError: as the run itself, except for weights and memory; or there is no eval_dataset.
+    """
+    loaded = resolve_run(method, file, words)
+    config, notes = loaded.config, list(loaded.notes)
+    if held_out and not config.eval_dataset:
+        raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
+    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
+    base_config: Any = read_model_config(folder, any_family=True)
+    stage = StageDir(Path(config.output_dir) / config.stage)
+    frozen: list[AdapterFile] = []
+    if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
+        notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
+    else:
+        frozen = adapters_below(method, config, stage)
+    template = template_of(config, folder, frozen)
+    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
+    rows = TrainedRows(method, config, template, notes)
+    return rows.prepare(held_out)
+
+
+# -- one row ---------------------------------------------------------------------------------------------------------------
+
+
+def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
+    """The conversations packed into row ``number`` (from 1), or a pair's prompt and responses.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    count = len(rows.data.rows)
+    if not 1 <= number <= count:
+        what = "packed row" if rows.method == "sft" else "pair"
+        there, hint = (f"is 1 {what}", "") if count == 1 else (f"are {count:,} {what}s", f" to --row {count}")
+        raise UserError(f"row {number}: there {there}.", f"Say --row 1{hint}.")
+    return [s for index in rows.data.rows[number - 1] for s in _segments(rows, index)]
+
+
+def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
+    """The segments made of one row of the source, and the number of the row that holds them.
+
+    Args:
+        place: "train.jsonl row 17", or its end, such as 17.
+
+    Raises:
+        UserError: no row or several have this place, or the row was left out; the message gives the reason.
+    """
+    wanted = place.strip()
+    end = f"row {wanted}" if wanted.isdigit() else wanted
+
+    def matches(name: str) -> bool:
+        return name == end or name.endswith((f" {end}", f"/{end}"))
+
+    for reason, where in rows.data.report.dropped.items():
+        for each in filter(matches, where):
+            raise UserError(f"{each} was left out: {reason}.", "`zephyr-lite data stats` lists all such rows.")
+    names = rows.column("where").to_pylist()
+    found = {name: index for index, name in reversed(list(enumerate(names))) if matches(name)}
+    if len(found) > 1:
+        raise UserError(
+            f"--from {place}: {len(found)} rows have this place: {', '.join(sorted(found)[:3])}.", "Name the file too."
+        )
+    if not found:
+        drawn = any(spec.limit is not None or spec.weight < 1 for spec in rows.specs)
+        hint = " Rows that limit or weight did not draw are not among them." if drawn else ""
+        raise UserError(f"--from {place}: no row has this place.", f"Places look like this: {names[0]}.{hint}")
+    (index,) = found.values()
+    number = next(place for place, row in enumerate(rows.data.rows, 1) if index in row)
+    return number, _segments(rows, index)
+
+
+def _segments(rows: TrainedRows, index: int) -> list[Segment]:
+    example = rows.data.examples[index]
+    raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
+    places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
+    row: dict[str, Any] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
+    return example_segments(rows.template, example, row, rows.config.loss_on)
+
+
+# -- lines -----------------------------------------------------------------------------------------------------------------
+
+
+def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: int, *, colour: bool) -> Iterator[Text]:
+    """A row with every token above its id, in lines of at most ``width`` cells (a longer token has a line of its own).
+
+    Args:
+        number: the row's.
+        width: in cells.
+        colour: supervised tokens are green; without colour they are in ⟦ ⟧, closed in every line.
+    """
+    yield _heading(rows, number, segments)
+    supervised = Text("green" if colour else "⟦ ⟧", style=_SUPERVISED if colour else "")
+    eos = Text(rows.template.tokenizer.eos_token, style=_SPECIAL if colour else "")
+    yield Text.assemble(
+        "supervised: ", supervised, "  control tokens: ", eos, "  ␣ space, ⏎ newline  below a token: its id"
+    )
+    for place, segment in enumerate(segments, 1):
+        name = segment.part if rows.method == "dpo" else f"segment {place} of {len(segments)}"
+        title = f"── {name}{'' if segment.part in ('chosen', 'rejected') else f': {segment.where}'} "
+        yield Text()
+        yield Text(title + "─" * max(2, width - cell_len(title)), style="bold cyan")
+        positions = f"positions {segment.tokens[0].position}–{segment.tokens[-1].position}"
+        if segment.part in ("chosen", "rejected"):
+            positions += ", from the prompt's end"
+        facts = [positions, f"{len(segment.tokens):,} tokens", f"{segment.supervised:,} supervised"]
+        facts += [f"{segment.cut_left:,} tokens cut on the left"] if segment.cut_left else []
+        facts += [f"{segment.cut_right:,} tokens cut at the end"] if segment.cut_right else []
+        yield Text("   " + "; ".join(facts))
+        shown = ""
+        for line in _lines(segment.tokens, width - _ROLE - _POSITION - 2):
+            role = line[0].role
+            yield from _interlinear(line, role if role != shown else "", colour)
+            shown = role
+
+
+def table_lines(rows: TrainedRows, number: int, segments: list[Segment], *, colour: bool) -> Iterator[Text]:
+    """A row with one token a line: number in the row, segment, position, role, supervised, special, id, text."""
+    yield _heading(rows, number, segments)
+    for place, segment in enumerate(segments, 1):
+        yield Text(f"segment {place}: {segment.part}, {segment.where}")
+    form = "{:>6} {:>7} {:>8}  {:<10} {:<10} {:<7} {:>7}  "
+    yield Text(form.format("token", "segment", "position", "role", "supervised", "special", "id") + "text")
+    tokens = [(place, token) for place, segment in enumerate(segments, 1) for token in segment.tokens]
+    for count, (place, token) in enumerate(tokens):
+        marks = ("yes" if mark else "no" for mark in (token.supervised, token.special))
+        line = Text(form.format(count, place, token.position, token.role, *marks, token.id))
+        yield line.append_text(_token_text(token, colour))
+
+
+def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Text:
+    tokens = sum(len(s.tokens) for s in segments)
+    supervised = sum(s.supervised for s in segments)
+    if rows.method == "sft":
+        count = f"{len(segments)} conversation{'s' if len(segments) > 1 else ''}"
+        count += f", {tokens:,} of {rows.config.max_length:,} tokens"
+    else:
+        count = f"a pair, the prompt computed once, {tokens:,} tokens"
+    what = f"{rows.data.report.what} row {number:,} of {len(rows.data.rows):,}"
+    return Text(f"{what}: {count}, {supervised:,} supervised (loss_on {rows.config.loss_on})", style="bold")
+
+
+def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
+    """The tokens of each line: of one role, as many as fit; the last of several newlines ends a line."""
+    line: list[Token] = []
+    used = 0
+    for token in tokens:
+        bare = max(cell_len(token.text), len(str(token.id))) + 1
+        # brackets take additional cells where supervision begins or ends
+        size = bare + 2 * (not line or token.supervised != line[-1].supervised)
+        ended = bool(line) and line[-1].raw.endswith(b"\n") and token.raw.strip(b"\n") != b""
+        if line and (token.role != line[0].role or used + size > room or ended):
+            yield line
+            line, used, size = [], 0, bare + 2
+        line.append(token)
+        used += size
+    if line:
+        yield line
+
+
+def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
+    """Two lines: texts, and ids below them."""
+    above = Text()
+    above.append(f"{role:<{_ROLE}}", style="bold" if colour else "")
+    above.append(f"{line[0].position:>{_POSITION}}  ", style="dim" if colour else "")
+    below = Text(" " * (_ROLE + _POSITION + 2))
+    for place, token in enumerate(line):
+        cell, number = _token_text(token, colour), str(token.id)
+        if not colour and token.supervised:
+            if place == 0 or not line[place - 1].supervised:
+                cell, number = Text.assemble("⟦", cell), " " + number
+            if place + 1 == len(line) or not line[place + 1].supervised:
+                cell.append("⟧")
+        size = max(cell.cell_len, len(number)) + 1
+        above.append_text(cell)
+        above.append(" " * (size - cell.cell_len))
+        below.append(f"{number:<{size}}", style="dim" if colour else "")
+    above.rstrip()
+    below.rstrip()
+    yield above
+    yield below
+
+
+def _token_text(token: Token, colour: bool) -> Text:
+    """A token in visible characters; with colour green if supervised, reversed if special, signs for spaces dimmed."""
+    if not colour:
+        return Text(token.text)
+    style = f"{_SUPERVISED if token.supervised else ''} {_SPECIAL if token.special else ''}".strip()
+    text = Text()
+    text.append(token.text, style=style)
+    text.highlight_regex("[␣⏎⇥␍]", "dim")
+    return text
