@@ -47,9 +47,6 @@ class Score:
     restored: Counter[str] = field(default_factory=Counter)
     right: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
-    wrong_words: Counter[str] = field(default_factory=Counter)
-    missed_words: Counter[str] = field(default_factory=Counter)
-    known_missed: Counter[str] = field(default_factory=Counter)
 
     def table(self) -> dict[str, Any]:
         def share(part: float, whole: float) -> float | None:
@@ -201,8 +198,6 @@ def _compare(original: str, lexicon: Lexicon, score: Score, flags: Counter[str])
     for start, rule, form in changed:
         ok = original[start : start + len(form)] == form
         (score.right if ok else score.wrong)[rule] += 1
-        if not ok:
-            score.wrong_words[f"{rule}: {form}"] += 1
     for start, category in taken.items():
         end = start
         while end < len(original) and original[end].isalpha():
@@ -213,8 +208,5 @@ def _compare(original: str, lexicon: Lexicon, score: Score, flags: Counter[str])
         if category == "name" and lexicon.forms[original[start:end]] >= 3:
             score.taken["name, known"] += 1
             score.restored["name, known"] += ok
-            score.known_missed[original[start:end]] += not ok
-        if not ok:
-            score.missed_words[f"{category}: {original[start:end]}"] += 1
     flags["words changed in untouched text"] += len(restore(original, lexicon)[1])
     flags["words of untouched text"] += len(_WORD.findall(original))

@@ -80,7 +80,7 @@ CASES = [
     Case(
         "rows: a column of two types",
         rows_of('{"prompt": {"a": 1}, "completion": "x"}\n{"prompt": "q", "completion": [1]}\n'),
-        "rows.jsonl: none of 2 rows can be used (read as prompt and completion): a turn of completion is a number, not {role, content}: 1 (rows.jsonl row 2); a turn of prompt has no role: 1 (rows.jsonl row 1).",
+        "rows.jsonl: none of 2 rows can be used (read as prompt and completion): a turn of completion is int, not {role, content}: 1 (rows.jsonl row 2); a turn of prompt has no role: 1 (rows.jsonl row 1).",
         MEANING.replace("messages", "prompt, completion"),
     ),
     Case(

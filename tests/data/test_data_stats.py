@@ -118,12 +118,6 @@ def test_pairs(tiny_base, pair_rows):
     assert "3 steps of 3 pairs" in text and "packed" not in text
 
 
-def test_nothing_is_tokenized_twice_where_nothing_is_cut(tiny_base, chat_rows, monkeypatch):
-    rows = opened("sft", tiny_base, f"dataset={chat_rows}")
-    monkeypatch.setattr("zephyr_lite.cli.row_stats.prepare", None)
-    assert any("nothing is left out, changed or cut" in line for line in plain(rows))
-
-
 # -- histogram -----------------------------------------------------------------------------------------------------------
 
 

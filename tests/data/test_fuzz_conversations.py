@@ -1,12 +1,6 @@
-"""Random conversations: their ids are those of the text, or the row is refused.
-
-A few examples run here, always the same; ``FUZZ_FACTOR=50`` in the environment tries fifty times as many, and others.
-"""
+"""Random conversations: their ids are those of the text, or the row is refused."""
 
 from __future__ import annotations
-
-import os
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +10,6 @@ from hypothesis import strategies as st
 from tests.conftest import make_tokenizer
 from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
 from zephyr_lite.data.formats import RowError, normalise
-
-FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
-
-
-def examples(count: int) -> Any:
-    return settings(
-        max_examples=count * FACTOR,
-        derandomize=FACTOR == 1,
-        database=None,
-        deadline=None,
-        print_blob=False,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -61,15 +42,14 @@ CONVERSATIONS = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def templates(tmp_path_factory) -> list[ChatTemplate]:
-    return [resolve_template("zephyr", make_tokenizer(tmp_path_factory.mktemp(f"tokenizer-{i}"))) for i in range(1)]
+def template(tmp_path_factory) -> ChatTemplate:
+    return resolve_template("zephyr", make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-@examples(150)
+@settings(max_examples=150, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages=CONVERSATIONS, loss_on=st.sampled_from(["assistant", "last", "all"]))
-def test_conversations_of_any_text(messages, loss_on, templates):
+def test_conversations_of_any_text(messages, loss_on, template):
     """The ids are the whole text's, an answer with its end token is supervised, and nothing else is."""
-    (template,) = templates
     tokenizer = template.tokenizer
     try:
         known = normalise({"messages": messages}, "sft").value["messages"]

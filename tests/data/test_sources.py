@@ -123,7 +123,7 @@ def test_a_row_of_another_schema_is_dropped_and_named(tmp_path):
     rows = load(write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"text": "once"}]))
     assert rows.dropped == {"no conversation in columns text": [f"{tmp_path}/a.jsonl row 2"]}
     path = write(tmp_path / "b.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": "once"}])
-    assert load(path).dropped == {"messages is text, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
+    assert load(path).dropped == {"messages is str, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
 
 
 def test_pairs_that_teach_nothing_are_dropped(tmp_path):

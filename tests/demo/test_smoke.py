@@ -152,9 +152,9 @@ def test_what_decides_memory_stays_and_the_rest_is_small(tmp_path):
 
 
 def test_hours_come_from_the_steps_that_were_warm(chat_rows):
-    slow, fast = {"seconds": 50.0, "num_tokens": 100.0}, {"seconds": 2.0, "num_tokens": 100.0}
-    records = [{"step": n, "loss": 1.0, **(slow if n in (1, 11) else fast)} for n in range(1, 21)]
-    assert speed([*records, {"step": 20, "eval_loss": 1.0}], [0, 10]) == (50.0, "tokens")
+    steps = list(range(1, 21))
+    seconds = [50.0 if step in (1, 11) else 2.0 for step in steps]
+    assert speed({"num_tokens": (steps, [100.0] * 20), "seconds": (steps, seconds)}, [0, 10]) == (50.0, "tokens")
     config = load_config("sft", None, [f"dataset={chat_rows}", "batch_size=2", "num_train_epochs=3"]).config
     # of 4 rows the smoke test made 2 packed ones
     assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 50.0, "tokens") == (6, 4 * 3 * 100 / 50)

@@ -102,30 +102,24 @@ def test_outputs_that_lack_annotated_instructions_are_scored_with_a_note(tmp_pat
 def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> None:
     outputs = write(tmp_path / "o.json", [{"instruction": "Do 0.", "output": "else", "generator": "g"}])
     good = write(tmp_path / "a.json", [annotation(0, 2)])
+    judge = ["--judge", "http://127.0.0.1:1/v1#j"]
+    for rows, found in (
+        ([annotation(0, "much")], "row 1: could not convert string to float"),
+        ([annotation(0, 3)], "none of the 1 preferences"),
+        ([annotation(0, 1), annotation(1, 1, generator_2="b")], "2 models"),
+        ({"a": 1}, "row 1: no 'instruction'"),
+        ([], "is empty"),
+    ):
+        assert run("--annotations", write(tmp_path / "b.json", rows)) == 2
+        assert found in " ".join(capsys.readouterr().err.split()), rows
     cases: list[tuple[list[Any], str]] = [
         (["--annotations", good, "--outputs", outputs], "its output_2 is not among the outputs"),
-        (
-            ["--annotations", write(tmp_path / "b.json", [annotation(1, 2)]), "--outputs", outputs],
-            "its output_2 is not among the outputs",
-        ),
         (["--annotations", outputs], "row 1: no 'output_1'"),
-        (
-            ["--annotations", write(tmp_path / "c.json", [annotation(0, "much")])],
-            "row 1: could not convert string to float",
-        ),
-        (["--annotations", write(tmp_path / "d.json", [annotation(0, 3)])], "none of the 1 preferences"),
-        (
-            ["--annotations", write(tmp_path / "e.json", [annotation(0, 1), annotation(1, 1, generator_2="b")])],
-            "2 models",
-        ),
-        (["--annotations", write(tmp_path / "f.json", {"a": 1})], "row 1: no 'instruction'"),
-        (["--annotations", write(tmp_path / "g.json", [])], "is empty"),
         (["--annotations", tmp_path / "none.json"], "there is no such file"),
-        (["--annotations", good, "--judge", "http://127.0.0.1:1/v1#j"], "--judge changes nothing"),
+        (["--annotations", good, *judge], "--judge changes nothing"),
         (["--annotations", good, "--limit", 2], "--limit changes nothing"),
-        (["--annotations", good, "--dry-run"], "--dry-run changes nothing"),
-        (["--instructions", tmp_path / "none.json", "--judge", "http://127.0.0.1:1/v1#j"], "no such file"),
-        (["--instructions", good, "--judge", "http://127.0.0.1:1/v1#j"], "row 1: no 'output'"),
+        (["--instructions", tmp_path / "none.json", *judge], "no such file"),
+        (["--instructions", good, *judge], "row 1: no 'output'"),
         (["--instructions", outputs], "no judge is given"),
     ]
     for arguments, found in cases:
@@ -133,7 +127,7 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, capsys) -> No
         assert found in " ".join(capsys.readouterr().err.split()), arguments
     broken = tmp_path / "h.json"
     broken.write_text("[{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="broken JSON"):
         read_annotations(broken)
     twice = [{"instruction": "Do.", "output": text, "generator": "g"} for text in "ab"]
     keys = [o.key for o in read_outputs(str(write(tmp_path / "i.json", twice)))[0]]

@@ -195,7 +195,7 @@ def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pai
     with peaks_of_layers(monkeypatch) as found:
         logps = decoder.token_logps(batch, keep=keep, dropout=Dropout(0.3, 1, 1) if dropout else None)
         logps.sum().backward()
-    found_layer = layer_bytes(job.at(method="dpo", keys=keys / len(batch)), len(batch), tile, CPU)
+    found_layer = layer_bytes(replace(job, method="dpo", keys=keys / len(batch)), len(batch), tile, CPU)
     # at these sizes an adapter's cast is as large as an activation; and of a pair the CPU's attention takes one response at a
     # time, with a mask
     share = 0.09
@@ -291,7 +291,7 @@ def test_a_tied_head_counts_once_and_biases_count():
 
 def test_what_lies_on_the_host():
     """Offloaded activations less two layers', a streamed base with its embedding and head."""
-    job = tiny_job(torch.bfloat16, False).at(storage="nf4 nested")
+    job = replace(tiny_job(torch.bfloat16, False), storage="nf4 nested")
     flash = Device.of((8, 9))
     here = estimate(job, ExecutionConfig(64, ("all",) * 2), flash)
     away = estimate(job, ExecutionConfig(64, ("all",) * 2, offload=2, stream=True), flash)

@@ -43,7 +43,6 @@ from zephyr_lite.memory.plan import (
     Plan,
     feasible,
     fitting,
-    longest_context,
     make_plan,
     smaller,
     with_rank,
@@ -93,16 +92,6 @@ def test_more_memory_is_never_slower(words):
     for machines in (same, series):
         speeds = [make_plan(mistral("sft", *words), machine, FREE).tokens_per_second for machine in machines]
         assert all(later >= earlier * (1 - 2 * WORTH_THE_HOST - TIE) for earlier, later in pairwise(speeds))
-
-
-def test_32_bit_products_are_slower_on_a_card():
-    for name in ("3060", "a100-40"):
-        half, full = (
-            make_plan(mistral(dtype=d), of_card(CARDS[name], "40GiB"), FREE) for d in (torch.float16, torch.float32)
-        )
-        assert full.tokens_per_second < 0.6 * half.tokens_per_second
-    assert CARDS["3060"].rate(torch.float64) < CARDS["3060"].rate(torch.float32) < CARDS["3060"].rate(torch.float16)
-    assert replace(CARDS["3060"], measured=True).rate(torch.float32) == CARDS["3060"].rate(torch.float16)
 
 
 def test_nothing_goes_to_the_host_where_the_card_has_room():
@@ -162,7 +151,7 @@ def test_no_setting_that_the_search_leaves_out_is_better(size, host):
 def test_smaller_plans_take_ever_less_until_none_is_left(method):
     job, machine = mistral(method), of_card(CARDS["4090"])
     shape = replace(job.shape, layers=4)
-    job = job.at(shape=shape, adapters=(AdapterSpec.fresh(shape, 16),))
+    job = replace(job, shape=shape, adapters=(AdapterSpec.fresh(shape, 16),))
     limits, plan, peaks = limits_of(job, machine), make_plan(job, machine, FREE), []
     tokens = plan.micro_tokens
     while plan is not None:
@@ -191,13 +180,6 @@ def test_an_evaluation_that_does_not_fit_keeps_what_training_keeps():
     plan = make_plan(job, machine, FREE)
     found = smaller(plan, job, limits_of(job, machine), FREE, tokens=plan.micro_tokens, several=True, training=False)
     assert found.keep == plan.keep and not found.offload and found.micro_tokens <= plan.micro_tokens
-
-
-def test_a_step_that_has_fewer_tokens_than_the_plan_allows_gets_a_plan_for_fewer():
-    job, machine = mistral(), of_card(CARDS["h100"])
-    plan = make_plan(job, machine, FREE)
-    found = smaller(plan, job, limits_of(job, machine), FREE, tokens=4096, several=True, training=True)
-    assert plan.micro_tokens > 4096 >= found.micro_tokens
 
 
 # -- what the user fixed -----------------------------------------------------------------------------------------------
@@ -255,11 +237,11 @@ def test_a_refusal_says_what_is_missing_and_its_cures_cure():
         if found := re.fullmatch(r"memory\.(\w+) left to the plan", cure):
             fixed = spec.model_copy(update={found[1]: None})
         elif found := re.fullmatch(r"optim=(\w+)", cure):
-            changed = job.at(optim=found[1])
+            changed = replace(job, optim=found[1])
         elif found := re.fullmatch(r"lora_r=(\d+)", cure):
             changed = with_rank(job, int(found[1]))
         elif found := re.fullmatch(r"max_length=(\d+)", cure):
-            changed = job.at(longest=int(found[1]))
+            changed = replace(job, longest=int(found[1]))
         else:
             there = of_card(CARDS["3060"], re.fullmatch(r"a card of (\d+) GB", cure)[1])
         assert feasible(changed, limits_of(changed, there), fixed), cure
@@ -307,7 +289,7 @@ def test_a_cpu_and_another_engine_are_never_refused():
     cpu = Machine("cpu", "the CPU", CARDS["3060"], 1000, 1000)
     assert make_plan(job, cpu, FREE).micro_tokens == 10
     card = replace(of_card(CARDS["3060"]), free=1000)
-    plan = make_plan(job.at(engine="trl"), card, FREE)
+    plan = make_plan(replace(job, engine="trl"), card, FREE)
     assert plan.micro_tokens == 10 and not plan.offload and not plan.stream and plan.account == {}
 
 
@@ -322,13 +304,6 @@ def test_a_cpu_keeps_all_and_runs_2048_tokens(monkeypatch, length):
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
     assert set(plan.keep) == {"all"} and plan.micro_tokens == max(2048, length)
     assert (plan.offload, plan.stream, plan.tile, plan.reference) == (0, False, None, "together")
-
-
-def test_a_cpu_stands_in_for_a_card_where_the_user_says_so():
-    job = make_workload(RunConfig(), "sft", tiny_config(), torch.float32)
-    spec = MemorySpec(offload=True, stream=True)
-    plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, spec), spec)
-    assert plan.stream and plan.offload == 2
 
 
 def test_on_a_cpu_what_is_offloaded_is_the_same_memory(tiny_base):
@@ -356,37 +331,6 @@ def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
     job = make_workload(config, "sft", Strange(), torch.float32)
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
     assert len(plan.keep) == 3 and plan.bytes_per_token > 0 and plan.free_bytes > 0
-
-
-# -- time --------------------------------------------------------------------------------------------------------------
-
-
-def test_time_follows_what_is_computed_again():
-    job, card = mistral(), CARDS["4090"]
-    times = [step_time(job, ExecutionConfig(4096, (keep,) * 32), card).step for keep in ("all", "attention", "input")]
-    assert times == sorted(times) and 1.2 < times[-1] / times[0] < 1.45
-
-
-# -- the goals, as the planner sees them -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "words", "spec", "goal"),
-    [
-        ("sft", [], {"offload": True, "stream": False, "keep": "input", "micro_tokens": 2048, "vram": "5.75GiB"}, 5.0),
-        ("sft", [], {"stream": True, "micro_tokens": 2048, "vram": "2.75GiB"}, 2.0),
-        ("dpo", [], {"stream": False, "vram": "8.75GiB"}, 8.0),
-    ],
-)
-def test_goals(method, words, spec, goal):
-    plan = make_plan(mistral(method, *words), of_card(CARDS["4090"], spec["vram"]), MemorySpec(**spec))
-    assert plan.peak - plan.account["CUDA context"] <= goal * GIB
-
-
-def test_goals_of_length():
-    for size, goal in ((24, 64), (8, 24)):
-        machine = of_card(gpu_of_size(size), f"{size}GiB")
-        assert longest_context(mistral(), limits_of(mistral(), machine), FREE) >= goal * 1024
 
 
 # -- cards -------------------------------------------------------------------------------------------------------------
@@ -515,7 +459,6 @@ def test_plan_prints_a_table_for_a_card(said):
         "tokens/s",
         "at $0.20 an hour",
         "disk:",
-        "published shape",
     ):
         assert text in out, text
     assert max(map(len, out.splitlines())) <= 80
@@ -671,16 +614,6 @@ def test_a_broken_configuration_is_named(said, tmp_path, content, named):
     code, _, err = said("sft", "--gpu", "3060", f"model_name_or_path={tmp_path}")
     assert code == 2 and str(path) in err.replace("\n", ""), err
     assert named in " ".join(err.split())
-
-
-def test_only_the_option_plans_another_machine(said, tiny_base):
-    words = [f"model_name_or_path={tiny_base}", "max_length=64"]
-    _, out, _ = said("sft", "memory.vram=8GiB", *words)
-    assert "plan of sft on the CPU" in out
-    _, out, _ = said("sft", "--vram", "8GiB", *words)
-    assert "plan of sft on 3060, 8.0 GiB" in out and "as fast as a 3060" in out
-    _, out, _ = said("sft", "--gpu", "t4", "dtype=bfloat16", "--vram", "16GiB", *words)
-    assert "emulates bfloat16 products" in out and "a t4 has 15 GiB" in out
 
 
 def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):

@@ -384,7 +384,7 @@ def test_a_folder_is_sampled_without_a_server_and_a_key_reaches_the_server_alone
         ("--model http://h/v1#a --judge http://h/v1#j --out o", "prompts missing"),
         ("--prompts p.txt --model nowhere --judge http://h/v1#j --out o", "nowhere: no such folder"),
         ("--prompts p.txt --model http://h/v1 --judge http://h/v1#j --out o", "give the model's name too"),
-        ("--prompts p.txt --model http://h/v1#a --judge http://h/v1#j --out p.txt", "is a file"),
+        ("--prompts p.txt --model http://h/v1#a --judge http://h/v1#j --out p.txt", "cannot be created"),
         ("--config nope", "configuration nope: there is no such file"),
     ],
 )

@@ -352,7 +352,7 @@ def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_
     state = opened("dpo", 250, ("all", "all"))
     stage, task, plan = state.stage, state.objective, state.stage.plan
     stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
-    stage.workload = stage.workload.at(live_reference=False)
+    stage.workload = replace(stage.workload, live_reference=False)
     with Fails() as count:
         cache = task._fill_cache()
     for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host

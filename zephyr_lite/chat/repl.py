@@ -53,9 +53,8 @@ NUMBERS: dict[str, Callable[[str], float]] = {
     "/max-new-tokens": int,
     "/seed": int,
 }
-NARROWEST = (
-    32  # minimum width of an answer shown side by side; in narrower terminals answers are shown one below the other
-)
+WITH_TEXT = ("/system", "/save", "/model")  # commands that take a text
+NARROWEST = 32  # minimum width of an answer side by side; in narrower terminals they are one below the other
 REFRESH = 0.1  # seconds between two updates of growing answers
 
 
@@ -72,20 +71,6 @@ class Repl:
     def __init__(self, session: Session, console: Any, compare: bool, ballot: Ballot | None) -> None:
         self.session, self._console, self._compare, self._ballot = session, console, compare, ballot
         self._saved: tuple[Path, list[Any]] | None = None
-        self._commands: dict[str, Callable[[], None]] = {
-            "/help": self._help,
-            "/?": self._help,
-            "/settings": self._settings,
-            "/undo": self._undo,
-            "/retry": self._retry,
-            "/reset": self._reset,
-            "/history": self._history,
-        }
-        self._commands_with_text: dict[str, Callable[[str], None]] = {
-            "/system": self._system,
-            "/save": self._save,
-            "/model": self._model,
-        }
 
     def run(self) -> None:
         """Run until Ctrl-D, /exit, or Ctrl-C twice.
@@ -294,21 +279,20 @@ class Repl:
         rest = rest.strip()
         if name in ("/exit", "/quit", "/bye"):
             return False
+        command = getattr(self, "_do_" + {"/?": "help"}.get(name, name[1:]), None)
         if name in NUMBERS:
             self._number(name, rest)
-        elif name in self._commands_with_text:
-            self._commands_with_text[name](rest)
-        elif name not in self._commands:
+        elif command is None:
             raise UserError(
                 f"there is no command {short(name, 40)}.", "/help lists them; // begins a question with a slash."
             )
-        elif rest:
+        elif rest and name not in WITH_TEXT:
             raise UserError(f"{name} takes nothing.", "/help lists the commands.")
         else:
-            self._commands[name]()
+            command(rest)
         return True
 
-    def _help(self) -> None:
+    def _do_help(self, text: str) -> None:
         for name, what in HELP:
             self._console.say(f"{name:<19}{what}")
 
@@ -326,7 +310,7 @@ class Repl:
                 raise
         self._note(f"{name[1:]} {getattr(settings, key)}")
 
-    def _system(self, text: str) -> None:
+    def _do_system(self, text: str) -> None:
         settings = self.session.settings
         if text:
             system = None if text in ("none", "''", '""') else text  # '' as with --system
@@ -334,28 +318,28 @@ class Repl:
             settings.system = system
         self._note(f"system: {settings.system}" if settings.system else "no system turn")
 
-    def _settings(self) -> None:
+    def _do_settings(self, text: str) -> None:
         for name in NUMBERS:
             self._number(name, "")
-        self._system("")
+        self._do_system("")
 
-    def _undo(self) -> None:
+    def _do_undo(self, text: str) -> None:
         question = self.session.undo()
         votes = "; its vote stays in the file" if self._ballot is not None else ""
         self._note(f"taken back: {short(question, 60)}{votes}")
 
-    def _retry(self) -> None:
+    def _do_retry(self, text: str) -> None:
         if not self.session.turns:
             raise UserError("nothing was asked yet.")
         if self.session.settings.temperature == 0:
             self._note("temperature 0 gives the same answer again; /temperature 0.7 would not")
         self._ask(None)
 
-    def _reset(self) -> None:
+    def _do_reset(self, text: str) -> None:
         self.session.reset()
         self._note("a new conversation")
 
-    def _history(self) -> None:
+    def _do_history(self, text: str) -> None:
         if not self.session.turns:
             self._note("nothing was said yet")
         hidden = self._ballot is not None
@@ -364,7 +348,7 @@ class Repl:
                 self._note(f"> {question}")
                 self._console.say(answer.text if hidden or not self._compare else f"{column.model}: {answer.text}")
 
-    def _save(self, name: str) -> None:
+    def _do_save(self, name: str) -> None:
         if not name:
             raise UserError("/save needs a file.", "/save FILE.jsonl")
         path = Path(name).expanduser()
@@ -381,7 +365,7 @@ class Repl:
         if cut := sum(answer.finish != "stop" for column in columns for _, answer in column.turns):
             self._note(f"note: {cut} of the answers are cut; training would learn to end there")
 
-    def _model(self, name: str) -> None:
+    def _do_model(self, name: str) -> None:
         models = self.session.chat.live.models
         if self._compare:
             raise UserError("/model: --compare asks all of its models.", "Start without it to talk to one.")

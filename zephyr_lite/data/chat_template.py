@@ -532,9 +532,11 @@ def _call_form(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[s
 def _written(message: Message, text: str, position: int = 0) -> str | None:
     """The turn's content as it occurs in a text from ``position`` on: trimmed, or without its reasoning; or None."""
     whole = message["content"].strip()
-    forms = [whole, _THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
+    if text.find(whole, position) >= 0:
+        return whole
+    forms = [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
     if message["role"] == "tool":  # templates reformat its JSON
-        forms.append(max(re.findall(r"\w+", whole), key=len, default=whole))
+        forms = [max(re.findall(r"\w+", whole), key=len, default=whole)]
     for form in forms:
         if text.find(form, position) >= 0:
             return form

@@ -44,27 +44,13 @@ _NEEDS = {
     "dpo": "dpo needs preference rows: columns chosen and rejected, with or without prompt",
 }
 
+_CALLS = ("function_call", "tool_call")  # turns that are a call, as JSON
 ROLES = {
     "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-    # turns that are a call, as JSON
-    "function_call": "assistant",
-    "tool_call": "assistant",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", *_CALLS), "assistant"),
+    **dict.fromkeys(("tool", "ipython", "observation", "function", "tool_response", "function_response"), "tool"),
 }
-_CALLS = ("function_call", "tool_call")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # keys for whether a turn is supervised, of OpenAI, Axolotl, ms-swift and torchtune, without "is_", "_" and "-"
@@ -424,11 +410,11 @@ def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list
         raise RowError(f"{column} is empty")
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
-        raise RowError(f"{column} is {_kind(value)}, not a list of turns")
+        raise RowError(f"{column} is {type(value).__name__}, not a list of turns")
     messages: list[Message] = []
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise RowError(f"a turn of {column} is {_kind(turn)}, not {{role, content}}")
+            raise RowError(f"a turn of {column} is {type(turn).__name__}, not {{role, content}}")
         if not {"role", "from"} & set(turn) and {"input", "output"} <= set(turn):  # Capybara's
             rest = {key: value for key, value in turn.items() if key not in ("input", "output")}
             messages.append(message("user", as_text(turn["input"], f"the input of a turn of {column}")))
@@ -499,7 +485,7 @@ def _call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _parsed(arguments or "{}", "the arguments of a tool call are")
     if not isinstance(arguments, Mapping):
-        raise RowError(f"the arguments of a tool call are {_kind(arguments)}, not an object")
+        raise RowError(f"the arguments of a tool call are {type(arguments).__name__}, not an object")
     result: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
     if call.get("id") is not None:
         result["id"] = as_text(call["id"], "the id of a tool call")
@@ -549,13 +535,8 @@ def as_text(value: Any, what: str) -> str:
         return str(value)
     if isinstance(value, list) and _are_texts(value):
         return "".join(as_text(part.get("text"), what) for part in value)
-    raise RowError(f"{what} is {_kind(value)}, not text")
+    raise RowError(f"{what} is {type(value).__name__}, not text")
 
 
 def _are_texts(parts: list[Any]) -> bool:
     return all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts)
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {str: "text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -18,11 +18,10 @@ from typing import Any
 from ..config.load import Method, RunConfig, load_config
 from ..data.load import open_source
 from ..errors import Interrupted, UserError
-from ..evaluate.rows import stage_config
 from ..io.atomic import write_json
 from ..io.run_dir import StageDir, read_json
 from ..model.chain import chain_of_run
-from ..monitor.report import json_lines
+from ..monitor.report import StageRecord, read_stage
 from .child import Ended, child
 from .smoke import DISK_RESERVE, merged_bytes, speed
 
@@ -176,7 +175,7 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
 def done(chosen: Reproduction, part: str) -> str | None:
     """Why a part has nothing to do, or None. The commands of the stages check by themselves whether they are complete."""
     if part in ("loss", "preference", "mt-bench"):
-        return f"{part} is done already" if evaluation(chosen.run, part) else None
+        return f"{part} is done already" if evaluation(read_stage(chosen.run / "dpo"), part) else None
     if part != "merge":
         return None
     merged = chosen.run / "merged"
@@ -198,19 +197,31 @@ def command_line(words: Sequence[str]) -> str:
 
 def results(chosen: Reproduction) -> dict[str, Any]:
     """The content of results.json, from the files of a run whose stages are complete and evaluated."""
-    stages = {name: StageDir(chosen.run / name) for name in STAGES}
-    infos = {name: stage.info() or {} for name, stage in stages.items()}
-    loss, preference = evaluation(chosen.run, "loss"), evaluation(chosen.run, "preference")
+    records = {name: read_stage(chosen.run / name) for name in STAGES}
+    sft, dpo = records.values()
+    loss, preference = evaluation(dpo, "loss"), evaluation(dpo, "preference")
     against = preference["comparisons"][0]
     machines: list[str] = []  # the cards; of a CPU, the number of threads
-    for info in infos.values():
-        for machine in [info["machine"], *(start["machine"] for start in info.get("resumed", []))]:
+    stages: dict[str, dict[str, Any]] = {}
+    for name, record in records.items():
+        info, steps, seconds = record.info, record.info["result"]["steps"], record.values("seconds")
+        for machine in [info["machine"], *(start["machine"] for start in info["resumed"])]:
             count = machine.get("processes", 1)
-            name = f"{count} × {machine['processor']}" if count > 1 else machine["processor"]
+            card = f"{count} × {machine['processor']}" if count > 1 else machine["processor"]
             if machine["device"] != "cuda":
                 threads = info["plan"]["threads"]
-                name = f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}"
-            machines.append(name)
+                card = f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}"
+            machines.append(card)
+        rate, unit = speed(record.columns)
+        peaks = [info["result"].get("peak_memory_bytes", 0) / 2**30, *record.values("peak_memory_gib")]
+        stages[name] = {  # over all processes that worked on it
+            "steps": steps,
+            "step_hours": round(statistics.fmean(seconds) * steps / 3600, 4),
+            f"{unit}_per_second": round(rate, 3),
+            "peak_gib": round(max(peaks), 3),
+            "max_length": record.config["max_length"],
+            "warnings": info["result"].get("warnings", []),
+        }
     merged = chosen.run / "merged"
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -218,9 +229,9 @@ def results(chosen: Reproduction) -> dict[str, Any]:
         "changed": chosen.changed,
         "who": chosen.who,
         "machines": list(dict.fromkeys(machines)),
-        "base": infos["sft"]["base"],
-        "versions": infos["dpo"]["versions"],
-        **{name: _stage(stages[name], infos[name]) for name in STAGES},
+        "base": sft.info["base"],
+        "versions": dpo.info["versions"],
+        **stages,
         "eval_loss": {
             "rows": loss["data"]["rows"],
             "models": {name: model["loss"] for name, model in loss["models"].items()},
@@ -229,34 +240,17 @@ def results(chosen: Reproduction) -> dict[str, Any]:
             "rows": preference["data"]["rows"],
             **{key: against[key] for key in ("against", "accuracy", "margin_nats")},
         },
-        "mt_bench": evaluation(chosen.run, "mt-bench").get("models"),
+        "mt_bench": evaluation(dpo, "mt-bench").get("models"),
         "merged": str(merged) if merged_from(merged, chosen.run) else None,
     }
     return {**found, "row": row(found)}
 
 
-def evaluation(run: Path, kind: str) -> dict[str, Any]:
-    """The result of ``zephyr-lite eval KIND`` on the DPO stage; {} if there is none, or one of another adapter."""
-    found = read_json(run / "dpo" / "eval" / f"{kind}.json") or {}
-    own = (StageDir(run / "dpo").info() or {}).get("own") or {}
-    return found if own and (found.get("adapters") or [{}])[-1].get("sha256") == own["sha256"] else {}
-
-
-def _stage(stage: StageDir, info: dict[str, Any]) -> dict[str, Any]:
-    """Hours, speed and memory of a stage, over all processes that worked on it."""
-    records = json_lines(stage.metrics)
-    seconds = statistics.fmean(record["seconds"] for record in records if record.get("seconds"))
-    rate, unit = speed(records)
-    peaks = [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]
-    steps = info["result"]["steps"]
-    return {
-        "steps": steps,
-        "step_hours": round(seconds * steps / 3600, 4),
-        f"{unit}_per_second": round(rate, 3),
-        "peak_gib": round(max([info["result"].get("peak_memory_bytes", 0) / 2**30, *peaks]), 3),
-        "max_length": stage_config(stage).max_length,
-        "warnings": info["result"].get("warnings", []),
-    }
+def evaluation(record: StageRecord, kind: str) -> dict[str, Any]:
+    """The result of ``zephyr-lite eval KIND`` on a stage; {} if there is none, or one of another adapter."""
+    found = record.results.get(kind) or {}
+    adapters = found.get("adapters") or [{}]
+    return found if adapters[-1].get("sha256") == record.info["own"].get("sha256", "") else {}
 
 
 def row(found: dict[str, Any]) -> str:

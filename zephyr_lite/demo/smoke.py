@@ -27,11 +27,10 @@ from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
-from ..monitor.report import json_lines
+from ..monitor.report import Columns, StageRecord, read_stage
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, Any]
 MARK = "smoke.json"
 LN2 = math.log(2)
 STEPS = 20
@@ -124,7 +123,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     words = [method, "--config", str(folder / f"{method}.yaml")]
     kill = {"kill_when": (stage.path / f"checkpoint-{KILLED_AFTER}").is_dir}
     commands.append((f"train, {KILLED_AFTER} steps", words, kill, lambda: "killed there (SIGKILL), as by a power cut"))
-    commands.append((f"resume to step {STEPS}", words, {}, lambda: _resumed(stage, method, config)))
+    commands.append((f"resume to step {STEPS}", words, {}, lambda: _resumed(stage.path, method, config)))
     size, free = merged_bytes(config), shutil.disk_usage(folder).free
     said = f"{size / 1e9:.1f} GB, removed again"
     rows = ["--rows", "2"]
@@ -156,7 +155,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
             message = f"the smoke test failed at: {name}. {error.message}"
             raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
     took = duration(time.monotonic() - begun)
-    verdict = [f"smoke test passed in {took}: everything works", *outlook(config, stage)]
+    verdict = [f"smoke test passed in {took}: everything works", *outlook(config, read_stage(stage.path))]
     told = {"method": method, "parts": [asdict(part) for part in parts], "verdict": verdict}
     write_json(folder / MARK, {"status": "passed", **told})
     for path in (merged, *stage.checkpoints()):
@@ -166,22 +165,20 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     return parts
 
 
-def _resumed(stage: StageDir, method: Method, config: RunConfig) -> str:
+def _resumed(folder: Path, method: Method, config: RunConfig) -> str:
     """Check that the second process continued from the checkpoint of the first."""
-    info, records = stage.info() or {}, json_lines(stage.metrics)
-    steps = [record["step"] for record in records if "loss" in record]
-    losses = [float(record["loss"]) for record in records if "loss" in record]
-    began = [start["step"] for start in info["resumed"]]
-    assert info["status"] == "complete" and steps == list(range(1, STEPS + 1)), (info["status"], steps)
-    assert began and began[-1] >= KILLED_AFTER, began
-    if bad := [step for step, loss in zip(steps, losses) if not math.isfinite(loss)]:
+    record = read_stage(folder)
+    steps, losses = record.columns["loss"]
+    began = [start["step"] for start in record.info["resumed"]]
+    assert record.complete and began and began[-1] >= KILLED_AFTER, (record.info["status"], began)
+    if bad := sorted({*range(1, STEPS + 1)} - {step for step, loss in zip(steps, losses) if math.isfinite(loss)}):
         raise UserError(
             f"the loss is not finite at steps {bad}.",
             "Look at the rows (zephyr-lite data show), or lower learning_rate.",
         )
     if method == "dpo" and config.engine == "fused" and config.loss_type == "sigmoid" and not config.label_smoothing:
         assert abs(losses[0] - LN2) < 1e-3, f"first DPO loss {losses[0]}, not ln 2"
-    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    held_out = record.values("eval_loss")
     told = f"held out {held_out[-1]:.3f}" if held_out else "nothing is held out"
     return f"from checkpoint-{began[-1]}, loss {losses[0]:.3f}, at the end {losses[-1]:.3f}, {told}"
 
@@ -274,18 +271,18 @@ def merged_bytes(config: RunConfig) -> int:
     return sum(entry.nbytes for entry in files.entries.values())
 
 
-def outlook(config: RunConfig, stage: StageDir) -> list[str]:
+def outlook(config: RunConfig, small: StageRecord) -> list[str]:
     """Memory, and the time of the real run at the measured speed.
 
     Args:
-        config: the real stage's; stage: the small one.
+        config: the real stage's; small: the small stage.
     """
-    info, records, lines = stage.info() or {}, json_lines(stage.metrics), []
-    if peaks := [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]:
+    lines = []
+    if peaks := small.values("peak_memory_gib"):
         lines.append(f"memory: {max(peaks):.1f} GiB at most")
-    rate, unit = speed(records, [0, *(start["step"] for start in info.get("resumed", []))])
+    rate, unit = speed(small.columns, [0, *(start["step"] for start in small.info["resumed"])])
     if rate:
-        steps, seconds = whole_stage(config, info["data"], rate, unit)
+        steps, seconds = whole_stage(config, small.info["data"], rate, unit)
         lines.append(
             f"speed: {rate:,.{0 if unit == 'tokens' else 2}f} {unit}/s measured, so the real {config.stage} of about "
             f"{steps:,} steps takes about {duration(seconds)}, evaluations not counted"
@@ -293,17 +290,17 @@ def outlook(config: RunConfig, stage: StageDir) -> list[str]:
     return lines
 
 
-def speed(records: Sequence[Metrics], began: Sequence[int] = ()) -> tuple[float, str]:
+def speed(columns: Columns, began: Sequence[int] = ()) -> tuple[float, str]:
     """(rate, ``tokens`` or ``pairs``) per second over the steps; 0 if none was measured.
 
     Args:
-        records: of ``metrics.jsonl``.
+        columns: of ``metrics.jsonl``.
         began: steps after which a process began; the first step of a process is slow and not counted.
     """
-    steps = [record for record in records if record.get("seconds") and record["step"] - 1 not in began]
-    seconds = sum(record["seconds"] for record in steps)
-    unit = "pairs" if any("num_pairs" in record for record in steps) else "tokens"
-    return sum(record.get(f"num_{unit}", 0.0) for record in steps) / seconds if seconds else 0.0, unit
+    unit = "pairs" if "num_pairs" in columns else "tokens"
+    done = dict(zip(*columns.get(f"num_{unit}", ([], []))))
+    seconds = {step: value for step, value in zip(*columns.get("seconds", ([], []))) if step - 1 not in began}
+    return sum(done.get(step, 0.0) for step in seconds) / (sum(seconds.values()) or math.inf), unit
 
 
 def whole_stage(config: RunConfig, data: dict[str, Any], rate: float, unit: str) -> tuple[int, float]:

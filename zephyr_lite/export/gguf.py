@@ -40,22 +40,15 @@ _CONVERTER = "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others
 
 @dataclass
 class GgufReport:
-    """What a GGUF file holds.
-
-    Attributes:
-        types: GGUF's name of a type → number of tensors.
-        error: ‖stored - original‖ / ‖original‖ over every weight; None: not computed.
-        pre: llama.cpp's name for how a text is split before the merges.
-        notes: what a server does differently from training.
-    """
+    """What a GGUF file holds."""
 
     out: Path
     bytes: int = 0
     seconds: float = 0.0
-    types: Counter[str] = field(default_factory=Counter)
-    error: float | None = None
-    pre: str = ""
-    notes: list[str] = field(default_factory=list)
+    types: Counter[str] = field(default_factory=Counter)  # GGUF's name of a type → number of tensors
+    error: float | None = None  # ‖stored - original‖ / ‖original‖ over every weight; None: not computed
+    pre: str = ""  # llama.cpp's name for how a text is split before the merges
+    notes: list[str] = field(default_factory=list)  # what a server does differently from training
 
     def lines(self) -> list[str]:
         """For the console."""

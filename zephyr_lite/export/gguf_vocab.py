@@ -44,32 +44,19 @@ _COMPOSES = "qwen2"  # its tokenizers bring a text into NFC before all that
 
 @dataclass
 class Vocabulary:
-    """A tokenizer for a GGUF file.
+    """A tokenizer for a GGUF file."""
 
-    Attributes:
-        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE).
-        pre: llama.cpp's name for how a text is split; "default" for SentencePiece.
-        tokens, types: one per row of the embedding.
-        merges: of byte-level BPE, in order.
-        scores: of SentencePiece.
-        special: bos, eos, eot, unknown, padding → id.
-        add_bos: whether a server adds BOS itself.
-        add_space_prefix: SentencePiece: whether a space is added before a text and after each special token.
-        template: the chat template.
-        notes: where llama.cpp differs.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
+    model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE)
+    pre: str  # llama.cpp's name for how a text is split; "default" for SentencePiece
+    tokens: list[str]  # one per row of the embedding
     types: list[int]
-    merges: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    special: dict[str, int] = field(default_factory=dict)
-    add_bos: bool = False
-    add_space_prefix: bool = False
-    template: str | None = None
-    notes: list[str] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)  # of byte-level BPE, in order
+    scores: list[float] = field(default_factory=list)  # of SentencePiece
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, eot, unknown, padding → id
+    add_bos: bool = False  # whether a server adds BOS itself
+    add_space_prefix: bool = False  # SentencePiece: whether a space is added before a text and after each special token
+    template: str | None = None  # the chat template
+    notes: list[str] = field(default_factory=list)  # where llama.cpp differs
 
 
 def read_vocabulary(folder: Path, vocab_size: int, ends: list[int]) -> Vocabulary:

@@ -34,22 +34,14 @@ TEMPERATURE = 0.7
 
 @dataclass
 class Turns:
-    """The parts of a chat template: ``head``, then every turn between its role's texts, then ``prompt``.
+    """The parts of a chat template: ``head``, then every turn between its role's texts, then ``prompt``."""
 
-    Attributes:
-        head: BOS, or nothing.
-        unsaid: the text in place of a system turn if there is none.
-        before, after: role → the text around a turn's content.
-        prompt: the generation prompt.
-        notes: where the Go template differs.
-    """
-
-    head: str
-    unsaid: str
-    before: dict[str, str]
+    head: str  # BOS, or nothing
+    unsaid: str  # the text in place of a system turn if there is none
+    before: dict[str, str]  # role → the text around a turn's content
     after: dict[str, str]
-    prompt: str
-    notes: list[str] = field(default_factory=list)
+    prompt: str  # the generation prompt
+    notes: list[str] = field(default_factory=list)  # where the Go template differs
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """Build the text of a conversation from the parts."""

@@ -31,19 +31,13 @@ _TEXT_BYTES = 2**20  # tokenizer.json is larger, and never holds a key
 
 @dataclass
 class Upload:
-    """The files to upload.
-
-    Attributes:
-        files: path in the repository → file.
-        left_out: names of files that do not belong to a model.
-        notes: warnings.
-    """
+    """The files to upload."""
 
     folder: Path
     repo: str
-    files: dict[str, Path] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)  # path in the repository → file
+    left_out: list[str] = field(default_factory=list)  # names of files that do not belong to a model
+    notes: list[str] = field(default_factory=list)  # warnings
 
     def lines(self) -> list[str]:
         """For the console."""

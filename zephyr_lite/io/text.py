@@ -13,6 +13,7 @@ from ..errors import UserError
 
 AGAIN = "Copy the file again from where it came from."
 TEXT_BYTES = 64 * 2**20
+is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for names that no file can have (too long)
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
@@ -30,8 +31,7 @@ def duration(seconds: float) -> str:
 
 def short(value: object, length: int = 80) -> str:
     """The repr of a value, cut to ``length``."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 1] + "…"
+    return shown(repr(value), length)
 
 
 def shown(text: object, limit: int = 80) -> str:
@@ -113,32 +113,10 @@ def refuse_special(path: Path, name: str) -> None:
     Args:
         name: as the user wrote it.
     """
-    try:
-        special = path.exists() and not path.is_file() and not path.is_dir()
-    except PermissionError as error:
-        raise UserError(f"{name}: cannot be opened: {error.strerror}.", "Name another file.") from None
-    except (OSError, ValueError):  # no file can have this name
-        return
-    if special:
+    if os.path.exists(path) and not is_file(path) and not is_folder(path):
         raise UserError(
             f"{name}: is a device or a pipe, not a file.", "Save its content to a file first, and name that."
         )
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file; False also for names that no file can have (too long)."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """As ``is_file``, for folders."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def read_text(path: Path, *, limit: int = TEXT_BYTES, name: str | None = None) -> str:

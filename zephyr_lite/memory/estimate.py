@@ -38,19 +38,13 @@ PAGED = "embedding"
 
 @dataclass(frozen=True)
 class Device:
-    """How a device allocates.
+    """How a device allocates."""
 
-    Attributes:
-        backend: the attention's implementation.
-        workspace: bytes that its matrix products keep.
-        context: bytes that a process takes before its first tensor, where free memory was not measured without them.
-        slack: whether an allocator rounds.
-    """
-
-    backend: Literal["flash", "efficient", "cpu"] = "flash"
-    workspace: int = CUBLAS_BYTES
+    backend: Literal["flash", "efficient", "cpu"] = "flash"  # the attention's implementation
+    workspace: int = CUBLAS_BYTES  # bytes that its matrix products keep
+    # bytes that a process takes before its first tensor, where free memory was not measured without them
     context: int = 0
-    slack: bool = True
+    slack: bool = True  # whether an allocator rounds
 
     @classmethod
     def of(cls, capability: tuple[int, int], half: bool = True, *, context: int = CONTEXT_BYTES) -> Device:
@@ -71,23 +65,14 @@ CPU = Device("cpu", 0, 0, slack=False)
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """Bytes by name.
+    """Bytes by name."""
 
-    Attributes:
-        resident: on the device from the first step to the last.
-        transient: on the device at the peak, beside that.
-        at: the moment of the peak.
-        managed: optimizer states that CUDA moves to the host where the device is full.
-        host: in main memory, locked but for `PAGED`.
-        peak: `resident` and `transient` together.
-    """
-
-    resident: dict[str, int]
-    transient: dict[str, int]
-    at: str
-    managed: int
-    host: dict[str, int]
-    peak: int
+    resident: dict[str, int]  # on the device from the first step to the last
+    transient: dict[str, int]  # on the device at the peak, beside that
+    at: str  # the moment of the peak
+    managed: int  # optimizer states that CUDA moves to the host where the device is full
+    host: dict[str, int]  # in main memory, locked but for `PAGED`
+    peak: int  # `resident` and `transient` together
 
 
 # -- resident ----------------------------------------------------------------------------------------------------------
@@ -199,17 +184,13 @@ def kept_per_token(job: Workload, keep: Sequence[Keep]) -> int:
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one layer holds for a micro-batch.
+    """What one layer holds for a micro-batch."""
 
-    Attributes:
-        kept: after its forward pass, by policy.
-        forward: at the forward pass's peak, its input aside, what it keeps included; None: nothing is kept.
-        backward: at the backward pass's peak, by (policy, whether what was kept was on the host), the output's gradient
-            aside, what was kept and the new gradients included.
-    """
-
-    kept: dict[Keep, int]
+    kept: dict[Keep, int]  # after its forward pass, by policy
+    # at the forward pass's peak, its input aside, what it keeps included; None: nothing is kept
     forward: dict[Keep | None, int]
+    # at the backward pass's peak, by (policy, whether what was kept was on the host), the output's gradient aside,
+    # what was kept and the new gradients included
     backward: dict[tuple[Keep, bool], int]
 
 

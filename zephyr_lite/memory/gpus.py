@@ -13,32 +13,21 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card's memory and speed.
+    """A card's memory and speed."""
 
-    Attributes:
-        name: its common name.
-        memory: GiB that its driver reports, which is less than the box says where memory checks itself (T4, L4, A10G).
-        tflops: dense products of 16-bit matrices with 32-bit sums, 10^12 operations a second.
-        bandwidth: of its memory, 10^9 bytes a second.
-        pcie: between main memory and card, each way, 10^9 bytes a second, as copies of locked memory reach it.
-        capability: CUDA compute capability.
-        price: US dollars an hour, rented; about what it cost at the end of 2026. None: not rented out.
-        share: of `tflops` that large matrix products reach.
-        measured: its numbers were measured here (in the run's dtype).
-        tflops32: of 32-bit matrices, without TF32.
-        unpacking: 10^9 NF4 numbers dequantized a second; None: as many as the memory's bandwidth lets through.
-    """
-
-    name: str
+    name: str  # its common name
+    # GiB that its driver reports, which is less than the box says where memory checks itself (T4, L4, A10G)
     memory: float
-    tflops: float
-    bandwidth: float
-    pcie: float
-    capability: tuple[int, int]
+    tflops: float  # dense products of 16-bit matrices with 32-bit sums, 10^12 operations a second
+    bandwidth: float  # of its memory, 10^9 bytes a second
+    pcie: float  # between main memory and card, each way, 10^9 bytes a second, as copies of locked memory reach it
+    capability: tuple[int, int]  # CUDA compute capability
+    # US dollars an hour, rented; about what it cost at the end of 2026. None: not rented out
     price: float | None = None
-    share: float = 0.6
-    measured: bool = False
-    tflops32: float | None = None
+    share: float = 0.6  # of `tflops` that large matrix products reach
+    measured: bool = False  # its numbers were measured here (in the run's dtype)
+    tflops32: float | None = None  # of 32-bit matrices, without TF32
+    # 10^9 NF4 numbers dequantized a second; None: as many as the memory's bandwidth lets through
     unpacking: float | None = None
 
     def rate(self, dtype: torch.dtype) -> float:

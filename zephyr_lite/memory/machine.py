@@ -40,23 +40,15 @@ TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 
 @dataclass(frozen=True)
 class Machine:
-    """The memory and speed that a run is planned with.
+    """The memory and speed that a run is planned with."""
 
-    Attributes:
-        kind: where it computes.
-        name: of the device.
-        card: its speed.
-        free: bytes of the device's memory (a CPU: of main memory) for the run, ``context`` included.
-        host: bytes of main memory to spare.
-        context: what the process takes of `free` before its first tensor: a CUDA context, or on a CPU Python, libraries and
-            rows; 0 where `free` was measured without it.
-    """
-
-    kind: Literal["cuda", "cpu"]
-    name: str
-    card: Gpu
-    free: int
-    host: int
+    kind: Literal["cuda", "cpu"]  # where it computes
+    name: str  # of the device
+    card: Gpu  # its speed
+    free: int  # bytes of the device's memory (a CPU: of main memory) for the run, ``context`` included
+    host: int  # bytes of main memory to spare
+    # what the process takes of `free` before its first tensor: a CUDA context, or on a CPU Python, libraries and
+    # rows; 0 where `free` was measured without it
     context: int = 0
 
     def device(self, dtype: torch.dtype) -> Device:

@@ -43,25 +43,16 @@ SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 @dataclass(frozen=True)
 class Plan(ExecutionConfig):
-    """Execution settings with their predicted numbers; part of stage.json, so that a resumed run makes the same sums.
+    """Execution settings with their predicted numbers; part of stage.json, so that a resumed run makes the same sums."""
 
-    Attributes:
-        bytes_per_token: of what all layers keep, on the device or on the host.
-        free_bytes: free memory less base, adapters, gradients and optimizer.
-        account: bytes of the device's memory by name, at the peak; the last entry is their sum.
-        host: bytes of main memory that are locked, by name.
-        managed: bytes of optimizer states that CUDA keeps on the host where the device is full.
-        at: the moment of the peak.
-        seconds_per_step, tokens_per_second: predicted speed; 0: unknown.
-    """
-
-    bytes_per_token: int = 0
-    free_bytes: int = 0
+    bytes_per_token: int = 0  # of what all layers keep, on the device or on the host
+    free_bytes: int = 0  # free memory less base, adapters, gradients and optimizer
+    # bytes of the device's memory by name, at the peak; the last entry is their sum
     account: dict[str, int] = field(default_factory=dict, hash=False)
-    host: dict[str, int] = field(default_factory=dict, hash=False)
-    managed: int = 0
-    at: str = ""
-    seconds_per_step: float = 0.0
+    host: dict[str, int] = field(default_factory=dict, hash=False)  # bytes of main memory that are locked, by name
+    managed: int = 0  # bytes of optimizer states that CUDA keeps on the host where the device is full
+    at: str = ""  # the moment of the peak
+    seconds_per_step: float = 0.0  # predicted speed; 0: unknown
     tokens_per_second: float = 0.0
 
     def __post_init__(self) -> None:
@@ -117,21 +108,14 @@ def kept_in_words(keep: Sequence[Keep]) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory and speed of the machine, as far as a run may use it.
+    """Memory and speed of the machine, as far as a run may use it."""
 
-    Attributes:
-        free: bytes of the device's memory that the run may take, ``device.context`` included.
-        host: bytes of main memory that may be locked.
-        card: its speed.
-        device: how it allocates.
-        exact: the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
-            that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits.
-    """
-
-    free: int
-    host: int
-    card: Gpu
-    device: Device
+    free: int  # bytes of the device's memory that the run may take, ``device.context`` included
+    host: int  # bytes of main memory that may be locked
+    card: Gpu  # its speed
+    device: Device  # how it allocates
+    # the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
+    # that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits
     exact: bool = True
 
     @classmethod
@@ -349,7 +333,7 @@ def longest_context(job: Workload, limits: Limits, memory: MemorySpec, *, step: 
         middle = (low + high + 1) // 2
         tokens = middle * step
         segment = min(job.segment or tokens, tokens)
-        longer = job.at(longest=tokens, segment=segment, step_tokens=None, step_most=None)
+        longer = replace(job, longest=tokens, segment=segment, step_tokens=None, step_most=None)
         low, high = (middle, high) if feasible(longer, limits, memory) else (low, middle - 1)
     return low * step
 
@@ -385,39 +369,37 @@ def _least_host(job: Workload, limits: Limits, memory: MemorySpec) -> int | None
 
 
 def suggestions(job: Workload, limits: Limits, memory: MemorySpec) -> list[str]:
-    """Single changes with which it fits."""
-    fixed = {key for key, value in memory if value is not None} - {"vram", "host"}
-    free = {key: memory.model_copy(update={key: None}) for key in sorted(fixed)}
-    found = [f"memory.{key} left to the plan" for key, spec in free.items() if feasible(job, limits, spec)]
+    """Single changes with which it fits, each tried."""
+    same, per_example = (limits, memory), 1 if job.method == "sft" else 2
+    rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
+    context = limits.device.context or CONTEXT_BYTES
+    # of each group the first change that is enough
+    groups: list[list[tuple[str, Workload, Limits, MemorySpec]]] = [
+        [(f"memory.{key} left to the plan", job, limits, memory.model_copy(update={key: None}))]
+        for key, value in memory
+        if value is not None and key not in ("vram", "host")
+    ]
+    if job.optim in ("adamw_torch", "paged_adamw_32bit"):
+        groups.append([(f"optim={o}", replace(job, optim=o), *same) for o in ("adamw_8bit", "paged_adamw_8bit")])
+    if job.storage == "dense":
+        groups.append([("load_in_4bit=true", replace(job, storage="nf4 nested"), *same)])
+    powers = [1 << k for k in range(20, 1, -1)]
+    groups.append([(f"lora_r={r}", with_rank(job, r), *same) for r in powers if r < rank])
+    lengths = [n for n in powers if 64 <= n < job.longest / per_example]
+    groups.append([(f"max_length={n}", replace(job, longest=n * per_example), *same) for n in lengths])
+    cards = [size for size in SIZES if limits.exact and size * GIB > limits.free]
+    larger = replace(limits, device=replace(limits.device, context=context))
+    groups.append([(f"a card of {size} GB", job, replace(larger, free=size * GIB), memory) for size in cards])
+    found = []
+    for group in groups:
+        found += next(([text] for text, *changed in group if feasible(*changed)), [])
     host = _least_host(job, limits, memory)
     if host is not None and host > limits.host:
         found.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")
-
-    def first(changes: dict[str, Workload]) -> list[str]:
-        return [word for word, changed in changes.items() if feasible(changed, limits, memory)][:1]
-
-    if job.optim in ("adamw_torch", "paged_adamw_32bit"):
-        found += first({f"optim={name}": job.at(optim=name) for name in ("adamw_8bit", "paged_adamw_8bit")})
-    if job.storage == "dense":
-        found += first({"load_in_4bit=true": job.at(storage="nf4 nested")})
-    rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
-    found += first({f"lora_r={r}": with_rank(job, r) for r in _powers_below(rank, 4)})
-    per_example = 1 if job.method == "sft" else 2
-    lengths = _powers_below(-(-job.longest // per_example), 64)
-    found += first({f"max_length={n}": job.at(longest=n * per_example) for n in lengths})
-    context = limits.device.context or CONTEXT_BYTES
-    for size in SIZES:
-        larger = replace(limits, free=size * GIB, device=replace(limits.device, context=context))
-        if limits.exact and larger.free > limits.free and feasible(job, larger, memory):
-            return [*found, f"a card of {size} GB"]
     return found
-
-
-def _powers_below(value: int, least: int) -> list[int]:
-    """The powers of two below `value`, the largest first."""
-    return [1 << k for k in range(value.bit_length(), 1, -1) if least <= 1 << k < value]
 
 
 def with_rank(job: Workload, r: int) -> Workload:
     """The same workload with the trained adapter at another rank."""
-    return job.at(adapters=tuple(a.with_rank(r) if a.trained else a for a in job.adapters))
+    ranks = [tuple(dict.fromkeys(layer, r) for layer in a.ranks) if a.trained else a.ranks for a in job.adapters]
+    return replace(job, adapters=tuple(replace(a, ranks=new) for a, new in zip(job.adapters, ranks)))

@@ -30,17 +30,11 @@ AGAIN: dict[Keep, tuple[int, ...]] = {"input": (0, 1, 2), "attention": (0, 2), "
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one optimizer step.
+    """Seconds of one optimizer step."""
 
-    Attributes:
-        step: all of it.
-        waiting: for copies from and to the host that computing does not hide.
-        tokens_per_second: through the policy.
-    """
-
-    step: float
-    waiting: float
-    tokens_per_second: float
+    step: float  # all of it
+    waiting: float  # for copies from and to the host that computing does not hide
+    tokens_per_second: float  # through the policy
 
 
 def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> Time:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +21,10 @@ PARENT = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter of the stack.
+    """One adapter of the stack."""
 
-    Attributes:
-        ranks: projection → rank, layer by layer.
-        trained: whether it is the one under training.
-    """
-
-    ranks: tuple[dict[str, int], ...]
-    trained: bool = False
+    ranks: tuple[dict[str, int], ...]  # projection → rank, layer by layer
+    trained: bool = False  # whether it is the one under training
 
     @classmethod
     def fresh(
@@ -53,10 +48,6 @@ class AdapterSpec:
                 layers[int(place[1])][place[2]] = weights.a.shape[0]
         return cls(tuple(layers))
 
-    def with_rank(self, r: int) -> AdapterSpec:
-        """The same projections at another rank."""
-        return replace(self, ranks=tuple(dict.fromkeys(layer, r) for layer in self.ranks))
-
     def tensors(self, shape: Shape) -> list[int]:
         """Numbers in each A and B, layer by layer."""
         sizes = [(r, shape.matrices[name]) for layer in self.ranks for name, r in layer.items()]
@@ -65,45 +56,25 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a stage computes.
+    """What a stage computes."""
 
-    Attributes:
-        shape: of the base.
-        dtype: of the computation.
-        storage: of the base's projections; ``dense``: in the computation's dtype.
-        adapters: from the bottom up; the last one is trained.
-        optim: the optimizer's name in the configuration.
-        dropout: whether the trained adapter has dropout.
-        method: sft or dpo.
-        longest: tokens of the longest example (a pair: prompt and both responses); it runs at once.
-        targets: the largest share of a micro-batch's tokens that are supervised.
-        keys: keys that attention gathers per token (a pair's prompt is gathered twice).
-        segment: tokens of one sequence on average, for the time that attention takes.
-        step_tokens: of one optimizer step, on average; None: unknown.
-        step_most: of the largest step; None: unknown.
-        run_tokens: of all steps; None: unknown.
-        steps: of the run; None: unknown.
-        live_reference: a DPO reference runs beside the policy.
-        engine: fused, trl or unsloth.
-    """
-
-    shape: Shape
-    dtype: torch.dtype
-    storage: Storage
-    adapters: tuple[AdapterSpec, ...]
-    optim: str
-    dropout: bool
-    method: Method
-    longest: int
-    targets: float = 1.0
-    keys: float = 1.0
-    segment: int | None = None
-    step_tokens: int | None = None
-    step_most: int | None = None
-    run_tokens: int | None = None
-    steps: int | None = None
-    live_reference: bool = False
-    engine: str = "fused"
+    shape: Shape  # of the base
+    dtype: torch.dtype  # of the computation
+    storage: Storage  # of the base's projections; ``dense``: in the computation's dtype
+    adapters: tuple[AdapterSpec, ...]  # from the bottom up; the last one is trained
+    optim: str  # the optimizer's name in the configuration
+    dropout: bool  # whether the trained adapter has dropout
+    method: Method  # sft or dpo
+    longest: int  # tokens of the longest example (a pair: prompt and both responses); it runs at once
+    targets: float = 1.0  # the largest share of a micro-batch's tokens that are supervised
+    keys: float = 1.0  # keys that attention gathers per token (a pair's prompt is gathered twice)
+    segment: int | None = None  # tokens of one sequence on average, for the time that attention takes
+    step_tokens: int | None = None  # of one optimizer step, on average; None: unknown
+    step_most: int | None = None  # of the largest step; None: unknown
+    run_tokens: int | None = None  # of all steps; None: unknown
+    steps: int | None = None  # of the run; None: unknown
+    live_reference: bool = False  # a DPO reference runs beside the policy
+    engine: str = "fused"  # fused, trl or unsloth
 
     @cached_property
     def trained_tensors(self) -> tuple[int, ...]:
@@ -136,9 +107,6 @@ class Workload:
     def memo(self) -> dict[Any, Any]:
         """Values that were computed for this workload: the planner asks for the same ones thousands of times."""
         return {}
-
-    def at(self, **changes: Any) -> Workload:
-        return replace(self, **changes)
 
 
 def make_workload(

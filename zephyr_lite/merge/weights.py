@@ -173,11 +173,7 @@ def adapter_only(
 
 
 def claim(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder with other files, or with an earlier merge that is not to be replaced.
-
-    Raises:
-        UserError: says which.
-    """
+    """Refuse an output folder with other files, or with an earlier merge that is not to be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MARK).is_file():
@@ -190,11 +186,7 @@ def claim(out: Path, overwrite: bool) -> None:
 
 
 def check_disk(out: Path, size: int) -> None:
-    """Make the folder above, remove leftovers of killed merges from it, and refuse a merge that the disk has no room for.
-
-    Raises:
-        UserError: says how much is free and how much is needed.
-    """
+    """Make the folder above, remove leftovers of killed merges from it, and refuse a merge that the disk has no room for."""
     make_folder(out.absolute().parent)
     sweep(out.absolute().parent, out.name)
     # 64 MB for tokenizer, configuration and headers

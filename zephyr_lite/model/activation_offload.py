@@ -92,13 +92,8 @@ def lockable(wanted: int, device: torch.device) -> int:
 
 
 def _locked(count: int, device: torch.device) -> tuple[Tensor, bool]:
-    """uint8 [count] on the host, locked while it exists; and whether the system did not refuse the lock.
-
-    Pageable memory is registered, because PyTorch's pinned allocator rounds up to powers of two.
-
-    Raises:
-        LockRefused: there is not enough memory.
-    """
+    """As ``host_bytes``, and whether the memory is locked. Pageable memory is registered, because PyTorch's pinned allocator
+    rounds up to powers of two."""
     try:
         owner = np.empty(count + PAGE, dtype=np.uint8)
     except MemoryError:

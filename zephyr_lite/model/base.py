@@ -304,11 +304,7 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
 def _from_pretrained(
     source: Path, model_config: Any, dtype: torch.dtype, place: torch.device, quantization: BitsAndBytesConfig | None
 ) -> Any:
-    """Load a folder whose files were checked (``check_weights``) with transformers.
-
-    Raises:
-        UserError: its tensors are not those of the model of config.json.
-    """
+    """Load a folder whose files were checked (``check_weights``), and check that every weight was loaded."""
     model, loaded = AutoModelForCausalLM.from_pretrained(
         source,
         output_loading_info=True,
@@ -340,12 +336,7 @@ def _load_quantized(
 ) -> Any:
     """The quantized model, from its copy in the cache, which is made first if there is none or the base's files have changed.
 
-    Where the cache cannot be written, the model is quantized in memory, with a warning that says why.
-
-    Args:
-        name: the base's name, for the copy's folder name only.
-        device: where to compute.
-        place: where the parameters go.
+    Where the cache cannot be written, the model is quantized in memory, with a warning. The parameters go to `place`.
     """
     double = "-double" if settings.bnb_4bit_use_double_quant else ""
     known = fingerprint(source)

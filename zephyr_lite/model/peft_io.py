@@ -135,19 +135,12 @@ class _Settings(BaseModel):
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
-    """An adapter's configuration and weights.
-
-    The modules are read from the weights, so target_modules may be anything.
-
-    Raises:
-        UserError: a file is missing, broken, or a link out of the folder; the adapter is more than W + s·B·A; its rank or
-            alpha is no number above 0.
-    """
+    """An adapter's configuration, checked but for target_modules (the modules are those of the weights), and weights."""
     path, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(
             f"{folder}: no {CONFIG_NAME} there, so it is not a PEFT adapter.",
-            "Give the folder that PEFT's save_pretrained wrote (a stage's adapter/, for a run of this program).",
+            "Give the folder that PEFT's save_pretrained wrote; for a run, a stage's adapter/.",
         )
     config = read_object(checked_place(path), hint=_AGAIN)
     if config.get("peft_type") != "LORA":
@@ -212,11 +205,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 
 def _read_module(file: SafetensorsFile, config: dict[str, Any], module: str, names: dict[str, str]) -> LoraWeights:
-    """One module's matrices and scale.
-
-    Raises:
-        UserError: a matrix is missing, they do not fit each other or the configuration, or a value is not finite.
-    """
+    """One module's matrices and scale, checked."""
     a, b = (file.tensor(names[side]) if side in names else torch.empty(0) for side in "AB")
     ranks = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
     floats = a.is_floating_point() and b.is_floating_point()
@@ -255,7 +244,7 @@ def _by_peft(folder: Path) -> str:
 def other_base(config: Mapping[str, Any], name_or_path: str) -> str | None:
     """A note on an adapter whose configuration names another base than the one it is used on; None: the same name.
 
-    Only a note, since a base that was moved has another name. Shapes that do not fit are refused when it is attached.
+    Only a note, since a base that was moved has another name.
     """
     told = config.get("base_model_name_or_path")
     if not told or told == name_or_path or Path(told).name == Path(name_or_path).name:

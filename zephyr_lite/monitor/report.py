@@ -40,6 +40,7 @@ MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recogn
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
 _PARTS = ("base", "data", "eval_data", "machine", "own", "plan", "result", "versions")  # objects of stage.json
 SAMPLES = 6  # prompts that are shown
+Columns = dict[str, tuple[list[int], list[float]]]
 # an absolute path of two parts or more, and its last part
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+)+[/\\]([\w.@+=-]+)[/\\]?")
 
@@ -68,7 +69,7 @@ class StageRecord:
     method: str
     info: dict[str, Any]
     config: dict[str, Any]
-    columns: dict[str, tuple[list[int], list[float]]]
+    columns: Columns
     step: int
     total: int | None
     planned: dict[str, float]
@@ -156,7 +157,7 @@ def read_stage(folder: Path) -> StageRecord:
     for line in files["metrics"]:
         if isinstance(line.get("step"), int):
             history.setdefault(line["step"], {}).update(line)
-    columns: dict[str, tuple[list[int], list[float]]] = {}
+    columns: Columns = {}
     for step, line in sorted(history.items()):
         for key, value in line.items():
             if is_number(value):

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from ..config.load import DatasetSpec
-from ..data.formats import ROLES
 from ..errors import UserError
 from ..io.text import read_text
-from .questions import open_rows
+from .questions import open_rows, texts_of
 
 # -- words and n-grams -----------------------------------------------------------------------------------------------
 
@@ -245,7 +244,7 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
     sets = EvalSets(n)
     for name in names:
         rows = _rows(name)
-        words = words_of([text for row in rows for text in _texts(row)])
+        words = words_of([text for row in rows for text in texts_of(row)])
         grams = ngrams(words, n)[0].tolist()
         short = [key for _, _, key in _short_texts(words, n)]
         if not grams and not short:
@@ -269,17 +268,3 @@ def _rows(name: str) -> list[Any]:
             f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT if it has several."
         )
     return list(open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}"))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        role = value.get("role") or value.get("from")
-        if isinstance(role, str) and ROLES.get(role.lower()) == "assistant":
-            return  # phrases such as "let me know if you have any questions" are in many answers
-        for part in value.values():
-            yield from _texts(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _texts(part)

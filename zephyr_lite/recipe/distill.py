@@ -614,15 +614,12 @@ def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
             prompt_bound(user, opening_request(config, grid, number, 0, texts[-config.examples :], None).messages)
             for number in range(min(plan.wanted, SAMPLE))
         )
-        bounds[user.name].add(user, asked, question, times=plan.wanted, tries=config.tries)
+        bounds[user.name].add(user, asked, question, times=plan.wanted)
     for round_ in range(config.rounds):
         # before this round's answer: the opening, and an answer and a question for each earlier round
         said = opening + round_ * (teacher.max_tokens + question)
         turns = [{"role": role, "content": ""} for role in (*("user", "assistant") * round_, "user")]
-        tries = 1 if round_ else config.tries
-        bounds[teacher.name].add(
-            teacher, prompt_bound(teacher, turns, said), teacher.max_tokens, times=plan.wanted, tries=tries
-        )
+        bounds[teacher.name].add(teacher, prompt_bound(teacher, turns, said), teacher.max_tokens, times=plan.wanted)
         if round_:
             request = follow_up_request(config, grid, 0, 0, turns[:-1])
             longest = max(len(move.encode()) for move in grid.moves)  # whichever is drawn

@@ -445,7 +445,7 @@ def feedback_bounds(
 
     def add_judged(messages: Sequence[Message], completion_tokens: int) -> None:
         prompt_tokens = prompt_bound(judge, messages, completion_tokens)
-        bounds[judge.name].add(judge, prompt_tokens, judge.max_tokens, tries=PARSED_TRIES)
+        bounds[judge.name].add(judge, prompt_tokens, judge.max_tokens)
 
     for prompt in prompts:
         slots = draw_slots(config, principles, prompt.id)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config.load import DatasetSpec
+from ..data.formats import ROLES
 from ..data.load import Source, open_source
 from ..errors import UserError
 from ..io.text import read_text, shown
@@ -56,22 +57,47 @@ def read_questions(name: str) -> list[str]:
     """The questions of a file or of a data set on the hub.
 
     Args:
-        name: a text file with one question a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with a column
-            question, instruction, prompt, turns or text. ID:SPLIT is one of several splits, ID:NAME:SPLIT that of one of
-            several configurations (truthfulqa/truthful_qa:generation:validation).
+        name: a text file with one question a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with one of ``COLUMNS``.
+            ID:SPLIT is one of several splits, ID:NAME:SPLIT that of one of several configurations
+            (truthfulqa/truthful_qa:generation:validation).
 
     Raises:
         UserError: it cannot be read, or has no such column or no question.
     """
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt":
-        found = [line for line in read_text(path, name=name).splitlines() if line.strip()]
+        found = read_text(path, name=name).splitlines()
     else:
-        spec = DatasetSpec(path=name) if path.exists() else _spec(name)
-        found = _column(open_rows(spec, f"--exclude {name}:{{}}"), name)
-    if not any(_words(text) for text in found):
+        source, *rest = [name] if path.exists() else name.split(":")
+        if len(rest) > 2 or not all([source, *rest]):
+            raise UserError(f"{name}: is neither a path nor ID, ID:SPLIT or ID:NAME:SPLIT.")
+        spec = DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
+        rows = open_rows(spec, f"--exclude {name}:{{}}")
+        names = {column.lower(): column for column in rows.columns}
+        columns = [names[wanted] for wanted in COLUMNS if wanted in names]
+        if not columns:
+            raise UserError(
+                f"{name}: found columns {shown(', '.join(rows.columns), 500)}; questions are in none of them.",
+                f"Name the column one of {', '.join(COLUMNS)}, or give a .txt file with one question a line.",
+            )
+        found = [text for row in rows.select_columns(columns[:1]) for text in texts_of(row.get(columns[0]))]
+    found = [text for text in found if _words(text)]
+    if not found:
         raise UserError(f"{name}: no question in it.")
     return found
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts of a value, except assistants' turns: phrases such as "let me know if …" are in many answers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        role = value.get("role") or value.get("from")
+        if not isinstance(role, str) or ROLES.get(role.lower()) != "assistant":
+            yield from texts_of([part for key, part in value.items() if key not in ("role", "from")])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from texts_of(part)
 
 
 def open_rows(spec: DatasetSpec, option: str) -> Source:
@@ -87,37 +113,8 @@ def open_rows(spec: DatasetSpec, option: str) -> Source:
         rows = open_source(spec)
     except UserError as error:
         if likely := re.search(r"dataset\.split=([^\s)]+)", error.hint):
-            raise UserError(error.message, f"Say so: {option.format(likely[1])}.") from None
+            raise UserError(error.message, f"Name it: {option.format(likely[1])}.") from None
         raise
     if len(rows) == 0:
         raise UserError(f"{rows.label}: empty; there is no row in it.")
     return rows
-
-
-def _spec(name: str) -> DatasetSpec:
-    source, *rest = name.split(":")
-    if len(rest) > 2 or not all([source, *rest]):
-        raise UserError(f"{name}: is neither a path nor ID, ID:SPLIT or ID:NAME:SPLIT.")
-    return DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
-
-
-def _column(rows: Source, name: str) -> list[str]:
-    there = {column.lower(): column for column in rows.columns}
-    column = next((there[wanted] for wanted in COLUMNS if wanted in there), None)
-    if column is None:
-        raise UserError(
-            f"{name}: found columns {shown(', '.join(rows.columns), 500)}; questions are in none of them.",
-            f"Name the column one of {', '.join(COLUMNS)}, or give a .txt file with one question a line.",
-        )
-    return [text for row in rows.select_columns([column]) for text in _texts(row.get(column))]
-
-
-def _texts(value: Any) -> list[str]:
-    """A text, or the texts of turns (MT-Bench's are a list of two)."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [text for part in value for text in _texts(part)]
-    if isinstance(value, dict):
-        return _texts(value.get("content"))
-    return []

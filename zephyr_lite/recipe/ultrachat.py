@@ -1,9 +1,8 @@
 """``zephyr-lite data chat``: raw conversations → train and test splits like ultrachat_200k's, and a report.
 
-The first pass (``scan``) looks at blocks of rows by themselves: refusals, contamination, broken capitals, signatures. Its results
-are kept in datasets' cache, so that an interrupted command continues. Then duplicates are found among all rows, and the second
-pass (``write_shard``) writes the rows that are kept, with their capitals restored. The results do not depend on the number of
-processes.
+The first pass (``scan``) looks at blocks of rows by themselves: refusals, contamination, broken capitals, signatures. Then
+duplicates are found among all rows, and the second pass (``write_shard``) writes the rows that are kept, with their capitals
+restored. The results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ import pyarrow.compute as pc
 from ..config.load import DatasetSpec
 from ..data.formats import COLUMNS, PLAIN, RowError, detect, normalise
 from ..data.load import Source, kind_of, stem_of
-from ..data.workers import cache_key, cores
+from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
@@ -46,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 MADE_BY = "zephyr-lite data chat"
 LEXICON = "lexicon.txt"
-BLOCK, LEG = 500, 100_000  # rows of a block, and of a file of the cache
+BLOCK = 500  # rows
 LEARN_ROWS = 100_000  # rows at most that the lexicon is learned from, spread evenly over the corpus
 SHARD_ROWS = 12_500  # rows of an output file
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of the column ``broken``
@@ -137,7 +135,9 @@ def clean_chat(
     logger.info(f"{source}: read as {raw.kind}, {len(raw.rows):,} rows")
     sets = read_eval_sets(options.decontaminate, options.ngram)
     processes = num_proc or cores()
-    scanned = _scan_all(raw, options, sets, processes)
+    blocks = [range(start, min(start + BLOCK, len(raw.rows))) for start in range(0, len(raw.rows), BLOCK)]
+    every = -(-len(raw.rows) // LEARN_ROWS)
+    scanned = pa.concat_tables(in_processes(partial(scan, raw, options, sets, every), blocks, processes, "scanning"))
     fate, duplicate_of = find_duplicates(scanned, options.near)
     with folder_aside(out) as folder:
         report = _count(raw, scanned, fate, duplicate_of, folder / DROPPED)
@@ -265,40 +265,8 @@ def dialogues(rows: Source, indices: slice | Sequence[int]) -> list[Dialogue]:
 # -- the first pass --------------------------------------------------------------------------------------------------
 
 
-def _scan_all(raw: Raw, options: Options, sets: EvalSets, processes: int) -> pa.Table:
-    """Scan all rows; each leg is a file of the cache."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "zephyr-lite-chat"
-    cache.mkdir(parents=True, exist_ok=True)
-    total = len(raw.rows)
-    every = max(1, -(-total // LEARN_ROWS))
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    grams = sorted(sets.grams.items()), sorted(sets.texts.items())
-    key = cache_key(raw.rows.table, {"options": asdict(options), "code": code, "grams": grams})
-    tables = []
-    for start in range(0, total, LEG):
-        stop = min(total, start + LEG)
-        path = cache / f"{key}-{start}-{stop}.arrow"
-        if not path.is_file():
-            blocks = [range(first, min(first + BLOCK, stop)) for first in range(start, stop, BLOCK)]
-            job = partial(scan, raw, options, sets, every)
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, _SCANNED) as writer:
-                for table in in_processes(job, blocks, processes, f"scanning rows {start + 1:,} to {stop:,}"):
-                    writer.write_table(table)
-            aside.replace(path)
-        tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-    return pa.concat_tables(tables)
-
-
 def scan(raw: Raw, options: Options, sets: EvalSets, every: int, block: range) -> pa.Table:
-    """Scan a block of rows.
-
-    Args:
-        every: the lexicon is learned from every so-many-th block.
-
-    Returns:
-        A table of ``_SCANNED`` with a row for each.
-    """
+    """Scan a block of rows: a table of ``_SCANNED`` with a row for each. The lexicon is learned from each ``every``-th block."""
     found = dialogues(raw.rows, slice(block.start, block.stop))
     for dialogue in found:
         if options.refusals:
@@ -367,15 +335,10 @@ def _broken(dialogue: Dialogue) -> int:
 
 
 def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Exact and near duplicates among the rows without a fault; the first row of a group is kept.
-
-    The signatures are held in memory: 256 bytes a row.
-
-    Args:
-        threshold: the similarity from which rows are near duplicates; None for exact ones only.
+    """Exact and near duplicates (from a similarity on; None: none) among the rows without a fault.
 
     Returns:
-        (uint8 [rows]: KEPT, FAULTY, EXACT or NEAR; int64 [rows]: of a duplicate, the row that is kept).
+        (uint8 [rows]: KEPT, FAULTY, EXACT or NEAR; int64 [rows]: of a duplicate, the first row of its group, which is kept).
     """
     fate = np.where(pc.equal(scanned["fault"], "").to_numpy(), KEPT, FAULTY).astype(np.uint8)
     of = np.arange(len(fate))
@@ -392,12 +355,7 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
 
 
 def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.ndarray]:
-    """The kept rows of each split; all rows of a prompt are in one.
-
-    Args:
-        prompts: uint64 [rows], hashes.
-        test: below 1 a share of the prompts; otherwise a number of rows that is not exceeded.
-    """
+    """The kept rows of each split; all rows of a prompt (uint64 [rows], hashes) are in one."""
     rows = np.flatnonzero(fate == KEPT)
     keys = prompts[rows]
     if test < 1:
@@ -425,13 +383,7 @@ class Restored:
 def write_shard(
     raw: Raw, scanned: pa.Table, lexicon: Lexicon | None, folder: Path, shard: tuple[str, np.ndarray]
 ) -> Restored:
-    """Write one file.
-
-    Args:
-        scanned: the columns ``turns`` and ``broken`` of the first pass.
-        lexicon: of names; None to leave capitals alone.
-        shard: the file's name and rows.
-    """
+    """Write one file (name, rows). ``scanned``: the columns ``turns`` and ``broken`` of the first pass."""
     name, rows = shard
     restored = Restored()
     tables = []

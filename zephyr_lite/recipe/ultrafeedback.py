@@ -171,18 +171,10 @@ def to_pairs(
         pairs, and counts: ``rows``, ``pairs``, each reason for which rows were dropped, and the scores of 10 that were not
         taken as they are (``REPAIRED``, ``DOUBTFUL``).
     """
-    rules = PairRules(chosen_by, rejected, margin, seed=seed)
-    counts: Counter[str] = Counter({"rows": 0, "pairs": 0})
-    notes: Counter[str] = Counter()
-    pairs = []
-    for row in rows:
-        counts["rows"] += 1
-        try:
-            pairs.append(pair_of_row(row, rules, notes))
-            counts["pairs"] += 1
-        except RowError as reason:
-            counts[str(reason)] += 1
-    return pairs, {**counts, **{note: notes[note] for note in (REPAIRED, DOUBTFUL) if notes[note]}}
+    pairs, dropped, counts = _choose(enumerate(rows), PairRules(chosen_by, rejected, margin, seed=seed))
+    reasons = Counter(reason for reason, _ in dropped)
+    notes = {note: counts["notes"][note] for note in (REPAIRED, DOUBTFUL) if counts["notes"][note]}
+    return pairs, {"rows": counts["rows"].total(), "pairs": len(pairs), **reasons, **notes}
 
 
 def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_Scored]:
@@ -360,11 +352,11 @@ def make_pairs(
         logger.info(f"choosing pairs in {raw.label}")
         blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
         processes = num_proc or (cores() if len(blocks) > 2 else 1)
-        job = partial(_choose, raw, rules, questions)
-        for table, dropped, found in in_processes(job, blocks, processes, f"choosing pairs in {raw.label}"):
-            tables.append(table)
-            for reason, place in dropped:
-                report.dropped.setdefault(reason, []).append(place)
+        job = partial(_choose_block, raw, rules, questions)
+        for pairs, dropped, found in in_processes(job, blocks, processes, f"choosing pairs in {raw.label}"):
+            tables.append(pa.Table.from_pylist(pairs, SCHEMA.arrow_schema))
+            for reason, number in dropped:
+                report.dropped.setdefault(reason, []).append(f"{raw.label} row {number + 1}")
             for name in _COUNTS:
                 counts[name].update(found[name])
     table = pa.concat_tables(tables)
@@ -420,28 +412,32 @@ def _open(spec: DatasetSpec) -> Source:
 
 # by source: rows, pairs, and pairs whose chosen response is the longer one; and counts of ``NOTES``
 _COUNTS = ("rows", "pairs", "longer", "notes")
+Chosen = tuple[list[dict[str, Any]], list[tuple[str, int]], dict[str, Counter[str]]]
 
 
 def _choose(
-    raw: Source, rules: PairRules, questions: Questions, block: range
-) -> tuple[pa.Table, list[tuple[str, str]], dict[str, Counter[str]]]:
-    """(the pairs of some rows, (reason, place) of the rows without one, ``_COUNTS``)."""
+    rows: Iterable[tuple[int, Mapping[str, Any]]], rules: PairRules, questions: Questions | None = None
+) -> Chosen:
+    """(the pairs of numbered rows, (reason, number) of the rows without one, ``_COUNTS``)."""
     pairs: list[dict[str, Any]] = []
-    dropped: list[tuple[str, str]] = []
+    dropped: list[tuple[str, int]] = []
     counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTS}
-    for index, row in zip(block, raw[block.start : block.stop]):
-        named = row.get("source")
-        source = named if isinstance(named, str) else ""
+    for number, row in rows:
+        source = row.get("source") if isinstance(row.get("source"), str) else ""
         counts["rows"][source] += 1
         try:
             pair = pair_of_row(row, rules, counts["notes"], questions)
         except RowError as reason:
-            dropped.append((str(reason), f"{raw.label} row {index + 1}"))
+            dropped.append((str(reason), number))
             continue
         pairs.append(pair)
         counts["pairs"][source] += 1
         counts["longer"][source] += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
-    return pa.Table.from_pylist(pairs, SCHEMA.arrow_schema), dropped, counts
+    return pairs, dropped, counts
+
+
+def _choose_block(raw: Source, rules: PairRules, questions: Questions, block: range) -> Chosen:
+    return _choose(zip(block, raw[block.start : block.stop]), rules, questions)
 
 
 def _held_out(prompt_ids: Sequence[str], seed: int, test: float | None) -> np.ndarray:
