@@ -4,7 +4,6 @@ where no other file shows them."""
 import ast
 import json
 import math
-import platform
 import shutil
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory.machine import keep_freed_pages, this_machine
+from zephyr_lite.memory.machine import this_machine
 from zephyr_lite.memory.plan import make_plan
 from zephyr_lite.memory.workload import AdapterSpec, Shape, Workload
 from zephyr_lite.merge import chain_of_run
@@ -334,8 +333,3 @@ def test_every_key_of_the_configuration_is_read_somewhere():
     }
     keys = {*RunConfig.model_fields, *DatasetSpec.model_fields, *MemorySpec.model_fields}
     assert keys - read == set()
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own switch")
-def test_freed_pages_are_kept_where_glibc_is_the_library():
-    assert keep_freed_pages()

@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -48,12 +46,6 @@ def test_tiny(tmp_path, capsys):
 
 def _fastest(variants):
     return min((v for v in variants if v.startswith("trl")), key=lambda name: variants[name]["seconds"][0])
-
-
-def test_one_engine_alone(tmp_path, capsys):
-    results = compare.main(["--tiny", "--engines", "fused", "--methods", "sft"])
-    assert list(results["sft"]["variants"]) == ["fused"] and results["sft"]["ratios"] == {}
-    assert "dpo" not in results
 
 
 def test_a_variant_that_fails_says_which(tmp_path, monkeypatch):
@@ -268,37 +260,6 @@ def test_unsloth_plays_at_its_default_too(monkeypatch, tmp_path):
         assert tried == {32: [], 16: [24, 16], 0: [24, 16, 8]}[keeps_fit]
         assert all("fitted, which recomputes less" in t["why"] for t in result["tried"] if t["result"] == "not tried")
         assert result["variants"]["unsloth default"]["setting"] == "unsloth recompute"
-
-
-def test_unsloth_is_asked_to_keep_some_layers(monkeypatch):
-    class FastLanguageModel:
-        @staticmethod
-        def get_peft_model(model, **options):
-            return model, options
-
-    class Made(Exception):
-        pass
-
-    def make_trainer(stage, **options):
-        raise Made(sys.modules["unsloth"].FastLanguageModel.get_peft_model("model", r=4))
-
-    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
-    monkeypatch.setattr("zephyr_lite.engines.trl.make_trainer", make_trainer)
-    stage = SimpleNamespace(
-        base=SimpleNamespace(device=CPU, dtype=torch.float32), info={}, config=SimpleNamespace(batch_size=4)
-    )
-    with pytest.raises(Made) as made:
-        turns.baseline(stage, None, turns.Variant("sft", "unsloth", recompute=True, skip_layers=16))
-    assert made.value.args == (("model", {"checkpoint_skip_layers": 16, "r": 4}),)
-
-
-def test_what_is_tried():
-    tried = contest.settings("sft", "trl", [2, 1], liger=True)
-    assert tried[0].name == "trl recompute" and tried[0].per_device == 1  # what surely fits comes first
-    assert {"trl", "trl 2 at once", "trl padded recompute", "trl liger recompute"} <= {p.name for p in tried}
-    assert not any(p.liger or p.padded for p in contest.settings("dpo", "unsloth", [1, 2], liger=True))
-    order = [p.engine for p in contest.lineup("dpo", ["fused", "trl", "unsloth"], [1], 4096)]
-    assert order[:4] == ["fused", "fused", "trl", "unsloth"]  # no engine waits until another has tried everything
 
 
 def test_gpu_refuses_what_it_cannot_do():

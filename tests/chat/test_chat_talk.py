@@ -273,13 +273,6 @@ def test_a_vote_makes_no_pair_of_equal_or_empty_answers(tmp_path):
     assert row["vote"]["rejected_finish"] == "length" and row["chosen"][-1]["content"] == "y"
 
 
-def test_the_order_of_answers_hides_whose_they_are(tmp_path):
-    ballot = Ballot(tmp_path / "v.jsonl", 0, "runs/a")
-    orders = [tuple(ballot.order(f"question {n}", 0, 3)) for n in range(300)]
-    assert orders == [tuple(ballot.order(f"question {n}", 0, 3)) for n in range(300)]
-    assert all(30 <= orders.count(order) <= 70 for order in set(orders)) and len(set(orders)) == 6
-
-
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [

@@ -21,12 +21,7 @@ from zephyr_lite.client.endpoints import parse_endpoint
 from zephyr_lite.client.local_model import Weights
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.evaluate.mt_bench import (
-    TEMPERATURES,
-    Question,
-    judge_messages,
-    read_questions,
-)
+from zephyr_lite.evaluate.mt_bench import TEMPERATURES, Question, judge_messages, read_questions
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -132,19 +127,19 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         read_questions(str(tmp_path / "none.jsonl"))
     # the hub's copies of the bench have other names
     file.write_text('{"prompt_id": 7, "category": "math", "prompt": ["a", "b"], "reference": ["x", "y"]}\n')
-    assert read_questions(str(file)).questions == [Question("7", "math", ("a", "b"), ("x", "y"))]
+    assert read_questions(str(file)).questions == [Question("7", ("a", "b"), "math", ("x", "y"))]
     second = folder / "judge_prompts.jsonl"
     second.write_text('{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}\n')
     texts = read_questions(str(folder), references=None, prompts=str(second), categories=["stem"]).prompts
     with pytest.raises(UserError, match="single-v1: there is no 'nothing'"):
-        judge_messages(Question("1", "stem", ("a", "b")), ["c"], texts)
+        judge_messages(Question("1", ("a", "b"), "stem"), ["c"], texts)
     with pytest.raises(UserError, match="there is no 'single-v1-multi-turn'"):
-        judge_messages(Question("1", "stem", ("a", "b")), ["c", "d"], texts)
+        judge_messages(Question("1", ("a", "b"), "stem"), ["c", "d"], texts)
 
 
 def test_an_answer_cannot_end_the_frame_that_it_stands_in() -> None:
     """Own wording: the marks depend on the answer."""
-    question = Question("1", "stem", ("a?", "b?"))
+    question = Question("1", ("a?", "b?"), "stem")
     told = judge_messages(question, ["fine"], {})[1]["content"]
     mark = re.search(r"<<(\w{8}) assistant, turn 1>>", told)
     assert mark

@@ -137,7 +137,7 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
     assert "# m" in write_card(model, overwrite=True).read_text()
     with pytest.raises(UserError, match="no folder that zephyr-lite merge made"):
         write_card(place / "base")
-    monkeypatch.setattr("zephyr_lite.evaluate.plotting.have_matplotlib", lambda: False)
+    monkeypatch.setattr("zephyr_lite.evaluate.results.have_matplotlib", lambda: False)
     assert run(["export", "card", str(model), "--plots"]) == 2
     assert 'pip install "zephyr-lite[plots]"' in capsys.readouterr().err
 

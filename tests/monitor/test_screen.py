@@ -46,35 +46,17 @@ SAMPLE = Sample(0, "<|user|>\nWhat is \x1b[31m good?</s>\n<|assistant|>\n", "Sou
 
 
 class Terminal(io.StringIO):
-    """A file that says it is a terminal, and draws what terminals draw: text, new lines, up, erase to the end."""
+    """A file that says it is a terminal."""
 
     encoding = "utf-8"
 
     def isatty(self):
         return True
 
-    def lines(self):
-        rows, row, column = [""], 0, 0
-        codes = r"\x1b\[(\d+)A|\x1b\[2K|\x1b\[[\d;]*m|\r|\n|[^\x1b]"
-        text, place = self.getvalue(), 0
-        while place < len(text):
-            found = re.compile(codes).match(text, place)
-            assert found, repr(text[place : place + 20])  # nothing else is ever written
-            place, code = found.end(), found[0]
-            if code == "\n":
-                row, column = row + 1, 0
-                rows += [""] * (row + 1 - len(rows))
-            elif code == "\r":
-                column = 0
-            elif found[1]:
-                row -= int(found[1])
-                assert row >= 0
-            elif code == "\x1b[2K":
-                rows[row] = ""
-            elif not code.startswith("\x1b"):
-                rows[row] = rows[row][:column].ljust(column) + code + rows[row][column + 1 :]
-                column += 1
-        return [line.rstrip() for line in rows]
+    @property
+    def text(self):
+        """Everything that was written, without control codes."""
+        return re.sub(r"\x1b\[[\d;]*[A-Za-z]|\r", "", self.getvalue())
 
 
 def stage_of(folder, method="sft", **changes):
@@ -151,40 +133,26 @@ def test_a_notebook_is_not_flooded(tmp_path):
 # -- the panel ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_panel_stays_at_the_bottom_below_lines(terminal, tmp_path):
-    stage = stage_of(tmp_path)
-    with LiveScreen(Console(out=terminal)) as screen:
+def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_path):
+    console = Console(out=terminal, err=terminal)
+    with suppress(UserError), LiveScreen(console) as screen:
         screen.say("loading the base")
-        ran(screen, stage)
+        ran(screen, stage_of(tmp_path))
         screen.progress.begun -= 6  # three steps in six seconds
         screen.on_sample(0, [SAMPLE])
-        screen._live.refresh()
-        screen.say("step 3: something happened")
         screen.on_evaluate(3, {"eval_loss": 1.1})
         screen.metrics(3, 10, {"eval_loss": 1.1})
-        screen._live.refresh()
-        shown = terminal.lines()
-        screen.on_train_end(stage, Outcome(10, {}, None, 1.0))
-        screen.say("Next: zephyr-lite dpo")
-    assert shown[:3] == ["loading the base", "step 3: something happened", "step  3/10  held-out  loss 1.1000"]
-    assert shown[3].startswith("╭─ sft · ") and shown[-1].startswith("╰")
-    assert [line.split()[1] for line in shown[4:-1]][:8] == [
-        "step",
-        "loss",
-        "held",
-        "speed",
-        "rate",
-        "asked",
-        "answers",
-        "Bread",
-    ]
-    text = "\n".join(shown)
+        raise UserError("no room", "make some")
+    console.user_error(UserError("no room", "make some"))
+    assert not console.out._render_hooks and screen._live is None
+    assert terminal.text.startswith("loading the base\n") and terminal.text.endswith("╯\nerror: no room\nmake some\n")
+    assert "\nstep  3/10  held-out  loss 1.1000\n" in terminal.text  # above the panel
+    panel = terminal.text.split("╭")[-1]
+    rows = [line.split()[1] for line in panel.splitlines() if line.startswith("│")]
+    assert rows[:7] == ["step", "loss", "held", "speed", "rate", "asked", "answers"]
     for part in ("3/10", " 30%", "1.2500", "1.1000", "1,500 tokens/s", "memory 9.8 of 11.0 GiB planned", "14 s left"):
-        assert part in text
-    assert "What is \\x1b[31m good?" in text and "<|user|>" not in text  # an answer cannot move the cursor
-    assert max(map(len, shown)) == 80
-    after = terminal.lines()
-    assert after[-2:] == ["Next: zephyr-lite dpo", ""] and sum("╭" in line for line in after) == 1
+        assert part in panel
+    assert "What is \\x1b[31m good?" in panel and "<|user|>" not in panel  # an answer cannot move the cursor
 
 
 @pytest.mark.parametrize("width", [20, 200])
@@ -207,18 +175,7 @@ def test_an_interrupt_is_shown(terminal, tmp_path):
         ran(screen, stage_of(tmp_path))
         signal.raise_signal(signal.SIGINT)
         screen._live.refresh()
-        assert "stopping after this step" in "\n".join(terminal.lines())
-
-
-def test_an_error_restores_the_terminal(terminal, tmp_path):
-    console = Console(out=terminal, err=terminal)
-    with suppress(UserError), LiveScreen(console) as screen:
-        ran(screen, stage_of(tmp_path))
-        raise UserError("no room", "make some")
-    console.user_error(UserError("no room", "make some"))
-    shown = terminal.lines()
-    assert shown[-4].startswith("╰") and shown[-3:] == ["error: no room", "make some", ""]
-    assert not console.out._render_hooks and screen._live is None
+        assert "stopping after this step" in terminal.text
 
 
 def test_without_utf_8_the_signs_are_ascii():

@@ -57,7 +57,10 @@ def chat(
     )
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite)
-    _say_made(out, report and report_lines(report), report and report["files"], "report.md")
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        _say_made(out, report_lines(report), report["files"], "report.md")
     console.say(f"Next: zephyr-lite sft dataset.path={out} dataset.split=train_sft")
 
 
@@ -112,14 +115,14 @@ def pairs(
         num_proc=num_proc,
         overwrite=overwrite,
     )
-    _say_made(out, report and report.lines(), report and report.files, "report.md, report.json and dropped.tsv")
+    if report is None:
+        console.say(f"{out} is complete already.")
+    else:
+        _say_made(out, report.lines(), report.files, "report.md, report.json and dropped.tsv")
     console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")
 
 
-def _say_made(out: Path, lines: list[str] | None, files: list[str] | None, others: str) -> None:
-    if lines is None or files is None:
-        console.say(f"{out} is complete already.")
-        return
+def _say_made(out: Path, lines: list[str], files: list[str], others: str) -> None:
     say_all(lines)
     console.say(f"wrote {out}: {', '.join(files[:4])}{', …' if len(files) > 4 else ''}, {others}")
 
@@ -167,14 +170,15 @@ def stats(
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
     from .row_stats import stats_lines
-    from .rows import held_out_rows, open_rows, stage_of_words
+    from .rows import open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)
     say_all(f"note: {note}" for note in opened.notes)
-    for each in (opened, held_out_rows(opened)) if opened.config.eval_dataset else (opened,):
+    for held_out in (False, True) if opened.config.eval_dataset else (False,):
+        rows = opened.prepare(True) if held_out else opened
         console.say()
-        for line in stats_lines(each, width=console.out.width, colour=_has_colour(), places=places):
+        for line in stats_lines(rows, width=console.out.width, colour=_has_colour(), places=places):
             console.out.print(line)
 
 

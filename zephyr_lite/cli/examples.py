@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 # command → examples, without the program's name
@@ -47,12 +49,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 
 def add_examples(app: typer.Typer, prefix: str = "") -> None:
     """Append the examples to the help of every command and group of ``app``."""
-    named = {command.name or command.callback.__name__: command for command in app.registered_commands}  # type: ignore[union-attr]
-    for name, entry in {
-        prefix.strip(): app.info,
-        **{prefix + name: command for name, command in named.items()},
-    }.items():
-        lines = EXAMPLES[name.replace("_", "-")]
+    entries: dict[str, Any] = {prefix.strip(): app.info}
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        entries[prefix + name.replace("_", "-")] = command
+    for name, entry in entries.items():
+        lines = EXAMPLES[name]
         head = "Example:" if len(lines) == 1 else "Examples:"
         # one paragraph per line: typer may join the lines of a paragraph
         paragraphs = [*([entry.epilog] if entry.epilog else []), head, *(f"zephyr-lite {line}" for line in lines)]

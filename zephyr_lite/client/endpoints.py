@@ -104,9 +104,6 @@ def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
 
     Args:
         where: the key in the file, for errors.
-
-    Raises:
-        UserError: a key is unknown, missing or wrong; its value is not repeated.
     """
     if isinstance(value, EndpointSpec):
         return value

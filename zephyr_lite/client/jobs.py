@@ -90,11 +90,7 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
 
 
 def validated(kind: type[Model], values: Any, where: str) -> Model:
-    """Values of a YAML file as a model.
-
-    Raises:
-        UserError: a key is unknown (with the nearest one) or missing, or a value does not fit.
-    """
+    """Values of a YAML file as a model."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

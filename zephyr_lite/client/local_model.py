@@ -32,9 +32,6 @@ class Weights:
         chain: the adapters; None for a model's folder.
         source: as ``LoadedModel.source``.
         models: model → the hashes that identify it, its base's first. The names are those of ``LoadedModel.models``.
-
-    Raises:
-        UserError: the folder is none of these, or a stage of it is incomplete or was changed.
     """
 
     def __init__(
@@ -76,11 +73,7 @@ class Weights:
         return fetch_base(self.chain.base["name_or_path"], self.chain.base.get("revision", "main"), weights=False)
 
     def identity(self, model: str | None = None) -> str:
-        """A hash of a model's weights and template, for the request log. None: the model at the top of the chain.
-
-        Raises:
-            UserError: there is no such model.
-        """
+        """A hash of a model's weights and template, for the request log. None: the model at the top of the chain."""
         if model is not None and model not in self.models:
             raise UserError(
                 f"{self.source} has no model {model!r}; it has {', '.join(self.models)}.", "Name one of these."

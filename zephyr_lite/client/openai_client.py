@@ -28,9 +28,6 @@ class OpenAIModel:
 
     Attributes:
         identity: of the model, for the request log. The server's address is no part of it: a server may move.
-
-    Raises:
-        UserError: the package ``openai`` is missing, or the key is not set.
     """
 
     def __init__(self, spec: EndpointSpec) -> None:

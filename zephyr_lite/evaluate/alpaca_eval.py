@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,16 @@ class AlpacaConfig(JudgedConfig):
 
 @dataclass(frozen=True)
 class Output(Item):
-    """One answer of a file; a repeated instruction gets a key of its own."""
+    """One answer of a file, to an instruction, its only turn; a repeated instruction gets a key of its own."""
 
-    instruction: str
     output: str
     generator: str
     dataset: str
     index: int = 0  # the row's place in the file
+
+    @property
+    def instruction(self) -> str:
+        return self.turns[0]
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,6 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
     Args:
         place: a JSON file, a hub id or OWNER/NAME/FILE.json; None: AlpacaEval's instructions with their baseline.
-
-    Raises:
-        UserError: there is none, or a row is wrong.
     """
     name = HUB if place is None else place
     path = Path(name).expanduser()
@@ -122,7 +123,7 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
 
     def output(row: dict[str, Any]) -> Output:
         instruction, answer = (_text(row, key) for key in ("instruction", "output"))
-        return Output("", instruction, answer, str(row.get("generator") or path.stem), str(row.get("dataset") or ""))
+        return Output("", (instruction,), answer, str(row.get("generator") or path.stem), str(row.get("dataset") or ""))
 
     outputs: list[Output] = []
     seen: Counter[str] = Counter()
@@ -165,11 +166,7 @@ def _refuse_several(models: set[str], path: Path) -> None:
 
 
 def check_belongs(annotations: list[Annotation], outputs: list[Output], where: str) -> int:
-    """The number of annotations whose output is not among these. Published folders lack some annotated outputs.
-
-    Raises:
-        UserError: most of them are not.
-    """
+    """The number of annotations whose output is not among these, as in published folders; UserError if most are not."""
     known = {(output.instruction, output.output) for output in outputs}
     missing = [a for a in annotations if (a.instruction, a.output_2) not in known]
     if 2 * len(missing) > len(annotations):
@@ -183,9 +180,6 @@ def check_belongs(annotations: list[Annotation], outputs: list[Output], where: s
 def read_difficulty(path: Path) -> dict[int, float]:
     """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv (an index and a value), or of a table
     with the columns index and instruction_difficulty (df_gamed.csv).
-
-    Raises:
-        UserError: it is neither.
     """
     header, *rows = list(csv.reader(io.StringIO(read_text(path)))) or [[]]
     named = "index" in header and "instruction_difficulty" in header
@@ -229,9 +223,9 @@ def win_rate(preferences: Sequence[float]) -> WinRate:
     discrete = [(whole or TIE) - 1 for whole in rounded if whole in (0, 1, 2)]
     error = standard_error(kept)
     return WinRate(
-        win_rate=100 * math.fsum(kept) / len(kept),
+        win_rate=100 * fmean(kept),
         standard_error=math.nan if error is None else 100 * error,
-        discrete_win_rate=100 * math.fsum(discrete) / len(discrete) if discrete else math.nan,
+        discrete_win_rate=100 * fmean(discrete) if discrete else math.nan,
         n_wins=sum(value > 0.5 for value in kept),
         n_wins_base=sum(value < 0.5 for value in kept),
         n_draws=sum(value == TIE for value in values),
@@ -319,11 +313,7 @@ def _sigmoid(scores: np.ndarray) -> np.ndarray:
 
 
 def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None = None) -> dict[str, Any]:
-    """One model's win rate, its standard error, ties, and the length-controlled rate.
-
-    Raises:
-        UserError: an instruction has no difficulty.
-    """
+    """One model's win rate, its standard error, ties, and the length-controlled rate."""
     preferences = [a.preference for a in annotations]
     lengths = [len(a.output_1) for a in annotations], [len(a.output_2) for a in annotations]
     known = None if difficulty is None else difficulties_of(annotations, difficulty)
@@ -366,11 +356,7 @@ def notes_on(models: Mapping[str, dict[str, Any]], with_difficulty: bool) -> lis
 
 
 def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Judged:
-    """The rates of existing annotations; by annotator too, if there are several.
-
-    Raises:
-        UserError: none of the preferences counts.
-    """
+    """The rates of existing annotations; by annotator too, if there are several."""
     if not has_verdict(annotations):
         message = f"{where}: none of the {len(annotations)} preferences is between 1 and 2."
         raise UserError(message, "Look at the file.")
@@ -451,11 +437,7 @@ def read_verdict(text: str, swapped: bool) -> float:
 
 
 class AlpacaEval(Benchmark[Output]):
-    """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form.
-
-    Raises:
-        UserError: as ``read_outputs`` and ``Benchmark``.
-    """
+    """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form."""
 
     kind, unit, why = KIND, "instructions", "why_left_out"
     table = staticmethod(table)
@@ -505,9 +487,6 @@ class AlpacaEval(Benchmark[Output]):
 
     def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
         return [NOTE, *(notes_on(models, self.difficulty is not None) if models else [])]
-
-    def turns(self, item: Output) -> Sequence[str]:
-        return [item.instruction]
 
     def given(self, model: str, item: Output) -> str | None:
         return self.outputs[model][item.key] if model in self.outputs else None

@@ -33,10 +33,6 @@ class Interval:
         ends = (None if x is None else math.exp(min(x, 700.0)) for x in (self.low, self.high))
         return Interval(math.exp(min(self.value, 700.0)), *ends)
 
-    def scaled(self, factor: float) -> Interval:
-        """The interval times a positive factor."""
-        return Interval(self.value * factor, *(None if x is None else x * factor for x in (self.low, self.high)))
-
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 

@@ -91,9 +91,6 @@ def metrics(tasks: Sequence[TaskSpec], models: Models) -> str:
 def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
     """Tasks from ``NAME`` or ``NAME:SHOTS``, separated by commas; none: the paper's. The paper's tasks have its shots
     unless given.
-
-    Raises:
-        UserError: a number of shots is not a number.
     """
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     tasks: list[TaskSpec] = []
@@ -107,11 +104,7 @@ def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
 
 
 def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
-    """The harness's index of tasks (``TaskManager``), without loading their data.
-
-    Raises:
-        UserError: lm-eval is not installed; there is no such task or folder.
-    """
+    """The harness's index of tasks (``TaskManager``), without loading their data."""
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such folder.", "Give a folder with task files (YAML).")
     try:
@@ -155,9 +148,6 @@ def evaluate_harness(
         models: names in ``live.models``.
         earlier: the file that an earlier command wrote, if there is one.
         on_task: receives all results after each task.
-
-    Raises:
-        UserError: a task's data cannot be loaded; ``earlier`` cannot be read.
     """
     kept = (read_json(earlier) or {}).get("models", {})
     result: Models = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,9 +85,6 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
 
     Args:
         temperature: of an endpoint that sets none, in requests that set none.
-
-    Raises:
-        UserError: there is no judge, no such source or model, no chat template, or two models have one name.
     """
     judge, weights = judge_of(config), None
     of_source = not config.models or not all(map(_is_endpoint, config.models))
@@ -132,11 +130,7 @@ def _template(weights: Weights, choice: str | None) -> Any:
 
 
 def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R]:
-    """``parse`` of each row of a file, or of a data set of the hub.
-
-    Raises:
-        UserError: it cannot be read, is empty, or a key of a row is missing or wrong.
-    """
+    """``parse`` of each row of a file, or of a data set of the hub."""
     parsed = []
     for number, row in enumerate(open_source(DatasetSpec(path=str(place))), 1):
         try:
@@ -150,11 +144,7 @@ def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R
 
 
 def from_hub(name: str, *patterns: str) -> Path:
-    """The folder of a data set of the hub, with the files of these patterns.
-
-    Raises:
-        UserError: no network, no such data set, no access.
-    """
+    """The folder of a data set of the hub, with the files of these patterns."""
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
     except Exception as error:
@@ -174,15 +164,12 @@ def framed(parts: Sequence[tuple[str, str]]) -> str:
 def mean(values: Iterable[float]) -> float | None:
     """None for no value."""
     found = list(values)
-    return math.fsum(found) / len(found) if found else None
+    return statistics.fmean(found) if found else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    middle = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 # -- the skeleton ----------------------------------------------------------------------------------------------------
@@ -190,9 +177,10 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Item:
-    """A question or an instruction; ``key`` is its name within the benchmark."""
+    """A question or an instruction."""
 
-    key: str
+    key: str  # its name within the benchmark
+    turns: tuple[str, ...]  # what the user says
 
 
 @dataclass
@@ -217,11 +205,7 @@ class Judged:
 
 
 class Benchmark(ABC, Generic[T]):
-    """A benchmark and the models that it is run on; nothing is asked before ``run``.
-
-    Raises:
-        UserError: there is no place for the result.
-    """
+    """A benchmark and the models that it is run on; nothing is asked before ``run``."""
 
     kind: str  # name of the command, of the job's folder and of the result's file
     unit: str  # of the items
@@ -249,10 +233,6 @@ class Benchmark(ABC, Generic[T]):
     @abstractmethod
     def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
         """How scores differ from published ones; before there are any, ``models`` is {}."""
-
-    @abstractmethod
-    def turns(self, item: T) -> Sequence[str]:
-        """What the user says, turn by turn."""
 
     @abstractmethod
     def judge_messages(self, item: T, answers: Sequence[str]) -> tuple[Message, ...]:
@@ -298,7 +278,7 @@ class Benchmark(ABC, Generic[T]):
             for item in self.items:
                 said: list[Message] = []
                 length = specs[model].max_tokens if model in specs else 0
-                for n, text in enumerate(self.turns(item)):
+                for n, text in enumerate(item.turns):
                     given = self.given(model, item)
                     said.append({"role": "user", "content": text})
                     if given is None:
@@ -307,7 +287,7 @@ class Benchmark(ABC, Generic[T]):
                     said.append({"role": "assistant", "content": ""})
                     messages = self.judge_messages(item, [given or ""] * (n + 1))
                     prompt = prompt_bound(judge, messages, (n + 1) * length)
-                    bounds[judge.name].add(judge, prompt, judge.max_tokens, tries=JUDGE_TRIES)
+                    bounds[judge.name].add(judge, prompt, judge.max_tokens)
         return bound_lines(bounds, specs.values())
 
     def run(self, meter: Meter) -> Judged:
@@ -384,7 +364,7 @@ class Benchmark(ABC, Generic[T]):
 
     async def _outcome(self, client: ModelClient, model: str, item: T) -> Outcome[T] | BudgetSpent:
         """All turns of an item, then the verdicts on them."""
-        outcome, said, lost, turns = Outcome(item), list[Message](), "", self.turns(item)
+        outcome, said, lost, turns = Outcome(item), list[Message](), "", item.turns
         parts = [(n,) if len(turns) > 1 else () for n in range(1, len(turns) + 1)]
 
         async def verdict(n: int) -> tuple[float | None, str]:

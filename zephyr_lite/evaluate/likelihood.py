@@ -192,6 +192,8 @@ def evaluate_preference(
         margins = gained[:, 0] - gained[:, 1]
         values[pair, "accuracy"], values[pair, "margin_nats"] = margins > 0, margins
         values[pair, "chosen_nats"], values[pair, "rejected_nats"] = gained.T
+        if beta is not None:
+            values[pair, "margin"] = beta * margins
     ones = np.ones(len(held_out.data.lengths))
     found = bootstrap.intervals({key: (each, ones) for key, each in values.items()})
     models = {name: {key: found[of, key].as_dict() for of, key in values if of == name} for name in logps}
@@ -199,8 +201,6 @@ def evaluate_preference(
     compared: list[dict[str, Any]] = []
     for one, other in pairs:
         intervals = {key: found[of, key] for of, key in values if of == (one, other)}
-        if beta is not None:
-            intervals["margin"] = intervals["margin_nats"].scaled(beta)
         compared.append({"model": one, "against": other, **{key: each.as_dict() for key, each in intervals.items()}})
         nats, scaled = intervals["margin_nats"].text("+.3f"), "-" if beta is None else intervals["margin"].text("+.4f")
         rewards.append([f"{one} against {other}", intervals["accuracy"].text(".3f"), nats, scaled])

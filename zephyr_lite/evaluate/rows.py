@@ -114,11 +114,7 @@ def held_out(
 
 
 def stage_config(stage: StageDir) -> RunConfig:
-    """The configuration that a stage was trained with.
-
-    Raises:
-        UserError: config.yaml is missing, or not one that a run wrote.
-    """
+    """The configuration that a stage was trained with."""
     try:
         return RunConfig.model_validate(read_yaml(stage.config))
     except ValidationError as error:

@@ -18,7 +18,7 @@ from .. import __version__
 from ..config.load import RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..evaluate.plotting import have_matplotlib
+from ..evaluate.results import have_matplotlib
 from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, checked, read_json
 from ..merge.weights import MARK
