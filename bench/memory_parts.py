@@ -178,6 +178,7 @@ def wait() -> None:
 
 def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[Any, Any]:
     """A stage and the state of its run."""
+    from zephyr_lite.train.callbacks import Callbacks
     from zephyr_lite.train.dpo import DpoObjective
     from zephyr_lite.train.loop import TrainState
     from zephyr_lite.train.setup import setup_stage
@@ -187,7 +188,7 @@ def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[An
     with messages_to(lambda record: said.append(record.getMessage())):
         stage = setup_stage(case.method, Loaded(config, set(case.values), [], None))
         task = (SftObjective if case.method == "sft" else DpoObjective)(stage)
-        return stage, TrainState(stage, task, callbacks=callbacks)
+        return stage, TrainState(stage, task, observers=[Callbacks(callbacks)])
 
 
 def predicted(plan: Plan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.logging import messages_to
+from zephyr_lite.train.callbacks import Callbacks
 from zephyr_lite.train.loop import TrainState, train
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.stage import Stage
@@ -240,7 +241,7 @@ def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.sft import SftObjective
 
     task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage)
-    return partial(train, TrainState(stage, task, callbacks=[turns]))
+    return partial(train, TrainState(stage, task, observers=[Callbacks([turns])]))
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:

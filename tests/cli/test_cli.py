@@ -133,7 +133,7 @@ def test_merge_of_explicit_adapters_and_as_one_adapter(invoke, refused, runs, ti
     refused("merge", "--out", "x", "--run", "runs/t", *chain, says=("--run",))
     assert invoke("merge", "--out", "y", "--base", tiny_base, "--no-check", "--no-card")[0] == 0  # of the run, moved
     refused("merge", "--out", "x", "--base", "nowhere", says=("nowhere", "--base FOLDER"))
-    refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such run"))
+    refused("merge", "--out", "x", "--run", "runs/none", says=("runs/none", "no such folder"))
 
 
 def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):

@@ -25,7 +25,7 @@ from tests.contract.test_merged import (
     save_tokenizer,
 )
 from zephyr_lite.errors import UserError
-from zephyr_lite.merge import adapter_only, chain_of_adapters, chain_of_run, merge
+from zephyr_lite.merge import adapter_only, chain_of_run, merge
 from zephyr_lite.merge import weights as merging
 from zephyr_lite.model.compose import compose
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
@@ -205,7 +205,7 @@ def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run there has a complete stage"):
         chain_of_run()
-    with pytest.raises(UserError, match="no such run"):
+    with pytest.raises(UserError, match="no such folder"):
         chain_of_run("runs/nothing")
     run = tmp_path / "runs" / "one"
     make_run(run, base)
@@ -217,14 +217,3 @@ def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path, monkeypatch:
     shutil.rmtree(run / "sft" / "adapter")
     with pytest.raises(UserError, match=r"sft/adapter: no adapter_config\.json there"):
         chain_of_run(run)
-
-
-def test_explicit_adapters(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    chain = make_chain(base, tmp_path)
-    assert chain_of_adapters([str(p) for p in chain]).base["name_or_path"] == str(base)
-    adapter_for(tmp_path / "odd", "model.layers.0.self_attn.q_proj", 64, 64)
-    names = [str(chain[0]), str(tmp_path / "odd")]
-    with pytest.raises(UserError, match="several bases"):
-        chain_of_adapters(names)
-    assert chain_of_adapters(names, base="mine").base["name_or_path"] == "mine"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack, check_targets
 from zephyr_lite.model.base import read_model_config
-from zephyr_lite.model.files import INDEX, SINGLE, fetch_base, weight_files
+from zephyr_lite.model.files import SINGLE, fetch_base
 from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 
@@ -54,12 +53,6 @@ def test_a_weight_that_no_file_holds_is_not_drawn_at_random(base, four_bit):
     save_file(weights, base / SINGLE, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight and 1 more in its files"):
         loaded(base, load_in_4bit=four_bit)
-
-
-def test_one_file_comes_before_an_index_as_in_transformers(base):
-    (base / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../../x"}}))
-    assert weight_files(base) == [base / SINGLE]
-    loaded(base)
 
 
 def test_links_of_the_hubs_cache_are_read_and_a_broken_one_is_named_with_its_blob(tiny_base, tmp_path):
@@ -107,15 +100,6 @@ def test_a_vocabulary_that_does_not_fit_is_refused(base):
     tokenizer.save_pretrained(base)
     with pytest.raises(UserError, match=r"<extra28> \(id 448\), .* and 9 more, and the model has embeddings for 448"):
         loaded(base)
-
-
-def test_a_special_token_out_of_the_vocabulary_is_found(base):
-    """transformers gives it an id of its own, behind the model's last embedding when that vocabulary is full."""
-    edit(base / "tokenizer_config.json", eos_token="<the end>")
-    tokenizer = load_tokenizer(base)
-    assert tokenizer.eos_token_id == 420
-    with pytest.raises(UserError, match=r"<the end> \(id 420\), and the model has embeddings for 420"):
-        check_vocabulary(tokenizer, 420, base)
 
 
 @pytest.mark.parametrize(

@@ -170,14 +170,15 @@ def stats(
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
     from .row_stats import stats_lines
-    from .rows import held_out_rows, open_rows, stage_of_words
+    from .rows import open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)
     say_all(f"note: {note}" for note in opened.notes)
-    for each in (opened, held_out_rows(opened)) if opened.config.eval_dataset else (opened,):
+    for held_out in (False, True) if opened.config.eval_dataset else (False,):
+        rows = opened.prepare(True) if held_out else opened
         console.say()
-        for line in stats_lines(each, width=console.out.width, colour=_has_colour(), places=places):
+        for line in stats_lines(rows, width=console.out.width, colour=_has_colour(), places=places):
             console.out.print(line)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.compute as pc
 from rich.text import Text
 
-from ..data.dataset import prepare
 from ..data.packing import best_fit
 from ..train.steps import step_schedule
 from .rows import TrainedRows
@@ -36,8 +35,7 @@ def uncut_rows(rows: TrainedRows) -> TrainedRows:
     if not report.cut and not any("max_length" in reason for reason in report.dropped):
         return rows
     free = rows.config.model_copy(update={"max_length": _UNCUT, "max_prompt_length": _UNCUT})
-    data = prepare(rows.specs, rows.method, free, rows.template, what=report.what)
-    return TrainedRows(rows.method, free, rows.template, rows.specs, data)
+    return TrainedRows(rows.method, free, rows.template).prepare(report.what == "held-out")
 
 
 def lengths_of(rows: TrainedRows) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,23 @@ class TrainedRows:
 
     Attributes:
         config, template: as the run resolves them.
+        notes: decisions that were taken, for the user.
         specs: the sources of ``data``.
         data: as the run prepares it.
-        notes: decisions that were taken, for the user.
     """
 
     method: Method
     config: RunConfig
     template: ChatTemplate
-    specs: list[DatasetSpec]
-    data: TokenizedDataset
     notes: list[str] = field(default_factory=list)
+    specs: list[DatasetSpec] = field(init=False)
+    data: TokenizedDataset = field(init=False)
+
+    def prepare(self, held_out: bool) -> TrainedRows:
+        """Prepare the rows of ``dataset``, or of ``eval_dataset``; returns itself."""
+        self.specs, what = (self.config.eval_dataset, "held-out") if held_out else (self.config.dataset, "training")
+        self.data = prepare(self.specs, self.method, self.config, self.template, what=what)
+        return self
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of the prepared table; ``where`` holds places such as "train.jsonl row 17"."""
@@ -93,19 +99,8 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
         frozen = adapters_below(method, config, stage)
     template = template_of(config, folder, frozen)
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
-    if held_out:
-        data = prepare(config.eval_dataset, method, config, template, what="held-out")
-        return TrainedRows(method, config, template, config.eval_dataset, data, notes)
-    return TrainedRows(
-        method, config, template, config.dataset, prepare(config.dataset, method, config, template), notes
-    )
-
-
-def held_out_rows(rows: TrainedRows) -> TrainedRows:
-    """The rows of ``eval_dataset`` of the same run, which has one."""
-    specs = rows.config.eval_dataset
-    data = prepare(specs, rows.method, rows.config, rows.template, what="held-out")
-    return replace(rows, specs=specs, data=data)
+    rows = TrainedRows(method, config, template, notes)
+    return rows.prepare(held_out)
 
 
 # -- one row ---------------------------------------------------------------------------------------------------------------

@@ -25,23 +25,17 @@ PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
 
 @dataclass
 class Bound:
-    """Upper bounds for some requests, each put once and answered at its first try.
-
-    ``worst_requests``: every question is put as often as its replies may be unusable, and every try fails as often as the
-    endpoint's ``retries`` allow.
-    """
+    """Upper bounds for some requests, each answered at its first try."""
 
     requests: int = 0
     tokens: int = 0
     dollars: float = 0.0
-    worst_requests: int = 0
 
-    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, *, times: int = 1, tries: int = 1) -> None:
-        """Add ``times`` requests of this size, each put up to ``tries`` times."""
+    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, times: int = 1) -> None:
+        """Add ``times`` requests of this size."""
         self.requests += times
         self.tokens += times * (prompt_tokens + reply_tokens)
         self.dollars += times * spec.dollars(prompt_tokens, reply_tokens)
-        self.worst_requests += times * tries * (1 + spec.retries)
 
 
 def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: int = 0) -> int:
@@ -60,11 +54,7 @@ def bound_lines(bounds: Mapping[str, Bound], specs: Iterable[EndpointSpec]) -> l
     ]
     if not priced:
         lines.append("no prices are given (input_price, output_price: US dollars per million tokens)")
-    worst = sum(b.worst_requests for b in bounds.values())
-    lines.append(
-        f"in the worst case, every reply unusable and every try failing as often as is allowed: {worst:,} requests"
-    )
-    return lines
+    return [*lines, "failed tries and unreadable replies come on top; --max-requests and --max-tokens are exact limits"]
 
 
 def has_prices(specs: Iterable[EndpointSpec]) -> bool:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -222,9 +223,9 @@ def win_rate(preferences: Sequence[float]) -> WinRate:
     discrete = [(whole or TIE) - 1 for whole in rounded if whole in (0, 1, 2)]
     error = standard_error(kept)
     return WinRate(
-        win_rate=100 * math.fsum(kept) / len(kept),
+        win_rate=100 * fmean(kept),
         standard_error=math.nan if error is None else 100 * error,
-        discrete_win_rate=100 * math.fsum(discrete) / len(discrete) if discrete else math.nan,
+        discrete_win_rate=100 * fmean(discrete) if discrete else math.nan,
         n_wins=sum(value > 0.5 for value in kept),
         n_wins_base=sum(value < 0.5 for value in kept),
         n_draws=sum(value == TIE for value in values),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import statistics
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -163,15 +164,12 @@ def framed(parts: Sequence[tuple[str, str]]) -> str:
 def mean(values: Iterable[float]) -> float | None:
     """None for no value."""
     found = list(values)
-    return math.fsum(found) / len(found) if found else None
+    return statistics.fmean(found) if found else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    middle = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 # -- the skeleton ----------------------------------------------------------------------------------------------------
@@ -289,7 +287,7 @@ class Benchmark(ABC, Generic[T]):
                     said.append({"role": "assistant", "content": ""})
                     messages = self.judge_messages(item, [given or ""] * (n + 1))
                     prompt = prompt_bound(judge, messages, (n + 1) * length)
-                    bounds[judge.name].add(judge, prompt, judge.max_tokens, tries=JUDGE_TRIES)
+                    bounds[judge.name].add(judge, prompt, judge.max_tokens)
         return bound_lines(bounds, specs.values())
 
     def run(self, meter: Meter) -> Judged:

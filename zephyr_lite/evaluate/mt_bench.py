@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field
@@ -40,7 +41,7 @@ from .judge import (
     standard_error,
     who_answers,
 )
-from .plotting import need_matplotlib
+from .results import need_matplotlib
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     means = _means(graded)
     return {
         "score": means.pop("score"),
-        "standard_error": _rounded(standard_error([math.fsum(s) / len(s) for s in by_question.values()])),
+        "standard_error": _rounded(standard_error([fmean(scores) for scores in by_question.values()])),
         **means,
         "categories": {
             name: _means([g for g in graded if g.category == name])
@@ -314,7 +315,7 @@ def difference(one: Sequence[Grade], other: Sequence[Grade]) -> dict[str, Any]:
     for g in other:
         if g.score is not None and (g.question, g.turn) in first:
             pairs.setdefault(g.question, []).append(first[g.question, g.turn] - g.score)
-    means = [math.fsum(found) / len(found) for found in pairs.values()]
+    means = [fmean(found) for found in pairs.values()]
     error = _rounded(standard_error(means))
     return {"difference": _rounded(mean(means)), "standard_error": error, "questions": len(means)}
 

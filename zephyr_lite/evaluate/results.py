@@ -1,8 +1,9 @@
-"""Results of evaluations: one JSON file per kind, which identifies the evaluated models by hashes."""
+"""Results of evaluations: one JSON file per kind, which identifies the evaluated models by hashes; pictures."""
 
 from __future__ import annotations
 
 import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,3 +69,21 @@ def write_result(folder: Path, kind: str, body: dict[str, Any], head: dict[str, 
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(path, {"kind": kind, "version": __version__, "created": created, **head, **body})
     return path
+
+
+def have_matplotlib() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def need_matplotlib(what: str, without: str) -> None:
+    """Raise a UserError if matplotlib, which is optional, is not installed.
+
+    Args:
+        what: is to be drawn: "the curves".
+        without: the option that leaves it out.
+    """
+    if not have_matplotlib():
+        raise UserError(
+            f"{what} cannot be drawn: matplotlib is not installed.",
+            f'pip install "zephyr-lite[plots]", or leave the picture out with {without}.',
+        )

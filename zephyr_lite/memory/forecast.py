@@ -10,6 +10,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,10 +25,10 @@ from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..model.adapters import check_targets
-from ..model.base import check_family, compute_device, compute_dtype, quantized_dir
+from ..model.base import check_family, compute_device, compute_dtype, quantized_dir, read_model_config
 from ..model.chain import chain_of_run
 from ..model.families import Shape
-from ..model.files import check_config_file
+from ..model.files import local_folder
 from ..model.peft_io import read_adapter
 from .estimate import GIB, MIB, PAGED, base_bytes, in_words, optimizer_bytes
 from .gpus import find_gpu, gpu_of_size
@@ -172,9 +173,8 @@ def planned_lines(
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price {price}: is not a price.", "Give US dollars an hour.")
     check_targets(config.lora_target_modules)
-    base, note = base_shape(config.model_name_or_path, config.model_revision)
-    check_family(base, f"{config.model_name_or_path}/config.json")
-    notes = [n for n in loaded.notes if n.startswith("continuing")] + ([note] if note else [])
+    base = base_shape(config.model_name_or_path, config.model_revision)
+    notes = [n for n in loaded.notes if n.startswith("continuing")]
     notes.append(f"assuming that all rows have max_length={config.max_length} tokens")
     below, from_where = _below(method, config, Shape.of(base))
     notes += from_where
@@ -311,8 +311,10 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
     job, run = None, Path(config.output_dir)
     device = compute_device()
     dtype = compute_dtype(config.dtype, device)
-    if config.engine == "fused" and (base := _known_shape(config.model_name_or_path)) is not None:
-        job = expected_job(method, config, base, dtype)
+    name = config.model_name_or_path
+    if config.engine == "fused" and (name == MISTRAL or (Path(name).expanduser() / "config.json").is_file()):
+        with suppress(UserError, ValueError, KeyError, AttributeError):  # reported when the base is read
+            job = expected_job(method, config, base_shape(name), dtype)
     written = []
     if cached:
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -333,17 +335,15 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
         sizes = ", ".join(f"{_decimal(size)} {what}" for _, what, size in parts)
         places = ", ".join(dict.fromkeys(str(place) for place, *_ in parts))
         lines.append(f"  disk: {sizes}; {free / GB:.0f} GB are free for {places}{short}")
-    if job is not None and device.type == "cpu":
-        plan = make_plan(job, this_machine(device, dtype, config.memory), config.memory)
-        lines.append(f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)")
-        if job.run_tokens:
-            lines.append(
-                f"  time: {job.run_tokens / 1e6:.0f} M tokens, {duration(job.run_tokens / plan.tokens_per_second)}"
-            )
-        lines.append("  `zephyr-lite plan --gpu 3060` estimates it for a card; `zephyr-lite demo` is a small run")
-    elif job is not None and config.model_name_or_path in fetch:
-        # the plan is made and printed once the rows are there; but nothing is downloaded for a run that does not fit
-        make_plan(job, this_machine(device, dtype, config.memory, measure=False), config.memory)
+    if job is not None and name in fetch:
+        # the plan is printed once the rows are there; but nothing is downloaded for a run that does not fit
+        cpu = device.type == "cpu"
+        plan = make_plan(job, this_machine(device, dtype, config.memory, measure=cpu), config.memory)
+        if cpu:
+            lines.append(f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)")
+            if job.run_tokens:
+                lines.append(f"  time: about {duration(job.run_tokens / plan.tokens_per_second)} on this CPU")
+            lines.append("  `zephyr-lite plan --gpu 3060` estimates it for a card; `zephyr-lite demo` is a small run")
     return lines
 
 
@@ -413,50 +413,28 @@ def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     return found
 
 
-def base_shape(name: str, revision: str = "main") -> tuple[Any, str | None]:
-    """(the base's configuration, from its folder, the hub's cache or the hub; a note about it). Reads no weight.
+def base_shape(name: str, revision: str = "main") -> Any:
+    """The base's configuration, from its folder, the hub's cache or the hub; Mistral's is known. Reads no weight.
 
     Raises:
-        UserError: there is none, or the hub cannot be reached.
+        UserError: there is none, the hub cannot be reached, or the fused engine does not know its family.
     """
+    if (folder := local_folder(name)) is not None:
+        return read_model_config(folder)
+    if name == MISTRAL:
+        return MISTRAL_SHAPE
     from transformers import AutoConfig
 
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        check_config_file(folder)
-        try:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False), None
-        except Exception as error:  # transformers' own checks raise any type
-            raise UserError(f"{folder}/config.json: not a configuration that transformers reads: {error}") from None
     try:
-        # Mistral's shape is known: the hub need not be asked
-        local = name == MISTRAL
-        return AutoConfig.from_pretrained(
-            name, revision=revision, local_files_only=local, trust_remote_code=False
-        ), None
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        if name == MISTRAL:
-            return MISTRAL_SHAPE, "base not downloaded; using its published shape"
         raise UserError(
             f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
             "not have it or could not be reached.",
             "Check the name and the connection, or give a local folder.",
         ) from None
-
-
-def _known_shape(name: str) -> Any | None:
-    """The configuration of a base that is here, or Mistral's; None where neither is."""
-    if name == MISTRAL:
-        return MISTRAL_SHAPE
-    if not (Path(name).expanduser() / "config.json").is_file():
-        return None
-    check_config_file(Path(name).expanduser())
-    try:
-        shape, _ = base_shape(name)
-        Shape.of(shape)
-    except (UserError, ValueError, KeyError, OSError, AttributeError):
-        return None  # reported when the base is read
-    return shape
+    check_family(config, f"{name}/config.json")
+    return config
 
 
 def _downloads(config: RunConfig) -> tuple[dict[str, str], int]:

@@ -15,8 +15,9 @@ from ..errors import UserError
 from ..io.atomic import remove_tree, sweep, write_json
 from ..io.run_dir import check_rendering, read_json, stages_of
 from ..model.base import check_fingerprint, compute_device, compute_dtype, fingerprint
-from ..model.chain import Chain, chain_of_adapters, chain_of_run
+from ..model.chain import Chain
 from ..model.files import fetch_base
+from ..model.loaded import find_chain
 from ..model.tokenizer import load_tokenizer
 from .base_files import BaseFiles
 from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
@@ -60,14 +61,14 @@ def run_merge(
         UserError: there is nothing to merge, the chain or its base has changed since, or ``out`` is not an earlier merge.
     """
     out = out.expanduser()
-    if adapters and (run is not None or stage is not None):
-        raise UserError("--adapter names the chain itself; --run and --stage name one too.", "Give one or the other.")
     if (both or rows is not None) and (as_adapter or not check):
         raise UserError(
             "--measure and --rows are for the comparison, which --adapter-only and --no-check leave out.",
             "Give one or the other.",
         )
-    chain = chain_of_adapters(list(adapters), base) if adapters else chain_of_run(run, stage=stage, base=base)
+    chain = find_chain(run, stage=stage, adapters=adapters, base=base)
+    if chain is None:
+        raise UserError(f"{run}: is a model's folder, without adapters to merge.", "Give a run's folder (runs/NAME).")
     _report_chain(chain, stage is None)
     if as_adapter:
         _write_adapter(chain, out, overwrite)

@@ -62,7 +62,7 @@ def chain_of_run(run: str | Path | None = None, stage: str | None = None, base: 
         run = max(done, key=_changed).run
     folder = Path(run)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such run.", "Give a run's folder (--run), or the adapters themselves.")
+        raise UserError(f"{folder}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
     stages = [found for found in stages_of(folder) if stage in (None, found.path.name) and found.complete()]
     if not stages:
         raise UserError(

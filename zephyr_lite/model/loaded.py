@@ -105,13 +105,13 @@ def find_chain(
     """The adapters of a source, not yet loaded; None for a model's folder. Arguments and errors as of ``open_live``."""
     if adapters:
         if source is not None or stage is not None:
-            raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
+            raise UserError(
+                "--adapter names the chain itself; a run or a stage (--run, --stage) names one too.", "Give one."
+            )
         return chain_of_adapters(list(adapters), base)
     if source is None:
         return chain_of_run(stage=stage, base=base)
     path = Path(source).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
     if (path / "config.json").is_file():
         if stage is not None or base is not None:
             raise UserError(f"{path}: is a model's folder, without stages or a base.", "Leave --stage and --base out.")

@@ -50,19 +50,23 @@ _KEYS = [
     "lr_scheduler_type",
     "lora_r",
     "lora_alpha",
+    "lora_dropout",
     "lora_target_modules",
+    "loss_on",
+    "loss_type",
+    "label_smoothing",
+    "beta",
+    "max_prompt_length",
 ]
-_OWN_KEYS = {"sft": ["loss_on"], "dpo": ["loss_type", "label_smoothing", "beta", "max_prompt_length", "lora_dropout"]}
 
 
 def published_of(stage: Stage) -> Published | None:
     """The results to compare a stage with; None if base, data, held-out data or a relevant key differs."""
-    recipe = base = load_config("sft", "zephyr-7b/sft", ["loss_on=all"]).config
-    if stage.method == "dpo":
-        recipe = load_config("dpo", "zephyr-7b/dpo").config
-        recipe.model_name_or_path = base.model_name_or_path
+    recipe = load_config(stage.method, f"zephyr-7b/{stage.method}").config
     recipe.eval_dataset[0].limit = None
-    same = all(getattr(stage.config, key) == getattr(recipe, key) for key in [*_KEYS, *_OWN_KEYS[stage.method]])
+    if stage.method == "sft":
+        recipe.loss_on = "all"
+    same = all(getattr(stage.config, key) == getattr(recipe, key) for key in _KEYS)
     if not same or len(stage.frozen) != (stage.method == "dpo"):
         return None
     return {"sft": SFT, "dpo": DPO}[stage.method]

@@ -174,15 +174,7 @@ _PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bi
 
 
 def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
-    """The words of an English text that lack a capital.
-
-    Args:
-        text: one turn.
-        lexicon: of names; None leaves names alone.
-
-    Returns:
-        The changes, in order.
-    """
+    """The words of an English turn that lack a capital, in order; without a lexicon names are left alone."""
     found: list[Change] = []
     protected = bytearray(len(text))
     for start, end, _ in spans(text):

@@ -218,9 +218,6 @@ def open_raw(path: str, split: str | None = None) -> Raw:
     """Open raw conversations: a file, a folder, or a hub id.
 
     A folder with train_0.jsonl … train_9.jsonl is read whole, in numeric order, unless ``split`` names one of them.
-
-    Raises:
-        UserError: there is nothing, it cannot be read, is empty, or has no conversations.
     """
     specs = [DatasetSpec(path=path, split=split)]
     folder = Path(path).expanduser()

@@ -165,12 +165,8 @@ def to_pairs(
     seed: int = 42,
     margin: float = 1.0,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The pairs of rows that are in memory; see ``pair_of_row`` and ``PairRules``.
-
-    Returns:
-        pairs, and counts: ``rows``, ``pairs``, each reason for which rows were dropped, and the scores of 10 that were not
-        taken as they are (``REPAIRED``, ``DOUBTFUL``).
-    """
+    """The pairs of rows that are in memory, and counts: ``rows``, ``pairs``, each reason for which rows were dropped, ``REPAIRED``
+    and ``DOUBTFUL``; see ``PairRules``."""
     pairs, dropped, counts = _choose(enumerate(rows), PairRules(chosen_by, rejected, margin, seed=seed))
     reasons = Counter(reason for reason, _ in dropped)
     notes = {note: counts["notes"][note] for note in (REPAIRED, DOUBTFUL) if counts["notes"][note]}

@@ -1,11 +1,12 @@
-"""transformers' callbacks and the trackers of ``report_to`` around the loop."""
+"""The trackers of ``report_to``, and other callbacks of transformers, as an observer."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,10 +16,8 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from ..config.load import RunConfig
 from ..errors import UserError
 from .distributed import world
-from .stage import Stage
-
-if TYPE_CHECKING:
-    from .loop import TrainState
+from .stage import Metrics, Observer, Outcome, Stage
+from .steps import step_schedule
 
 # tracker → the extra that installs it, and the packages of which one is needed
 EXTRAS = {
@@ -48,39 +47,41 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
         raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
 
-def name_wandb_run(stage: Stage) -> None:
-    """Let W&B continue the stage's run, under the id in stage.json, unless the user has named another."""
-    os.environ.setdefault("WANDB_RUN_ID", f"{stage.info['id']}-{stage.config.stage}")
-    os.environ.setdefault("WANDB_RESUME", "allow")
+def open_wandb(stage: Stage) -> None:
+    """Open the stage's W&B run, or continue it under the id in stage.json; transformers' callback uses the open run."""
+    if "wandb" not in stage.config.report_to:
+        return
+    import wandb
+
+    if wandb.run is None:
+        name = f"{stage.dir.run.name}-{stage.dir.path.name}"
+        run_id = os.getenv("WANDB_RUN_ID") or f"{stage.info['id']}-{stage.dir.path.name}"
+        resume = os.getenv("WANDB_RESUME") or "allow"
+        wandb.init(project=os.getenv("WANDB_PROJECT", "huggingface"), name=name, id=run_id, resume=resume)
 
 
-class Callbacks:
-    """transformers' callbacks, called as its Trainer calls them.
+class Callbacks(Observer):
+    """transformers' callbacks as an observer, called as its Trainer calls them.
 
     Args:
-        train: the run, with callbacks of its own beside the trackers.
-
-    Attributes:
-        control: what they ask for: to stop, to save.
+        callbacks: trackers, for instance.
     """
 
-    def __init__(self, train: TrainState) -> None:
-        self.train, self.control = train, TrainerControl()
-        stage, config = train.stage.dir, train.stage.config
-        callbacks = [*trackers(config), *train.callbacks]
-        self.handler: CallbackHandler | None = None
-        if not callbacks:
-            return
+    def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
+        self.callbacks, self.control = callbacks, TrainerControl()
+
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        config, run_name = stage.config, f"{stage.dir.run.name}-{stage.dir.path.name}"
         # transformers' integrations read their settings from its own arguments, and send these to the tracker
         self.arguments = TrainingArguments(
-            output_dir=str(stage.path),
+            output_dir=str(stage.dir.path),
             report_to=config.report_to or "none",
             logging_steps=config.logging_steps,
-            run_name=f"{stage.run.name}-{stage.path.name}",
+            run_name=run_name,
             project="zephyr-lite",  # trackio's; wandb reads its own variable
             per_device_train_batch_size=config.batch_size,
             num_train_epochs=config.num_train_epochs,
-            max_steps=train.total,
+            max_steps=total,
             learning_rate=config.learning_rate,
             lr_scheduler_type=config.lr_scheduler_type,
             weight_decay=config.weight_decay,
@@ -91,23 +92,32 @@ class Callbacks:
             save_strategy="no",  # the loop saves and evaluates by itself
             eval_strategy="no",
         )
-        name_wandb_run(train.stage)
-        self.handler = CallbackHandler(
-            [DefaultFlowCallback(), *callbacks], train.stage.stack.model, None, train.optimizer, train.scheduler
-        )
-        self.state = TrainerState(max_steps=train.total, num_train_epochs=math.ceil(config.num_train_epochs))
+        open_wandb(stage)
+        self.handler = CallbackHandler([DefaultFlowCallback(), *self.callbacks], stage.stack.model, None, None, None)
+        self.per_epoch, _ = step_schedule(config, len(stage.data.rows))
+        self.state = TrainerState(max_steps=total, num_train_epochs=math.ceil(config.num_train_epochs))
         self.state.is_local_process_zero = self.state.is_world_process_zero = True
+        self._call("on_train_begin", step)
 
-    def __call__(self, event: str, *values: Any) -> None:
-        """Call every callback.
+    def on_step_begin(self, step: int) -> None:
+        self._call("on_step_begin", step)
 
-        Args:
-            event: "on_step_end", for instance.
-            values: what that event has besides arguments, state and control.
-        """
-        if self.handler is None:
-            return
-        self.state.global_step, self.state.epoch = self.train.step, self.train.step / self.train.per_epoch
-        if event == "on_log":
-            self.state.log_history.append({"step": self.train.step, **values[0]})
-        self.control = getattr(self.handler, event)(self.arguments, self.state, self.control, *values)
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
+        self._call("on_step_end", step)
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        self.state.log_history.append({"step": step, **metrics})
+        self._call("on_log", step, dict(metrics))
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
+        self._call("on_evaluate", step, metrics)
+
+    def on_save(self, step: int) -> None:
+        self._call("on_save", step)
+
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
+        self._call("on_train_end", outcome.step)
+
+    def _call(self, event: str, step: int, *values: Any) -> None:
+        self.state.global_step, self.state.epoch = step, step / self.per_epoch
+        getattr(self.handler, event)(self.arguments, self.state, self.control, *values)

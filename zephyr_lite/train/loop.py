@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ..errors import Interrupted
 from ..io.interrupts import Output, StopRequest
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
 from ..model.adapters import total_norm
-from .callbacks import Callbacks
 from .checkpoint import MetricsLog, restore_best, resume, save
 from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
@@ -42,7 +40,6 @@ class TrainState:
         stage, objective: what is trained.
         on_metrics: prints a logged step.
         observers: are told of steps, evaluations and samples.
-        callbacks: transformers' callbacks beside the trackers of ``report_to``.
 
     Attributes:
         parameters: the adapter's float32 weights, by name.
@@ -67,9 +64,8 @@ class TrainState:
         *,
         on_metrics: OnMetrics = lambda step, total, metrics: None,
         observers: Sequence[Observer] = (),
-        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.stage, self.objective, self.observers, self.callbacks = stage, objective, observers, callbacks
+        self.stage, self.objective, self.observers = stage, objective, observers
         self.output = Output()
         self.on_metrics = self.output.of(on_metrics)
         self.parameters = stage.stack.parameters()
@@ -102,33 +98,29 @@ def train(state: TrainState) -> Outcome:
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
     objective.oom.record()
-    callbacks = Callbacks(state)
     with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
             evaluation_due = resume(state)
             if stage.base.device.type == "cuda":
                 warmup_largest_batch(state)
-            callbacks("on_train_begin")
         started, patience = time.perf_counter(), config.early_stopping_patience
-        for observer in state.observers:
-            observer.on_train_begin(stage, objective.unit, state.total, state.step)
+        _notify(state, "on_train_begin", stage, objective.unit, state.total, state.step)
         if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
             _sample(state, stop)  # again, if a signal interrupted it
         if evaluation_due:
-            _evaluate(state, callbacks, stop)
-            _save_if_due(state, callbacks, stop)
-        while state.step < state.total and not callbacks.control.should_training_stop:
+            _evaluate(state, stop)
+            _save_if_due(state, stop)
+        while state.step < state.total:
             if patience is not None and state.stale >= patience:
                 logger.info(f"step {state.step}: eval_loss has not improved in {patience} evaluations; stopping early.")
                 _save_once(state)
                 break
             begun = time.perf_counter()
-            callbacks("on_step_begin")
+            _notify(state, "on_step_begin", state.step)
             state.metrics = accumulate_gradients(state, state.step)
             _check_numbers(state)
             update(state, state.metrics)
             state.step += 1
-            callbacks("on_step_end")
             seconds, counted = time.perf_counter() - begun, state.metrics.get(f"num_{objective.unit}", 0.0)
             state.metrics |= {
                 "epoch": round(state.step / state.per_epoch, 4),
@@ -137,12 +129,10 @@ def train(state: TrainState) -> Outcome:
                 "peak_memory_gib": round(peak_memory(stage.base.device) / 2**30, 3),
             }
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
-                _log(state, callbacks, state.metrics)
-            for observer in state.observers:
-                observer.on_step_end(state.step, state.metrics)
-            _evaluate(state, callbacks, stop)
-            _save_if_due(state, callbacks, stop)
-        callbacks("on_train_end")
+                _log(state, state.metrics)
+            _notify(state, "on_step_end", state.step, state.metrics)
+            _evaluate(state, stop)
+            _save_if_due(state, stop)
         if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
             restore_best(state)
         return Outcome(
@@ -344,13 +334,18 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     return [objective.data.examples[example].where for example in found or examples], bool(found)
 
 
-def _log(state: TrainState, callbacks: Callbacks, metrics: Metrics) -> None:
+def _notify(state: TrainState, event: str, *values: Any) -> None:
+    for observer in state.observers:
+        getattr(observer, event)(*values)
+
+
+def _log(state: TrainState, metrics: Metrics) -> None:
     state.log.append({"step": state.step, **metrics})
-    callbacks("on_log", dict(metrics))
+    _notify(state, "on_log", state.step, metrics)
     state.on_metrics(state.step, state.total, metrics)
 
 
-def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> None:
+def _evaluate(state: TrainState, stop: StopRequest) -> None:
     """Evaluate on the held-out rows if that is due, and draw samples.
 
     Raises:
@@ -374,7 +369,7 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
     if not found:
         return
     state.evaluations.append({"step": step, **found})
-    _log(state, callbacks, found)
+    _log(state, found)
     loss = found["eval_loss"]
     if not math.isfinite(loss):
         logger.warning(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
@@ -382,10 +377,8 @@ def _evaluate(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> Non
         state.best, state.stale = (loss, step), 0
     else:
         state.stale += 1
-    for observer in state.observers:
-        observer.on_evaluate(step, found)
+    _notify(state, "on_evaluate", step, found)
     _sample(state, stop)
-    callbacks("on_evaluate", found)
 
 
 def _sample(state: TrainState, stop: StopRequest) -> None:
@@ -404,8 +397,7 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
         state.sample_log.append(asdict(sample))
     state.sampled.add(state.step)
     if samples:
-        for observer in state.observers:
-            observer.on_sample(state.step, samples)
+        _notify(state, "on_sample", state.step, samples)
 
 
 def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, OSError | None]:
@@ -420,7 +412,7 @@ def _save_once(state: TrainState) -> None:
         save(state)
 
 
-def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> None:
+def _save_if_due(state: TrainState, stop: StopRequest) -> None:
     """Write a checkpoint after a step, if one is due, and stop if that was asked for.
 
     Raises:
@@ -432,9 +424,9 @@ def _save_if_due(state: TrainState, callbacks: Callbacks, stop: StopRequest) -> 
     periodic = config.save_steps and step % config.save_steps == 0 and state.before_skips is None
     is_best = state.best is not None and state.best[1] == step and config.load_best_model_at_end
     signal, fault = _asked_to_stop(state, stop)
-    if last or periodic or is_best or callbacks.control.should_save or signal is not None or fault is not None:
+    if last or periodic or is_best or signal is not None or fault is not None:
         save(state)
-        callbacks("on_save")
+        _notify(state, "on_save", step)
     if signal is not None and not last:  # after the last step the stage is completed first
         raise interrupted(signal, state.stage.dir, step, state.total)
     if fault is not None and not last:

@@ -93,6 +93,10 @@ def run(
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
         else:
+            if config.report_to and here.is_main_process:
+                from .callbacks import Callbacks, trackers
+
+                observers = [*observers, Callbacks(trackers(config))]
             outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
         if stage.writes:
             save_stage(stage, outcome, own=own)

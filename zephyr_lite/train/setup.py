@@ -53,7 +53,6 @@ from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
 from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
-from .callbacks import trackers
 from .distributed import world
 from .optim import make_scheduler
 from .resume import (
@@ -101,7 +100,10 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
-    trackers(config)
+    if config.report_to:
+        from .callbacks import trackers
+
+        trackers(config)
     if config.push_to_hub:
         try:
             validate_repo_id(config.push_to_hub)

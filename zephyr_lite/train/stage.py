@@ -154,11 +154,20 @@ class Observer:
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         """Training begins, or is resumed after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
 
+    def on_step_begin(self, step: int) -> None:
+        """A step begins after ``step`` steps."""
+
     def on_step_end(self, step: int, metrics: Metrics) -> None:
         """A step is done, logged or not; ``metrics`` has the names of ``metrics.jsonl``. Must be cheap."""
 
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """A step or an evaluation was logged."""
+
     def on_evaluate(self, step: int, metrics: Metrics) -> None:
         """The held-out rows were evaluated and logged."""
+
+    def on_save(self, step: int) -> None:
+        """A checkpoint was written."""
 
     def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         """Samples were drawn and logged."""
