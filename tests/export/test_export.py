@@ -142,12 +142,6 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch, 
     assert 'pip install "zephyr-lite[plots]"' in capsys.readouterr().err
 
 
-def test_names_cannot_break_out_of_the_card():
-    assert card._text("a | b\n# <script>[!NOTE]") == "a \\| b # &lt;script&gt;\\[!NOTE]"
-    body = {"loss": {"value": 1.23456, "low": 1.0, "high": 2.0}, "by": {"n": 12345}, "name": "x", "yes": True}
-    assert list(card.leaves(body)) == [("loss", "1.235 [1, 2]"), ("by n", "12,345")]
-
-
 def test_the_chain_as_one_adapter_is_the_model_and_vllm_can_serve_it(place):
     live = open_live(place / "run")
     base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)

@@ -259,14 +259,6 @@ def test_too_little_main_memory_is_said():
     assert f"memory.host={math.ceil(needed)}GiB" in caught.value.hint
 
 
-def test_mixtures_leave_for_the_host_too():
-    job, machine = mistral("sft", "max_length=16384"), of_card(CARDS["4090"])
-    plan = make_plan(job, machine, FREE)
-    assert len(set(plan.keep)) == 2 and plan.offload > 0 and not plan.stream
-    without = make_plan(job, machine, MemorySpec(offload=False))
-    assert plan.tokens_per_second > 1.05 * without.tokens_per_second
-
-
 def test_more_tokens_at_once_than_a_step_has_are_a_step():
     plan = make_plan(mistral(), of_card(CARDS["3060"]), MemorySpec(micro_tokens=1_000_000))
     assert plan.micro_tokens == 8 * 2048
@@ -304,23 +296,6 @@ def test_a_cpu_keeps_all_and_runs_2048_tokens(monkeypatch, length):
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
     assert set(plan.keep) == {"all"} and plan.micro_tokens == max(2048, length)
     assert (plan.offload, plan.stream, plan.tile, plan.reference) == (0, False, None, "together")
-
-
-def test_on_a_cpu_what_is_offloaded_is_the_same_memory(tiny_base):
-    job = make_workload(RunConfig(max_length=512), "sft", tiny_config(), torch.float32, step_most=600)
-    machine = Machine("cpu", "the CPU", CARDS["3060"], GIB, GIB)
-    spec = MemorySpec(offload=True, stream=True)
-    plan = make_plan(job, machine, spec)
-    assert plan.micro_tokens == 600  # no more than a step has
-    both = plan.peak + sum(plan.host.values())
-    less = make_plan(job, replace(machine, free=int(both / 0.7) - 4096), spec)
-    assert less.peak + sum(less.host.values()) < both
-    little = make_plan(job, machine, spec.model_copy(update={"host": "1.2MiB"}))
-    assert sum(little.host.values()) <= 1.2 * 2**20 < sum(plan.host.values())
-    with pytest.raises(UserError, match=r"fits only with .* in main memory, and the run may take 0\.1 MiB"):
-        make_plan(job, machine, spec.model_copy(update={"host": "0.1MiB"}))
-    said = " ".join(forecast.forecast_lines(job, machine, plan, RunConfig()))
-    assert "in the same memory" in said and "locked" not in said and "and the card" not in said
 
 
 def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
@@ -571,49 +546,18 @@ def test_a_file_is_planned_for_the_stage_that_it_is_for(tmp_path):
     assert forecast.stages_of([], str(own))[0] == ("sft", "dpo")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--gpu", "3060"],
-        ["--vram", "8"],
-        ["--price", "1"],
-        ["-c", "zephyr-7b/sft"],
-        ["model_name_or_path=x"],
-        ["engine=trl"],
-    ],
-)
-def test_what_has_no_say_in_the_ladder_is_refused(capsys, words):
-    assert cli.run(["plan", "--ladder", *words]) == 2
-    assert cli.run(["plan", "sft", "--ladder"]) == 2
+@pytest.mark.parametrize("words", [["--gpu", "3060"], ["-c", "zephyr-7b/sft"], ["engine=trl"], ["sft"]])
+def test_what_the_ladder_fixes_is_refused(capsys, words):
+    assert cli.run(["plan", *words, "--ladder"]) == 2
     assert "cannot be set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ["trl", "unsloth"])
 @pytest.mark.parametrize("word", ["stream=true", "offload=false", "host=1GiB", "vram=8GiB"])
 def test_what_another_engine_does_not_read_is_refused(engine, word):
-    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} means nothing to engine {engine}"):
+    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
         load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
     load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ('{"model_type": "llama", ', "not valid JSON"),
-        ("[1, 2]", "a list"),
-        ("{}", "model_type"),
-        ({"hidden_size": "4096"}, "'hidden_size' expected int"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-    ],
-)
-def test_a_broken_configuration_is_named(said, tmp_path, content, named):
-    path = tmp_path / "config.json"
-    if isinstance(content, dict):
-        content = json.dumps({**tiny_config().to_dict(), **content})
-    path.write_text(content)
-    code, _, err = said("sft", "--gpu", "3060", f"model_name_or_path={tmp_path}")
-    assert code == 2 and str(path) in err.replace("\n", ""), err
-    assert named in " ".join(err.split())
 
 
 def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):

@@ -33,9 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and look at them as training does.")
-eval_app = typer.Typer(no_args_is_help=True, help="Is it better than the base, and than the stage before?")
-export_app = typer.Typer(no_args_is_help=True, help="Take a merged model elsewhere.")
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and show them as training sees them.")
+eval_app = typer.Typer(no_args_is_help=True, help="Evaluate a model against its base and the stage before.")
+export_app = typer.Typer(no_args_is_help=True, help="Export a merged model: GGUF, Ollama, model card, hub.")
 
 _TRAINS = ("sft", "dpo", "demo", "ablate", "reproduce")
 # set before anything heavy is imported, unless the user set it

@@ -210,15 +210,15 @@ def alpaca(
     dry_run: JobDryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score files of AlpacaEval's."""
+    """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score AlpacaEval's files."""
     if annotations is not None:
         allowed = ("annotations", "outputs", "difficulty", "out", "verbose")
         for option in ctx.command.params:
             if option.name not in allowed and ctx.params[option.name or ""] not in (None, False, (), []):
                 shown = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
                 raise UserError(
-                    f"--annotations are verdicts already: nothing is asked, and {shown} changes nothing.",
-                    "With --annotations go --outputs, --difficulty and --out.",
+                    f"--annotations only scores existing verdicts; {shown} changes nothing.",
+                    "Combine --annotations with --outputs, --difficulty and --out only.",
                 )
         _score(annotations, outputs, difficulty, out)
         return

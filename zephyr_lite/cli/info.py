@@ -13,12 +13,14 @@ def plan(
     context: Context,
     config: StageConfig = None,
     gpu: Annotated[str | None, Option(help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
-    vram: Annotated[str | None, Option(help="So much memory: 8GiB. Alone: a plain card of that size.")] = None,
+    vram: Annotated[
+        str | None, Option(help="Memory of the card, such as 8GiB. Without --gpu: a generic card of that size.")
+    ] = None,
     price: Annotated[float | None, Option(help="US dollars an hour for the card.")] = None,
     ladder: Annotated[bool, Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """What a run will take and how fast it will be, on this machine or on any card; needs neither weights nor a GPU."""
+    """Memory, time and disk that a run takes, on this machine or on any card; needs neither weights nor a GPU."""
     from ..config.resolve import resolve_run
     from ..memory.forecast import ladder_lines, planned_lines, stages_of
 
@@ -33,7 +35,7 @@ def plan(
 
 
 def env(verbose: Verbose = False) -> None:
-    """What this machine has, what is missing, and how to get it."""
+    """Show hardware and libraries, what is missing, and how to install it."""
     from .environment import survey
 
     for finding in survey():

@@ -33,7 +33,7 @@ ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings m
 
 
 def demo(
-    out: Annotated[Path, Option(callback=nameable, help="Where the demo's run and model go.")] = Path("runs/demo"),
+    out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("runs/demo"),
     verbose: Verbose = False,
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
@@ -52,13 +52,13 @@ def feedback(
     prompts: Annotated[
         str | None, Option(help="A file (also .txt, one a line), folder or hub id with prompts.")
     ] = None,
-    model: Annotated[list[str] | None, Option(help=f"{ENDPOINT}. Again for the next.")] = None,
-    judge: Annotated[str | None, Option(help="Who rates; the same forms.")] = None,
+    model: Annotated[list[str] | None, Option(help=f"{ENDPOINT}; repeatable.")] = None,
+    judge: Annotated[str | None, Option(help="The model that rates; same forms as --model.")] = None,
     out: JobOut = None,
-    split: Annotated[str | None, Option(help="Of the prompts, where there are several.")] = None,
+    split: Annotated[str | None, Option(help="Split of the prompts, if there are several.")] = None,
     column: Annotated[str | None, Option(help="The column that holds the prompt.")] = None,
-    limit: Annotated[int | None, Option(help="So many of the prompts, by a seeded draw.")] = None,
-    completions: Annotated[int | None, Option(help="For each prompt [4].")] = None,
+    limit: Annotated[int | None, Option(help="Number of prompts, drawn at random.")] = None,
+    completions: Annotated[int | None, Option(help="Completions per prompt [4].")] = None,
     principles: Annotated[
         Literal["auto", "all", "none"] | None,
         Option(
@@ -67,7 +67,9 @@ def feedback(
         ),
     ] = None,
     principles_file: Annotated[Path | None, Option(help="YAML, instead of the built-in system prompts.")] = None,
-    overall: Annotated[bool | None, Option(help="A critique and a score of 1 to 10 for each completion, too.")] = None,
+    overall: Annotated[
+        bool | None, Option(help="Also ask for a critique and a score of 1 to 10 per completion.")
+    ] = None,
     seed: JobSeed = None,
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
@@ -103,22 +105,26 @@ def feedback(
 def distill(
     ctx: Context,
     config: JobConfig = None,
-    teacher: Annotated[str | None, Option(help=f"Who answers: {ENDPOINT}.")] = None,
-    user: Annotated[str | None, Option(help="Who writes the user's turns; the teacher by default.")] = None,
+    teacher: Annotated[str | None, Option(help=f"The model that answers: {ENDPOINT}.")] = None,
+    user: Annotated[str | None, Option(help="The model that writes the user's turns; the teacher by default.")] = None,
     out: JobOut = None,
-    count: Annotated[int | None, Option(help="Dialogues; by default one for each cell of the grid (600).")] = None,
-    rounds: Annotated[int | None, Option(help="Questions and answers in one, at most [3].")] = None,
+    count: Annotated[
+        int | None, Option(help="Number of dialogues; by default one for each cell of the grid (600).")
+    ] = None,
+    rounds: Annotated[int | None, Option(help="Maximum rounds of question and answer in a dialogue [3].")] = None,
     grid: Annotated[Path | None, Option(help="YAML with topics and kinds, instead of the built-in.")] = None,
     seeds: Annotated[str | None, Option(help="Prompts shown as examples: a file, folder or hub id.")] = None,
-    split: Annotated[str | None, Option(help="Of the seeds, where there are several.")] = None,
+    split: Annotated[str | None, Option(help="Split of the seeds, if there are several.")] = None,
     column: Annotated[str | None, Option(help="The column of the seeds that holds the prompt.")] = None,
     openings: Annotated[
         Literal["grid", "seeds"] | None,
         Option(help="seeds: each seed is the first question of a dialogue, and no grid is used."),
     ] = None,
-    similarity: Annotated[float | None, Option(help="Openings this near to an earlier one are refused [0.7].")] = None,
-    tries: Annotated[int | None, Option(help="Openings asked for one dialogue, at most [4].")] = None,
-    test_share: Annotated[float | None, Option(help="Of the dialogues, held out [0.02].")] = None,
+    similarity: Annotated[
+        float | None, Option(help="Reject openings that are this similar to an earlier one [0.7].")
+    ] = None,
+    tries: Annotated[int | None, Option(help="Maximum attempts at an opening [4].")] = None,
+    test_share: Annotated[float | None, Option(help="Share of the dialogues that is held out [0.02].")] = None,
     seed: JobSeed = None,
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,

@@ -29,12 +29,12 @@ def chat(
         list[str] | None,
         Option(help="base, sft, dpo …; with --compare several \\[the one that was trained last]."),
     ] = None,
-    compare: Annotated[bool, Option("--compare", help="Ask all models, base first, from the one loaded base.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Ask all models of the run, on one loaded base.")] = False,
     vote: Annotated[
         Path | None,
-        Option(help="With --compare: hide whose answer is whose, and add your choices as pairs to FILE."),
+        Option(help="With --compare: hide the models' names, and add your choices as preference pairs to FILE."),
     ] = None,
-    prompts: Annotated[str | None, Option(help="Instead of talking: a file of prompts to answer, in batches.")] = None,
+    prompts: Annotated[str | None, Option(help="Answer a file of prompts in batches, instead of a session.")] = None,
     out: Annotated[Path | None, Option(help="With --prompts: the JSONL file to write.")] = None,
     batch_size: Annotated[int, Option(min=1, help="With --prompts: prompts at a time.")] = 8,
     system: Annotated[str | None, Option(help="The system turn; '' for none \\[the one that training used].")] = None,
@@ -143,7 +143,7 @@ def _answer_once(session: Session, question: str) -> None:
             console.complain(f"note: {'' if alone else column.model + ': '}{how}")
     console.out.file.flush()
     if stop.name is not None:
-        raise Interrupted("interrupted; the answer ends where it was")
+        raise Interrupted("interrupted; the answer is incomplete")
 
 
 def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> None:

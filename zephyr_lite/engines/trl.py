@@ -39,7 +39,7 @@ from ..model.adapters import AdapterStack
 from ..model.compose import compose
 from ..model.families import FAMILIES
 from ..model.peft_io import LoraWeights, read_adapter
-from ..train.callbacks import name_wandb_run
+from ..train.callbacks import open_wandb
 from ..train.checkpoint import resume_point
 from ..train.loop import OnMetrics, interrupted
 from ..train.optim import make_optimizer, make_scheduler
@@ -204,7 +204,7 @@ def _arguments(stage: Stage, total: int) -> dict[str, Any]:
     """The arguments that both trainers' configurations share."""
     config = stage.config
     cuda = stage.base.device.type == "cuda"
-    name_wandb_run(stage)
+    open_wandb(stage)
     evaluates = stage.eval_data is not None and config.eval_steps is not None
     keep_best = bool(config.load_best_model_at_end and evaluates)
     # transformers can only go back to a checkpoint, so evaluations are where they are written

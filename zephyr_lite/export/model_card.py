@@ -71,6 +71,11 @@ class StageFacts:
     sha256: str
     folder: Path
 
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """The last one of training."""
+        return ((self.info.get("result") or {}).get("evaluations") or [None])[-1]
+
 
 @dataclass
 class Facts:
@@ -220,18 +225,26 @@ def _find_results(facts: Facts) -> None:
 
 def card_text(facts: Facts, pictures: dict[str, str], license: str | None) -> str:
     """The card's text (``model_card.md.j2``)."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(json=json.dumps, number=_number, text=_text)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(json=json.dumps, number=_number, text=_text, setting=_setting, hub_id=hub_id)
     template = environment.from_string(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
     name, stages = facts.folder.resolve().name, facts.stages
     served, not_served = _served(facts, name)
     measured = {title: dict(leaves(facts.measure[key])) for key, title in _MERGED.items() if facts.measure.get(key)}
     measured_rows = [[title, *(told.get(key, "-") for told in measured.values())] for key, title in _MEASURED.items()]
     onto = str(facts.mark.get("onto"))
-    versions = (stages[-1].info.get("versions") or {}) if stages else {}
+    front = {
+        "library_name": "peft" if facts.adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license,
+        "base_model": facts.base_id,
+        "base_model_relation": ("adapter" if facts.adapter else "finetune") if facts.base_id else None,
+        "datasets": list(dict.fromkeys(filter(None, (hub_id(d.path) for s in stages for d in s.config.dataset)))),
+        "tags": ["zephyr-lite", "lora", *dict.fromkeys(stage.method for stage in stages), "conversational"],
+    }
     text = template.render(
         facts=facts,
-        front=_front(facts, license),
+        front=front,
         ours=OURS,
         name=name,
         version=__version__,
@@ -239,36 +252,17 @@ def card_text(facts: Facts, pictures: dict[str, str], license: str | None) -> st
         in_four_bits=any(stage.config.load_in_4bit for stage in stages),
         served=served,
         not_served=not_served,
-        held_out=[found for stage in stages if (found := _held_out(stage))],
         results=[_result(kind, told) for kind, told in facts.results.items()],
         pictures=pictures,
-        stage_names=["", *(f"{stage.name} ({stage.method})" for stage in stages)],
-        settings=_settings(stages),
-        data=[_data(stage) for stage in stages],
+        keys=(*_KEYS, *_DPO_KEYS),
+        dpo_keys=_DPO_KEYS,
         onto=_ONTO.get(onto, onto),
         measured_header=["", *measured],
         measured_rows=measured_rows if measured else [],
-        lineage=_lineage(facts),
-        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        versions=(stages[-1].info.get("versions") or {}) if stages else {},
         license=license,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def _front(facts: Facts, license: str | None) -> dict[str, Any]:
-    """The front matter for the hub."""
-    datasets = list(dict.fromkeys(filter(None, (hub_id(d.path) for s in facts.stages for d in s.config.dataset))))
-    methods = dict.fromkeys(stage.method for stage in facts.stages)
-    front = {
-        "library_name": "peft" if facts.adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "license": license,
-        "base_model": facts.base_id,
-        "base_model_relation": ("adapter" if facts.adapter else "finetune") if facts.base_id else None,
-        "datasets": datasets,
-        "tags": ["zephyr-lite", "lora", *methods, "conversational"],
-    }
-    return {key: value for key, value in front.items() if value}
 
 
 def _served(facts: Facts, name: str) -> tuple[str, str]:
@@ -282,17 +276,6 @@ def _served(facts: Facts, name: str) -> tuple[str, str]:
     if facts.base_id is None:
         line = line.replace(str(facts.mark["base"].get("name_or_path")), "PATH/TO/BASE")
     return line, ""
-
-
-def _held_out(stage: StageFacts) -> tuple[StageFacts, Any, list[list[str]]] | None:
-    """(stage, step, rows of a table) of the stage's last evaluation."""
-    found = (stage.info.get("result") or {}).get("evaluations") or [{}]
-    rows = [
-        [key.removeprefix("eval_"), _number(value)]
-        for key, value in found[-1].items()
-        if isinstance(value, int | float) and key != "step" and "second" not in key and "runtime" not in key
-    ]
-    return (stage, found[-1].get("step", "?"), rows) if rows else None
 
 
 def _result(kind: str, told: dict[str, Any]) -> dict[str, Any]:
@@ -338,53 +321,12 @@ def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield name, _number(value)
 
 
-def _settings(stages: list[StageFacts]) -> list[list[str]]:
-    rows = []
-    for key in (*_KEYS, *(_DPO_KEYS if any(stage.method == "dpo" for stage in stages) else ())):
-        cells = ["-" if key in _DPO_KEYS and s.method != "dpo" else _value(getattr(s.config, key)) for s in stages]
-        rows.append([f"`{key}`", *cells])
-    rows.append(["steps", *(_number((stage.info.get("result") or {}).get("steps")) for stage in stages)])
-    rows.append(["engine", *(stage.engine for stage in stages)])
-    return rows
-
-
-def _data(stage: StageFacts) -> tuple[StageFacts, list[str], str]:
-    """(stage, its data sets as Markdown, what became of their rows)."""
-    sources = []
-    for spec in stage.config.dataset:
-        what = [f"{key} {_text(str(value))}" for key, value in (("split", spec.split), ("limit", spec.limit)) if value]
-        what += [f"weight {spec.weight:g}"] if spec.weight != 1 else []
-        place = hub_id(spec.path)
-        named = (
-            f"[{place}](https://huggingface.co/datasets/{place})" if place else f"{_text(Path(spec.path).name)} (local)"
-        )
-        sources.append(named + (f" ({', '.join(what)})" if what else ""))
-    data = stage.info.get("data") or {}
-    told = [f"{_number(data['cut'])} cut to max_length"] if data.get("cut") else []
-    for title, key in (("left out", "dropped"), ("changed", "changed")):
-        told += [f"{title}: {_number(found.get('count'))} ({why})" for why, found in (data.get(key) or {}).items()]
-    line = (
-        f"{_number(data.get('kept'))} of {_number(data.get('read'))} rows kept, {_number(data.get('tokens'))} tokens, "
-        f"{_number(data.get('supervised'))} of them supervised"
-    )
-    return stage, sources, "; ".join([line, *told]) + "."
-
-
-def _lineage(facts: Facts) -> list[list[str]]:
-    rows = [["base", facts.base, f"`{facts.mark['base'].get('fingerprint') or '-'}`"]]
-    rows += [[stage.method, stage.name, f"`{stage.sha256}`"] for stage in facts.stages]
-    rows += [["adapter", "its run is not here", f"`{link.get('sha256')}`"] for link in facts.lost]
-    for stage in facts.stages:
-        rows.append([f"rows of {stage.name}", "-", f"`{(stage.info.get('data') or {}).get('fingerprint', '-')}`"])
-    return rows
-
-
 def _text(text: str) -> str:
     """A text as one line of Markdown: no HTML, no table cell that ends early."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("[!", "\\[!")
 
 
-def _value(value: object) -> str:
+def _setting(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -335,17 +335,15 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
         sizes = ", ".join(f"{_decimal(size)} {what}" for _, what, size in parts)
         places = ", ".join(dict.fromkeys(str(place) for place, *_ in parts))
         lines.append(f"  disk: {sizes}; {free / GB:.0f} GB are free for {places}{short}")
-    if job is not None and device.type == "cpu":
-        plan = make_plan(job, this_machine(device, dtype, config.memory), config.memory)
-        lines.append(f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)")
-        if job.run_tokens:
-            lines.append(
-                f"  time: {job.run_tokens / 1e6:.0f} M tokens, {duration(job.run_tokens / plan.tokens_per_second)}"
-            )
-        lines.append("  `zephyr-lite plan --gpu 3060` estimates it for a card; `zephyr-lite demo` is a small run")
-    elif job is not None and config.model_name_or_path in fetch:
-        # the plan is made and printed once the rows are there; but nothing is downloaded for a run that does not fit
-        make_plan(job, this_machine(device, dtype, config.memory, measure=False), config.memory)
+    if job is not None and name in fetch:
+        # the plan is printed once the rows are there; but nothing is downloaded for a run that does not fit
+        cpu = device.type == "cpu"
+        plan = make_plan(job, this_machine(device, dtype, config.memory, measure=cpu), config.memory)
+        if cpu:
+            lines.append(f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)")
+            if job.run_tokens:
+                lines.append(f"  time: about {duration(job.run_tokens / plan.tokens_per_second)} on this CPU")
+            lines.append("  `zephyr-lite plan --gpu 3060` estimates it for a card; `zephyr-lite demo` is a small run")
     return lines
 
 

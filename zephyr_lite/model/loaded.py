@@ -105,7 +105,9 @@ def find_chain(
     """The adapters of a source, not yet loaded; None for a model's folder. Arguments and errors as of ``open_live``."""
     if adapters:
         if source is not None or stage is not None:
-            raise UserError("--adapter names the chain itself; a run or a stage names one too.", "Give one of the two.")
+            raise UserError(
+                "--adapter names the chain itself; a run or a stage (--run, --stage) names one too.", "Give one."
+            )
         return chain_of_adapters(list(adapters), base)
     if source is None:
         return chain_of_run(stage=stage, base=base)

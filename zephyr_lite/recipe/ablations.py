@@ -225,11 +225,10 @@ def run_ablation(
 ) -> Ablation:
     """Train the stages that are not finished, then score every arm and the bare base.
 
-    Interrupted stages are resumed. The result is written to ``NAME.json`` and ``NAME.md`` in the table's folder (``NAME-some``
-    if arms of the file were left out).
+    The result is written to ``NAME.json`` and ``NAME.md`` in the table's folder (``NAME-some`` if arms were left out).
 
     Raises:
-        UserError: as the stages' own commands; or stages have different bases.
+        UserError: as the stages' own commands; or stages have different bases, or a finished stage or the base was changed.
     """
     stages = table.stages()
     first = stages[0]
@@ -281,11 +280,7 @@ def _check_rows(table: Table) -> None:
 
 
 def _score(table: Table) -> Ablation:
-    """Score every arm on one base, with the arms' adapters switched on and off.
-
-    Raises:
-        UserError: a stage is not finished, its adapters or the base were changed, or held-out rows cannot be read.
-    """
+    """Score every arm on one base, with the arms' adapters switched on and off."""
     chains = {arm: chain_of_run(table.run, stage=stages[-1].name) for arm, stages in table.arms.items()}
     base = load_base(table.stages()[0].loaded.config)
     for arm, chain in chains.items():
@@ -356,8 +351,8 @@ def _standard_error(values: Tensor) -> float | None:
 
 # -- the table as text -----------------------------------------------------------------------------------------------
 
-HEADER = ("arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token")
-HEADER += ("own accuracy", "own margin")
+HEADER = ["arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token"]
+HEADER += ["own accuracy", "own margin"]
 
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:

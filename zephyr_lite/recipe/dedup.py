@@ -37,20 +37,13 @@ _IS_WORD = np.array([byte > 127 or chr(byte).isalnum() for byte in range(256)])
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a list of texts.
+    """The words of a list of texts."""
 
-    Attributes:
-        hashes: uint64 [words].
-        offsets: int64 [texts + 1]: text i has the words offsets[i]:offsets[i + 1].
-        starts, ends: int64 [words]: each word's bytes in ``data``.
-        data: uint8, the texts in UTF-8, each on a line, with ``SIGNS`` replaced by spaces.
-    """
-
-    hashes: np.ndarray
-    offsets: np.ndarray
-    starts: np.ndarray
+    hashes: np.ndarray  # uint64 [words]
+    offsets: np.ndarray  # int64 [texts + 1]: text i has the words offsets[i]:offsets[i + 1]
+    starts: np.ndarray  # int64 [words]: where each word's bytes start in ``data``
     ends: np.ndarray
-    data: np.ndarray
+    data: np.ndarray  # uint8, the texts in UTF-8, each on a line, with ``SIGNS`` replaced by spaces
 
     def text(self, first: int, count: int) -> str:
         """``count`` words of one text, as they are written."""
@@ -85,11 +78,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def ngrams(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams within each text.
-
-    Returns:
-        (hashes uint64 [grams], index of each one's first word int64 [grams]), in the order of the texts.
-    """
+    """The n-grams within each text: (hashes uint64 [grams], index of each one's first word int64 [grams])"""
     count = max(0, len(words.hashes) - n + 1)
     text_of = np.repeat(np.arange(len(words.offsets) - 1), np.diff(words.offsets))
     first = np.flatnonzero(text_of[:count] == text_of[n - 1 :])
@@ -111,11 +100,7 @@ _ADDENDS = _RNG_SIGNATURES.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)
 
 
 def signatures(words: Words) -> np.ndarray:
-    """MinHash signatures of texts, of shingles of five words; a text of fewer words is the set of its words.
-
-    Returns:
-        uint16 [texts, 128]: 16 bits of each minimum; zeros for a text without words.
-    """
+    """MinHash signatures, uint16 [texts, 128], of shingles of five words; a text of fewer words is the set of its words."""
     grams, first = ngrams(words, SHINGLE)
     lengths = np.diff(words.offsets)
     text_of = np.repeat(np.arange(len(lengths)), lengths)
@@ -143,15 +128,12 @@ def first_of_equal(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def join_near(found: np.ndarray, rows: np.ndarray, threshold: float) -> np.ndarray:
-    """The groups of near duplicates among some rows.
+    """For each row (int64 [all rows]) the first row of its group of near duplicates, or itself.
 
     Args:
         found: signatures, uint16 [all rows, 128].
-        rows: int64, ascending.
+        rows: int64, ascending; others stay alone.
         threshold: the similarity from which two rows are near duplicates.
-
-    Returns:
-        int64 [all rows]: the first row of each row's group; of a row without near duplicates itself.
     """
     parent = list(range(len(found)))
 
@@ -192,17 +174,14 @@ class EvalSets:
     """The texts of evaluation sets, which must not be trained on.
 
     A turn is contaminated if it shares n words in a row with one of them; a text of fewer words has to be a whole turn.
-
-    Attributes:
-        n: words of an n-gram.
-        rows: name of a set → its number of rows.
-        grams, texts: hash of an n-gram, and hashes of all words of a text with fewer than n → the first set that has it.
     """
 
     n: int
-    rows: dict[str, int] = field(default_factory=dict)
-    grams: dict[int, str] = field(default_factory=dict)
-    texts: dict[bytes, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # of each set
+    grams: dict[int, str] = field(default_factory=dict)  # hash of an n-gram → the first set that has it
+    texts: dict[bytes, str] = field(
+        default_factory=dict
+    )  # hashes of the words of a text of fewer than n → the first set
 
     @cached_property
     def keys(self) -> np.ndarray:
@@ -232,11 +211,9 @@ def _short_texts(words: Words, n: int) -> Iterator[tuple[int, int, bytes]]:
 
 
 def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
-    """Read evaluation sets.
+    """Read evaluation sets: files (JSONL, JSON, CSV, Parquet, or text with one item a line), folders, or hub ids.
 
-    Args:
-        names: files (JSONL, JSON, CSV, Parquet, or text with one item a line), folders, or hub ids; ``NAME#SPLIT`` for one
-            split. All texts of a row count, except assistants' turns.
+    ``NAME#SPLIT`` is one split. All texts of a row count, except assistants' turns.
 
     Raises:
         UserError: a set cannot be read, or has no text of five words.

@@ -2,10 +2,9 @@
 
 As the assistant the teacher sees the dialogue and nothing else; as the user it is told what to write a message about.
 
-Dialogues are numbered, and each number belongs to a cell. In a first pass every number gets an opening; a number whose
-opening is turned down (too similar to an earlier one, unusable, without a first answer) gets another in the next pass, up to
-``tries`` times. Openings are asked for in parallel and compared in the order of their numbers, so that the result does not
-depend on which reply came first, nor on interruptions.
+Each dialogue has a number, which belongs to a cell. A number whose opening is turned down (too similar to an earlier one,
+unusable, without a first answer) gets another in the next pass, up to ``tries`` times. Openings are asked for in parallel and
+compared in the order of their numbers: the result depends neither on which reply came first nor on interruptions.
 """
 
 from __future__ import annotations
@@ -126,11 +125,7 @@ class GridFile(BaseModel):
 
 
 def read_grid(path: Path | None, seed: int) -> Grid:
-    """A grid from YAML, or the built-in one; manners and moves that it lacks are the built-in ones. ``seed``: of the order.
-
-    Raises:
-        UserError: the file cannot be read, or has another form.
-    """
+    """A grid from YAML, or the built-in one; manners and moves that it lacks are the built-in ones. ``seed``: of the order."""
     own, built_in = (validated(GridFile, read_yaml(file), str(file)) for file in (path or GRID, GRID))
     order = spread(list(own.topics), list(own.kinds), seed)
     cells = [Cell(topic, own.topics[topic] or [], kind, own.kinds[kind] or kind) for topic, kind in order]
@@ -228,11 +223,7 @@ class NotUsable(Exception):
 
 
 def read_message(text: str) -> str:
-    """The message in a reply, without reasoning, a label, a preamble or quotation marks around it.
-
-    Raises:
-        NotUsable: it is empty or too long.
-    """
+    """The message in a reply, without reasoning, a label, a preamble or quotation marks around it. Raises NotUsable."""
     text = text.rpartition("</think>")[2].strip()
     text = _PREAMBLE.sub("", text, count=1).strip()
     text = _LABEL.sub("", text, count=1).strip()
@@ -248,15 +239,11 @@ def read_message(text: str) -> str:
 async def ask_message(
     client: ModelClient, request: Request, quoted: Sequence[str] = (), turns: Sequence[str] = ()
 ) -> str:
-    """The user's message in the reply to a request.
+    """The user's message in the reply to a request. Raises NotUsable, RequestFailed, BudgetSpent.
 
     Args:
-        quoted: other texts that the request shows (examples), which the message may repeat.
-        turns: the dialogue so far, which the message may quote. The rest of the request is instruction, of which the
-            message may hold no eight words in a row.
-
-    Raises:
-        NotUsable, RequestFailed, BudgetSpent.
+        quoted, turns: examples, which the message may repeat, and the dialogue so far, which it may quote. The rest of the
+            request is instruction, of which it may hold no eight words in a row.
     """
     reply = await client.ask(request)
     if reply.finish_reason == "length":
@@ -301,9 +288,6 @@ class Openings:
 
     Two sets of similarity s share one of the first ⌊(1 - s) n⌋ + 1 elements of each, in any fixed order (Chaudhuri et al.
     2006); only openings that share such an element are compared.
-
-    Args:
-        similarity: from which a text is a near-duplicate.
     """
 
     def __init__(self, similarity: float) -> None:
@@ -332,17 +316,11 @@ class Openings:
 
 @dataclass
 class Dialogue:
-    """Turns from the user's first to the assistant's last whole answer.
+    """Turns from the user's first to the assistant's last whole answer."""
 
-    Attributes:
-        messages: {content, role}, user and assistant in turn.
-        ended: why it has fewer rounds than were asked for, or "".
-        by_budget: whether the budget was the reason.
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    ended: str = ""
-    by_budget: bool = False
+    messages: list[Message] = field(default_factory=list)  # user and assistant in turn
+    ended: str = ""  # why it has fewer rounds than were asked for
+    by_budget: bool = False  # whether the budget was the reason
 
     @property
     def rounds(self) -> int:
@@ -474,8 +452,7 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_
         back_off: of ``open_client``.
 
     Raises:
-        UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out. All replies
-            are in the request log in each case.
+        UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
     """
     claim_folder(result.out, COMMAND, config)
 

@@ -122,11 +122,7 @@ class PrinciplesFile(RootModel[dict[str, list[str]]]):
 
 
 def read_principles(path: Path | None = None) -> dict[str, list[str]]:
-    """{principle: its system prompts}, from a YAML file or the built-in one.
-
-    Raises:
-        UserError: the file cannot be read, or has no list of texts under each name.
-    """
+    """{principle: its system prompts}, from a YAML file or the built-in one."""
     path = path or PRINCIPLES
     return validated(PrinciplesFile, read_yaml(path), str(path)).root
 
@@ -279,12 +275,9 @@ class NoRow(Exception):
 async def rate_prompt(
     client: ModelClient, config: FeedbackConfig, slots: Sequence[Slot], prompt: Prompt, result: Feedback
 ) -> dict[str, Any]:
-    """Ask for the completions of a prompt, then for their ratings.
+    """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
 
     Two completions are enough for a row. An aspect whose ratings cannot be parsed is "N/A" for all of them.
-
-    Returns:
-        The row: source, instruction, models, completions, correct_answers, incorrect_answers.
 
     Raises:
         NoRow: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
@@ -384,15 +377,10 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
     """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
 
     The rows are in the prompts' order, and the same however many requests run at once and however often the job was
-    interrupted, if the servers give the same replies.
-
-    Args:
-        read: of ``read_prompts``.
-        back_off: of ``open_client``.
+    interrupted, if the servers give the same replies. ``back_off``: of ``open_client``.
 
     Raises:
-        UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out. All replies
-            are in the request log in each case.
+        UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
     """
     out = Path(config.out)
     principles = read_principles(Path(config.principles_file) if config.principles_file else None)

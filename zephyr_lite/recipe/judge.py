@@ -180,9 +180,7 @@ def _within(text: str) -> str:
 
 
 def parse_ratings(text: str, count: int, may_be_na: bool) -> list[Rating]:
-    """The ratings of the answers 1 to ``count``, in that order.
-
-    A code fence, words around the object, and reasoning before it are ignored.
+    """The ratings of the answers 1 to ``count``; a code fence, words and reasoning around the object are ignored.
 
     Raises:
         ValueError: there is no such object, an id is missing, twice or unknown, or a rating is off the scale.
@@ -202,11 +200,7 @@ def parse_overall(text: str) -> Overall:
 
 
 def _object(text: str, key: str) -> dict[str, Any]:
-    """The JSON object with the key in a text, after reasoning if there is any.
-
-    Raises:
-        ValueError: there is none, or two that differ: one may be quoted from an answer.
-    """
+    """The JSON object with the key in a text. Raises ValueError: none, or two that differ: one may be quoted from an answer."""
     for part in (text.rpartition("</think>")[2], text):  # the second: the tag may be within the object
         found = [value for value in _objects(part) if key in value]
         if found:

@@ -36,17 +36,11 @@ _LEAST_WORDS = 3  # a shorter run may be a heading
 
 @dataclass
 class Lexicon:
-    """Counts of words and pairs, and the names decided by them.
+    """Numbers of dialogues with a word or pair, and the names decided by them."""
 
-    Attributes:
-        forms: a word as it is written in the middle of a sentence → number of dialogues.
-        pairs: two neighbors with capitals, joined by a space → number of dialogues.
-        both: the same in lower case → number of dialogues that have them in any case.
-    """
-
-    forms: Counter[str] = field(default_factory=Counter)
-    pairs: Counter[str] = field(default_factory=Counter)
-    both: Counter[str] = field(default_factory=Counter)
+    forms: Counter[str] = field(default_factory=Counter)  # a word as it is written in the middle of a sentence
+    pairs: Counter[str] = field(default_factory=Counter)  # two neighbors with capitals, joined by a space
+    both: Counter[str] = field(default_factory=Counter)  # the same in lower case, written in any case
 
     @classmethod
     def learned(cls, blocks: Iterable[Sequence[Mapping[str, int]]]) -> Lexicon:
@@ -94,11 +88,7 @@ class Lexicon:
 
     @classmethod
     def load(cls, path: Path) -> Lexicon:
-        """Read a file written by ``save``.
-
-        Raises:
-            UserError: the file cannot be read, or is not a lexicon.
-        """
+        """Read a file written by ``save``."""
         hint = "Name a lexicon.txt of an earlier run."
         value = read_object(path, strict=False, hint=hint)
         if value.get("format") != FORMAT:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -29,12 +30,9 @@ _job: Callable[[Any], Any]
 
 
 def request_of(out: Path, sources: Sequence[str], **options: Any) -> str:
-    """A hash of a command's input and options, saved as ``request`` in ``report.json``.
+    """A hash of a command's options and input, saved as ``request`` in ``report.json``.
 
-    Args:
-        out: the output folder; it may be inside a source's folder.
-        sources: hub ids, or paths (``PATH#SPLIT`` too), whose files' sizes and dates are part of the hash.
-        options: all other options that the result depends on.
+    Of ``sources`` (hub ids, or paths, ``PATH#SPLIT`` too) the files' sizes and dates are part of the hash.
     """
     files = []
     for source in sources:
@@ -55,20 +53,17 @@ def check_output(
     test: float | None,
     num_proc: int | None,
 ) -> bool:
-    """Refuse an output folder that cannot be made, or contains a source or anything but an earlier result.
+    """Check a data command's output folder and options before any work.
 
     Args:
         sources: paths (or hub ids) that are read.
-        made_by: the field of ``report.json`` in an earlier result.
-        overwrite: an earlier result may be replaced.
-        request: of ``request_of``.
-        test, num_proc: the command's options, which are checked too.
+        made_by: the field of ``report.json`` in an earlier result, which ``overwrite`` allows to replace.
 
     Returns:
         Whether the folder has the result of the same request already.
 
     Raises:
-        UserError: the folder is refused, or an option is invalid.
+        UserError: the folder cannot be made, or holds a source or anything but an earlier result; an option is invalid.
     """
     if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
         raise UserError(f"test {test:g}: is neither a share below 1 nor a number of rows.", "Write --test 0.1.")
@@ -100,10 +95,11 @@ def check_output(
     )
 
 
-def shard_names(split: str, count: int, file_format: FileFormat) -> list[str]:
-    """The files of a split, named as on the hub."""
-    shards = [split] if count == 1 else [f"{split}-{n:05d}-of-{count:05d}" for n in range(count)]
-    return [f"{shard}.{file_format}" for shard in shards]
+def shards(split: str, rows: np.ndarray, most: int, file_format: FileFormat) -> list[tuple[str, np.ndarray]]:
+    """The files of a split, named as on the hub, each with at most so many of its rows."""
+    count = -(-len(rows) // most)
+    names = [split] if count == 1 else [f"{split}-{n:05d}-of-{count:05d}" for n in range(count)]
+    return [(f"{name}.{file_format}", part) for name, part in zip(names, np.array_split(rows, max(1, count)))]
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
@@ -117,12 +113,7 @@ def write_rows(path: Path, table: pa.Table) -> None:
 
 
 def in_processes(job: Callable[[Item], Result], items: Iterable[Item], processes: int, title: str) -> Iterator[Result]:
-    """``map(job, items)`` in order, with a progress bar in a terminal.
-
-    Args:
-        job: sent to each process once.
-        processes: 1 for this process alone.
-    """
+    """``map(job, items)`` in order, with a progress bar in a terminal; the job is sent to each process once."""
     items = list(items)
     bar = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
     processes = min(processes, len(items))

@@ -67,12 +67,9 @@ class Prompts:
 
 
 def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
-    """The prompts of a set, in its order, without repetitions.
+    """The prompts of a set, in its order, without repetitions; ``spec.limit`` rows are drawn by the seed.
 
     The prompt of a conversation is its first user turn. An ``input`` beside an ``instruction`` is appended, as in Alpaca.
-
-    Args:
-        seed: of the draw of ``spec.limit`` rows.
 
     Raises:
         UserError: there is no such set, no column holds prompts, or no row can be used.

@@ -101,14 +101,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def open_rows(spec: DatasetSpec, option: str) -> Source:
-    """Open a source of at least one row.
-
-    Args:
-        option: how the command line names a split, for hints; ``{}`` is the split.
-
-    Raises:
-        UserError: as ``open_source``; or there is no row.
-    """
+    """Open a source of at least one row. ``option``: how the command line names a split, ``{}`` in it, for hints."""
     try:
         rows = open_source(spec)
     except UserError as error:

@@ -140,11 +140,7 @@ _OTHER_VOICE = re.compile(
 
 
 def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
-    """The rule by which an assistant's turn refuses the user's.
-
-    Returns:
-        (the rule's name, start and end in the assistant's turn), or None.
-    """
+    """The rule by which an assistant's turn refuses the user's: (its name, start and end in the assistant's turn), or None."""
     lower = assistant.lower()
     if not lower.isascii():
         lower = lower.replace("’", "'")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..config.load import RunConfig
 from ..errors import UserError
@@ -47,10 +47,17 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
         raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
 
-def name_wandb_run(stage: Stage) -> None:
-    """Let W&B continue the stage's run, under the id in stage.json, unless the user has named another."""
-    os.environ.setdefault("WANDB_RUN_ID", f"{stage.info['id']}-{stage.config.stage}")
-    os.environ.setdefault("WANDB_RESUME", "allow")
+def open_wandb(stage: Stage) -> None:
+    """Open the stage's W&B run, or continue it under the id in stage.json; transformers' callback uses the open run."""
+    if "wandb" not in stage.config.report_to:
+        return
+    import wandb
+
+    if wandb.run is None:
+        name = f"{stage.dir.run.name}-{stage.dir.path.name}"
+        run_id = os.getenv("WANDB_RUN_ID") or f"{stage.info['id']}-{stage.dir.path.name}"
+        resume = os.getenv("WANDB_RESUME") or "allow"
+        wandb.init(project=os.getenv("WANDB_PROJECT", "huggingface"), name=name, id=run_id, resume=resume)
 
 
 class Callbacks(Observer):
@@ -85,8 +92,8 @@ class Callbacks(Observer):
             save_strategy="no",  # the loop saves and evaluates by itself
             eval_strategy="no",
         )
-        name_wandb_run(stage)
-        self.handler = CallbackHandler(list(self.callbacks), stage.stack.model, None, None, None)
+        open_wandb(stage)
+        self.handler = CallbackHandler([DefaultFlowCallback(), *self.callbacks], stage.stack.model, None, None, None)
         self.per_epoch, _ = step_schedule(config, len(stage.data.rows))
         self.state = TrainerState(max_steps=total, num_train_epochs=math.ceil(config.num_train_epochs))
         self.state.is_local_process_zero = self.state.is_world_process_zero = True
