@@ -94,7 +94,7 @@ def test_rows_of_ones_own_are_not_evaluated_on_the_recipes():
     for words in (["dataset=x.jsonl"], ["dataset.path=x.jsonl"]):
         loaded = load(*words, file="zephyr-7b/sft")
         assert loaded.config.eval_dataset == []
-        assert any("held out" in note for note in loaded.notes)
+        assert any("held-out loss" in note for note in loaded.notes)
     assert (
         load("dataset=x.jsonl", "eval_dataset=y.jsonl", file="zephyr-7b/sft").config.eval_dataset[0].path == "y.jsonl"
     )

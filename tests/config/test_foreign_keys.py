@@ -75,7 +75,7 @@ def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
         ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
         ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
         ("batch_size: 64\nper_device_train_batch_size: 4", "the batch size is set twice"),
-        ("gradient_accumulation_steps: 16", "gradient_accumulation_steps: of what micro-batch?"),
+        ("gradient_accumulation_steps: 16", "gradient_accumulation_steps needs per_device_train_batch_size"),
         ("per_device_train_batch_size: 2.5", "per_device_train_batch_size: must be whole numbers"),
         ("dataset: a/b\ndataset_name: c/d", "dataset, dataset_name: the data sets are named more than once"),
         ("dataset_name: a/b\neval_strategy: stpes", "eval_strategy: 'stpes' is none of no, steps and epoch"),

@@ -211,18 +211,6 @@ def test_dpo_in_4_bits_stands_on_the_sft_adapter(run):
     assert before.keys() == after.keys() and all(not torch.equal(before[n], after[n]) for n in before)
 
 
-def test_dpo_on_the_bare_base_and_in_float32_is_the_fused_engines_run(run):
-    assert_same_run(
-        run("dpo", "unsloth", "bare", "adapters=none")[0], run("dpo", "fused", "bare", "adapters=none")[0], 1e-4
-    )
-    for engine in ("unsloth", "fused"):
-        run("sft", engine, "wide", "load_in_4bit=false")
-    found, said = run("dpo", "unsloth", "wide", "load_in_4bit=false")
-    assert "merged into the torch.float32 base" in said
-    assert_same_run(found, run("dpo", "fused", "wide", "load_in_4bit=false")[0], 1e-4)
-    assert (found / "delta").is_dir()
-
-
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_killed_run_is_resumed(run, method):
     """As if killed after step 2's checkpoint: the rest of the run is what it was, bit for bit."""

@@ -555,7 +555,7 @@ def test_what_the_ladder_fixes_is_refused(capsys, words):
 @pytest.mark.parametrize("engine", ["trl", "unsloth"])
 @pytest.mark.parametrize("word", ["stream=true", "offload=false", "host=1GiB", "vram=8GiB"])
 def test_what_another_engine_does_not_read_is_refused(engine, word):
-    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} means nothing to engine {engine}"):
+    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
         load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
     load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
 

@@ -13,7 +13,7 @@ from tests.messages import messages_to
 from tests.train.test_optim import KINDS, parameters, train
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.atomic import MANIFEST, manifest_fault, write_manifest
+from zephyr_lite.io.atomic import MANIFEST
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train import reference
 from zephyr_lite.train.checkpoint import (
@@ -186,17 +186,6 @@ def test_nothing_is_deleted_before_the_new_one_is_on_the_disk(stage):
 # The metrics log
 
 
-def test_a_record_is_one_line_and_one_write(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.flush()  # nothing was logged yet
-    with faulty() as disk:
-        for step in (1, 2, 3):
-            log.append({"step": step, "loss": 1.0, "note": "é\n" * 5000})
-        log.flush()
-    assert [name for name, _ in disk.calls] == ["write"] * 3 + ["fsync"] * 2
-    assert len(log.path.read_bytes().splitlines()) == 3
-
-
 @pytest.mark.parametrize(
     "tail", [b'{"step": 4, "lo', b"\0" * 4096, b'{"step": 4}\n\0\0\0', b"\xff\xfe\n", b"[4]\n7\n", b"\n\n"]
 )
@@ -296,17 +285,3 @@ def test_a_damaged_reference_is_computed_again(tmp_path, computed, keep):
     assert said[-1] == f"{cache.path}: is damaged, or of other pairs; it is computed again"
     fill(cache)
     assert ReferenceCache(tmp_path, 6, rows="k").load()
-
-
-def test_a_manifest_reaches_into_subfolders_and_ignores_other_files(tmp_path):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name in ("a", "deep/b", "deep/er/c"):
-        (tmp_path / name).write_text(name)
-    write_manifest(tmp_path)
-    (tmp_path / "more").write_text("unlisted")
-    assert manifest_fault(tmp_path) is None
-    (tmp_path / "deep" / "er" / "c").write_text("deep/er/d")
-    assert manifest_fault(tmp_path, deep=False) is None
-    assert manifest_fault(tmp_path) == "deep/er/c has another hash than was written"
-    shutil.rmtree(tmp_path / "deep")
-    assert manifest_fault(tmp_path, deep=False) == "deep/b is missing"

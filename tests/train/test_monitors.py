@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from tests.messages import messages_to
-from tests.train.test_train import dpo_words, metrics, words
+from tests.train.test_train import metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.monitors import DpoCollapseMonitor, SkippedSteps
 from zephyr_lite.train.sft import SftObjective, run_sft
 
@@ -82,18 +81,6 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
     assert left_out(stage) == []
 
 
-def test_pairs_that_are_not_finite_at_the_first_step_are_no_wrong_reference(
-    tiny_base, pair_rows, tmp_path, monkeypatch
-):
-    plain = DpoObjective._sums
-    monkeypatch.setattr(DpoObjective, "_sums", lambda *args: tuple(sums * torch.nan for sums in plain(*args)))
-    with pytest.raises(UserError, match="three times in a row"):
-        run_dpo(
-            load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", save_steps=100)),
-        )
-    assert not StageDir(tmp_path / "r" / "dpo").checkpoints()  # there is none from before the first step
-
-
 def test_the_loss_scalers_search_is_no_fault_until_it_has_settled(tmp_path):
     nan, inf = float("nan"), float("inf")
 
@@ -145,14 +132,6 @@ def test_a_collapse_is_warned_of_once_with_its_cures():
 )
 def test_what_is_no_collapse_is_not_warned_of(healthy):
     assert said_by(DpoCollapseMonitor(), steps(**healthy)) == []
-
-
-def test_the_warning_reaches_the_stage(tiny_base, pair_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(DpoCollapseMonitor, "saw", lambda self, step, found: "careful" if step == 2 else None)
-    run_dpo(
-        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=3)),
-    )
-    assert StageDir(tmp_path / "r" / "dpo").info()["result"]["warnings"] == ["careful"]
 
 
 def test_the_checkpoint_from_before_skipped_steps_is_kept(loaded, tmp_path, monkeypatch):
@@ -269,21 +248,6 @@ def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
     with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
         run_sft(loaded(), on_metrics=late)
     assert StageDir(tmp_path / "run/sft").complete()
-
-
-def test_a_second_signal_ends_at_once(loaded, tmp_path, monkeypatch):
-    plain = SftObjective.loss
-
-    def twice(self, examples, step, total):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, examples, step, total)
-
-    monkeypatch.setattr(SftObjective, "loss", twice)
-    with pytest.raises(KeyboardInterrupt):
-        run_sft(loaded(save_steps=2))
-    assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-2"]
 
 
 def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path):

@@ -120,36 +120,3 @@ def test_a_parameter_that_a_checkpoint_does_not_have_keeps_its_fresh_state():
     restore_state(optimizer, [saved[0], {}, *saved[2:]], optimizer.state_dict()["param_groups"])
     steps = [state["step"].item() for state in optimizer.state.values()]
     assert steps == [1, 0, 1, 1]
-
-
-def test_the_fused_adamw_is_the_plain_one():
-    """Loshchilov & Hutter's equations, in torch's loop over parameters and in float64."""
-    config = RunConfig(learning_rate=1e-3, weight_decay=0.01)
-    found, plain, exact = parameters(), parameters(), {n: p.detach().double() for n, p in parameters().items()}
-    exact = {n: torch.nn.Parameter(p) for n, p in exact.items()}
-    kwargs = {"lr": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
-    train(make_optimizer(config, found), found, 50)
-    train(torch.optim.AdamW(plain.values(), foreach=False, **kwargs), plain, 50)
-    generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW(exact.values(), foreach=False, **kwargs)
-    for _ in range(50):
-        for parameter in exact.values():
-            parameter.grad = torch.randn(parameter.shape, generator=generator).double()
-        optimizer.step()
-    for name, value in exact.items():
-        wrong = [(p[name].double() - value).norm() / value.norm() for p in (found, plain)]
-        assert wrong[0] < 1e-5 and wrong[0] < 2 * wrong[1] + 1e-8, name
-
-
-def test_the_fused_adamw_gives_the_same_bits_for_any_number_of_threads():
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            named = {"a": torch.nn.Parameter(torch.randn(301, 333, generator=torch.Generator().manual_seed(0)))}
-            train(make_optimizer(RunConfig(learning_rate=1e-3), named), named, 3)
-            results.append(named["a"].detach())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(r, results[0]) for r in results[1:])

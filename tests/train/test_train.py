@@ -153,11 +153,6 @@ def test_a_start_that_left_no_checkpoint_does_not_bind_the_next(tiny_base, chat_
     assert StageDir(tmp_path / "r" / "sft").complete()
 
 
-def test_a_finished_stage_given_other_values_is_not_passed_over(tiny_base, chat_rows, run):
-    with pytest.raises(UserError, match="finished with another configuration"):
-        run_sft(load_config("sft", None, words(tiny_base, run, chat_rows, batch_size=1, lora_dropout=0.2)))
-
-
 def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(SftObjective, "eval_metrics", lambda self, sums: {"eval_loss": next(losses)})

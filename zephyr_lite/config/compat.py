@@ -54,8 +54,8 @@ TRANSLATED = {
     "assistant_only_loss": "loss_on",
     "completion_only_loss": "loss_on",
     "disable_dropout": "lora_dropout",
-    "model_init_kwargs": "its keys, one by one",
-    "dataset_kwargs": "its keys, one by one",
+    "model_init_kwargs": "its keys",
+    "dataset_kwargs": "its keys",
 }
 
 _ACCEPTED = {
@@ -64,12 +64,12 @@ _ACCEPTED = {
     "matrix products run in the compute dtype": "tf32",
     "the plan decides what is kept for the backward pass": "gradient_checkpointing gradient_checkpointing_kwargs "
     "activation_checkpointing activation_checkpointing_kwargs activation_offloading",
-    "the plan decides what runs at once and what is kept in memory": "auto_find_batch_size per_device_eval_batch_size "
+    "the plan chooses micro-batches and what is kept in memory": "auto_find_batch_size per_device_eval_batch_size "
     "precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps low_cpu_mem_usage device_map",
     "rows are always packed, and never see each other; batch_size counts packed rows": "packing eval_packing",
     "there is no padding": "padding_free pad_to_multiple_of pad_token",
-    "adapters are what is trained, always": "use_peft",
-    "layers are quantized one by one, and sharded over nothing": "bnb_4bit_quant_storage fsdp fsdp_config",
+    "a LoRA adapter is always trained": "use_peft",
+    "layers are quantized one by one, and not sharded": "bnb_4bit_quant_storage fsdp fsdp_config",
     "attention works over the segment table": "attn_implementation use_flash_attention_2",
     "the engine has kernels of its own": "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend "
     "torch_compile_mode",
@@ -80,7 +80,7 @@ _ACCEPTED = {
     "evaluation has its own metrics, at every eval_steps": "eval_on_start prediction_loss_only include_for_metrics "
     "batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
     "a finished stage is never overwritten; choose another output_dir or stage": "overwrite_output_dir",
-    "columns that nothing reads are always dropped": "remove_unused_columns label_names length_column_name",
+    "unused columns are always dropped": "remove_unused_columns label_names length_column_name",
     "rows are prepared before the first step, by as many processes as the machine has cores": "dataset_num_proc "
     "preprocessing_num_workers dataset_streaming streaming dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
@@ -94,12 +94,12 @@ _ACCEPTED = {
     "set save_steps; a checkpoint holds all that resuming needs": "save_strategy save_only_model save_on_each_node "
     "save_safetensors enable_jit_checkpoint",
     "an unfinished stage continues exactly where it stopped": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "a GPU is used where there is one": "use_cpu no_cuda",
+    "a GPU is used if there is one": "use_cpu no_cuda",
     "seed decides all random numbers": "full_determinism",
     "torchrun and the engine decide": "local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
     "ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers",
     "a finished stage is pushed once": "hub_strategy hub_always_push",
-    "it is the parameter of a loss or option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
+    "it is the parameter of a loss or an option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
     "ref_model_sync_steps",
 }
 ACCEPTED = {key: why for why, keys in _ACCEPTED.items() for key in keys.split()}
@@ -110,14 +110,14 @@ _DPO = "it changes the loss of DPO, and is not implemented"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ref_model_name_or_path": (
         (),
-        "there is no second model; the reference is the same base with the adapter under training turned off. Put what "
-        "belongs below it into adapters",
+        "there is no second model; the reference is the same base with the adapter under training turned off. Put "
+        "the adapters below it into adapters",
     ),
     "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
     "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
     "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
     "optim_args": (("",), "optimizers take no options but learning_rate and weight_decay"),
-    "optim_target_modules": ((), "GaLore and its like are not implemented"),
+    "optim_target_modules": ((), "GaLore and similar methods are not implemented"),
     "lr_scheduler_kwargs": (({}, ""), "a schedule takes no options; choose an lr_scheduler_type that needs none"),
     "label_smoothing_factor": ((0,), "the targets are not smoothed"),
     "neftune_noise_alpha": ((), "no noise is added to the embeddings"),
@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "greater_is_better": ((False,), "the best adapter is that of the lowest held-out loss"),
     "resume_from_checkpoint": (
         (True, False),
-        "an unfinished stage continues from its own last checkpoint; another run's adapter belongs into adapters",
+        "an unfinished stage continues from its own last checkpoint; put another run's adapter into adapters",
     ),
     "accelerator_config": (({}, ""), "accelerate's options are not read"),
     "parallelism_config": ((), "one GPU holds a whole layer; torchrun starts a process for each"),
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("",),
         "DeepSpeed is not used, and its file may set the optimizer; the plan fits the run to the card",
     ),
-    "hub_token": ((), "a file is no place for a token; run `hf auth login`"),
+    "hub_token": ((), "tokens do not belong in a file; run `hf auth login`"),
     "hub_revision": (("main",), "the adapter is pushed to the branch main"),
     "hub_model_revision": (("main",), "the adapter is pushed to the branch main"),
     "tokenizer_name_or_path": ((), "the base's own tokenizer is used, with its embeddings"),
@@ -241,9 +241,7 @@ def rename(
     elif parts and ("batch_size" in taken or "train_batch_size" in taken):
         faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
     elif parts and BATCH_PARTS[0] not in parts:
-        faults.append(
-            f"{BATCH_PARTS[1]}: of what micro-batch? Name {BATCH_PARTS[0]} too (TRL's default is 8), or batch_size alone."
-        )
+        faults.append(f"{BATCH_PARTS[1]} needs {BATCH_PARTS[0]} too (TRL's default is 8). Or set batch_size alone.")
     elif parts:
         result["batch_size"] = int(math.prod(parts.values()))
         notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
@@ -298,7 +296,7 @@ def rename(
         notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")
         result["lora_dropout"] = 0
     if file and theirs:
-        notes.append("what the file leaves out has the defaults of docs/configuration.md, not TRL's")
+        notes.append("keys that are not in the file have the defaults of docs/configuration.md, not TRL's")
         if not values.get("use_peft"):
             notes.append(
                 "the file is for full fine-tuning (no use_peft); a LoRA adapter is trained here, which usually takes ten "

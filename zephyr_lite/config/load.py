@@ -130,13 +130,13 @@ def load_config(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         keys = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
-        keys = keys or {key for key in typed if key in str(error)}  # a rule over several keys has no place
-        by_words = path is None or (keys and keys <= typed)
+        by_words = path is None or (typed and keys <= typed)
         raise UserError(_explain(error, "the command line" if by_words else str(path), values)) from None
-    for key, value in config.model_dump(mode="json").items():
-        refuse_secrets({key: value}, "the command line" if path is None or key in typed else str(path))
+    refuse_secrets(config.model_dump(mode="json"), "the configuration")
     if both := [spec.path for spec in config.eval_dataset if spec in config.dataset]:
-        notes.append(f"{', '.join(both)}: the rows of eval_dataset are trained on too, so their loss says little")
+        notes.append(
+            f"{', '.join(both)}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
+        )
     return Loaded(config, set(given), notes, path, of_others(written, own))
 
 
@@ -169,7 +169,7 @@ def _drop_default_eval(keys: set[str], given: dict[str, Any], notes: list[str]) 
     """Set ``eval_dataset`` to null for a ``dataset`` without one: the recipe's held-out rows do not belong to it."""
     if "dataset" in keys and not any(key.startswith("eval_dataset") for key in keys):
         given["eval_dataset"] = None
-        notes.append("no eval_dataset was named with this dataset, so nothing is held out")
+        notes.append("no eval_dataset is set with this dataset: the held-out loss will not be computed")
 
 
 def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> None:

@@ -242,7 +242,7 @@ class RunConfig(BaseModel):
         for key in ("vram", "host", "offload", "stream"):
             if self.engine != "fused" and getattr(self.memory, key) is not None:
                 raise ValueError(
-                    f"memory.{key} means nothing to engine {self.engine}; only memory.keep and memory.micro_tokens do"
+                    f"memory.{key} has no effect with engine {self.engine}; only memory.keep and memory.micro_tokens do"
                 )
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules is empty; name modules, or set all-linear")

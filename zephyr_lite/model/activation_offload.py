@@ -64,6 +64,20 @@ class SideStream:
             self._stream.synchronize()
 
 
+def pack(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Offset of each tensor in one block of memory, and the size of the block, in bytes."""
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return starts, end
+
+
+def views(memory: Tensor, starts: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of the same shapes and dtypes, as views of a block of memory."""
+    return [memory[start : start + t.nbytes].view(t.dtype).view(t.shape) for start, t in zip(starts, like)]
+
+
 def host_bytes(count: int, device: torch.device) -> Tensor:
     """uint8 [count] on the host, page-locked for copies to and from a GPU.
 
@@ -197,13 +211,10 @@ class ActivationOffload:
 
     def _views(self, layer: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """A view of the layer's host buffer for each tensor."""
-        starts, end = [], 0
-        for tensor in tensors:
-            starts.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        starts, size = pack(tensors)
         place = self._places.get(layer)
-        if place is None or place.numel() < end:
+        if place is None or place.numel() < size:
             self._side.finish()  # no copy may use the buffer that is freed
             self._places.pop(layer, None)
-            place = self._places[layer] = host_bytes(end, self._device)
-        return [place[start : start + t.nbytes].view(t.dtype).view(t.shape) for start, t in zip(starts, tensors)]
+            place = self._places[layer] = host_bytes(size, self._device)
+        return views(place, starts, tensors)

@@ -98,15 +98,7 @@ class AdapterStack:
         self.frozen.append(name)
         self._activate(self.names)
 
-    def add_trainable(
-        self,
-        name: str,
-        *,
-        r: int,
-        alpha: float,
-        targets: Sequence[str] | str,
-        seed: int,
-    ) -> None:
+    def add_trainable(self, name: str, *, r: int, alpha: float, targets: Sequence[str] | str, seed: int) -> None:
         """Put the trainable adapter on top: A uniform as in PEFT (Kaiming, a = √5), B zero, both float32.
 
         A is drawn on the CPU, module by module, so that it depends only on the seed.

@@ -93,7 +93,7 @@ def pickles(folder: Path) -> str:
 
 
 def in_hub_cache(folder: Path) -> bool:
-    """Whether a folder is a snapshot in the hub's cache, whose files are links into ``blobs``."""
+    """Whether a folder is a snapshot in the hub's cache: its files are links into ``blobs``."""
     return folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
 
 

@@ -48,10 +48,8 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
         model.
 
     Raises:
-        UserError: another family, or a variant that the layer does not know; in a forward pass: weights of the layers that are
-            no LoRA adapter's are trained, a hook is attached to them (as for a batch of mixed adapters), they are stored
-            otherwise than plain or in 4 bits, adapters are merged and switched off, or an attention mask is not [B, T] or,
-            with a sliding window, has holes.
+        UserError: here and in a forward pass, for what the layer would compute wrongly: another architecture, trained weights
+            that are no LoRA adapter's, hooks on the layers, other storage than plain or 4 bits, a mask that is not [B, T].
     """
     if keep not in (None, *get_args(Keep)) or scratch not in get_args(ScratchMode):
         raise UserError(
@@ -125,10 +123,7 @@ class _Fused:
         else:
             x = inputs_embeds
         if x.device.type != inner.norm.weight.device.type or x.device != inner.layers[-1].mlp.down_proj.weight.device:
-            raise UserError(
-                "fuse: the model's layers are on more than one device.",
-                'Load it with device_map={"": 0} or on the CPU.',
-            )
+            raise UserError("fuse: the model's layers are on more than one device.", 'Load it with device_map={"": 0}.')
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         windowed = any(window is not None for window in layer_windows(inner.config))
@@ -227,13 +222,9 @@ def _active_pairs(linear: Any, projection: int) -> list[LoraPair]:
         )
     if not isinstance(linear, LoraLayer):
         return []
-    if linear.merged:
-        if linear.disable_adapters:
-            raise UserError(
-                "fuse: adapters are merged into the base and switched off.", "Call unmerge_adapter() first."
-            )
-        return []
-    if linear.disable_adapters:
+    if linear.merged and linear.disable_adapters:
+        raise UserError("fuse: adapters are merged into the base and switched off.", "Call unmerge_adapter() first.")
+    if linear.merged or linear.disable_adapters:
         return []
     pairs = []
     for name in linear.active_adapters:

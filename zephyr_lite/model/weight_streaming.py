@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.nf4 import stored_tensors, weight_over
-from .activation_offload import ALIGNMENT, SideStream, host_bytes
+from .activation_offload import SideStream, host_bytes, pack, views
 from .families import PROJECTIONS
 
 
@@ -35,12 +35,20 @@ class WeightStreamer:
         self.device = device
         self._side = SideStream(device)
         layers, head = list(model.model.layers), model.lm_head.weight
-        self._layers = [(_linears(layer), *_layout(_linears(layer))) for layer in layers]
+        self._linears = [_linears(layer) for layer in layers]
+        self._starts, sizes = zip(*(pack(_stored(linears)) for linears in self._linears))
         # allocations that may be refused come before anything is moved
-        self.slabs = [host_bytes(size, device) for _, _, size in self._layers]
+        self.slabs = [host_bytes(size, device) for size in sizes]
         locked = host_bytes(head.nbytes, device).view(head.dtype).view(head.shape)
-        for layer, (linears, places, _), slab in zip(layers, self._layers, self.slabs):
-            self._move(linears, places, slab)
+        for layer, linears, starts, slab in zip(layers, self._linears, self._starts, self.slabs):
+            on_host = iter(views(slab, starts, _stored(linears)))
+            for linear in linears:
+                for name, tensor in stored_tensors(linear.weight).items():
+                    view = next(on_host)
+                    view.copy_(tensor)
+                    (linear.weight if name == "" else tensor).data = view
+                if linear.bias is not None:
+                    linear.bias.data = linear.bias.data.to(device)
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.to(device)
         head.data = locked.copy_(head.data)
@@ -68,11 +76,11 @@ class WeightStreamer:
         """Allocate the buffers when the first pass begins, which may run out of memory and be retried."""
         sizes = [max((slab.numel() for slab in self.slabs[slot::2]), default=0) for slot in range(2)]
         buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
-        self._views = {
-            linear.weight: weight_over(linear.weight, _views(linear.weight, starts, buffers[index % 2]))
-            for index, (linears, places, _) in enumerate(self._layers)
-            for linear, starts in zip(linears, places)
-        }
+        for index, (linears, starts) in enumerate(zip(self._linears, self._starts)):
+            on_device = iter(views(buffers[index % 2], starts, _stored(linears)))
+            for linear in linears:
+                tensors = {name: next(on_device) for name in stored_tensors(linear.weight)}
+                self._views[linear.weight] = weight_over(linear.weight, tensors)
         self.buffers = buffers
 
     def begin(self, layer: int, step: int) -> None:
@@ -112,37 +120,12 @@ class WeightStreamer:
         self._ready[slot] = self._side.copy([(self.buffers[slot][: slab.numel()], slab)])
         self._holds[slot] = layer
 
-    def _move(self, linears: Sequence[Any], places: Sequence[dict[str, int]], slab: Tensor) -> None:
-        """Move a layer's matrices into its slab; they become views of it."""
-        for linear, starts in zip(linears, places):
-            on_host = _views(linear.weight, starts, slab)
-            for name, tensor in stored_tensors(linear.weight).items():
-                on_host[name].copy_(tensor)
-                (linear.weight if name == "" else tensor).data = on_host[name]
-            if linear.bias is not None:
-                linear.bias.data = linear.bias.data.to(self.device)
-
-
-def _views(weight: Tensor, starts: dict[str, int], memory: Tensor) -> dict[str, Tensor]:
-    """The tensors of a matrix as views of other memory."""
-    return {
-        name: memory[starts[name] : starts[name] + t.nbytes].view(t.dtype).view(t.shape)
-        for name, t in stored_tensors(weight).items()
-    }
-
 
 def _linears(layer: Any) -> list[Any]:
     found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
     return [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in found]
 
 
-def _layout(linears: Sequence[Any]) -> tuple[list[dict[str, int]], int]:
-    """Offset of each tensor of each matrix in the layer's slab, and the slab's size."""
-    places, end = [], 0
-    for linear in linears:
-        starts = {}
-        for name, tensor in stored_tensors(linear.weight).items():
-            starts[name] = end
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        places.append(starts)
-    return places, end
+def _stored(linears: Sequence[Any]) -> list[Tensor]:
+    """All tensors of the weights of a layer."""
+    return [tensor for linear in linears for tensor in stored_tensors(linear.weight).values()]
