@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
@@ -158,8 +159,6 @@ def push_adapter(config: RunConfig, stage: StageDir) -> None:
     pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
     if not config.push_to_hub or info.get("pushed") == pushed:
         return
-    from httpx2 import HTTPError  # only an upload needs it
-
     api = HfApi()
     try:
         # a name without its owner, as in the handbook's recipes, is completed by the hub
