@@ -16,7 +16,6 @@ from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
-from ..io.sync import kept_elsewhere, open_mirror
 from ..memory.machine import peak_memory
 from ..model.compose import compose
 from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
@@ -85,11 +84,14 @@ def run(
         except StageComplete:
             if here.is_main_process:
                 done = StageDir(Path(config.output_dir) / config.stage)
-                if (mirror := open_mirror(config.sync, done)) is not None:
-                    mirror.finish()  # the network may have been away at the stage's end
+                if config.sync is not None:
+                    from ..io.sync import open_mirror
+
+                    open_mirror(config.sync, done).finish()  # the network may have been away at the stage's end
                 push_adapter(config, done)
             raise
-        held.enter_context(kept_elsewhere(stage.mirror))
+        if stage.mirror is not None:
+            held.enter_context(stage.mirror)
         own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)

@@ -30,7 +30,6 @@ from ..io.run_dir import (
     text_sha256,
     tokenizer_sha256,
 )
-from ..io.sync import open_mirror
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.plan import make_plan
@@ -246,6 +245,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     if writes:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
+    mirror = None
+    if writes and config.sync is not None:
+        from ..io.sync import open_mirror
+
+        mirror = open_mirror(config.sync, stage)
     return Stage(
         method=method,
         config=config,
@@ -260,7 +264,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         plan=plan,
         frozen=frozen,
         info=info,
-        mirror=open_mirror(config.sync, stage) if writes else None,
+        mirror=mirror,
         forget_best=forget_best,
         writes=writes,
     )
