@@ -63,8 +63,14 @@ def run(
     with ExitStack() as held:
         here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
-            from ..engines.trl import check_supported, train_on_trl
-
+            try:
+                from ..engines.trl import check_supported, train_on_trl
+            except ModuleNotFoundError as error:
+                if error.name != "trl":
+                    raise
+                raise UserError(
+                    f"engine={config.engine} needs the package trl.", 'Install it: pip install "zephyr-lite[trl]"'
+                ) from None
             check_supported(method, config)
         if here.size > 1:
             logger.info(
