@@ -193,65 +193,52 @@ def _encode(
 ) -> dict[str, list[Any]]:
     """A batch of normalised rows as arrays, counts and texts. ``cut`` is 1 for a cut example, 2 with a cut prompt."""
     names = _ARRAYS[method]
+    masks = [place for place, name in enumerate(names) if name.endswith("mask")]
     rows: list[dict[str, Any]] = []
     for where, text in zip(batch["where"], batch["row"]):
-        arrays = tuple(np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names)
-        lost = cut = 0
-        fault, row = "", json.loads(text)
-        notes: list[str] = []
+        row, notes, fault, lost, cut = json.loads(text), [], "", 0, 0
+        arrays: Any = [np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names]
+        whole: Any
+        short: Any
         try:
             if method == "sft":
-                ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
-                arrays, lost, cut = _cut_conversation(ids, mask, max_length)
+                whole = template.encode(row["messages"], loss_on, row.get("tools"), notes)
+                short = cut_conversation(*whole, max_length)[:2]
             else:
-                prompt, chosen, rejected = (row[column] for column in ("prompt", "chosen", "rejected"))
-                pair = template.encode_pair(prompt, chosen, rejected, loss_on, row.get("tools"), notes)
-                arrays, lost, cut = _cut_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
+                pair = row["prompt"], row["chosen"], row["rejected"]
+                whole = template.encode_pair(*pair, loss_on, row.get("tools"), notes)
+                short = cut_pair(whole, max_length, max_prompt_length, template.bos_token_id is not None)
+            supervised = [int(whole[place].sum()) for place in masks]
+            if not all(supervised):
+                raise RowError("no supervised token")
+            if short is None:
+                raise RowError(
+                    f"the prompt is longer than the budget: max_prompt_length {max_prompt_length} leaves no room in "
+                    f"max_length {max_length}"
+                )
+            left = [int(short[place].sum()) for place in masks]
+            if not all(left):
+                raise RowError(f"no supervised token within max_length {max_length}")
+            if method == "dpo" and np.array_equal(short.chosen_ids, short.rejected_ids):
+                raise RowError(f"chosen equals rejected within max_length {max_length}")
+            arrays, lost = short, sum(supervised) - sum(left)
+            if list(map(len, short)) != list(map(len, whole)):
+                cut = 2 if method == "dpo" and len(short[0]) < len(whole[0]) else 1
         except RowError as error:
             fault = str(error)
-        masks = [array for name, array in zip(names, arrays) if name.endswith("mask")]
-        cells = {
-            "length": sum(map(len, arrays)) - sum(map(len, masks)),
-            "supervised": sum(int(mask.sum()) for mask in masks),
-            "lost": lost,
-            "cut": cut,
-            "where": where,
-            "fault": fault,
-            "note": "\n".join(dict.fromkeys(notes)),
-        }
-        rows.append(dict(zip(names, arrays)) | cells)
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _cut_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[tuple[np.ndarray, ...], int, int]:
-    """((ids, mask), supervised tokens lost, 1 if it was cut)."""
-    if not mask.any():
-        raise RowError("no supervised token")
-    short, short_mask, lost = cut_conversation(ids, mask, max_length)
-    if not short_mask.any():
-        raise RowError(f"no supervised token within max_length {max_length}")
-    return (short, short_mask), lost, int(len(ids) > max_length)
-
-
-def _cut_pair(
-    pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool
-) -> tuple[tuple[np.ndarray, ...], int, int]:
-    """(the pair's arrays, supervised tokens lost, 0: whole, 1: cut, 2: with a cut prompt)."""
-    if not (pair.chosen_mask.any() and pair.rejected_mask.any()):
-        raise RowError("no supervised token")
-    short = cut_pair(pair, max_length, max_prompt_length, keeps_first)
-    if short is None:
-        raise RowError(
-            f"the prompt is longer than the budget: max_prompt_length {max_prompt_length} leaves no room in "
-            f"max_length {max_length}"
+        rows.append(
+            dict(zip(names, arrays))
+            | {
+                "length": sum(map(len, arrays)) - sum(len(arrays[place]) for place in masks),
+                "supervised": sum(int(arrays[place].sum()) for place in masks),
+                "lost": lost,
+                "cut": cut,
+                "where": where,
+                "fault": fault,
+                "note": "\n".join(dict.fromkeys(notes)),
+            }
         )
-    if not (short.chosen_mask.any() and short.rejected_mask.any()):
-        raise RowError(f"no supervised token within max_length {max_length}")
-    if np.array_equal(short.chosen_ids, short.rejected_ids):
-        raise RowError(f"chosen equals rejected within max_length {max_length}")
-    before, after = (int(p.chosen_mask.sum() + p.rejected_mask.sum()) for p in (pair, short))
-    cut = 0 if short is pair else 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
-    return tuple(short), before - after, cut
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _fingerprint(table: datasets.Dataset, method: Method, template: ChatTemplate) -> str:
