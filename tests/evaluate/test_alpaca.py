@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chat_server import Act, ChatServer, Seen, error, ok
+from tests.chat_server import Act, ChatServer, Seen, ok
 from zephyr_lite.cli import app as cli
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.alpaca_eval import (
@@ -227,31 +227,3 @@ def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: 
         assert "10 of 12 instructions, answered by old; --outputs have no answer to 2 others" in capsys.readouterr().out
     body = json.loads((tmp_path / "out" / "alpaca-limit-10.json").read_text())["models"]["new"]  # of 12
     assert body["n_total"] == 10 and body["n_draws"] >= 3
-
-
-def test_what_fails_is_left_out_and_what_was_answered_is_not_asked_again(tmp_path: Path, capsys) -> None:
-    out = tmp_path / "out"
-
-    def moody(seen: Seen) -> Act:
-        if seen.body["model"] == "judge" and "Do 3." in seen.question:
-            return ok("Both, somehow.")
-        return error(400, "too rude") if seen.question == "Do 5." else script(seen)
-
-    with ChatServer(moody) as server:
-        words = ["--judge", f"{server.url}#judge,concurrency=1", "--model", f"{server.url}#a,concurrency=1"]
-        words += ["--instructions", baseline(tmp_path), "--out", out]
-        server.script = lambda seen: moody(seen) if seen.number < 9 else error(401, "who are you?")
-        assert run(*words) == 2 and not (out / "alpaca.json").exists()
-        before = [json.dumps(s.body, sort_keys=True) for s in server.seen[:9]]
-        server.seen.clear()
-        server.script = moody
-        assert run(*words) == 0
-        assert "note: a: left out: " in capsys.readouterr().out
-        after = [json.dumps(s.body, sort_keys=True) for s in server.seen]
-    answered = {b for b in before if "Do 3." not in b and '"Do 5."' not in b}
-    assert not answered & set(after)
-    body = json.loads((out / "alpaca.json").read_text())["models"]["a"]
-    assert body["n_total"] == 10 and body["n_left_out"] == 1 and body["n_not_answered"] == 1
-    assert body["why_left_out"] == {"no verdict: unreadable reply": 1, "no answer: HTTP 400": 1}
-    rows = json.loads((out / "alpaca" / "a" / "annotations.json").read_text())
-    assert [row["preference"] for row in rows if row["instruction"] == "Do 3."] == [None] and len(rows) == 11

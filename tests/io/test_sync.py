@@ -51,7 +51,6 @@ def test_the_newest_and_the_best_are_copied_completely(tmp_path):
     before = there(copy)
     shutil.rmtree(tmp_path / "drive")  # a place that lost everything gets all of it again
     assert mirror.finish(10) and there(copy) == before and mirror.busy() == frozenset()
-    mirror.close()
 
 
 def test_an_old_copy_is_deleted_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
@@ -90,7 +89,6 @@ def test_a_slow_place_gets_the_latest_and_what_is_being_copied_is_busy(tmp_path,
     go.set()
     assert mirror.finish(10) and mirror.busy() == frozenset()
     assert copied == ["checkpoint-2", "checkpoint-8"]
-    mirror.close()
 
 
 def test_a_full_place_is_reported_once_and_made_up_for(tmp_path, monkeypatch, said):
@@ -109,7 +107,6 @@ def test_a_full_place_is_reported_once_and_made_up_for(tmp_path, monkeypatch, sa
     assert not list((tmp_path / "drive" / "a" / "sft").glob("*checkpoint*"))
     monkeypatch.setattr(sync_file, "_copy_folder", plain)
     assert mirror.finish(10) and "is up to date again" in said[-1]
-    mirror.close()
 
 
 def test_a_damaged_checkpoint_does_not_replace_a_good_copy(tmp_path, said):

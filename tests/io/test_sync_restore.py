@@ -50,7 +50,6 @@ def synced(tmp_path):
         stage.checkpoint(step)
         mirror.changed(2)
         assert mirror.finish(10)
-    mirror.close()
     return stage
 
 

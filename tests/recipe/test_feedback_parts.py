@@ -24,6 +24,7 @@ from zephyr_lite.recipe.judge import (
 from zephyr_lite.recipe.prompts import PromptsSpec, read_prompts
 
 URL = "http://127.0.0.1:9/v1"
+BASE = {"prompts": "p.txt", "models": [f"{URL}#a"], "judge": f"{URL}#j", "out": "o"}
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -99,15 +100,7 @@ def slots_of(
     prompt_id: str, *models: str | EndpointSpec, use: str = "auto", texts: dict | None = None, **keys: object
 ) -> list[Slot]:
     specs = [EndpointSpec(url=URL, model=model) if isinstance(model, str) else model for model in models]
-    values = {
-        "prompts": "p.txt",
-        "models": specs,
-        "judge": f"{URL}#j",
-        "out": "o",
-        "seed": 1,
-        "principles": use,
-        **keys,
-    }
+    values = {**BASE, "models": specs, "seed": 1, "principles": use, **keys}
     return draw_slots(FeedbackConfig.model_validate(values), texts or PRINCIPLES, prompt_id)
 
 
@@ -181,7 +174,7 @@ GOOD = json.dumps({"ratings": [entry(2, 5), entry(1, "3")]})
         f"Here you are:\n{GOOD}\nI hope this helps {{smile}}.",
         f'<think>maybe {{"ratings": []}}?</think>\n{GOOD}',
         f'{{"note": 1}} {GOOD}',
-        json.dumps({"ratings": [entry("1", 3.0), entry(2.0, "5 ".strip())], "more": 1}),
+        json.dumps({"ratings": [entry("1", 3.0), entry(2.0, "5")], "more": 1}),
     ],
 )
 def test_ratings_are_read_in_the_answers_order(text: str) -> None:
@@ -223,9 +216,6 @@ def test_the_form_handed_back_unfilled_is_not_a_rating() -> None:
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------
-
-
-BASE = {"prompts": "p.txt", "models": [f"{URL}#a"], "judge": f"{URL}#j", "out": "o"}
 
 
 def test_options_go_over_the_file(tmp_path: Path) -> None:
@@ -280,12 +270,6 @@ def test_shipped_files_are_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert settings.endpoints() and settings.budget.requests
 
 
-# -- order among tasks -----------------------------------------------------------------------------------------------
-
-
-# -- files and the meter ---------------------------------------------------------------------------------------------
-
-
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     config = load_settings(FeedbackConfig, None, BASE)
     (tmp_path / "a").mkdir()
@@ -320,17 +304,6 @@ def test_an_answer_cannot_pretend_to_be_another() -> None:
         assert lines.count("[End of the instruction]") == 1 and "\\[Answer 2]" in told
     plain = "a[0] and [Answers] in [brackets]"
     assert plain in aspect_messages(ASPECTS[0], plain, ["a", "b"])[1]["content"]
-
-
-def test_a_value_where_the_file_should_have_a_mapping_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    for text, options in (("budget: 5", {"budget.requests": 3}), ("prompts: [a.txt]", {"prompts.split": "x"})):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"expected `key: value` lines, found (int|list)"):
-            load_settings(FeedbackConfig, str(path), options)
-    path.write_text(f"out: o\nprompts: p.txt\njudge: {URL}#j\nmodels: {URL}#a\nmodel: 3\n")
-    with pytest.raises(UserError, match="did you mean 'models'"):
-        load_settings(FeedbackConfig, str(path), {})
 
 
 def test_a_prompt_that_begins_with_data_is_a_prompt(tmp_path: Path) -> None:

@@ -22,31 +22,15 @@ SOURCES = ("evol_instruct", "flan", "sharegpt")
 
 
 def raw_rows(count: int, first: int = 0) -> list[dict]:
-    """Rows in the whole schema of openbmb/UltraFeedback."""
+    """Rows in the schema of openbmb/UltraFeedback."""
     rng = random.Random(first)
     rows = []
     for i in range(first, first + count):
-        completions = []
-        for j in range(4):
-            made = completion(
-                f"answer {j} to {i} — ünïcode\u2028", [rng.choice("12345") for _ in range(4)], float(j + 1)
-            )
-            made["annotations"]["truthfulness"] |= {"Type": ["1", "2"], "Rationale For Rating": "…"}
-            made |= {
-                "principle": "honesty",
-                "custom_system_prompt": "Be honest.",
-                "critique": "…",
-                "fine-grained_score": 3.0,
-            }
-            completions.append(made)
-        rows.append(
-            {
-                **row(f"question {i}?", *completions, source=SOURCES[i % 3]),
-                "models": ["m"] * 4,
-                "correct_answers": ["None"],
-                "incorrect_answers": ["None"],
-            }
-        )
+        ratings = [[rng.choice("12345") for _ in range(4)] for _ in range(4)]
+        completions = [completion(f"answer {j} to {i} — ünïcode\u2028", r, j + 1.0) for j, r in enumerate(ratings)]
+        for made in completions:
+            made |= {"custom_system_prompt": "Be honest.", "critique": "…", "fine-grained_score": 3.0}
+        rows.append(row(f"question {i}?", *completions, source=SOURCES[i % 3]) | {"correct_answers": ["None"]})
     return rows
 
 
@@ -60,8 +44,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 def invoke(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: object) -> tuple[int, str, str]:
-        code = cli.run(["data", "pairs", *map(str, words)])
+    def run(words: str) -> tuple[int, str, str]:
+        code = cli.run(["data", "pairs", *words.split()])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -70,11 +54,10 @@ def invoke(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(invoke, tmp_path):
-    def run(*words: object, says: tuple[str, ...]) -> None:
+    def run(words: str, *says: str) -> None:
         before = sorted(tmp_path.rglob("*"))
-        code, out, err = invoke(*words)
-        assert code == 2, out + err
-        assert err.startswith("error: ")
+        code, out, err = invoke(words)
+        assert code == 2 and err.startswith("error: "), out + err
         for text in says:
             assert text in err, err
         assert sorted(tmp_path.rglob("*")) == before
@@ -93,16 +76,11 @@ def read(folder: Path, split: str = "train_prefs") -> list[dict]:
 def test_a_folder_that_dpo_and_sft_read(invoke, tmp_path, file_format):
     raw = raw_rows(60)
     write(tmp_path / "raw.jsonl", raw)
-    code, out, err = invoke("raw.jsonl", "--out", "out", "--format", file_format, "--rejected", "worst", "--test", "10")
+    code, out, err = invoke(f"raw.jsonl --out out --format {file_format} --rejected worst --test 10")
     assert code == 0, err
     assert "Next: zephyr-lite dpo dataset.path=out dataset.split=train_prefs" in out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"train_prefs.{file_format}",
-        f"test_prefs.{file_format}",
-        "report.json",
-        "report.md",
-        "dropped.tsv",
-    }
+    splits = {f"{split}_prefs.{file_format}" for split in ("train", "test")}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*splits, "report.json", "report.md", "dropped.tsv"}
     train, test = read(tmp_path / "out"), read(tmp_path / "out", "test_prefs")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(test) == report["test"] == 10 and len(train) == report["train"] == report["pairs"] - 10
@@ -149,7 +127,7 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
         each["more"] = 1
         each["completions"][0]["overall_score"] = 3
     write(clone / "flan.jsonl", again)
-    code, out, err = invoke(clone, "--out", "out", "--rejected", "worst", "--test", "0")
+    code, out, err = invoke(f"{clone} --out out --rejected worst --test 0")
     assert code == 0, err
     assert "left out, source is truthful_qa: 3 (" in out and "truthful_qa.jsonl row 1" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -259,20 +237,20 @@ def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
 
 def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
     write(tmp_path / "raw.jsonl", raw_rows(10))
-    assert invoke("raw.jsonl", "--out", "out")[0] == 0
-    code, said, _ = invoke("raw.jsonl", "--out", "out", "--num-proc", "1")
+    assert invoke("raw.jsonl --out out")[0] == 0
+    code, said, _ = invoke("raw.jsonl --out out --num-proc 1")
     assert code == 0 and said.startswith("out is complete already.") and "Next: zephyr-lite dpo" in said
-    refused("raw.jsonl", "--out", "out", "--seed", "1", says=("out holds a set that zephyr-lite data pairs made",))
+    refused("raw.jsonl --out out --seed 1", "out holds a set that zephyr-lite data pairs made")
     write(tmp_path / "raw.jsonl", raw_rows(11))
-    refused("raw.jsonl", "--out", "out", says=("of other files", "--overwrite"))
-    assert invoke("raw.jsonl", "--out", "out", "--overwrite", "--format", "jsonl")[0] == 0
+    refused("raw.jsonl --out out", "of other files", "--overwrite")
+    assert invoke("raw.jsonl --out out --overwrite --format jsonl")[0] == 0
     assert not list((tmp_path / "out").glob("*.parquet"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    refused("raw.jsonl", "--out", "mine", "--overwrite", says=("mine exists and holds other things (thesis.txt)",))
-    refused("raw.jsonl", "--out", ".", "--overwrite", says=("would replace",))
-    refused("raw.jsonl", "--out", "raw.jsonl", says=("is a file",))
-    refused("raw.jsonl", "--out", "raw.jsonl/below", says=("raw.jsonl/below: cannot be made",))
+    refused("raw.jsonl --out mine --overwrite", "mine exists and holds other things (thesis.txt)")
+    refused("raw.jsonl --out . --overwrite", "would replace")
+    refused("raw.jsonl --out raw.jsonl", "is a file")
+    refused("raw.jsonl --out raw.jsonl/below", "raw.jsonl/below: cannot be made")
 
 
 def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
@@ -288,43 +266,41 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("words", "says"),
     [
-        (
-            {"prompt": "q", "chosen": "a", "rejected": "b"},
-            ("columns prompt, chosen, rejected", "zephyr-lite dpo dataset.path=raw.jsonl"),
-        ),
-        ({"messages": [{"role": "user", "content": "q"}]}, ("columns messages", "zephyr-lite feedback")),
-        ({"question": "q", "answers": ["a"]}, ("columns question, answers", "instruction and completions")),
+        ("raw.jsonl --margin 1", "--rejected margin"),
+        ("raw.jsonl --rejected margin --margin 0", "above 0"),
+        ("raw.jsonl --rejected margin --margin 9", "no pair is left of 4"),
+        ("scoreless.jsonl --chosen-by overall", "--chosen-by mean"),
+        ("raw.jsonl --test 1.5", "test 1.5"),
+        ("raw.jsonl --test -1", "test -1"),
+        ("raw.jsonl --test 400", "holds out all"),
+        ("raw.jsonl --test 0.9999999", "holds out all"),
+        ("raw.jsonl --num-proc 0", "num-proc"),
+        ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
+        ("raw.jsonl --exclude nowhere.txt", "nowhere.txt"),
+        ("raw.jsonl --exclude empty.txt", "empty.txt: no question"),
+        ("raw.jsonl --exclude numbers.jsonl", "columns number"),
+        ("raw.jsonl --exclude two", "--exclude two:train"),
+        ("two", "--split train"),
+        ("broken.jsonl", "broken.jsonl line 2"),
+        ("pairs.jsonl", "zephyr-lite dpo dataset.path=pairs.jsonl"),
+        ("chats.jsonl", "zephyr-lite feedback"),
+        ("numbers.jsonl", "columns number"),
     ],
 )
-def test_another_schema_is_named_with_what_to_do(refused, tmp_path, columns, says):
-    write(tmp_path / "raw.jsonl", [columns])
-    refused("raw.jsonl", "--out", "out", says=says)
-
-
-def test_wrong_arguments_and_inputs(refused, tmp_path):
-    write(tmp_path / "raw.jsonl", raw_rows(4))
+def test_wrong_arguments_and_inputs(refused, tmp_path, words, says):
+    rows = raw_rows(4)
+    write(tmp_path / "raw.jsonl", rows)
+    for split in ("train", "test"):
+        write(tmp_path / "two" / f"{split}.jsonl", rows)
+    for each in rows:
+        for made in each["completions"]:
+            made["overall_score"] = None
+    write(tmp_path / "scoreless.jsonl", rows)
     (tmp_path / "empty.txt").write_text("\n?\n")
     write(tmp_path / "numbers.jsonl", [{"number": 1}])
-    refused("raw.jsonl", "--out", "out", "--margin", "1", says=("--margin 1", "--rejected margin"))
-    refused("raw.jsonl", "--out", "out", "--rejected", "margin", "--margin", "0", says=("above 0",))
-    refused(
-        "raw.jsonl", "--out", "out", "--rejected", "margin", "--margin", "9", says=("no pair is left of 4", "row 1")
-    )
-    rows = raw_rows(2)
-    for each in rows[0]["completions"] + rows[1]["completions"]:
-        each["overall_score"] = None
-    write(tmp_path / "rated.jsonl", rows)
-    refused("rated.jsonl", "--out", "out", "--chosen-by", "overall", says=("fewer than two rated", "--chosen-by mean"))
-    refused("raw.jsonl", "--out", "out", "--test", "1.5", says=("test 1.5",))
-    refused("raw.jsonl", "--out", "out", "--test", "-1", says=("test -1",))
-    refused("raw.jsonl", "--out", "out", "--test", "400", says=("holds out all", "a share"))
-    refused("raw.jsonl", "--out", "out", "--test", "0.9999999", says=("holds out all", "--test 0.05"))
-    refused("raw.jsonl", "--out", "out", "--num-proc", "0", says=("num-proc 0",))
-    refused("nowhere.jsonl", "--out", "out", says=("nowhere.jsonl: there is no such file",))
-    refused("raw.jsonl", "--out", "out", "--exclude", "nowhere.txt", says=("nowhere.txt",))
-    refused("raw.jsonl", "--out", "out", "--exclude", "empty.txt", says=("empty.txt: no question",))
-    refused("raw.jsonl", "--out", "out", "--exclude", "numbers.jsonl", says=("columns number", "question"))
+    write(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "completions": []}\n{"instruction"\n')
-    refused("broken.jsonl", "--out", "out", says=("broken.jsonl line 2",))
+    refused(f"{words} --out out", says)

@@ -8,7 +8,6 @@ from typing import Any
 from peft import PeftConfig
 
 from ..io.run_dir import StageDir, newest_run
-from ..io.sync import newest_there, restore
 from .load import Loaded, Method, load_config
 from .schema import RunConfig
 from .strict_yaml import read_yaml
@@ -48,14 +47,18 @@ def resolve_run(
     named = {word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides}
     if method == "dpo" and "output_dir" not in named and not (file and "output_dir" in loaded.given):
         run, where = newest_run(runs_root, stage_complete="sft"), ""
-        if run is None and fetch and loaded.config.sync:
+        if run is None and fetch and loaded.config.sync is not None:
+            from ..io.sync import newest_there
+
             name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
             run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
         if run is not None:
             _set(loaded, output_dir=str(run))
             loaded.given.add("output_dir")
             loaded.notes.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
-    if fetch:
+    if fetch and loaded.config.sync is not None:
+        from ..io.sync import restore
+
         restore(loaded.config.sync, StageDir(Path(loaded.config.output_dir) / loaded.config.stage))
     if method == "sft" or loaded.config.adapters != []:
         return loaded

@@ -103,23 +103,21 @@ def claim(folder: Path) -> None:
 
 
 def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> list[Part]:
-    begun, out, config = time.monotonic(), folder / "run", loaded.config
+    begun, out = time.monotonic(), folder / "run"
+    config, needs_sft = on_what(loaded) if method == "dpo" else (loaded.config, False)
     stage, merged, asked, answer = (
         StageDir(out / method),
         folder / "merged",
         folder / "asked.txt",
         folder / "answer.txt",
     )
-    write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
     # (name, command, how it is run, its result in words)
     commands: list[tuple[str, list[str], dict[str, Any], Callable[[], str]]] = []
-    if method == "dpo":
-        config, needs_sft = on_what(loaded)
-        write_text(folder / "dpo.yaml", dump_config(small_stage(config, "dpo", out)))
-        if needs_sft:
-            write_text(folder / "sft.yaml", dump_config(stage_below(config, out, folder / "chosen.jsonl")))
-            words = ["sft", "--config", str(folder / "sft.yaml")]
-            commands.append(("an SFT stage below", words, {}, lambda: "on chosen answers; the run has none yet"))
+    if needs_sft:
+        write_text(folder / "sft.yaml", dump_config(stage_below(config, out, folder / "chosen.jsonl")))
+        words = ["sft", "--config", str(folder / "sft.yaml")]
+        commands.append(("an SFT stage below", words, {}, lambda: "on chosen answers; the run has none yet"))
+    write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
     words = [method, "--config", str(folder / f"{method}.yaml")]
     kill = {"kill_when": (stage.path / f"checkpoint-{KILLED_AFTER}").is_dir}
     commands.append((f"train, {KILLED_AFTER} steps", words, kill, lambda: "killed there (SIGKILL), as by a power cut"))

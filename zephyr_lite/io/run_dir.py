@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,35 +28,13 @@ FORMAT = 1
 TO_GO_ON = ("method", "base.name_or_path", "base.fingerprint", "adapters", "data.fingerprint")
 
 
-@dataclass(frozen=True)
 class StageDir:
-    """One stage's folder, ``output_dir/stage``."""
+    """One stage's folder, ``output_dir/stage``, and the places in it."""
 
-    path: Path
-
-    @property
-    def run(self) -> Path:
-        return self.path.parent
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def delta(self) -> Path:
-        return self.path / "delta"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
+    def __init__(self, path: Path) -> None:
+        self.path, self.run = path, path.parent
+        self.adapter, self.delta = path / "adapter", path / "delta"
+        self.config, self.metrics, self.samples = path / "config.yaml", path / "metrics.jsonl", path / "samples.jsonl"
 
     @property
     def own(self) -> Path:

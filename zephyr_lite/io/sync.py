@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RETRY = 15.0  # seconds between attempts of ``finish``
 ATTEMPTS = 12  # of ``finish``: the machine may be rented
+AFTER_INTERRUPT = 60.0  # seconds that a copy may take after an interrupt
 SQUASH_EVERY = 20  # commits: the history of deleted checkpoints counts towards the account's storage
 # a stage's files beside stage.json that are copied
 FILES = ("*.jsonl", "reference-*.safetensors", "config.yaml", "lengths.json", "report.html")
@@ -159,7 +160,8 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 class Mirror:
     """Copies a stage to a place in the background: the newest and the best checkpoint. Only ``finish`` waits. A copy that
-    fails is logged once, and the next checkpoint's copy makes up for it.
+    fails is logged once, and the next checkpoint's copy makes up for it. A stage is trained and saved within it as a
+    context; at the end, and when it is interrupted, its last state is copied too.
 
     Args:
         place: where to.
@@ -176,6 +178,18 @@ class Mirror:
         self._others_sent = self._closed = False
         self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.finish()
+        elif isinstance(error, Interrupted | UserError | OSError):
+            self.finish(AFTER_INTERRUPT)
+        self._closed = True  # a copy that is not complete does not appear there
+        if self._thread is not None:
+            self._thread.join(timeout=2)
 
     def changed(self, best: int | None) -> None:
         """A checkpoint was written: copy the newest, and the best one (a step, or None). If the place is slower than
@@ -215,12 +229,6 @@ class Mirror:
         )
         return False
 
-    def close(self) -> None:
-        """Copy nothing more; a copy that is not complete does not appear there."""
-        self._closed = True
-        if self._thread is not None:
-            self._thread.join(timeout=2)
-
     def _push(self, wanted: tuple[str, ...]) -> None:
         with self._one_at_a_time:
             if wanted is not self._wanted or self._closed:  # a newer copy waits
@@ -248,45 +256,23 @@ class Mirror:
         self._others_sent = True
 
 
-def open_mirror(sync: str | None, stage: StageDir) -> Mirror | None:
-    """The mirror of a stage at the place that ``sync`` names; None: no place.
+def open_mirror(sync: str, stage: StageDir) -> Mirror:
+    """The mirror of a stage at the place that ``sync`` names.
 
     Raises:
         UserError: ``sync`` names no place.
     """
-    return None if sync is None else Mirror(place_of(sync, stage.run), stage)
+    return Mirror(place_of(sync, stage.run), stage)
 
 
-@contextmanager
-def kept_elsewhere(mirror: Mirror | None, *, after_interrupt: float = 60.0) -> Iterator[None]:
-    """A stage is trained and saved within; at the end, and when it is interrupted, its last state is copied too.
-
-    Args:
-        after_interrupt: seconds that the copy may take after an interrupt.
-    """
-    if mirror is None:
-        yield
-        return
-    try:
-        yield
-        mirror.finish()
-    except (Interrupted, UserError, OSError):
-        mirror.finish(after_interrupt)
-        raise
-    finally:
-        mirror.close()
-
-
-def restore(sync: str | None, stage: StageDir) -> None:
+def restore(sync: str, stage: StageDir) -> None:
     """Fetch what the place has of a run and this machine lacks: complete stages, and of ``stage`` the newest and the
-    best checkpoint. Does nothing without ``sync``, or if the files here are as new.
+    best checkpoint. Does nothing if the files here are as new.
 
     Raises:
         UserError: the place has another run of this name; the stage is not here and the place cannot be read; all
             checkpoints there are damaged; another process works on the run.
     """
-    if sync is None:
-        return
     place, name = place_of(sync, stage.run), stage.run.resolve().name
     with alone(stage.run):
         sweep(stage.run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -41,6 +41,13 @@ SAVING = 0.1
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 
+_WORDS: dict[Keep, str] = {
+    "all": "everything that a matrix product computed",
+    "attention": "layer inputs and the attention's output, the rest is recomputed",
+    "input": "layer inputs, the rest is recomputed",
+}
+
+
 @dataclass(frozen=True)
 class Plan(ExecutionConfig):
     """Execution settings with their predicted numbers; part of stage.json, so that a resumed run makes the same sums."""
@@ -73,10 +80,10 @@ class Plan(ExecutionConfig):
 
     def lines(self) -> list[str]:
         """The settings in words."""
-        said = [
-            f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token: "
-            f"{kept_in_words(self.keep)}"
-        ]
+        kept, last = _WORDS[self.keep[0]], self.keep[-1]
+        if (count := self.keep.count(self.keep[0])) < len(self.keep):
+            kept += f" (layers 1 to {count}); {_WORDS[last]} (the last {len(self.keep) - count})"
+        said = [f"{self.micro_tokens:,} tokens at once, {self.bytes_per_token / 2**20:.2f} MiB kept a token: {kept}"]
         if self.offload:
             which = "all layers" if self.offload == len(self.keep) else f"the first {self.offload} layers"
             said.append(f"activations of {which} are in main memory between the two passes")
@@ -89,21 +96,6 @@ class Plan(ExecutionConfig):
         if self.reference == "own":
             said.append("the reference runs in a pass of its own")
         return said
-
-
-_WORDS: dict[Keep, str] = {
-    "all": "everything that a matrix product computed",
-    "attention": "layer inputs and the attention's output, the rest is recomputed",
-    "input": "layer inputs, the rest is recomputed",
-}
-
-
-def kept_in_words(keep: Sequence[Keep]) -> str:
-    first, last = keep[0], keep[-1]
-    if first == last:
-        return _WORDS[first]
-    count = keep.count(first)
-    return f"{_WORDS[first]} (layers 1 to {count}); {_WORDS[last]} (the last {len(keep) - count})"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -81,7 +82,7 @@ class Progress:
         evaluations: all evaluations, with ``step``.
         sample: the last sample, or None.
         losses, margins: one value a step.
-        first, recent: losses of the first steps, and metrics of the last ones.
+        recent: metrics of the last ``RECENT`` steps.
         start: the loss of step 1, if it was logged.
         at_100: the mean loss of the ``RECENT`` steps up to step 100.
         lock: to be held while several of these are read.
@@ -95,7 +96,6 @@ class Progress:
         self.sample: Sample | None = None
         self.losses: list[float] = []
         self.margins: list[float] = []
-        self.first: list[float] = []
         self.recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
         self.start: float | None = None
         self.at_100: float | None = None
@@ -121,8 +121,6 @@ class Progress:
         self.losses.append(loss)
         if step == 1:
             self.start = loss
-        if len(self.first) < FIRST and step <= 2 * FIRST:
-            self.first.append(loss)
         if step == 100:
             self.at_100 = self.mean("loss")
         if "rewards/margins" in metrics:
@@ -136,7 +134,7 @@ class Progress:
     def mean(self, name: str) -> float | None:
         """Mean over the recent steps; None if no step has the metric or a value is not finite."""
         values = [float(metrics[name]) for metrics in self.recent if name in metrics]
-        mean = sum(values) / len(values) if values else math.nan
+        mean = statistics.fmean(values) if values else math.nan
         return mean if math.isfinite(mean) else None
 
     def seconds_left(self) -> float | None:
@@ -192,10 +190,10 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     too_early = progress.step < min(2 * RECENT, max(1, progress.total // 2)) or len(progress.recent) < 2
     if too_early and starts_at_ln2 and start is not None:
         return Verdict("good", f"healthy: the first loss is ln 2 ({start:.4f})")
-    if too_early or now is None or (not pairs and len(progress.first) < 2):
+    if too_early or now is None:
         return Verdict("open", "too early to say")
     if not pairs:
-        first = sum(progress.first) / len(progress.first)
+        first = statistics.fmean(progress.losses[:FIRST])
         if now > first + RISEN:
             return Verdict("bad", f"the loss rose from {first:.3f} to {now:.3f}: a lower learning_rate may help")
         if now < first:

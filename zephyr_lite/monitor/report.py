@@ -272,7 +272,7 @@ def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    for function in (number, share, gib, moment, without_paths, shortened, value_text, places):
+    for function in (number, share, gib, without_paths, value_text, places):
         environment.filters[function.__name__] = function
     environment.filters["counted"] = Counter
     page = environment.get_template("report.html.j2").render(
@@ -433,11 +433,6 @@ def places(entry: dict[str, Any] | None) -> str:
     return number(count) + (f" ({', '.join(map(without_paths, first))}{more})" if first else "")
 
 
-def shortened(text: str) -> str:
-    """A text of at most 2,000 characters."""
-    return text if len(text) <= 2000 else f"{text[:2000]} … ({len(text) - 2000:,} more characters)"
-
-
 def share(value: Any) -> str:
     return f"{value:.1%}" if is_number(value) else "–"
 
@@ -448,12 +443,6 @@ def gib(value: Any) -> str:
         return "–"
     mib = value / 2**20
     return f"{mib / 1024:.2f} GiB" if mib >= 512 else f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
-
-
-def moment(value: Any) -> str:
-    """``2026-11-21 19:22 UTC`` of an ISO time in UTC."""
-    text = str(value)
-    return f"{text[:10]} {text[11:16]} UTC" if re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d", text) else text
 
 
 def without_paths(text: Any) -> str:

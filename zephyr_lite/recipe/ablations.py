@@ -351,8 +351,8 @@ def _standard_error(values: Tensor) -> float | None:
 
 # -- the table as text -----------------------------------------------------------------------------------------------
 
-HEADER = ("arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token")
-HEADER += ("own accuracy", "own margin")
+HEADER = ["arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token"]
+HEADER += ["own accuracy", "own margin"]
 
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -94,10 +95,11 @@ def check_output(
     )
 
 
-def shard_names(split: str, count: int, file_format: FileFormat) -> list[str]:
-    """The files of a split, named as on the hub."""
-    shards = [split] if count == 1 else [f"{split}-{n:05d}-of-{count:05d}" for n in range(count)]
-    return [f"{shard}.{file_format}" for shard in shards]
+def shards(split: str, rows: np.ndarray, most: int, file_format: FileFormat) -> list[tuple[str, np.ndarray]]:
+    """The files of a split, named as on the hub, each with at most so many of its rows."""
+    count = -(-len(rows) // most)
+    names = [split] if count == 1 else [f"{split}-{n:05d}-of-{count:05d}" for n in range(count)]
+    return [(f"{name}.{file_format}", part) for name, part in zip(names, np.array_split(rows, max(1, count)))]
 
 
 def write_rows(path: Path, table: pa.Table) -> None:

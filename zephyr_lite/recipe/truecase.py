@@ -65,24 +65,15 @@ _ABBREVIATED = re.compile(
 )
 # the next word is a person's name
 _TITLES = frozenset(word_list("mr mrs ms dr prof capt sgt lt col rev sen gov"))
-_SAID = frozenset(
-    word_list("""
-he she they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered
-murmured says asks
-""")
-)
 # words that continue after a quoted sentence: "A boy runs." is true
-_CONTINUES = frozenset(["is", "are", "was", "were", "to", "and", "or", "means"])
-# … after a quoted question or exclamation, which may be a title: "Help!" by the Beatles
-_CONTINUES_TITLE = (
-    _SAID
-    | _CONTINUES
-    | frozenset(
-        word_list("""
-by from in on of with for at as has had have can could will would may might does did but because that which who
-encourages shows makes implies suggests refers
+_CONTINUES = frozenset(word_list("is are was were to and or means"))
+# … after a quoted question or exclamation, which may be a title ("Help!" by the Beatles), or what one says
+_CONTINUES_TITLE = _CONTINUES.union(
+    word_list("""
+by from in on of with for at as has had have can could will would may might does did but because that which who he she
+they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered murmured
+says asks encourages shows makes implies suggests refers
 """)
-    )
 )
 _ENDS_OF_NAMES = frozenset(["yahoo", "jeopardy"])
 _NEAR = 16  # characters

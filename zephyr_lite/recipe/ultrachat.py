@@ -34,7 +34,7 @@ from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .english import is_english
 from .lexicon import Lexicon, count_words
-from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shard_names, write_rows
+from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
 from .protect import KINDS
 from .questions import open_rows
 from .refusals import REFUSALS, first_refusal
@@ -126,8 +126,8 @@ def clean_chat(
         UserError: an option, the source or the folder is invalid, or no row is left.
     """
     options.check()
-    files = [source, *options.decontaminate, *([str(options.lexicon)] if options.lexicon is not None else [])]
-    request = request_of(out, files, options=options, split=split)
+    read = [source, *options.decontaminate, *([str(options.lexicon)] if options.lexicon is not None else [])]
+    request = request_of(out, read, options=options, split=split)
     if check_output(out, [source], MADE_BY, overwrite, request, test=options.test, num_proc=num_proc):
         return None
     lexicon = Lexicon.load(options.lexicon) if options.lexicon is not None else None
@@ -156,16 +156,14 @@ def clean_chat(
                 f"{source}: all {report['kept']:,} rows that are left would be test rows.",
                 "Choose a smaller --test, or 0.",
             )
-        shards = []
-        for name, rows in splits.items():
-            parts = np.array_split(rows, -(-len(rows) // SHARD_ROWS)) if len(rows) else []
-            shards += zip(shard_names(name, len(parts), options.file_format), parts)
+        form = options.file_format
+        files = [file for name, rows in splits.items() for file in shards(name, rows, SHARD_ROWS, form)]
         job = partial(write_shard, raw, scanned.select(["turns", "broken"]), lexicon, folder)
-        restored = list(in_processes(job, shards, processes, "writing"))
+        restored = list(in_processes(job, files, processes, "writing"))
         words = sum((part.words for part in restored), Counter[str]())
         report |= {
             "splits": {name: len(rows) for name, rows in splits.items()},
-            "files": [name for name, _ in shards],
+            "files": [name for name, _ in files],
             "restored": {"dialogues": sum(part.dialogues for part in restored), "words": dict(_by_count(words))},
             "turns": sum(part.turns for part in restored),
             "names_in_lexicon": len(lexicon.names) if lexicon is not None else 0,

@@ -27,7 +27,7 @@ from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
-from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shard_names, write_rows
+from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
 from .questions import Questions, open_rows, read_questions
 
 logger = logging.getLogger(__name__)
@@ -374,8 +374,7 @@ def make_pairs(
         report.notes[FEWER] = int(test) - report.test
     with folder_aside(out) as folder:
         for split, rows in ((TRAIN, np.flatnonzero(~held_out)), (TEST, np.flatnonzero(held_out))):
-            count = -(-len(rows) // SHARD_ROWS)
-            for name, part in zip(shard_names(split, count, file_format), np.array_split(rows, count) if count else []):
+            for name, part in shards(split, rows, SHARD_ROWS, file_format):
                 write_rows(folder / name, table.take(pa.array(part)))
                 report.files.append(name)
         write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
@@ -419,7 +418,8 @@ def _choose(
     dropped: list[tuple[str, int]] = []
     counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTS}
     for number, row in rows:
-        source = row.get("source") if isinstance(row.get("source"), str) else ""
+        named = row.get("source")
+        source = named if isinstance(named, str) else ""
         counts["rows"][source] += 1
         try:
             pair = pair_of_row(row, rules, counts["notes"], questions)

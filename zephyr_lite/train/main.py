@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
-from ..io.sync import kept_elsewhere, open_mirror
 from ..memory.machine import peak_memory
 from ..model.compose import compose
 from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
@@ -63,8 +63,14 @@ def run(
     with ExitStack() as held:
         here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
-            from ..engines.trl import check_supported, train_on_trl
-
+            try:
+                from ..engines.trl import check_supported, train_on_trl
+            except ModuleNotFoundError as error:
+                if error.name != "trl":
+                    raise
+                raise UserError(
+                    f"engine={config.engine} needs the package trl.", 'Install it: pip install "zephyr-lite[trl]"'
+                ) from None
             check_supported(method, config)
         if here.size > 1:
             logger.info(
@@ -84,11 +90,14 @@ def run(
         except StageComplete:
             if here.is_main_process:
                 done = StageDir(Path(config.output_dir) / config.stage)
-                if (mirror := open_mirror(config.sync, done)) is not None:
-                    mirror.finish()  # the network may have been away at the stage's end
+                if config.sync is not None:
+                    from ..io.sync import open_mirror
+
+                    open_mirror(config.sync, done).finish()  # the network may have been away at the stage's end
                 push_adapter(config, done)
             raise
-        held.enter_context(kept_elsewhere(stage.mirror))
+        if stage.mirror is not None:
+            held.enter_context(stage.mirror)
         own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
@@ -158,8 +167,6 @@ def push_adapter(config: RunConfig, stage: StageDir) -> None:
     pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
     if not config.push_to_hub or info.get("pushed") == pushed:
         return
-    from httpx2 import HTTPError  # only an upload needs it
-
     api = HfApi()
     try:
         # a name without its owner, as in the handbook's recipes, is completed by the hub

@@ -30,7 +30,6 @@ from ..io.run_dir import (
     text_sha256,
     tokenizer_sha256,
 )
-from ..io.sync import open_mirror
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.plan import make_plan
@@ -62,7 +61,6 @@ from .resume import (
     machine_now,
     now,
     report_changes,
-    resumed_info,
     stage_complete,
     started_before,
     versions,
@@ -222,6 +220,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     # stage.json
     links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
     told = {"machine": machine, "versions": libraries}
+    info: dict[str, Any]
     if before is None:
         info = {
             "format": FORMAT,
@@ -239,13 +238,27 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
             "created": now(),
         }
     else:
-        info = resumed_info(before, stage, base.describe(), links, {**told, "changed": changes.allowed})
+        # the paths of base and adapters are those of now
+        here_now = {key: base.describe()[key] for key in ("name_or_path", "revision")}
+        info = {**before, "format": FORMAT, "base": {**before["base"], **here_now}}
+        if (info.get("trl") or {}).get("continues"):
+            info["trl"] = {**info["trl"], "continues": links}
+        else:
+            info["adapters"] = links
+        step = max((int(path.name.split("-")[1]) for path in stage.checkpoints()), default=0)
+        entry = {"step": step, "at": now(), **told, "changed": changes.allowed}
+        info["resumed"] = [*(before.get("resumed") or []), entry]
     info["id"] = info.get("id") or _run_id(stage.run)
     info["plan"] = plan.as_dict()
     info["eval_data"] = None if eval_data is None else {"fingerprint": eval_fingerprint}
     if writes:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
+    mirror = None
+    if writes and config.sync is not None:
+        from ..io.sync import open_mirror
+
+        mirror = open_mirror(config.sync, stage)
     return Stage(
         method=method,
         config=config,
@@ -260,7 +273,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         plan=plan,
         frozen=frozen,
         info=info,
-        mirror=open_mirror(config.sync, stage) if writes else None,
+        mirror=mirror,
         forget_best=forget_best,
         writes=writes,
     )

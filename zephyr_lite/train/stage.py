@@ -12,7 +12,6 @@ from ..config.load import Method, RunConfig
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
 from ..io.run_dir import StageDir
-from ..io.sync import Mirror
 from ..memory.plan import Plan
 from ..memory.workload import Workload
 from ..model.adapters import AdapterStack
@@ -21,6 +20,7 @@ from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile
 
 if TYPE_CHECKING:
+    from ..io.sync import Mirror
     from .monitors import DpoCollapseMonitor
     from .oom import OomRetry
 
