@@ -1,6 +1,7 @@
 """Engine trl end to end on tiny models: the same run as the fused engine's, in the same layout."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -245,3 +246,12 @@ def test_losses_that_trl_does_not_have(run, changes, words):
     with pytest.raises(UserError) as found:
         run("dpo", **changes)
     assert all(word in str(found.value) for word in words)
+
+
+def test_without_trl_the_extra_is_named(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "zephyr_lite.engines.trl")
+    monkeypatch.delattr("zephyr_lite.engines.trl")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match="needs the package trl") as error:
+        run("sft", engine="trl")
+    assert "zephyr-lite[trl]" in error.value.hint

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults import faulty
-from tests.messages import messages_to
 from tests.train.test_optim import KINDS, parameters, train
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
@@ -130,11 +129,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(stage, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(stage, damage, said):
     DAMAGE[damage](stage.path / "checkpoint-12")
-    said = []
-    with messages_to(said.append):
-        assert resume_point(stage).name == "checkpoint-8"
+    assert resume_point(stage).name == "checkpoint-8"
     assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; using checkpoint-8")
     assert names(stage) == ["checkpoint-4", "checkpoint-8"]
 
@@ -274,14 +271,12 @@ def test_the_references_progress_is_written_every_minute(tmp_path, computed, mon
 
 
 @pytest.mark.parametrize("keep", [slice(0, 0), slice(0, -1), slice(0, -8)])
-def test_a_damaged_reference_is_computed_again(tmp_path, computed, keep):
+def test_a_damaged_reference_is_computed_again(tmp_path, computed, keep, said):
     fill(ReferenceCache(tmp_path, 6, rows="k"))
     cache = ReferenceCache(tmp_path, 6, rows="k")
     data = cache.path.read_bytes()
     cache.path.write_bytes(data[keep] + bytes(len(data) - len(data[keep])) if keep.stop else b"")
-    said = []
-    with messages_to(said.append):
-        assert not cache.load() and cache.missing == 6
+    assert not cache.load() and cache.missing == 6
     assert said[-1] == f"{cache.path}: is damaged, or of other pairs; it is computed again"
     fill(cache)
     assert ReferenceCache(tmp_path, 6, rows="k").load()

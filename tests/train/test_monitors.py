@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 
-from tests.messages import messages_to
 from tests.train.test_train import metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
@@ -35,8 +34,8 @@ def loaded(tiny_base, chat_rows, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
-def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_path, monkeypatch, what):
-    plain, said = SftObjective.loss, []
+def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_path, monkeypatch, what, said):
+    plain = SftObjective.loss
 
     def loss(self, examples, step, total):
         found, sums = plain(self, examples, step, total)
@@ -45,8 +44,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_pat
         return (found * float("nan") if 3 in examples and what == "loss" else found), sums
 
     monkeypatch.setattr(SftObjective, "loss", loss)
-    with messages_to(said.append):
-        outcome = run_sft(loaded(max_length=80))
+    outcome = run_sft(loaded(max_length=80))
     stage = StageDir(tmp_path / "run" / "sft")
     records = left_out(stage.path)
     assert outcome.skipped == len(records) == stage.info()["result"]["steps_left_out"] == 2  # once an epoch
@@ -56,7 +54,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_pat
     assert all(w.b.isfinite().all() for w in read_adapter(stage.adapter).modules.values())
 
 
-def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_path, monkeypatch):
+def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_path, monkeypatch, said):
     with monkeypatch.context() as patch:
         plain = SftObjective.loss
 
@@ -72,9 +70,7 @@ def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_pat
     assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
     assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
     # resumed without the cause it is the undisturbed run
-    said = []
-    with messages_to(said.append):
-        run_sft(loaded(save_steps=100, eval_steps=100))
+    run_sft(loaded(save_steps=100, eval_steps=100))
     assert "going on from checkpoint-3" in said and "damaged" not in " ".join(said)
     run_sft(loaded("other", save_steps=100, eval_steps=100))
     assert same_adapter(stage / "adapter", tmp_path / "other" / "sft" / "adapter")
@@ -152,14 +148,12 @@ def test_the_checkpoint_from_before_skipped_steps_is_kept(loaded, tmp_path, monk
             run_sft(loaded(**options))
 
 
-def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch):
+def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch, said):
     plain, losses = SftObjective.eval_metrics, [float("nan"), 7.0, float("inf")]
     monkeypatch.setattr(
         SftObjective, "eval_metrics", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
     )
-    said = []
-    with messages_to(said.append):
-        outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True))
+    outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True))
     assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
 
 
@@ -250,7 +244,7 @@ def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
     assert StageDir(tmp_path / "run/sft").complete()
 
 
-def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path):
+def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said):
     def load(name):
         return load_config(
             "sft",
@@ -262,9 +256,7 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path):
         run_sft(load("run"), on_metrics=at_step(2, signal.SIGTERM))
     checkpoint = tmp_path / "run/sft/checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
-    said = []
-    with messages_to(said.append):
-        run_sft(load("run"))
+    run_sft(load("run"))
     assert "going on from checkpoint-2" in said
     run_sft(load("other"))
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")

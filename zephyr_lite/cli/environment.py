@@ -33,6 +33,7 @@ _RECIPE_DISK = 40 * GB
 _HUB_SECONDS = 15
 # library → the extra that brings it, and what it is for
 _EXTRAS = {
+    "trl": ("trl", "engine=trl"),
     "gguf": ("export", "GGUF files"),
     "matplotlib": ("plots", "plots in model cards and of MT-Bench"),
     "lm_eval": ("harness", "zephyr-lite eval harness"),
@@ -60,7 +61,7 @@ def survey() -> list[Finding]:
     """All findings, in a fixed order. A check that fails becomes a finding."""
     first = (system, packages, gpu, attention, kernels, quantization)
     findings: list[Finding] = []
-    for check in (*first, token, base, disk, quantized, memory, demo, afterwards):
+    for check in (*first, token, base, disk, quantized, memory, demo, extras):
         try:
             findings.append(check())
         except UserError as error:
@@ -108,7 +109,7 @@ def gpu() -> Finding:
         if shutil.which("nvidia-smi"):
             cure = "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build."
         else:
-            cure = "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card of 12 GB."
+            cure = "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card of 6 GB or more."
         return Finding("GPU", found, cure)
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability, architectures = (card.major, card.minor), torch.cuda.get_arch_list()
@@ -263,7 +264,7 @@ def demo() -> Finding:
     return Finding("demo", "its small base model is installed")
 
 
-def afterwards() -> Finding:
+def extras() -> Finding:
     """Libraries of evaluation and export."""
     found = [name for name in _EXTRAS if find_spec(name)]
     missing = [f"pip install 'zephyr-lite[{_EXTRAS[n][0]}]' for {_EXTRAS[n][1]}" for n in _EXTRAS if n not in found]
@@ -271,4 +272,4 @@ def afterwards() -> Finding:
         found.append("llama.cpp's quantizer")
     else:
         missing.append("llama-quantize of llama.cpp (or pip install llama-cpp-python) for GGUF in Q4_K_M")
-    return Finding("afterwards", f"installed: {', '.join(found) or 'nothing of it'}", "; ".join(missing))
+    return Finding("extras", f"installed: {', '.join(found) or 'none'}", "; ".join(missing))

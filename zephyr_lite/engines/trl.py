@@ -324,9 +324,15 @@ def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None
                 f"Set max_length={limit}, or engine=fused.",
             )
         dropout = config.lora_dropout if stage.method == "sft" else 0.0
-        return unsloth_model(model, shape, dropout=dropout, seed=config.seed, checkpointing=checkpointing), None, below
-    lora = LoraConfig(**shape, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM")
-    return (model, lora, None) if below is None else (get_peft_model(model, lora), None, below)
+        model = unsloth_model(model, shape, dropout=dropout, seed=config.seed, checkpointing=checkpointing)
+    else:
+        lora = LoraConfig(**shape, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM")
+        if below is None:
+            return model, lora, None
+        model = get_peft_model(model, lora)
+    if below is not None:  # TRL precomputes the reference when the trainer is made
+        put_weights(model, stage, below, dropout=0.0)
+    return model, None, below
 
 
 def put_weights(model: Any, stage: Stage, weights: Mapping[str, LoraWeights] | None, *, dropout: float) -> None:

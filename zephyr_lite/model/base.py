@@ -341,11 +341,13 @@ def _load_quantized(
     double = "-double" if settings.bnb_4bit_use_double_quant else ""
     known = fingerprint(source)
     suffix = f"{known[:16]}-nf4{double}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
-    stats = {path.name: path.stat() for path in weight_files(source)}
-    sources = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    sources = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weight_files(source)}
 
     def manifest(folder: Path) -> dict[str, Any]:
-        files = {path.name: _hash(path) for path in sorted(folder.glob("*.safetensors"))}
+        files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:  # one inverted bit would train on silently
+                files[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
         return {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
 
     model = None
@@ -378,15 +380,6 @@ def _load_quantized(
     own = copy.deepcopy(model_config)
     own.quantization_config = settings.to_dict()
     return _from_pretrained(folder, own, dtype, place, None)
-
-
-def _hash(path: Path) -> str:
-    """Hexadecimal XXH3 of a file: one inverted bit would train on silently. SHA-256 would take several times as long."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def quantized_dir() -> Path:
@@ -451,8 +444,8 @@ def fingerprint(folder: Path) -> str:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     holds = {name: file for file in open_shards(folder).values() for name in file.entries}
-    for name, file in sorted(holds.items(), key=lambda item: item[0]):
-        entry, data = file.entries[name], tensor_bytes(file.tensor(name))
+    for name in sorted(holds):
+        entry, data = holds[name].entries[name], tensor_bytes(holds[name].tensor(name))
         digest.update(repr((name, entry.dtype, entry.shape)).encode())
         for place in range(4):
             start = len(data) * place // 4

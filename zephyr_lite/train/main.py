@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
@@ -62,8 +63,14 @@ def run(
     with ExitStack() as held:
         here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
-            from ..engines.trl import check_supported, train_on_trl
-
+            try:
+                from ..engines.trl import check_supported, train_on_trl
+            except ModuleNotFoundError as error:
+                if error.name != "trl":
+                    raise
+                raise UserError(
+                    f"engine={config.engine} needs the package trl.", 'Install it: pip install "zephyr-lite[trl]"'
+                ) from None
             check_supported(method, config)
         if here.size > 1:
             logger.info(
@@ -160,8 +167,6 @@ def push_adapter(config: RunConfig, stage: StageDir) -> None:
     pushed = {"repo": config.push_to_hub, "sha256": info.get("adapter_sha256")}
     if not config.push_to_hub or info.get("pushed") == pushed:
         return
-    from httpx2 import HTTPError  # only an upload needs it
-
     api = HfApi()
     try:
         # a name without its owner, as in the handbook's recipes, is completed by the hub

@@ -20,7 +20,7 @@ from .. import __version__
 from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..io.run_dir import FORMAT, STAGE_FILE, TO_GO_ON, StageDir, checked
+from ..io.run_dir import STAGE_FILE, TO_GO_ON, StageDir, checked
 from ..memory.plan import Plan
 from ..model.base import compute_device, fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
@@ -268,25 +268,3 @@ def machine_now(dtype: torch.dtype) -> dict[str, Any]:
 def _last(before: dict[str, Any], key: str) -> dict[str, Any]:
     """``key`` of the latest process that worked on the stage."""
     return next((entry[key] for entry in reversed(before.get("resumed") or []) if key in entry), before.get(key) or {})
-
-
-def resumed_info(
-    before: dict[str, Any], stage: StageDir, base: dict[str, Any], links: list[dict[str, str]], entry: dict[str, Any]
-) -> dict[str, Any]:
-    """stage.json of a resumed stage: the paths of base and adapters are those of now, and ``resumed`` has one more entry.
-
-    Args:
-        base: ``Base.describe``.
-        links: path and sha256 of the adapters below.
-        entry: the new one, but for its step.
-    """
-    info = {**before, "format": FORMAT}
-    info["base"] = {**info["base"], "name_or_path": base["name_or_path"], "revision": base["revision"]}
-    if (info.get("trl") or {}).get("continues"):
-        info["trl"] = {**info["trl"], "continues": links}
-    else:
-        info["adapters"] = links
-    checkpoints = stage.checkpoints()
-    step = int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0
-    info["resumed"] = [*(before.get("resumed") or []), {"step": step, "at": now(), **entry}]
-    return info

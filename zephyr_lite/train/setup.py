@@ -61,7 +61,6 @@ from .resume import (
     machine_now,
     now,
     report_changes,
-    resumed_info,
     stage_complete,
     started_before,
     versions,
@@ -221,6 +220,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     # stage.json
     links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
     told = {"machine": machine, "versions": libraries}
+    info: dict[str, Any]
     if before is None:
         info = {
             "format": FORMAT,
@@ -238,7 +238,16 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
             "created": now(),
         }
     else:
-        info = resumed_info(before, stage, base.describe(), links, {**told, "changed": changes.allowed})
+        # the paths of base and adapters are those of now
+        here_now = {key: base.describe()[key] for key in ("name_or_path", "revision")}
+        info = {**before, "format": FORMAT, "base": {**before["base"], **here_now}}
+        if (info.get("trl") or {}).get("continues"):
+            info["trl"] = {**info["trl"], "continues": links}
+        else:
+            info["adapters"] = links
+        step = max((int(path.name.split("-")[1]) for path in stage.checkpoints()), default=0)
+        entry = {"step": step, "at": now(), **told, "changed": changes.allowed}
+        info["resumed"] = [*(before.get("resumed") or []), entry]
     info["id"] = info.get("id") or _run_id(stage.run)
     info["plan"] = plan.as_dict()
     info["eval_data"] = None if eval_data is None else {"fingerprint": eval_fingerprint}
