@@ -196,14 +196,15 @@ def _encode(
     masks = [place for place, name in enumerate(names) if name.endswith("mask")]
     rows: list[dict[str, Any]] = []
     for where, text in zip(batch["where"], batch["row"]):
-        row, notes, fault, lost, cut = json.loads(text), [], "", 0, 0
+        row, fault, lost, cut = json.loads(text), "", 0, 0
+        notes: list[str] = []
         arrays: Any = [np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names]
         whole: Any
         short: Any
         try:
             if method == "sft":
-                whole = template.encode(row["messages"], loss_on, row.get("tools"), notes)
-                short = cut_conversation(*whole, max_length)[:2]
+                whole = ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
+                short = cut_conversation(ids, mask, max_length)[:2]
             else:
                 pair = row["prompt"], row["chosen"], row["rejected"]
                 whole = template.encode_pair(*pair, loss_on, row.get("tools"), notes)
