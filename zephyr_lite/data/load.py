@@ -617,11 +617,11 @@ def _drawn_rows(spec: DatasetSpec, total: int, label: str, rng: np.random.Genera
     return numbers
 
 
-def summarise(reasons: dict[str, list[str]], first: int = 3) -> str:
-    """``reason: 12 (file row 3, file row 9, …)`` for each reason, the most frequent first."""
+def summarise(reasons: dict[str, list[str]], first: int | None = 3) -> str:
+    """``reason: 12 (file row 3, file row 9, …)`` for each reason, the most frequent first. ``first``: None: all places."""
     items = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
     return "; ".join(
-        f"{reason}: {len(where):,} ({', '.join(where[:first])}{', …' if len(where) > first else ''})"
+        f"{reason}: {len(where):,} ({', '.join(where[:first])}{', …' if where[:first] != where else ''})"
         for reason, where in items
     )
 
