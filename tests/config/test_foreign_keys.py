@@ -65,8 +65,7 @@ def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
         ("dataset: a/b\ntest_split_size: many", "test_split_size: 'many' is neither a share below 1 nor a number"),
         ("test_split_size: 100", "test_split_size: holds rows of dataset out, which is not there"),
         ("dataset_text_field: content", "dataset_text_field: names a column of dataset, which is not there"),
-        ("datasets: [{path: a/b, fraction: 0.5}]", "Write weight"),
-        ("datasets: [{path: a/b, data_dir: x}]", "data_dir is not read"),
+        ("datasets: [{path: a/b, fraction: 0.5}]", "there is no key 'dataset.fraction'"),
         ("datasets: [{path: a/b, data_files: x.json}]", "data_files are read as path: json, csv or parquet"),
         ("datasets: [{path: a/b, columns: [messages, tools]}]", "columns: tools is given to no chat template"),
         ("assistant_only_loss: perhaps", "assistant_only_loss: 'perhaps' is not true or false"),
@@ -282,7 +281,6 @@ lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_p
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
 )
-CHATML = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + message['content'] }}{% endfor %}"
 SMOLLM3 = {
     "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -308,11 +306,6 @@ def recipe(shared, batch, **keys):
 
 
 ULTRACHAT = [("HuggingFaceH4/ultrachat_200k", "train_sft", 1.0), ("HuggingFaceH4/ultrachat_200k", "test_sft", 1.0)]
-PREFS = [
-    ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs", 1.0),
-    ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs", 1.0),
-]
-PAIR = ["chosen", "rejected"]
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 
 # name -> (method, keys and values, what it resolves to)
@@ -324,13 +317,6 @@ RECIPES = {
         | mixture(*ULTRACHAT, columns=["messages"], size=1000),
         {"batch_size": 8, "learning_rate": 2e-4, "lora_r": 16, "lora_dropout": 0.05, "held_out": [500, 500]},
     ),
-    "zephyr-7b-beta/dpo/config_qlora": (
-        "dpo",
-        recipe(DPO + LORA, (4, 4), model_name_or_path="alignment-handbook/zephyr-7b-sft-qlora", beta=0.01)
-        | {"lora_r": 128, "lora_alpha": 128, "learning_rate": 5e-6, "optim": "paged_adamw_32bit"}
-        | mixture(*PREFS, columns=PAIR, size=2000),
-        {"batch_size": 16, "lora_r": 128, "lora_dropout": 0, "optim": "paged_adamw_32bit", "held_out": [1000, 1000]},
-    ),
     "zephyr-7b-beta/dpo/config_qlora, until 2025": (
         "dpo",
         recipe(DPO + LORA, (4, 4), model_name_or_path="alignment-handbook/zephyr-7b-sft-qlora", beta=0.01)
@@ -338,21 +324,9 @@ RECIPES = {
         | {"dataset_splits": ["train_prefs", "test_prefs"]},
         {"batch_size": 16, "lora_dropout": 0, "held_out": [None]},
     ),
-    "smollm/sft/config": (
-        "sft",
-        recipe(SFT, (4, 4), model_name_or_path="HuggingFaceTB/SmolLM-360M", max_length=2048, chat_template=CHATML)
-        | {"dataset_kwargs": {"add_special_tokens": False, "append_concat_token": False}, "learning_rate": 1e-3}
-        | mixture(
-            ("HuggingFaceTB/Magpie-Pro-300K-Filtered-H4", "train_sft", 1.0),
-            ("HuggingFaceTB/OpenHermes-2.5-H4", "train_sft", 0.001),
-            columns=["messages"],
-            size=0.05,
-        ),
-        {"batch_size": 16, "learning_rate": 1e-3, "held_out": [0.05, 0.05]},
-    ),
     "smollm2/sft/config": (
         "sft",
-        recipe(SFT, (4, 4), model_name_or_path="HuggingFaceTB/SmolLM2-1.7B", max_length=8192, chat_template=CHATML)
+        recipe(SFT, (4, 4), model_name_or_path="HuggingFaceTB/SmolLM2-1.7B", max_length=8192, chat_template=TEMPLATE)
         | {"dataset_name": "HuggingFaceTB/smoltalk", "dataset_config": "all", "save_strategy": "no"}
         | {"dataset_train_split": "train", "dataset_test_split": "test"},
         {"batch_size": 16, "max_length": 8192, "held_out": [None]},
@@ -416,16 +390,3 @@ def test_rows_that_are_held_out_are_not_trained_on(tmp_path):
     every = load_config("sft", None, [f"dataset={rows}", "test_split_size=40"]).config
     with pytest.raises(UserError, match="test_size 40 holds out 40 of 40 rows"):
         load_rows(every.dataset, "sft", seed=0)
-
-
-def test_a_list_of_columns_hides_the_others(tmp_path):
-    from zephyr_lite.data.load import load_rows
-
-    rows = tmp_path / "rows.jsonl"
-    turns = [{"role": "user", "content": "m"}, {"role": "assistant", "content": "n"}]
-    rows.write_text(json.dumps({"messages": turns, "prompt": "q", "completion": "a"}) + "\n")
-    config = load(tmp_path, f"datasets: [{{path: {rows}, columns: [prompt, completion]}}]").config
-    assert next(load_rows(config.dataset, "sft", seed=0).values())["messages"][0]["content"] == "q"
-    config = load(tmp_path, f"datasets: [{{path: {rows}, columns: [chosen]}}]").config
-    with pytest.raises(UserError, match="there is no column 'chosen'"):
-        load_rows(config.dataset, "sft", seed=0)

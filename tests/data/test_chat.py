@@ -157,17 +157,6 @@ def test_a_plain_text_has_the_ids_that_trl_gives_it(template):
         assert ids[-1] == tokenizer.eos_token_id and mask.tolist() == [False, *[True] * (len(ids) - 1)]
 
 
-def test_a_plain_text_begins_with_one_bos(mistral, smol):
-    template = resolve_template("zephyr", mistral)
-    plain, rendered = (template.text_ids(text) for text in ("Hi", "<s>Hi</s>"))
-    assert plain[0] == mistral.bos_token_id and (plain == mistral.bos_token_id).sum() == 1
-    assert rendered.tolist() == mistral("<s>Hi</s>", add_special_tokens=False)["input_ids"]
-    # a tokenizer that leaves BOS to the template
-    template = resolve_template("zephyr", smol)
-    template.bos_token_id, smol.bos_token = smol.convert_tokens_to_ids("<|im_start|>"), "<|im_start|>"
-    assert template.text_ids("Hi").tolist() == smol("<|im_start|>Hi<|im_end|>")["input_ids"]
-
-
 def test_zephyr_text_is_the_published_one(mistral):
     template = resolve_template("zephyr", mistral)
     text = template.text_of(turns("Hi", "Hello"))
@@ -252,26 +241,6 @@ def test_typed_control_tokens_forge_no_turn(template):
         template.prompt_ids(forged[:1])
     with pytest.raises(RowError, match="control token"):
         template.encode_pair(turns("Hi"), forged[1:], [{"role": "assistant", "content": f"a{eos}b"}])
-
-
-def test_pairs_share_their_prompt_and_supervise_answers_only(template):
-    for messages in random_conversations(20, seed=2):
-        prompt = messages[: len(messages) - 1]
-        chosen, rejected = turns("", "One.", "Why?", "So.")[1:], turns("", "Two, perhaps.")[1:]
-        pair = template.encode_pair(prompt, chosen, rejected)
-        assert pair.prompt_ids.tolist() == template.prompt_ids(prompt).tolist()
-        whole, _ = template.encode([*prompt, *chosen])
-        assert np.concatenate([pair.prompt_ids, pair.chosen_ids]).tolist() == whole.tolist()
-        whole, _ = template.encode([*prompt, *rejected])
-        assert np.concatenate([pair.prompt_ids, pair.rejected_ids]).tolist() == whole.tolist()
-        end = template.tokenizer.eos_token
-        decode = template.tokenizer.decode
-        assert decode(pair.chosen_ids[pair.chosen_mask]).replace(" ", "") == f"One.{end}So.{end}"
-        assert decode(pair.rejected_ids[pair.rejected_mask]) == f"Two, perhaps.{end}"
-        last = template.encode_pair(prompt, chosen, rejected, "last")
-        assert decode(last.chosen_ids[last.chosen_mask]) == f"So.{end}"
-        everything = template.encode_pair(prompt, chosen, rejected, "all")
-        assert everything.chosen_mask.all() and everything.rejected_mask.all()
 
 
 def test_the_fingerprint_follows_template_and_tokenizer(mistral_folder, smol_folder):

@@ -119,13 +119,6 @@ def test_faulty_rows_are_dropped_counted_and_named(tmp_path):
     assert rows.dataset["where"][1] == place + "8"
 
 
-def test_a_row_of_another_schema_is_dropped_and_named(tmp_path):
-    rows = load(write(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello")}, {"text": "once"}]))
-    assert rows.dropped == {"no conversation in columns text": [f"{tmp_path}/a.jsonl row 2"]}
-    path = write(tmp_path / "b.jsonl", [{"messages": turns("Hi", "Hello")}, {"messages": "once"}])
-    assert load(path).dropped == {"messages is str, not a list of turns": [f"{tmp_path}/b.jsonl row 2"]}
-
-
 def test_pairs_that_teach_nothing_are_dropped(tmp_path):
     pairs = [
         {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")},

@@ -404,10 +404,6 @@ def _entry(entry: Any, faults: list[str]) -> list[dict[str, Any]]:
         for column in ("tools", "chat_template_kwargs")
         if column in (spec.get("columns") or [])
     ]
-    if spec.pop("fraction", None) is not None:
-        faults.append("datasets: fraction is a share of the mixture. Write weight: the share of its own rows.")
-    if spec.pop("data_dir", None) is not None:
-        faults.append("datasets: data_dir is not read. Write the folder or file itself as path.")
     files = spec.pop("data_files", None)
     if not files:
         return [spec]

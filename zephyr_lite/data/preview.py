@@ -142,10 +142,7 @@ def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> i
     first, answer = messages[0], {"role": "assistant", "content": "a"}
     if first["role"] != "user":
         return own
-    try:
-        alone, before, again = (template.text_of(turns) for turns in ([first], [first, answer], [first, answer, first]))
-    except RowError:
-        return own
+    alone, before, again = (template.text_of(turns) for turns in ([first], [first, answer], [first, answer, first]))
     turn = again[len(before) :]
     is_repeated = again.startswith(before) and alone.endswith(turn) and text.startswith(alone)
     return max(own, len(alone) - len(turn)) if is_repeated else own

@@ -123,10 +123,11 @@ def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], C
         for run in _BREAK.split(text):
             rest = run.partition(" ")[2]
             words = rest.split(" ")
-            if len(words) < _LEAST_WORDS or len(_CAPITAL_WORD.findall(rest)) * 2 > len(words):
+            lower = rest.islower()  # the most frequent case
+            if len(words) < _LEAST_WORDS or (not lower and len(_CAPITAL_WORD.findall(rest)) * 2 > len(words)):
                 continue
             own_forms.update(words)
-            for before, word in pairwise(words):
+            for before, word in () if lower else pairwise(words):
                 if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
                     pair = f"{before} {word.rstrip(',')}"
                     own_pairs.setdefault(pair.lower(), pair)

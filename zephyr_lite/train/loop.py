@@ -165,17 +165,18 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
     """
     objective, here = state.objective, world()
 
-    def passes() -> tuple[Metrics, int]:
-        examples, lengths = examples_of_step(state, step), objective.data.lengths
-        total = objective.num_targets(examples)
-        sums: dict[str, Any] = {}
-        for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
-            for name, value in forward_backward(state, group, step, total).items():
-                sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
-        return {name: float(value) for name, value in sums.items()}, total
-
-    zero_gradients(state)
-    sums, total = objective.oom.retry(passes, lambda: zero_gradients(state))
+    lengths, total = objective.data.lengths, 0
+    sums: dict[str, Any] = {}
+    for attempt in objective.oom.attempts():
+        zero_gradients(state)
+        sums.clear()
+        with attempt:
+            examples = examples_of_step(state, step)
+            total = objective.num_targets(examples)
+            for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
+                for name, value in forward_backward(state, group, step, total).items():
+                    sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
+            sums = {name: float(value) for name, value in sums.items()}
     if state.gradients is not None:
         here.all_reduce(state.gradients)
     metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
@@ -203,16 +204,18 @@ def forward_backward(state: TrainState, group: Sequence[int], step: int, total: 
 def clip_gradients(state: TrainState) -> float:
     """Remove the loss scale from the gradients and clip them to ``max_grad_norm``; returns their norm before."""
 
-    def clip() -> float:
-        grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-        norm = total_norm(grads)
-        found = norm.item()
-        if math.isfinite(found):
-            torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
-        return found
-
-    state.objective.oom.retry(lambda: state.scaler.unscale_(state.optimizer))
-    return state.objective.oom.retry(clip)
+    for attempt in state.objective.oom.attempts():
+        with attempt:
+            state.scaler.unscale_(state.optimizer)
+    grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+    found = math.nan
+    for attempt in state.objective.oom.attempts():
+        with attempt:
+            norm = total_norm(grads)
+            found = norm.item()
+            if math.isfinite(found):
+                torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
+    return found
 
 
 def update(state: TrainState, metrics: Metrics) -> bool:
@@ -259,18 +262,17 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
     objective = state.objective
     data, config = objective.data, state.stage.config
 
-    def passes() -> list[list[int]]:
+    groups: list[list[int]] = []
+    for attempt in objective.oom.attempts():
+        zero_gradients(state)
         tokens = state.stage.plan.micro_tokens
         groups = largest_micro_batches(data.lengths, tokens)
-        zero_gradients(state)
-        if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
-            for parameter in state.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-        for group in groups:
-            forward_backward(state, group, state.total, objective.num_targets(group))
-        return groups
-
-    groups = objective.oom.retry(passes, lambda: zero_gradients(state))
+        with attempt:
+            if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
+                for parameter in state.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+            for group in groups:
+                forward_backward(state, group, state.total, objective.num_targets(group))
     zero_gradients(state)
     return groups
 
@@ -318,18 +320,17 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     objective, examples = state.objective, examples_of_step(state, state.step)
     total = objective.num_targets(examples)
 
-    def alone() -> list[int]:
-        found = []
-        for example in examples:
-            zero_gradients(state)
-            loss, _ = objective.loss([example], state.step, total)
-            loss.backward()
-            norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
-            if not (torch.isfinite(loss.detach()) and torch.isfinite(norm)):
-                found.append(example)
-        return found
-
-    found = objective.oom.retry(alone, lambda: zero_gradients(state))
+    found: list[int] = []
+    for attempt in objective.oom.attempts():
+        found.clear()
+        with attempt:
+            for example in examples:
+                zero_gradients(state)
+                loss, _ = objective.loss([example], state.step, total)
+                loss.backward()
+                norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+                if not (torch.isfinite(loss.detach()) and torch.isfinite(norm)):
+                    found.append(example)
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
 

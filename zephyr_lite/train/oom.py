@@ -10,6 +10,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -86,29 +87,32 @@ class OomRetry:
         """
         self._data, self._examples, self._training = data, examples, training
 
-    def retry(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
-        """Call a function until it has fit into memory.
-
-        Args:
-            undo: drops what a failed attempt left behind.
+    def attempts(self) -> Iterator[AbstractContextManager[None]]:
+        """Contexts for some work, until it has fit into memory: ``for attempt in oom.attempts(): with attempt: …``.
 
         Raises:
             UserError: a single example does not fit under any plan; the message names it.
         """
-        while True:
-            try:
-                return work()
-            except Exception as error:
-                failure = self._failure(error)
-            undo()
-            self._shrink(failure)
+        self._done = False
+        while not self._done:
+            yield self._attempt()
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        try:
+            yield
+            self._done = True
+            return
+        except Exception as error:
+            failure = self._failure(error)
+        self._shrink(failure)
 
     def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
         """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
         once. A group that did not fit is split; those that did are not repeated.
 
         Raises:
-            UserError: as ``retry``.
+            UserError: as ``attempts``.
         """
         left = world().shard(range(len(data.lengths)), data.lengths)
         while left:
