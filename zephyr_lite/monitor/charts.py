@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def line_chart(
     if low_x == high_x:
         low_x, high_x = low_x - 1, high_x + 1
     rules = rules or {}
-    low, high, highest = _range(curves, rules, bounds)
+    low, high = _range(curves, rules, bounds)
     ticks = _ticks(low, high, 4)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
@@ -187,24 +187,14 @@ def line_chart(
         "marks": sorted({round(at(mark, low)[0]) for mark in marks if low_x <= mark <= high_x}),
         "curves": drawn,
         "told": "; ".join(told),
-        "cut": f"cut off: the highest value is {number(highest)}" if highest else "",
         "data": {"name": x_name, "x": [low_x, high_x], "plot": [LEFT, RIGHT, WIDTH], "series": values},
     }
 
 
-def _range(curves: Sequence[Curve], rules: dict[str, float], bounds: Sequence[float]) -> tuple[float, float, float]:
-    """(lowest value in view, highest value in view, the highest value if it is far above, else 0)."""
-    values, highest = [*bounds], 0.0
-    for curve in curves:
-        finite = sorted(filter(math.isfinite, curve.ys))
-        if curve.kind == "faint" and finite:  # noise and spikes would flatten the rest
-            low, high = finite[int(len(finite) * 0.02)], finite[int(len(finite) * 0.98)]
-            room = 0.3 * (high - low)
-            values += [max(finite[0], low - room), min(finite[-1], high + room)]
-            if finite[-1] - high > 8 * (high - low) > 0:
-                highest = finite[-1]
-        elif curve.kind != "smooth":
-            values += finite
+def _range(curves: Sequence[Curve], rules: dict[str, float], bounds: Sequence[float]) -> tuple[float, float]:
+    """(lowest, highest) value in view; the noise and spikes of a faint curve, which would flatten the rest, are cut off."""
+    values = [y for curve in curves if curve.kind != "faint" for y in curve.ys if math.isfinite(y)]
+    values += bounds
     low, high = min(values), max(values)
     for label, value in rules.items():
         near = (high - low) * 1.5 or abs(high) or 1
@@ -212,7 +202,7 @@ def _range(curves: Sequence[Curve], rules: dict[str, float], bounds: Sequence[fl
             low, high = min(low, value), max(high, value)
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # rounding errors of a constant
         low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (-1.0, 1.0)
-    return low, high, highest
+    return low, high
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
@@ -225,18 +215,12 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _thinned(curve: Curve) -> Curve:
-    """At most ``POINTS`` points; of a faint curve the extremes of each stretch, so that spikes stay."""
-    count, ys = len(curve.xs), curve.ys
+    """At most ``POINTS`` points of a curve."""
+    count = len(curve.xs)
     if count <= POINTS:
         return curve
-    if curve.kind == "faint":
-        keep: list[int] = []
-        for i in range(POINTS // 2):
-            stretch = range(2 * i * count // POINTS, 2 * (i + 1) * count // POINTS)
-            keep += sorted({min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)})
-    else:
-        keep = [round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)]
-    return Curve(curve.label, [curve.xs[p] for p in keep], [ys[p] for p in keep], curve.hue, curve.kind, curve.dashed)
+    keep = [round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)]
+    return replace(curve, xs=[curve.xs[place] for place in keep], ys=[curve.ys[place] for place in keep])
 
 
 def is_number(value: Any) -> TypeGuard[float]:
