@@ -26,7 +26,7 @@ from zephyr_lite.monitor.charts import (
     line_chart,
     smoothed,
 )
-from zephyr_lite.monitor.report import MARK, read_source, read_stage, run_page, side_by_side
+from zephyr_lite.monitor.report import MARK, StageRecord, read_source, run_page, side_by_side
 from zephyr_lite.monitor.report_writer import ReportWriter
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -220,21 +220,21 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
             (folder / "config.yaml").unlink()
         else:
             (folder / "config.yaml").write_text(config)
-        page = Page(run_page([read_stage(folder)]))
+        page = Page(run_page([StageRecord(folder)]))
         assert page.charts()[0]["series"][0]["y"][-1] is None  # as JSON has no NaN
         assert "13" in page.text
     (folder / "metrics.jsonl").unlink()
-    assert "No step was logged yet" in Page(run_page([read_stage(folder)])).text
+    assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "sft"}')
-    Page(run_page([read_stage(folder)]))
+    Page(run_page([StageRecord(folder)]))
     (folder / "stage.json").write_text('{"method": "rlhf"}')
     with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
-        read_stage(folder)
+        StageRecord(folder)
 
 
 def test_a_long_run_stays_small(tmp_path):
     folder = a_stage(tmp_path / "long", "dpo", "dpo", 8_000)
-    text = run_page([read_stage(folder)])
+    text = run_page([StageRecord(folder)])
     assert len(text) < 250_000
     for chart_data in Page(text).charts():
         assert all(len(s["x"]) <= POINTS and s["x"][-1] == 8_000 for s in chart_data["series"] if s["k"] != "faint")
@@ -331,13 +331,11 @@ def test_every_range_is_drawn_and_its_labels_differ(values, first, last):
     assert all(x + 3 * len(text) <= WIDTH for x, text in drawn["below"])  # not cut off
 
 
-def test_thinning_keeps_spikes_and_smoothing_is_a_mean():
+def test_long_curves_are_thinned_a_spike_flattens_nothing_and_smoothing_is_a_mean():
     xs, ys = list(range(5000)), [1.0 + (i % 7) / 10 for i in range(5000)]
     ys[1234] = 1e6
     drawn = line_chart("t", "", [Curve("s", xs, ys, kind="faint"), Curve("s", xs, smoothed(ys), kind="smooth")])
-    values = drawn["data"]["series"][0]
-    assert values["x"][values["y"].index(1e6)] == 1234 and len(values["x"]) <= POINTS
-    assert drawn["cut"] == "cut off: the highest value is 1,000,000" and float(drawn["grid"][-1][1]) < 10
+    assert len(drawn["data"]["series"][0]["x"]) == POINTS and float(drawn["grid"][-1][1]) < 10
     assert smoothed([2.0, math.nan, 4.0, 6.0]) == pytest.approx([3.0, 4.0, 4.0, 5.0])
 
 

@@ -21,7 +21,7 @@ from ..errors import Interrupted, UserError
 from ..io.atomic import write_json
 from ..io.run_dir import StageDir, read_json
 from ..model.chain import chain_of_run
-from ..monitor.report import StageRecord, read_stage
+from ..monitor.report import StageRecord
 from .child import Ended, child
 from .smoke import DISK_RESERVE, merged_bytes, speed
 
@@ -175,7 +175,7 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
 def done(chosen: Reproduction, part: str) -> str | None:
     """Why a part has nothing to do, or None. The commands of the stages check by themselves whether they are complete."""
     if part in ("loss", "preference", "mt-bench"):
-        return f"{part} is done already" if evaluation(read_stage(chosen.run / "dpo"), part) else None
+        return f"{part} is done already" if evaluation(StageRecord(chosen.run / "dpo"), part) else None
     if part != "merge":
         return None
     merged = chosen.run / "merged"
@@ -197,7 +197,7 @@ def command_line(words: Sequence[str]) -> str:
 
 def results(chosen: Reproduction) -> dict[str, Any]:
     """The content of results.json, from the files of a run whose stages are complete and evaluated."""
-    records = {name: read_stage(chosen.run / name) for name in STAGES}
+    records = {name: StageRecord(chosen.run / name) for name in STAGES}
     sft, dpo = records.values()
     loss, preference = evaluation(dpo, "loss"), evaluation(dpo, "preference")
     against = preference["comparisons"][0]

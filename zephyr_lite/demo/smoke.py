@@ -27,7 +27,7 @@ from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
-from ..monitor.report import Columns, StageRecord, read_stage
+from ..monitor.report import Columns, StageRecord
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
             message = f"the smoke test failed at: {name}. {error.message}"
             raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
     took = duration(time.monotonic() - begun)
-    verdict = [f"smoke test passed in {took}: everything works", *outlook(config, read_stage(stage.path))]
+    verdict = [f"smoke test passed in {took}: everything works", *outlook(config, StageRecord(stage.path))]
     told = {"method": method, "parts": [asdict(part) for part in parts], "verdict": verdict}
     write_json(folder / MARK, {"status": "passed", **told})
     for path in (merged, *stage.checkpoints()):
@@ -165,7 +165,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
 
 def _resumed(folder: Path, method: Method, config: RunConfig) -> str:
     """Check that the second process continued from the checkpoint of the first."""
-    record = read_stage(folder)
+    record = StageRecord(folder)
     steps, losses = record.columns["loss"]
     began = [start["step"] for start in record.info["resumed"]]
     assert record.complete and began and began[-1] >= KILLED_AFTER, (record.info["status"], began)

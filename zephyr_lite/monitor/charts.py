@@ -192,9 +192,14 @@ def line_chart(
 
 
 def _range(curves: Sequence[Curve], rules: dict[str, float], bounds: Sequence[float]) -> tuple[float, float]:
-    """(lowest, highest) value in view; the noise and spikes of a faint curve, which would flatten the rest, are cut off."""
-    values = [y for curve in curves if curve.kind != "faint" for y in curve.ys if math.isfinite(y)]
-    values += bounds
+    """(lowest, highest) value in view, without a faint curve's extremes, which would flatten the rest."""
+    values = [*bounds]
+    for curve in curves:
+        finite = sorted(filter(math.isfinite, curve.ys))
+        if curve.kind == "faint" and finite:
+            values += [finite[int(len(finite) * 0.02)], finite[int(len(finite) * 0.98)]]
+        elif curve.kind != "smooth":
+            values += finite
     low, high = min(values), max(values)
     for label, value in rules.items():
         near = (high - low) * 1.5 or abs(high) or 1

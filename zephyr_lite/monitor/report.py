@@ -15,7 +15,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +44,6 @@ Columns = dict[str, tuple[list[int], list[float]]]
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+)+[/\\]([\w.@+=-]+)[/\\]?")
 
 
-@dataclass
 class StageRecord:
     """The files of one stage, without the secrets of this process's environment.
 
@@ -61,24 +59,57 @@ class StageRecord:
         results: kind → the result file of ``zephyr-lite eval``.
         own: stage of the run → sha256 of its own adapter.
         who: prefix of sentences about it, when two runs are compared.
+
+    Raises:
+        UserError: it is not a stage, or its stage.json or config.yaml is broken.
     """
 
-    folder: Path
-    name: str
-    run: str
-    method: str
-    info: dict[str, Any]
-    config: dict[str, Any]
-    columns: Columns
-    step: int
-    total: int | None
-    planned: dict[str, float]
-    samples: list[dict[str, Any]]
-    left_out: list[dict[str, Any]]
-    lengths: dict[str, Any]
-    results: dict[str, dict[str, Any]]
-    own: dict[str, str | None]
-    who: str = ""
+    def __init__(self, folder: Path) -> None:
+        stage, whole = StageDir(folder), folder.absolute()
+        info = stage.info()
+        if info is None:
+            raise UserError(
+                f"{folder}: is not a stage of a run (no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE."
+            )
+        checked(info, folder / STAGE_FILE)
+        files = {
+            "info": {key: value for key, value in info.items() if value is not None},
+            "config": read_yaml(stage.config) if stage.config.is_file() else {},
+            "metrics": json_lines(stage.metrics),
+            "samples": json_lines(stage.samples),
+            "left_out": json_lines(folder / "left_out.jsonl"),
+            "lengths": read_json(folder / LENGTHS) or {},
+            "results": {path.stem: read_json(path) for path in sorted((folder / "eval").glob("*.json"))},
+        }
+        files = json.loads(redact(json.dumps(files)))
+        self.folder, self.name, self.run, self.who = folder, whole.name, whole.parent.name, ""
+        self.info: dict[str, Any] = {part: {} for part in _PARTS}
+        self.info |= {"adapters": [], "resumed": [], **files["info"]}
+        self.method: str = self.info.get("method", "sft")
+        self.planned: dict[str, float] = self.info["plan"].get("account") or {}
+        self.config: dict[str, Any] = files["config"]
+        self.samples, self.left_out, self.lengths = files["samples"], files["left_out"], files["lengths"]
+        results = files["results"].items()
+        self.results = {kind: body for kind, body in results if "models" in body and "-partial" not in kind}
+        history: dict[int, dict[str, Any]] = {}
+        for line in files["metrics"]:
+            if isinstance(line.get("step"), int):
+                history.setdefault(line["step"], {}).update(line)
+        self.step = max(history, default=0)
+        self.columns: Columns = {}
+        for step, line in sorted(history.items()):
+            for key, value in line.items():
+                if is_number(value):
+                    steps, values = self.columns.setdefault(key, ([], []))
+                    steps.append(step)
+                    values.append(float(value))
+        self.total = self.info["result"].get("steps") or self.config.get("max_steps")
+        rows, batch = self.info["data"].get("rows"), self.config.get("batch_size")
+        epochs = self.config.get("num_train_epochs")
+        if not self.total and rows and batch and epochs:
+            self.total = max(1, math.ceil(epochs * math.ceil(rows / batch)))
+        infos = {other.path.name: other.info() or {} for other in stages_of(whole.parent)}
+        self.own = {name: (info.get("own") or {}).get("sha256") for name, info in infos.items()}
 
     @property
     def complete(self) -> bool:
@@ -130,64 +161,6 @@ class StageRecord:
         return facts
 
 
-def read_stage(folder: Path) -> StageRecord:
-    """Read a stage's folder.
-
-    Raises:
-        UserError: it is not a stage, or its stage.json or config.yaml is broken.
-    """
-    stage, whole = StageDir(folder), folder.absolute()
-    info = stage.info()
-    if info is None:
-        raise UserError(f"{folder}: is not a stage of a run (no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE.")
-    checked(info, folder / STAGE_FILE)
-    files = {
-        "info": {key: value for key, value in info.items() if value is not None},
-        "config": read_yaml(stage.config) if stage.config.is_file() else {},
-        "metrics": json_lines(stage.metrics),
-        "samples": json_lines(stage.samples),
-        "left_out": json_lines(folder / "left_out.jsonl"),
-        "lengths": read_json(folder / LENGTHS) or {},
-        "results": {path.stem: read_json(path) for path in sorted((folder / "eval").glob("*.json"))},
-    }
-    files = json.loads(redact(json.dumps(files)))
-    info = {**{part: {} for part in _PARTS}, "adapters": [], "resumed": [], **files["info"]}
-    config = files["config"]
-    history: dict[int, dict[str, Any]] = {}
-    for line in files["metrics"]:
-        if isinstance(line.get("step"), int):
-            history.setdefault(line["step"], {}).update(line)
-    columns: Columns = {}
-    for step, line in sorted(history.items()):
-        for key, value in line.items():
-            if is_number(value):
-                steps, values = columns.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(float(value))
-    total = info["result"].get("steps") or config.get("max_steps")
-    rows, batch, epochs = info["data"].get("rows"), config.get("batch_size"), config.get("num_train_epochs")
-    if not total and rows and batch and epochs:
-        total = max(1, math.ceil(epochs * math.ceil(rows / batch)))
-    own = {other.path.name: ((other.info() or {}).get("own") or {}).get("sha256") for other in stages_of(whole.parent)}
-    return StageRecord(
-        folder=folder,
-        name=whole.name,
-        run=whole.parent.name,
-        method=info.get("method", "sft"),
-        info=info,
-        config=config,
-        columns=columns,
-        step=max(history, default=0),
-        total=total,
-        planned=info["plan"].get("account") or {},
-        samples=files["samples"],
-        left_out=files["left_out"],
-        lengths=files["lengths"],
-        results={kind: body for kind, body in files["results"].items() if "models" in body and "-partial" not in kind},
-        own=own,
-    )
-
-
 def read_source(source: Path | None) -> list[StageRecord]:
     """The stages of a run's folder in the order of training, or the one stage whose folder it is.
 
@@ -203,8 +176,8 @@ def read_source(source: Path | None) -> list[StageRecord]:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME) or a stage's (runs/NAME/STAGE).")
     if (path / STAGE_FILE).is_file():
-        return [read_stage(path)]
-    found = [read_stage(stage.path) for stage in stages_of(path)]
+        return [StageRecord(path)]
+    found = [StageRecord(stage.path) for stage in stages_of(path)]
     if not found:
         raise UserError(
             f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or in a subfolder).",
