@@ -33,7 +33,7 @@ from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .english import is_english
 from .lexicon import Lexicon, count_words
-from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
+from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
 from .questions import open_rows
 from .refusals import first_refusal
 from .truecase import is_broken, restore
@@ -148,14 +148,16 @@ def clean_chat(
         if options.truecase:
             lexicon = lexicon or Lexicon.learned(map(json.loads, scanned["lexicon"].drop_null().to_pylist()))
             lexicon.save(folder / LEXICON)
-        splits = _splits(fate, scanned["prompt"].to_numpy(), options.test)
+        rows = np.flatnonzero(fate == KEPT)
+        is_test = held_out(scanned["prompt"].to_numpy()[rows], options.test)
+        splits = {"train_sft": rows[~is_test], "test_sft": rows[is_test]}
         if not len(splits["train_sft"]):
             raise UserError(
                 f"{source}: all {report['kept']:,} rows that are left would be test rows.",
                 "Choose a smaller --test, or 0.",
             )
         form = options.file_format
-        files = [file for name, rows in splits.items() for file in shards(name, rows, SHARD_ROWS, form)]
+        files = [file for name, part in splits.items() for file in shards(name, part, SHARD_ROWS, form)]
         job = partial(write_shard, raw, scanned.select(["turns", "broken"]), lexicon, folder)
         restored = list(in_processes(job, files, processes, "writing"))
         words = sum((part.words for part in restored), Counter[str]())
@@ -345,19 +347,6 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
         joined = near != np.arange(len(fate))
         fate[joined], of[joined] = NEAR, near[joined]
     return fate, of
-
-
-def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.ndarray]:
-    """The kept rows of each split; all rows of a prompt (uint64 [rows], hashes) are in one."""
-    rows = np.flatnonzero(fate == KEPT)
-    keys = prompts[rows]
-    if test < 1:
-        held_out = keys < np.uint64(int(test * 2.0**64))
-    elif test >= len(rows):
-        held_out = np.ones(len(rows), bool)
-    else:
-        held_out = keys < np.sort(keys)[int(test)]
-    return {"train_sft": rows[~held_out], "test_sft": rows[held_out]}
 
 
 # -- the second pass ---------------------------------------------------------------------------------------------------
