@@ -155,9 +155,9 @@ def show(
         number = 1 if row is None else row
         segments = segments_of_row(rows, number)
     if table:
-        lines = table_lines(rows, number, segments, colour=_has_colour())
+        lines = table_lines(rows, number, segments)
     else:
-        lines = view_lines(rows, number, segments, console.out.width, colour=_has_colour())
+        lines = view_lines(rows, number, segments, console.out.width)
     for line in lines:
         console.out.print(line)
 
@@ -169,7 +169,7 @@ def stats(
     verbose: Verbose = False,
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
-    from .row_stats import stats_lines
+    from .row_stats import print_stats
     from .rows import open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
@@ -177,10 +177,4 @@ def stats(
     say_all(f"note: {note}" for note in opened.notes)
     for held_out in (False, True) if opened.config.eval_dataset else (False,):
         rows = opened.prepare(True) if held_out else opened
-        console.say()
-        for line in stats_lines(rows, width=console.out.width, colour=_has_colour(), places=places):
-            console.out.print(line)
-
-
-def _has_colour() -> bool:
-    return console.out.is_terminal and console.out.color_system is not None
+        print_stats(rows, places)
