@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_job(tmp_path, tiny_base, monkeyp
 
     monkeypatch.setattr(loaded, "open_live", refuse)
     replies, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, QUESTIONS))
-    assert all(isinstance(r, UserError) and r.hint == "Fetch it again." for r in replies) and totals.requests == 0
+    assert all(isinstance(r, UserError) and r.hint == "Fetch it again." for r in replies) and totals.replies == 0
 
 
 def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(tmp_path, tiny_base, monkeypatch):

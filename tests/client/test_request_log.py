@@ -1,4 +1,4 @@
-"""No answered request is sent twice: the request log through kills, interrupts, a second process, older journals."""
+"""No answered request is sent twice: the request log through kills, interrupts, a second process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, disconnect, error, hang, not_json, ok
-from tests.client.test_client import ask_all, one, records, run, spec
-from zephyr_lite.client.client import prompt_token_bound
-from zephyr_lite.client.request_log import NAME, Reply, RequestLog
+from tests.client.test_client import one, records
+from zephyr_lite.client.request_log import NAME, RequestLog
 from zephyr_lite.errors import UserError
 
 # A job in a process of its own: sends ``count`` requests, and prints the replies in order.
@@ -186,44 +185,3 @@ def test_a_file_that_is_no_log(tmp_path):
     (tmp_path / NAME).write_text("my notes, which are long enough to be no empty database " * 20)
     with ChatServer() as server, pytest.raises(UserError, match="cannot be read or written"):
         one(server, tmp_path)
-
-
-# Jobs of earlier versions
-
-
-def journal_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def old_journal(folder: Path, server: ChatServer) -> list[str]:
-    """The journal.jsonl that an earlier version wrote for the requests "a", "b" and "c": a reply, a failure, a kill."""
-    run([spec(server, concurrency=1)], folder, lambda client: ask_all(client, ["a", "b", "c"]))
-    rows = records(folder)
-    for path in folder.iterdir():
-        path.unlink()
-    lines = [journal_line({"event": "journal", "version": 1})]
-    for row in rows:
-        head = {name: row[name] for name in ("id", "digest", "key", "endpoint")}
-        lines.append(journal_line({"event": "sent", **head, "tokens": row["bound"], "dollars": 0.0}))
-        if row["key"] == "key/a":
-            texts = {name: row[name] for name in ("text", "finish_reason", "prompt_tokens", "completion_tokens")}
-            spent = {"counted_by": "server", "tokens": row["tokens"], "dollars": 0.0}
-            lines.append(journal_line({"event": "reply", **head, **texts, **spent}))
-        elif row["key"] == "key/b":
-            told = {"reason": "HTTP 500", "detail": "boom", "sent": True, "final": True}
-            lines.append(journal_line({"event": "failed", **head, **told, "tokens": row["bound"], "dollars": 0.0}))
-    return lines
-
-
-def test_an_older_versions_journal_is_imported_once(tmp_path):
-    with ChatServer() as server:
-        lines = old_journal(tmp_path, server)
-        (tmp_path / "journal.jsonl").write_text("".join(lines) + '{"event": "rep')  # the process died while it wrote
-        server.seen.clear()
-        replies, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "b", "c"]))
-        assert [seen.question for seen in server.seen] == ["b", "c"] and all(isinstance(r, Reply) for r in replies)
-        bound = prompt_token_bound([{"role": "user", "content": "b"}]) + 50
-        assert totals.requests == 5 and totals.from_log == 1 and totals.unanswered == 1
-        assert totals.lost_tokens == 2 * bound and totals.failed_tries == {"HTTP 500": 1} and totals.failures == {}
-        _, totals = run([spec(server)], tmp_path, lambda client: ask_all(client, ["a", "b", "c"]))
-        assert totals.requests == 5 and totals.from_log == 3 and len(server.seen) == 2

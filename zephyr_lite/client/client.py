@@ -82,7 +82,6 @@ class TryFailed(Exception):
     detail: str = ""  # the server's message, without keys
     retry: bool = False  # whether another try can help
     charged: bool = False  # whether the tokens may have been paid for
-    reached: bool = True  # whether a server got the request
     wait: float | None = None  # seconds that the server asks to wait
     hint: str | None = None  # what to do, where the job cannot continue; None: only this request has no reply
 
@@ -221,8 +220,7 @@ class ModelClient:
             reply = await endpoint.model.ask(body)
         except TryFailed as error:
             error.retry = error.retry and not last
-            flags = {"charged": error.charged, "reached": error.reached, "given_up": not error.retry}
-            self._log.failed(number, error.reason, error.detail, **flags)
+            self._log.failed(number, error.reason, error.detail, charged=error.charged, given_up=not error.retry)
             self._on_progress(self.totals)
             return error
         self._log.replied(number, reply, endpoint.spec.dollars(reply.prompt_tokens, reply.completion_tokens))

@@ -18,7 +18,7 @@ from ..io.text import duration
 from .client import prompt_token_bound
 from .endpoints import EndpointSpec, Message
 from .jobs import Budget
-from .request_log import JOURNAL, NAME, Totals
+from .request_log import NAME, Totals
 
 PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
 
@@ -68,7 +68,7 @@ def budget_lines(budget: Budget, out: Path) -> list[str]:
     lines = [
         f"budget: {' and '.join(limits)}, never exceeded" if limits else "no budget (--max-requests, --max-tokens)"
     ]
-    if any((out / name).is_file() for name in (NAME, JOURNAL)):
+    if (out / NAME).is_file():
         lines.append(f"requests that {out} holds are not sent again; they are not deducted here")
     return lines
 

@@ -80,8 +80,7 @@ class Weights:
             )
         digest = hashlib.sha256()
         hashes = self.models[list(self.models)[-1] if model is None else model]
-        # a model folder's hash has no line end, as in the logs of earlier versions
-        digest.update(hashes[0].encode() if self.chain is None else "".join(f"{part}\n" for part in hashes).encode())
+        digest.update("".join(f"{part}\n" for part in hashes).encode())
         for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             file = self.tokenizer_from / name
             digest.update(file.read_bytes() if file.is_file() else b"")
@@ -161,7 +160,7 @@ class LocalModel:
             try:
                 chat = self.weights.chat
             except UserError as error:
-                raise TryFailed("cannot be loaded", error.message, reached=False, hint=error.hint or "") from None
+                raise TryFailed("cannot be loaded", error.message, hint=error.hint or "") from None
             outcomes: list[Any] = [_prepare(chat, body) for body in bodies]
             places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
             for place, answer in zip(places, self._sample(chat, [outcomes[i] for i in places])):

@@ -88,7 +88,7 @@ class OpenAIModel:
                 hint = "Is the server running at that URL? `ollama serve` starts Ollama (port 11434)."
                 detail = f"{self.spec.url}: {self._shown(str(error.__cause__))}"
                 # a server that answered before may come back; one that never did is a mistake in the command
-                raise TryFailed("cannot be reached", detail, retry=self._reached, reached=False, hint=hint) from None
+                raise TryFailed("cannot be reached", detail, retry=self._reached, hint=hint) from None
             raise TryFailed("no reply", f"nothing within {self.spec.timeout:g} s", retry=True, charged=True) from None
         except (ValueError, TypeError, LookupError, AttributeError):  # not JSON, or JSON of another form
             raise TryFailed("reply holds no answer", retry=True, charged=True) from None
@@ -97,7 +97,7 @@ class OpenAIModel:
         )
         reason = choice.finish_reason or "stop"
         if not (prompt and completion is not None and type(prompt) is type(completion) is int):
-            return Reply(text, reason, prompt_token_bound(body["messages"]), body["max_tokens"], counted=False)
+            return Reply(text, reason, prompt_token_bound(body["messages"]), body["max_tokens"])
         # some servers count hidden reasoning in the total alone
         return Reply(text, reason, prompt, max(completion, (total or 0) - prompt))
 

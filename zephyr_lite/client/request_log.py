@@ -8,7 +8,6 @@ and HTTP headers are never recorded.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from typing import Any
 from ..errors import UserError
 
 NAME = "requests.sqlite"
-JOURNAL = "journal.jsonl"  # written by earlier versions; imported when the log is created
 SCHEMA = """
 CREATE TABLE requests (
     id INTEGER PRIMARY KEY,
@@ -35,10 +33,8 @@ CREATE TABLE requests (
     finish_reason TEXT,
     prompt_tokens INTEGER,
     completion_tokens INTEGER,
-    counted INTEGER,                  -- whether the server counted the tokens
     reason TEXT,
     detail TEXT,
-    reached INTEGER NOT NULL DEFAULT 1,    -- whether the request reached a server
     given_up INTEGER NOT NULL DEFAULT 0    -- whether no further try followed
 );
 CREATE INDEX by_digest ON requests (digest);
@@ -51,9 +47,8 @@ class Reply:
 
     text: str
     finish_reason: str  # "stop", "length"
-    prompt_tokens: int
+    prompt_tokens: int  # upper bounds if the server counts no tokens
     completion_tokens: int
-    counted: bool = field(default=True, compare=False)  # by the server; otherwise the tokens are upper bounds
 
 
 @dataclass
@@ -62,13 +57,12 @@ class Totals:
 
     requests: int = 0  # sent; every try counts, those in flight too
     replies: int = 0
-    prompt_tokens: int = 0  # of the replies, as the servers counted them
+    prompt_tokens: int = 0  # of the replies
     completion_tokens: int = 0
     lost_tokens: int = 0  # upper bound of what was paid for without a reply (timeouts, broken replies, a kill)
     dollars: float = 0.0
     lost_dollars: float = 0.0
     held: int = 0  # tokens reserved for the requests in flight
-    uncounted: int = 0  # replies whose server counted no tokens; their upper bound is used
     unanswered: int = 0  # requests in flight when a process was killed
     failed_tries: Counter[str] = field(default_factory=Counter)  # by reason
     given_up: dict[str, str] = field(default_factory=dict)  # request → reason why it has no reply
@@ -95,7 +89,6 @@ class Totals:
             "lost_tokens_at_most": self.lost_tokens,
             "dollars": round(self.dollars, 6),
             "lost_dollars_at_most": round(self.lost_dollars, 6),
-            "replies_without_usage": self.uncounted,
             "sent_and_never_answered": self.unanswered,
             "asked_again": self.asked_again,
             "failed_tries": dict(self.failed_tries.most_common()),
@@ -129,28 +122,10 @@ class RequestLog:
             if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone() is None:
                 for statement in SCHEMA.split(";\n"):
                     self._db.execute(statement)
-                if (folder / JOURNAL).is_file():
-                    self._import(folder / JOURNAL)
             self._db.execute("UPDATE requests SET state = 'lost' WHERE state = 'sent'")
             self._db.execute("COMMIT")
-            self.totals, self.answers = Totals(), Counter()
             for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
                 self._count(row)
-
-    def _import(self, journal: Path) -> None:
-        """Take over the records of an earlier version's journal.jsonl, whose last line may be incomplete."""
-        numbers: dict[int, int] = {}
-        for line in journal.read_text(encoding="utf-8").split("\n")[:-1]:
-            r = json.loads(line)
-            if r["event"] == "sent":
-                numbers[r["id"]] = self.sent(r["digest"], r["key"], r["endpoint"], r["tokens"], r["dollars"])
-            elif r["event"] == "reply":
-                counted = r["counted_by"] == "server"
-                reply = Reply(r["text"], r["finish_reason"], r["prompt_tokens"], r["completion_tokens"], counted)
-                self.replied(numbers[r["id"]], reply, r["dollars"])
-            elif r["event"] == "failed":
-                flags = {"charged": bool(r["tokens"]), "reached": r["sent"], "given_up": r["final"]}
-                self.failed(numbers[r["id"]], r["reason"], r.get("detail", ""), **flags)
 
     def reply(self, digest: str) -> Reply | None:
         """The reply to a request, if the log holds it."""
@@ -175,16 +150,15 @@ class RequestLog:
         tokens = reply.prompt_tokens + reply.completion_tokens
         self._end(number, state="replied", tokens=tokens, dollars=dollars, **asdict(reply))
 
-    def failed(self, number: int, reason: str, detail: str, *, charged: bool, reached: bool, given_up: bool) -> None:
+    def failed(self, number: int, reason: str, detail: str, *, charged: bool, given_up: bool) -> None:
         """Record a failed try.
 
         Args:
             charged: whether its tokens may have been paid for; the bound counts as spent then.
-            reached: whether a server got the request; if not, it counts as no request.
             given_up: whether no further try follows.
         """
         spent = {} if charged else {"tokens": 0, "dollars": 0.0}
-        self._end(number, state="failed", reason=reason, detail=detail, reached=reached, given_up=given_up, **spent)
+        self._end(number, state="failed", reason=reason, detail=detail, given_up=given_up, **spent)
 
     def close(self) -> None:
         """Release the folder."""
@@ -201,14 +175,13 @@ class RequestLog:
 
     def _count(self, row: sqlite3.Row) -> None:
         totals = self.totals
-        totals.requests += row["reached"]
+        totals.requests += 1
         if row["state"] == "replied":
             self.answers[row["endpoint"]] += 1
             totals.replies += 1
             totals.prompt_tokens += row["prompt_tokens"]
             totals.completion_tokens += row["completion_tokens"]
             totals.dollars += row["dollars"]
-            totals.uncounted += not row["counted"]
             totals.given_up.pop(row["digest"], None)
             return
         totals.lost_tokens += row["tokens"]

@@ -191,7 +191,7 @@ def _choose_split(spec: DatasetSpec, wanted: str | None, there: Sequence[str]) -
         likely = shown(next((name for name in sorted(there) if name.startswith("train")), there[0]))
         raise UserError(
             f"{spec.path}: which split? There are {names}.",
-            f"Say so: split: {likely} (on the command line dataset.split={likely}).",
+            f"Set split: {likely} (on the command line dataset.split={likely}).",
         )
     if wanted is not None and wanted not in there:
         raise UserError(f"{spec.path}: there is no split {wanted!r}.", f"There are {names}.")

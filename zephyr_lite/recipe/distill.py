@@ -41,7 +41,6 @@ GRID = Path(__file__).parent / "grid.yaml"
 NEAR = "too near to an earlier opening or to a seed"
 NO_ANSWER = "no first answer"
 BUDGET = "the budget"
-EXAMPLES = 5  # near-duplicates in the report
 SAMPLE = 2000  # openings whose length is measured for the upper bound
 QUESTION_TOKENS = 512  # of a user's message, at most
 MAX_CHARACTERS = 6000
@@ -375,7 +374,6 @@ class Distilled:
     test: int = 0
     openings: int = 0  # asked for
     turned_down: Counter[str] = field(default_factory=Counter)  # of the openings, by reason
-    near: list[tuple[str, str]] = field(default_factory=list)  # examples: (opening, the earlier one)
     ended: Counter[str] = field(default_factory=Counter)  # dialogues shorter than asked for, by reason
     rounds: Counter[int] = field(default_factory=Counter)  # dialogues by their number of rounds
     cells: Counter[tuple[str, str]] = field(default_factory=Counter)  # dialogues of each (topic, kind)
@@ -401,12 +399,9 @@ class Distilled:
             "openings": {
                 "asked": self.openings,
                 "turned_down": dict(self.turned_down.most_common()),
-                "near_duplicates": [{"opening": text, "earlier": earlier} for text, earlier in self.near],
             },
             "rounds": {str(rounds): count for rounds, count in sorted(self.rounds.items())},
             "ended_early": dict(self.ended.most_common()),
-            "cells": len(self.cells),
-            "dialogues_in_a_cell": {str(n): often for n, often in sorted(Counter(self.cells.values()).items())},
             "topics": dict(sorted(topics.items())),
             "kinds": dict(sorted(kinds.items())),
             "seeds": None if self.seeds is None else self.seeds.note(),
@@ -419,10 +414,6 @@ class Distilled:
         rounds = ", ".join(f"{count:,} of {n}" for n, count in sorted(self.rounds.items(), reverse=True))
         result = [f"{self.out}: {self.made:,} of {self.wanted:,} dialogues: {self.train:,} in {TRAIN}{test}"]
         result.append(f"questions and answers: {rounds}")
-        if self.cells:
-            few, many = min(self.cells.values()), max(self.cells.values())
-            spread = f"{few:,}" if few == many else f"{few:,} to {many:,}"
-            result.append(f"{len(self.cells):,} cells of topic and kind, {spread} dialogues in each")
         for title, counts in (("openings turned down", self.turned_down), ("ended early", self.ended)):
             if counts:
                 result.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()))
@@ -546,8 +537,6 @@ class _Passes:
         earlier = None if self.from_seeds and attempt else self.openings.take(opening)
         if earlier is None:
             return opening
-        if len(self.result.near) < EXAMPLES:
-            self.result.near.append((opening[:300], earlier[:300]))
         self.avoid[number] = earlier
         return NotUsable(NEAR)
 
@@ -557,15 +546,12 @@ def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialog
         down = ", ".join(f"{reason}: {n:,}" for reason, n in result.turned_down.most_common())
         what = f"dialogue came out of {result.wanted:,}"
         raise nothing_made(result.out, what, [down, result.budget_message], bool(result.budget_message))
-    has_cells = config.openings == "grid"
-    if has_cells:
-        result.cells.update({(cell.topic, cell.kind): 0 for cell in result.grid.cells})
     with file_aside(result.out / TRAIN) as train, file_aside(result.out / TEST) as test:
         for number, dialogue in sorted(dialogues.items()):
             prompt = dialogue.messages[0]["content"]
             prompt_id = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
             row = {"prompt": prompt, "prompt_id": prompt_id, "messages": dialogue.messages, "topic": "", "kind": ""}
-            if has_cells:
+            if config.openings == "grid":
                 cell = result.grid.cell(number)
                 row |= {"topic": cell.topic, "kind": cell.kind}
                 result.cells[cell.topic, cell.kind] += 1

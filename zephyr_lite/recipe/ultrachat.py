@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,10 +34,9 @@ from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, rea
 from .english import is_english
 from .lexicon import Lexicon, count_words
 from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
-from .protect import KINDS
 from .questions import open_rows
-from .refusals import REFUSALS, first_refusal
-from .truecase import RULES, is_broken, restore
+from .refusals import first_refusal
+from .truecase import is_broken, restore
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +171,7 @@ def clean_chat(
                 for rule in words
             },
         }
-        write_text(folder / "report.md", markdown(report, raw))
+        write_text(folder / "report.md", markdown(report))
         write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, "source": source, **report})
     return report
 
@@ -472,18 +470,18 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def markdown(report: Mapping[str, Any], raw: Raw) -> str:
-    """report.md."""
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md: the same, with the first examples of each rule and the first rows of each reason."""
 
     def code(text: str) -> str:
         text = " ".join(text.split())
         return f"`` {text} ``" if "`" in text else f"`{text}`"
 
-    environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""))
-    environment.filters |= {
-        "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
-        "code": code,
-        "number": lambda value: f"{value or 0:,}",
-    }
-    template = environment.get_template("chat_report.md.j2")
-    return template.render(report=report, raw=raw, refusals=REFUSALS, rules=RULES, kinds=KINDS) + "\n"
+    lines = ["# Cleaned conversations", "", *(f"- {line.strip()}" for line in report_lines(report))]
+    for rule, examples in report["examples"].items():
+        lines += ["", f"**{rule}**", ""]
+        lines += [f"- {each['place']}: {code(each['before'])} → {code(each['after'])}" for each in examples]
+    for reason, places in report["places"].items():
+        lines += ["", f"**{reason}**", ""]
+        lines += [f"- {each['place']}" + (f": {code(each['detail'])}" if each["detail"] else "") for each in places]
+    return "\n".join(lines) + "\n"
