@@ -61,15 +61,15 @@ def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
     assert body["win_rate"] == expected.win_rate == pytest.approx(100 * (0 + 1 + 0.5 + 0.5 + 1 + 0.25) / 6)
     assert body["standard_error"] == expected.standard_error and body["n_left_out"] == 2 and body["n_draws"] == 2
     assert f"{body['win_rate']:.2f} %" in capsys.readouterr().out
-    # JSONL does as well, with characters that end a line elsewhere; a second annotator has a row of his own
+    # JSONL does as well, with characters that end a line elsewhere
     lines = tmp_path / "lines.jsonl"
-    rows = [annotation(0, 1), annotation(1, 2, annotator="other", output_1="a\u2028b\u0085c")]
+    rows = [annotation(0, 1), annotation(1, 2, output_1="a\u2028b\u0085c")]
     lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8")
-    assert read_annotations(lines)[1].output_1 == "a\u2028b\u0085c"
+    assert read_annotations(lines)[1]["output_1"] == "a\u2028b\u0085c"
     assert run("--annotations", lines) == 0
     said = capsys.readouterr().out
     assert "it takes 20 verdicts" in said
-    assert "new, by other" in said and "100.00 %" in said and "50.00 %" in said
+    assert "50.00 %" in said
     # a name is shown as it is, and moves no cursor
     lines.write_text(json.dumps(annotation(0, 1, generator_2="[red]\x1b[31mx")))
     assert run("--annotations", lines) == 0 and "[red]\\x1b[31mx" in capsys.readouterr().out

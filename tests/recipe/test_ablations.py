@@ -154,8 +154,8 @@ def test_the_shipped_tables_resolve(name):
     ("words", "options", "says"),
     [
         (["dsft-9.max_steps=1"], {}, "dsft-9.…: no stage of this table"),
-        (["adapters=none"], {}, "adapters is the table's decision"),
-        (["dsft-1.stage=x"], {}, "stage is the table's decision"),
+        (["adapters=none"], {}, "adapters is set by this command"),
+        (["dsft-1.stage=x"], {}, "stage is set by this command"),
         (["sft.learning_rat=1"], {}, "learning_rat"),
         ([], {"only": ["dSFT-3"]}, "no arm 'dSFT-3'"),
     ],
@@ -175,7 +175,7 @@ def test_what_a_table_cannot_do_is_refused(words, options, says):
         ("arms: {a: [{sft: ablations/dsft-1}]}\nmore: 1", "more"),
         ("arms: {a: [{sft: ablations/nothing}]}", "no such file"),
         ("arms: {base: [{sft: ablations/dsft-1}]}", "cannot be called 'base'"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "stage is the table's decision"),
+        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "stage is set by this command"),
         ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {sead: 1}", "sead"),
         ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {seed: x}", "seed"),
         (

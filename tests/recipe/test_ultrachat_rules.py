@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe import protect, refusals, truecase
+from zephyr_lite.recipe import protect, refusals
 from zephyr_lite.recipe.english import ALWAYS, is_english
 from zephyr_lite.recipe.lexicon import Lexicon, count_words
 from zephyr_lite.recipe.protect import spans
@@ -53,7 +53,7 @@ def test_rules_apply_to_their_examples_and_no_others(group, rule):
 
 
 def test_every_rule_has_examples():
-    tables = {"protect": protect.KINDS, "truecase": truecase.RULES, "refusals": refusals.REFUSALS}
+    tables = {"protect": protect.KINDS, "refusals": refusals.REFUSALS}
     assert {group: list(EXAMPLES[group]) for group in tables} == {group: list(table) for group, table in tables.items()}
 
 

@@ -6,6 +6,7 @@ unchanged (``compat``). Unknown keys are refused, with the nearest known one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
+PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
 
 _TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
 # replaces pydantic's own wording, by the error's type or the key
@@ -111,7 +113,10 @@ def load_config(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
             )
-    words = _parse_overrides(overrides or [])
+    words: list[tuple[str, Any]] = []
+    for key, text in _split_words(overrides or []):
+        key = key.replace("-", "_")
+        words.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
     flat = {key: value for key, value in words if "." not in key}
     nested = [(key, value) for key, value in words if "." in key]
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
@@ -145,8 +150,8 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
-    """(key, value) of each override."""
+def _split_words(words: Iterable[str]) -> list[tuple[str, str]]:
+    """(key, text of its value) of each override."""
     result = []
     remaining = iter(words)
     for word in remaining:
@@ -160,8 +165,7 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             if word.endswith((".yaml", ".yml")):
                 hint = f"Write --config {short(word)}."
             raise UserError(f"{short(word)} is neither key=value nor --key value.", hint)
-        key = key.lstrip("-").replace("-", "_")
-        result.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
+        result.append((key.lstrip("-"), text))
     return result
 
 

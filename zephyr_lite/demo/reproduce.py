@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.load import Method, RunConfig, load_config
+from ..config.load import PLACED, Method, RunConfig, load_config, words_by_scope
 from ..data.load import open_source
 from ..errors import Interrupted, UserError
 from ..io.atomic import write_json
@@ -31,7 +31,6 @@ RECIPES: dict[str, dict[Method, str]] = {
     "overnight": {"sft": "zephyr-7b/overnight-sft", "dpo": "zephyr-7b/overnight-dpo"},
     "full": {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"},
 }
-PLACED = ("output_dir", "adapters", "stage")  # keys that the recipe decides
 # keys that do not change the result
 NEUTRAL = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
 FORMAT = 1
@@ -81,7 +80,12 @@ def plan_reproduction(
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe}: there is no such recipe.", f"There are {', '.join(RECIPES)}.")
-    given = scopes(words)
+    scoped = words_by_scope(words)
+    if unknown := sorted(set(scoped) - {"", *STAGES}):
+        raise UserError(
+            f"the command line: {unknown[0]}.…: there is no such key or stage.", "The stages are sft and dpo."
+        )
+    given = {stage: [*scoped.get("", []), *scoped.get(stage, [])] for stage in STAGES}
     recipes = {stage: load_config(stage, file).config for stage, file in RECIPES[recipe].items()}
     run = out or Path(recipes["sft"].output_dir)
     configs: dict[Method, RunConfig] = {}
@@ -107,29 +111,6 @@ def plan_reproduction(
             changed.update({f"{stage}.{key}": value for stage, value in values.items()})
     changed.pop("dpo.model_name_or_path", None)  # DPO has the base of the stage below
     return Reproduction(recipe, run, configs, changed, commands, who)
-
-
-def scopes(words: Sequence[str]) -> dict[Method, list[str]]:
-    """The words for each stage; ``--key value`` counts as one.
-
-    Raises:
-        UserError: a key that the recipe decides.
-    """
-    scoped: dict[Method, list[str]] = {"sft": [], "dpo": []}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("--") and "=" not in word and rest:
-            word = f"{word}={rest.pop(0)}"
-        word = word.lstrip("-")
-        stages: list[Method] = [stage for stage in scoped if word.startswith(f"{stage}.")]
-        word = word.partition(".")[2] if stages else word
-        key = word.split("=")[0].split(".")[0].replace("-", "_")
-        if key in PLACED:
-            raise UserError(f"the command line: {key} is the recipe's decision.", "Choose the run's folder with --out.")
-        for stage in stages or scoped:
-            scoped[stage].append(word)
-    return scoped
 
 
 def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child) -> dict[str, Any]:

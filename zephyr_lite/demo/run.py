@@ -46,14 +46,12 @@ class Standing:
         preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability per
             token (the sum would favour the shorter answer).
         dodging: share of its own answers to the held-out prompts that retreat behind being a machine.
-        prefers_dodge: share of the held-out prompts on which a dodging completion is likelier than the best one.
         answers: to the three questions.
     """
 
     loss: float
     preference_accuracy: float
     dodging: float
-    prefers_dodge: float
     answers: list[str]
 
 
@@ -110,7 +108,7 @@ def run_demo(
         others = [path for path in out.iterdir() if not path.name.startswith(".")]
         if others and not (out / "data").exists():
             raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
-        train_pairs, test_pairs, dodge_pairs = _write_data(out / "data")
+        train_pairs, test_pairs = _write_data(out / "data")
         logger.info("[1/4] dSFT: conversations")
         train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
         logger.info("[2/4] dDPO: preferences")
@@ -128,7 +126,7 @@ def run_demo(
             )
         logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
         with timed("answers"):
-            standings = _standings(out, test_pairs, dodge_pairs)
+            standings = _standings(out, test_pairs)
         info = StageDir(out / "dpo").info() or {}
         result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"], seconds)
         write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
@@ -136,29 +134,19 @@ def run_demo(
 
 
 def _write_data(folder: Path) -> list[Path]:
-    """Files of preference pairs: to train on, held-out, and the held-out prompts' best completion against each that dodges.
-
-    Training and held-out pairs are the best mean score against a random other one.
-    """
+    """Files of preference pairs, to train on and held out: the best mean score against a random other one."""
     make_folder(folder)
     sweep(folder)
-    files, dodging = {}, []
-    for name, source in (("train_prefs", FEEDBACK), ("test_prefs", FEEDBACK_TEST)):
-        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-        files[name], counts = to_pairs(rows, seed=42)
-        logger.info(f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts")
-    for row in rows:
-        best = max(row["completions"], key=lambda completion: completion["overall_score"])["response"]
-        worse = [other["response"] for other in row["completions"] if dodges(other["response"])]
-        dodging += [{"prompt": row["instruction"], "chosen": best, "rejected": other} for other in worse]
-    files["test_dodges"] = dodging
-    for name, pairs in files.items():
-        with file_aside(folder / f"{name}.jsonl") as file:
+    files = {folder / "train_prefs.jsonl": FEEDBACK, folder / "test_prefs.jsonl": FEEDBACK_TEST}
+    for path, source in files.items():
+        pairs, counts = to_pairs(map(json.loads, source.read_text(encoding="utf-8").splitlines()), seed=42)
+        logger.info(f"{path.stem}: {counts['pairs']} pairs of {counts['rows']} scored prompts")
+        with file_aside(path) as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
-    return [folder / f"{name}.jsonl" for name in files]
+    return list(files)
 
 
-def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Standing]:
+def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
     config = RunConfig(max_length=1024)
@@ -166,22 +154,17 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     def rows(file: Path, method: Method) -> TokenizedDataset:
         return prepare([DatasetSpec(path=str(file))], method, config, chat.template, what="held-out")
 
-    def accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
-        means = row_logps(decoder, data).means()
-        return (means[:, 0] > means[:, 1]).double().mean().item()
-
-    conversations = rows(CONVERSATIONS_TEST, "sft")
-    pairs, dodging = rows(test_pairs, "dpo"), rows(dodge_pairs, "dpo")
+    conversations, pairs = rows(CONVERSATIONS_TEST, "sft"), rows(test_pairs, "dpo")
     prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
         decoder = Decoder(chat.stack, chat.dtype, adapters)
+        means = row_logps(decoder, pairs).means()
         answers = chat.ask([*QUESTIONS, *prompts], max_new_tokens=40, adapters=adapters)
         result[name] = Standing(
             loss=chat_loss(decoder, conversations),
-            preference_accuracy=accuracy(decoder, pairs),
+            preference_accuracy=(means[:, 0] > means[:, 1]).double().mean().item(),
             dodging=sum(map(dodges, answers[len(QUESTIONS) :])) / len(prompts),
-            prefers_dodge=1 - accuracy(decoder, dodging),
             answers=answers[: len(QUESTIONS)],
         )
     return result

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..client.jobs import validated
-from ..config.load import DatasetSpec, Loaded, Method, RunConfig, find_config, load_config
+from ..config.load import (
+    DatasetSpec,
+    Loaded,
+    Method,
+    RunConfig,
+    find_config,
+    load_config,
+    refuse_placed,
+    words_by_scope,
+)
 from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
@@ -44,7 +53,6 @@ from ..train.sft import run_sft
 
 logger = logging.getLogger(__name__)
 
-PLACED = ("output_dir", "adapters", "stage")  # keys that the table sets, or the stages' files
 OneStage = Annotated[dict[Method, str], Field(min_length=1, max_length=1)]
 ONE_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
 BASE = "base"  # name of the bare base's row in the result
@@ -130,8 +138,8 @@ def read_table(
         raise UserError(f"{path}: an arm cannot be called {BASE!r}, which is the name of the bare base.")
     if unknown := [arm for arm in only if arm not in spec.arms]:
         raise UserError(f"{path}: there is no arm {unknown[0]!r}.", f"There are {', '.join(spec.arms)}.")
-    run, scoped = Path(out or spec.output_dir), _scopes(words)
-    _refuse_placed(spec.keys, str(path))
+    run, scoped = Path(out or spec.output_dir), words_by_scope(words)
+    refuse_placed(spec.keys, str(path))
     copies = {CHAT: chat, PREFERENCES: preferences}
 
     def copied(entry: DatasetSpec) -> DatasetSpec:
@@ -165,30 +173,6 @@ def read_table(
             f"Stages: {', '.join(sorted(known))}. A key for one of them is written {min(known)}.KEY=VALUE.",
         )
     return Table(path.stem, run, arms, copied(spec.chat), copied(spec.preferences), len(arms) == len(spec.arms))
-
-
-def _scopes(words: Sequence[str]) -> dict[str, list[str]]:
-    """``key=value`` words by scope: "" for all stages, a method, or a stage. ``--key value`` is one word."""
-    scoped: dict[str, list[str]] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("--") and "=" not in word and rest:
-            word = f"{word}={rest.pop(0)}"
-        word = word.lstrip("-")
-        head, dot, tail = word.split("=", 1)[0].partition(".")
-        scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
-        _refuse_placed([(tail.partition(".")[0] if scope else head).replace("-", "_")], "the command line")
-        scoped.setdefault(scope, []).append(word.removeprefix(f"{scope}." if scope else ""))
-    return scoped
-
-
-def _refuse_placed(keys: Iterable[str], where: str) -> None:
-    if placed := [key for key in keys if key in PLACED]:
-        raise UserError(
-            f"{where}: {placed[0]} is the table's decision.",
-            "Choose the folder with --out; the order and names of stages in the table and the stages' files.",
-        )
 
 
 # -- training and scoring --------------------------------------------------------------------------------------------

@@ -14,21 +14,13 @@ from .english import ALWAYS, is_english, word_list
 from .lexicon import Lexicon
 from .protect import spans, without_blocks
 
-# rule → what it capitalizes, in the order of the report
-RULES = {
-    "turn_start": "the first word of a turn",
-    "after_terminator": "the first word after . ! or ?, closing and opening quotes and brackets between",
-    "after_title": "the name after Mr., Dr. and the like",
-    "list_item": "the first word of a list's item that is a sentence, or has a colon",
-    "line_start": "the first word after a blank line, or after a line that ends a sentence",
-    "lone_i": "the pronoun I",
-    "known_name": "a word that the corpus writes with a capital inside sentences",
-    "known_phrase": "a pair of words that the corpus writes with capitals together",
-}
-
 
 class Change(NamedTuple):
-    """A changed word: its position, the rule, and its new form."""
+    """A changed word: its position, the rule, and its new form.
+
+    The rules: turn_start, after_terminator, after_title ("Mr. Smith"), list_item, line_start, lone_i, known_name (a word that the
+    corpus writes with a capital inside sentences), known_phrase (a pair of such words).
+    """
 
     start: int
     rule: str

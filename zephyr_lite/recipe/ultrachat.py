@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,11 +33,10 @@ from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .english import is_english
 from .lexicon import Lexicon, count_words
-from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
-from .protect import KINDS
+from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
 from .questions import open_rows
-from .refusals import REFUSALS, first_refusal
-from .truecase import RULES, is_broken, restore
+from .refusals import first_refusal
+from .truecase import is_broken, restore
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +148,16 @@ def clean_chat(
         if options.truecase:
             lexicon = lexicon or Lexicon.learned(map(json.loads, scanned["lexicon"].drop_null().to_pylist()))
             lexicon.save(folder / LEXICON)
-        splits = _splits(fate, scanned["prompt"].to_numpy(), options.test)
+        rows = np.flatnonzero(fate == KEPT)
+        is_test = held_out(scanned["prompt"].to_numpy()[rows], options.test)
+        splits = {"train_sft": rows[~is_test], "test_sft": rows[is_test]}
         if not len(splits["train_sft"]):
             raise UserError(
                 f"{source}: all {report['kept']:,} rows that are left would be test rows.",
                 "Choose a smaller --test, or 0.",
             )
         form = options.file_format
-        files = [file for name, rows in splits.items() for file in shards(name, rows, SHARD_ROWS, form)]
+        files = [file for name, part in splits.items() for file in shards(name, part, SHARD_ROWS, form)]
         job = partial(write_shard, raw, scanned.select(["turns", "broken"]), lexicon, folder)
         restored = list(in_processes(job, files, processes, "writing"))
         words = sum((part.words for part in restored), Counter[str]())
@@ -173,7 +173,7 @@ def clean_chat(
                 for rule in words
             },
         }
-        write_text(folder / "report.md", markdown(report, raw))
+        write_text(folder / "report.md", markdown(report))
         write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, "source": source, **report})
     return report
 
@@ -349,19 +349,6 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
     return fate, of
 
 
-def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.ndarray]:
-    """The kept rows of each split; all rows of a prompt (uint64 [rows], hashes) are in one."""
-    rows = np.flatnonzero(fate == KEPT)
-    keys = prompts[rows]
-    if test < 1:
-        held_out = keys < np.uint64(int(test * 2.0**64))
-    elif test >= len(rows):
-        held_out = np.ones(len(rows), bool)
-    else:
-        held_out = keys < np.sort(keys)[int(test)]
-    return {"train_sft": rows[~held_out], "test_sft": rows[held_out]}
-
-
 # -- the second pass ---------------------------------------------------------------------------------------------------
 
 
@@ -472,18 +459,18 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def markdown(report: Mapping[str, Any], raw: Raw) -> str:
-    """report.md."""
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md: the same, with the first examples of each rule and the first rows of each reason."""
 
     def code(text: str) -> str:
         text = " ".join(text.split())
         return f"`` {text} ``" if "`" in text else f"`{text}`"
 
-    environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""))
-    environment.filters |= {
-        "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
-        "code": code,
-        "number": lambda value: f"{value or 0:,}",
-    }
-    template = environment.get_template("chat_report.md.j2")
-    return template.render(report=report, raw=raw, refusals=REFUSALS, rules=RULES, kinds=KINDS) + "\n"
+    lines = ["# Cleaned conversations", "", *(f"- {line.strip()}" for line in report_lines(report))]
+    for rule, examples in report["examples"].items():
+        lines += ["", f"**{rule}**", ""]
+        lines += [f"- {each['place']}: {code(each['before'])} → {code(each['after'])}" for each in examples]
+    for reason, places in report["places"].items():
+        lines += ["", f"**{reason}**", ""]
+        lines += [f"- {each['place']}" + (f": {code(each['detail'])}" if each["detail"] else "") for each in places]
+    return "\n".join(lines) + "\n"
