@@ -156,7 +156,7 @@ def test_what_cannot_be_shown_is_said(show, tmp_path, chat_rows):
         ((*data, "--from", "3"), "rows.jsonl row 3 was left out: a turn's text contains the control token </s>"),
         ((*data, "--from", "rows.jsonl row 4"), "row 4 was left out: no assistant turn"),
         ((*data, "--from", "30"), "--from 30: no row has this place"),
-        ((*data, "--row", "99"), "row 99: there is 1 packed row."),
+        ((*data, "--row", "99"), "row 99: the number of packed rows is 1."),
         ((*data, "--row", "1", "--from", "1"), "--row and --from"),
         ((*data, "--held-out"), "nothing is held out"),
         (data[1:], "which stage's rows?"),
@@ -227,9 +227,9 @@ def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
     ids, mask = template.encode(turns)
     (segment,) = example_segments(template, Example(ids, mask, "x row 1", 0), {"messages": turns})
     texts = [token.text for token in segment.tokens]
-    assert "\\xa0=你" in texts  # its last byte
+    assert "\\xa0" in texts  # its last byte
     assert "\\u001b" in texts and "\x1b" not in "".join(texts)
-    assert "\\xae=\\u202e" in texts and "\u202e" not in "".join(texts)
+    assert "\\xae" in texts and "\u202e" not in "".join(texts)
     assert sum(map(len, (t.raw for t in segment.tokens))) == len(template.text_of(turns).encode())
 
 

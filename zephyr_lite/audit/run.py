@@ -30,7 +30,7 @@ def audit(
     adapter: str,
     *,
     base: str | None = None,
-    below: Sequence[str] = (),
+    below: Sequence[str] | None = None,
     start: str | None = None,
     reference: str = "start",
     rows: str | None = None,
@@ -69,7 +69,7 @@ def audit(
         raise UserError(f"--beta {beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
     evidence = gather(adapter)
     found = Audit(str(evidence.adapter.path), evidence.tool, evidence.method)
-    lower = [read_adapter(adapter_folder(name)) for name in below]
+    lower = [read_adapter(adapter_folder(name)) for name in below or ()]
     starts = [read_adapter(adapter_folder(start))] if start else []
     claimed = [] if reference in ("start", "base") or files_only else [read_adapter(adapter_folder(reference))]
     check_files(evidence, lower, starts[0] if starts else None, found)
@@ -198,13 +198,8 @@ def _templates(evidence: Evidence, base: Base, chosen: str | None, found: Audit)
 
 def _rows(rows: str | None, limit: int, evidence: Evidence) -> list[Messages]:
     """The named conversations; else the held-out ones of its SFT stage; else the demo's."""
-    specs = [DatasetSpec(path=rows or str(CONVERSATIONS_TEST), limit=limit)]
+    spec = DatasetSpec(path=rows or str(CONVERSATIONS_TEST))
     if rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
-        try:
-            own = RunConfig.model_validate(evidence.settings).eval_dataset[:1]
-            specs = [spec.model_copy(update={"limit": limit}) for spec in own]
-            return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
-        except (UserError, OSError, ValueError) as error:
-            logger.warning("its own held-out rows cannot be read (%s); taking the demo's", error)
-            specs = [DatasetSpec(path=str(CONVERSATIONS_TEST), limit=limit)]
-    return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
+        spec = DatasetSpec(**evidence.settings["eval_dataset"][0])
+    chosen = spec.model_copy(update={"limit": limit})
+    return [row["messages"] for row in load_rows([chosen], "sft", seed=0).values()]
