@@ -46,23 +46,16 @@ KEYS_NAMED = 4  # number of changed keys that the row names
 
 @dataclass
 class Reproduction:
-    """A recipe and its run.
+    """A recipe and its run."""
 
-    Attributes:
-        recipe: its name in ``RECIPES``.
-        run: the run's folder.
-        configs: stage → its configuration.
-        changed: keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``.
-        commands: (part, command) in the order of their execution.
-        who: for the row.
-    """
-
-    recipe: str
+    recipe: str  # its name in ``RECIPES``
     run: Path
-    configs: dict[Method, RunConfig]
-    changed: dict[str, Any]
-    commands: list[tuple[str, list[str]]]
-    who: str
+    configs: dict[Method, RunConfig]  # by stage
+    changed: dict[
+        str, Any
+    ]  # keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``
+    commands: list[tuple[str, list[str]]]  # (part, command) in the order of their execution
+    who: str  # for the row
 
 
 def plan_reproduction(
@@ -182,17 +175,13 @@ def results(chosen: Reproduction) -> dict[str, Any]:
     sft, dpo = records.values()
     loss, preference = evaluation(dpo, "loss"), evaluation(dpo, "preference")
     against = preference["comparisons"][0]
-    machines: list[str] = []  # the cards; of a CPU, the number of threads
+    machines: list[str] = []
     stages: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
         info, steps, seconds = record.info, record.info["result"]["steps"], record.values("seconds")
         for machine in [info["machine"], *(start["machine"] for start in info["resumed"])]:
             count = machine.get("processes", 1)
-            card = f"{count} × {machine['processor']}" if count > 1 else machine["processor"]
-            if machine["device"] != "cuda":
-                threads = info["plan"]["threads"]
-                card = f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}"
-            machines.append(card)
+            machines.append(f"{count} × {machine['processor']}" if count > 1 else machine["processor"])
         rate, unit = speed(record.columns)
         peaks = [info["result"].get("peak_memory_bytes", 0) / 2**30, *record.values("peak_memory_gib")]
         stages[name] = {  # over all processes that worked on it

@@ -37,20 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Standing:
-    """Scores of one of the three models on the held-out rows.
+    """Scores of one of the three models on the held-out rows."""
 
-    Attributes:
-        loss: mean over the assistant's tokens of the held-out conversations.
-        preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability per
-            token (the sum would favour the shorter answer).
-        dodging: share of its own answers to the held-out prompts that retreat behind being a machine.
-        answers: to the three questions.
-    """
-
-    loss: float
+    loss: float  # mean over the assistant's tokens of the conversations
+    # share of pairs whose better answer has the higher mean log-probability per token (the sum would favour the shorter one)
     preference_accuracy: float
-    dodging: float
-    answers: list[str]
+    dodging: float  # share of its own answers to the prompts that retreat behind being a machine
+    answers: list[str]  # to ``QUESTIONS``
 
 
 @dataclass

@@ -127,7 +127,6 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     parts: list[Part] = []
     for number, (name, words, how, found) in enumerate(commands, 1):
         log = folder / "logs" / f"{number}-{name.split(',')[0].replace(' ', '-')}.log"
-        logger.info("%s …", name)
         started = time.monotonic()
         try:
             ended = run(words, log=log, **how)
@@ -136,9 +135,8 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
                 raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with {code}", *lines]))
             parts.append(Part(name, round(time.monotonic() - started, 1), found()))
+            logger.info(f"  {name:<17}  {parts[-1].seconds:6.0f} s  {parts[-1].found}")
         except UserError as error:
-            for line in table(parts):
-                logger.info(line)
             write_json(folder / MARK, {"status": "failed", "at": name, "why": error.message})
             message = f"the smoke test failed at: {name}. {error.message}"
             raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
@@ -148,7 +146,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     write_json(folder / MARK, {"status": "passed", **told})
     for path in (merged, *stage.checkpoints()):
         remove_tree(path)
-    for line in [*table(parts), *verdict]:
+    for line in verdict:
         logger.info(line)
     return parts
 
@@ -174,12 +172,6 @@ def _resumed(folder: Path, method: Method, config: RunConfig) -> str:
 def _shown(answer: Path) -> str:
     said = " ".join(answer.read_text(encoding="utf-8", errors="replace").split())
     return f"“{said[:60]}{'…' if len(said) > 60 else ''}”" if said else "empty: the first token was the end token"
-
-
-def table(parts: Sequence[Part]) -> list[str]:
-    """The parts, with seconds."""
-    width = max((len(part.name) for part in parts), default=0)
-    return [f"  {part.name:<{width}}  {part.seconds:6.0f} s  {part.found}" for part in parts]
 
 
 def small_stage(config: RunConfig, method: Method, run: Path) -> RunConfig:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -218,7 +217,8 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
     """
     sets = EvalSets(n)
     for name in names:
-        rows = _rows(name)
+        path, _, split = name.partition("#")
+        rows = open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}")
         words = words_of([text for row in rows for text in texts_of(row)])
         grams = ngrams(words, n)[0].tolist()
         short = [key for _, _, key in _short_texts(words, n)]
@@ -231,12 +231,3 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
         sets.texts = dict.fromkeys(short, name) | sets.texts
         sets.rows[name] = len(rows)
     return sets
-
-
-def _rows(name: str) -> list[Any]:
-    path, _, split = name.partition("#")
-    if not path:
-        raise UserError(
-            f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT if it has several."
-        )
-    return list(open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}"))

@@ -29,7 +29,6 @@ from ..data.load import Source, kind_of, stem_of
 from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
-from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .lexicon import Lexicon, count_words, is_english
 from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
@@ -221,20 +220,17 @@ def open_raw(path: str, split: str | None = None) -> Raw:
         numbered = {int(found[1]): file for file, found in files.items() if found}
         specs = [DatasetSpec(path=str(numbered[number])) for number in sorted(numbered)] or specs
     parts = [open_rows(spec, "--split {}") for spec in specs]
-    found = {part.label: f"columns {shown(', '.join(part.columns), 500)}" for part in parts}
     try:
-        kinds = [detect(part.columns, "sft", part.label) for part in parts]
+        kinds = {part.label: detect(part.columns, "sft", part.label) for part in parts}
     except UserError as error:
         raise UserError(error.message, "If the columns have other names, rename them in the file.") from None
-    if PLAIN in kinds:
-        raise UserError(f"{path}: found {'; '.join(found.values())}, and no conversations.")
-    if len(set(kinds)) > 1:
+    if PLAIN in kinds.values() or len(set(kinds.values())) > 1:
+        found = "; ".join(f"{label}: {kind}" for label, kind in kinds.items())
         raise UserError(
-            f"{path}: its files are of different kinds: {'; '.join(f'{k}: {v}' for k, v in found.items())}.",
-            "Clean one at a time: --split train_0",
+            f"{path}: conversations of one kind are needed; found {found}.", "Clean one at a time: --split train_0"
         )
     rows = datasets.concatenate_datasets([part.select_columns(COLUMNS).table for part in parts])
-    return Raw(Source(rows, path), kinds[0], list(found), np.cumsum([len(part) for part in parts]))
+    return Raw(Source(rows, path), kinds[parts[0].label], list(kinds), np.cumsum([len(part) for part in parts]))
 
 
 def dialogues(rows: Source, indices: slice | Sequence[int]) -> list[Dialogue]:
