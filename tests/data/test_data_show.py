@@ -227,9 +227,9 @@ def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
     ids, mask = template.encode(turns)
     (segment,) = example_segments(template, Example(ids, mask, "x row 1", 0), {"messages": turns})
     texts = [token.text for token in segment.tokens]
-    assert "\\xa0=你" in texts  # its last byte
+    assert "\\xa0" in texts  # its last byte
     assert "\\u001b" in texts and "\x1b" not in "".join(texts)
-    assert "\\xae=\\u202e" in texts and "\u202e" not in "".join(texts)
+    assert "\\xae" in texts and "\u202e" not in "".join(texts)
     assert sum(map(len, (t.raw for t in segment.tokens))) == len(template.text_of(turns).encode())
 
 

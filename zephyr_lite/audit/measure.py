@@ -212,38 +212,27 @@ def check_pairs(
 
 def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> str:
     """The name of the template to measure with: its own, or the one that fits best."""
-    texts: dict[str, str] = {}
+    texts: list[str] = []
     sums: dict[str, tuple[RowSums, RowSums]] = {}  # with the adapter, and below it
     for name, template in templates.items():
-        examples = examples_of(template, [_QUESTION, *rows])[1:]
-        if not examples:
-            continue
-        text = template.text_of(_QUESTION)
-        if text in texts.values():
-            if name == "base" and texts.get("own") == text:
-                found.right("template", "its chat template writes what the base's does")
-            continue
-        texts[name] = text
-        ends = template.end_token_ids
-        sums[name] = row_sums(live.decoder("policy"), examples, ends), row_sums(live.decoder("below"), examples, ends)
+        examples, text = examples_of(template, [_QUESTION, *rows])[1:], template.text_of(_QUESTION)
+        if examples and text not in texts:
+            texts.append(text)
+            sums[name] = _with_and_below(live, examples, template)
     if not sums:
         raise UserError(
             "no chat template can render these conversations.", "Name others with --rows or --chat-template."
         )
-    if "own" in texts and "base" in texts:
-        shown = [f"{name} {texts[name]!r}" for name in ("own", "base")]
-        found.note("template", "its chat template differs from the base's", *shown)
     found.numbers["templates"] = {name: {"loss": s.loss, "below": below.loss} for name, (s, below) in sums.items()}
     facts = tuple(f"{name}: {s.loss:.4f} nats a token (below it {below.loss:.4f})" for name, (s, below) in sums.items())
     best = min(sums, key=lambda name: sums[name][0].loss)
     if "own" not in sums:
         found.note("template", f"of the known templates {best} fits it best", *facts)
         return best
-    (of, of_below), (own, own_below) = sums[best], sums["own"]
-    if best != "own" and len(of.text) == len(own.text):
+    if best != "own" and len(sums[best][0].text) == len(sums["own"][0].text):
         # the template of training is the one with which the adapter gained most
-        change = gap(of, own, (of_below, own_below))
-        if change.clear and change.mean > OTHER_TEMPLATE and gap(of, own).clear:
+        better, change = _gaps(sums[best], sums["own"])
+        if change.clear and change.mean > OTHER_TEMPLATE and better.clear:
             found.doubtful(
                 "template",
                 f"it answers better under the template {best} than under its own: it was probably trained with that",
@@ -252,11 +241,19 @@ def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows:
                 advice=f"Compare the two; --chat-template {best} measures everything under that one.",
             )
             return "own"
-    text = "no other template fits it better than its own"
-    if best != "own":
-        text = f"no clear sign of another template than its own, although {best} has the lower loss"
-    found.right("template", text, *facts)
+    found.right("template", "no other template fits it clearly better than its own", *facts)
     return "own"
+
+
+def _with_and_below(live: LoadedModel, examples: list[Example], template: ChatTemplate) -> tuple[RowSums, RowSums]:
+    """The sums with the adapter, and below it."""
+    policy, below = (row_sums(live.decoder(model), examples, template.end_token_ids) for model in ("policy", "below"))
+    return policy, below
+
+
+def _gaps(of: tuple[RowSums, RowSums], own: tuple[RowSums, RowSums]) -> tuple[Gap, Gap]:
+    """By how much the adapter does better on changed rows than on its own, and by how much it changed that difference."""
+    return gap(of[0], own[0]), gap(of[0], own[0], (of[1], own[1]))
 
 
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
@@ -325,8 +322,7 @@ def _check_bos(
     facts, better_by = [], {}
     for count in {0, 1, 2} - {right}:
         changed = [with_bos(example, bos, count) for example in examples]
-        policy, below = (row_sums(live.decoder(m), changed, template.end_token_ids) for m in ("policy", "below"))
-        change, better = gap(policy, sums["policy"], (below, sums["below"])), gap(policy, sums["policy"])
+        better, change = _gaps(_with_and_below(live, changed, template), (sums["policy"], sums["below"]))
         facts.append(f"BOS {count} times instead of {right}: {better} (changed by the adapter: {change})")
         if change.clear and better.clear:
             better_by[count] = better.mean

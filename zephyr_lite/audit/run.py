@@ -198,13 +198,8 @@ def _templates(evidence: Evidence, base: Base, chosen: str | None, found: Audit)
 
 def _rows(rows: str | None, limit: int, evidence: Evidence) -> list[Messages]:
     """The named conversations; else the held-out ones of its SFT stage; else the demo's."""
-    specs = [DatasetSpec(path=rows or str(CONVERSATIONS_TEST), limit=limit)]
+    spec = DatasetSpec(path=rows or str(CONVERSATIONS_TEST))
     if rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
-        try:
-            own = RunConfig.model_validate(evidence.settings).eval_dataset[:1]
-            specs = [spec.model_copy(update={"limit": limit}) for spec in own]
-            return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
-        except (UserError, OSError, ValueError) as error:
-            logger.warning("its own held-out rows cannot be read (%s); taking the demo's", error)
-            specs = [DatasetSpec(path=str(CONVERSATIONS_TEST), limit=limit)]
-    return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
+        spec = DatasetSpec(**evidence.settings["eval_dataset"][0])
+    chosen = spec.model_copy(update={"limit": limit})
+    return [row["messages"] for row in load_rows([chosen], "sft", seed=0).values()]

@@ -40,7 +40,6 @@ def demo(
     result = run_demo(out, on_metrics=console.metrics)
     print_standings(console, result.standings)
     console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
-    console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
     console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
 
 

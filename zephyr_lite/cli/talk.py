@@ -60,7 +60,7 @@ def chat(
 
     from ..chat.rows import check_file
     from ..chat.session import Settings
-    from ..recipe.questions import read_questions
+    from ..recipe.prompts import read_questions
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()

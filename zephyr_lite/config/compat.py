@@ -108,11 +108,7 @@ ACCEPTED = {key: why for why, keys in _ACCEPTED.items() for key in keys.split()}
 _PLAIN = "only plain LoRA is trained"
 _DPO = "it changes the loss of DPO, and is not implemented"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "ref_model_name_or_path": (
-        (),
-        "there is no second model; the reference is the same base with the adapter under training turned off. Put "
-        "the adapters below it into adapters",
-    ),
+    "ref_model_name_or_path": ((), "the reference is the base with the adapters below the trained one: set adapters"),
     "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
     "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
     "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
@@ -128,29 +124,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_delay": ((0,), "evaluation begins with the first eval_steps"),
     "metric_for_best_model": (("loss", "eval_loss"), "the best adapter is that of the lowest held-out loss"),
     "greater_is_better": ((False,), "the best adapter is that of the lowest held-out loss"),
-    "resume_from_checkpoint": (
-        (True, False),
-        "an unfinished stage continues from its own last checkpoint; put another run's adapter into adapters",
-    ),
+    "resume_from_checkpoint": ((True, False), "a stage continues from its own checkpoint; name others in adapters"),
     "accelerator_config": (({}, ""), "accelerate's options are not read"),
     "parallelism_config": ((), "one GPU holds a whole layer; torchrun starts a process for each"),
-    "deepspeed": (
-        ("",),
-        "DeepSpeed is not used, and its file may set the optimizer; the plan fits the run to the card",
-    ),
+    "deepspeed": (("",), "DeepSpeed is not used, and its file may set the optimizer"),
     "hub_token": ((), "tokens do not belong in a file; run `hf auth login`"),
     "hub_revision": (("main",), "the adapter is pushed to the branch main"),
     "hub_model_revision": (("main",), "the adapter is pushed to the branch main"),
     "tokenizer_name_or_path": ((), "the base's own tokenizer is used, with its embeddings"),
     "eos_token": ((), "answers end as the chat template ends them"),
-    "truncation_mode": (
-        ("keep_start",),
-        "rows are cut at their end (dpo: a prompt at its start, to max_prompt_length)",
-    ),
-    "packing_strategy": (
-        ("bfd", "ffd"),
-        "a row longer than max_length is cut, and neither split nor wrapped; raise max_length to keep it whole",
-    ),
+    "truncation_mode": (("keep_start",), "rows are cut at their end; a prompt of dpo at its start"),
+    "packing_strategy": (("bfd", "ffd"), "a row longer than max_length is cut, and neither split nor wrapped"),
     "append_concat_token": ((False,), "nothing is put between rows"),
     "skip_prepare_dataset": ((False,), "rows are conversations or texts, and are tokenized here"),
     "router_aux_loss_coef": ((0,), "mixtures of experts have no balancing loss here"),
@@ -225,6 +209,7 @@ def rename(
     for key in ("model_init_kwargs", "dataset_kwargs"):
         taken = {**(taken.pop(key, None) or {}), **taken}
     theirs = of_others(taken, own)
+    notes += [f"{key}: {ours} here" for key, ours in (ALIASES | TRANSLATED).items() if key in taken or key in values]
     for key, ours in ALIASES.items():
         if key in taken and ours in taken:
             one, other = taken.pop(key), taken[ours]
@@ -244,17 +229,24 @@ def rename(
         faults.append(f"{BATCH_PARTS[1]} needs {BATCH_PARTS[0]} too (TRL's default is 8). Or set batch_size alone.")
     elif parts:
         result["batch_size"] = int(math.prod(parts.values()))
-        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
     _datasets(taken, result, faults, notes)
     strategy = taken.pop("eval_strategy", None)
     if strategy in ("no", False):
         result["eval_dataset"] = None
     elif strategy == "epoch":
         taken["eval_steps"] = None
-        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
     elif strategy not in (None, "steps"):
         faults.append(f"eval_strategy: {short(strategy)} is none of no, steps and epoch.")
-    _losses(taken, faults, notes, dpo)
+    assistant, completion = taken.pop("assistant_only_loss", None), taken.pop("completion_only_loss", None)
+    if assistant is not None or completion is not None:
+        taken.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
+    loss = taken.get("loss_type")
+    if isinstance(loss, list):
+        if len(loss) != 1:
+            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
+        taken["loss_type"] = loss = loss[0] if loss else None
+    if not dpo and loss in ("nll", "chunked_nll"):
+        del taken["loss_type"]
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers has a switch and a name
         if not hub_id:
@@ -271,7 +263,6 @@ def rename(
             result[key] = value
         elif key in ALIASES:
             result[ALIASES[key]] = value
-            notes.append(f"{key} is {ALIASES[key]} here")
         elif key in ACCEPTED:
             notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
         elif key in REFUSED:
@@ -310,23 +301,6 @@ def of_others(values: Collection[str], own: Collection[str]) -> bool:
     return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
 
 
-def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
-    """Translate the keys that choose supervised tokens and the loss."""
-    assistant, completion = values.pop("assistant_only_loss", None), values.pop("completion_only_loss", None)
-    if assistant is not None or completion is not None:
-        values.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
-        notes.append(f"assistant_only_loss, completion_only_loss: loss_on {values['loss_on']} here")
-    loss = values.get("loss_type")
-    if isinstance(loss, list):
-        if len(loss) != 1:
-            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
-        values["loss_type"] = loss = loss[0] if loss else None
-    if not dpo and loss in ("nll", "chunked_nll", "dft"):
-        del values["loss_type"]
-        if loss == "dft":
-            faults.append("loss_type: 'dft': sft's loss is nll. Remove the key.")
-
-
 def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
     """Translate TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path: share} and
     ``dataset_mixture``; then the held-out rows and the text column."""
@@ -350,7 +324,6 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
     if entries:
         result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
         result.setdefault("eval_dataset", None)
-        notes.append("datasets and dataset_mixture are dataset here")
     elif mixer:
         train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
         if splits and (train is None or set(splits) - {train, test}):
@@ -364,26 +337,21 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
         ]
         result["dataset"] = [{**spec, "split": train, "weight": w} for spec, w in zip(common, mixer.values())]
         result["eval_dataset"] = [{**spec, "split": test} for spec in common] if test else None
-        notes.append("dataset_mixer is dataset, with weight, here")
     elif name is not None:
         spec = {"path": name, **({"name": config} if config else {})}
         if test is None and values.get("eval_strategy") in ("steps", "epoch"):
             test = "test"  # TRL's default
         result["dataset"] = [{**spec, "split": train or "train"}]
         result["eval_dataset"] = [{**spec, "split": test}] if test else None
-        notes.append("dataset_name is dataset here")
     if size is not None:
         _hold_out(size, result, faults, notes)
-    if column in ("text", "messages", "conversations"):
-        notes.append(f"dataset_text_field: a column {column} is found by itself")
-    elif column is not None:
+    if column not in (None, "text", "messages", "conversations"):  # these are found without a name
         if not _specs(result.get("dataset")):
             faults.append("dataset_text_field: names a column of dataset, which is not there. Name both.")
         for key in ("dataset", "eval_dataset"):
             if specs := _specs(result.get(key)):
                 named = {"columns": {"text": column}}
                 result[key] = [s if isinstance(s.get("columns"), dict) else {**s, **named} for s in specs]
-        notes.append(f"dataset_text_field is dataset.columns here: {{text: {column}}}")
 
 
 def _specs(value: Any) -> list[dict[str, Any]]:
@@ -427,8 +395,8 @@ def _hold_out(size: Any, result: dict[str, Any], faults: list[str], notes: list[
         # a number of held-out rows does not scale with the data set's weight
         own = {} if rows < 1 else {"weight": 1.0}
         result["eval_dataset"] = [{**spec, **own, "part": "test"} for spec in result["dataset"]]
-        each = f", {share:,} of each data set" if rows >= 1 and len(specs) > 1 else ""
-        notes.append(f"test_split_size {size} is dataset.test_size here{each}; the draw does not depend on seed")
+        if rows >= 1 and len(specs) > 1:
+            notes.append(f"test_split_size {size}: {share:,} of each data set")
 
 
 def number(value: Any) -> float | None:

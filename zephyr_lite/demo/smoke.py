@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
 from ..config.resolve import resolve_run
-from ..data.load import load_rows, open_source
+from ..data.load import open_source
 from ..errors import Interrupted, UserError
 from ..io.atomic import LOCK_FILE, alone, make_folder, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir
@@ -26,6 +26,7 @@ from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
 from ..monitor.report import Columns, StageRecord, read_stage
+from . import QUESTIONS
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
         rows = ["--adapter-only"]
     words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *rows]
     commands.append(("merge", words, {}, lambda: said))
-    write_text(asked, first_prompt(config, method)[:2000])
+    write_text(asked, QUESTIONS[0])
     words = ["chat", str(stage.path), "--temperature", "0", "--max-new-tokens", "48"]
     commands.append(("answer", words, {"asked": asked, "answer": answer}, lambda: _shown(answer)))
 
@@ -224,13 +225,6 @@ def on_sft(config: RunConfig) -> RunConfig:
         return config.model_copy(update={"adapters": "none"})
     chain = chain_of_run(config.output_dir, stage="sft")
     return config.model_copy(update={"adapters": [str(adapter.path) for adapter in chain.adapters]})
-
-
-def first_prompt(config: RunConfig, method: Method) -> str:
-    """The first user turn of the first row."""
-    row = next(load_rows(_few(config.dataset[:1], 1), method, seed=config.seed).values())
-    turns = row["messages" if method == "sft" else "prompt"]
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
 
 
 def merged_bytes(config: RunConfig) -> int:

@@ -221,6 +221,17 @@ class NotUsable(Exception):
     """A text that is no message, or no whole answer; ``str(error)`` is the reason under which it is counted."""
 
 
+Problem = NotUsable | RequestFailed | BudgetSpent
+PROBLEMS = (NotUsable, RequestFailed, BudgetSpent)
+
+
+def reason_of(problem: Problem) -> str:
+    """The reason under which a problem is counted."""
+    if isinstance(problem, BudgetSpent):
+        return BUDGET
+    return problem.reason if isinstance(problem, RequestFailed) else str(problem)
+
+
 def read_message(text: str) -> str:
     """The message in a reply, without reasoning, a label, a preamble or quotation marks around it. Raises NotUsable."""
     text = text.rpartition("</think>")[2].strip()
@@ -318,8 +329,7 @@ class Dialogue:
     """Turns from the user's first to the assistant's last whole answer."""
 
     messages: list[Message] = field(default_factory=list)  # user and assistant in turn
-    ended: str = ""  # why it has fewer rounds than were asked for
-    by_budget: bool = False  # whether the budget was the reason
+    ended: Problem | None = None  # why it has fewer rounds than were asked for
 
     @property
     def rounds(self) -> int:
@@ -328,9 +338,9 @@ class Dialogue:
 
 async def grow(
     client: ModelClient, config: DistillConfig, grid: Grid, number: int, attempt: int, opening: str
-) -> Dialogue:
-    """A dialogue of up to ``config.rounds`` rounds. A failure ends it with its last whole answer; if the first answer fails, it
-    has no round."""
+) -> Dialogue | Problem:
+    """A dialogue of up to ``config.rounds`` rounds. A failure ends it with its last whole answer; that of the first answer is
+    returned instead of a dialogue."""
     dialogue = Dialogue()
     question = opening
     try:
@@ -350,12 +360,10 @@ async def grow(
                 return dialogue
             request = follow_up_request(config, grid, number, attempt, dialogue.messages)
             question = await ask_message(client, request, turns=[turn["content"] for turn in dialogue.messages])
-    except BudgetSpent as spent:
-        dialogue.ended, dialogue.by_budget = str(spent), True
-    except RequestFailed as failed:
-        dialogue.ended = failed.reason
-    except NotUsable as reason:
-        dialogue.ended = str(reason)
+    except PROBLEMS as problem:
+        if not dialogue.messages:
+            return problem if isinstance(problem, BudgetSpent) else NotUsable(f"{NO_ANSWER}: {reason_of(problem)}")
+        dialogue.ended = problem
     return dialogue
 
 
@@ -376,7 +384,6 @@ class Distilled:
     turned_down: Counter[str] = field(default_factory=Counter)  # of the openings, by reason
     ended: Counter[str] = field(default_factory=Counter)  # dialogues shorter than asked for, by reason
     rounds: Counter[int] = field(default_factory=Counter)  # dialogues by their number of rounds
-    cells: Counter[tuple[str, str]] = field(default_factory=Counter)  # dialogues of each (topic, kind)
     unreached: int = 0  # dialogues that the budget did not reach
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
@@ -387,10 +394,6 @@ class Distilled:
 
     def report(self) -> dict[str, Any]:
         """For report.json."""
-        topics, kinds = Counter[str](), Counter[str]()
-        for (topic, kind), count in self.cells.items():
-            topics[topic] += count
-            kinds[kind] += count
         return {
             "command": COMMAND,
             "version": __version__,
@@ -402,8 +405,6 @@ class Distilled:
             },
             "rounds": {str(rounds): count for rounds, count in sorted(self.rounds.items())},
             "ended_early": dict(self.ended.most_common()),
-            "topics": dict(sorted(topics.items())),
-            "kinds": dict(sorted(kinds.items())),
             "seeds": None if self.seeds is None else self.seeds.note(),
             "spent": self.totals.as_dict(),
         }
@@ -482,11 +483,11 @@ class _Passes:
         result = self.result
         compared = [asyncio.Event() for _ in numbers]
 
-        async def dialogue_of(place: int) -> Dialogue | NotUsable | RequestFailed | BudgetSpent:
-            opening: str | NotUsable | RequestFailed | BudgetSpent
+        async def dialogue_of(place: int) -> Dialogue | Problem:
+            opening: str | Problem
             try:
                 opening = await self._opening(numbers[place], attempt)
-            except (NotUsable, RequestFailed, BudgetSpent) as problem:
+            except PROBLEMS as problem:
                 opening = problem
             if place:
                 await compared[place - 1].wait()
@@ -496,29 +497,24 @@ class _Passes:
             result.openings += not isinstance(opening, BudgetSpent)
             if not isinstance(opening, str):
                 return opening
-            dialogue = await grow(self.client, self.config, result.grid, numbers[place], attempt, opening)
-            if dialogue.messages:
-                return dialogue
-            return BudgetSpent(dialogue.ended) if dialogue.by_budget else NotUsable(f"{NO_ANSWER}: {dialogue.ended}")
+            return await grow(self.client, self.config, result.grid, numbers[place], attempt, opening)
 
         again = []
         # a number waits for those before it: twice as many as can be asked at once
         window = 2 * sum(spec.concurrency for spec in self.config.endpoints().values())
         async for place, found in in_order(range(len(numbers)), dialogue_of, window):
+            problem = found.ended if isinstance(found, Dialogue) else found
+            if isinstance(problem, BudgetSpent):
+                result.budget_message = str(problem)
             if isinstance(found, Dialogue):
                 self.dialogues[numbers[place]] = found
                 result.rounds[found.rounds] += 1
-                if found.ended:
-                    result.ended[BUDGET if found.by_budget else found.ended] += 1
-                result.budget_message = found.ended if found.by_budget else result.budget_message
+                result.ended.update([reason_of(problem)] if problem else [])
                 meter.advance()
-            elif isinstance(found, BudgetSpent):
+                continue
+            result.turned_down.update([] if isinstance(found, BudgetSpent) else [reason_of(found)])
+            if not (self.from_seeds and str(found) == NEAR):  # another try would be the same seed
                 again.append(numbers[place])
-                result.budget_message = result.budget_message or str(found)
-            else:
-                result.turned_down[found.reason if isinstance(found, RequestFailed) else str(found)] += 1
-                if not (self.from_seeds and str(found) == NEAR):  # another try would be the same seed
-                    again.append(numbers[place])
         return again
 
     async def _opening(self, number: int, attempt: int) -> str:
@@ -554,7 +550,6 @@ def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialog
             if config.openings == "grid":
                 cell = result.grid.cell(number)
                 row |= {"topic": cell.topic, "kind": cell.kind}
-                result.cells[cell.topic, cell.kind] += 1
             held_out = int(prompt_id[:8], 16) < config.test_share * 2**32
             (test if held_out else train).write(json_line(row))
             result.test += held_out
