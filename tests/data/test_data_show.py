@@ -156,7 +156,7 @@ def test_what_cannot_be_shown_is_said(show, tmp_path, chat_rows):
         ((*data, "--from", "3"), "rows.jsonl row 3 was left out: a turn's text contains the control token </s>"),
         ((*data, "--from", "rows.jsonl row 4"), "row 4 was left out: no assistant turn"),
         ((*data, "--from", "30"), "--from 30: no row has this place"),
-        ((*data, "--row", "99"), "row 99: there is 1 packed row."),
+        ((*data, "--row", "99"), "row 99: the number of packed rows is 1."),
         ((*data, "--row", "1", "--from", "1"), "--row and --from"),
         ((*data, "--held-out"), "nothing is held out"),
         (data[1:], "which stage's rows?"),

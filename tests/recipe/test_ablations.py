@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.messages import messages_to
 from zephyr_lite.cli.app import run
-from zephyr_lite.config.load import RunConfig, load_config, preset_configs
+from zephyr_lite.config.load import RunConfig, preset_configs
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.errors import UserError
@@ -110,16 +110,6 @@ def test_the_scores_are_what_the_published_adapter_says_on_the_bare_base(ablatio
     means = torch.stack([a.mean() for a in arm]).view(-1, 2)
     assert score.likelier == (means[:, 0] > means[:, 1]).double().mean().item()
     assert result.scores[BASE].accuracy is None and len({s.chat_loss for s in result.scores.values()}) == 5
-
-
-def test_a_dpo_arm_on_the_base_has_its_own_reward_for_its_gain(ablation):
-    """There the stage's reference is the base, which everything is compared with: two ways to the same number."""
-    result, _ = ablation
-    score = result.scores["dDPO alone"]
-    beta = load_config("dpo", "ablations/ddpo-alone").config.beta
-    assert score.own_margin == pytest.approx(beta * score.margin, rel=1e-4)
-    assert score.own_accuracy == pytest.approx(score.accuracy)
-    assert result.scores["dSFT-2"].own_accuracy is None
 
 
 def test_the_table_is_kept_and_a_second_start_trains_nothing(ablation):

@@ -15,7 +15,7 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import Source, load_rows, open_source
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.questions import read_questions
+from zephyr_lite.recipe.prompts import read_questions
 from zephyr_lite.recipe.ultrafeedback import FEWER, SCHEMA, PairRules, make_pairs
 
 SOURCES = ("evol_instruct", "flan", "sharegpt")
@@ -167,7 +167,7 @@ def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch
         asked.append((spec.path, spec.name, spec.split))
         return Source(datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path)
 
-    monkeypatch.setattr("zephyr_lite.recipe.questions.open_source", hub)
+    monkeypatch.setattr("zephyr_lite.recipe.prompts.open_source", hub)
     for name in ("a/b", "a/b:test", "truthfulqa/truthful_qa:generation:validation"):
         assert read_questions(name) == ["Who is it?"]
     assert asked == [("a/b", None, None), ("a/b", None, "test"), ("truthfulqa/truthful_qa", "generation", "validation")]
@@ -273,7 +273,7 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
         ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
         ("raw.jsonl --exclude nowhere.txt", "nowhere.txt"),
         ("raw.jsonl --exclude empty.txt", "empty.txt: no question"),
-        ("raw.jsonl --exclude numbers.jsonl", "columns number"),
+        ("raw.jsonl --exclude numbers.jsonl", "found number"),
         ("raw.jsonl --exclude two", "--exclude two:train"),
         ("two", "--split train"),
         ("broken.jsonl", "broken.jsonl line 2"),

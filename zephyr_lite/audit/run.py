@@ -30,7 +30,7 @@ def audit(
     adapter: str,
     *,
     base: str | None = None,
-    below: Sequence[str] = (),
+    below: Sequence[str] | None = None,
     start: str | None = None,
     reference: str = "start",
     rows: str | None = None,
@@ -69,7 +69,7 @@ def audit(
         raise UserError(f"--beta {beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
     evidence = gather(adapter)
     found = Audit(str(evidence.adapter.path), evidence.tool, evidence.method)
-    lower = [read_adapter(adapter_folder(name)) for name in below]
+    lower = [read_adapter(adapter_folder(name)) for name in below or ()]
     starts = [read_adapter(adapter_folder(start))] if start else []
     claimed = [] if reference in ("start", "base") or files_only else [read_adapter(adapter_folder(reference))]
     check_files(evidence, lower, starts[0] if starts else None, found)

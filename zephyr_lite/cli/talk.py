@@ -12,7 +12,7 @@ from ..errors import Interrupted, UserError
 from ..io.logging import messages_to
 from ..monitor.console import visible
 from .eval import open_model
-from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose, console
+from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, console
 
 if TYPE_CHECKING:
     from ..chat.session import Session, Settings
@@ -42,7 +42,6 @@ def chat(
     top_p: Annotated[float, Option(help="Draw from the likeliest tokens of this probability.")] = 0.95,
     max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 512,
     seed: Annotated[int, Option(help="Random seed.")] = 0,
-    verbose: Verbose = False,
 ) -> None:
     """Talk to a trained model. A prompt on stdin is answered on stdout."""
     terminal = in_terminal()
@@ -61,7 +60,7 @@ def chat(
 
     from ..chat.rows import check_file
     from ..chat.session import Settings
-    from ..recipe.questions import read_questions
+    from ..recipe.prompts import read_questions
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()

@@ -168,6 +168,28 @@ def _split_words(words: Iterable[str]) -> list[tuple[str, str]]:
     return result
 
 
+def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
+    """The words of a command that runs several stages: ``key=value`` for all of them, under "", and ``SCOPE.key=value``.
+
+    Raises:
+        UserError: a key of ``PLACED``.
+    """
+    scoped: dict[str, list[str]] = {}
+    for key, text in _split_words(words):
+        head, dot, tail = key.partition(".")
+        scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
+        key = tail if scope else key
+        refuse_placed([key.partition(".")[0].replace("-", "_")], "the command line")
+        scoped.setdefault(scope, []).append(f"{key}={text}")
+    return scoped
+
+
+def refuse_placed(keys: Iterable[str], where: str) -> None:
+    """Raise a UserError if a key is one of ``PLACED``, which a command that runs several stages sets itself."""
+    if placed := [key for key in keys if key in PLACED]:
+        raise UserError(f"{where}: {placed[0]} is set by this command.", "Choose the folder with --out.")
+
+
 def _drop_default_eval(keys: set[str], given: dict[str, Any], notes: list[str]) -> None:
     """Set ``eval_dataset`` to null for a ``dataset`` without one: the recipe's held-out rows do not belong to it."""
     if "dataset" in keys and not any(key.startswith("eval_dataset") for key in keys):

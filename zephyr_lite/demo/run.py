@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +55,10 @@ class Standing:
 
 @dataclass
 class DemoResult:
-    """Scores of each model, the implicit reward's held-out accuracy, and the seconds of each part."""
+    """Scores of each model, and the held-out accuracy of the DPO model's implicit reward."""
 
     standings: dict[str, Standing]
     reward_accuracy: float
-    seconds: dict[str, float]
 
 
 def run_demo(
@@ -81,29 +78,20 @@ def run_demo(
     Raises:
         UserError: the base is not installed, or ``out`` holds something else.
     """
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - begun, 1)
 
     def train(run: Callable[..., Any], method: Method, rows: Path, held_out: Path) -> None:
         data = [f"dataset.path={rows}", f"eval_dataset.path={held_out}"]
         words = [f"model_name_or_path={folder}", f"output_dir={out}", *data, *overrides]
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
-        with timed(method):
-            try:
-                run(loaded, on_metrics=on_metrics, observers=[ReportWriter()])
-            except StageComplete as done:
-                logger.info(done.message)
+        try:
+            run(loaded, on_metrics=on_metrics, observers=[ReportWriter()])
+        except StageComplete as done:
+            logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
 
     make_folder(out)
     with alone(out):
-        with timed("base"):
-            folder = base or demo_base()
+        folder = base or demo_base()
         sweep(out)
         others = [path for path in out.iterdir() if not path.name.startswith(".")]
         if others and not (out / "data").exists():
@@ -115,20 +103,18 @@ def run_demo(
         train(run_dpo, "dpo", train_pairs, test_pairs)
         logger.info("[3/4] merge")
         chain = chain_of_run(out)
-        with timed("merge"):
-            merge(
-                folder,
-                chain.adapters,
-                out / "merged",
-                tokenizer_from=chain.tokenizer_from,
-                lineage=chain.lineage(),
-                overwrite=True,
-            )
+        merge(
+            folder,
+            chain.adapters,
+            out / "merged",
+            tokenizer_from=chain.tokenizer_from,
+            lineage=chain.lineage(),
+            overwrite=True,
+        )
         logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
-        with timed("answers"):
-            standings = _standings(out, test_pairs)
+        standings = _standings(out, test_pairs)
         info = StageDir(out / "dpo").info() or {}
-        result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"], seconds)
+        result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"])
         write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
     return result
 

@@ -190,8 +190,6 @@ class Score:
     accuracy_error: float | None = None
     margin: float | None = None  # mean of that difference in nats
     margin_error: float | None = None
-    own_accuracy: float | None = None  # of a DPO stage's last evaluation against its own reference
-    own_margin: float | None = None
 
 
 @dataclass
@@ -299,10 +297,6 @@ def _score(table: Table) -> Ablation:
         gained = logps.sums - reference.sums
         margins = gained[:, 0] - gained[:, 1]
         won = (margins > 0).double()
-        own: dict[str, float] = {}
-        if table.arms[arm][-1].method == "dpo":
-            info = StageDir(table.run / table.arms[arm][-1].name).info() or {}
-            own = ((info.get("result") or {}).get("evaluations") or [{}])[-1]
         scores[arm] = Score(
             chat_loss=chat_loss(decoder, chats),
             likelier=_likelier(logps),
@@ -310,8 +304,6 @@ def _score(table: Table) -> Ablation:
             accuracy_error=_standard_error(won),
             margin=margins.mean().item(),
             margin_error=_standard_error(margins),
-            own_accuracy=own.get("eval_rewards/accuracies"),
-            own_margin=own.get("eval_rewards/margins"),
         )
     return Ablation(table, scores, *sizes)
 
@@ -336,7 +328,6 @@ def _standard_error(values: Tensor) -> float | None:
 # -- the table as text -----------------------------------------------------------------------------------------------
 
 HEADER = ["arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token"]
-HEADER += ["own accuracy", "own margin"]
 
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:
@@ -352,8 +343,6 @@ def table_rows(result: Ablation) -> list[tuple[str, ...]]:
             cell(score.accuracy, ".3f", score.accuracy_error),
             cell(score.margin, "+.3f", score.margin_error),
             f"{score.likelier:.3f}",
-            cell(score.own_accuracy, ".3f"),
-            cell(score.own_margin, "+.4f"),
         )
         for arm, score in result.scores.items()
     ]
@@ -366,7 +355,6 @@ def legend(result: Ablation) -> list[str]:
         f"Preference accuracy and margin: over {result.pairs:,} held-out pairs, by how much likelier the arm made each response "
         "than the bare base (log-ratio, summed over the response); ± is one standard error.",
         "Likelier a token: share of pairs whose chosen response has the higher mean log-probability; needs no reference.",
-        "Own accuracy and margin: the last evaluation of the arm's DPO stage against its own reference (the margin times beta).",
     ]
 
 

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.text import read_text
-from .questions import open_rows, texts_of
+from .prompts import open_rows, texts_of
 
 # -- words and n-grams -----------------------------------------------------------------------------------------------
 
@@ -237,9 +235,6 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
 
 def _rows(name: str) -> list[Any]:
     path, _, split = name.partition("#")
-    file = Path(path).expanduser()
-    if file.is_file() and file.suffix.lower() in (".txt", ".md", ""):
-        return [line for line in read_text(file, name=name).splitlines() if line.strip()]
     if not path:
         raise UserError(
             f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT if it has several."

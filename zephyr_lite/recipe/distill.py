@@ -384,7 +384,6 @@ class Distilled:
     turned_down: Counter[str] = field(default_factory=Counter)  # of the openings, by reason
     ended: Counter[str] = field(default_factory=Counter)  # dialogues shorter than asked for, by reason
     rounds: Counter[int] = field(default_factory=Counter)  # dialogues by their number of rounds
-    cells: Counter[tuple[str, str]] = field(default_factory=Counter)  # dialogues of each (topic, kind)
     unreached: int = 0  # dialogues that the budget did not reach
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
@@ -395,10 +394,6 @@ class Distilled:
 
     def report(self) -> dict[str, Any]:
         """For report.json."""
-        topics, kinds = Counter[str](), Counter[str]()
-        for (topic, kind), count in self.cells.items():
-            topics[topic] += count
-            kinds[kind] += count
         return {
             "command": COMMAND,
             "version": __version__,
@@ -410,8 +405,6 @@ class Distilled:
             },
             "rounds": {str(rounds): count for rounds, count in sorted(self.rounds.items())},
             "ended_early": dict(self.ended.most_common()),
-            "topics": dict(sorted(topics.items())),
-            "kinds": dict(sorted(kinds.items())),
             "seeds": None if self.seeds is None else self.seeds.note(),
             "spent": self.totals.as_dict(),
         }
@@ -557,7 +550,6 @@ def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialog
             if config.openings == "grid":
                 cell = result.grid.cell(number)
                 row |= {"topic": cell.topic, "kind": cell.kind}
-                result.cells[cell.topic, cell.kind] += 1
             held_out = int(prompt_id[:8], 16) < config.test_share * 2**32
             (test if held_out else train).write(json_line(row))
             result.test += held_out

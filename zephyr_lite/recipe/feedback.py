@@ -178,21 +178,16 @@ class Feedback:
     failed: Counter[str] = field(
         default_factory=Counter
     )  # missing completions by reason, the judge's ratings by aspect
-    # how often each rating was given, by (model, aspect), and by place in the judge's list
+    # how often each rating was given, by (model, aspect)
     ratings: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    places: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def add(self, row: Mapping[str, Any], prompt_id: str, seed: int) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """Count a row."""
         self.rows += 1
-        completions = row["completions"]
-        for completion in completions:
+        for completion in row["completions"]:
             self.completions[completion["model"]] += 1
             for name, annotation in completion["annotations"].items():
                 self.ratings[completion["model"], name][annotation["Rating"]] += 1
-        for aspect in ASPECTS:
-            for place, index in enumerate(shown_order(prompt_id, aspect.name, len(completions), seed)):
-                self.places[place][completions[index]["annotations"][aspect.name]["Rating"]] += 1
 
     def report(self) -> dict[str, Any]:
         """For report.json."""
@@ -214,8 +209,6 @@ class Feedback:
                 model: {aspect.name: _rating_report(self.ratings[model, aspect.name]) for aspect in ASPECTS}
                 for model in sorted(self.completions)
             },
-            # shows whether the judge favours a place of its list
-            "mean_rating_by_place": [_rating_report(self.places[place])["mean"] for place in sorted(self.places)],
             "spent": self.totals.as_dict(),
         }
 
@@ -397,7 +390,7 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
                     elif isinstance(row, NoRow):
                         result.dropped.setdefault(str(row), []).append(prompt.where)
                     else:
-                        result.add(row, prompt.id, config.seed)
+                        result.add(row)
                         file.write(json_line(row))
                     meter.advance()
                 if not result.rows:  # an earlier file stays as it is

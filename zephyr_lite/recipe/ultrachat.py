@@ -31,10 +31,9 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
-from .english import is_english
-from .lexicon import Lexicon, count_words
+from .lexicon import Lexicon, count_words, is_english
 from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
-from .questions import open_rows
+from .prompts import open_rows
 from .refusals import first_refusal
 from .truecase import is_broken, restore
 
@@ -47,7 +46,7 @@ LEARN_ROWS = 100_000  # rows at most that the lexicon is learned from, spread ev
 SHARD_ROWS = 12_500  # rows of an output file
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of the column ``broken``
 KEPT, FAULTY, EXACT, NEAR = 0, 1, 2, 3  # what becomes of a row
-_PLACES, _EXAMPLES = 5, 3  # of a reason, and of a rule, in the report; dropped.tsv has all
+_EXAMPLES = 3  # of a rule, in the report
 _CONTEXT = 40  # characters around an example's change
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits
 _NUMBERED = re.compile(r"train_(\d+)")
@@ -165,8 +164,6 @@ def clean_chat(
             "splits": {name: len(rows) for name, rows in splits.items()},
             "files": [name for name, _ in files],
             "restored": {"dialogues": sum(part.dialogues for part in restored), "words": dict(_by_count(words))},
-            "turns": sum(part.turns for part in restored),
-            "names_in_lexicon": len(lexicon.names) if lexicon is not None else 0,
             "eval_sets": sets.rows,
             "examples": {
                 rule: [example for part in restored for example in part.examples.get(rule, [])][:_EXAMPLES]
@@ -356,7 +353,6 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
 class Restored:
     """Changes of truecasing in one file."""
 
-    turns: int = 0  # written
     dialogues: int = 0  # changed
     words: Counter[str] = field(default_factory=Counter)  # by rule
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # by rule: {place, before, after} of a few
@@ -373,7 +369,6 @@ def write_shard(
         found = dialogues(raw.rows, numbers.tolist())
         for row, dialogue, values in zip(numbers.tolist(), found, scanned.take(pa.array(numbers)).to_pylist()):
             dialogue.roles, dialogue.texts = dialogue.roles[: values["turns"]], dialogue.texts[: values["turns"]]
-            restored.turns += values["turns"]
             if values["broken"]:
                 _restore(raw.place(row), dialogue, values["broken"], lexicon, restored)
         records = [
@@ -413,7 +408,6 @@ def _count(raw: Raw, scanned: pa.Table, fate: np.ndarray, duplicate_of: np.ndarr
     """The fates of the rows in numbers, for report.json; reason, place and detail of each row that is dropped or cut are written
     to a file."""
     counts: dict[str, Counter[str]] = {"dropped": Counter(), "cut": Counter()}
-    places: dict[str, list[dict[str, str]]] = {}
     refusals = np.array(scanned["refusal"].to_pylist(), object)
     rows = np.flatnonzero((fate != KEPT) | (refusals != ""))
     found = scanned.select(["fault", "detail", "refusal"]).take(pa.array(rows)).to_pylist()
@@ -429,16 +423,12 @@ def _count(raw: Raw, scanned: pa.Table, fate: np.ndarray, duplicate_of: np.ndarr
                 reason = f"cut before a refusal ({values['refusal']}); the rest stays"
             else:
                 counts["dropped"][reason] += 1
-            examples = places.setdefault(reason, [])
-            if len(examples) < _PLACES:
-                examples.append({"place": raw.place(row), "detail": detail})
             file.write(f"{reason}\t{raw.place(row)}\t{' '.join(detail.split())}\n")
     return {
         "rows": len(fate),
         "kept": int((fate == KEPT).sum()),
         **{name: dict(_by_count(counted)) for name, counted in counts.items()},
         "broken_capitals": int(((fate == KEPT) & (scanned["broken"].to_numpy() > 0)).sum()),
-        "places": places,
     }
 
 
@@ -460,17 +450,11 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """report.md: the same, with the first examples of each rule and the first rows of each reason."""
-
-    def code(text: str) -> str:
-        text = " ".join(text.split())
-        return f"`` {text} ``" if "`" in text else f"`{text}`"
-
+    """report.md: the same, with a few examples of each rule's changes."""
     lines = ["# Cleaned conversations", "", *(f"- {line.strip()}" for line in report_lines(report))]
     for rule, examples in report["examples"].items():
         lines += ["", f"**{rule}**", ""]
-        lines += [f"- {each['place']}: {code(each['before'])} → {code(each['after'])}" for each in examples]
-    for reason, places in report["places"].items():
-        lines += ["", f"**{reason}**", ""]
-        lines += [f"- {each['place']}" + (f": {code(each['detail'])}" if each["detail"] else "") for each in places]
+        for example in examples:
+            before, after = (" ".join(example[name].split()) for name in ("before", "after"))
+            lines.append(f"- {example['place']}: {before} → {after}")
     return "\n".join(lines) + "\n"

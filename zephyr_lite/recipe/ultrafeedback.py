@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
 from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
-from .questions import Questions, open_rows, read_questions
+from .prompts import Questions, open_rows, read_questions
 
 logger = logging.getLogger(__name__)
 
