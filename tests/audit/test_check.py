@@ -110,7 +110,7 @@ def test_a_delta_needs_the_adapters_below_it(run, chat_rows, tmp_path):
         if not file.name.startswith("adapter_"):
             shutil.copy(file, tmp_path / "copy")
     lone = audit(str(tmp_path / "copy"), rows=str(chat_rows), below=[str(run / "sft")], load_in_4bit=False)
-    assert any(f.level == Level.right and "does worse than on the adapters below it" in f.text for f in lone.findings)
+    assert any(f.level == Level.right and "are likelier on the adapters below it" in f.text for f in lone.findings)
     assert lone.numbers["rows"]["policy"]["loss"] == pytest.approx(rows["policy"]["loss"], rel=1e-6)
 
 

@@ -17,7 +17,7 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import CHATML, Example, resolve_template
 from zephyr_lite.data.dataset import prepare
-from zephyr_lite.data.preview import example_segments, text_runs, token_reader
+from zephyr_lite.data.preview import example_segments, token_reader
 
 TABLE = re.compile(r"^ *(\d+) +(\d+) +(\d+)  (\S+) +(yes|no) +(yes|no) +(\d+)  (.*)$")
 
@@ -192,9 +192,6 @@ def test_the_tokens_bytes_are_the_text(tmp_path):
         assert raw.decode() == before + text
         assert read(tokenizer.eos_token_id) == (b"</s>", True)
         assert not any(read(i)[1] for i in ids)
-        mask = [place % 3 == 0 for place in range(len(ids))]
-        runs = text_runs(tokenizer, ids, mask)
-        assert [supervised for _, supervised in runs] == [place % 2 == 0 for place in range(len(runs))]
     assert token_reader(byte_level)(10**6) == (b"[1000000]", False)
 
 

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..evaluate.likelihood import row_logps
 from ..model.decoder import Decoder
 from ..model.loaded import LoadedModel
-from .files import LN2, Audit
+from .files import LN2, Audit, Level
 
 Messages = list[dict[str, str]]
 MICRO_TOKENS = 2048
@@ -202,9 +202,11 @@ def check_pairs(
     elif abs(result["loss"] - LN2) <= 1e-6:
         found.right("reference", f"step 0 is ln 2 against {label}", *facts)
     else:
-        text = f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): "
+        text = (
+            f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): training started from another model"
+        )
         advice = "Train it again with the policy's start as the reference (zephyr-lite dpo does)."
-        found.wrong("reference", text + "training did not start from its reference", *facts, advice=advice)
+        found.wrong("reference", text, *facts, advice=advice)
     if found.method == "dpo" and result["accuracy"] + 2 * result["accuracy_error"] < 0.5:
         advice = "Another reference, other pairs, or swapped columns."
         found.doubtful("reference", "against that reference it prefers the rejected answers", advice=advice)
@@ -257,33 +259,23 @@ def _gaps(of: tuple[RowSums, RowSums], own: tuple[RowSums, RowSums]) -> tuple[Ga
 
 
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
-    """Whether conversations show that adapters belong below it."""
+    """Whether conversations show that adapters belong below it: against it alone if some are given, else the bare base."""
     first = {id(s): model for model, s in reversed(sums.items())}  # the first name of models that are the same
     facts = [f"{_MODELS[model]}: {s.loss:.4f} nats a token" for model, s in sums.items() if first[id(s)] == model]
-    base, policy, alone = sums["base"], sums["policy"], sums.get("alone")
-    if alone is not None:
-        lost = gap(policy, alone)
-        if lost.clear:
-            found.right("below", "on the bare base it does worse than on the adapters below it", *facts, f"by {lost}")
-        elif gap(alone, policy).clear:
-            text = "it does better on the bare base: the adapters given with --below probably were not below it"
-            found.doubtful("below", text, *facts, advice="Leave --below out, or name another.")
-        else:
-            found.note("below", "these conversations do not show whether an adapter was below it", *facts)
-        return
-    worse = gap(base, policy)
-    if worse.clear and found.method == "sft":
-        text = "with it conversations become less likely than on the bare base"
-        advice = "Is this its base? Does an adapter belong below it (--below)?"
-        found.doubtful("below", text, *facts, f"by {worse}", advice=advice)
-    elif worse.clear:
-        text = "with it conversations become less likely than on the bare base, as DPO may do"
-        found.note("below", text, *facts, f"by {worse}")
-    elif gap(policy, base).clear:
-        found.right("below", "it makes conversations likelier than the bare base does", *facts)
+    other = "alone" if "alone" in sums else "base"
+    gain, loss = gap(sums["policy"], sums[other]), gap(sums[other], sums["policy"])
+    where = f"{'on the adapters below it' if other == 'alone' else 'with it'} than with {_MODELS[other]}"
+    advice = "Is this its base? Name the adapters that belong below it with --below, and no others."
+    if gain.clear:
+        found.right("below", f"conversations are likelier {where}", *facts, f"by {gain}")
+    elif loss.clear:
+        # DPO may make them less likely
+        level = Level.doubtful if other == "alone" or found.method == "sft" else Level.note
+        found.add(level, "below", f"conversations are less likely {where}", *facts, f"by {loss}", advice=advice)
     else:
-        text = "with it these conversations are neither clearly likelier nor less likely than on the bare base"
-        found.note("below", text, *facts, advice="Does an adapter belong below it (--below)?")
+        found.note(
+            "below", f"conversations are neither clearly likelier nor less likely {where}", *facts, advice=advice
+        )
 
 
 def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None:
@@ -293,17 +285,18 @@ def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -
         found.note("end", "no answer of these conversations ended within the measured tokens")
         return
     names = ", ".join(template.tokenizer.convert_ids_to_tokens(template.end_token_ids))
-    facts = [f"median probability of {names} after an answer: {policy:.3f}; on the bare base {base:.3f}"]
+    facts = f"median probability of {names} after an answer: {policy:.3f}; on the bare base {base:.3f}"
     if policy >= HARDLY:
-        found.right("end", "it ends its answers", *facts)
-    elif policy >= NEVER:
-        found.doubtful("end", "it has hardly learned to end an answer", *facts)
-    else:
-        if template.tokenizer.pad_token_id in template.end_token_ids:
-            facts.append("the pad token is the end token: a collator that masks padding masks every end, too")
-        advice = "Does an adapter belong below it (--below)? Else train again with the end token supervised."
-        text = "it never learned to end an answer: generation runs until it is cut off"
-        found.wrong("end", text, *facts, advice=advice)
+        found.right("end", "it ends its answers", facts)
+        return
+    found.add(
+        Level.doubtful if policy >= NEVER else Level.wrong,
+        "end",
+        "it has hardly learned to end an answer: generation runs until it is cut off",
+        facts,
+        advice="Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
+        "masks the pad token masks every end if that is the pad token.",
+    )
 
 
 def _check_bos(

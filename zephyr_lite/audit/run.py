@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import NEEDED_TOKENS, TEMPLATES, ChatTemplate, resolve_template
+from ..data.chat_template import TEMPLATES, ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
 from ..demo import CONVERSATIONS_TEST
@@ -185,10 +185,8 @@ def _templates(evidence: Evidence, base: Base, chosen: str | None, found: Audit)
         advice = "See below which one fits, and save it with the tokenizer."
         found.doubtful("template", f"{folder}: no chat template was saved with it", advice=advice)
     for name in TEMPLATES:
-        fresh = load_tokenizer(folder)  # resolve_template sets the template on the tokenizer
-        if set(NEEDED_TOKENS[name]) <= set(fresh.get_vocab()):
-            with suppress(UserError):  # it cannot be written with this tokenizer, so it was not trained with it
-                result[name] = resolve_template(name, fresh)
+        with suppress(UserError):  # it cannot be written with this tokenizer, so it was not trained with it
+            result[name] = resolve_template(name, load_tokenizer(folder))
     plain = load_tokenizer(base.path)
     if plain.chat_template:
         with suppress(UserError):

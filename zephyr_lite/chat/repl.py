@@ -187,16 +187,16 @@ class Repl:
         return {column: f"Answer {place}" for place, column in enumerate(order, 1)}
 
     def _growing(self, titles: dict[int, str], draw: Callable[..., list[Drawn]]) -> list[Drawn]:
-        """Draw several answers, and show as much of their ends as the terminal has room for."""
+        """Draw several answers, and show their ends while they grow: about as much as the terminal has room for."""
         out, texts, shown = self._console.out, dict.fromkeys(titles, ""), 0.0
+        room = out.width * max(1, out.height - 8) // (2 * len(titles))  # characters; half of a line is often empty
 
         def grow(column: int, piece: str) -> None:
             nonlocal shown
             texts[column] += piece
             if time.monotonic() - shown >= REFRESH:
-                height = out.size.height - 2
-                view = side_by_side(self._console, [*titles.values()], [*texts.values()], height=height)
-                live.update(view, refresh=True)
+                tails = [text[-room:] for text in texts.values()]
+                live.update(side_by_side(self._console, [*titles.values()], tails), refresh=True)
                 shown = time.monotonic()
 
         with Live(console=out, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
@@ -364,19 +364,12 @@ class Repl:
 
 
 def side_by_side(
-    console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = (), height: int | None = None
+    console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = ()
 ) -> RenderableType:
-    """Answers side by side, or one below the other in a narrow terminal; with a height only their last lines."""
+    """Answers side by side, or one below the other in a narrow terminal."""
     out, count = console.out, len(titles)
     wide = out.width >= count * (NARROWEST + 3) + 1
-    inner = (out.width - 3 * count - 1) // count if wide else out.width - 4
-    lines = None if height is None else max(1, height - 4 if wide else height // count - 2)
-    cells = []
-    for text in texts:
-        # the last lines are made of the last characters: a long answer is not wrapped again for every update
-        cell = console.text(text if lines is None else text[-(lines + 1) * inner :])
-        cell.overflow = "fold"
-        cells.append(cell if lines is None else Text("\n").join(cell.wrap(out, inner)[-lines:]))
+    cells = [console.text(text) for text in texts]
     for cell, note in zip(cells, notes):
         if note:
             cell.append(f"\n({note})" if cell.plain else f"({note})", style="dim")

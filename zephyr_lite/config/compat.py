@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
-from itertools import zip_longest
 from typing import Any
 
 from ..errors import UserError
@@ -59,45 +58,37 @@ TRANSLATED = {
 }
 
 _ACCEPTED = {
-    "the compute dtype follows the card; set dtype to choose it": "bf16 fp16 bf16_full_eval fp16_full_eval "
+    "the compute dtype follows the card; set dtype to choose it": "bf16 fp16 bf16_full_eval fp16_full_eval tf32 "
     "bnb_4bit_compute_dtype",
-    "matrix products run in the compute dtype": "tf32",
-    "the plan decides what is kept for the backward pass": "gradient_checkpointing gradient_checkpointing_kwargs "
-    "activation_checkpointing activation_checkpointing_kwargs activation_offloading",
-    "the plan chooses micro-batches and what is kept in memory": "auto_find_batch_size per_device_eval_batch_size "
-    "precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps low_cpu_mem_usage device_map",
-    "rows are always packed, and never see each other; batch_size counts packed rows": "packing eval_packing",
-    "there is no padding": "padding_free pad_to_multiple_of pad_token",
-    "a LoRA adapter is always trained": "use_peft",
-    "layers are quantized one by one, and not sharded": "bnb_4bit_quant_storage fsdp fsdp_config",
-    "attention works over the segment table": "attn_implementation use_flash_attention_2",
-    "the engine has kernels of its own": "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend "
-    "torch_compile_mode",
-    "training keeps no cache of keys and values": "use_cache",
+    "the plan chooses micro-batches and what is kept in memory": "gradient_checkpointing gradient_checkpointing_kwargs "
+    "activation_checkpointing activation_checkpointing_kwargs activation_offloading auto_find_batch_size "
+    "per_device_eval_batch_size precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps "
+    "low_cpu_mem_usage device_map",
+    "rows are always packed without padding, and never see each other; batch_size counts packed rows": "packing "
+    "eval_packing padding_free pad_to_multiple_of pad_token",
+    "a LoRA adapter is always trained, on whole layers": "use_peft bnb_4bit_quant_storage fsdp fsdp_config",
+    "the engine has its own attention and kernels": "attn_implementation use_flash_attention_2 use_liger_kernel "
+    "liger_kernel_config torch_compile torch_compile_backend torch_compile_mode use_cache",
     "remote code is never run": "trust_remote_code",
-    "the command trains": "do_train do_predict",
-    "a run with an eval_dataset is evaluated; set eval_dataset to null to leave it out": "do_eval",
-    "evaluation has its own metrics, at every eval_steps": "eval_on_start prediction_loss_only include_for_metrics "
-    "batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
-    "a finished stage is never overwritten; choose another output_dir or stage": "overwrite_output_dir",
+    "the command trains, and evaluates if there is an eval_dataset, with its own metrics": "do_train do_predict do_eval "
+    "eval_on_start prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches "
+    "eval_use_gather_object",
     "unused columns are always dropped": "remove_unused_columns label_names length_column_name",
     "rows are prepared before the first step, by as many processes as the machine has cores": "dataset_num_proc "
     "preprocessing_num_workers dataset_streaming streaming dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
-    "rows are always shuffled, by seed": "shuffle_dataset data_seed",
+    "seed decides the order of rows and all random numbers": "shuffle_dataset data_seed full_determinism",
     "a row begins with BOS exactly once": "add_special_tokens",
-    "the console and metrics.jsonl have their own form; set logging_steps and report_to": "log_level log_level_replica "
-    "logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter logging_dir disable_tqdm "
-    "include_num_input_tokens_seen skip_memory_metrics debug",
-    "the run is named after its output_dir": "run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id",
-    "set save_steps; a checkpoint holds all that resuming needs": "save_strategy save_only_model save_on_each_node "
-    "save_safetensors enable_jit_checkpoint",
-    "an unfinished stage continues exactly where it stopped": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "a GPU is used if there is one": "use_cpu no_cuda",
-    "seed decides all random numbers": "full_determinism",
-    "torchrun and the engine decide": "local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
-    "ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers",
+    "console, metrics.jsonl and trackers have their own form; set logging_steps and report_to": "log_level "
+    "log_level_replica logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter logging_dir "
+    "disable_tqdm include_num_input_tokens_seen skip_memory_metrics debug run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id",
+    "a stage continues exactly where it stopped, and is never overwritten; set save_steps": "save_strategy "
+    "save_only_model save_on_each_node save_safetensors enable_jit_checkpoint ignore_data_skip overwrite_output_dir "
+    "restore_callback_states_from_checkpoint",
+    "torchrun and the engine decide; a GPU is used if there is one": "use_cpu no_cuda local_rank "
+    "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
+    "ignore_bias_buffers",
     "a finished stage is pushed once": "hub_strategy hub_always_push",
     "it is the parameter of a loss or an option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
     "ref_model_sync_steps",
@@ -324,25 +315,22 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
     if entries:
         result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
         result.setdefault("eval_dataset", None)
-    elif mixer:
-        train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
-        if splits and (train is None or set(splits) - {train, test}):
-            faults.append(
-                f"dataset_splits: {short(splits)} is not one split of training and one of test. Write dataset."
-            )
-        if configs and len(configs) != len(mixer):
-            faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
-        common = [
-            {"path": path, **({"name": each} if each else {})} for path, each in zip_longest(mixer, configs or [])
-        ]
-        result["dataset"] = [{**spec, "split": train, "weight": w} for spec, w in zip(common, mixer.values())]
-        result["eval_dataset"] = [{**spec, "split": test} for spec in common] if test else None
-    elif name is not None:
-        spec = {"path": name, **({"name": config} if config else {})}
-        if test is None and values.get("eval_strategy") in ("steps", "epoch"):
+    elif mixer or name is not None:
+        specs = [{"path": name, "name": config}]
+        if mixer:
+            train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
+            if splits and (train is None or set(splits) - {train, test}):
+                faults.append(
+                    f"dataset_splits: {short(splits)} is not one split of training and one of test. Write dataset."
+                )
+            if configs and len(configs) != len(mixer):
+                faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
+            names = zip(mixer.items(), configs or [None] * len(mixer))
+            specs = [{"path": path, "name": each, "weight": weight} for (path, weight), each in names]
+        elif test is None and values.get("eval_strategy") in ("steps", "epoch"):
             test = "test"  # TRL's default
-        result["dataset"] = [{**spec, "split": train or "train"}]
-        result["eval_dataset"] = [{**spec, "split": test}] if test else None
+        result["dataset"] = [{**spec, "split": train or "train"} for spec in specs]
+        result["eval_dataset"] = [{**spec, "split": test, "weight": 1.0} for spec in specs] if test else None
     if size is not None:
         _hold_out(size, result, faults, notes)
     if column not in (None, "text", "messages", "conversations"):  # these are found without a name

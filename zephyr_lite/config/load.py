@@ -44,7 +44,6 @@ class Loaded:
     config: RunConfig
     given: set[str]  # the keys that the file or the command line set; the others are defaults
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
-    source: Path | None = None  # the YAML file
     foreign: bool = False  # the file is another tool's
 
 
@@ -142,7 +141,7 @@ def load_config(
         notes.append(
             f"{', '.join(both)}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
         )
-    return Loaded(config, set(given), notes, path, of_others(written, own))
+    return Loaded(config, set(given), notes, of_others(written, own))
 
 
 def dump_config(config: RunConfig) -> str:

@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -160,17 +159,6 @@ def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
         return piece.replace("▁", " ").encode(), False
 
     return read
-
-
-def text_runs(
-    tokenizer: Any, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray
-) -> list[tuple[str, bool]]:
-    """The text of tokens as runs of equal supervision."""
-    read = token_reader(tokenizer)
-    runs = groupby(zip(map(int, ids), map(bool, mask)), key=lambda pair: pair[1])
-    return [
-        (b"".join(read(token)[0] for token, _ in pairs).decode("utf-8", "replace"), target) for target, pairs in runs
-    ]
 
 
 def _visible(char: str) -> str:
