@@ -53,7 +53,7 @@ def test_prompts_of_every_shape(tmp_path: Path, row: dict, text: str) -> None:
     found = read_prompts(PromptsSpec(path=write_jsonl(tmp_path / "rows.jsonl", [row])), seed=1)
     assert [p.text for p in found.prompts] == [text]
     assert found.prompts[0].where.endswith("rows.jsonl row 1")
-    assert found.prompts[0].source == row.get("source", "rows.jsonl")
+    assert found.prompts[0].source == row.get("source", "rows")
 
 
 def test_prompts_of_a_text_file_are_named_by_line(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         seen.add(identity)
         own = row.get("source")
         answers = [_answers(row, name) for name in ("correct_answers", "incorrect_answers")]
-        named = own if isinstance(own, str) and own else Path(label).name
+        named = own if isinstance(own, str) and own else Path(label).stem
         found.prompts.append(Prompt(text, identity, where, named, *answers))
     if not found.prompts:
         hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}."
