@@ -10,14 +10,13 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .chat_template import ChatTemplate, Example, LossOn, PairExample, common_length
+from .chat_template import ChatTemplate, Example, LossOn, PairExample
 from .formats import TEXT, Message, RowError
 
 TEMPLATE_ROLE = "template"
@@ -32,8 +31,8 @@ class Token:
     id: int
     raw: bytes  # the bytes of a character may be in several tokens
     position: int  # the model's, from 0 in each conversation; a response continues its prompt
-    # of its turn, tags and end tokens included; ``template`` for the text that the template writes without any turn; roles
-    # joined by "+" if the template does not separate the turns
+    # of its turn, tags and end tokens included; ``template`` for the template's own text before the first turn; roles joined
+    # by "+" if the template does not separate the turns
     role: str
     supervised: bool  # it is a target
     special: bool  # a control token, or another added token
@@ -113,11 +112,8 @@ def _ids_and_roles(
         ids = template.text_ids(messages[0]["content"])
         return ids, [TEXT] * len(ids)
     encoding = template.encoding(messages, loss_on, tools, prompt=prompt)
-    own, waiting = 0, []
-    if messages[0]["role"] != "system":
-        with suppress(RowError):  # many templates refuse a conversation without turns
-            own = common_length(encoding.text, template.text_of([], tools=tools))
-    ends, names = ([own], [TEMPLATE_ROLE]) if own else ([], [])
+    own = _own_prefix(template, messages, encoding.text)
+    ends, names, waiting = ([own], [TEMPLATE_ROLE], []) if own else ([], [], [])
     for turn, message in enumerate(messages, 1):
         waiting.append(message["role"])
         try:
@@ -129,6 +125,20 @@ def _ids_and_roles(
             names.append("+".join(dict.fromkeys(waiting)))
             waiting = []
     return encoding.ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in encoding.starts]
+
+
+def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> int:
+    """The number of characters that the template writes before the first turn: BOS and a default system turn. They are
+    the text that the first user turn has and the same turn further on does not."""
+    bos = template.tokenizer.bos_token if template.bos_token_id is not None else ""
+    own = len(bos) if text.startswith(bos) else 0
+    first, answer = messages[0], {"role": "assistant", "content": "a"}
+    if first["role"] != "user":
+        return own
+    alone, before, again = (template.text_of(turns) for turns in ([first], [first, answer], [first, answer, first]))
+    turn = again[len(before) :]
+    is_repeated = again.startswith(before) and alone.endswith(turn) and text.startswith(alone)
+    return max(own, len(alone) - len(turn)) if is_repeated else own
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------
