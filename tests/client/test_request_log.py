@@ -16,7 +16,7 @@ import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, disconnect, error, hang, not_json, ok
 from tests.client.test_client import one, records
-from zephyr_lite.client.request_log import NAME, RequestLog
+from zephyr_lite.client.request_log import KILLED, NAME, RequestLog
 from zephyr_lite.errors import UserError
 
 # A job in a process of its own: sends ``count`` requests, and prints the replies in order.
@@ -88,7 +88,7 @@ def test_a_job_killed_in_the_middle_goes_on_and_pays_for_no_reply_twice(tmp_path
     assert resumed["replies"] == whole["replies"]
     totals = resumed["totals"]
     assert totals["requests"] == len(sent) + len(again) and totals["replies"] == 40
-    assert totals["sent_and_never_answered"] == len(sent) - len(replied)
+    assert totals["failed_tries"].get(KILLED, 0) == len(sent) - len(replied)
     assert totals["replies_from_journal"] == len(replied)
 
 
@@ -133,7 +133,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         assert time.monotonic() - started < 4
         server.script = by_hash
         _, totals = one(server, folder)
-    assert totals.unanswered == 4 and totals.replies == 2
+    assert totals.failed_tries == {KILLED: 4} and totals.replies == 2
 
 
 KILLS = int(os.environ.get("ZEPHYR_LITE_KILLS", "5"))

@@ -242,7 +242,7 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         ({"models": [f"{URL}#a", f"{URL}#a"]}, "two models are called 'a'"),
         ({"models": [{"url": URL, "model": "a", "key": "sk-1"}]}, r"models\[0\]"),
         ({"models": []}, "at least 1"),
-        ({"judge": 3}, "expected an endpoint"),
+        ({"judge": 3}, "3: no such folder"),
         ({"budget": {"requests": 0}}, "greater than or equal to 1"),
         ({"prompts": {"path": "x", "weight": 2}}, "no key 'prompts.weight'"),
     ],

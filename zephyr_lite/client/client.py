@@ -66,19 +66,13 @@ class BudgetSpent(Exception):
     """The next request could exceed the budget, and was not sent."""
 
 
-class RequestFailed(Exception):
-    """One request has no reply: all tries failed, the server refuses it, or no reply could be parsed."""
-
-    def __init__(self, message: str, reason: str = "failed") -> None:
-        super().__init__(message)
-        self.reason = reason  # the same few words for requests that failed alike ("HTTP 500"), for counting
-
-
 @dataclass(eq=False)
-class TryFailed(Exception):
-    """One try failed."""
+class RequestFailed(Exception):
+    """A try failed; raised to the caller, the request has no reply: all tries failed, the server refuses it, or no reply
+    could be parsed.
+    """
 
-    reason: str  # see ``RequestFailed``
+    reason: str  # the same few words for requests that failed alike ("HTTP 500"), for counting
     detail: str = ""  # the server's message, without keys
     retry: bool = False  # whether another try can help
     charged: bool = False  # whether the tokens may have been paid for
@@ -121,7 +115,7 @@ class ModelClient:
         self._log, self._max_requests, self._max_tokens = log, max_requests, max_tokens
         self._on_progress, self._back_off = on_progress, back_off
         self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
-        self._in_flight: set[asyncio.Task[Reply | TryFailed]] = set()
+        self._in_flight: set[asyncio.Task[Reply | RequestFailed]] = set()
 
     async def ask(self, request: Request) -> Reply:
         """The reply to a request.
@@ -177,7 +171,6 @@ class ModelClient:
         for draw in range(tries):
             asked = request
             if draw:
-                self.totals.asked_again += 1
                 seed = None if request.seed is None else request.seed + draw
                 warm = max(usual, RETRY_TEMPERATURE)
                 asked = replace(request, key=f"{request.key}/again{draw}", temperature=warm, seed=seed)
@@ -187,7 +180,7 @@ class ModelClient:
             except ValueError as error:
                 problem = error
         self.totals.given_up[request.key] = "unreadable reply"
-        raise RequestFailed(f"{request.key}: no reply of {tries} could be read: {problem}", "unreadable reply")
+        raise RequestFailed("unreadable reply", f"{request.key}: no reply of {tries} could be read: {problem}")
 
     async def _wait_for_turn(self, endpoint: _Endpoint, bound: int) -> None:
         """Wait until a request of at most ``bound`` tokens fits into the budget and the rate limit."""
@@ -214,11 +207,11 @@ class ModelClient:
             return f"the next request may take {tokens:,} tokens, and {left:,} of the budget of {self._max_tokens:,} are left."
         return ""
 
-    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any], last: bool) -> Reply | TryFailed:
+    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any], last: bool) -> Reply | RequestFailed:
         """Send a request once, and record what comes back."""
         try:
             reply = await endpoint.model.ask(body)
-        except TryFailed as error:
+        except RequestFailed as error:
             error.retry = error.retry and not last
             self._log.failed(number, error.reason, error.detail, charged=error.charged, given_up=not error.retry)
             self._on_progress(self.totals)
@@ -228,7 +221,7 @@ class ModelClient:
         self._on_progress(self.totals)
         return reply
 
-    def _final_error(self, endpoint: _Endpoint, error: TryFailed) -> Exception:
+    def _final_error(self, endpoint: _Endpoint, error: RequestFailed) -> Exception:
         """The error of a request without a reply: UserError if the job has to end, else RequestFailed."""
         name, answers = endpoint.spec.name, self._log.answers[endpoint.spec.name]
         if error.hint is not None:
@@ -241,7 +234,7 @@ class ModelClient:
                     f"endpoint {name}: no reply, {endpoint.failed_in_a_row} requests in a row ({error}).",
                     "Is the model loaded, and `timeout` long enough? The same command continues the job.",
                 )
-        return endpoint.fatal or RequestFailed(f"{error} (at {name})", error.reason)
+        return endpoint.fatal or error
 
 
 def prompt_token_bound(messages: Iterable[Mapping[str, str]]) -> int:

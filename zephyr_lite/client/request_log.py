@@ -2,8 +2,8 @@
 
 A request is identified by ``digest``, a hash of its key (which holds the number of the draw), its endpoint, the model and
 everything that is sent. A row is committed as ``sent`` before the request leaves, and becomes ``replied`` or ``failed``
-afterwards; a row that is still ``sent`` when the file is opened belongs to a killed process, and becomes ``lost``. API keys
-and HTTP headers are never recorded.
+afterwards; a row that is still ``sent`` when the file is opened belongs to a killed process, and has failed. API keys and HTTP
+headers are never recorded.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import Any
 from ..errors import UserError
 
 NAME = "requests.sqlite"
+KILLED = "killed before the reply"  # reason of a failed try
 SCHEMA = """
 CREATE TABLE requests (
     id INTEGER PRIMARY KEY,
     digest TEXT NOT NULL,
     key TEXT NOT NULL,
     endpoint TEXT NOT NULL,
-    state TEXT NOT NULL,              -- sent, replied, failed, lost
+    state TEXT NOT NULL,              -- sent, replied, failed
     bound INTEGER NOT NULL,           -- tokens of prompt and reply, at most
-    tokens INTEGER NOT NULL,          -- replied: counted; sent, lost: the bound; failed: the bound or 0
+    tokens INTEGER NOT NULL,          -- replied: counted; sent: the bound; failed: the bound or 0
     dollars REAL NOT NULL,
     text TEXT,
     finish_reason TEXT,
@@ -63,11 +64,9 @@ class Totals:
     dollars: float = 0.0
     lost_dollars: float = 0.0
     held: int = 0  # tokens reserved for the requests in flight
-    unanswered: int = 0  # requests in flight when a process was killed
     failed_tries: Counter[str] = field(default_factory=Counter)  # by reason
     given_up: dict[str, str] = field(default_factory=dict)  # request → reason why it has no reply
     from_log: int = 0  # in this start: replies that the log held
-    asked_again: int = 0  # in this start: questions repeated because the reply could not be parsed
 
     @property
     def tokens(self) -> int:
@@ -89,8 +88,6 @@ class Totals:
             "lost_tokens_at_most": self.lost_tokens,
             "dollars": round(self.dollars, 6),
             "lost_dollars_at_most": round(self.lost_dollars, 6),
-            "sent_and_never_answered": self.unanswered,
-            "asked_again": self.asked_again,
             "failed_tries": dict(self.failed_tries.most_common()),
             "failures": self.failures,
         }
@@ -122,7 +119,7 @@ class RequestLog:
             if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone() is None:
                 for statement in SCHEMA.split(";\n"):
                     self._db.execute(statement)
-            self._db.execute("UPDATE requests SET state = 'lost' WHERE state = 'sent'")
+            self._db.execute("UPDATE requests SET state = 'failed', reason = ? WHERE state = 'sent'", (KILLED,))
             self._db.execute("COMMIT")
             for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
                 self._count(row)
@@ -186,9 +183,6 @@ class RequestLog:
             return
         totals.lost_tokens += row["tokens"]
         totals.lost_dollars += row["dollars"]
-        if row["state"] == "lost":
-            totals.unanswered += 1
-            return
         totals.failed_tries[row["reason"]] += 1
         if row["given_up"]:
             totals.given_up[row["digest"]] = row["reason"]

@@ -420,7 +420,6 @@ class AlpacaEval(Benchmark[Output]):
         self.difficulty = None if config.difficulty is None else read_difficulty(Path(config.difficulty))
         if self.difficulty is not None:
             difficulties_of([item.index for item in self.items], self.difficulty)
-        self.outputs: dict[str, dict[str, str]] = {}  # generator → {instruction's key: answer}, of --outputs
         self.silent = 0  # instructions that --outputs has no answer to
         if config.outputs is None:
             answering = who_answers(config, config.temperature)
@@ -445,9 +444,6 @@ class AlpacaEval(Benchmark[Output]):
             "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
         }
 
-    def models(self) -> list[str]:
-        return [*self.answering.specs, *self.outputs]
-
     def note(self) -> str:
         missing = f"; --outputs have no answer to {self.silent} others" if self.silent else ""
         counts = f"{len(self.items)} of {self.whole} instructions"
@@ -455,9 +451,6 @@ class AlpacaEval(Benchmark[Output]):
 
     def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
         return [NOTE, *(notes_on(models, self.difficulty is not None) if models else [])]
-
-    def given(self, model: str, item: Output) -> str | None:
-        return self.outputs[model][item.key] if model in self.outputs else None
 
     def without_judge(self, item: Output, answers: Sequence[str]) -> tuple[float, str] | None:
         return (TIE, "the same text") if answers[0] == item.output else None  # as in AlpacaEval

@@ -212,6 +212,7 @@ class Benchmark(ABC, Generic[T]):
     why: str  # key of a model's scores: reasons why verdicts are missing
     items: list[T]  # to ask
     whole: int  # number of items without a limit
+    outputs: Mapping[str, Mapping[str, str]] = {}  # model → {item's key: an answer that exists already}
     part: Sequence[str] = ()  # in the name of a file on some of the items
     settings: dict[str, Any]  # for the result
     data: dict[str, Any]  # for the result
@@ -258,16 +259,12 @@ class Benchmark(ABC, Generic[T]):
         """Of an answer; None: the endpoint's."""
         return None
 
-    def given(self, model: str, item: T) -> str | None:
-        """An answer that exists already."""
-        return None
-
     def without_judge(self, item: T, answers: Sequence[str]) -> tuple[float, str] | None:
         """A verdict that needs no judge, and why."""
         return None
 
     def models(self) -> list[str]:
-        return list(self.answering.specs)
+        return [*self.answering.specs, *self.outputs]
 
     def dry_run_lines(self) -> list[str]:
         """Upper bounds of what the job costs, with every answer of ``max_tokens``."""
@@ -279,7 +276,7 @@ class Benchmark(ABC, Generic[T]):
                 said: list[Message] = []
                 length = specs[model].max_tokens if model in specs else 0
                 for n, text in enumerate(item.turns):
-                    given = self.given(model, item)
+                    given = self.outputs.get(model, {}).get(item.key)
                     said.append({"role": "user", "content": text})
                     if given is None:
                         prompt = prompt_bound(specs[model], said, n * length)
@@ -380,7 +377,7 @@ class Benchmark(ABC, Generic[T]):
         try:
             for n, text in enumerate(turns):
                 said.append({"role": "user", "content": text})
-                answer = self.given(model, item)
+                answer = self.outputs.get(model, {}).get(item.key)
                 if answer is None:
                     key = "/".join(map(str, ("answer", item.key, *parts[n])))
                     seed = seed_of(self.config.seed, self.kind, item.key, *parts[n])
