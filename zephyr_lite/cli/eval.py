@@ -103,7 +103,7 @@ def preference(
 
 
 def _held_out(ctx: Context, kind: str, method: Any) -> None:
-    """Evaluate, print the tables and write the result; a result without some models is a file of its own."""
+    """Evaluate, print the tables and write the result."""
     from ..evaluate.bootstrap import Bootstrap
     from ..evaluate.likelihood import evaluate_loss, evaluate_preference
     from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
@@ -132,12 +132,7 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
         level, draws = f"{bootstrap.level:.1%}", f"{bootstrap.resamples:,}"
         console.say(f"in brackets: {level} intervals, {draws} bootstrap draws over {n:,} {unit}s")
     say_all(result.notes)
-    name, head = rows.kind(kind), head_of_live(live)
-    if not result.missing:
-        console.say(f"written to {write_result(folder, name, result.body, head)}")
-        return
-    path = write_result(folder, f"{name}-partial", {**result.body, "missing": result.missing}, head)
-    raise Interrupted(f"interrupted before {' and '.join(result.missing)}; the other models' results are in {path}")
+    console.say(f"written to {write_result(folder, rows.kind(kind), result.body, head_of_live(live))}")
 
 
 # -- judged answers ----------------------------------------------------------------------------------------------------
