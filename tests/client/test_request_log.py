@@ -23,13 +23,13 @@ from zephyr_lite.errors import UserError
 JOB = """
 import asyncio, json, sys
 from pathlib import Path
-from zephyr_lite.client.client import Request, open_client
+from zephyr_lite.client.client import ModelClient, Request
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.jobs import run_job
 url, folder, count, settings, limits = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 async def main():
     spec = EndpointSpec(url=url, model="m", max_tokens=50, **settings)
-    async with open_client([spec], Path(folder), back_off=0.01, grace=5.0, **limits) as client:
+    async with ModelClient([spec], Path(folder), back_off=0.01, grace=5.0, **limits) as client:
         print("open", flush=True)
         asked = [Request(f"k{i}", "m", ({"role": "user", "content": f"q{i}"},), seed=i) for i in range(count)]
         found = await asyncio.gather(*(client.ask(r) for r in asked), return_exceptions=True)

@@ -281,7 +281,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     claim_folder(tmp_path / "b", "feedback", config)
     claim_folder(tmp_path / "b", "feedback", config)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["config.yaml"]
-    with pytest.raises(UserError, match="one of zephyr-lite feedback"):
+    with pytest.raises(UserError, match="is not a job of zephyr-lite distill"):
         claim_folder(tmp_path / "b", "distill", config)
     # what is written there is taken again as it is
     assert load_settings(FeedbackConfig, str(tmp_path / "b" / "config.yaml"), {}) == config

@@ -12,8 +12,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -96,26 +95,66 @@ class _Endpoint:
 
 
 class ModelClient:
-    """Asks the endpoints of a job; see ``open_client`` for the arguments.
+    """Asks the endpoints of a job whose request log is in ``folder``; an asynchronous context manager.
+
+    Args:
+        specs: endpoints with different names. Endpoints of one folder share one loaded base.
+        weights: ``path`` of an endpoint → its weights, where they are open already.
+        max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
+            The upper bound of a request's tokens is reserved while it is in flight.
+        on_progress: called with the totals whenever they change.
+        back_off: seconds to wait after a first failure; doubled after each further one.
+        grace: seconds that requests in flight, which are paid for, get when the block is left.
 
     Attributes:
         totals: what the job has spent, live.
+
+    Raises:
+        UserError: a key is not set, or another process works in the folder.
     """
 
     def __init__(
         self,
-        models: Iterable[OpenAIModel | LocalModel],
-        log: RequestLog,
-        max_requests: int | None,
-        max_tokens: int | None,
-        on_progress: Callable[[Totals], None],
-        back_off: float,
+        specs: Sequence[EndpointSpec],
+        folder: Path,
+        *,
+        weights: Mapping[str, Weights] | None = None,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        on_progress: Callable[[Totals], None] = lambda totals: None,
+        back_off: float = 1.0,
+        grace: float = GRACE,
     ) -> None:
-        self.totals = log.totals
-        self._log, self._max_requests, self._max_tokens = log, max_requests, max_tokens
-        self._on_progress, self._back_off = on_progress, back_off
+        from .local_model import open_local_models
+        from .openai_client import OpenAIModel
+
+        models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
+        models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
         self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
+        self._log = RequestLog(folder)
+        self.totals = self._log.totals
+        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._on_progress, self._back_off, self._grace = on_progress, back_off, grace
         self._in_flight: set[asyncio.Task[Reply | RequestFailed]] = set()
+
+    async def __aenter__(self) -> ModelClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        try:
+            if self._in_flight:
+                count = len(self._in_flight)
+                logger.info(
+                    f"waiting up to {self._grace:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)"
+                )
+                await asyncio.wait(self._in_flight, timeout=self._grace)
+        finally:
+            left = list(self._in_flight)
+            for task in left:
+                task.cancel()
+            closing = [endpoint.model.close() for endpoint in self._endpoints.values()]
+            await asyncio.gather(*left, *closing, return_exceptions=True)
+            self._log.close()
 
     async def ask(self, request: Request) -> Reply:
         """The reply to a request.
@@ -144,13 +183,13 @@ class ModelClient:
                 await self._wait_for_turn(endpoint, bound)
                 number = self._log.sent(digest, request.key, spec.name, bound, dollars)
                 self._on_progress(self.totals)
-                task = asyncio.create_task(self._try(endpoint, number, body, last=attempt > spec.retries))
+                task = asyncio.create_task(self._try(endpoint, number, body))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
                 outcome = await asyncio.shield(task)
                 if isinstance(outcome, Reply):
                     return outcome
-                if not outcome.retry:
+                if not outcome.retry or attempt > spec.retries:
                     raise self._final_error(endpoint, outcome)
                 if outcome.wait is not None:  # a busy server makes all requests to it wait
                     endpoint.next_at = max(endpoint.next_at, time.monotonic() + outcome.wait)
@@ -179,7 +218,6 @@ class ModelClient:
                 return parse(reply.text)
             except ValueError as error:
                 problem = error
-        self.totals.given_up[request.key] = "unreadable reply"
         raise RequestFailed("unreadable reply", f"{request.key}: no reply of {tries} could be read: {problem}")
 
     async def _wait_for_turn(self, endpoint: _Endpoint, bound: int) -> None:
@@ -207,13 +245,12 @@ class ModelClient:
             return f"the next request may take {tokens:,} tokens, and {left:,} of the budget of {self._max_tokens:,} are left."
         return ""
 
-    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any], last: bool) -> Reply | RequestFailed:
+    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any]) -> Reply | RequestFailed:
         """Send a request once, and record what comes back."""
         try:
             reply = await endpoint.model.ask(body)
         except RequestFailed as error:
-            error.retry = error.retry and not last
-            self._log.failed(number, error.reason, error.detail, charged=error.charged, given_up=not error.retry)
+            self._log.failed(number, error.reason, error.detail, charged=error.charged)
             self._on_progress(self.totals)
             return error
         self._log.replied(number, reply, endpoint.spec.dollars(reply.prompt_tokens, reply.completion_tokens))
@@ -247,52 +284,3 @@ def prompt_token_bound(messages: Iterable[Mapping[str, str]]) -> int:
 def seed_of(*parts: object) -> int:
     """A seed below 2³¹ derived from these values."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
-
-
-@asynccontextmanager
-async def open_client(
-    specs: Sequence[EndpointSpec],
-    folder: Path,
-    *,
-    weights: Mapping[str, Weights] | None = None,
-    max_requests: int | None = None,
-    max_tokens: int | None = None,
-    on_progress: Callable[[Totals], None] = lambda totals: None,
-    back_off: float = 1.0,
-    grace: float = GRACE,
-) -> AsyncIterator[ModelClient]:
-    """The client of a job whose request log is in ``folder``.
-
-    Args:
-        specs: endpoints with different names. Endpoints of one folder share one loaded base.
-        weights: ``path`` of an endpoint → its weights, where they are open already.
-        max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
-            The upper bound of a request's tokens is reserved while it is in flight.
-        on_progress: called with the totals whenever they change.
-        back_off: seconds to wait after a first failure; doubled after each further one.
-        grace: seconds that requests in flight, which are paid for, get when the block is left.
-
-    Raises:
-        UserError: a key is not set, or another process works in the folder.
-    """
-    from .local_model import open_local_models
-    from .openai_client import OpenAIModel
-
-    models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
-    models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
-    log = RequestLog(folder)
-    client = ModelClient(models, log, max_requests, max_tokens, on_progress, back_off)
-    try:
-        yield client
-    finally:
-        try:
-            if client._in_flight:
-                count = len(client._in_flight)
-                logger.info(f"waiting up to {grace:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)")
-                await asyncio.wait(client._in_flight, timeout=grace)
-        finally:
-            left = list(client._in_flight)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, *(model.close() for model in models), return_exceptions=True)
-            log.close()

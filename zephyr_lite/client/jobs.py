@@ -118,9 +118,8 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
         file = out / CONFIG
         head = file.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip() if file.is_file() else ""
         if head != first_line:
-            found = f"one of {head[2:]}" if head.startswith("# zephyr-lite ") else f"it holds {', '.join(there[:3])}"
             raise UserError(
-                f"{out} exists and is not a job of zephyr-lite {command} ({found}).",
+                f"{out} exists and is not a job of zephyr-lite {command}: it holds {', '.join(there[:3])}.",
                 "Choose another --out, or move that folder away.",
             )
     write_text(out / CONFIG, f"{first_line}\n{dump_yaml(values)}")

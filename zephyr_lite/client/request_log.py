@@ -35,8 +35,7 @@ CREATE TABLE requests (
     prompt_tokens INTEGER,
     completion_tokens INTEGER,
     reason TEXT,
-    detail TEXT,
-    given_up INTEGER NOT NULL DEFAULT 0    -- whether no further try followed
+    detail TEXT
 );
 CREATE INDEX by_digest ON requests (digest);
 """
@@ -65,17 +64,12 @@ class Totals:
     lost_dollars: float = 0.0
     held: int = 0  # tokens reserved for the requests in flight
     failed_tries: Counter[str] = field(default_factory=Counter)  # by reason
-    given_up: dict[str, str] = field(default_factory=dict)  # request → reason why it has no reply
     from_log: int = 0  # in this start: replies that the log held
 
     @property
     def tokens(self) -> int:
         """Tokens spent or reserved, which the budget limits."""
         return self.prompt_tokens + self.completion_tokens + self.lost_tokens + self.held
-
-    @property
-    def failures(self) -> dict[str, int]:
-        return dict(Counter(self.given_up.values()).most_common())
 
     def as_dict(self) -> dict[str, Any]:
         """For a report."""
@@ -89,7 +83,6 @@ class Totals:
             "dollars": round(self.dollars, 6),
             "lost_dollars_at_most": round(self.lost_dollars, 6),
             "failed_tries": dict(self.failed_tries.most_common()),
-            "failures": self.failures,
         }
 
 
@@ -147,15 +140,14 @@ class RequestLog:
         tokens = reply.prompt_tokens + reply.completion_tokens
         self._end(number, state="replied", tokens=tokens, dollars=dollars, **asdict(reply))
 
-    def failed(self, number: int, reason: str, detail: str, *, charged: bool, given_up: bool) -> None:
+    def failed(self, number: int, reason: str, detail: str, *, charged: bool) -> None:
         """Record a failed try.
 
         Args:
             charged: whether its tokens may have been paid for; the bound counts as spent then.
-            given_up: whether no further try follows.
         """
         spent = {} if charged else {"tokens": 0, "dollars": 0.0}
-        self._end(number, state="failed", reason=reason, detail=detail, given_up=given_up, **spent)
+        self._end(number, state="failed", reason=reason, detail=detail, **spent)
 
     def close(self) -> None:
         """Release the folder."""
@@ -179,13 +171,10 @@ class RequestLog:
             totals.prompt_tokens += row["prompt_tokens"]
             totals.completion_tokens += row["completion_tokens"]
             totals.dollars += row["dollars"]
-            totals.given_up.pop(row["digest"], None)
             return
         totals.lost_tokens += row["tokens"]
         totals.lost_dollars += row["dollars"]
         totals.failed_tries[row["reason"]] += 1
-        if row["given_up"]:
-            totals.given_up[row["digest"]] = row["reason"]
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

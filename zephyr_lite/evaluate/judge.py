@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
 
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import Bound, Meter, bound_lines, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
 from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
@@ -209,6 +209,8 @@ class Benchmark(ABC, Generic[T]):
 
     kind: str  # name of the command, of the job's folder and of the result's file
     unit: str  # of the items
+    note: str  # what is asked, in a line
+    notes: Sequence[str] = ()  # how the scores differ from published ones
     why: str  # key of a model's scores: reasons why verdicts are missing
     items: list[T]  # to ask
     whole: int  # number of items without a limit
@@ -226,14 +228,6 @@ class Benchmark(ABC, Generic[T]):
         else:
             self.folder = result_folder(answering.weights.source, answering.weights.chain)
         self.job = self.folder / self.kind
-
-    @abstractmethod
-    def note(self) -> str:
-        """What is asked, in a line."""
-
-    @abstractmethod
-    def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
-        """How scores differ from published ones; before there are any, ``models`` is {}."""
 
     @abstractmethod
     def judge_messages(self, item: T, answers: Sequence[str]) -> tuple[Message, ...]:
@@ -301,7 +295,7 @@ class Benchmark(ABC, Generic[T]):
         window = 2 * max(spec.concurrency for spec in answering.endpoints())
 
         async def main() -> dict[str, Any]:
-            async with open_client(
+            async with ModelClient(
                 answering.endpoints(),
                 self.job,
                 weights={answering.weights.source: answering.weights} if answering.weights else {},
@@ -343,7 +337,7 @@ class Benchmark(ABC, Generic[T]):
                 **self.settings,
             },
             "data": {**self.data, "asked": asked, "of": self.whole},
-            "notes": self.notes(models),
+            "notes": list(self.notes),
             "spent": totals,
         }
         if spent:
