@@ -229,14 +229,9 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
 
     rows = read_annotations(annotations)
     if outputs is not None:
-        given, place = read_outputs(str(outputs))
-        missing = check_belongs(rows, given, str(annotations))
-        console.say(f"{place}: {len(given)} outputs; {len(rows) - missing} annotations are verdicts on them")
-        if missing:
-            console.say(f"note: {missing} annotated instructions are not among the outputs; their verdicts count too")
+        check_belongs(rows, read_outputs(str(outputs))[0], annotations)
     result = score_files(rows, difficulty, annotations)
     console.table(*table(result.models))
-    say_all([f"note: {note}" for note in result.body["notes"]])
     if out is not None:
         console.say(f"written: {write_result(out, KIND, result.body, {})}")
 
@@ -245,9 +240,9 @@ def _judged(bench: Any, dry_run: bool, legend: str = "") -> None:
     """Run a benchmark (``evaluate.judge.Benchmark``), or say what it can cost."""
     from ..client.cost import Meter, budget_lines, has_prices
 
-    console.say(bench.note())
+    console.say(bench.note)
     say_models(bench.answering, bench.models())
-    say_all([f"note: {line}" for line in bench.notes({})])
+    say_all([f"note: {line}" for line in bench.notes])
     if dry_run:
         say_all([*bench.dry_run_lines(), *budget_lines(bench.config.budget, bench.job)])
         return

@@ -252,7 +252,7 @@ def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     means = _means(graded)
     return {
         "score": means.pop("score"),
-        "standard_error": _rounded(standard_error([fmean(scores) for scores in by_question.values()])),
+        "standard_error": standard_error([fmean(scores) for scores in by_question.values()]),
         **means,
         "categories": {
             name: _means([g for g in graded if g.category == name])
@@ -265,11 +265,7 @@ def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
 
 def _means(graded: Sequence[Grade]) -> dict[str, float | None]:
     turns = {"score": (1, 2), "turn_1": (1,), "turn_2": (2,)}
-    return {name: _rounded(mean(g.score or 0.0 for g in graded if g.turn in of)) for name, of in turns.items()}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+    return {name: mean(g.score or 0.0 for g in graded if g.turn in of) for name, of in turns.items()}
 
 
 def difference(one: Sequence[Grade], other: Sequence[Grade]) -> dict[str, Any]:
@@ -281,8 +277,7 @@ def difference(one: Sequence[Grade], other: Sequence[Grade]) -> dict[str, Any]:
         if g.score is not None and (g.question, g.turn) in first:
             pairs.setdefault(g.question, []).append(first[g.question, g.turn] - g.score)
     means = [fmean(found) for found in pairs.values()]
-    error = _rounded(standard_error(means))
-    return {"difference": _rounded(mean(means)), "standard_error": error, "questions": len(means)}
+    return {"difference": mean(means), "standard_error": standard_error(means), "questions": len(means)}
 
 
 def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -303,33 +298,27 @@ def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> None:
-    """Write a PNG with a radar plot for each turn, and a line for each model.
+    """Write a PNG with a radar plot of the mean grades by category, and a line for each model.
 
     Args:
         models: name → ``model_scores``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     categories = list(next(iter(models.values()))["categories"])
     angles = [2 * math.pi * place / len(categories) for place in range(len(categories) + 1)]
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    for turn in (1, 2):
-        axes: Any = figure.add_subplot(1, 2, turn, projection="polar")
-        axes.set_title(f"turn {turn}", pad=18)
-        axes.set_ylim(0, HIGHEST)
-        axes.set_xticks(angles[:-1], categories)
-        axes.tick_params(axis="x", pad=16)
-        for (name, body), style in zip(
-            models.items(), ("-o", "--s", ":^", "-.D") * len(models)
-        ):  # also for prints in grey
-            scores = [body["categories"][category][f"turn_{turn}"] for category in categories]
-            points = [math.nan if score is None else score for score in scores]  # a gap, not a zero
-            mean = "-" if body["score"] is None else f"{body['score']:.2f}"
-            axes.plot(angles, [*points, points[0]], style, label=f"{name} ({mean})")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(models)))
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    axes: Any = figure.add_subplot(projection="polar")
+    axes.set_title(title, pad=18)
+    axes.set_ylim(0, HIGHEST)
+    axes.set_xticks(angles[:-1], categories)
+    axes.tick_params(axis="x", pad=16)
+    styles = ("-o", "--s", ":^", "-.D") * len(models)  # also for prints in grey
+    for (name, body), style in zip(models.items(), styles):
+        scores = [body["categories"][category]["score"] for category in categories]
+        points = [math.nan if score is None else score for score in scores]  # a gap, not a zero
+        axes.plot(angles, [*points, points[0]], style, label=name)
+    figure.legend(loc="outside lower center", ncols=min(3, len(models)))
     with bytes_aside(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -358,17 +347,13 @@ class MtBench(Benchmark[Question]):
         if config.plot:
             need_matplotlib("the radar plot", "--no-plot")
         self.settings = {"temperatures": TEMPERATURES}
-
-    def note(self) -> str:
-        return (
-            f"{self.data['questions']}: {len(self.items)} of {self.whole} questions in {len(self.categories)} categories, "
+        counts = f"{len(self.items)} of {self.whole} questions"
+        self.note = (
+            f"{self.data['questions']}: {counts} in {len(self.categories)} categories, "
             f"{sum(bool(q.reference) for q in self.items)} with reference answers"
         )
-
-    def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
-        if len(self.items) == self.whole:
-            return []
-        return [f"{len(self.items)} of {self.whole} questions were asked: not a score of the whole bench"]
+        if len(self.items) < self.whole:
+            self.notes = [f"{counts} were asked: not a score of the whole bench"]
 
     def temperature(self, item: Question) -> float:
         return TEMPERATURES.get(item.category, OTHER_TEMPERATURE)
