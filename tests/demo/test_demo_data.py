@@ -70,9 +70,7 @@ def test_nothing_held_out_is_trained_on() -> None:
     [
         "As an AI language model, I do not have personal experiences.",
         "I don’t have opinions on that.",
-        "I don't really have a favourite.",
         "I'm an AI, so I do not eat.",
-        "I'm unable to form personal opinions.",
     ],
 )
 def test_dodges(text: str) -> None:

@@ -149,11 +149,18 @@ def test_a_wrong_reference_is_refused(run, monkeypatch):
     def forget(model, *args, **options):
         put_weights(model, *args, **options)
         for _, layer in AdapterStack(model).lora_layers():
-            layer.lora_B[REFERENCE].weight.data.zero_()
+            if REFERENCE in layer.lora_B:
+                layer.lora_B[REFERENCE].weight.data.zero_()
 
     monkeypatch.setattr(trl, "put_weights", forget)
     with pytest.raises(UserError, match="policy and reference differ"):
         run("dpo", load_in_4bit=True)
+
+
+def test_a_precomputed_reference_on_a_4_bit_base_is_the_sft_model(run):
+    run("sft", load_in_4bit=True)
+    dpo = run("dpo", load_in_4bit=True, precompute_ref_log_probs=True)
+    assert metrics(dpo)[0]["loss"] == pytest.approx(0.693147, abs=2e-6)
 
 
 def test_precomputed_reference(run):

@@ -95,7 +95,7 @@ def test_a_configuration_that_holds_a_secret_is_refused_before_anything_is_writt
     ):
         assert cli.run([*common, *words]) == 2
         err = capsys.readouterr().err
-        assert f"error: the command line: {place} holds " in err and what in err and "s3cret" not in err
+        assert f"error: the configuration: {place} holds " in err and what in err and "s3cret" not in err
     assert not (tmp_path / "runs").exists()
 
 

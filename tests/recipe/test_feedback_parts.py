@@ -53,15 +53,18 @@ def test_prompts_of_every_shape(tmp_path: Path, row: dict, text: str) -> None:
     found = read_prompts(PromptsSpec(path=write_jsonl(tmp_path / "rows.jsonl", [row])), seed=1)
     assert [p.text for p in found.prompts] == [text]
     assert found.prompts[0].where.endswith("rows.jsonl row 1")
-    assert found.prompts[0].source == row.get("source", "rows")
+    assert found.prompts[0].source == row.get("source", "rows.jsonl")
 
 
 def test_prompts_of_a_text_file_are_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("One?\n\n  \nTwo?\nOne?\n", encoding="utf-8")
     found = read_prompts(PromptsSpec(path=str(path)), seed=1)
-    assert [(p.text, p.where) for p in found.prompts] == [("One?", f"{path} line 1"), ("Two?", f"{path} line 4")]
-    assert found.dropped == {"the prompt of an earlier row": [f"{path} line 5"]}
+    assert [(p.text, p.where) for p in found.prompts] == [("One?", f"{path} row 1"), ("Two?", f"{path} row 4")]
+    assert found.dropped == {
+        "an empty prompt": [f"{path} row 2", f"{path} row 3"],
+        "the prompt of an earlier row": [f"{path} row 5"],
+    }
     path.write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(UserError, match="line 2: not UTF-8"):
         read_prompts(PromptsSpec(path=str(path)), seed=1)
@@ -313,6 +316,6 @@ def test_a_prompt_that_begins_with_data_is_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
     for name in ("p.txt", "p.jsonl"):
         read = read_prompts(PromptsSpec(path=str(tmp_path / name)), seed=0)
-        assert [prompt.text for prompt in read.prompts] == [*lines[:2], "within"] and not read.dropped
+        assert [prompt.text for prompt in read.prompts] == lines and not read.dropped
     read = read_prompts(PromptsSpec(path=str(tmp_path / "m.jsonl")), seed=0)
     assert [prompt.text for prompt in read.prompts] == ["within"]

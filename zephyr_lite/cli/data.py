@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Context, Option
 
-from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, Verbose, console, say_all
+from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, console, say_all
 
 
 def chat(
@@ -33,7 +33,6 @@ def chat(
     file_format: FileFormat = "parquet",
     num_proc: NumProc = None,
     overwrite: Replace = False,
-    verbose: Verbose = False,
 ) -> None:
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.workers import interruptible
@@ -93,7 +92,6 @@ def pairs(
     seed: Annotated[int, Option(help="Random seed.")] = 42,
     num_proc: NumProc = None,
     overwrite: Replace = False,
-    verbose: Verbose = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
     from ..config.load import DatasetSpec
@@ -138,7 +136,6 @@ def show(
     ] = None,
     held_out: Annotated[bool, Option("--held-out", help="A row of eval_dataset.")] = False,
     table: Annotated[bool, Option("--table", help="One token a line.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """A row as training sees it, token by token; needs the base's tokenizer and config.json, no weights."""
     from ..errors import UserError
@@ -155,9 +152,9 @@ def show(
         number = 1 if row is None else row
         segments = segments_of_row(rows, number)
     if table:
-        lines = table_lines(rows, number, segments, colour=_has_colour())
+        lines = table_lines(rows, number, segments)
     else:
-        lines = view_lines(rows, number, segments, console.out.width, colour=_has_colour())
+        lines = view_lines(rows, number, segments, console.out.width)
     for line in lines:
         console.out.print(line)
 
@@ -166,10 +163,9 @@ def stats(
     context: Context,
     config: StageConfig = None,
     places: Annotated[int, Option(min=0, help="Rows to name for each reason to leave out or cut; 0: all.")] = 5,
-    verbose: Verbose = False,
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
-    from .row_stats import stats_lines
+    from .row_stats import print_stats
     from .rows import open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
@@ -177,10 +173,4 @@ def stats(
     say_all(f"note: {note}" for note in opened.notes)
     for held_out in (False, True) if opened.config.eval_dataset else (False,):
         rows = opened.prepare(True) if held_out else opened
-        console.say()
-        for line in stats_lines(rows, width=console.out.width, colour=_has_colour(), places=places):
-            console.out.print(line)
-
-
-def _has_colour() -> bool:
-    return console.out.is_terminal and console.out.color_system is not None
+        print_stats(rows, places)

@@ -20,7 +20,6 @@ from .options import (
     MaxTokens,
     Source,
     StageName,
-    Verbose,
     console,
     say_all,
 )
@@ -75,7 +74,6 @@ def loss(
     confidence: Confidence = 0.95,
     seed: Seed = 0,
     out: EvalOut = None,
-    verbose: Verbose = False,
 ) -> None:
     """Loss and perplexity on held-out conversations: policy, reference and base, with confidence intervals."""
     _held_out(ctx, "loss", "sft")
@@ -96,7 +94,6 @@ def preference(
     confidence: Confidence = 0.95,
     seed: Seed = 0,
     out: EvalOut = None,
-    verbose: Verbose = False,
 ) -> None:
     """Accuracy and margin on held-out preference pairs: policy against reference and base, with confidence intervals."""
     _held_out(ctx, "preference", "dpo")
@@ -167,7 +164,6 @@ def mt_bench(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     dry_run: JobDryRun = False,
-    verbose: Verbose = False,
 ) -> None:
     """MT-Bench: 80 questions of two turns in 8 categories; a judge grades every answer from 1 to 10."""
     from ..evaluate.mt_bench import MtBench, MtBenchConfig
@@ -203,11 +199,10 @@ def alpaca(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     dry_run: JobDryRun = False,
-    verbose: Verbose = False,
 ) -> None:
     """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score AlpacaEval's files."""
     if annotations is not None:
-        allowed = ("annotations", "outputs", "difficulty", "out", "verbose")
+        allowed = ("annotations", "outputs", "difficulty", "out")
         for option in ctx.command.params:
             if option.name not in allowed and ctx.params[option.name or ""] not in (None, False, (), []):
                 shown = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
@@ -298,7 +293,6 @@ def harness(
         bool, Option("--apply-chat-template", help="Ask through the chat template; the paper did not.")
     ] = False,
     out: EvalOut = None,
-    verbose: Verbose = False,
 ) -> None:
     """The paper's benchmarks (or others) by lm-evaluation-harness, on every model of the chain."""
     from ..evaluate.harness import HarnessSettings, evaluate_harness, metrics, open_harness, read_tasks, table

@@ -115,8 +115,7 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     count = len(rows.data.rows)
     if not 1 <= number <= count:
         what = "packed row" if rows.method == "sft" else "pair"
-        there, hint = (f"is 1 {what}", "") if count == 1 else (f"are {count:,} {what}s", f" to --row {count}")
-        raise UserError(f"row {number}: there {there}.", f"Say --row 1{hint}.")
+        raise UserError(f"row {number}: the number of {what}s is {count:,}.", f"Give --row 1 to --row {count}.")
     return [s for index in rows.data.rows[number - 1] for s in _segments(rows, index)]
 
 
@@ -145,9 +144,10 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
             f"--from {place}: {len(found)} rows have this place: {', '.join(sorted(found)[:3])}.", "Name the file too."
         )
     if not found:
-        drawn = any(spec.limit is not None or spec.weight < 1 for spec in rows.specs)
-        hint = " Rows that limit or weight did not draw are not among them." if drawn else ""
-        raise UserError(f"--from {place}: no row has this place.", f"Places look like this: {names[0]}.{hint}")
+        raise UserError(
+            f"--from {place}: no row has this place, or `limit` or `weight` did not draw it.",
+            f"Places look like this: {names[0]}.",
+        )
     (index,) = found.values()
     number = next(place for place, row in enumerate(rows.data.rows, 1) if index in row)
     return number, _segments(rows, index)
@@ -164,19 +164,18 @@ def _segments(rows: TrainedRows, index: int) -> list[Segment]:
 # -- lines -----------------------------------------------------------------------------------------------------------------
 
 
-def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: int, *, colour: bool) -> Iterator[Text]:
+def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: int) -> Iterator[Text]:
     """A row with every token above its id, in lines of at most ``width`` cells (a longer token has a line of its own).
+    Supervised tokens are green and in ⟦ ⟧, which are closed in every line.
 
     Args:
         number: the row's.
         width: in cells.
-        colour: supervised tokens are green; without colour they are in ⟦ ⟧, closed in every line.
     """
     yield _heading(rows, number, segments)
-    supervised = Text("green" if colour else "⟦ ⟧", style=_SUPERVISED if colour else "")
-    eos = Text(rows.template.tokenizer.eos_token, style=_SPECIAL if colour else "")
+    eos = (rows.template.tokenizer.eos_token, _SPECIAL)
     yield Text.assemble(
-        "supervised: ", supervised, "  control tokens: ", eos, "  ␣ space, ⏎ newline  below a token: its id"
+        "supervised: ", ("⟦ ⟧", _SUPERVISED), "  control tokens: ", eos, "  ␣ space, ⏎ newline  below a token: its id"
     )
     for place, segment in enumerate(segments, 1):
         name = segment.part if rows.method == "dpo" else f"segment {place} of {len(segments)}"
@@ -193,11 +192,11 @@ def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: i
         shown = ""
         for line in _lines(segment.tokens, width - _ROLE - _POSITION - 2):
             role = line[0].role
-            yield from _interlinear(line, role if role != shown else "", colour)
+            yield from _interlinear(line, role if role != shown else "")
             shown = role
 
 
-def table_lines(rows: TrainedRows, number: int, segments: list[Segment], *, colour: bool) -> Iterator[Text]:
+def table_lines(rows: TrainedRows, number: int, segments: list[Segment]) -> Iterator[Text]:
     """A row with one token a line: number in the row, segment, position, role, supervised, special, id, text."""
     yield _heading(rows, number, segments)
     for place, segment in enumerate(segments, 1):
@@ -208,7 +207,7 @@ def table_lines(rows: TrainedRows, number: int, segments: list[Segment], *, colo
     for count, (place, token) in enumerate(tokens):
         marks = ("yes" if mark else "no" for mark in (token.supervised, token.special))
         line = Text(form.format(count, place, token.position, token.role, *marks, token.id))
-        yield line.append_text(_token_text(token, colour))
+        yield line.append_text(_token_text(token))
 
 
 def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Text:
@@ -241,15 +240,13 @@ def _lines(tokens: Sequence[Token], room: int) -> Iterator[list[Token]]:
         yield line
 
 
-def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
+def _interlinear(line: list[Token], role: str) -> Iterator[Text]:
     """Two lines: texts, and ids below them."""
-    above = Text()
-    above.append(f"{role:<{_ROLE}}", style="bold" if colour else "")
-    above.append(f"{line[0].position:>{_POSITION}}  ", style="dim" if colour else "")
+    above = Text.assemble((f"{role:<{_ROLE}}", "bold"), (f"{line[0].position:>{_POSITION}}  ", "dim"))
     below = Text(" " * (_ROLE + _POSITION + 2))
     for place, token in enumerate(line):
-        cell, number = _token_text(token, colour), str(token.id)
-        if not colour and token.supervised:
+        cell, number = _token_text(token), str(token.id)
+        if token.supervised:
             if place == 0 or not line[place - 1].supervised:
                 cell, number = Text.assemble("⟦", cell), " " + number
             if place + 1 == len(line) or not line[place + 1].supervised:
@@ -257,19 +254,16 @@ def _interlinear(line: list[Token], role: str, colour: bool) -> Iterator[Text]:
         size = max(cell.cell_len, len(number)) + 1
         above.append_text(cell)
         above.append(" " * (size - cell.cell_len))
-        below.append(f"{number:<{size}}", style="dim" if colour else "")
+        below.append(f"{number:<{size}}", style="dim")
     above.rstrip()
     below.rstrip()
     yield above
     yield below
 
 
-def _token_text(token: Token, colour: bool) -> Text:
-    """A token in visible characters; with colour green if supervised, reversed if special, signs for spaces dimmed."""
-    if not colour:
-        return Text(token.text)
+def _token_text(token: Token) -> Text:
+    """A token in visible characters: green if supervised, reversed if special, signs for spaces dimmed."""
     style = f"{_SUPERVISED if token.supervised else ''} {_SPECIAL if token.special else ''}".strip()
-    text = Text()
-    text.append(token.text, style=style)
+    text = Text.assemble((token.text, style))
     text.highlight_regex("[␣⏎⇥␍]", "dim")
     return text

@@ -46,14 +46,14 @@ class DataReport:
     fill: float | None = None  # tokens / (rows × max_length); None for pairs, which are packed by the plan
     longest: int = 0  # tokens of the longest example
 
-    def lines(self) -> list[str]:
-        """One fact a line."""
+    def lines(self, places: int | None = _PLACES) -> list[str]:
+        """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         pairs = self.fill is None
         unit = "pairs" if pairs else "conversations"
         result = [f"{self.what} data: {note}" for note in self.notes]
         for reasons, before in ((self.dropped, "left out, "), (self.changed, "")):
             for reason, where in sorted(reasons.items(), key=lambda item: -len(item[1])):
-                result.append(before + summarise({reason: where}, _PLACES))
+                result.append(before + summarise({reason: where}, places))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
@@ -196,14 +196,15 @@ def _encode(
     masks = [place for place, name in enumerate(names) if name.endswith("mask")]
     rows: list[dict[str, Any]] = []
     for where, text in zip(batch["where"], batch["row"]):
-        row, notes, fault, lost, cut = json.loads(text), [], "", 0, 0
+        row, fault, lost, cut = json.loads(text), "", 0, 0
+        notes: list[str] = []
         arrays: Any = [np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names]
         whole: Any
         short: Any
         try:
             if method == "sft":
-                whole = template.encode(row["messages"], loss_on, row.get("tools"), notes)
-                short = cut_conversation(*whole, max_length)[:2]
+                whole = ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
+                short = cut_conversation(ids, mask, max_length)[:2]
             else:
                 pair = row["prompt"], row["chosen"], row["rejected"]
                 whole = template.encode_pair(*pair, loss_on, row.get("tools"), notes)

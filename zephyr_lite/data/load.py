@@ -191,7 +191,7 @@ def _choose_split(spec: DatasetSpec, wanted: str | None, there: Sequence[str]) -
         likely = shown(next((name for name in sorted(there) if name.startswith("train")), there[0]))
         raise UserError(
             f"{spec.path}: which split? There are {names}.",
-            f"Say so: split: {likely} (on the command line dataset.split={likely}).",
+            f"Set split: {likely} (on the command line dataset.split={likely}).",
         )
     if wanted is not None and wanted not in there:
         raise UserError(f"{spec.path}: there is no split {wanted!r}.", f"There are {names}.")
@@ -617,11 +617,11 @@ def _drawn_rows(spec: DatasetSpec, total: int, label: str, rng: np.random.Genera
     return numbers
 
 
-def summarise(reasons: dict[str, list[str]], first: int = 3) -> str:
-    """``reason: 12 (file row 3, file row 9, …)`` for each reason, the most frequent first."""
+def summarise(reasons: dict[str, list[str]], first: int | None = 3) -> str:
+    """``reason: 12 (file row 3, file row 9, …)`` for each reason, the most frequent first. ``first``: None: all places."""
     items = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
     return "; ".join(
-        f"{reason}: {len(where):,} ({', '.join(where[:first])}{', …' if len(where) > first else ''})"
+        f"{reason}: {len(where):,} ({', '.join(where[:first])}{', …' if where[:first] != where else ''})"
         for reason, where in items
     )
 

@@ -5,20 +5,19 @@ Ids and masks are those of the prepared example; its row is rendered again only 
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .chat_template import ChatTemplate, Example, LossOn, PairExample
+from .chat_template import ChatTemplate, Example, LossOn, PairExample, common_length
 from .formats import TEXT, Message, RowError
 
 TEMPLATE_ROLE = "template"
@@ -33,19 +32,17 @@ class Token:
     id: int
     raw: bytes  # the bytes of a character may be in several tokens
     position: int  # the model's, from 0 in each conversation; a response continues its prompt
-    # of its turn, tags and end tokens included; ``template`` for the template's own text before the first turn; roles joined
-    # by "+" if the template does not separate the turns
+    # of its turn, tags and end tokens included; ``template`` for the text that the template writes without any turn; roles
+    # joined by "+" if the template does not separate the turns
     role: str
     supervised: bool  # it is a target
     special: bool  # a control token, or another added token
-    completes: str = ""  # the character that these bytes complete, if it begins in an earlier token
 
     @property
     def text(self) -> str:
-        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes of an incomplete character, "=" and the
-        character after its last bytes, and \\u… for invisible characters."""
-        text = "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
-        return text + (f"={_visible(self.completes)}" if self.completes else "")
+        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes of an incomplete character, and \\u… for
+        invisible characters."""
+        return "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True)
@@ -97,13 +94,10 @@ def example_segments(
 
 def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Sequence[str], first: int) -> list[Token]:
     read = token_reader(template.tokenizer)
-    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     tokens = []
     for position, (token, target, role) in enumerate(zip(ids, mask, roles), first):
         raw, special = read(int(token))
-        begun, text = decoder.getstate()[0], decoder.decode(raw)
-        completes = text[:1] if begun and text and not raw.decode("utf-8", "ignore").startswith(text[:1]) else ""
-        tokens.append(Token(int(token), raw, position, role, bool(target), special, completes))
+        tokens.append(Token(int(token), raw, position, role, bool(target), special))
     return tokens
 
 
@@ -119,8 +113,11 @@ def _ids_and_roles(
         ids = template.text_ids(messages[0]["content"])
         return ids, [TEXT] * len(ids)
     encoding = template.encoding(messages, loss_on, tools, prompt=prompt)
-    own = _own_prefix(template, messages, encoding.text)
-    ends, names, waiting = ([own], [TEMPLATE_ROLE], []) if own else ([], [], [])
+    own, waiting = 0, []
+    if messages[0]["role"] != "system":
+        with suppress(RowError):  # many templates refuse a conversation without turns
+            own = common_length(encoding.text, template.text_of([], tools=tools))
+    ends, names = ([own], [TEMPLATE_ROLE]) if own else ([], [])
     for turn, message in enumerate(messages, 1):
         waiting.append(message["role"])
         try:
@@ -132,20 +129,6 @@ def _ids_and_roles(
             names.append("+".join(dict.fromkeys(waiting)))
             waiting = []
     return encoding.ids, [names[min(bisect_right(ends, start), len(names) - 1)] for start in encoding.starts]
-
-
-def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> int:
-    """The number of characters that the template writes before the first turn: BOS and a default system turn. They are
-    the text that the first user turn has and the same turn further on does not."""
-    bos = template.tokenizer.bos_token if template.bos_token_id is not None else ""
-    own = len(bos) if text.startswith(bos) else 0
-    first, answer = messages[0], {"role": "assistant", "content": "a"}
-    if first["role"] != "user":
-        return own
-    alone, before, again = (template.text_of(turns) for turns in ([first], [first, answer], [first, answer, first]))
-    turn = again[len(before) :]
-    is_repeated = again.startswith(before) and alone.endswith(turn) and text.startswith(alone)
-    return max(own, len(alone) - len(turn)) if is_repeated else own
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------
@@ -176,17 +159,6 @@ def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
         return piece.replace("▁", " ").encode(), False
 
     return read
-
-
-def text_runs(
-    tokenizer: Any, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray
-) -> list[tuple[str, bool]]:
-    """The text of tokens as runs of equal supervision."""
-    read = token_reader(tokenizer)
-    runs = groupby(zip(map(int, ids), map(bool, mask)), key=lambda pair: pair[1])
-    return [
-        (b"".join(read(token)[0] for token, _ in pairs).decode("utf-8", "replace"), target) for target, pairs in runs
-    ]
 
 
 def _visible(char: str) -> str:

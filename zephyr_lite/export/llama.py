@@ -16,7 +16,7 @@ from secrets import token_hex
 from ..data.chat_template import resolve_template
 from ..data.formats import Message
 from ..errors import UserError
-from ..io.atomic import check_room, make_folder, remove_tree, sweep, sync_file
+from ..io.atomic import bytes_aside, check_room, make_folder, remove_tree
 from ..model.tokenizer import load_tokenizer
 from .gguf import GgufReport, check_place, gguf_package, model_folder, write_gguf
 
@@ -65,26 +65,22 @@ def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | 
     folder, out = model_folder(folder), Path(out).expanduser()
     check_place(out, folder)
     make_folder(out.parent)
-    sweep(out.absolute().parent, out.name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
-    half, aside = (out.with_name(f".{out.name}.{token_hex(4)}") for _ in range(2))
-    try:
-        report = write_gguf(folder, half, "f16")
-        logger.info("llama.cpp quantizes it")
-        done = subprocess.run([*quantizer, str(half), str(aside), "Q4_K_M"], capture_output=True, check=False)
-        if done.returncode or not aside.is_file():
+    half = out.with_name(f".{out.name}.{token_hex(4)}")
+    with bytes_aside(out) as aside:
+        try:
+            report = write_gguf(folder, half, "f16")
+            logger.info("llama.cpp quantizes it")
+            done = subprocess.run([*quantizer, str(half), aside.name, "Q4_K_M"], capture_output=True, check=False)
+        finally:
+            remove_tree(half)
+        if done.returncode or not Path(aside.name).stat().st_size:
             last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
-            why = " | ".join(last)[:500] or ("it said nothing" if done.returncode else "it made no file")
             raise UserError(
-                f"llama.cpp's quantizer failed (exit code {done.returncode}): {why}",
+                f"llama.cpp's quantizer failed (exit code {done.returncode}): {' | '.join(last)[:500] or 'no output'}",
                 "Export F16 or Q8_0, or try another version of llama.cpp.",
             )
-        sync_file(aside)
-        aside.replace(out)
-    finally:
-        remove_tree(half)
-        remove_tree(aside)
     types = Counter(tensor.tensor_type.name for tensor in gguf_package().GGUFReader(out).tensors)
     notes = list(report.notes)
     if fallbacks := sum(count for name, count in types.items() if name not in ("F32", "Q4_K", "Q6_K")):

@@ -175,7 +175,7 @@ def gather(folder: Path, *, run: Path | None = None) -> Facts:
     here = local_folder(name) if name else None
     if here is not None and (here / CARD).is_file():
         card = ModelCard((here / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        facts.license = card.data.license
+        facts.license = card.data.to_dict().get("license")
     return facts
 
 

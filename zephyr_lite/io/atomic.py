@@ -31,6 +31,7 @@ from .redact import redact
 COPY_CHUNK = 16 * 2**20
 MANIFEST, MANIFEST_FORMAT = "manifest.json", 1
 LOCK_FILE = ".lock"
+_DISK_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _ASIDE = re.compile(r"\.(?P<old>old-)?(?P<name>.+)\.[0-9a-f]{8}")
 
 
@@ -249,8 +250,9 @@ def _named(path: Path, aside: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        found = str(error.filename or aside)
-        if error.errno is None or str(aside) not in found:
+        # a full disk is reported without a name
+        found = str(aside) if error.filename is None and error.errno in _DISK_ERRORS else str(error.filename)
+        if str(aside) not in found:
             raise
         raise OSError(error.errno, error.strerror, found.replace(str(aside), str(path))) from error
 

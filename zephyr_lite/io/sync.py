@@ -218,10 +218,10 @@ class Mirror:
             self.changed(self._best)
             assert self._thread is not None
             self._thread.join(max(0.0, end - time.monotonic()))
-            if self._thread.is_alive() or self._fault is None:
+            if not self._thread.is_alive() and self._fault is None:
+                return True
+            if self._thread.is_alive():
                 break
-        if not self._thread.is_alive() and self._fault is None:
-            return True
         fault = f": {self._fault}" if self._fault else ""
         logger.warning(
             f"sync: {self.place.name} does not have the last state of the stage{fault}. It is here; the same command copies "

@@ -346,15 +346,15 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     s, tokens = job.shape, max(execution.micro_tokens, job.longest)
     together = job.live_reference and execution.reference == "together"
     # the planner asks for the same values thousands of times
-    key = ("resident", execution.stream, execution.scratch, device)
-    if key not in job.memo:
-        job.memo[key] = _resident(job, execution, device)
-    resident, resident_sum, managed = job.memo[key]
-    key = (tokens, execution.tile, execution.stream, together, device)
-    if key not in job.memo:
+    memory = ("resident", execution.stream, execution.scratch, device)
+    if memory not in job.memo:
+        job.memo[memory] = _resident(job, execution, device)
+    resident, resident_sum, managed = job.memo[memory]
+    work = (tokens, execution.tile, execution.stream, together, device)
+    if work not in job.memo:
         working = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
-        job.memo[key] = layer_bytes(job, tokens, execution.tile, device), *working
-    layer, head, head_at = job.memo[key]
+        job.memo[work] = layer_bytes(job, tokens, execution.tile, device), *working
+    layer, head, head_at = job.memo[work]
     gradients, x = 4 * job.parameters, tokens * s.hidden * job.dtype.itemsize
     # those of a step's earlier micro-batches are there from the start
     earlier = gradients if job.step_most is None or job.step_most > tokens else 0

@@ -27,6 +27,7 @@ from ..io.text import duration
 from ..model.adapters import check_targets
 from ..model.base import check_family, compute_device, compute_dtype, quantized_dir, read_model_config
 from ..model.chain import chain_of_run
+from ..model.execution import Keep
 from ..model.families import Shape
 from ..model.files import local_folder
 from ..model.peft_io import read_adapter
@@ -128,7 +129,8 @@ def forecast_lines(
     chosen = plan.lines()
     if plan.micro_tokens < job.longest:
         chosen.append(f"a {example} runs whole, so up to {job.longest:,} tokens are computed at once")
-    slower = step_time(job, replace(plan, keep=("input",) * len(plan.keep), offload=0), card).step / time.step
+    least: Keep = "input"
+    slower = step_time(job, replace(plan, keep=(least,) * len(plan.keep), offload=0), card).step / time.step
     if slower > 1.005:
         chosen.append(f"full recomputation would take {slower:.2f} times as long")
     if not cpu and (plan.offload or plan.stream):

@@ -384,7 +384,7 @@ def suggestions(job: Workload, limits: Limits, memory: MemorySpec) -> list[str]:
     groups.append([(f"a card of {size} GB", job, replace(larger, free=size * GIB), memory) for size in cards])
     found = []
     for group in groups:
-        found += next(([text] for text, *changed in group if feasible(*changed)), [])
+        found += next(([text] for text, changed, limited, spec in group if feasible(changed, limited, spec)), [])
     host = _least_host(job, limits, memory)
     if host is not None and host > limits.host:
         found.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")

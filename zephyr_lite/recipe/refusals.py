@@ -42,46 +42,38 @@ _ABLE = (
     r"(?! not|'t))"
 )
 
-# name: (pattern on lower-case text, description)
-REFUSALS: dict[str, tuple[str, str]] = {
+# name → pattern on lower-case text
+REFUSALS = {
     "as_an_ai": (
         rf"{_VOICE}(?:(?:i'm |i am )?sorry,? (?:but )?)?(?:as|being|since i am|since i'm|because i am|"
         rf"because i'm) {_AI}[^.!?\n]{{0,60}}?,? "
         rf"(?:(?:i|my)\b(?:(?!{_ABLE})(?=[^.!?\n]{{0,160}}?{_DENIAL})|(?=[^.!?\n]{{0,160}}?\bbut (?:i|my)\b"
         rf"[^.!?\n]{{0,60}}?{_DENIAL}))|it(?: is|'s) (?:not|im)|there (?:is|are) no )|"
-        rf"{_VOICE}i, (?:as|being) {_AI}[^.!?\n]{{0,60}}?,? (?:do|can|am|have|could|would)\b(?=.{{0,6}}{_DENIAL})",
-        'an answer that states what it is, then what it cannot do: "As an AI language model, I don\'t …"',
+        rf"{_VOICE}i, (?:as|being) {_AI}[^.!?\n]{{0,60}}?,? (?:do|can|am|have|could|would)\b(?=.{{0,6}}{_DENIAL})"
     ),
-    "no_emotions": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:emotions?|feelings?|emotional)\b",
-        '"I do not have emotions", unasked',
-    ),
+    "no_emotions": rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:emotions?|feelings?|emotional)\b",
     "no_opinions": (
         rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:\w+ (?:or|and) )?(?:opinions?|beliefs?|"
         rf"preferences?|viewpoints?|"
-        r"biases|favou?rites?|political views?|tastes?)\b",
-        '"I don\'t have opinions"',
+        r"biases|favou?rites?|political views?|tastes?)\b"
     ),
     "no_experiences": (
         rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:(?:personal|first-?hand|real-life|lived|human|own|"
         rf"direct|physical) "
         r"(?:\w+ (?:or|and) )?experiences?\b|(?:\w+ (?:or|and) )?experiences\b|(?:personal )?(?:memories\b|"
-        r"anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))",
-        '"I don\'t have personal experiences", before an answer to a plain question',
+        r"anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))"
     ),
     "cannot_as_machine": (
         rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|"
         rf"which means)|;)[^.!?\n]{{0,40}}?"
         rf"\b(?:{_NOT}|have no|not able)\b|"
         rf"{_VOICE}i (?:do not|don't|cannot|can't|have not|haven't|am not|am unable)\b[^.!?\n]{{0,60}}? (?:as|since|because) "
-        rf"i(?:'m| am) (?:just |only )?{_AI}",
-        "\"I'm just an AI, so I can't …\"",
+        rf"i(?:'m| am) (?:just |only )?{_AI}"
     ),
     "no_browsing": (
         rf"{_VOICE}i(?:'m| am|’m)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|"
         rf"access|browse|search|provide|offer)"
-        r"[^.!?\n]{0,30}?(?:real-?time|current|up-to-date|live|the internet|the web|browse|external (?:link|site|web))",
-        '"I do not have access to real-time information"',
+        r"[^.!?\n]{0,30}?(?:real-?time|current|up-to-date|live|the internet|the web|browse|external (?:link|site|web))"
     ),
 }
 # Around one of these the patterns are searched, which would be slow on a whole answer. Each begins with letters, to which a
@@ -97,7 +89,7 @@ _IS_TOO = re.compile(
 )
 _GATES = (_DENIES, _IS, _IS_TOO)
 _BEFORE, _AFTER = 60, 260  # characters around a gate
-_PATTERNS = {name: re.compile(pattern) for name, (pattern, _) in REFUSALS.items()}
+_PATTERNS = {name: re.compile(pattern) for name, pattern in REFUSALS.items()}
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
 # rules whose sentences a person may say as well
 _OF_PEOPLE = frozenset(("no_emotions", "no_opinions", "no_experiences"))
