@@ -192,12 +192,7 @@ def test_what_the_judge_garbles_is_asked_again_then_not_rated(tmp_path: Path) ->
             assert completion["annotations"]["honesty"] == {"Rating": "N/A", "Rationale": ""}
             others = [int(completion["annotations"][a.name]["Rating"]) for a in ASPECTS if a.name != "honesty"]
             assert completion["fine-grained_score"] == pytest.approx(sum(others) / 3)
-<<<<<<< HEAD
-    assert result.report(config)["judge_replies_not_readable_or_failed"] == {"honesty": 2}
-=======
     assert result.report()["failed"] == {"judge, honesty": 2}
-    assert result.totals.asked_again == 4 and result.totals.failures == {"unreadable reply": 2}
->>>>>>> main
 
 
 def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> None:
