@@ -193,7 +193,6 @@ def test_what_the_judge_garbles_is_asked_again_then_not_rated(tmp_path: Path) ->
             others = [int(completion["annotations"][a.name]["Rating"]) for a in ASPECTS if a.name != "honesty"]
             assert completion["fine-grained_score"] == pytest.approx(sum(others) / 3)
     assert result.report()["failed"] == {"judge, honesty": 2}
-    assert result.totals.asked_again == 4 and result.totals.failures == {"unreadable reply": 2}
 
 
 def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> None:

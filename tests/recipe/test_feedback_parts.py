@@ -245,7 +245,7 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         ({"models": [f"{URL}#a", f"{URL}#a"]}, "two models are called 'a'"),
         ({"models": [{"url": URL, "model": "a", "key": "sk-1"}]}, r"models\[0\]"),
         ({"models": []}, "at least 1"),
-        ({"judge": 3}, "expected an endpoint"),
+        ({"judge": 3}, "3: no such folder"),
         ({"budget": {"requests": 0}}, "greater than or equal to 1"),
         ({"prompts": {"path": "x", "weight": 2}}, "no key 'prompts.weight'"),
     ],
@@ -284,7 +284,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     claim_folder(tmp_path / "b", "feedback", config)
     claim_folder(tmp_path / "b", "feedback", config)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["config.yaml"]
-    with pytest.raises(UserError, match="one of zephyr-lite feedback"):
+    with pytest.raises(UserError, match="is not a job of zephyr-lite distill"):
         claim_folder(tmp_path / "b", "distill", config)
     # what is written there is taken again as it is
     assert load_settings(FeedbackConfig, str(tmp_path / "b" / "config.yaml"), {}) == config

@@ -100,7 +100,7 @@ def preference(
 
 
 def _held_out(ctx: Context, kind: str, method: Any) -> None:
-    """Evaluate, print the tables and write the result; a result without some models is a file of its own."""
+    """Evaluate, print the tables and write the result."""
     from ..evaluate.bootstrap import Bootstrap
     from ..evaluate.likelihood import evaluate_loss, evaluate_preference
     from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
@@ -129,12 +129,7 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
         level, draws = f"{bootstrap.level:.1%}", f"{bootstrap.resamples:,}"
         console.say(f"in brackets: {level} intervals, {draws} bootstrap draws over {n:,} {unit}s")
     say_all(result.notes)
-    name, head = rows.kind(kind), head_of_live(live)
-    if not result.missing:
-        console.say(f"written to {write_result(folder, name, result.body, head)}")
-        return
-    path = write_result(folder, f"{name}-partial", {**result.body, "missing": result.missing}, head)
-    raise Interrupted(f"interrupted before {' and '.join(result.missing)}; the other models' results are in {path}")
+    console.say(f"written to {write_result(folder, rows.kind(kind), result.body, head_of_live(live))}")
 
 
 # -- judged answers ----------------------------------------------------------------------------------------------------
@@ -229,14 +224,9 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
 
     rows = read_annotations(annotations)
     if outputs is not None:
-        given, place = read_outputs(str(outputs))
-        missing = check_belongs(rows, given, str(annotations))
-        console.say(f"{place}: {len(given)} outputs; {len(rows) - missing} annotations are verdicts on them")
-        if missing:
-            console.say(f"note: {missing} annotated instructions are not among the outputs; their verdicts count too")
+        check_belongs(rows, read_outputs(str(outputs))[0], annotations)
     result = score_files(rows, difficulty, annotations)
     console.table(*table(result.models))
-    say_all([f"note: {note}" for note in result.body["notes"]])
     if out is not None:
         console.say(f"written: {write_result(out, KIND, result.body, {})}")
 
@@ -245,9 +235,9 @@ def _judged(bench: Any, dry_run: bool, legend: str = "") -> None:
     """Run a benchmark (``evaluate.judge.Benchmark``), or say what it can cost."""
     from ..client.cost import Meter, budget_lines, has_prices
 
-    console.say(bench.note())
+    console.say(bench.note)
     say_models(bench.answering, bench.models())
-    say_all([f"note: {line}" for line in bench.notes({})])
+    say_all([f"note: {line}" for line in bench.notes])
     if dry_run:
         say_all([*bench.dry_run_lines(), *budget_lines(bench.config.budget, bench.job)])
         return

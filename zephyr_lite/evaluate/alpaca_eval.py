@@ -55,9 +55,6 @@ NOTE = (
     "the judge is asked in this project's own words and its verdicts are whole: compare these rates with each other, and "
     "not with AlpacaEval's leaderboard"
 )
-NO_DIFFICULTY = (
-    "the length-controlled rate is without the instructions' difficulty (--difficulty): not AlpacaEval's number"
-)
 SYSTEM = (
     "You compare two answers to one instruction, and say which of them a careful person would rather have got. You are "
     "strict and impartial: neither the order of the answers nor their length counts. The instruction and the answers are "
@@ -151,8 +148,8 @@ def _refuse_several(models: set[str], path: Path) -> None:
         )
 
 
-def check_belongs(annotations: list[dict[str, Any]], outputs: list[Output], where: str) -> int:
-    """The number of annotations whose output is not among these, as in published folders; UserError if most are not."""
+def check_belongs(annotations: list[dict[str, Any]], outputs: list[Output], where: Path) -> None:
+    """Raise UserError if most annotations are of other outputs; published folders lack a few."""
     known = {(output.instruction, output.output) for output in outputs}
     missing = [a for a in annotations if (a["instruction"], a["output_2"]) not in known]
     if 2 * len(missing) > len(annotations):
@@ -160,18 +157,12 @@ def check_belongs(annotations: list[dict[str, Any]], outputs: list[Output], wher
             f"{where} row {missing[0]['index'] + 1}: its output_2 is not among the outputs, as {len(missing)} others."
         )
         raise UserError(message, "Give the outputs that were annotated, or leave --outputs out.")
-    return len(missing)
 
 
 def read_difficulty(path: Path) -> dict[int, float]:
-    """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv (an index and a value), or of a table
-    with the columns index and instruction_difficulty (df_gamed.csv).
-    """
-    header, *rows = list(csv.reader(io.StringIO(read_text(path)))) or [[]]
-    named = "index" in header and "instruction_difficulty" in header
-    place, value = (header.index("index"), header.index("instruction_difficulty")) if named else (0, 1)
+    """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv: a header, then an index and a value."""
     try:
-        result = {int(row[place]): float(row[value]) for row in reversed(rows)}  # the first of a repeated index counts
+        result = {int(row[0]): float(row[1]) for row in [*csv.reader(io.StringIO(read_text(path)))][1:]}
     except (IndexError, ValueError):
         result = {}
     if not result or not all(map(math.isfinite, result.values())):
@@ -325,13 +316,6 @@ def difficulties_of(indices: Sequence[int], known: dict[int, float]) -> list[flo
     return [known[index] for index in indices]
 
 
-def notes_on(models: Mapping[str, dict[str, Any]], with_difficulty: bool) -> list[str]:
-    """How the length-controlled rates differ from AlpacaEval's."""
-    if not any(body["length_controlled"] for body in models.values()):
-        return [f"no length-controlled rate: it takes {MIN_VERDICTS} verdicts, and answers that differ in length"]
-    return [] if with_difficulty else [NO_DIFFICULTY]
-
-
 def score_files(annotations: Sequence[dict[str, Any]], difficulty: Path | None, where: Path) -> Judged:
     """The rates of existing annotations."""
     known = None if difficulty is None else read_difficulty(difficulty)
@@ -341,8 +325,7 @@ def score_files(annotations: Sequence[dict[str, Any]], difficulty: Path | None, 
         raise UserError(message, "Look at the file.")
     models = {annotations[0]["generator_2"] or "the model": found}
     names = {key: sorted({a[name] for a in annotations}) for key, name in SETTINGS.items()}
-    notes = notes_on(models, known is not None)
-    return Judged(models, {"models": models, "settings": names, "data": {"annotations": str(where)}, "notes": notes})
+    return Judged(models, {"models": models, "settings": names, "data": {"annotations": str(where)}})
 
 
 def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -409,6 +392,7 @@ class AlpacaEval(Benchmark[Output]):
 
     kind, unit, why = KIND, "instructions", "why_left_out"
     table = staticmethod(table)
+    notes = [NOTE]
 
     def __init__(self, config: AlpacaConfig) -> None:
         judge = judge_of(config)
@@ -420,8 +404,6 @@ class AlpacaEval(Benchmark[Output]):
         self.difficulty = None if config.difficulty is None else read_difficulty(Path(config.difficulty))
         if self.difficulty is not None:
             difficulties_of([item.index for item in self.items], self.difficulty)
-        self.outputs: dict[str, dict[str, str]] = {}  # generator → {instruction's key: answer}, of --outputs
-        self.silent = 0  # instructions that --outputs has no answer to
         if config.outputs is None:
             answering = who_answers(config, config.temperature)
         elif config.models or config.source or config.stage or config.adapters:
@@ -434,9 +416,10 @@ class AlpacaEval(Benchmark[Output]):
             if not answered:
                 message = f"{place}: answers none of the instructions of {path}."
                 raise UserError(message, "Are these AlpacaEval's outputs?")
-            self.silent, self.items = len(self.items) - len(answered), answered
+            self.items = answered
             answering = Answering({}, None, judge)
         super().__init__(config, answering)
+        self.note = f"{path}: {len(self.items)} of {self.whole} instructions, answered by {self.items[0].generator}"
         texts = json.dumps([[item.instruction, item.output] for item in self.items])
         self.data = {"instructions": str(path), "asked_sha256": hashlib.sha256(texts.encode()).hexdigest()}
         self.settings = {
@@ -444,20 +427,6 @@ class AlpacaEval(Benchmark[Output]):
             "baseline": self.items[0].generator,
             "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
         }
-
-    def models(self) -> list[str]:
-        return [*self.answering.specs, *self.outputs]
-
-    def note(self) -> str:
-        missing = f"; --outputs have no answer to {self.silent} others" if self.silent else ""
-        counts = f"{len(self.items)} of {self.whole} instructions"
-        return f"{self.data['instructions']}: {counts}, answered by {self.items[0].generator}{missing}"
-
-    def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
-        return [NOTE, *(notes_on(models, self.difficulty is not None) if models else [])]
-
-    def given(self, model: str, item: Output) -> str | None:
-        return self.outputs[model][item.key] if model in self.outputs else None
 
     def without_judge(self, item: Output, answers: Sequence[str]) -> tuple[float, str] | None:
         return (TIE, "the same text") if answers[0] == item.output else None  # as in AlpacaEval

@@ -441,7 +441,7 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_
 
     Args:
         result: of ``plan_distill``; filled in.
-        back_off: of ``open_client``.
+        back_off: of ``ModelClient``.
 
     Raises:
         UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.

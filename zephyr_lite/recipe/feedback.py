@@ -6,7 +6,6 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, RootModel, field_validator, model_validator
 
 from .. import __version__
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import Bound, Meter, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec
 from ..client.jobs import (
@@ -334,9 +333,9 @@ async def rate_prompt(
 # -- all prompts -----------------------------------------------------------------------------------------------------
 
 
-def client_of(config: ModelJobConfig, meter: Meter, back_off: float) -> AbstractAsyncContextManager[ModelClient]:
+def client_of(config: ModelJobConfig, meter: Meter, back_off: float) -> ModelClient:
     """The client of a job: its endpoints, budget and request log."""
-    return open_client(
+    return ModelClient(
         list(config.endpoints().values()),
         Path(config.out),
         max_requests=config.budget.requests,
@@ -359,7 +358,7 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
     """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
 
     The rows are in the prompts' order, and the same however many requests run at once and however often the job was
-    interrupted, if the servers give the same replies. ``back_off``: of ``open_client``.
+    interrupted, if the servers give the same replies. ``back_off``: of ``ModelClient``.
 
     Raises:
         UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
