@@ -35,12 +35,10 @@ class Overlap(NamedTuple):
     Attributes:
         contains: continued from it, a copy of it, or composed of it.
         evidence: the numbers that say so.
-        same_draw: whether both began as the same random A; None where their modules or ranks differ.
     """
 
     contains: bool
     evidence: str
-    same_draw: bool | None
 
 
 def overlap(one: AdapterFile, other: AdapterFile) -> Overlap:
@@ -63,8 +61,7 @@ def overlap(one: AdapterFile, other: AdapterFile) -> Overlap:
         f"against {other.path}: at least {span:.2f} of its A lies in the span of this one's (independent draws: rank / width); "
         f"⟨ΔW, ΔW'⟩ / ‖ΔW'‖² = {share:.2f} (contained: 1, independent: near 0)"
     )
-    shapes = [{name: (w.shape, w.rank) for name, w in adapter.modules.items()} for adapter in (one, other)]
-    return Overlap(span >= SPANNED and share >= HELD, told, span >= SPANNED if shapes[0] == shapes[1] else None)
+    return Overlap(span >= SPANNED and share >= HELD, told)
 
 
 def inner(x: LoraWeights | None, y: LoraWeights | None) -> float:

@@ -89,8 +89,7 @@ class StageRecord:
         self.planned: dict[str, float] = self.info["plan"].get("account") or {}
         self.config: dict[str, Any] = files["config"]
         self.samples, self.left_out, self.lengths = files["samples"], files["left_out"], files["lengths"]
-        results = files["results"].items()
-        self.results = {kind: body for kind, body in results if "models" in body and "-partial" not in kind}
+        self.results = {kind: body for kind, body in files["results"].items() if "models" in body}
         history: dict[int, dict[str, Any]] = {}
         for line in files["metrics"]:
             if isinstance(line.get("step"), int):

@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 
 import numpy as np
 
 from ..config.load import Loaded, Method, dump_config
-from ..data.preview import text_runs
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoObjective
@@ -93,7 +93,9 @@ def first_row(stage: Stage) -> list[tuple[str, Spans]]:
             shown.append((f"{example.where}, prompt and {name}:", whole, np.concatenate([nothing, mask])))
     result = []
     for title, ids, mask in shown:
-        spans = text_runs(stage.template.tokenizer, ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS])
+        tokens, targets = ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
+        edges = [0, *np.flatnonzero(np.diff(targets)) + 1, len(tokens)]
+        spans = [(stage.template.tokenizer.decode(tokens[a:b]), bool(targets[a])) for a, b in pairwise(edges)]
         if len(ids) > SHOWN_TOKENS:
             spans.append((f"\n… {len(ids) - SHOWN_TOKENS:,} more tokens", False))
         result.append((title, spans))

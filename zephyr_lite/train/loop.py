@@ -53,7 +53,6 @@ class TrainState:
         sampled: steps at which samples were drawn.
         best, stale: the lowest eval_loss with its step, and evaluations since.
         warnings: printed about the run's numbers.
-        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
         gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
     """
 
@@ -82,8 +81,16 @@ class TrainState:
         self.sampled: set[int] = set()
         self.best: tuple[float, int] | None = None
         self.warnings: list[str] = []
-        self.before_skips: int | None = None
         self.gradients: Tensor | None = None
+
+    def add_evaluation(self, record: dict[str, Any]) -> None:
+        """Note an evaluation's step and metrics, and whether it is the best so far."""
+        self.evaluations.append(record)
+        loss = float(record["eval_loss"])  # the log has words for what is not finite
+        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
+            self.best, self.stale = (loss, record["step"]), 0
+        else:
+            self.stale += 1
 
 
 def train(state: TrainState) -> Outcome:
@@ -100,14 +107,14 @@ def train(state: TrainState) -> Outcome:
     objective.oom.record()
     with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
-            evaluation_due = resume(state)
+            resume(state)
             if stage.base.device.type == "cuda":
                 warmup_largest_batch(state)
         started, patience = time.perf_counter(), config.early_stopping_patience
         _notify(state, "on_train_begin", stage, objective.unit, state.total, state.step)
         if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
             _sample(state, stop)  # again, if a signal interrupted it
-        if evaluation_due:
+        elif _evaluation_due(state):  # a signal ended it
             _evaluate(state, stop)
             _save_if_due(state, stop)
         while state.step < state.total:
@@ -131,7 +138,8 @@ def train(state: TrainState) -> Outcome:
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
                 _log(state, state.metrics)
             _notify(state, "on_step_end", state.step, state.metrics)
-            _evaluate(state, stop)
+            if _evaluation_due(state):
+                _evaluate(state, stop)
             _save_if_due(state, stop)
         if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
             restore_best(state)
@@ -282,7 +290,7 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
 
 def _check_numbers(state: TrainState) -> None:
     """Look at a step's metrics before its update: warn of a collapse; if it will be skipped, record it, and end the run after
-    three in a row. A checkpoint from before the first skipped step is kept.
+    three in a row.
 
     Raises:
         UserError: three skipped steps in a row.
@@ -291,13 +299,8 @@ def _check_numbers(state: TrainState) -> None:
     # the scale after the overflow
     scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
     kind = skipped.kind(metrics, scale)
-    if kind == "bad" and state.before_skips is None:
-        state.before_skips = state.step
-        if state.step:
-            _save_once(state)
     skipped.count_step(kind)
     if kind == "applied":
-        state.before_skips = None
         if collapse is not None and (warning := collapse.saw(step, metrics)):
             logger.warning(warning)
             state.warnings.append(warning)
@@ -306,33 +309,10 @@ def _check_numbers(state: TrainState) -> None:
             f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
         )
     else:
-        rows, alone = world().broadcast(lambda: _rows_not_finite(state))
-        kept = f"checkpoint-{state.before_skips} has the adapter from before."
-        error = skipped.add(
-            step, metrics, rows, kept if state.before_skips else "No step had been applied.", alone=alone
-        )
+        examples = state.objective.data.examples
+        error = skipped.add(step, metrics, [examples[i].where for i in examples_of_step(state, state.step)])
         if error is not None:
             raise everywhere(error)
-
-
-def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
-    """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
-    objective, examples = state.objective, examples_of_step(state, state.step)
-    total = objective.num_targets(examples)
-
-    found: list[int] = []
-    for attempt in objective.oom.attempts():
-        found.clear()
-        with attempt:
-            for example in examples:
-                zero_gradients(state)
-                loss, _ = objective.loss([example], state.step, total)
-                loss.backward()
-                norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
-                if not (torch.isfinite(loss.detach()) and torch.isfinite(norm)):
-                    found.append(example)
-    zero_gradients(state)
-    return [objective.data.examples[example].where for example in found or examples], bool(found)
 
 
 def _notify(state: TrainState, event: str, *values: Any) -> None:
@@ -346,15 +326,19 @@ def _log(state: TrainState, metrics: Metrics) -> None:
     state.on_metrics(state.step, state.total, metrics)
 
 
+def _evaluation_due(state: TrainState) -> bool:
+    every = state.stage.config.eval_steps
+    due = state.step == state.total or (every is not None and state.step % every == 0)
+    return due and state.stage.eval_data is not None
+
+
 def _evaluate(state: TrainState, stop: StopRequest) -> None:
-    """Evaluate on the held-out rows if that is due, and draw samples.
+    """Evaluate on the held-out rows, and draw samples.
 
     Raises:
         Interrupted: a signal came during the evaluation; a resumed run makes it first.
     """
-    step, every = state.step, state.stage.config.eval_steps
-    if step != state.total and not (every and step % every == 0):
-        return
+    step = state.step
     sums: Metrics | None = None
     try:
         with stop.at_once():
@@ -364,20 +348,13 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
     parts = [part for part in world().all_gather(sums) if part is not None]
     if len(parts) < world().size:
         signal, _ = _asked_to_stop(state, stop)
-        save(state, pending=True)
+        save(state)
         raise interrupted(signal, state.stage.dir, step, state.total)
     found = state.objective.eval_metrics(sum_by_name(parts))
-    if not found:
-        return
-    state.evaluations.append({"step": step, **found})
+    state.add_evaluation({"step": step, **found})
     _log(state, found)
-    loss = found["eval_loss"]
-    if not math.isfinite(loss):
+    if not math.isfinite(found["eval_loss"]):
         logger.warning(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
-    if math.isfinite(loss) and (state.best is None or loss < state.best[0]):
-        state.best, state.stale = (loss, step), 0
-    else:
-        state.stale += 1
     _notify(state, "on_evaluate", step, found)
     _sample(state, stop)
 
@@ -421,8 +398,7 @@ def _save_if_due(state: TrainState, stop: StopRequest) -> None:
         OSError: nothing can be printed any more.
     """
     config, step, last = state.stage.config, state.step, state.step == state.total
-    # while steps are skipped, the newest checkpoint stays the one from before
-    periodic = config.save_steps and step % config.save_steps == 0 and state.before_skips is None
+    periodic = config.save_steps and step % config.save_steps == 0
     is_best = state.best is not None and state.best[1] == step and config.load_best_model_at_end
     signal, fault = _asked_to_stop(state, stop)
     if last or periodic or is_best or signal is not None or fault is not None:

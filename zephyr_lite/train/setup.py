@@ -156,17 +156,19 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     }
     eval_fingerprint = None if eval_data is None else eval_data.fingerprint
     machine, libraries = machine_now(dtype), versions()
-    plan, forget_best = None, False
+    plan = None
     if before is not None:
         counted = [key for key, value in before["data"].items() if isinstance(value, int | str)]
         same = before["data"]["fingerprint"] == data.fingerprint
-        changes.settle("data", [] if same else differences(before["data"], rows, counted, "data: "))
+        changes.refused += [] if same else differences(before["data"], rows, counted, "data: ")
+        held_out = before.get("eval_data") or {}
+        changes.refused += differences(held_out, {"fingerprint": eval_fingerprint}, ["fingerprint"], "held-out rows: ")
         if not world().is_main_process:  # rank 0 has written stage.json just now
             changes.refused += differences(before["machine"], machine, ["dtype"])
         changes.refuse(stage)
         if changes.complete:
             raise stage_complete(stage, before)
-        forget_best = report_changes(changes, before, libraries, machine, eval_fingerprint)
+        report_changes(changes, before, libraries, machine)
         plan = kept_plan(before, stage, config, machine)
 
     # plan
@@ -274,7 +276,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         frozen=frozen,
         info=info,
         mirror=mirror,
-        forget_best=forget_best,
         writes=writes,
     )
 
