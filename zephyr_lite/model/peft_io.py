@@ -52,7 +52,6 @@ _AGAIN = "Copy the adapter again, or write it again with PEFT's save_pretrained.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _PREFIXES = re.compile(r"^(?:base_model\.model\.|module\.)*")
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\w+))?\.weight")
-_LAYER = re.compile(r".*\blayers\.(?P<index>\d+)\..+")
 
 
 @dataclass(frozen=True)
@@ -326,7 +325,7 @@ def write_adapter(
         "use_dora": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _target_modules(list(ranks)),
+        "target_modules": sorted(ranks),
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
         **(extra_config or {}),
@@ -339,25 +338,6 @@ def write_adapter(
 
     write_stream(folder / WEIGHTS_NAME, tensors, write, {"format": "pt"})
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _target_modules(modules: Sequence[str]) -> list[str]:
-    """Leaf names (`q_proj`) where the adapter has that leaf in every layer, full names otherwise; sorted.
-
-    (PEFT gives a leaf name a LoRA in every layer.)
-    """
-    layers: dict[str, set[int]] = defaultdict(set)  # leaf → the layers that have it
-    count = 0
-    for module in modules:
-        match = _LAYER.fullmatch(module)
-        index = int(match["index"]) if match else -1
-        layers[module.rpartition(".")[2]].add(index)
-        count = max(count, index + 1)
-    targets = set()
-    for module in modules:
-        leaf = module.rpartition(".")[2]
-        targets.add(leaf if layers[leaf] == set(range(count)) else module)
-    return sorted(targets)
 
 
 def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, beside: Sequence[str] = ()) -> Path:
