@@ -78,7 +78,7 @@ def play(folder: Path, out: Path, processes: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 2),
         "anonymous_mib": peak,
-        **{k: report[k] for k in ("rows", "kept", "dropped", "cut", "broken_capitals", "names_in_lexicon")},
+        **{k: report[k] for k in ("rows", "kept", "dropped", "cut", "broken_capitals")},
     }
 
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zephyr_lite.recipe.english import is_english
-from zephyr_lite.recipe.lexicon import Lexicon, count_words
-from zephyr_lite.recipe.protect import spans
-from zephyr_lite.recipe.truecase import is_broken, restore
+from zephyr_lite.recipe.lexicon import Lexicon, count_words, is_english
+from zephyr_lite.recipe.truecase import is_broken, restore, spans
 
 FOLDS = 5
 _WORD = re.compile(r"[^\W\d_]+")

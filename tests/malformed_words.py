@@ -118,8 +118,9 @@ CASES = [
     Case(
         "yaml: a job's models are a number",
         feedback("prompts: {path: x}\nmodels: 5\njudge: http://h#m\nout: o\n"),
-        "job.yaml: models[0]: expected an endpoint, found int.",
-        "Write URL#MODEL, a folder, or a mapping with url and model (or path).",
+        "job.yaml: 5: no such folder, and no URL.",
+        "Give a run's or a model's folder (runs/NAME, runs/NAME#base), or URL#MODEL as in "
+        "http://localhost:11434/v1#llama3.2.",
     ),
     # -- the command line
     Case(

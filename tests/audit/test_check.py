@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import CONVERSATIONS, make_model
 from tests.train.test_train import dpo_words, words
-from zephyr_lite.audit.files import Level, gather, product_distance
+from zephyr_lite.audit.files import Level, gather
 from zephyr_lite.audit.measure import with_bos
 from zephyr_lite.audit.run import audit
 from zephyr_lite.cli import app as cli
@@ -110,18 +110,8 @@ def test_a_delta_needs_the_adapters_below_it(run, chat_rows, tmp_path):
         if not file.name.startswith("adapter_"):
             shutil.copy(file, tmp_path / "copy")
     lone = audit(str(tmp_path / "copy"), rows=str(chat_rows), below=[str(run / "sft")], load_in_4bit=False)
-    assert any(f.level == Level.right and "does worse than on the adapters below it" in f.text for f in lone.findings)
+    assert any(f.level == Level.right and "are likelier on the adapters below it" in f.text for f in lone.findings)
     assert lone.numbers["rows"]["policy"]["loss"] == pytest.approx(rows["policy"]["loss"], rel=1e-6)
-
-
-def test_an_adapter_that_is_not_the_chain_is_wrong(run, tmp_path):
-    shutil.copytree(run, tmp_path / "r")
-    adapter = read_adapter(tmp_path / "r/dpo/adapter")
-    changed = {n: LoraWeights(w.a.clone(), w.b * 1.01, w.scale) for n, w in adapter.modules.items()}
-    shutil.rmtree(tmp_path / "r/dpo/adapter")
-    save(tmp_path / "r/dpo/adapter", changed, str(adapter.config["base_model_name_or_path"]))
-    told = files("below", tmp_path / "r/dpo/adapter")
-    assert told == [(Level.wrong, "it is not the chain that its stage.json names")]
 
 
 def test_a_stage_contains_what_its_stage_json_says(run):
@@ -150,12 +140,9 @@ def test_a_continued_adapter_is_told_from_a_stacked_one_and_from_one_of_the_same
     for name, change in adapters.items():
         folder = save(tmp_path / name, {n: change(w) for n, w in sft.modules.items()})
         levels = (Level.wrong, Level.right) if name == "continued" else (Level.right, Level.wrong)
-        ((as_below, below_text),) = files("below", folder, below=[below])
-        ((as_start, start_text),) = files("below", folder, start=below)
+        ((as_below, _),) = files("below", folder, below=[below])
+        ((as_start, _),) = files("below", folder, start=below)
         assert (as_below, as_start) == levels, name
-        if name == "seed":
-            assert "drawn with the same seed: both can be on" in below_text
-            assert "it was drawn with the same seed" in start_text
         distance, share = compare_origins(read_adapter(folder), sft)
         assert (distance > 1) == (name == "fresh") and (name != "seed" or abs(share) < 0.2)
 
@@ -174,20 +161,20 @@ def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("card", "tool", "method", "level"),
+    ("card", "method", "level"),
     [
-        ("---\ntags: [trl, dpo]\n---\nfine-tuned version of [org/Base-7B](x) with [TRL](y).", "TRL", "dpo", None),
-        ("---\ntags: [trl, dpo]\n---\na fine-tuned version of [org/base-7b-sft](x).", "TRL", "dpo", Level.doubtful),
-        ("---\nlibrary_name: peft\ntags: [llama-factory, sft]\n---\n", "LLaMA-Factory", "sft", None),
-        ("---\ntags: [unsloth]\nbase_model: unsloth/Base-7B-bnb-4bit\n---\n", "Unsloth", None, None),
-        ("---\n: [broken\n---\n", "an unknown tool (PEFT)", None, None),
+        ("---\ntags: [trl, dpo]\n---\nfine-tuned version of [org/Base-7B](x) with [TRL](y).", "dpo", None),
+        ("---\ntags: [trl, dpo]\n---\na fine-tuned version of [org/base-7b-sft](x).", "dpo", Level.doubtful),
+        ("---\nlibrary_name: peft\ntags: [llama-factory, sft]\n---\n", "sft", None),
+        ("---\ntags: [unsloth]\nbase_model: unsloth/Base-7B-bnb-4bit\n---\n", None, None),
+        ("---\n: [broken\n---\n", None, None),
     ],
 )
-def test_a_card_is_read(run, tmp_path, card, tool, method, level):
+def test_a_card_is_read(run, tmp_path, card, method, level):
     save(tmp_path / "a", read_adapter(run / "sft/adapter").modules, "org/Base-7B")
     (tmp_path / "a/README.md").write_text(card)
     evidence = gather(str(tmp_path / "a"))
-    assert (evidence.tool, evidence.method) == (tool, method)
+    assert (evidence.tool, evidence.method) == ("another tool (PEFT)", method)
     assert [found for found, _ in files("below", tmp_path / "a")] == ([] if level is None else [level])
 
 
@@ -317,16 +304,3 @@ def test_bos_is_counted_exactly():
     for count in (0, 1, 2):
         changed = with_bos(example, 1, count)
         assert changed.ids.tolist() == [1] * count + [5, 6, 7] and changed.ids[changed.mask].tolist() == [6, 7]
-
-
-def test_products_are_compared_without_being_formed():
-    torch.manual_seed(0)
-    one = {"m": LoraWeights(torch.randn(3, 8), torch.randn(6, 3), 0.5)}
-    turn = torch.linalg.qr(torch.randn(3, 3))[0]
-    other = {"m": LoraWeights(turn @ one["m"].a, one["m"].b @ turn.T, 0.5)}
-    assert product_distance(one, other) < 1e-3
-    third = {"m": LoraWeights(torch.randn(2, 8), torch.randn(6, 2), 2.0)}
-    right = one["m"].scale * one["m"].b @ one["m"].a - third["m"].scale * third["m"].b @ third["m"].a
-    wanted = right.norm() / (third["m"].scale * third["m"].b @ third["m"].a).norm()
-    assert product_distance(one, third) == pytest.approx(float(wanted), rel=1e-5)
-    assert product_distance(one, one) == 0

@@ -72,7 +72,6 @@ def test_a_session_and_its_commands(typed, tmp_path):
         "/model sft",
         "/retry",
         f"/save {file}",
-        f"/save {file}",
         "/save",
         "/nonsense",
         "/undo 3",
@@ -92,7 +91,7 @@ def test_a_session_and_its_commands(typed, tmp_path):
         "system: Be kind.",
         "base, sft, dpo (this one)",
         "base, sft (this one), dpo",
-        f"saved as row 1 of {file}",
+        f"saved to {file}",
         "> Who are you?",
         "a new conversation",
         "nothing was said yet",
@@ -103,11 +102,10 @@ def test_a_session_and_its_commands(typed, tmp_path):
         "/temperature 'hot': is not a valid",
         "/seed '1.5': is not a valid",
         "control token </s>",
-        f"this conversation is in {file} already",
         "/save needs a file",
         "no command '/nonsense'",
         "/undo takes nothing",
-        "nothing to take back",
+        "nothing was asked yet",
     ):
         assert text in err, text
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
@@ -190,7 +188,7 @@ def test_what_a_vote_saves_is_one_answer_a_turn(typed, tmp_path, monkeypatch):
     file = tmp_path / "mine.jsonl"
     options = ["--compare", "--vote", str(tmp_path / "v.jsonl")]
     out = typed("/system Be kind.", "/system ''", "Hi", "1", f"/save {file}", options=options)[1]
-    assert "saved as row 1 of" in out and "note: 1 of the answers are cut" in out
+    assert "saved to" in out and "note: 1 of the answers are cut" in out
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]  # '' is no system turn, as with --system
 
@@ -343,7 +341,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_session_in_a_real_terminal(tmp_path):
     terminal.type("Name three rivers.\r")
     terminal.until(r"rivers\." + SAID)
     terminal.type(KEYS["INT"])
-    assert "^C" not in terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
+    terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
     terminal.type("/save a.jsonl\r")
     terminal.until("training would learn to end there[\\s\\S]*> $")
     terminal.type("\x1b[200~one line\nand another\x1b[201~\r")  # as a terminal pastes
@@ -351,7 +349,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_session_in_a_real_terminal(tmp_path):
     terminal.type(KEYS["INT"])
     terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
     terminal.type("/save a.jsonl\r")
-    terminal.until("row 2 of a.jsonl[\\s\\S]*> $")
+    terminal.until("saved to a.jsonl[\\s\\S]*> $")
     terminal.type(KEYS["EOF"])
     assert terminal.code() == 0
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

@@ -140,7 +140,7 @@ def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     code, out, _ = invoke("env")
     assert code == 0
-    for name in ("system:", "packages:", "GPU:", "attention:", "hub token:", "disk:", "demo:"):
+    for name in ("system:", "packages:", "GPU:", "kernels:", "hub token:", "disk:", "extras:"):
         assert name in out
     assert "secret" not in out and "there is one" in out
 

@@ -63,8 +63,6 @@ def test_what_is_the_machines_fault_is_no_fault_of_ours(invoke, monkeypatch, err
     [
         (["sft", "seed=1"], "from the last checkpoint"),
         (["demo", "--out", "x"], "finished stages are not run again"),
-        (["merge", "--out", "x"], "nothing was left half-written"),
-        (["data", "pairs", "x"], "nothing was left half-written"),
         (["env"], ""),
         (["data", "show"], ""),
         (["sft", "--dry-run"], ""),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.client.test_client import ask_all, records, run
 from zephyr_lite.chat import Chat, load_chat
-from zephyr_lite.client.client import Request, RequestFailed, open_client
+from zephyr_lite.client.client import ModelClient, Request, RequestFailed
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.request_log import Reply
 from zephyr_lite.errors import UserError
@@ -116,7 +116,7 @@ def test_conversations_that_cannot_be_asked_are_gone_past(tmp_path, tiny_base):
 
     replies, totals = run([local(tiny_base)], tmp_path, work)
     assert [type(r) for r in replies] == [Reply, RequestFailed, RequestFailed]
-    assert totals.failures == {"refused by the chat template": 1, "longer than the context": 1}
+    assert totals.failed_tries == {"refused by the chat template": 1, "longer than the context": 1}
     assert totals.lost_tokens == 0
 
 
@@ -164,7 +164,7 @@ def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(t
     monkeypatch.setattr(RowSampler, "choose", slow)
 
     async def main() -> None:
-        async with open_client([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as client:
+        async with ModelClient([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as client:
             task = asyncio.create_task(client.ask(ask("Hi")))
             await asyncio.to_thread(begun.wait)
             assert not task.done()

@@ -8,8 +8,7 @@ import pytest
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.cli import app as cli
-from zephyr_lite.recipe.protect import spans
-from zephyr_lite.recipe.truecase import restore
+from zephyr_lite.recipe.truecase import restore, spans
 
 BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
 

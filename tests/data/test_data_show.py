@@ -17,7 +17,7 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import CHATML, Example, resolve_template
 from zephyr_lite.data.dataset import prepare
-from zephyr_lite.data.preview import example_segments, text_runs, token_reader
+from zephyr_lite.data.preview import example_segments, token_reader
 
 TABLE = re.compile(r"^ *(\d+) +(\d+) +(\d+)  (\S+) +(yes|no) +(yes|no) +(\d+)  (.*)$")
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_shown_is_said(show, tmp_path, chat_rows):
         ((*data, "--from", "3"), "rows.jsonl row 3 was left out: a turn's text contains the control token </s>"),
         ((*data, "--from", "rows.jsonl row 4"), "row 4 was left out: no assistant turn"),
         ((*data, "--from", "30"), "--from 30: no row has this place"),
-        ((*data, "--row", "99"), "row 99: there is 1 packed row."),
+        ((*data, "--row", "99"), "row 99: the number of packed rows is 1."),
         ((*data, "--row", "1", "--from", "1"), "--row and --from"),
         ((*data, "--held-out"), "nothing is held out"),
         (data[1:], "which stage's rows?"),
@@ -192,9 +192,6 @@ def test_the_tokens_bytes_are_the_text(tmp_path):
         assert raw.decode() == before + text
         assert read(tokenizer.eos_token_id) == (b"</s>", True)
         assert not any(read(i)[1] for i in ids)
-        mask = [place % 3 == 0 for place in range(len(ids))]
-        runs = text_runs(tokenizer, ids, mask)
-        assert [supervised for _, supervised in runs] == [place % 2 == 0 for place in range(len(runs))]
     assert token_reader(byte_level)(10**6) == (b"[1000000]", False)
 
 
@@ -227,9 +224,9 @@ def test_characters_in_several_tokens_and_ones_that_cannot_be_seen(tmp_path):
     ids, mask = template.encode(turns)
     (segment,) = example_segments(template, Example(ids, mask, "x row 1", 0), {"messages": turns})
     texts = [token.text for token in segment.tokens]
-    assert "\\xa0=你" in texts  # its last byte
+    assert "\\xa0" in texts  # its last byte
     assert "\\u001b" in texts and "\x1b" not in "".join(texts)
-    assert "\\xae=\\u202e" in texts and "\u202e" not in "".join(texts)
+    assert "\\xae" in texts and "\u202e" not in "".join(texts)
     assert sum(map(len, (t.raw for t in segment.tokens))) == len(template.text_of(turns).encode())
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import CONVERSATIONS
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.options import console
-from zephyr_lite.cli.row_stats import budgets, lengths_of, print_stats, uncut_rows
+from zephyr_lite.cli.row_stats import lengths_of, print_stats, uncut_rows
 from zephyr_lite.cli.rows import TrainedRows, open_rows
 from zephyr_lite.train.steps import step_schedule
 
@@ -75,25 +75,6 @@ def test_lengths_are_those_before_cutting_and_every_cut_row_is_named(tiny_base, 
         (line,) = [line for line in plain(rows, places=places).splitlines() if line.startswith("cut to max_length 128")]
         named = re.findall(rf"{re.escape(str(long_rows))} row \d+", line)
         assert named == list(expected)[: places or None] and line.endswith(", …)") == bool(places)
-
-
-def test_other_budgets_are_what_a_run_with_them_would_have(tiny_base, long_rows, plain):
-    rows = opened("sft", tiny_base, f"dataset={long_rows}", "max_length=128", "batch_size=2")
-    found = budgets(rows, uncut_rows(rows))
-    # within a quarter of it no row has a supervised token
-    assert [b.max_length for b in found] == [64, 128, 256, 512]
-    for budget in found:
-        words = (f"dataset={long_rows}", f"max_length={budget.max_length}", "batch_size=2")
-        run = opened("sft", tiny_base, *words)
-        report = run.data.report
-        beyond = sum(len(w) for reason, w in report.dropped.items() if "within max_length" in reason)
-        assert (budget.left_out, budget.cut, budget.lost) == (beyond, report.cut, report.supervised_lost)
-        assert (budget.rows, budget.fill) == (report.rows, pytest.approx(report.fill))
-        assert budget.steps == step_schedule(run.config, report.rows)[1]
-    assert "128 ←" in plain(rows)
-    # what cuts nothing ends the table
-    whole = opened("sft", tiny_base, f"dataset={long_rows}")
-    assert [b.max_length for b in budgets(whole, whole)] == [512, 1024, 2048]
 
 
 def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path, plain):

@@ -10,6 +10,7 @@ from tests.demo.test_smoke import forked
 from tests.messages import messages_to
 from tests.train.test_train import metrics
 from zephyr_lite.cli.app import run as cli_run
+from zephyr_lite.config.load import words_by_scope
 from zephyr_lite.demo.child import Ended
 from zephyr_lite.demo.reproduce import (
     HEADER,
@@ -18,7 +19,6 @@ from zephyr_lite.demo.reproduce import (
     plan_reproduction,
     row,
     run_reproduction,
-    scopes,
 )
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -95,16 +95,20 @@ def test_a_part_that_fails_or_is_interrupted_is_named(reproduced):
 
 
 def test_keys_go_to_both_stages_or_to_one():
-    assert scopes(["seed=3", "--lora-r", "8", "dpo.beta=0.2", "sft.dataset.path=a.b=c", "dataset.limit=5"]) == {
-        "sft": ["seed=3", "lora-r=8", "dataset.path=a.b=c", "dataset.limit=5"],
-        "dpo": ["seed=3", "lora-r=8", "beta=0.2", "dataset.limit=5"],
+    words = ["seed=3", "--lora-r", "8", "dpo.beta=0.2", "sft.dataset.path=a.b=c", "dataset.limit=5"]
+    assert words_by_scope(words) == {
+        "": ["seed=3", "lora-r=8", "dataset.limit=5"],
+        "sft": ["dataset.path=a.b=c"],
+        "dpo": ["beta=0.2"],
     }
 
 
 def test_wrong_words_are_refused():
     for word in ("output_dir=x", "dpo.adapters=none", "--stage=x"):
-        with pytest.raises(UserError, match="is the recipe's decision"):
+        with pytest.raises(UserError, match="is set by this command"):
             plan_reproduction("overnight", [word])
+    with pytest.raises(UserError, match=r"dpp\.…: there is no such key or stage"):
+        plan_reproduction("overnight", ["dpp.beta=1"])
     with pytest.raises(UserError, match="there is no such recipe") as error:
         plan_reproduction("overnigth")
     assert "overnight, full" in error.value.hint

@@ -233,4 +233,4 @@ def test_the_cache_has_a_variable_and_the_survey_names_it(base, tmp_path, cache,
     mine = tmp_path / "mine" / "quantized"
     assert len(entries(mine)) == 1 and entries(cache) == []
     (finding,) = [f for f in survey() if f.name == "quantized"]
-    assert "1 base" in finding.found and str(mine) in finding.found
+    assert "of quantized bases" in finding.found and str(mine) in finding.found

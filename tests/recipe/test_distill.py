@@ -177,7 +177,6 @@ def test_dialogues_are_ultrachats_and_fill_the_grid(tmp_path: Path) -> None:
     assert Counter((row["topic"], row["kind"]) for row in rows) == {
         (topic, kind): 2 for topic in ("tides", "bread", "clocks") for kind in ("poem", "guide")
     }
-    assert result.lines()[2] == "6 cells of topic and kind, 2 dialogues in each"
     # an assistant that answers sees the dialogue alone, and all of it
     for seen in server.seen:
         if role_of(seen) == "answer":
@@ -292,10 +291,10 @@ def test_near_duplicates_are_replaced_with_any_number_of_requests_at_once(tmp_pa
         second = [seen for seen in server.seen if "asked already" in seen.question]
         other = run(tmp_path, server.url, "other", teacher=f"{server.url}#t,concurrency=16", user=f"{server.url}#u")
         assert {role_of(seen) for seen in server.seen if seen.body["model"] == "u"} == {"opening", "question"}
-    assert len(rows_of(result)) == 12 and set(result.cells.values()) == {2}
+    cells = Counter((row["topic"], row["kind"]) for row in rows_of(result))
+    assert len(cells) == 6 and set(cells.values()) == {2}
     assert result.turned_down == other.turned_down == {NEAR: 11} and result.openings == 12 + 11
     assert len(second) == 11 and all("What is the best way to learn" in seen.question for seen in second)
-    assert result.report()["openings"]["near_duplicates"][0]["earlier"].startswith("What is the best way")
 
 
 # -- seeds and the user ----------------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ def test_seeds_as_openings(tmp_path: Path) -> None:
         assert not any(role_of(seen) == "opening" for seen in server.seen)
     rows = rows_of(result)
     assert [row["prompt"] for row in rows] == [seeds[0], seeds[1], seeds[3]]
-    assert result.turned_down == {NEAR: 1, "no first answer: HTTP 400": 1} and not result.cells
+    assert result.turned_down == {NEAR: 1, "no first answer: HTTP 400": 1}
     assert {(row["topic"], row["kind"]) for row in rows} == {("", "")}
 
 
@@ -379,7 +378,6 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
         part = run(tmp_path, server.url, **limits)
         assert len(server.seen) == 60 and 0 < part.made < 24
         assert part.unreached == 24 - part.made and "larger budget" in part.lines()[-1]
-        assert max(part.cells.values()) - min(part.cells.values()) <= 2
         before = (part.out / "train_sft.jsonl").read_bytes()
         assert run(tmp_path, server.url, **limits).made == part.made and len(server.seen) == 60
         assert (part.out / "train_sft.jsonl").read_bytes() == before

@@ -145,7 +145,6 @@ def test_rows_are_ultrafeedbacks_and_in_the_prompts_order(tmp_path: Path) -> Non
     report = json.loads((Path(config.out) / "report.json").read_text())
     assert report["rows"] == 6 and report["completions"] == {"a": 12, "b": 12}
     assert sum(report["ratings"]["a"]["honesty"]["counts"].values()) == 12
-    assert len(report["mean_rating_by_place"]) == 4
     assert report["spent"]["requests"] == 48 == report["spent"]["replies"]
 
 
@@ -193,8 +192,7 @@ def test_what_the_judge_garbles_is_asked_again_then_not_rated(tmp_path: Path) ->
             assert completion["annotations"]["honesty"] == {"Rating": "N/A", "Rationale": ""}
             others = [int(completion["annotations"][a.name]["Rating"]) for a in ASPECTS if a.name != "honesty"]
             assert completion["fine-grained_score"] == pytest.approx(sum(others) / 3)
-    assert result.report(config)["judge_replies_not_readable_or_failed"] == {"honesty": 2}
-    assert result.totals.asked_again == 4 and result.totals.failures == {"unreadable reply": 2}
+    assert result.report()["failed"] == {"judge, honesty": 2}
 
 
 def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> None:

@@ -60,8 +60,11 @@ def test_prompts_of_a_text_file_are_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("One?\n\n  \nTwo?\nOne?\n", encoding="utf-8")
     found = read_prompts(PromptsSpec(path=str(path)), seed=1)
-    assert [(p.text, p.where) for p in found.prompts] == [("One?", f"{path} line 1"), ("Two?", f"{path} line 4")]
-    assert found.dropped == {"the prompt of an earlier row": [f"{path} line 5"]}
+    assert [(p.text, p.where) for p in found.prompts] == [("One?", f"{path} row 1"), ("Two?", f"{path} row 4")]
+    assert found.dropped == {
+        "an empty prompt": [f"{path} row 2", f"{path} row 3"],
+        "the prompt of an earlier row": [f"{path} row 5"],
+    }
     path.write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(UserError, match="line 2: not UTF-8"):
         read_prompts(PromptsSpec(path=str(path)), seed=1)
@@ -242,7 +245,7 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         ({"models": [f"{URL}#a", f"{URL}#a"]}, "two models are called 'a'"),
         ({"models": [{"url": URL, "model": "a", "key": "sk-1"}]}, r"models\[0\]"),
         ({"models": []}, "at least 1"),
-        ({"judge": 3}, "expected an endpoint"),
+        ({"judge": 3}, "3: no such folder"),
         ({"budget": {"requests": 0}}, "greater than or equal to 1"),
         ({"prompts": {"path": "x", "weight": 2}}, "no key 'prompts.weight'"),
     ],
@@ -281,7 +284,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     claim_folder(tmp_path / "b", "feedback", config)
     claim_folder(tmp_path / "b", "feedback", config)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["config.yaml"]
-    with pytest.raises(UserError, match="one of zephyr-lite feedback"):
+    with pytest.raises(UserError, match="is not a job of zephyr-lite distill"):
         claim_folder(tmp_path / "b", "distill", config)
     # what is written there is taken again as it is
     assert load_settings(FeedbackConfig, str(tmp_path / "b" / "config.yaml"), {}) == config
@@ -313,6 +316,6 @@ def test_a_prompt_that_begins_with_data_is_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
     for name in ("p.txt", "p.jsonl"):
         read = read_prompts(PromptsSpec(path=str(tmp_path / name)), seed=0)
-        assert [prompt.text for prompt in read.prompts] == [*lines[:2], "within"] and not read.dropped
+        assert [prompt.text for prompt in read.prompts] == lines and not read.dropped
     read = read_prompts(PromptsSpec(path=str(tmp_path / "m.jsonl")), seed=0)
     assert [prompt.text for prompt in read.prompts] == ["within"]

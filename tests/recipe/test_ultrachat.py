@@ -251,7 +251,7 @@ def test_errors(raw: Path, tmp_path: Path) -> None:
     for source, target, options, says in [
         (tmp_path / "nothing.jsonl", out, Options(), "no such file"),
         (tmp_path / "broken.jsonl", out, Options(), "line 2"),
-        (tmp_path / "other.jsonl", out, Options(), "found columns text"),
+        (tmp_path / "other.jsonl", out, Options(), "conversations of one kind"),
         (tmp_path / "two", out, Options(), "--split train_sft"),
         (raw, out, Options(decontaminate=(str(tmp_path / "two"),)), "two#train_sft"),
         (raw, tmp_path / "full", Options(), "holds other things"),

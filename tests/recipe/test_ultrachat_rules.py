@@ -6,12 +6,10 @@ import pytest
 import yaml
 
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe import protect, refusals
-from zephyr_lite.recipe.english import ALWAYS, is_english
-from zephyr_lite.recipe.lexicon import Lexicon, count_words
-from zephyr_lite.recipe.protect import spans
+from zephyr_lite.recipe import refusals, truecase
+from zephyr_lite.recipe.lexicon import ALWAYS, Lexicon, count_words, is_english
 from zephyr_lite.recipe.refusals import refusal
-from zephyr_lite.recipe.truecase import changes, is_broken, restore
+from zephyr_lite.recipe.truecase import changes, is_broken, restore, spans
 
 EXAMPLES = yaml.safe_load(Path(__file__).with_name("rule_examples.yaml").read_text(encoding="utf-8"))
 WORDS = ("Anna", "Toulouse", "PyTorch", "iPad", "bank", "white", "house", "may", "May", "rose", "Rose")
@@ -53,7 +51,7 @@ def test_rules_apply_to_their_examples_and_no_others(group, rule):
 
 
 def test_every_rule_has_examples():
-    tables = {"protect": protect.KINDS, "refusals": refusals.REFUSALS}
+    tables = {"protect": truecase.KINDS, "refusals": refusals.REFUSALS}
     assert {group: list(EXAMPLES[group]) for group in tables} == {group: list(table) for group, table in tables.items()}
 
 

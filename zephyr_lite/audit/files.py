@@ -5,40 +5,31 @@ run and nothing is unpickled: ``training_args.bin`` is never opened.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..config.strict_yaml import read_front_matter, read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
 from ..io.text import read_object, read_text, shown
 from ..model.chain import chain_of_run
-from ..model.compose import compose
-from ..model.overlap import inner, overlap, same_name, tuned_from
-from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, LoraWeights, fetch_adapter, read_adapter
+from ..model.overlap import overlap, same_name, tuned_from
+from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, fetch_adapter, read_adapter
 from ..monitor.charts import is_number
 from ..monitor.report import json_lines
 
 LN2 = math.log(2)
 # distance of DPO's first logged loss from ln 2: noise of bfloat16, and the change in a few steps of warm-up
 FIRST_STEP, FIRST_STEPS = 0.02, 0.1
-LOG, TRAINER_LOG = "trainer_state.json", "trainer_log.jsonl"
+LOG = "trainer_state.json"
 # files of a hub adapter that are fetched in addition to its weights and configuration
-BESIDE = [CARD, LOG, TRAINER_LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
-_TOOLS = {  # words of a card, the most specific tool first
-    "LLaMA-Factory": ("llama-factory", "llamafactory"),
-    "Axolotl": ("axolotl",),
-    "Unsloth": ("unsloth",),
-    "torchtune": ("torchtune",),
-    "the alignment handbook": ("alignment-handbook",),
-    "TRL": ("trl",),
-}
+BESIDE = [CARD, LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
 _PREFERENCE = {"dpo", "orpo", "kto", "ipo", "cpo", "simpo"}
 
 
@@ -73,7 +64,7 @@ class Audit:
     """All findings on an adapter.
 
     Attributes:
-        adapter: its folder; tool: the program that wrote it; method: sft, dpo, or None if unknown.
+        adapter: its folder; tool: zephyr-lite, or another tool; method: sft, dpo, or None if unknown.
         numbers: measurements, for the JSON.
     """
 
@@ -112,7 +103,7 @@ class Evidence:
     Attributes:
         adapter: its weights and adapter_config.json.
         stage, info: the stage of a run that it belongs to, and its stage.json (None and {} elsewhere).
-        tool: the program that wrote it; method: sft or dpo, None if unknown.
+        tool: zephyr-lite and its engine, or another tool; method: sft or dpo, None if unknown.
         base: the base that it names.
         tuned_from: the model that its card says it was fine-tuned from.
         settings: config.yaml of the stage.
@@ -123,7 +114,7 @@ class Evidence:
     adapter: AdapterFile
     stage: StageDir | None = None
     info: dict[str, Any] = field(default_factory=dict)
-    tool: str = "an unknown tool (PEFT)"
+    tool: str = "another tool (PEFT)"
     method: str | None = None
     base: str | None = None
     tuned_from: str | None = None
@@ -155,10 +146,10 @@ def gather(name: str) -> Evidence:
     folder = adapter_folder(name)
     found = Evidence(read_adapter(folder))
     found.base = found.adapter.config.get("base_model_name_or_path") or None
-    stage = StageDir(folder.parent)
-    with_tokenizer = [folder, stage.adapter]
+    places, stage = [folder], StageDir(folder.parent)
     info = stage.info() if folder.name in ("adapter", "delta") else None
     if info is not None:
+        places.append(stage.adapter)
         found.stage, found.info, found.tool, found.method = stage, info, "zephyr-lite", info.get("method")
         if info.get("engine", "fused") != "fused":
             found.tool += f" (engine {info['engine']})"
@@ -166,39 +157,21 @@ def gather(name: str) -> Evidence:
         found.settings = read_yaml(stage.config) if stage.config.is_file() else {}
         found.log = json_lines(stage.metrics)
     else:
-        with_tokenizer = [folder]
-        _read_card(found, folder)
-        # trainer_state.json of transformers' Trainer, here or in the newest checkpoint, or LLaMA-Factory's log
-        checkpoints = [path for path in folder.glob(f"checkpoint-*/{LOG}") if path.parent.name[11:].isdigit()]
-        states = [folder / LOG, *sorted(checkpoints, key=lambda path: -int(path.parent.name[11:]))]
-        state = next((path for path in states if path.is_file()), None)
-        found.log = json_lines(folder / TRAINER_LOG)
-        if state is not None:
+        if (folder / CARD).is_file():
+            tags = read_front_matter(read_text(folder / CARD))[0].get("tags")
+            methods = {str(tag).lower() for tag in tags} if isinstance(tags, list) else set()
+            found.method = "dpo" if methods & _PREFERENCE else "sft" if "sft" in methods else None
+        found.tuned_from = tuned_from(folder)
+        # transformers' Trainer writes it here, or in the checkpoints only
+        state = Path(get_last_checkpoint(folder) or folder) / LOG
+        state = folder / LOG if (folder / LOG).is_file() else state
+        if state.is_file():
             found.log = read_object(state, strict=False).get("log_history") or []
         if found.method is None and found.log:
             rewards = any(str(key).endswith("rewards/accuracies") for record in found.log for key in record)
             found.method = "dpo" if rewards else "sft"
-    found.tokenizer_from = next(
-        (place for place in with_tokenizer if (place / "tokenizer_config.json").is_file()), None
-    )
+    found.tokenizer_from = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
     return found
-
-
-def _read_card(found: Evidence, folder: Path) -> None:
-    """Tool, method and origin, as the README.md of an adapter of another tool names them."""
-    if not (folder / CARD).is_file():
-        return
-    front, body = read_front_matter(read_text(folder / CARD))
-    tags = front.get("tags")
-    words = [str(tag).lower() for tag in tags] if isinstance(tags, list) else []
-    words += [str(front.get("library_name", "")).lower(), str(front.get("base_model", "")).lower()]
-    for tool, names in _TOOLS.items():
-        if any(name in word for name in names for word in words) or any(f"/{name}" in body.lower() for name in names):
-            found.tool = tool
-            break
-    methods = {word.removeprefix("trl-") for word in words}
-    found.method = "dpo" if methods & _PREFERENCE else "sft" if "sft" in methods else None
-    found.tuned_from = tuned_from(folder)
 
 
 def adapter_folder(name: str) -> Path:
@@ -225,7 +198,7 @@ def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: Adapter
     Args:
         below: adapters that are claimed to be below it; start: the adapter that it is claimed to be continued from.
     """
-    modules = [evidence.adapter.modules[name] for name in evidence.adapter.modules]
+    modules = list(evidence.adapter.modules.values())
     untrained = sum(not bool(weights.b.any()) for weights in modules)
     ranks = ", ".join(map(str, sorted({weights.rank for weights in modules})))
     scales = ", ".join(f"{scale:g}" for scale in sorted({round(weights.scale, 6) for weights in modules}))
@@ -265,8 +238,7 @@ def _check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit)
             text = f"it was continued from {adapter.path} and contains it; with that below it, it would count twice"
             audit.wrong("below", text, found.evidence, advice=f"Give it as --start {adapter.path} instead of --below.")
         else:
-            seed = ", though both were drawn with the same seed" if found.same_draw else ""
-            audit.right("below", f"it does not contain {adapter.path}{seed}: both can be on", found.evidence)
+            audit.right("below", f"it does not contain {adapter.path}: both can be on", found.evidence)
 
 
 def _check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
@@ -279,18 +251,15 @@ def _check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
             audit.right("below", f"it contains {start.path}, as its stage.json says")
         return
     found = overlap(evidence.adapter, start)
-    if found.contains and found.same_draw is not None:
+    if found.contains:
         audit.right("below", f"it was continued from {start.path}, and contains it", found.evidence)
-        return
-    why = "it was drawn with the same seed" if found.same_draw else "it has another initialization"
-    if found.same_draw is None:
-        why = "other modules, or another rank"
-    advice = "If that one was below it in training, give it as --below."
-    audit.wrong("below", f"it was not continued from {start.path}: {why}", found.evidence, advice=advice)
+    else:
+        advice = "If that one was below it in training, give it as --below."
+        audit.wrong("below", f"it was not continued from {start.path}", found.evidence, advice=advice)
 
 
 def _check_chain(evidence: Evidence, stage: StageDir, below: Sequence[AdapterFile], audit: Audit) -> None:
-    """Whether the adapter of a stage is the chain that its stage.json names."""
+    """Whether the chain that a stage's stage.json names is complete and unchanged."""
     names = [str(link.get("path")) for link in evidence.links]
     where = f"{stage.path}/stage.json: adapters {names or 'none'}"
     if evidence.is_delta:
@@ -301,19 +270,13 @@ def _check_chain(evidence: Evidence, stage: StageDir, below: Sequence[AdapterFil
         text = f"it contains {adapter.path}; with that below it, it would count twice"
         audit.wrong("below", text, advice="Leave --below out.")
     try:
-        chain = chain_of_run(stage.run, stage=stage.path.name)
+        chain_of_run(stage.run, stage=stage.path.name)
     except UserError as error:
         text = f"the chain that it was made of is incomplete: {error.message}"
         audit.doubtful("below", text, where, advice=error.hint)
         return
-    distance = product_distance(evidence.adapter.modules, compose(chain.adapters))
-    facts = f"‖adapter − composed chain‖ / ‖composed chain‖ = {distance:.1e}"
-    if distance < 1e-5:
-        parts = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
-        audit.right("below", f"{parts}: it belongs on the bare base", where, facts)
-    else:
-        advice = "Restore the stage, or make the adapter again: zephyr-lite merge --adapter-only."
-        audit.wrong("below", "it is not the chain that its stage.json names", where, facts, advice=advice)
+    parts = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
+    audit.right("below", f"{parts}: it belongs on the bare base", where)
 
 
 def _check_log(evidence: Evidence, audit: Audit) -> None:
@@ -322,7 +285,7 @@ def _check_log(evidence: Evidence, audit: Audit) -> None:
     if first is None:
         audit.note("reference", "its folder has no training log, so its first loss is unknown")
         return
-    loss, step = float(first["loss"]), first.get("step", first.get("current_steps"))
+    loss, step = float(first["loss"]), first.get("step")
     at_first = is_number(step) and step <= 1
     at = f"step {step:g}" if is_number(step) else "the first record"
     facts = [f"loss at {at} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
@@ -342,18 +305,3 @@ def _check_log(evidence: Evidence, audit: Audit) -> None:
         *facts,
         advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
     )
-
-
-def product_distance(one: Mapping[str, LoraWeights], other: Mapping[str, LoraWeights]) -> float:
-    """‖ΔW − ΔW'‖ / ‖ΔW'‖ over all modules of two adapters, through r × r inner products."""
-    apart = total = 0.0
-    for name in {*one, *other}:
-        x, y = one.get(name), other.get(name)
-        if x is not None and y is not None and x.a.shape == y.a.shape and torch.equal(x.a, y.a):
-            # with the same A the difference of B is exact
-            d = LoraWeights(x.a, (x.b.double() * x.scale - y.b.double() * y.scale), 1.0)
-            apart += inner(d, d)
-        else:
-            apart += max(0.0, inner(x, x) - 2 * inner(x, y) + inner(y, y))
-        total += inner(y, y)
-    return math.sqrt(apart / total) if total else math.inf

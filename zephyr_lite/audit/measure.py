@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..evaluate.likelihood import row_logps
 from ..model.decoder import Decoder
 from ..model.loaded import LoadedModel
-from .files import LN2, Audit
+from .files import LN2, Audit, Level
 
 Messages = list[dict[str, str]]
 MICRO_TOKENS = 2048
@@ -202,9 +202,11 @@ def check_pairs(
     elif abs(result["loss"] - LN2) <= 1e-6:
         found.right("reference", f"step 0 is ln 2 against {label}", *facts)
     else:
-        text = f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): "
+        text = (
+            f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): training started from another model"
+        )
         advice = "Train it again with the policy's start as the reference (zephyr-lite dpo does)."
-        found.wrong("reference", text + "training did not start from its reference", *facts, advice=advice)
+        found.wrong("reference", text, *facts, advice=advice)
     if found.method == "dpo" and result["accuracy"] + 2 * result["accuracy_error"] < 0.5:
         advice = "Another reference, other pairs, or swapped columns."
         found.doubtful("reference", "against that reference it prefers the rejected answers", advice=advice)
@@ -212,38 +214,27 @@ def check_pairs(
 
 def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> str:
     """The name of the template to measure with: its own, or the one that fits best."""
-    texts: dict[str, str] = {}
+    texts: list[str] = []
     sums: dict[str, tuple[RowSums, RowSums]] = {}  # with the adapter, and below it
     for name, template in templates.items():
-        examples = examples_of(template, [_QUESTION, *rows])[1:]
-        if not examples:
-            continue
-        text = template.text_of(_QUESTION)
-        if text in texts.values():
-            if name == "base" and texts.get("own") == text:
-                found.right("template", "its chat template writes what the base's does")
-            continue
-        texts[name] = text
-        ends = template.end_token_ids
-        sums[name] = row_sums(live.decoder("policy"), examples, ends), row_sums(live.decoder("below"), examples, ends)
+        examples, text = examples_of(template, [_QUESTION, *rows])[1:], template.text_of(_QUESTION)
+        if examples and text not in texts:
+            texts.append(text)
+            sums[name] = _with_and_below(live, examples, template)
     if not sums:
         raise UserError(
             "no chat template can render these conversations.", "Name others with --rows or --chat-template."
         )
-    if "own" in texts and "base" in texts:
-        shown = [f"{name} {texts[name]!r}" for name in ("own", "base")]
-        found.note("template", "its chat template differs from the base's", *shown)
     found.numbers["templates"] = {name: {"loss": s.loss, "below": below.loss} for name, (s, below) in sums.items()}
     facts = tuple(f"{name}: {s.loss:.4f} nats a token (below it {below.loss:.4f})" for name, (s, below) in sums.items())
     best = min(sums, key=lambda name: sums[name][0].loss)
     if "own" not in sums:
         found.note("template", f"of the known templates {best} fits it best", *facts)
         return best
-    (of, of_below), (own, own_below) = sums[best], sums["own"]
-    if best != "own" and len(of.text) == len(own.text):
+    if best != "own" and len(sums[best][0].text) == len(sums["own"][0].text):
         # the template of training is the one with which the adapter gained most
-        change = gap(of, own, (of_below, own_below))
-        if change.clear and change.mean > OTHER_TEMPLATE and gap(of, own).clear:
+        better, change = _gaps(sums[best], sums["own"])
+        if change.clear and change.mean > OTHER_TEMPLATE and better.clear:
             found.doubtful(
                 "template",
                 f"it answers better under the template {best} than under its own: it was probably trained with that",
@@ -252,41 +243,39 @@ def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows:
                 advice=f"Compare the two; --chat-template {best} measures everything under that one.",
             )
             return "own"
-    text = "no other template fits it better than its own"
-    if best != "own":
-        text = f"no clear sign of another template than its own, although {best} has the lower loss"
-    found.right("template", text, *facts)
+    found.right("template", "no other template fits it clearly better than its own", *facts)
     return "own"
 
 
+def _with_and_below(live: LoadedModel, examples: list[Example], template: ChatTemplate) -> tuple[RowSums, RowSums]:
+    """The sums with the adapter, and below it."""
+    policy, below = (row_sums(live.decoder(model), examples, template.end_token_ids) for model in ("policy", "below"))
+    return policy, below
+
+
+def _gaps(of: tuple[RowSums, RowSums], own: tuple[RowSums, RowSums]) -> tuple[Gap, Gap]:
+    """By how much the adapter does better on changed rows than on its own, and by how much it changed that difference."""
+    return gap(of[0], own[0]), gap(of[0], own[0], (of[1], own[1]))
+
+
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
-    """Whether conversations show that adapters belong below it."""
+    """Whether conversations show that adapters belong below it: against it alone if some are given, else the bare base."""
     first = {id(s): model for model, s in reversed(sums.items())}  # the first name of models that are the same
     facts = [f"{_MODELS[model]}: {s.loss:.4f} nats a token" for model, s in sums.items() if first[id(s)] == model]
-    base, policy, alone = sums["base"], sums["policy"], sums.get("alone")
-    if alone is not None:
-        lost = gap(policy, alone)
-        if lost.clear:
-            found.right("below", "on the bare base it does worse than on the adapters below it", *facts, f"by {lost}")
-        elif gap(alone, policy).clear:
-            text = "it does better on the bare base: the adapters given with --below probably were not below it"
-            found.doubtful("below", text, *facts, advice="Leave --below out, or name another.")
-        else:
-            found.note("below", "these conversations do not show whether an adapter was below it", *facts)
-        return
-    worse = gap(base, policy)
-    if worse.clear and found.method == "sft":
-        text = "with it conversations become less likely than on the bare base"
-        advice = "Is this its base? Does an adapter belong below it (--below)?"
-        found.doubtful("below", text, *facts, f"by {worse}", advice=advice)
-    elif worse.clear:
-        text = "with it conversations become less likely than on the bare base, as DPO may do"
-        found.note("below", text, *facts, f"by {worse}")
-    elif gap(policy, base).clear:
-        found.right("below", "it makes conversations likelier than the bare base does", *facts)
+    other = "alone" if "alone" in sums else "base"
+    gain, loss = gap(sums["policy"], sums[other]), gap(sums[other], sums["policy"])
+    where = f"{'on the adapters below it' if other == 'alone' else 'with it'} than with {_MODELS[other]}"
+    advice = "Is this its base? Name the adapters that belong below it with --below, and no others."
+    if gain.clear:
+        found.right("below", f"conversations are likelier {where}", *facts, f"by {gain}")
+    elif loss.clear:
+        # DPO may make them less likely
+        level = Level.doubtful if other == "alone" or found.method == "sft" else Level.note
+        found.add(level, "below", f"conversations are less likely {where}", *facts, f"by {loss}", advice=advice)
     else:
-        text = "with it these conversations are neither clearly likelier nor less likely than on the bare base"
-        found.note("below", text, *facts, advice="Does an adapter belong below it (--below)?")
+        found.note(
+            "below", f"conversations are neither clearly likelier nor less likely {where}", *facts, advice=advice
+        )
 
 
 def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None:
@@ -296,17 +285,18 @@ def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -
         found.note("end", "no answer of these conversations ended within the measured tokens")
         return
     names = ", ".join(template.tokenizer.convert_ids_to_tokens(template.end_token_ids))
-    facts = [f"median probability of {names} after an answer: {policy:.3f}; on the bare base {base:.3f}"]
+    facts = f"median probability of {names} after an answer: {policy:.3f}; on the bare base {base:.3f}"
     if policy >= HARDLY:
-        found.right("end", "it ends its answers", *facts)
-    elif policy >= NEVER:
-        found.doubtful("end", "it has hardly learned to end an answer", *facts)
-    else:
-        if template.tokenizer.pad_token_id in template.end_token_ids:
-            facts.append("the pad token is the end token: a collator that masks padding masks every end, too")
-        advice = "Does an adapter belong below it (--below)? Else train again with the end token supervised."
-        text = "it never learned to end an answer: generation runs until it is cut off"
-        found.wrong("end", text, *facts, advice=advice)
+        found.right("end", "it ends its answers", facts)
+        return
+    found.add(
+        Level.doubtful if policy >= NEVER else Level.wrong,
+        "end",
+        "it has hardly learned to end an answer: generation runs until it is cut off",
+        facts,
+        advice="Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
+        "masks the pad token masks every end if that is the pad token.",
+    )
 
 
 def _check_bos(
@@ -325,8 +315,7 @@ def _check_bos(
     facts, better_by = [], {}
     for count in {0, 1, 2} - {right}:
         changed = [with_bos(example, bos, count) for example in examples]
-        policy, below = (row_sums(live.decoder(m), changed, template.end_token_ids) for m in ("policy", "below"))
-        change, better = gap(policy, sums["policy"], (below, sums["below"])), gap(policy, sums["policy"])
+        better, change = _gaps(_with_and_below(live, changed, template), (sums["policy"], sums["below"]))
         facts.append(f"BOS {count} times instead of {right}: {better} (changed by the adapter: {change})")
         if change.clear and better.clear:
             better_by[count] = better.mean

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import NEEDED_TOKENS, TEMPLATES, ChatTemplate, resolve_template
+from ..data.chat_template import TEMPLATES, ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
 from ..demo import CONVERSATIONS_TEST
@@ -30,7 +30,7 @@ def audit(
     adapter: str,
     *,
     base: str | None = None,
-    below: Sequence[str] = (),
+    below: Sequence[str] | None = None,
     start: str | None = None,
     reference: str = "start",
     rows: str | None = None,
@@ -69,7 +69,7 @@ def audit(
         raise UserError(f"--beta {beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
     evidence = gather(adapter)
     found = Audit(str(evidence.adapter.path), evidence.tool, evidence.method)
-    lower = [read_adapter(adapter_folder(name)) for name in below]
+    lower = [read_adapter(adapter_folder(name)) for name in below or ()]
     starts = [read_adapter(adapter_folder(start))] if start else []
     claimed = [] if reference in ("start", "base") or files_only else [read_adapter(adapter_folder(reference))]
     check_files(evidence, lower, starts[0] if starts else None, found)
@@ -185,10 +185,8 @@ def _templates(evidence: Evidence, base: Base, chosen: str | None, found: Audit)
         advice = "See below which one fits, and save it with the tokenizer."
         found.doubtful("template", f"{folder}: no chat template was saved with it", advice=advice)
     for name in TEMPLATES:
-        fresh = load_tokenizer(folder)  # resolve_template sets the template on the tokenizer
-        if set(NEEDED_TOKENS[name]) <= set(fresh.get_vocab()):
-            with suppress(UserError):  # it cannot be written with this tokenizer, so it was not trained with it
-                result[name] = resolve_template(name, fresh)
+        with suppress(UserError):  # it cannot be written with this tokenizer, so it was not trained with it
+            result[name] = resolve_template(name, load_tokenizer(folder))
     plain = load_tokenizer(base.path)
     if plain.chat_template:
         with suppress(UserError):
@@ -198,13 +196,8 @@ def _templates(evidence: Evidence, base: Base, chosen: str | None, found: Audit)
 
 def _rows(rows: str | None, limit: int, evidence: Evidence) -> list[Messages]:
     """The named conversations; else the held-out ones of its SFT stage; else the demo's."""
-    specs = [DatasetSpec(path=rows or str(CONVERSATIONS_TEST), limit=limit)]
+    spec = DatasetSpec(path=rows or str(CONVERSATIONS_TEST))
     if rows is None and evidence.method == "sft" and evidence.settings.get("eval_dataset"):
-        try:
-            own = RunConfig.model_validate(evidence.settings).eval_dataset[:1]
-            specs = [spec.model_copy(update={"limit": limit}) for spec in own]
-            return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
-        except (UserError, OSError, ValueError) as error:
-            logger.warning("its own held-out rows cannot be read (%s); taking the demo's", error)
-            specs = [DatasetSpec(path=str(CONVERSATIONS_TEST), limit=limit)]
-    return [row["messages"] for row in load_rows(specs, "sft", seed=0).values()]
+        spec = DatasetSpec(**evidence.settings["eval_dataset"][0])
+    chosen = spec.model_copy(update={"limit": limit})
+    return [row["messages"] for row in load_rows([chosen], "sft", seed=0).values()]

@@ -26,7 +26,7 @@ from ..model.sampling import RowSampler, Sampling
 Message = dict[str, str]
 Prompt = Sequence[int] | np.ndarray
 
-PREFILL = 512  # tokens of a prompt per forward pass: a long prompt can be interrupted, and its mask stays small
+PREFILL = 512  # tokens of a prompt per forward pass: activations and mask stay small
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Streamer:
             prompts: of each row, [P_i] ids.
             rows: the settings of each answer.
             on_token: called with (row, token) as soon as it is drawn, but not with end tokens.
-            stop: called before every token, and between pieces of a long prompt.
+            stop: called before every token.
 
         Raises:
             UserError: the model computes NaN.
@@ -204,9 +204,12 @@ class Streamer:
         try:
             with torch.inference_mode(), self._chat.stack.by_row(self._adapters):
                 tokens, positions, mask, kept = self._begin(ids, min(ends))
-                logits = self._prefill(tokens, positions, mask, stop)
+                for start in range(0, tokens.shape[1], PREFILL):
+                    piece = slice(start, start + PREFILL)
+                    seen = mask[:, : kept + piece.stop]
+                    logits = self._forward(tokens[:, piece], positions[:, piece], seen)
                 positions = positions[:, -1:]
-                while logits is not None:
+                while not stop():
                     chosen = sampler.choose(logits).tolist()
                     for row, token in enumerate(chosen):
                         if finish[row] is not None:
@@ -218,7 +221,7 @@ class Streamer:
                         on_token(row, token)
                         if len(answers[row]) >= rows[row].max_new_tokens:
                             finish[row] = "length"
-                    if all(finish) or stop():
+                    if all(finish):
                         break
                     positions = positions + 1
                     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -226,10 +229,8 @@ class Streamer:
         except BaseException:
             self.forget()  # after an interrupt some layers can be a token ahead of others
             raise
-        if logits is None:
-            self.forget()
-        else:
-            self._ids = ids[0] + answers[0][:-1]  # the last token was not fed back
+        # the cache may be one token shorter, whose keys are then computed again
+        self._ids = (ids[0] + answers[0])[: self._past.get_seq_length()]
         return [
             Drawn(self._chat.decode(answer).strip(), answer, end or "interrupted", len(prompt), kept)
             for answer, end, prompt in zip(answers, finish, ids)
@@ -261,17 +262,6 @@ class Streamer:
         device = self._chat.device
         return tokens.to(device), positions.to(device), mask.to(device), kept
 
-    def _prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor, stop: Callable[[], bool]) -> Tensor | None:
-        """Logits [rows, vocab] after the tokens; None if ``stop`` ended it."""
-        width, before = tokens.shape[1], mask.shape[1] - tokens.shape[1]
-        logits = None
-        for start in range(0, width, PREFILL):
-            if stop():
-                return None
-            end = min(start + PREFILL, width)
-            logits = self._forward(tokens[:, start:end], positions[:, start:end], mask[:, : before + end])
-        return logits
-
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Logits [rows, vocab] float32 after the last of the tokens [rows, n]."""
         given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
@@ -289,36 +279,3 @@ class Streamer:
                 "Its weights or an adapter's are damaged, or too large for the data type.",
             )
         return logits
-
-
-class TextStream:
-    """Tokens to text as they come. The pieces together are the decoded answer without surrounding white space.
-
-    Args:
-        decode: ids → text, without special tokens.
-    """
-
-    HELD = 8  # a character has four bytes at most: after so many tokens without text the bytes are no character
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._tokens: list[int] = []
-        self._shown, self._done = "", 0  # the text given out, and the number of its tokens
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; often empty, since a character's bytes may span several tokens."""
-        self._tokens.append(token)
-        return self._next(last=len(self._tokens) - self._done >= self.HELD)
-
-    def finish(self) -> str:
-        """The text that was held back."""
-        return self._next(last=True)
-
-    def _next(self, last: bool) -> str:
-        text = self._decode(self._tokens).strip()
-        if text.endswith("\ufffd") and not last:  # an incomplete character
-            return ""
-        piece = text[len(self._shown) :]
-        if piece:
-            self._shown, self._done = text, len(self._tokens)
-        return piece

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import signal
 import sys
-import termios
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -70,7 +68,6 @@ class Repl:
 
     def __init__(self, session: Session, console: Any, compare: bool, ballot: Ballot | None) -> None:
         self.session, self._console, self._compare, self._ballot = session, console, compare, ballot
-        self._saved: tuple[Path, list[Any]] | None = None
 
     def run(self) -> None:
         """Run until Ctrl-D, /exit, or Ctrl-C twice.
@@ -143,18 +140,15 @@ class Repl:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def _ask(self, question: str | None) -> None:
-        """Ask a question; None: ask the last one again."""
+    def _ask(self, question: str, again: bool = False) -> None:
+        """Ask a question, or the last one again."""
         session, out = self.session, self._console.out
-        before = [list(column.turns) for column in session.columns]
-        titles = self._titles(question or before[0][-1][0])
+        before, titles = session.turns, self._titles(question)
 
         def draw(on_text: Callable[[int, str], None]) -> list[Drawn]:
-            if question is None:
-                return session.retry(on_text, lambda: stop.name is not None)
-            return session.ask(question, on_text, lambda: stop.name is not None)
+            return session.ask(question, on_text, lambda: stop.name is not None, again)
 
-        with StopRequest(None) as stop, _no_echo():
+        with StopRequest(None) as stop:
             started = time.monotonic()
             try:
                 if self._compare:
@@ -176,11 +170,12 @@ class Repl:
         if stop.name not in (None, "SIGINT"):
             raise Interrupted(f"{stop.name}: the session ended")
         if self._ballot is not None and any(answer.finish == "interrupted" for answer in answers):
-            session.restore(before)
+            if session.turns and session.columns[0].turns[-1][1] is answers[0]:
+                session.undo()
             self._note("stopped: the question is taken back, without a vote")
         elif self._ballot is not None:
             self._vote(self._ballot, list(titles), answers)
-        elif session.turns <= len(before[0]) and question is not None:
+        elif session.turns == before and not again:
             self._note("stopped before there was an answer: the question is taken back")
 
     def _titles(self, question: str) -> dict[int, str]:
@@ -192,16 +187,16 @@ class Repl:
         return {column: f"Answer {place}" for place, column in enumerate(order, 1)}
 
     def _growing(self, titles: dict[int, str], draw: Callable[..., list[Drawn]]) -> list[Drawn]:
-        """Draw several answers, and show as much of their ends as the terminal has room for."""
+        """Draw several answers, and show their ends while they grow: about as much as the terminal has room for."""
         out, texts, shown = self._console.out, dict.fromkeys(titles, ""), 0.0
+        room = out.width * max(1, out.height - 8) // (2 * len(titles))  # characters; half of a line is often empty
 
         def grow(column: int, piece: str) -> None:
             nonlocal shown
             texts[column] += piece
             if time.monotonic() - shown >= REFRESH:
-                height = out.size.height - 2
-                view = side_by_side(self._console, [*titles.values()], [*texts.values()], height=height)
-                live.update(view, refresh=True)
+                tails = [text[-room:] for text in texts.values()]
+                live.update(side_by_side(self._console, [*titles.values()], tails), refresh=True)
                 shown = time.monotonic()
 
         with Live(console=out, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
@@ -267,8 +262,7 @@ class Repl:
         if chain is not None and chain.run is not None:
             words.append(f"output_dir={chain.run}")
             if (chain.run / "dpo").exists():  # a finished stage is not run again
-                names = ("voted" if number == 1 else f"voted{number}" for number in itertools.count(1))
-                words.append(f"stage={next(name for name in names if not (chain.run / name).exists())}")
+                words.append("stage=voted")
         self._console.say(f"Next: {shlex.join(['zephyr-lite', 'dpo', *words])}")
 
     # -- commands --------------------------------------------------------------------------------------------------
@@ -329,11 +323,9 @@ class Repl:
         self._note(f"taken back: {short(question, 60)}{votes}")
 
     def _do_retry(self, text: str) -> None:
-        if not self.session.turns:
-            raise UserError("nothing was asked yet.")
         if self.session.settings.temperature == 0:
             self._note("temperature 0 gives the same answer again; /temperature 0.7 would not")
-        self._ask(None)
+        self._ask(self.session.last_question(), again=True)
 
     def _do_reset(self, text: str) -> None:
         self.session.reset()
@@ -355,13 +347,9 @@ class Repl:
         rows, columns = self.session.rows(), self.session.columns
         if self._ballot is not None:  # all hold the answers that were liked
             rows, columns = [{"messages": rows[0]["messages"]}], columns[:1]
-        there = check_file(path, "sft", "/save")
-        if self._saved == (path.resolve(), rows) and there:
-            raise UserError(f"this conversation is in {path} already.", "Say more first.")
+        check_file(path, "messages", "/save")
         append_rows(path, rows)
-        self._saved = (path.resolve(), rows)
-        count = f"row {there + 1}" if len(rows) == 1 else f"rows {there + 1} to {there + len(rows)}"
-        self._note(f"saved as {count} of {path}")
+        self._note(f"saved to {path}")
         if cut := sum(answer.finish != "stop" for column in columns for _, answer in column.turns):
             self._note(f"note: {cut} of the answers are cut; training would learn to end there")
 
@@ -376,19 +364,12 @@ class Repl:
 
 
 def side_by_side(
-    console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = (), height: int | None = None
+    console: Any, titles: Sequence[str], texts: Sequence[str], notes: Sequence[str] = ()
 ) -> RenderableType:
-    """Answers side by side, or one below the other in a narrow terminal; with a height only their last lines."""
+    """Answers side by side, or one below the other in a narrow terminal."""
     out, count = console.out, len(titles)
     wide = out.width >= count * (NARROWEST + 3) + 1
-    inner = (out.width - 3 * count - 1) // count if wide else out.width - 4
-    lines = None if height is None else max(1, height - 4 if wide else height // count - 2)
-    cells = []
-    for text in texts:
-        # the last lines are made of the last characters: a long answer is not wrapped again for every update
-        cell = console.text(text if lines is None else text[-(lines + 1) * inner :])
-        cell.overflow = "fold"
-        cells.append(cell if lines is None else Text("\n").join(cell.wrap(out, inner)[-lines:]))
+    cells = [console.text(text) for text in texts]
     for cell, note in zip(cells, notes):
         if note:
             cell.append(f"\n({note})" if cell.plain else f"({note})", style="dim")
@@ -414,18 +395,3 @@ def ended(answer: Drawn) -> str:
 
 def _end(number: int, frame: Any) -> None:
     raise Interrupted("SIGTERM: the session ended")
-
-
-@contextmanager
-def _no_echo() -> Iterator[None]:
-    """Within, the terminal does not echo typed keys (^C above all) into the answers."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

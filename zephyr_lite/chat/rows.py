@@ -9,46 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.formats import Method, RowError, detect, normalise
 from ..errors import UserError
 from ..io.atomic import append_line, sync_file
 from .generate import Drawn, Message
 
 
-def check_file(path: Path, method: Method, option: str) -> int:
-    """Check that rows may be added to a file: it does not exist, or its first row is of this kind.
+def check_file(path: Path, column: str, option: str) -> None:
+    """Check that rows may be added to a file.
 
     Args:
-        method: sft: conversations; dpo: preference pairs.
+        column: what each row has: "messages" (conversations) or "chosen" (preference pairs).
         option: what names the file, for messages.
 
-    Returns:
-        its number of lines.
-
     Raises:
-        UserError: its folder is missing, it is not JSONL, or its rows are of another kind.
+        UserError: its folder is missing, it is not JSONL, or its first row has no such column.
     """
     if path.suffix.lower() != ".jsonl":
         raise UserError(f"{option} {path}: training reads such rows from a .jsonl file.", f"Name it {path.stem}.jsonl.")
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}.", "Make it first.")
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
-        return 0
-    try:
-        row = json.loads(first)
-        if not isinstance(row, dict):
-            raise ValueError
-        detect(list(row), method, str(path))
-        normalise(row, method)
-    except ValueError:
-        raise UserError(f"{option} {path}: its first line is not a JSON object.", "Choose another file.") from None
-    except UserError as error:
-        raise UserError(f"{option} {error.message}", "Choose another file.") from None
-    except RowError as error:
-        raise UserError(f"{option} {path} row 1: {error}.", "Choose another file.") from None
-    return len(lines)
+    first = path.open(encoding="utf-8", errors="replace").readline() if path.exists() else ""
+    if first and f'"{column}"' not in first:
+        raise UserError(f"{option} {path}: its first row has no {column}.", "Choose another file.")
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -79,7 +61,7 @@ class Ballot:
 
     def __init__(self, path: Path, seed: int, source: str) -> None:
         self.path, self._seed, self._source = path, seed, source
-        self.before = check_file(path, "dpo", "--vote")
+        check_file(path, "chosen", "--vote")
         self.likes: Counter[str] = Counter()
         self.ties = self.skipped = self.pairs = 0
 
@@ -88,9 +70,9 @@ class Ballot:
         return sum(self.likes.values()) + self.ties
 
     def order(self, question: str, turn: int, models: int) -> list[int]:
-        """The model shown at each place: a function of the seed, the file's length, the turn and the question."""
+        """The model shown at each place: a function of the seed, the turn and the question."""
         places = list(range(models))
-        random.Random(f"{self._seed} {self.before} {turn} {question}").shuffle(places)
+        random.Random(f"{self._seed} {turn} {question}").shuffle(places)
         return places
 
     def best(self, prompt: list[Message], models: Sequence[str], answers: Sequence[Drawn], liked: int) -> int:

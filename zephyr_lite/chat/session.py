@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import shown
 from ..model.sampling import Sampling
-from .generate import Chat, Drawn, Message, Streamer, TextStream
+from .generate import Chat, Drawn, Message, Streamer
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,10 @@ class Column:
     model: str
     turns: list[tuple[str, Drawn]] = field(default_factory=list)
 
-    def messages(self, system: str | None, question: str | None = None) -> list[Message]:
+    def messages(self, system: str | None, question: str | None = None, turns: int | None = None) -> list[Message]:
+        """The conversation (its first ``turns`` turns), and then a question."""
         found = [{"role": "system", "content": system}] if system else []
-        for asked, answer in self.turns:
+        for asked, answer in self.turns[:turns]:
             found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer.text}]
         return found + ([{"role": "user", "content": question}] if question is not None else [])
 
@@ -150,73 +151,66 @@ class Session:
         question: str,
         on_text: OnText = lambda column, piece: None,
         stop: Callable[[], bool] = lambda: False,
-        attempt: int = 0,
+        again: bool = False,
     ) -> list[Drawn]:
         """Ask every model, in one batch, and keep the answers.
 
-        An interrupted answer is kept as far as it was drawn; if a model had answered nothing yet, the question is taken back.
+        An interrupted answer is kept as far as it was drawn; if a model had answered nothing yet, nothing is kept.
 
         Args:
             question: the user's turn.
-            on_text: called with (column, piece of text) as answers come.
+            on_text: called with (column, piece of text) as answers come. The pieces together are the answer.
             stop: called at every token; True ends all answers.
-            attempt: another number gives other draws.
+            again: the question is the last one: its answers are replaced by other draws.
 
         Raises:
             UserError: the template refuses the conversation, or it is longer than the context. Nothing is kept then.
         """
         if not question.strip():
             raise UserError("the question is empty.", "Write something.")
-        how = self.settings
-        prompts = [self.prompt_ids(column.messages(how.system, question)) for column in self.columns]
+        how, before = self.settings, self.turns - again
+        attempt = self._attempt + 1 if again else 0
+        prompts = [self.prompt_ids(column.messages(how.system, question, before)) for column in self.columns]
         rooms = [self.room(len(ids)) for ids in prompts]
-        seed = how.seed * 1_000_003 + self.turns * 1_009 + attempt
+        seed = how.seed * 1_000_003 + before * 1_009 + attempt
         rows = [Sampling(room, how.temperature, how.top_p, seed) for room in rooms]
-        streams = [TextStream(self.chat.decode) for _ in self.columns]
+        tokens: list[list[int]] = [[] for _ in self.columns]
+        shown = [""] * len(tokens)
 
-        def show(row: int, piece: str) -> None:
+        def show(row: int, text: str) -> None:
+            piece, shown[row] = text[len(shown[row]) :], text
             if piece:
                 on_text(row, piece)
 
-        answers = self._streamer.draw(prompts, rows, lambda row, token: show(row, streams[row].push(token)), stop)
-        for row, stream in enumerate(streams):
-            show(row, stream.finish())
-            if answers[row].finish == "length" and rooms[row] < how.max_new_tokens:
-                answers[row] = replace(answers[row], finish="context")
+        def on_token(row: int, token: int) -> None:
+            tokens[row].append(token)
+            text = self.chat.decode(tokens[row]).strip()
+            if not text.endswith("\ufffd"):  # some bytes of a character, whose others are in the next tokens
+                show(row, text)
+
+        answers = self._streamer.draw(prompts, rows, on_token, stop)
+        for row, answer in enumerate(answers):
+            show(row, answer.text)
+            if answer.finish == "length" and rooms[row] < how.max_new_tokens:
+                answers[row] = replace(answer, finish="context")
         if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
             for column, answer in zip(self.columns, answers):
-                column.turns.append((question, answer))
+                column.turns[before:] = [(question, answer)]
             self._attempt = attempt
         return answers
 
-    def undo(self) -> str:
-        """Take back the last question, which is returned, and its answers; raises UserError if there is none."""
-        if not self.turns:
-            raise UserError("there is nothing to take back.")
-        questions = [column.turns.pop()[0] for column in self.columns]
-        return questions[0]
-
-    def retry(
-        self, on_text: OnText = lambda column, piece: None, stop: Callable[[], bool] = lambda: False
-    ) -> list[Drawn]:
-        """Ask the last question again, with other draws; if that fails the earlier answers stay.
-
-        Raises:
-            UserError: nothing was asked; or as ``ask``.
-        """
+    def last_question(self) -> str:
+        """The last question; raises UserError if there is none."""
         if not self.turns:
             raise UserError("nothing was asked yet.")
-        before = [list(column.turns) for column in self.columns]
-        try:
-            return self.ask(self.undo(), on_text, stop, self._attempt + 1)
-        finally:
-            if self.turns < len(before[0]):
-                self.restore(before)
+        return self.columns[0].turns[-1][0]
 
-    def restore(self, turns: Sequence[list[tuple[str, Drawn]]]) -> None:
-        """Set the turns of every column."""
-        for column, own in zip(self.columns, turns):
-            column.turns = own
+    def undo(self) -> str:
+        """Take back the last question, which is returned, and its answers; raises UserError if there is none."""
+        question = self.last_question()
+        for column in self.columns:
+            column.turns.pop()
+        return question
 
     def reset(self) -> None:
         """Forget the conversation; settings stay."""
@@ -234,17 +228,10 @@ class Session:
         """The conversations in the training schema: ``messages``, and the model's name, which training ignores.
 
         Raises:
-            UserError: nothing was said, or an answer is empty, which training cannot use.
+            UserError: nothing was said.
         """
         if not self.turns:
             raise UserError("nothing was said yet, so there is nothing to save.")
-        for column in self.columns:
-            for place, (_, answer) in enumerate(column.turns, 1):
-                if not answer.text:
-                    raise UserError(
-                        f"answer {place} of {column.model} is empty; such a row cannot be trained on.",
-                        "Take it back with /undo, or /retry.",
-                    )
         return [{"messages": column.messages(self.settings.system), "model": column.model} for column in self.columns]
 
 

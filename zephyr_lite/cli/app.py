@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import IO, Annotated, Any, NoReturn
 
 import typer
+from typer import Option
 
 from .. import __version__
 from ..errors import Interrupted, UserError
@@ -22,7 +23,7 @@ from ..train.distributed import PeerEnded
 from . import data, eval, model, recipe
 from .examples import add_examples
 from .info import env, plan
-from .options import Verbose, console
+from .options import console
 from .talk import chat
 from .train import train
 
@@ -50,8 +51,8 @@ _KEYS = "Any key of the configuration may follow, as key=value, --key value or -
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    verbose: Verbose = False,
+    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, Option("--verbose", help="With any command: show the traceback of an error.")] = False,
 ) -> None:
     if version:
         console.say(f"zephyr-lite {__version__}")
@@ -110,7 +111,8 @@ def run(arguments: list[str]) -> int:
         0: done (or done already); 1: a bug in zephyr-lite; 2: the user has to change something; 130: interrupted; 141: the
         reader of its output has gone (as of a command that SIGPIPE ended).
     """
-    verbose = "--verbose" in arguments
+    verbose = "--verbose" in arguments  # of every command, anywhere
+    arguments = [word for word in arguments if word != "--verbose"]
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings(), no_hub_kernels(), messages_to(console.log):
@@ -163,12 +165,8 @@ def _ending(error: BaseException, arguments: list[str]) -> tuple[int, str | User
 
 
 def interrupted_line(arguments: list[str]) -> str:
-    """What holds for every command that was interrupted anywhere."""
-    if "--dry-run" not in arguments and "--help" not in arguments:
-        if arguments[:1] and arguments[0] in _TRAINS:
-            return "interrupted; the same command resumes: from the last checkpoint, finished stages are not run again"
-        if arguments[:1] == ["merge"] or arguments[:2] in (["data", "chat"], ["data", "pairs"]):
-            return "interrupted; nothing was left half-written: start the same command again"
+    if arguments[:1] and arguments[0] in _TRAINS and "--dry-run" not in arguments:
+        return "interrupted; the same command resumes: from the last checkpoint, finished stages are not run again"
     return "interrupted"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Context, Option
 
-from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, Verbose, console, say_all
+from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, console, say_all
 
 
 def chat(
@@ -33,7 +33,6 @@ def chat(
     file_format: FileFormat = "parquet",
     num_proc: NumProc = None,
     overwrite: Replace = False,
-    verbose: Verbose = False,
 ) -> None:
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
     from ..data.workers import interruptible
@@ -93,7 +92,6 @@ def pairs(
     seed: Annotated[int, Option(help="Random seed.")] = 42,
     num_proc: NumProc = None,
     overwrite: Replace = False,
-    verbose: Verbose = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
     from ..config.load import DatasetSpec
@@ -138,7 +136,6 @@ def show(
     ] = None,
     held_out: Annotated[bool, Option("--held-out", help="A row of eval_dataset.")] = False,
     table: Annotated[bool, Option("--table", help="One token a line.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """A row as training sees it, token by token; needs the base's tokenizer and config.json, no weights."""
     from ..errors import UserError
@@ -166,7 +163,6 @@ def stats(
     context: Context,
     config: StageConfig = None,
     places: Annotated[int, Option(min=0, help="Rows to name for each reason to leave out or cut; 0: all.")] = 5,
-    verbose: Verbose = False,
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
     from .row_stats import print_stats

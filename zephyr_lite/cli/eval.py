@@ -20,7 +20,6 @@ from .options import (
     MaxTokens,
     Source,
     StageName,
-    Verbose,
     console,
     say_all,
 )
@@ -75,7 +74,6 @@ def loss(
     confidence: Confidence = 0.95,
     seed: Seed = 0,
     out: EvalOut = None,
-    verbose: Verbose = False,
 ) -> None:
     """Loss and perplexity on held-out conversations: policy, reference and base, with confidence intervals."""
     _held_out(ctx, "loss", "sft")
@@ -96,14 +94,13 @@ def preference(
     confidence: Confidence = 0.95,
     seed: Seed = 0,
     out: EvalOut = None,
-    verbose: Verbose = False,
 ) -> None:
     """Accuracy and margin on held-out preference pairs: policy against reference and base, with confidence intervals."""
     _held_out(ctx, "preference", "dpo")
 
 
 def _held_out(ctx: Context, kind: str, method: Any) -> None:
-    """Evaluate, print the tables and write the result; a result without some models is a file of its own."""
+    """Evaluate, print the tables and write the result."""
     from ..evaluate.bootstrap import Bootstrap
     from ..evaluate.likelihood import evaluate_loss, evaluate_preference
     from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
@@ -132,12 +129,7 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
         level, draws = f"{bootstrap.level:.1%}", f"{bootstrap.resamples:,}"
         console.say(f"in brackets: {level} intervals, {draws} bootstrap draws over {n:,} {unit}s")
     say_all(result.notes)
-    name, head = rows.kind(kind), head_of_live(live)
-    if not result.missing:
-        console.say(f"written to {write_result(folder, name, result.body, head)}")
-        return
-    path = write_result(folder, f"{name}-partial", {**result.body, "missing": result.missing}, head)
-    raise Interrupted(f"interrupted before {' and '.join(result.missing)}; the other models' results are in {path}")
+    console.say(f"written to {write_result(folder, rows.kind(kind), result.body, head_of_live(live))}")
 
 
 # -- judged answers ----------------------------------------------------------------------------------------------------
@@ -172,7 +164,6 @@ def mt_bench(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     dry_run: JobDryRun = False,
-    verbose: Verbose = False,
 ) -> None:
     """MT-Bench: 80 questions of two turns in 8 categories; a judge grades every answer from 1 to 10."""
     from ..evaluate.mt_bench import MtBench, MtBenchConfig
@@ -208,11 +199,10 @@ def alpaca(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     dry_run: JobDryRun = False,
-    verbose: Verbose = False,
 ) -> None:
     """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score AlpacaEval's files."""
     if annotations is not None:
-        allowed = ("annotations", "outputs", "difficulty", "out", "verbose")
+        allowed = ("annotations", "outputs", "difficulty", "out")
         for option in ctx.command.params:
             if option.name not in allowed and ctx.params[option.name or ""] not in (None, False, (), []):
                 shown = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
@@ -234,14 +224,9 @@ def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out
 
     rows = read_annotations(annotations)
     if outputs is not None:
-        given, place = read_outputs(str(outputs))
-        missing = check_belongs(rows, given, str(annotations))
-        console.say(f"{place}: {len(given)} outputs; {len(rows) - missing} annotations are verdicts on them")
-        if missing:
-            console.say(f"note: {missing} annotated instructions are not among the outputs; their verdicts count too")
+        check_belongs(rows, read_outputs(str(outputs))[0], annotations)
     result = score_files(rows, difficulty, annotations)
     console.table(*table(result.models))
-    say_all([f"note: {note}" for note in result.body["notes"]])
     if out is not None:
         console.say(f"written: {write_result(out, KIND, result.body, {})}")
 
@@ -250,9 +235,9 @@ def _judged(bench: Any, dry_run: bool, legend: str = "") -> None:
     """Run a benchmark (``evaluate.judge.Benchmark``), or say what it can cost."""
     from ..client.cost import Meter, budget_lines, has_prices
 
-    console.say(bench.note())
+    console.say(bench.note)
     say_models(bench.answering, bench.models())
-    say_all([f"note: {line}" for line in bench.notes({})])
+    say_all([f"note: {line}" for line in bench.notes])
     if dry_run:
         say_all([*bench.dry_run_lines(), *budget_lines(bench.config.budget, bench.job)])
         return
@@ -308,7 +293,6 @@ def harness(
         bool, Option("--apply-chat-template", help="Ask through the chat template; the paper did not.")
     ] = False,
     out: EvalOut = None,
-    verbose: Verbose = False,
 ) -> None:
     """The paper's benchmarks (or others) by lm-evaluation-harness, on every model of the chain."""
     from ..evaluate.harness import HarnessSettings, evaluate_harness, metrics, open_harness, read_tasks, table

@@ -57,7 +57,13 @@ def add_examples(app: typer.Typer, prefix: str = "") -> None:
         lines = EXAMPLES[name]
         head = "Example:" if len(lines) == 1 else "Examples:"
         # one paragraph per line: typer may join the lines of a paragraph
-        paragraphs = [*([entry.epilog] if entry.epilog else []), head, *(f"zephyr-lite {line}" for line in lines)]
+        others = [entry.epilog] if entry.epilog else []
+        paragraphs = [
+            "--verbose adds the traceback of an error.",
+            *others,
+            head,
+            *(f"zephyr-lite {each}" for each in lines),
+        ]
         entry.epilog = "\n\n".join(paragraphs)
     for group in app.registered_groups:
         add_examples(group.typer_instance, f"{prefix}{group.name} ")  # type: ignore[arg-type]

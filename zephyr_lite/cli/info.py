@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Context, Option
 
-from .options import StageConfig, Verbose, console
+from .options import StageConfig, console
 
 
 def plan(
@@ -18,7 +18,6 @@ def plan(
     ] = None,
     price: Annotated[float | None, Option(help="US dollars an hour for the card.")] = None,
     ladder: Annotated[bool, Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Memory, time and disk that a run takes, on this machine or on any card; needs neither weights nor a GPU."""
     from ..config.resolve import resolve_run
@@ -34,7 +33,7 @@ def plan(
         console.plan(planned_lines(method, resolve_run(method, config, words), gpu=gpu, vram=vram, price=price))
 
 
-def env(verbose: Verbose = False) -> None:
+def env() -> None:
     """Show hardware and libraries, what is missing, and how to install it."""
     from .environment import survey
 

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ..errors import UserError
-from .options import AdapterBase, Adapters, ChatTemplateOption, Verbose, console, nameable, say_all
+from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, say_all
 
 Model = Annotated[Path, Argument(metavar="MODEL", help="The model's folder, as merge made it.")]
 
@@ -36,7 +36,6 @@ def merge(
     model_card: Annotated[bool, Option("--card/--no-card", help="Write a model card, README.md.")] = True,
     push_to_hub: Annotated[str | None, Option(help="OWNER/NAME: upload the folder to the hub at the end.")] = None,
     private: Annotated[bool, Option("--private", help="With --push-to-hub: a private repository.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads."""
     from ..export.model_card import CARD, write_card
@@ -86,7 +85,6 @@ def gguf(
     ] = "q8_0",
     llama_quantize: Annotated[Path | None, Option(help="llama.cpp's program, if it is not on PATH.")] = None,
     check: Annotated[bool, Option(help="Compare prompt ids with llama.cpp's, if that is installed.")] = True,
-    verbose: Verbose = False,
 ) -> None:
     """Write the model with tokenizer and chat template as one GGUF file for llama.cpp, Ollama, LM Studio …"""
     if llama_quantize is not None and kind != "q4_k_m":
@@ -113,7 +111,6 @@ def ollama(
     temperature: Annotated[float, Option(min=0.0, max=2.0, help="Ollama's default.")] = 0.7,
     chat_template: ChatTemplateOption = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Overwrite an existing Modelfile.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write an Ollama Modelfile for a GGUF file: the chat template in Go's language, and the stop tokens."""
     from ..export.ollama import write_modelfile
@@ -133,7 +130,6 @@ def card(
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace a README.md that zephyr-lite did not write.")
     ] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Write a model card, README.md: base, data, lineage, settings, evaluation results, and how to load it."""
     from ..evaluate.results import need_matplotlib
@@ -153,7 +149,6 @@ def push(
     repo: Annotated[str, Argument(metavar="OWNER/NAME", help="Repository on the hub; created if needed.")],
     private: Annotated[bool, Option("--private", help="Make it a private repository.")] = False,
     yes: Annotated[bool, Option("--yes", help="Upload; without this the files are only listed.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Publish a model's folder on the Hugging Face hub; lists what would be uploaded unless --yes is given."""
     from ..export.push import prepare
@@ -168,6 +163,7 @@ def push(
 
 
 def check(
+    ctx: Context,
     adapter: Annotated[str, Argument(help="A PEFT adapter of any tool (folder or hub id), or a stage's folder.")],
     base: Annotated[str | None, Option(help="Base model, instead of the one that the adapter names.")] = None,
     below: Annotated[list[str] | None, Option(help="Adapter below it; repeat for the next one up.")] = None,
@@ -185,7 +181,6 @@ def check(
     ] = None,
     files_only: Annotated[bool, Option("--files-only", help="Check the files only; load no model.")] = False,
     out: Annotated[Path | None, Option(help="Also write the findings as JSON.")] = None,
-    verbose: Verbose = False,
 ) -> None:
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
     from ..audit.files import Level
@@ -197,20 +192,7 @@ def check(
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
         claim_folder(out.parent)
-    found = audit(
-        adapter,
-        base=base,
-        below=below or [],
-        start=start,
-        reference=reference,
-        rows=rows,
-        pairs=pairs,
-        beta=beta,
-        chat_template=chat_template,
-        limit=limit,
-        load_in_4bit=load_in_4bit,
-        files_only=files_only,
-    )
+    found = audit(**{name: value for name, value in ctx.params.items() if name != "out"})
     signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
     console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")
     for finding in found.findings:
@@ -239,7 +221,6 @@ def report(
             help="The file to write; by default report.html in that folder, or report-A-B.html here.",
         ),
     ] = None,
-    verbose: Verbose = False,
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
     from ..io.atomic import make_folder, write_text
@@ -251,8 +232,7 @@ def report(
 
     first = read_source(source)
     if other is None:
-        alone = source is not None and len(first) == 1 and source.expanduser().absolute() == first[0].folder.absolute()
-        target = out or (first[0].folder if alone else first[0].folder.parent) / REPORT
+        target = out or (source.expanduser() if source else first[0].folder.parent) / REPORT
         page = run_page(first)
     else:
         page = side_by_side(first, read_source(other))

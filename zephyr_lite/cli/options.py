@@ -36,7 +36,6 @@ def name_of_words(words: list[str], default: str) -> tuple[str, list[str]]:
     return default, words
 
 
-Verbose = Annotated[bool, Option("--verbose", help="Show the traceback of an error.")]
 StageConfig = Annotated[
     str | None, Option("--config", "-c", help="A YAML file, or a preset such as zephyr-7b/overnight-sft.")
 ]

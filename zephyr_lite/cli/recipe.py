@@ -17,7 +17,6 @@ from .options import (
     JobSeed,
     MaxRequests,
     MaxTokens,
-    Verbose,
     console,
     name_of_words,
     nameable,
@@ -34,7 +33,6 @@ ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings m
 
 def demo(
     out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("runs/demo"),
-    verbose: Verbose = False,
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
     from ..demo.run import print_standings, run_demo
@@ -42,7 +40,6 @@ def demo(
     result = run_demo(out, on_metrics=console.metrics)
     print_standings(console, result.standings)
     console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
-    console.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result.seconds.items()))
     console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
 
 
@@ -75,7 +72,6 @@ def feedback(
     max_tokens: MaxTokens = None,
     pairs: Annotated[bool, Option(help="Make preference pairs too, in OUT/pairs.")] = True,
     dry_run: JobDryRun = False,
-    verbose: Verbose = False,
 ) -> None:
     """AI feedback from scratch: several models answer, a judge rates; rows as UltraFeedback's, and pairs for dpo."""
     from ..recipe.feedback import FeedbackConfig
@@ -129,7 +125,6 @@ def distill(
     max_requests: MaxRequests = None,
     max_tokens: MaxTokens = None,
     dry_run: JobDryRun = False,
-    verbose: Verbose = False,
 ) -> None:
     """Dialogues from a teacher: it asks, answers, and refines the question, evenly over topics and kinds of text."""
     from ..recipe.distill import DistillConfig
@@ -163,7 +158,6 @@ def ablate(
         str | None, Option(help="Folder or id to use for HuggingFaceH4/ultrafeedback_binarized.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print arms, stages and keys; train nothing.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Compare several ways through the recipe on one base: recipe (the default), alpha-beta, or a file."""
     from ..recipe.ablations import read_table
@@ -194,7 +188,6 @@ def reproduce(
     judge: Annotated[str | None, Option(help="MT-Bench too, graded by URL#MODEL of a server, or by a folder.")] = None,
     who: Annotated[str, Option(help="Your name in the row.")] = "anonymous",
     dry_run: Annotated[bool, Option("--dry-run", help="Print the commands; start nothing.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Run a recipe, overnight (the default) or full: both stages, merge, evaluation, report, and its row of results."""
     from ..io.redact import refuse_secrets
@@ -213,7 +206,7 @@ def reproduce(
 
 # -- jobs that ask models ----------------------------------------------------------------------------------------------
 
-NO_KEYS = ("config", "dry_run", "verbose", "pairs", "annotations")  # options that are no keys of a job's configuration
+NO_KEYS = ("config", "dry_run", "pairs", "annotations")  # options that are no keys of a job's configuration
 KEYS = {"model": "models", "max_requests": "budget.requests", "max_tokens": "budget.tokens"}
 
 

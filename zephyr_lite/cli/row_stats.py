@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import pyarrow.compute as pc
 
 from ..data.load import summarise
-from ..data.packing import best_fit
 from ..train.steps import step_schedule
 from .options import console, say_all
 from .rows import TrainedRows
 
 _UNCUT = 2**30  # longer than any example
-
-
-class Budget(NamedTuple):
-    """Another ``max_length``: dropped and cut conversations, supervised tokens lost, packed rows, their fill, steps."""
-
-    max_length: int
-    left_out: int
-    cut: int
-    lost: int
-    rows: int
-    fill: float
-    steps: int
 
 
 def uncut_rows(rows: TrainedRows) -> TrainedRows:
@@ -48,43 +33,20 @@ def lengths_of(rows: TrainedRows) -> dict[str, np.ndarray]:
     return {"prompt + longer response": parts["prompt"] + np.maximum(parts["chosen"], parts["rejected"]), **parts}
 
 
-def budgets(rows: TrainedRows, uncut: TrainedRows) -> list[Budget]:
-    """A quarter to four times ``max_length``, up to the first that cuts nothing."""
-    own, lengths = rows.config.max_length, uncut.data.lengths
-    sizes = [size for size in (own // 4, own // 2, own, own * 2, own * 4) if size >= 2]
-    # [n, sizes + 1] supervised tokens among the first ones of each example; in the last column all of them
-    places = (np.flatnonzero(mask.values) for mask in uncut.column("mask"))
-    within = np.array([np.searchsorted(supervised, [*sizes, _UNCUT]) for supervised in places])
-    found = []
-    for max_length, inside in zip(sizes, within.T):
-        kept = inside > 0
-        if not kept.any():
-            continue
-        short = np.minimum(lengths[kept], max_length)
-        packed = len(best_fit(short, max_length))
-        cut = kept & (lengths > max_length)
-        lost = int((within[:, -1] - inside)[cut].sum())
-        fill, steps = float(short.sum() / (packed * max_length)), step_schedule(rows.config, packed)[1]
-        found.append(Budget(max_length, int((~kept).sum()), int(cut.sum()), lost, packed, fill, steps))
-        if not cut.any() and kept.all() and max_length >= own:
-            break
-    return found
-
-
 def print_stats(rows: TrainedRows, places: int = 5) -> None:
     """Print the statistics.
 
     Args:
         places: the number of rows to name for each reason; 0: all.
     """
-    report, config, uncut = rows.data.report, rows.config, uncut_rows(rows)
+    report, config = rows.data.report, rows.config
     training = report.what == "training"
     console.heading(f"{report.what} data, {rows.method}")
     say_all(report.lines(places or None))
     where, cut = (rows.column(name).to_pylist() for name in ("where", "cut"))
     if cut_places := [place for place, was_cut in zip(where, cut) if was_cut]:
         console.say(summarise({f"cut to max_length {config.max_length:,}": cut_places}, places or None))
-    lengths = lengths_of(uncut)
+    lengths = lengths_of(uncut_rows(rows))
     table = []
     for name, values in lengths.items():
         quantiles = np.quantile(values, [0.1, 0.5, 0.9, 0.99, 1], method="inverted_cdf")
@@ -94,8 +56,6 @@ def print_stats(rows: TrainedRows, places: int = 5) -> None:
     if rows.method == "dpo":
         share = (lengths["chosen"] > lengths["rejected"]).mean()
         console.say(f"the chosen response is the longer one in {share:.1%} of the pairs")
-    elif training:
-        _print_budgets(rows, uncut)
     _print_sources(rows)
     if training:
         per_epoch, steps = step_schedule(config, len(rows.data.rows))
@@ -104,16 +64,6 @@ def print_stats(rows: TrainedRows, places: int = 5) -> None:
         console.say(f"an epoch: {per_epoch:,} steps of {config.batch_size} {unit}, {tokens:,.0f} tokens each")
         why = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"
         console.say(f"in all: {steps:,} steps ({why}), about {tokens * steps:,.0f} tokens")
-
-
-def _print_budgets(rows: TrainedRows, uncut: TrainedRows) -> None:
-    table = []
-    for b in budgets(rows, uncut):
-        own = " ←" if b.max_length == rows.config.max_length else ""
-        counts = [f"{b.max_length:,}{own}", f"{b.left_out:,}", f"{b.cut:,}", f"{b.cut / len(uncut.data.lengths):.1%}"]
-        table.append([*counts, f"{b.lost:,}", f"{b.rows:,}", f"{b.fill:.1%}", f"{b.steps:,}"])
-    header = ["max_length", "left out", "cut", "share", "supervised lost", "packed rows", "full", "steps"]
-    console.table(header, table)
 
 
 def _print_sources(rows: TrainedRows) -> None:

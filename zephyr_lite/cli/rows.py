@@ -115,8 +115,7 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     count = len(rows.data.rows)
     if not 1 <= number <= count:
         what = "packed row" if rows.method == "sft" else "pair"
-        there, hint = (f"is 1 {what}", "") if count == 1 else (f"are {count:,} {what}s", f" to --row {count}")
-        raise UserError(f"row {number}: there {there}.", f"Say --row 1{hint}.")
+        raise UserError(f"row {number}: the number of {what}s is {count:,}.", f"Give --row 1 to --row {count}.")
     return [s for index in rows.data.rows[number - 1] for s in _segments(rows, index)]
 
 
@@ -145,9 +144,10 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
             f"--from {place}: {len(found)} rows have this place: {', '.join(sorted(found)[:3])}.", "Name the file too."
         )
     if not found:
-        drawn = any(spec.limit is not None or spec.weight < 1 for spec in rows.specs)
-        hint = " Rows that limit or weight did not draw are not among them." if drawn else ""
-        raise UserError(f"--from {place}: no row has this place.", f"Places look like this: {names[0]}.{hint}")
+        raise UserError(
+            f"--from {place}: no row has this place, or `limit` or `weight` did not draw it.",
+            f"Places look like this: {names[0]}.",
+        )
     (index,) = found.values()
     number = next(place for place, row in enumerate(rows.data.rows, 1) if index in row)
     return number, _segments(rows, index)

@@ -12,7 +12,7 @@ from ..errors import Interrupted, UserError
 from ..io.logging import messages_to
 from ..monitor.console import visible
 from .eval import open_model
-from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, Verbose, console
+from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, console
 
 if TYPE_CHECKING:
     from ..chat.session import Session, Settings
@@ -42,7 +42,6 @@ def chat(
     top_p: Annotated[float, Option(help="Draw from the likeliest tokens of this probability.")] = 0.95,
     max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 512,
     seed: Annotated[int, Option(help="Random seed.")] = 0,
-    verbose: Verbose = False,
 ) -> None:
     """Talk to a trained model. A prompt on stdin is answered on stdout."""
     terminal = in_terminal()
@@ -61,12 +60,12 @@ def chat(
 
     from ..chat.rows import check_file
     from ..chat.session import Settings
-    from ..recipe.questions import read_questions
+    from ..recipe.prompts import read_questions
 
     settings = Settings(temperature, top_p, max_new_tokens, seed, system)
     settings.check()
     if vote is not None:
-        check_file(vote, "dpo", "--vote")  # before anything is loaded
+        check_file(vote, "chosen", "--vote")  # before anything is loaded
     if prompts is not None and out is not None:
         asked = read_questions(prompts)
         _answer_all(_session(ctx, settings), asked, out, batch_size)
@@ -126,7 +125,6 @@ def _prompt_on_stdin() -> str:
 def _answer_once(session: Session, question: str) -> None:
     """Print the answer on stdout and nothing else; with --compare each under its model's name."""
     from ..chat.repl import ended
-    from ..io.interrupts import StopRequest
 
     write, alone = console.out.file.write, len(session.columns) == 1
 
@@ -135,15 +133,12 @@ def _answer_once(session: Session, question: str) -> None:
             write(visible(piece))
             console.out.file.flush()
 
-    with StopRequest(None) as stop:
-        answers = session.ask(question, on_text, lambda: stop.name is not None)
+    answers = session.ask(question, on_text)
     for column, answer in zip(session.columns, answers):
         write("\n" if alone else f"## {column.model}\n\n{visible(answer.text)}\n\n")
-        if (how := ended(answer)) and stop.name is None:
+        if how := ended(answer):
             console.complain(f"note: {'' if alone else column.model + ': '}{how}")
     console.out.file.flush()
-    if stop.name is not None:
-        raise Interrupted("interrupted; the answer is incomplete")
 
 
 def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> None:
@@ -157,7 +152,6 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
         Interrupted: Ctrl-C; the answers so far are in the file.
     """
     from ..chat.rows import append_rows
-    from ..io.interrupts import StopRequest
     from ..io.text import short
     from ..model.sampling import Sampling
 
@@ -175,13 +169,12 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
     if not usable:
         raise UserError("none of the prompts can be asked.", "See why above.")
     done = cut = count = 0
-    with StopRequest("the current batch is dropped") as stop:
-        for start in range(0, len(usable), batch):
-            places, ids_of, sampling = zip(*usable[start : start + batch])
-            rows = []
+    for start in range(0, len(usable), batch):
+        places, ids_of, sampling = zip(*usable[start : start + batch])
+        rows = []
+        try:
             for column in session.columns:
-                names = models[column.model]
-                answers = session.chat.sample(ids_of, sampling, adapters=names, stop=lambda: stop.name is not None)
+                answers = session.chat.sample(ids_of, sampling, adapters=models[column.model])
                 rows += [
                     {
                         "messages": [*conversations[place], {"role": "assistant", "content": answer.text}],
@@ -191,12 +184,13 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
                     }
                     for place, answer in zip(places, answers)
                 ]
-            if stop.name is not None:
-                raise Interrupted(f"interrupted; the answers to {done:,} of {len(prompts):,} prompts are in {out}")
-            append_rows(out, rows)
-            done, count = done + len(places), count + len(rows)
-            cut += sum(row["finish_reason"] == "length" for row in rows)
-            console.say(f"{done:,} of {len(usable):,} prompts answered")
+        except KeyboardInterrupt:
+            message = f"interrupted; the answers to {done:,} of {len(prompts):,} prompts are in {out}"
+            raise Interrupted(message) from None
+        append_rows(out, rows)
+        done, count = done + len(places), count + len(rows)
+        cut += sum(row["finish_reason"] == "length" for row in rows)
+        console.say(f"{done:,} of {len(usable):,} prompts answered")
     if cut:
         console.say(f"note: {cut:,} answers were cut at their length; --max-new-tokens allows more")
     refused = len(prompts) - len(usable)

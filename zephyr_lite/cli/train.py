@@ -13,7 +13,7 @@ from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, Verbose, console
+from .options import StageConfig, console
 
 
 def train(
@@ -27,7 +27,6 @@ def train(
     ] = False,
     quiet: Annotated[bool, Option("--quiet", help="Print warnings and the result, and nothing of the steps.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print a JSON object a line, for programs.")] = False,
-    verbose: Verbose = False,
 ) -> None:
     """Train a stage by the method that the command is named after."""
     from ..config.load import load_config

@@ -12,8 +12,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,19 +65,13 @@ class BudgetSpent(Exception):
     """The next request could exceed the budget, and was not sent."""
 
 
-class RequestFailed(Exception):
-    """One request has no reply: all tries failed, the server refuses it, or no reply could be parsed."""
-
-    def __init__(self, message: str, reason: str = "failed") -> None:
-        super().__init__(message)
-        self.reason = reason  # the same few words for requests that failed alike ("HTTP 500"), for counting
-
-
 @dataclass(eq=False)
-class TryFailed(Exception):
-    """One try failed."""
+class RequestFailed(Exception):
+    """A try failed; raised to the caller, the request has no reply: all tries failed, the server refuses it, or no reply
+    could be parsed.
+    """
 
-    reason: str  # see ``RequestFailed``
+    reason: str  # the same few words for requests that failed alike ("HTTP 500"), for counting
     detail: str = ""  # the server's message, without keys
     retry: bool = False  # whether another try can help
     charged: bool = False  # whether the tokens may have been paid for
@@ -102,26 +95,66 @@ class _Endpoint:
 
 
 class ModelClient:
-    """Asks the endpoints of a job; see ``open_client`` for the arguments.
+    """Asks the endpoints of a job whose request log is in ``folder``; an asynchronous context manager.
+
+    Args:
+        specs: endpoints with different names. Endpoints of one folder share one loaded base.
+        weights: ``path`` of an endpoint → its weights, where they are open already.
+        max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
+            The upper bound of a request's tokens is reserved while it is in flight.
+        on_progress: called with the totals whenever they change.
+        back_off: seconds to wait after a first failure; doubled after each further one.
+        grace: seconds that requests in flight, which are paid for, get when the block is left.
 
     Attributes:
         totals: what the job has spent, live.
+
+    Raises:
+        UserError: a key is not set, or another process works in the folder.
     """
 
     def __init__(
         self,
-        models: Iterable[OpenAIModel | LocalModel],
-        log: RequestLog,
-        max_requests: int | None,
-        max_tokens: int | None,
-        on_progress: Callable[[Totals], None],
-        back_off: float,
+        specs: Sequence[EndpointSpec],
+        folder: Path,
+        *,
+        weights: Mapping[str, Weights] | None = None,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        on_progress: Callable[[Totals], None] = lambda totals: None,
+        back_off: float = 1.0,
+        grace: float = GRACE,
     ) -> None:
-        self.totals = log.totals
-        self._log, self._max_requests, self._max_tokens = log, max_requests, max_tokens
-        self._on_progress, self._back_off = on_progress, back_off
+        from .local_model import open_local_models
+        from .openai_client import OpenAIModel
+
+        models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
+        models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
         self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
-        self._in_flight: set[asyncio.Task[Reply | TryFailed]] = set()
+        self._log = RequestLog(folder)
+        self.totals = self._log.totals
+        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._on_progress, self._back_off, self._grace = on_progress, back_off, grace
+        self._in_flight: set[asyncio.Task[Reply | RequestFailed]] = set()
+
+    async def __aenter__(self) -> ModelClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        try:
+            if self._in_flight:
+                count = len(self._in_flight)
+                logger.info(
+                    f"waiting up to {self._grace:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)"
+                )
+                await asyncio.wait(self._in_flight, timeout=self._grace)
+        finally:
+            left = list(self._in_flight)
+            for task in left:
+                task.cancel()
+            closing = [endpoint.model.close() for endpoint in self._endpoints.values()]
+            await asyncio.gather(*left, *closing, return_exceptions=True)
+            self._log.close()
 
     async def ask(self, request: Request) -> Reply:
         """The reply to a request.
@@ -150,13 +183,13 @@ class ModelClient:
                 await self._wait_for_turn(endpoint, bound)
                 number = self._log.sent(digest, request.key, spec.name, bound, dollars)
                 self._on_progress(self.totals)
-                task = asyncio.create_task(self._try(endpoint, number, body, last=attempt > spec.retries))
+                task = asyncio.create_task(self._try(endpoint, number, body))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
                 outcome = await asyncio.shield(task)
                 if isinstance(outcome, Reply):
                     return outcome
-                if not outcome.retry:
+                if not outcome.retry or attempt > spec.retries:
                     raise self._final_error(endpoint, outcome)
                 if outcome.wait is not None:  # a busy server makes all requests to it wait
                     endpoint.next_at = max(endpoint.next_at, time.monotonic() + outcome.wait)
@@ -177,7 +210,6 @@ class ModelClient:
         for draw in range(tries):
             asked = request
             if draw:
-                self.totals.asked_again += 1
                 seed = None if request.seed is None else request.seed + draw
                 warm = max(usual, RETRY_TEMPERATURE)
                 asked = replace(request, key=f"{request.key}/again{draw}", temperature=warm, seed=seed)
@@ -186,8 +218,7 @@ class ModelClient:
                 return parse(reply.text)
             except ValueError as error:
                 problem = error
-        self.totals.given_up[request.key] = "unreadable reply"
-        raise RequestFailed(f"{request.key}: no reply of {tries} could be read: {problem}", "unreadable reply")
+        raise RequestFailed("unreadable reply", f"{request.key}: no reply of {tries} could be read: {problem}")
 
     async def _wait_for_turn(self, endpoint: _Endpoint, bound: int) -> None:
         """Wait until a request of at most ``bound`` tokens fits into the budget and the rate limit."""
@@ -214,13 +245,12 @@ class ModelClient:
             return f"the next request may take {tokens:,} tokens, and {left:,} of the budget of {self._max_tokens:,} are left."
         return ""
 
-    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any], last: bool) -> Reply | TryFailed:
+    async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any]) -> Reply | RequestFailed:
         """Send a request once, and record what comes back."""
         try:
             reply = await endpoint.model.ask(body)
-        except TryFailed as error:
-            error.retry = error.retry and not last
-            self._log.failed(number, error.reason, error.detail, charged=error.charged, given_up=not error.retry)
+        except RequestFailed as error:
+            self._log.failed(number, error.reason, error.detail, charged=error.charged)
             self._on_progress(self.totals)
             return error
         self._log.replied(number, reply, endpoint.spec.dollars(reply.prompt_tokens, reply.completion_tokens))
@@ -228,7 +258,7 @@ class ModelClient:
         self._on_progress(self.totals)
         return reply
 
-    def _final_error(self, endpoint: _Endpoint, error: TryFailed) -> Exception:
+    def _final_error(self, endpoint: _Endpoint, error: RequestFailed) -> Exception:
         """The error of a request without a reply: UserError if the job has to end, else RequestFailed."""
         name, answers = endpoint.spec.name, self._log.answers[endpoint.spec.name]
         if error.hint is not None:
@@ -241,7 +271,7 @@ class ModelClient:
                     f"endpoint {name}: no reply, {endpoint.failed_in_a_row} requests in a row ({error}).",
                     "Is the model loaded, and `timeout` long enough? The same command continues the job.",
                 )
-        return endpoint.fatal or RequestFailed(f"{error} (at {name})", error.reason)
+        return endpoint.fatal or error
 
 
 def prompt_token_bound(messages: Iterable[Mapping[str, str]]) -> int:
@@ -254,52 +284,3 @@ def prompt_token_bound(messages: Iterable[Mapping[str, str]]) -> int:
 def seed_of(*parts: object) -> int:
     """A seed below 2³¹ derived from these values."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
-
-
-@asynccontextmanager
-async def open_client(
-    specs: Sequence[EndpointSpec],
-    folder: Path,
-    *,
-    weights: Mapping[str, Weights] | None = None,
-    max_requests: int | None = None,
-    max_tokens: int | None = None,
-    on_progress: Callable[[Totals], None] = lambda totals: None,
-    back_off: float = 1.0,
-    grace: float = GRACE,
-) -> AsyncIterator[ModelClient]:
-    """The client of a job whose request log is in ``folder``.
-
-    Args:
-        specs: endpoints with different names. Endpoints of one folder share one loaded base.
-        weights: ``path`` of an endpoint → its weights, where they are open already.
-        max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
-            The upper bound of a request's tokens is reserved while it is in flight.
-        on_progress: called with the totals whenever they change.
-        back_off: seconds to wait after a first failure; doubled after each further one.
-        grace: seconds that requests in flight, which are paid for, get when the block is left.
-
-    Raises:
-        UserError: a key is not set, or another process works in the folder.
-    """
-    from .local_model import open_local_models
-    from .openai_client import OpenAIModel
-
-    models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
-    models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
-    log = RequestLog(folder)
-    client = ModelClient(models, log, max_requests, max_tokens, on_progress, back_off)
-    try:
-        yield client
-    finally:
-        try:
-            if client._in_flight:
-                count = len(client._in_flight)
-                logger.info(f"waiting up to {grace:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)")
-                await asyncio.wait(client._in_flight, timeout=grace)
-        finally:
-            left = list(client._in_flight)
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, *(model.close() for model in models), return_exceptions=True)
-            log.close()

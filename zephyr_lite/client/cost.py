@@ -98,7 +98,7 @@ class Meter:
         self._progress.stop()
 
     def totals(self, totals: Totals) -> None:
-        """Show what has been spent; ``on_progress`` of ``open_client``."""
+        """Show what has been spent; ``on_progress`` of ``ModelClient``."""
         self._totals = totals
         self._show(0)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError
 
 Message = dict[str, str]
+Model = TypeVar("Model", bound=BaseModel)
 _EXAMPLE = "http://localhost:11434/v1#llama3.2"
 _URL = re.compile(r"https?://(\[[0-9a-f:]+\]|[^\s/@?#:]+)(:\d+)?(/[^\s@?#]*)?", re.IGNORECASE)
 
@@ -84,13 +86,12 @@ def parse_endpoint(text: str) -> EndpointSpec:
             "endpoint: expected key=value after the comma.",
             f"Known keys: {', '.join(_SETTINGS)}; as in {_EXAMPLE},concurrency=8.",
         )
-    head, _, model = place.rpartition("#")
+    where, _, model = (place, "", "") if Path(place).expanduser().is_dir() else place.partition("#")
+    settings |= {"model": model} if model else {}
     if re.match(r"https?://", place, re.IGNORECASE):
-        settings["url"], _, settings["model"] = place.partition("#")
-    elif Path(place).expanduser().is_dir():
-        settings["path"] = place
-    elif model and head and Path(head).expanduser().is_dir():
-        settings |= {"path": head, "model": model}
+        settings["url"] = where
+    elif Path(where).expanduser().is_dir():
+        settings["path"] = where
     else:
         raise UserError(
             f"{place}: no such folder, and no URL.",
@@ -105,19 +106,29 @@ def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
     Args:
         where: the key in the file, for errors.
     """
-    if isinstance(value, EndpointSpec):
-        return value
-    if isinstance(value, str):
-        return parse_endpoint(value)
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: expected an endpoint, found {type(value).__name__}.",
-            "Write URL#MODEL, a folder, or a mapping with url and model (or path).",
-        )
+    if isinstance(value, dict | EndpointSpec):
+        return validated(EndpointSpec, value, where)
+    return parse_endpoint(str(value))
+
+
+def validated(kind: type[Model], values: Any, where: str) -> Model:
+    """Values of a YAML file as a model.
+
+    Raises:
+        UserError: with all faults, one a line.
+    """
     try:
-        return EndpointSpec.model_validate(value)
+        return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join([where, *(str(part) for part in first["loc"])])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{place}: {message}.", f"An endpoint has {', '.join(EndpointSpec.model_fields)}.") from None
+        problems = []
+        for item in error.errors():
+            place = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(place, kind.model_fields, n=1)
+                problems.append(f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+                continue
+            message = item["msg"].removeprefix("Value error, ")
+            if not kind.model_config.get("hide_input_in_errors"):
+                message += f" (found {str(item['input'])[:60]!r})"
+            problems.append(f"{place}: {message}." if place else f"{message}.")
+        raise UserError(f"{where}: " + "\n".join(problems)) from None

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ..config.load import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
@@ -20,12 +17,11 @@ from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
 from .client import RequestFailed
-from .endpoints import EndpointSpec
+from .endpoints import EndpointSpec, validated
 
 T = TypeVar("T")
 R = TypeVar("R")
 Settings = TypeVar("Settings", bound="JobConfig")
-Model = TypeVar("Model", bound=BaseModel)
 NotBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 CONFIG = "config.yaml"
 
@@ -89,23 +85,6 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
         raise UserError(named, error.hint) from None
 
 
-def validated(kind: type[Model], values: Any, where: str) -> Model:
-    """Values of a YAML file as a model."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            place = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(place, kind.model_fields, n=1)
-                problems.append(f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-            else:
-                message = f"{item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:60]!r})."
-                problems.append(f"{place}: {message}" if place else message)
-        raise UserError(f"{where}: " + "\n".join(problems)) from None
-
-
 def distinct_name(spec: EndpointSpec, others: Sequence[EndpointSpec], role: str) -> EndpointSpec:
     """An endpoint under a name that no other has: the other endpoint itself if both are equal, else "NAME (ROLE)"."""
     if spec in others:
@@ -139,9 +118,8 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
         file = out / CONFIG
         head = file.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip() if file.is_file() else ""
         if head != first_line:
-            found = f"one of {head[2:]}" if head.startswith("# zephyr-lite ") else f"it holds {', '.join(there[:3])}"
             raise UserError(
-                f"{out} exists and is not a job of zephyr-lite {command} ({found}).",
+                f"{out} exists and is not a job of zephyr-lite {command}: it holds {', '.join(there[:3])}.",
                 "Choose another --out, or move that folder away.",
             )
     write_text(out / CONFIG, f"{first_line}\n{dump_yaml(values)}")
@@ -153,21 +131,17 @@ def json_line(row: dict[str, Any]) -> str:
 
 
 async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int) -> AsyncIterator[tuple[T, R]]:
-    """(item, result) in the items' order, with up to ``window`` items in progress or waiting for their turn."""
-    tasks: deque[tuple[T, asyncio.Future[R]]] = deque()
-    rest = iter(items)
+    """(item, result) in the items' order, with up to ``window`` items in progress."""
+    slots = asyncio.Semaphore(window)
+
+    async def limited(item: T) -> R:
+        async with slots:
+            return await work(item)
+
+    tasks = [(item, asyncio.ensure_future(limited(item))) for item in items]
     try:
-        while True:
-            tasks.extend((item, asyncio.ensure_future(work(item))) for item in islice(rest, window - len(tasks)))
-            if not tasks:
-                return
-            while not tasks[0][1].done():
-                running = [task for _, task in tasks if not task.done()]
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()  # an error of a later item is raised at once
-            item, task = tasks.popleft()
-            yield item, task.result()
+        for item, task in tasks:
+            yield item, await task
     finally:
         for _, task in tasks:
             task.cancel()

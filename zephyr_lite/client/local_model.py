@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .client import TryFailed
+from .client import RequestFailed
 from .endpoints import EndpointSpec
 from .request_log import Reply
 
@@ -121,7 +121,7 @@ class LocalModel:
         """The answer to ``Request.body``.
 
         Raises:
-            TryFailed: the template refuses the conversation, or it does not fit into the context or the memory.
+            RequestFailed: the template refuses the conversation, or it does not fit into the context or the memory.
         """
         future: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((body, future))
@@ -156,11 +156,11 @@ class LocalModel:
         """In a thread."""
         with _DEVICE:
             if self._stop.is_set():
-                raise TryFailed("stopped", "the job was stopped")
+                raise RequestFailed("stopped", "the job was stopped")
             try:
                 chat = self.weights.chat
             except UserError as error:
-                raise TryFailed("cannot be loaded", error.message, hint=error.hint or "") from None
+                raise RequestFailed("cannot be loaded", error.message, hint=error.hint or "") from None
             outcomes: list[Any] = [_prepare(chat, body) for body in bodies]
             places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
             for place, answer in zip(places, self._sample(chat, [outcomes[i] for i in places])):
@@ -181,28 +181,28 @@ class LocalModel:
             sampled = None  # the halves are tried outside: the exception holds the batch's tensors
         if sampled is None and len(rows) == 1:
             detail = f"{len(ids[0]):,} tokens and {settings[0].max_new_tokens:,} new ones do not fit into the memory"
-            return [TryFailed("out of memory", detail)]
+            return [RequestFailed("out of memory", detail)]
         if sampled is None:
             half = len(rows) // 2
             return [*self._sample(chat, rows[:half]), *self._sample(chat, rows[half:])]
         if self._stop.is_set():  # an answer that was cut off is none
-            return [TryFailed("stopped", "the job was stopped") for _ in rows]
+            return [RequestFailed("stopped", "the job was stopped") for _ in rows]
         return [Reply(s.text, s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in sampled]
 
 
 def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
-    """(prompt's ids, sampling settings); or the TryFailed of a conversation that cannot be asked."""
+    """(prompt's ids, sampling settings); or the RequestFailed of a conversation that cannot be asked."""
     from ..data.formats import RowError
     from ..model.sampling import Sampling
 
     try:
         ids = chat.template.prompt_ids(body["messages"])
     except RowError as error:
-        return TryFailed("refused by the chat template", str(error))
+        return RequestFailed("refused by the chat template", str(error))
     context = getattr(chat.stack.base.config, "max_position_embeddings", None)
     room = body["max_tokens"] if context is None else min(body["max_tokens"], context - len(ids))
     if room < 1:
-        return TryFailed("longer than the context", f"{len(ids):,} tokens; the model has {context:,}")
+        return RequestFailed("longer than the context", f"{len(ids):,} tokens; the model has {context:,}")
     return ids, Sampling(room, body["temperature"], body.get("top_p"), body.get("seed", 0))
 
 

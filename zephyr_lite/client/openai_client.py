@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..io.redact import remember
-from .client import TryFailed, prompt_token_bound
+from .client import RequestFailed, prompt_token_bound
 from .endpoints import EndpointSpec
 from .request_log import Reply
 
@@ -55,7 +55,7 @@ class OpenAIModel:
             body: of ``Request.body``.
 
         Raises:
-            TryFailed: with the server's message, without the key.
+            RequestFailed: with the server's message, without the key.
         """
         import openai
 
@@ -88,10 +88,12 @@ class OpenAIModel:
                 hint = "Is the server running at that URL? `ollama serve` starts Ollama (port 11434)."
                 detail = f"{self.spec.url}: {self._shown(str(error.__cause__))}"
                 # a server that answered before may come back; one that never did is a mistake in the command
-                raise TryFailed("cannot be reached", detail, retry=self._reached, hint=hint) from None
-            raise TryFailed("no reply", f"nothing within {self.spec.timeout:g} s", retry=True, charged=True) from None
+                raise RequestFailed("cannot be reached", detail, retry=self._reached, hint=hint) from None
+            raise RequestFailed(
+                "no reply", f"nothing within {self.spec.timeout:g} s", retry=True, charged=True
+            ) from None
         except (ValueError, TypeError, LookupError, AttributeError):  # not JSON, or JSON of another form
-            raise TryFailed("reply holds no answer", retry=True, charged=True) from None
+            raise RequestFailed("reply holds no answer", retry=True, charged=True) from None
         prompt, completion, total = (
             getattr(done.usage, name, None) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
         )
@@ -101,7 +103,7 @@ class OpenAIModel:
         # some servers count hidden reasoning in the total alone
         return Reply(text, reason, prompt, max(completion, (total or 0) - prompt))
 
-    def _refused(self, error: Any, message: str) -> TryFailed:
+    def _refused(self, error: Any, message: str) -> RequestFailed:
         spec, status = self.spec, error.status_code
         hint = None
         wait = None
@@ -123,7 +125,7 @@ class OpenAIModel:
             retry = wait is None or wait <= MAX_SERVER_WAIT
         # a server that breaks (500), or a gateway that stops waiting (502, 504), may have generated the reply
         charged = status >= 500 and status not in BUSY
-        return TryFailed(f"HTTP {status}", message, retry=retry, charged=charged, wait=wait, hint=hint)
+        return RequestFailed(f"HTTP {status}", message, retry=retry, charged=charged, wait=wait, hint=hint)
 
     def _without_key(self, text: str) -> str:
         return text if self._key is None or len(self._key) < SHORT_KEY else text.replace(self._key, "[key]")

@@ -2,8 +2,8 @@
 
 A request is identified by ``digest``, a hash of its key (which holds the number of the draw), its endpoint, the model and
 everything that is sent. A row is committed as ``sent`` before the request leaves, and becomes ``replied`` or ``failed``
-afterwards; a row that is still ``sent`` when the file is opened belongs to a killed process, and becomes ``lost``. API keys
-and HTTP headers are never recorded.
+afterwards; a row that is still ``sent`` when the file is opened belongs to a killed process, and has failed. API keys and HTTP
+headers are never recorded.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 from ..errors import UserError
 
 NAME = "requests.sqlite"
+KILLED = "killed before the reply"  # reason of a failed try
 SCHEMA = """
 CREATE TABLE requests (
     id INTEGER PRIMARY KEY,
     digest TEXT NOT NULL,
     key TEXT NOT NULL,
     endpoint TEXT NOT NULL,
-    state TEXT NOT NULL,              -- sent, replied, failed, lost
+    state TEXT NOT NULL,              -- sent, replied, failed
     bound INTEGER NOT NULL,           -- tokens of prompt and reply, at most
-    tokens INTEGER NOT NULL,          -- replied: counted; sent, lost: the bound; failed: the bound or 0
+    tokens INTEGER NOT NULL,          -- replied: counted; sent: the bound; failed: the bound or 0
     dollars REAL NOT NULL,
     text TEXT,
     finish_reason TEXT,
     prompt_tokens INTEGER,
     completion_tokens INTEGER,
     reason TEXT,
-    detail TEXT,
-    given_up INTEGER NOT NULL DEFAULT 0    -- whether no further try followed
+    detail TEXT
 );
 CREATE INDEX by_digest ON requests (digest);
 """
@@ -63,20 +63,13 @@ class Totals:
     dollars: float = 0.0
     lost_dollars: float = 0.0
     held: int = 0  # tokens reserved for the requests in flight
-    unanswered: int = 0  # requests in flight when a process was killed
     failed_tries: Counter[str] = field(default_factory=Counter)  # by reason
-    given_up: dict[str, str] = field(default_factory=dict)  # request → reason why it has no reply
     from_log: int = 0  # in this start: replies that the log held
-    asked_again: int = 0  # in this start: questions repeated because the reply could not be parsed
 
     @property
     def tokens(self) -> int:
         """Tokens spent or reserved, which the budget limits."""
         return self.prompt_tokens + self.completion_tokens + self.lost_tokens + self.held
-
-    @property
-    def failures(self) -> dict[str, int]:
-        return dict(Counter(self.given_up.values()).most_common())
 
     def as_dict(self) -> dict[str, Any]:
         """For a report."""
@@ -89,10 +82,7 @@ class Totals:
             "lost_tokens_at_most": self.lost_tokens,
             "dollars": round(self.dollars, 6),
             "lost_dollars_at_most": round(self.lost_dollars, 6),
-            "sent_and_never_answered": self.unanswered,
-            "asked_again": self.asked_again,
             "failed_tries": dict(self.failed_tries.most_common()),
-            "failures": self.failures,
         }
 
 
@@ -122,7 +112,7 @@ class RequestLog:
             if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone() is None:
                 for statement in SCHEMA.split(";\n"):
                     self._db.execute(statement)
-            self._db.execute("UPDATE requests SET state = 'lost' WHERE state = 'sent'")
+            self._db.execute("UPDATE requests SET state = 'failed', reason = ? WHERE state = 'sent'", (KILLED,))
             self._db.execute("COMMIT")
             for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
                 self._count(row)
@@ -150,15 +140,14 @@ class RequestLog:
         tokens = reply.prompt_tokens + reply.completion_tokens
         self._end(number, state="replied", tokens=tokens, dollars=dollars, **asdict(reply))
 
-    def failed(self, number: int, reason: str, detail: str, *, charged: bool, given_up: bool) -> None:
+    def failed(self, number: int, reason: str, detail: str, *, charged: bool) -> None:
         """Record a failed try.
 
         Args:
             charged: whether its tokens may have been paid for; the bound counts as spent then.
-            given_up: whether no further try follows.
         """
         spent = {} if charged else {"tokens": 0, "dollars": 0.0}
-        self._end(number, state="failed", reason=reason, detail=detail, given_up=given_up, **spent)
+        self._end(number, state="failed", reason=reason, detail=detail, **spent)
 
     def close(self) -> None:
         """Release the folder."""
@@ -182,16 +171,10 @@ class RequestLog:
             totals.prompt_tokens += row["prompt_tokens"]
             totals.completion_tokens += row["completion_tokens"]
             totals.dollars += row["dollars"]
-            totals.given_up.pop(row["digest"], None)
             return
         totals.lost_tokens += row["tokens"]
         totals.lost_dollars += row["dollars"]
-        if row["state"] == "lost":
-            totals.unanswered += 1
-            return
         totals.failed_tries[row["reason"]] += 1
-        if row["given_up"]:
-            totals.given_up[row["digest"]] = row["reason"]
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

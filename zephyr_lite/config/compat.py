@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
-from itertools import zip_longest
 from typing import Any
 
 from ..errors import UserError
@@ -59,45 +58,37 @@ TRANSLATED = {
 }
 
 _ACCEPTED = {
-    "the compute dtype follows the card; set dtype to choose it": "bf16 fp16 bf16_full_eval fp16_full_eval "
+    "the compute dtype follows the card; set dtype to choose it": "bf16 fp16 bf16_full_eval fp16_full_eval tf32 "
     "bnb_4bit_compute_dtype",
-    "matrix products run in the compute dtype": "tf32",
-    "the plan decides what is kept for the backward pass": "gradient_checkpointing gradient_checkpointing_kwargs "
-    "activation_checkpointing activation_checkpointing_kwargs activation_offloading",
-    "the plan chooses micro-batches and what is kept in memory": "auto_find_batch_size per_device_eval_batch_size "
-    "precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps low_cpu_mem_usage device_map",
-    "rows are always packed, and never see each other; batch_size counts packed rows": "packing eval_packing",
-    "there is no padding": "padding_free pad_to_multiple_of pad_token",
-    "a LoRA adapter is always trained": "use_peft",
-    "layers are quantized one by one, and not sharded": "bnb_4bit_quant_storage fsdp fsdp_config",
-    "attention works over the segment table": "attn_implementation use_flash_attention_2",
-    "the engine has kernels of its own": "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend "
-    "torch_compile_mode",
-    "training keeps no cache of keys and values": "use_cache",
+    "the plan chooses micro-batches and what is kept in memory": "gradient_checkpointing gradient_checkpointing_kwargs "
+    "activation_checkpointing activation_checkpointing_kwargs activation_offloading auto_find_batch_size "
+    "per_device_eval_batch_size precompute_ref_batch_size eval_accumulation_steps torch_empty_cache_steps "
+    "low_cpu_mem_usage device_map",
+    "rows are always packed without padding, and never see each other; batch_size counts packed rows": "packing "
+    "eval_packing padding_free pad_to_multiple_of pad_token",
+    "a LoRA adapter is always trained, on whole layers": "use_peft bnb_4bit_quant_storage fsdp fsdp_config",
+    "the engine has its own attention and kernels": "attn_implementation use_flash_attention_2 use_liger_kernel "
+    "liger_kernel_config torch_compile torch_compile_backend torch_compile_mode use_cache",
     "remote code is never run": "trust_remote_code",
-    "the command trains": "do_train do_predict",
-    "a run with an eval_dataset is evaluated; set eval_dataset to null to leave it out": "do_eval",
-    "evaluation has its own metrics, at every eval_steps": "eval_on_start prediction_loss_only include_for_metrics "
-    "batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
-    "a finished stage is never overwritten; choose another output_dir or stage": "overwrite_output_dir",
+    "the command trains, and evaluates if there is an eval_dataset, with its own metrics": "do_train do_predict do_eval "
+    "eval_on_start prediction_loss_only include_for_metrics batch_eval_metrics eval_do_concat_batches "
+    "eval_use_gather_object",
     "unused columns are always dropped": "remove_unused_columns label_names length_column_name",
     "rows are prepared before the first step, by as many processes as the machine has cores": "dataset_num_proc "
     "preprocessing_num_workers dataset_streaming streaming dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
-    "rows are always shuffled, by seed": "shuffle_dataset data_seed",
+    "seed decides the order of rows and all random numbers": "shuffle_dataset data_seed full_determinism",
     "a row begins with BOS exactly once": "add_special_tokens",
-    "the console and metrics.jsonl have their own form; set logging_steps and report_to": "log_level log_level_replica "
-    "logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter logging_dir disable_tqdm "
-    "include_num_input_tokens_seen skip_memory_metrics debug",
-    "the run is named after its output_dir": "run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id",
-    "set save_steps; a checkpoint holds all that resuming needs": "save_strategy save_only_model save_on_each_node "
-    "save_safetensors enable_jit_checkpoint",
-    "an unfinished stage continues exactly where it stopped": "ignore_data_skip restore_callback_states_from_checkpoint",
-    "a GPU is used if there is one": "use_cpu no_cuda",
-    "seed decides all random numbers": "full_determinism",
-    "torchrun and the engine decide": "local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
-    "ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers",
+    "console, metrics.jsonl and trackers have their own form; set logging_steps and report_to": "log_level "
+    "log_level_replica logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter logging_dir "
+    "disable_tqdm include_num_input_tokens_seen skip_memory_metrics debug run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id",
+    "a stage continues exactly where it stopped, and is never overwritten; set save_steps": "save_strategy "
+    "save_only_model save_on_each_node save_safetensors enable_jit_checkpoint ignore_data_skip overwrite_output_dir "
+    "restore_callback_states_from_checkpoint",
+    "torchrun and the engine decide; a GPU is used if there is one": "use_cpu no_cuda local_rank "
+    "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
+    "ignore_bias_buffers",
     "a finished stage is pushed once": "hub_strategy hub_always_push",
     "it is the parameter of a loss or an option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
     "ref_model_sync_steps",
@@ -108,11 +99,7 @@ ACCEPTED = {key: why for why, keys in _ACCEPTED.items() for key in keys.split()}
 _PLAIN = "only plain LoRA is trained"
 _DPO = "it changes the loss of DPO, and is not implemented"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "ref_model_name_or_path": (
-        (),
-        "there is no second model; the reference is the same base with the adapter under training turned off. Put "
-        "the adapters below it into adapters",
-    ),
+    "ref_model_name_or_path": ((), "the reference is the base with the adapters below the trained one: set adapters"),
     "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
     "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
     "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
@@ -128,29 +115,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_delay": ((0,), "evaluation begins with the first eval_steps"),
     "metric_for_best_model": (("loss", "eval_loss"), "the best adapter is that of the lowest held-out loss"),
     "greater_is_better": ((False,), "the best adapter is that of the lowest held-out loss"),
-    "resume_from_checkpoint": (
-        (True, False),
-        "an unfinished stage continues from its own last checkpoint; put another run's adapter into adapters",
-    ),
+    "resume_from_checkpoint": ((True, False), "a stage continues from its own checkpoint; name others in adapters"),
     "accelerator_config": (({}, ""), "accelerate's options are not read"),
     "parallelism_config": ((), "one GPU holds a whole layer; torchrun starts a process for each"),
-    "deepspeed": (
-        ("",),
-        "DeepSpeed is not used, and its file may set the optimizer; the plan fits the run to the card",
-    ),
+    "deepspeed": (("",), "DeepSpeed is not used, and its file may set the optimizer"),
     "hub_token": ((), "tokens do not belong in a file; run `hf auth login`"),
     "hub_revision": (("main",), "the adapter is pushed to the branch main"),
     "hub_model_revision": (("main",), "the adapter is pushed to the branch main"),
     "tokenizer_name_or_path": ((), "the base's own tokenizer is used, with its embeddings"),
     "eos_token": ((), "answers end as the chat template ends them"),
-    "truncation_mode": (
-        ("keep_start",),
-        "rows are cut at their end (dpo: a prompt at its start, to max_prompt_length)",
-    ),
-    "packing_strategy": (
-        ("bfd", "ffd"),
-        "a row longer than max_length is cut, and neither split nor wrapped; raise max_length to keep it whole",
-    ),
+    "truncation_mode": (("keep_start",), "rows are cut at their end; a prompt of dpo at its start"),
+    "packing_strategy": (("bfd", "ffd"), "a row longer than max_length is cut, and neither split nor wrapped"),
     "append_concat_token": ((False,), "nothing is put between rows"),
     "skip_prepare_dataset": ((False,), "rows are conversations or texts, and are tokenized here"),
     "router_aux_loss_coef": ((0,), "mixtures of experts have no balancing loss here"),
@@ -225,6 +200,7 @@ def rename(
     for key in ("model_init_kwargs", "dataset_kwargs"):
         taken = {**(taken.pop(key, None) or {}), **taken}
     theirs = of_others(taken, own)
+    notes += [f"{key}: {ours} here" for key, ours in (ALIASES | TRANSLATED).items() if key in taken or key in values]
     for key, ours in ALIASES.items():
         if key in taken and ours in taken:
             one, other = taken.pop(key), taken[ours]
@@ -244,17 +220,24 @@ def rename(
         faults.append(f"{BATCH_PARTS[1]} needs {BATCH_PARTS[0]} too (TRL's default is 8). Or set batch_size alone.")
     elif parts:
         result["batch_size"] = int(math.prod(parts.values()))
-        notes.append(f"batch_size = {result['batch_size']} (micro-batch × accumulation); the plan splits it")
     _datasets(taken, result, faults, notes)
     strategy = taken.pop("eval_strategy", None)
     if strategy in ("no", False):
         result["eval_dataset"] = None
     elif strategy == "epoch":
         taken["eval_steps"] = None
-        notes.append("eval_strategy: epoch is an evaluation at the end of the stage")
     elif strategy not in (None, "steps"):
         faults.append(f"eval_strategy: {short(strategy)} is none of no, steps and epoch.")
-    _losses(taken, faults, notes, dpo)
+    assistant, completion = taken.pop("assistant_only_loss", None), taken.pop("completion_only_loss", None)
+    if assistant is not None or completion is not None:
+        taken.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
+    loss = taken.get("loss_type")
+    if isinstance(loss, list):
+        if len(loss) != 1:
+            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
+        taken["loss_type"] = loss = loss[0] if loss else None
+    if not dpo and loss in ("nll", "chunked_nll"):
+        del taken["loss_type"]
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers has a switch and a name
         if not hub_id:
@@ -271,7 +254,6 @@ def rename(
             result[key] = value
         elif key in ALIASES:
             result[ALIASES[key]] = value
-            notes.append(f"{key} is {ALIASES[key]} here")
         elif key in ACCEPTED:
             notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
         elif key in REFUSED:
@@ -310,23 +292,6 @@ def of_others(values: Collection[str], own: Collection[str]) -> bool:
     return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
 
 
-def _losses(values: dict[str, Any], faults: list[str], notes: list[str], dpo: bool) -> None:
-    """Translate the keys that choose supervised tokens and the loss."""
-    assistant, completion = values.pop("assistant_only_loss", None), values.pop("completion_only_loss", None)
-    if assistant is not None or completion is not None:
-        values.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
-        notes.append(f"assistant_only_loss, completion_only_loss: loss_on {values['loss_on']} here")
-    loss = values.get("loss_type")
-    if isinstance(loss, list):
-        if len(loss) != 1:
-            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
-        values["loss_type"] = loss = loss[0] if loss else None
-    if not dpo and loss in ("nll", "chunked_nll", "dft"):
-        del values["loss_type"]
-        if loss == "dft":
-            faults.append("loss_type: 'dft': sft's loss is nll. Remove the key.")
-
-
 def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
     """Translate TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path: share} and
     ``dataset_mixture``; then the held-out rows and the text column."""
@@ -350,40 +315,31 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
     if entries:
         result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
         result.setdefault("eval_dataset", None)
-        notes.append("datasets and dataset_mixture are dataset here")
-    elif mixer:
-        train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
-        if splits and (train is None or set(splits) - {train, test}):
-            faults.append(
-                f"dataset_splits: {short(splits)} is not one split of training and one of test. Write dataset."
-            )
-        if configs and len(configs) != len(mixer):
-            faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
-        common = [
-            {"path": path, **({"name": each} if each else {})} for path, each in zip_longest(mixer, configs or [])
-        ]
-        result["dataset"] = [{**spec, "split": train, "weight": w} for spec, w in zip(common, mixer.values())]
-        result["eval_dataset"] = [{**spec, "split": test} for spec in common] if test else None
-        notes.append("dataset_mixer is dataset, with weight, here")
-    elif name is not None:
-        spec = {"path": name, **({"name": config} if config else {})}
-        if test is None and values.get("eval_strategy") in ("steps", "epoch"):
+    elif mixer or name is not None:
+        specs = [{"path": name, "name": config}]
+        if mixer:
+            train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
+            if splits and (train is None or set(splits) - {train, test}):
+                faults.append(
+                    f"dataset_splits: {short(splits)} is not one split of training and one of test. Write dataset."
+                )
+            if configs and len(configs) != len(mixer):
+                faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
+            names = zip(mixer.items(), configs or [None] * len(mixer))
+            specs = [{"path": path, "name": each, "weight": weight} for (path, weight), each in names]
+        elif test is None and values.get("eval_strategy") in ("steps", "epoch"):
             test = "test"  # TRL's default
-        result["dataset"] = [{**spec, "split": train or "train"}]
-        result["eval_dataset"] = [{**spec, "split": test}] if test else None
-        notes.append("dataset_name is dataset here")
+        result["dataset"] = [{**spec, "split": train or "train"} for spec in specs]
+        result["eval_dataset"] = [{**spec, "split": test, "weight": 1.0} for spec in specs] if test else None
     if size is not None:
         _hold_out(size, result, faults, notes)
-    if column in ("text", "messages", "conversations"):
-        notes.append(f"dataset_text_field: a column {column} is found by itself")
-    elif column is not None:
+    if column not in (None, "text", "messages", "conversations"):  # these are found without a name
         if not _specs(result.get("dataset")):
             faults.append("dataset_text_field: names a column of dataset, which is not there. Name both.")
         for key in ("dataset", "eval_dataset"):
             if specs := _specs(result.get(key)):
                 named = {"columns": {"text": column}}
                 result[key] = [s if isinstance(s.get("columns"), dict) else {**s, **named} for s in specs]
-        notes.append(f"dataset_text_field is dataset.columns here: {{text: {column}}}")
 
 
 def _specs(value: Any) -> list[dict[str, Any]]:
@@ -427,8 +383,8 @@ def _hold_out(size: Any, result: dict[str, Any], faults: list[str], notes: list[
         # a number of held-out rows does not scale with the data set's weight
         own = {} if rows < 1 else {"weight": 1.0}
         result["eval_dataset"] = [{**spec, **own, "part": "test"} for spec in result["dataset"]]
-        each = f", {share:,} of each data set" if rows >= 1 and len(specs) > 1 else ""
-        notes.append(f"test_split_size {size} is dataset.test_size here{each}; the draw does not depend on seed")
+        if rows >= 1 and len(specs) > 1:
+            notes.append(f"test_split_size {size}: {share:,} of each data set")
 
 
 def number(value: Any) -> float | None:

@@ -6,6 +6,7 @@ unchanged (``compat``). Unknown keys are refused, with the nearest known one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
+PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
 
 _TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
 # replaces pydantic's own wording, by the error's type or the key
@@ -42,7 +44,6 @@ class Loaded:
     config: RunConfig
     given: set[str]  # the keys that the file or the command line set; the others are defaults
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
-    source: Path | None = None  # the YAML file
     foreign: bool = False  # the file is another tool's
 
 
@@ -111,7 +112,10 @@ def load_config(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
             )
-    words = _parse_overrides(overrides or [])
+    words: list[tuple[str, Any]] = []
+    for key, text in _split_words(overrides or []):
+        key = key.replace("-", "_")
+        words.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
     flat = {key: value for key, value in words if "." not in key}
     nested = [(key, value) for key, value in words if "." in key]
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
@@ -137,7 +141,7 @@ def load_config(
         notes.append(
             f"{', '.join(both)}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
         )
-    return Loaded(config, set(given), notes, path, of_others(written, own))
+    return Loaded(config, set(given), notes, of_others(written, own))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -145,8 +149,8 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
-    """(key, value) of each override."""
+def _split_words(words: Iterable[str]) -> list[tuple[str, str]]:
+    """(key, text of its value) of each override."""
     result = []
     remaining = iter(words)
     for word in remaining:
@@ -160,9 +164,30 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             if word.endswith((".yaml", ".yml")):
                 hint = f"Write --config {short(word)}."
             raise UserError(f"{short(word)} is neither key=value nor --key value.", hint)
-        key = key.lstrip("-").replace("-", "_")
-        result.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
+        result.append((key.lstrip("-"), text))
     return result
+
+
+def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
+    """The words of a command that runs several stages: ``key=value`` for all of them, under "", and ``SCOPE.key=value``.
+
+    Raises:
+        UserError: a key of ``PLACED``.
+    """
+    scoped: dict[str, list[str]] = {}
+    for key, text in _split_words(words):
+        head, dot, tail = key.partition(".")
+        scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
+        key = tail if scope else key
+        refuse_placed([key.partition(".")[0].replace("-", "_")], "the command line")
+        scoped.setdefault(scope, []).append(f"{key}={text}")
+    return scoped
+
+
+def refuse_placed(keys: Iterable[str], where: str) -> None:
+    """Raise a UserError if a key is one of ``PLACED``, which a command that runs several stages sets itself."""
+    if placed := [key for key in keys if key in PLACED]:
+        raise UserError(f"{where}: {placed[0]} is set by this command.", "Choose the folder with --out.")
 
 
 def _drop_default_eval(keys: set[str], given: dict[str, Any], notes: list[str]) -> None:

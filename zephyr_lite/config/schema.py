@@ -1,6 +1,6 @@
 """The schema of a run: every key with its type, default, limits and description.
 
-``config/docs.py`` makes ``docs/configuration.md`` of the descriptions, which are Markdown.
+``docs/list_keys.py`` makes ``docs/configuration.md`` of the descriptions, which are Markdown.
 """
 
 from __future__ import annotations
@@ -263,14 +263,4 @@ DPO_DEFAULTS: dict[str, Any] = {
     "batch_size": 16,
     "learning_rate": 5.0e-6,
     "optim": "paged_adamw_32bit",
-}
-
-# the first key of each part of the schema → the part's heading
-PARTS = {
-    "model_name_or_path": "Model and output",
-    "dataset": "Rows",
-    "adapters": "The base and its adapters",
-    "batch_size": "Optimization",
-    "beta": "Preference optimization (dpo)",
-    "eval_steps": "Evaluation, checkpoints, trackers, memory",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -67,27 +66,30 @@ class RowError(Exception):
     """A row that cannot be trained on; ``str(error)`` is the reason that it is counted under."""
 
 
-@dataclass
 class Row:
-    """A normalised row."""
+    """A raw row, which columns and keys of it were read, and its normalised value.
 
-    # {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" if it has any
-    value: dict[str, Any]
-    kind: str  # the name of its format
-    changes: list[str] = field(default_factory=list)  # in words
-    unread_columns: list[str] = field(default_factory=list)  # columns that have a value and were not read
-    unread_keys: list[str] = field(default_factory=list)  # keys of turns, likewise
-
-
-class _Reading:
-    """A raw row, and the columns and keys read so far."""
+    Attributes:
+        values: column → value, as given.
+        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" if it has any.
+        kind: the name of its format.
+        changes: in words.
+        unread_keys: keys of turns that have a value and were not read.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
+        self.value: dict[str, Any] = {}
+        self.kind = ""
+        self.changes: list[str] = []
+        self.unread_keys: list[str] = []
         self.filled = {column: value for column, value in values.items() if _has_value(value)}
         self.read: set[str] = set()
-        self.unread_keys: set[str] = set()
-        self.changes: list[str] = []
+
+    @property
+    def unread_columns(self) -> list[str]:
+        """Columns that have a value and were not read."""
+        return [column for column in self.filled if column not in self.read]
 
     def holds(self, *columns: str) -> str | None:
         """The first of these columns with a value."""
@@ -119,29 +121,30 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     Raises:
         RowError: it has no format of this method, or cannot be trained on.
     """
-    row = _Reading(values)
+    row = Row(values)
     found = _format(set(row.filled), method) or _format(set(values), method)
     if found is None:
         what = "conversation" if method == "sft" else "preference pair"
         raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
-    kind, read = found
-    value = read(row)
+    row.kind, read = found
+    row.value = read(row)
     label = values.get("label")
     # KTO's; in other rows a number may be a class
-    if method == "sft" and (kind == "prompt and completion" or str(label).strip().lower() in ("true", "false")):
+    if method == "sft" and (row.kind == "prompt and completion" or str(label).strip().lower() in ("true", "false")):
         is_good = truth(label)
         if is_good is False:
             raise RowError("label is false: a rejected answer")
         if is_good:
             row.read.add("label")
     if tools := as_tools(row.take("tools", "functions")):
-        value["tools"] = tools
+        row.value["tools"] = tools
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(row.value, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a surrogate pair
         raise RowError("text that is not valid Unicode") from None
-    unread = [column for column in row.filled if column not in row.read]
-    return Row(value, kind, list(dict.fromkeys(row.changes)), unread, sorted(row.unread_keys))
+    row.changes = list(dict.fromkeys(row.changes))
+    row.unread_keys = sorted(set(row.unread_keys))
+    return row
 
 
 def detect(columns: list[str], method: Method, where: str) -> str:
@@ -178,7 +181,7 @@ def mapping_hint(columns: list[str], method: Method) -> str:
     return f"If the columns have other names, add {words} {found}."
 
 
-def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], dict[str, Any]]] | None:
+def _format(have: set[str], method: Method) -> tuple[str, Callable[[Row], dict[str, Any]]] | None:
     """The name and the reader of the first format whose columns are there."""
     for columns, name, read in _FORMATS[method]:
         if columns <= have:
@@ -189,32 +192,32 @@ def _format(have: set[str], method: Method) -> tuple[str, Callable[[_Reading], d
 # -- conversations -------------------------------------------------------------------------------------------------------
 
 
-def _read_messages(row: _Reading, column: str) -> dict[str, Any]:
+def _read_messages(row: Row, column: str) -> dict[str, Any]:
     messages = as_messages(row.take(column), column, row.unread_keys)
     if isinstance(row.values.get("prompt"), (str, list)):
         messages = [*_only_in_prompt(row, messages), *messages]
     return _conversation(row, messages, "instruction")
 
 
-def _read_alpaca(row: _Reading) -> dict[str, Any]:
+def _read_alpaca(row: Row) -> dict[str, Any]:
     return _conversation(row, [*_prompt(row), *_answer(row, "output")])
 
 
-def _read_completion(row: _Reading) -> dict[str, Any]:
+def _read_completion(row: Row) -> dict[str, Any]:
     prompt, answer = _prompt(row), _answer(row, "completion")
     if answer[0]["role"] == "assistant":
         _refuse_answered(prompt)
     return _conversation(row, [*prompt, *answer])
 
 
-def _read_ultrachat(row: _Reading) -> dict[str, Any]:
+def _read_ultrachat(row: Row) -> dict[str, Any]:
     turns = row.take("data") or []
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise RowError("data is not a list of texts, the user's and the assistant's in turn")
     return _conversation(row, [message(("user", "assistant")[i % 2], as_text(t, "data")) for i, t in enumerate(turns)])
 
 
-def _read_text(row: _Reading) -> dict[str, Any]:
+def _read_text(row: Row) -> dict[str, Any]:
     if isinstance(row.values["text"], list):  # conversations in a column that dataset_text_field named
         return _conversation(row, as_messages(row.take("text"), "text", row.unread_keys))
     text = as_text(row.take("text"), "text")
@@ -223,7 +226,7 @@ def _read_text(row: _Reading) -> dict[str, Any]:
     return {"messages": [message(TEXT, text)]}
 
 
-def _conversation(row: _Reading, messages: list[Message], *system_columns: str) -> dict[str, Any]:
+def _conversation(row: Row, messages: list[Message], *system_columns: str) -> dict[str, Any]:
     messages = _with_system(row, messages, *system_columns)
     _refuse_untrained(messages, "every answer")
     return {"messages": messages}
@@ -239,7 +242,7 @@ def _refuse_untrained(messages: list[Message], what: str) -> None:
 # -- pairs ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_pair(row: _Reading) -> dict[str, Any]:
+def _read_pair(row: Row) -> dict[str, Any]:
     has_prompt = row.holds(*_PROMPTS, "conversations", "messages") is not None
     opened = str(row.values.get("prompt") or "")
     if _OPEN_TRANSCRIPT.fullmatch(opened):  # chosen and rejected may be transcripts that begin with the prompt's
@@ -282,7 +285,7 @@ def _refuse_answered(prompt: list[Message]) -> None:
         raise RowError("the prompt ends with an assistant turn, which an answer cannot follow")
 
 
-def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
+def _only_in_prompt(row: Row, turns: list[Message]) -> list[Message]:
     """The turns of the prompt column (a system turn, history) that come before those repeated in another column."""
     if not row.holds("prompt"):
         return []
@@ -299,7 +302,7 @@ def _only_in_prompt(row: _Reading, turns: list[Message]) -> list[Message]:
     return []
 
 
-_FORMATS: dict[Method, list[tuple[set[str], str, Callable[[_Reading], dict[str, Any]]]]] = {
+_FORMATS: dict[Method, list[tuple[set[str], str, Callable[[Row], dict[str, Any]]]]] = {
     "sft": [
         *(({column}, name, partial(_read_messages, column=column)) for column, name in TURNS.items()),
         ({"instruction", "output"}, "Alpaca", _read_alpaca),
@@ -317,7 +320,7 @@ _FORMATS: dict[Method, list[tuple[set[str], str, Callable[[_Reading], dict[str, 
 # -- columns to messages -------------------------------------------------------------------------------------------------
 
 
-def _prompt(row: _Reading) -> list[Message]:
+def _prompt(row: Row) -> list[Message]:
     """The turns before the answer, from the first column that has them, after Alpaca's ``history`` of earlier [question,
     answer] pairs; [] if none has."""
     source = row.holds(*_PROMPTS) or next((column for column in _PROMPTS if row.values.get(column) is not None), None)
@@ -341,7 +344,7 @@ def _prompt(row: _Reading) -> list[Message]:
     return [*history, *turns]
 
 
-def _answer(row: _Reading, column: str, *, is_transcript: bool = False) -> list[Message]:
+def _answer(row: Row, column: str, *, is_transcript: bool = False) -> list[Message]:
     value = row.take(column)
     if isinstance(value, (list, Mapping)):
         return as_messages(value, column, row.unread_keys)
@@ -359,7 +362,7 @@ def _transcript(text: str) -> list[Message]:
     return turns[:-1] if len(turns) > 1 and not turns[-1]["content"] else turns
 
 
-def _with_system(row: _Reading, messages: list[Message], *more_columns: str) -> list[Message]:
+def _with_system(row: Row, messages: list[Message], *more_columns: str) -> list[Message]:
     """The turns up to the last answer, after one of the row's system column if they have no system turn.
 
     Raises:
@@ -393,7 +396,7 @@ def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list[Message]:
+def as_messages(value: Any, column: str, unread: list[str] | None = None) -> list[Message]:
     """A list of turns, or one turn, as messages.
 
     Args:
@@ -423,7 +426,7 @@ def as_messages(value: Any, column: str, unread: set[str] | None = None) -> list
     return messages
 
 
-def _turn(turn: Mapping[str, Any], column: str, unread: set[str] | None) -> Message:
+def _turn(turn: Mapping[str, Any], column: str, unread: list[str] | None) -> Message:
     """One message; the keys that have a value and are not read are added to ``unread``."""
     name = turn.get("role") if turn.get("role") is not None else turn.get("from")
     if name is None:
@@ -464,9 +467,9 @@ def _turn(turn: Mapping[str, Any], column: str, unread: set[str] | None) -> Mess
             if role == "assistant" and not is_trained:
                 result["train"] = False
             elif role != "assistant" and is_trained and unread is not None:  # other roles are never trained
-                unread.add(key)
+                unread.append(key)
         elif unread is not None:
-            unread.add(key)
+            unread.append(key)
     return result
 
 

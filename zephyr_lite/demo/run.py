@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,31 +37,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Standing:
-    """Scores of one of the three models on the held-out rows.
+    """Scores of one of the three models on the held-out rows."""
 
-    Attributes:
-        loss: mean over the assistant's tokens of the held-out conversations.
-        preference_accuracy: share of held-out pairs whose better answer is the likelier one, by mean log-probability per
-            token (the sum would favour the shorter answer).
-        dodging: share of its own answers to the held-out prompts that retreat behind being a machine.
-        prefers_dodge: share of the held-out prompts on which a dodging completion is likelier than the best one.
-        answers: to the three questions.
-    """
-
-    loss: float
+    loss: float  # mean over the assistant's tokens of the conversations
+    # share of pairs whose better answer has the higher mean log-probability per token (the sum would favour the shorter one)
     preference_accuracy: float
-    dodging: float
-    prefers_dodge: float
-    answers: list[str]
+    dodging: float  # share of its own answers to the prompts that retreat behind being a machine
+    answers: list[str]  # to ``QUESTIONS``
 
 
 @dataclass
 class DemoResult:
-    """Scores of each model, the implicit reward's held-out accuracy, and the seconds of each part."""
+    """Scores of each model, and the held-out accuracy of the DPO model's implicit reward."""
 
     standings: dict[str, Standing]
     reward_accuracy: float
-    seconds: dict[str, float]
 
 
 def run_demo(
@@ -83,82 +71,61 @@ def run_demo(
     Raises:
         UserError: the base is not installed, or ``out`` holds something else.
     """
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - begun, 1)
 
     def train(run: Callable[..., Any], method: Method, rows: Path, held_out: Path) -> None:
         data = [f"dataset.path={rows}", f"eval_dataset.path={held_out}"]
         words = [f"model_name_or_path={folder}", f"output_dir={out}", *data, *overrides]
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
-        with timed(method):
-            try:
-                run(loaded, on_metrics=on_metrics, observers=[ReportWriter()])
-            except StageComplete as done:
-                logger.info(done.message)
+        try:
+            run(loaded, on_metrics=on_metrics, observers=[ReportWriter()])
+        except StageComplete as done:
+            logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
 
     make_folder(out)
     with alone(out):
-        with timed("base"):
-            folder = base or demo_base()
+        folder = base or demo_base()
         sweep(out)
         others = [path for path in out.iterdir() if not path.name.startswith(".")]
         if others and not (out / "data").exists():
             raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
-        train_pairs, test_pairs, dodge_pairs = _write_data(out / "data")
+        train_pairs, test_pairs = _write_data(out / "data")
         logger.info("[1/4] dSFT: conversations")
         train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
         logger.info("[2/4] dDPO: preferences")
         train(run_dpo, "dpo", train_pairs, test_pairs)
         logger.info("[3/4] merge")
         chain = chain_of_run(out)
-        with timed("merge"):
-            merge(
-                folder,
-                chain.adapters,
-                out / "merged",
-                tokenizer_from=chain.tokenizer_from,
-                lineage=chain.lineage(),
-                overwrite=True,
-            )
+        merge(
+            folder,
+            chain.adapters,
+            out / "merged",
+            tokenizer_from=chain.tokenizer_from,
+            lineage=chain.lineage(),
+            overwrite=True,
+        )
         logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
-        with timed("answers"):
-            standings = _standings(out, test_pairs, dodge_pairs)
+        standings = _standings(out, test_pairs)
         info = StageDir(out / "dpo").info() or {}
-        result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"], seconds)
+        result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"])
         write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
     return result
 
 
 def _write_data(folder: Path) -> list[Path]:
-    """Files of preference pairs: to train on, held-out, and the held-out prompts' best completion against each that dodges.
-
-    Training and held-out pairs are the best mean score against a random other one.
-    """
+    """Files of preference pairs, to train on and held out: the best mean score against a random other one."""
     make_folder(folder)
     sweep(folder)
-    files, dodging = {}, []
-    for name, source in (("train_prefs", FEEDBACK), ("test_prefs", FEEDBACK_TEST)):
-        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-        files[name], counts = to_pairs(rows, seed=42)
-        logger.info(f"{name}: {counts['pairs']} pairs of {counts['rows']} scored prompts")
-    for row in rows:
-        best = max(row["completions"], key=lambda completion: completion["overall_score"])["response"]
-        worse = [other["response"] for other in row["completions"] if dodges(other["response"])]
-        dodging += [{"prompt": row["instruction"], "chosen": best, "rejected": other} for other in worse]
-    files["test_dodges"] = dodging
-    for name, pairs in files.items():
-        with file_aside(folder / f"{name}.jsonl") as file:
+    files = {folder / "train_prefs.jsonl": FEEDBACK, folder / "test_prefs.jsonl": FEEDBACK_TEST}
+    for path, source in files.items():
+        pairs, counts = to_pairs(map(json.loads, source.read_text(encoding="utf-8").splitlines()), seed=42)
+        logger.info(f"{path.stem}: {counts['pairs']} pairs of {counts['rows']} scored prompts")
+        with file_aside(path) as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
-    return [folder / f"{name}.jsonl" for name in files]
+    return list(files)
 
 
-def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Standing]:
+def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
     config = RunConfig(max_length=1024)
@@ -166,22 +133,17 @@ def _standings(out: Path, test_pairs: Path, dodge_pairs: Path) -> dict[str, Stan
     def rows(file: Path, method: Method) -> TokenizedDataset:
         return prepare([DatasetSpec(path=str(file))], method, config, chat.template, what="held-out")
 
-    def accuracy(decoder: Decoder, data: TokenizedDataset) -> float:
-        means = row_logps(decoder, data).means()
-        return (means[:, 0] > means[:, 1]).double().mean().item()
-
-    conversations = rows(CONVERSATIONS_TEST, "sft")
-    pairs, dodging = rows(test_pairs, "dpo"), rows(dodge_pairs, "dpo")
+    conversations, pairs = rows(CONVERSATIONS_TEST, "sft"), rows(test_pairs, "dpo")
     prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
         decoder = Decoder(chat.stack, chat.dtype, adapters)
+        means = row_logps(decoder, pairs).means()
         answers = chat.ask([*QUESTIONS, *prompts], max_new_tokens=40, adapters=adapters)
         result[name] = Standing(
             loss=chat_loss(decoder, conversations),
-            preference_accuracy=accuracy(decoder, pairs),
+            preference_accuracy=(means[:, 0] > means[:, 1]).double().mean().item(),
             dodging=sum(map(dodges, answers[len(QUESTIONS) :])) / len(prompts),
-            prefers_dodge=1 - accuracy(decoder, dodging),
             answers=answers[: len(QUESTIONS)],
         )
     return result

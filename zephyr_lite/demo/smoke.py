@@ -6,7 +6,6 @@ in its own process, and the kill is a SIGKILL.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
-from ..config.resolve import INHERITED, resolve_run
-from ..data.load import load_rows, open_source
+from ..config.resolve import resolve_run
+from ..data.load import open_source
 from ..errors import Interrupted, UserError
-from ..evaluate.rows import stage_config
-from ..io.atomic import LOCK_FILE, alone, file_aside, make_folder, remove_tree, write_json, write_text
+from ..io.atomic import LOCK_FILE, alone, make_folder, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
 from ..monitor.report import Columns, StageRecord, read_stage
+from . import QUESTIONS
 from .child import Ended, child
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ MARK = "smoke.json"
 LN2 = math.log(2)
 STEPS = 20
 KILLED_AFTER = 10  # the first checkpoint's step
-BELOW_STEPS = 5  # of the SFT stage that a DPO stage needs
 MICRO_TOKENS = 8192  # about what a 24 GB card runs at once of a 7B model
 HELD_OUT = 8
 LOG_LINES = 6  # of a failed command's log that are shown
@@ -104,19 +102,11 @@ def claim(folder: Path) -> None:
 
 def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> list[Part]:
     begun, out = time.monotonic(), folder / "run"
-    config, needs_sft = on_what(loaded) if method == "dpo" else (loaded.config, False)
-    stage, merged, asked, answer = (
-        StageDir(out / method),
-        folder / "merged",
-        folder / "asked.txt",
-        folder / "answer.txt",
-    )
+    config = on_sft(loaded.config) if method == "dpo" else loaded.config
+    stage, merged = StageDir(out / method), folder / "merged"
+    asked, answer = folder / "asked.txt", folder / "answer.txt"
     # (name, command, how it is run, its result in words)
     commands: list[tuple[str, list[str], dict[str, Any], Callable[[], str]]] = []
-    if needs_sft:
-        write_text(folder / "sft.yaml", dump_config(stage_below(config, out, folder / "chosen.jsonl")))
-        words = ["sft", "--config", str(folder / "sft.yaml")]
-        commands.append(("an SFT stage below", words, {}, lambda: "on chosen answers; the run has none yet"))
     write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
     words = [method, "--config", str(folder / f"{method}.yaml")]
     kill = {"kill_when": (stage.path / f"checkpoint-{KILLED_AFTER}").is_dir}
@@ -130,14 +120,13 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
         rows = ["--adapter-only"]
     words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *rows]
     commands.append(("merge", words, {}, lambda: said))
-    write_text(asked, first_prompt(config, method)[:2000])
+    write_text(asked, QUESTIONS[0])
     words = ["chat", str(stage.path), "--temperature", "0", "--max-new-tokens", "48"]
     commands.append(("answer", words, {"asked": asked, "answer": answer}, lambda: _shown(answer)))
 
     parts: list[Part] = []
     for number, (name, words, how, found) in enumerate(commands, 1):
         log = folder / "logs" / f"{number}-{name.split(',')[0].replace(' ', '-')}.log"
-        logger.info("%s …", name)
         started = time.monotonic()
         try:
             ended = run(words, log=log, **how)
@@ -146,9 +135,8 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
                 raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with {code}", *lines]))
             parts.append(Part(name, round(time.monotonic() - started, 1), found()))
+            logger.info(f"  {name:<17}  {parts[-1].seconds:6.0f} s  {parts[-1].found}")
         except UserError as error:
-            for line in table(parts):
-                logger.info(line)
             write_json(folder / MARK, {"status": "failed", "at": name, "why": error.message})
             message = f"the smoke test failed at: {name}. {error.message}"
             raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
@@ -158,7 +146,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     write_json(folder / MARK, {"status": "passed", **told})
     for path in (merged, *stage.checkpoints()):
         remove_tree(path)
-    for line in [*table(parts), *verdict]:
+    for line in verdict:
         logger.info(line)
     return parts
 
@@ -186,13 +174,7 @@ def _shown(answer: Path) -> str:
     return f"“{said[:60]}{'…' if len(said) > 60 else ''}”" if said else "empty: the first token was the end token"
 
 
-def table(parts: Sequence[Part]) -> list[str]:
-    """The parts, with seconds."""
-    width = max((len(part.name) for part in parts), default=0)
-    return [f"  {part.name:<{width}}  {part.seconds:6.0f} s  {part.found}" for part in parts]
-
-
-def small_stage(config: RunConfig, method: Method, run: Path, *, steps: int = STEPS) -> RunConfig:
+def small_stage(config: RunConfig, method: Method, run: Path) -> RunConfig:
     """The same stage on few rows, for few steps, in another run, without copies or trackers.
 
     Base, lengths, adapters and optimizer, which decide the memory, stay. A step has as many rows as may run at once.
@@ -200,7 +182,7 @@ def small_stage(config: RunConfig, method: Method, run: Path, *, steps: int = ST
     longest = config.max_length * (1 if method == "sft" else 2)
     batch = min(config.batch_size, max(1, math.ceil(MICRO_TOKENS / longest)))
     # conversations are shorter than the rows they are packed into
-    rows = steps * batch * (2 if method == "sft" else 1)
+    rows = STEPS * batch * (2 if method == "sft" else 1)
     return config.model_copy(
         update={
             "output_dir": str(run),
@@ -208,8 +190,8 @@ def small_stage(config: RunConfig, method: Method, run: Path, *, steps: int = ST
             "dataset": _few(config.dataset, rows),
             "eval_dataset": _few(config.eval_dataset, HELD_OUT),
             "batch_size": batch,
-            "max_steps": steps,
-            "eval_steps": steps,
+            "max_steps": STEPS,
+            "eval_steps": STEPS,
             "save_steps": KILLED_AFTER,
             "logging_steps": 1,
             "save_total_limit": 2,
@@ -227,40 +209,14 @@ def _few(specs: Sequence[DatasetSpec], rows: int) -> list[DatasetSpec]:
     return [spec.model_copy(update={"limit": min(rows, spec.limit or rows)}) for spec in specs]
 
 
-def on_what(loaded: Loaded) -> tuple[RunConfig, bool]:
-    """A DPO stage's configuration with the adapters below it, and whether an SFT stage has to be trained first."""
-    config = loaded.config
+def on_sft(config: RunConfig) -> RunConfig:
+    """A DPO stage's configuration on the run's SFT adapter; on the bare base if there is none yet."""
     if config.adapters:
-        return config, False
-    below = StageDir(Path(config.output_dir) / "sft")
-    if below.complete():
-        chain = chain_of_run(config.output_dir, stage="sft")
-        return config.model_copy(update={"adapters": [str(adapter.path) for adapter in chain.adapters]}), False
-    if below.config.is_file():  # SFT is still being trained: DPO will use its base
-        theirs = stage_config(below)
-        config = config.model_copy(update={key: getattr(theirs, key) for key in INHERITED if key not in loaded.given})
-    return config, True
-
-
-def stage_below(config: RunConfig, run: Path, rows: Path) -> RunConfig:
-    """An SFT stage for a DPO stage to start from: a few steps on its own chosen answers, which are written to ``rows``."""
-    few = small_stage(config, "dpo", run, steps=BELOW_STEPS)
-    pairs = load_rows(few.dataset, "dpo", seed=config.seed, system=config.system)
-    with file_aside(rows) as file:
-        for pair in pairs.values():
-            file.write(json.dumps({"messages": [*pair["prompt"], *pair["chosen"]], "tools": pair.get("tools")}) + "\n")
-    keys = (*INHERITED, "engine", "seed", "chat_template", "max_length", "memory")
-    whole = RunConfig(
-        dataset=[DatasetSpec(path=str(rows))], eval_dataset=[], **{key: getattr(config, key) for key in keys}
-    )
-    return small_stage(whole, "sft", run, steps=BELOW_STEPS)
-
-
-def first_prompt(config: RunConfig, method: Method) -> str:
-    """The first user turn of the first row."""
-    row = next(load_rows(_few(config.dataset[:1], 1), method, seed=config.seed).values())
-    turns = row["messages" if method == "sft" else "prompt"]
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
+        return config
+    if not StageDir(Path(config.output_dir) / "sft").complete():
+        return config.model_copy(update={"adapters": "none"})
+    chain = chain_of_run(config.output_dir, stage="sft")
+    return config.model_copy(update={"adapters": [str(adapter.path) for adapter in chain.adapters]})
 
 
 def merged_bytes(config: RunConfig) -> int:

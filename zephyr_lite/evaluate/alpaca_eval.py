@@ -47,15 +47,13 @@ from .judge import (
 KIND = "alpaca"
 HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+SETTINGS = {"annotators": "annotator", "baseline": "generator_1"}  # of scored files: key of the result → column
 TIE = 1.5
 RIDGE = 1e-6  # on the squared coefficients: if every comparison is won, the best fit is at infinity
 MIN_VERDICTS = 20  # a curve through fewer fits them perfectly, with an error of 0.00
 NOTE = (
     "the judge is asked in this project's own words and its verdicts are whole: compare these rates with each other, and "
     "not with AlpacaEval's leaderboard"
-)
-NO_DIFFICULTY = (
-    "the length-controlled rate is without the instructions' difficulty (--difficulty): not AlpacaEval's number"
 )
 SYSTEM = (
     "You compare two answers to one instruction, and say which of them a careful person would rather have got. You are "
@@ -92,20 +90,6 @@ class Output(Item):
         return self.turns[0]
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """One verdict of a file; ``index``: the row's place in it."""
-
-    instruction: str
-    output_1: str
-    output_2: str
-    preference: float
-    generator_1: str = ""
-    generator_2: str = ""
-    annotator: str = ""
-    index: int = 0
-
-
 def read_outputs(place: str | None) -> tuple[list[Output], Path]:
     """A file of one model's outputs, and its path.
 
@@ -137,19 +121,18 @@ def read_outputs(place: str | None) -> tuple[list[Output], Path]:
     return outputs, path
 
 
-def read_annotations(path: Path) -> list[Annotation]:
-    """A file of annotations of one model. Raises UserError: there is none, or a row is wrong."""
+def read_annotations(path: Path) -> list[dict[str, Any]]:
+    """The rows of one model's annotations; ``index`` is a row's place. Raises UserError: no such file, or a wrong row."""
 
-    def annotation(row: dict[str, Any]) -> Annotation:
-        instruction, baseline, answer = (_text(row, key) for key in ("instruction", "output_1", "output_2"))
-        # as pandas reads it: null is nan, a number in quotes is a number
-        preference = math.nan if row.get("preference") is None else float(row["preference"])
-        names: dict[str, Any] = {key: str(row.get(key) or "") for key in ("generator_1", "generator_2", "annotator")}
-        return Annotation(instruction, baseline, answer, preference, **names)
+    def annotation(row: dict[str, Any]) -> dict[str, Any]:
+        texts = {key: _text(row, key) for key in ("instruction", "output_1", "output_2")}
+        names = {key: str(row.get(key) or "") for key in ("generator_1", "generator_2", "annotator")}
+        preference = row.get("preference")
+        return {**texts, **names, "preference": None if preference is None else float(preference)}
 
     rows = read_rows(path, annotation)
-    _refuse_several({each.generator_2 for each in rows}, path)
-    return [replace(each, index=index) for index, each in enumerate(rows)]
+    _refuse_several({row["generator_2"] for row in rows}, path)
+    return [{**row, "index": index} for index, row in enumerate(rows)]
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -165,27 +148,21 @@ def _refuse_several(models: set[str], path: Path) -> None:
         )
 
 
-def check_belongs(annotations: list[Annotation], outputs: list[Output], where: str) -> int:
-    """The number of annotations whose output is not among these, as in published folders; UserError if most are not."""
+def check_belongs(annotations: list[dict[str, Any]], outputs: list[Output], where: Path) -> None:
+    """Raise UserError if most annotations are of other outputs; published folders lack a few."""
     known = {(output.instruction, output.output) for output in outputs}
-    missing = [a for a in annotations if (a.instruction, a.output_2) not in known]
+    missing = [a for a in annotations if (a["instruction"], a["output_2"]) not in known]
     if 2 * len(missing) > len(annotations):
         message = (
-            f"{where} row {missing[0].index + 1}: its output_2 is not among the outputs, as {len(missing)} others."
+            f"{where} row {missing[0]['index'] + 1}: its output_2 is not among the outputs, as {len(missing)} others."
         )
         raise UserError(message, "Give the outputs that were annotated, or leave --outputs out.")
-    return len(missing)
 
 
 def read_difficulty(path: Path) -> dict[int, float]:
-    """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv (an index and a value), or of a table
-    with the columns index and instruction_difficulty (df_gamed.csv).
-    """
-    header, *rows = list(csv.reader(io.StringIO(read_text(path)))) or [[]]
-    named = "index" in header and "instruction_difficulty" in header
-    place, value = (header.index("index"), header.index("instruction_difficulty")) if named else (0, 1)
+    """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv: a header, then an index and a value."""
     try:
-        result = {int(row[place]): float(row[value]) for row in reversed(rows)}  # the first of a repeated index counts
+        result = {int(row[0]): float(row[1]) for row in [*csv.reader(io.StringIO(read_text(path)))][1:]}
     except (IndexError, ValueError):
         result = {}
     if not result or not all(map(math.isfinite, result.values())):
@@ -312,11 +289,13 @@ def _sigmoid(scores: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -scores))
 
 
-def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None = None) -> dict[str, Any]:
-    """One model's win rate, its standard error, ties, and the length-controlled rate."""
-    preferences = [a.preference for a in annotations]
-    lengths = [len(a.output_1) for a in annotations], [len(a.output_2) for a in annotations]
-    known = None if difficulty is None else difficulties_of(annotations, difficulty)
+def rates(annotations: Sequence[dict[str, Any]], difficulty: dict[int, float] | None = None) -> dict[str, Any] | None:
+    """One model's win rate, its standard error, ties, and the length-controlled rate; None if no preference counts."""
+    preferences = [math.nan if a["preference"] is None else a["preference"] for a in annotations]
+    if not any(value == 0 or 1 <= value <= 2 for value in preferences):
+        return None
+    lengths = [len(a["output_1"]) for a in annotations], [len(a["output_2"]) for a in annotations]
+    known = None if difficulty is None else difficulties_of([a["index"] for a in annotations], difficulty)
     controlled = length_controlled(preferences, *lengths, known)
     won = asdict(win_rate(preferences))
     return {
@@ -327,54 +306,26 @@ def rates(annotations: Sequence[Annotation], difficulty: dict[int, float] | None
     }
 
 
-def difficulties_of(rows: Sequence[Annotation | Output], known: dict[int, float]) -> list[float]:
-    """The difficulties of the rows' instructions. Raises UserError if one is missing."""
-    if missing := [row.index for row in rows if row.index not in known]:
+def difficulties_of(indices: Sequence[int], known: dict[int, float]) -> list[float]:
+    """The difficulties of the instructions at these places. Raises UserError if one is missing."""
+    if missing := [index for index in indices if index not in known]:
         raise UserError(
             f"--difficulty: the file has no difficulty for row {missing[0]} (counted from 0).",
             "It belongs to AlpacaEval's 805 instructions in their order.",
         )
-    return [known[row.index] for row in rows]
+    return [known[index] for index in indices]
 
 
-def difference(one: Sequence[Annotation], other: Sequence[Annotation]) -> dict[str, Any]:
-    """Difference of two win rates, in percent, over the instructions that both have verdicts on."""
-    first = {a.index: a.preference for a in one if 1 <= a.preference <= 2}
-    values = [100 * (first[a.index] - a.preference) for a in other if a.index in first and 1 <= a.preference <= 2]
-    return {"difference": mean(values), "standard_error": standard_error(values), "instructions": len(values)}
-
-
-def has_verdict(annotations: Sequence[Annotation]) -> bool:
-    return any(a.preference == 0 or 1 <= a.preference <= 2 for a in annotations)
-
-
-def notes_on(models: Mapping[str, dict[str, Any]], with_difficulty: bool) -> list[str]:
-    """How the length-controlled rates differ from AlpacaEval's."""
-    if not any(body["length_controlled"] for body in models.values()):
-        return [f"no length-controlled rate: it takes {MIN_VERDICTS} verdicts, and answers that differ in length"]
-    return [] if with_difficulty else [NO_DIFFICULTY]
-
-
-def score_files(annotations: Sequence[Annotation], difficulty: Path | None, where: Path) -> Judged:
-    """The rates of existing annotations; by annotator too, if there are several."""
-    if not has_verdict(annotations):
+def score_files(annotations: Sequence[dict[str, Any]], difficulty: Path | None, where: Path) -> Judged:
+    """The rates of existing annotations."""
+    known = None if difficulty is None else read_difficulty(difficulty)
+    found = rates(annotations, known)
+    if found is None:
         message = f"{where}: none of the {len(annotations)} preferences is between 1 and 2."
         raise UserError(message, "Look at the file.")
-    known = None if difficulty is None else read_difficulty(difficulty)
-    name = annotations[0].generator_2 or "the model"
-    models = {name: rates(annotations, known)}
-    annotators = list(dict.fromkeys(a.annotator for a in annotations))
-    for annotator in annotators if len(annotators) > 1 else []:
-        own = [a for a in annotations if a.annotator == annotator]
-        if has_verdict(own):
-            models[f"{name}, by {annotator or 'unknown'}"] = rates(own, known)
-    body = {
-        "models": models,
-        "settings": {"annotators": annotators, "baseline": sorted({a.generator_1 for a in annotations})},
-        "data": {"annotations": str(where)},
-        "notes": notes_on(models, known is not None),
-    }
-    return Judged(models, body)
+    models = {annotations[0]["generator_2"] or "the model": found}
+    names = {key: sorted({a[name] for a in annotations}) for key, name in SETTINGS.items()}
+    return Judged(models, {"models": models, "settings": names, "data": {"annotations": str(where)}})
 
 
 def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -441,6 +392,7 @@ class AlpacaEval(Benchmark[Output]):
 
     kind, unit, why = KIND, "instructions", "why_left_out"
     table = staticmethod(table)
+    notes = [NOTE]
 
     def __init__(self, config: AlpacaConfig) -> None:
         judge = judge_of(config)
@@ -451,9 +403,7 @@ class AlpacaEval(Benchmark[Output]):
             self.items = [self.items[place] for place in sorted(kept)]
         self.difficulty = None if config.difficulty is None else read_difficulty(Path(config.difficulty))
         if self.difficulty is not None:
-            difficulties_of(self.items, self.difficulty)
-        self.outputs: dict[str, dict[str, str]] = {}  # generator → {instruction's key: answer}, of --outputs
-        self.silent = 0  # instructions that --outputs has no answer to
+            difficulties_of([item.index for item in self.items], self.difficulty)
         if config.outputs is None:
             answering = who_answers(config, config.temperature)
         elif config.models or config.source or config.stage or config.adapters:
@@ -466,9 +416,10 @@ class AlpacaEval(Benchmark[Output]):
             if not answered:
                 message = f"{place}: answers none of the instructions of {path}."
                 raise UserError(message, "Are these AlpacaEval's outputs?")
-            self.silent, self.items = len(self.items) - len(answered), answered
+            self.items = answered
             answering = Answering({}, None, judge)
         super().__init__(config, answering)
+        self.note = f"{path}: {len(self.items)} of {self.whole} instructions, answered by {self.items[0].generator}"
         texts = json.dumps([[item.instruction, item.output] for item in self.items])
         self.data = {"instructions": str(path), "asked_sha256": hashlib.sha256(texts.encode()).hexdigest()}
         self.settings = {
@@ -476,20 +427,6 @@ class AlpacaEval(Benchmark[Output]):
             "baseline": self.items[0].generator,
             "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
         }
-
-    def models(self) -> list[str]:
-        return [*self.answering.specs, *self.outputs]
-
-    def note(self) -> str:
-        missing = f"; --outputs have no answer to {self.silent} others" if self.silent else ""
-        counts = f"{len(self.items)} of {self.whole} instructions"
-        return f"{self.data['instructions']}: {counts}, answered by {self.items[0].generator}{missing}"
-
-    def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
-        return [NOTE, *(notes_on(models, self.difficulty is not None) if models else [])]
-
-    def given(self, model: str, item: Output) -> str | None:
-        return self.outputs[model][item.key] if model in self.outputs else None
 
     def without_judge(self, item: Output, answers: Sequence[str]) -> tuple[float, str] | None:
         return (TIE, "the same text") if answers[0] == item.output else None  # as in AlpacaEval
@@ -500,51 +437,58 @@ class AlpacaEval(Benchmark[Output]):
     def read_verdict(self, item: Output, text: str) -> float:
         return read_verdict(text, is_swapped(item.key, self.config.seed))
 
-    def annotations(self, model: str, outcomes: Sequence[Outcome[Output]]) -> list[Annotation]:
-        """The verdicts on the answers of a model."""
+    def annotations(self, model: str, outcomes: Sequence[Outcome[Output]]) -> list[dict[str, Any]]:
+        """The verdicts on the answers of a model, as AlpacaEval's rows with ``index``."""
         return [
-            Annotation(
-                instruction=outcome.item.instruction,
-                output_1=outcome.item.output,
-                output_2=outcome.answers[0],
-                preference=math.nan if preference is None else preference,
-                generator_1=outcome.item.generator,
-                generator_2=model,
-                annotator=self.answering.judge.name,
-                index=outcome.item.index,
-            )
+            {
+                "dataset": outcome.item.dataset,
+                "instruction": outcome.item.instruction,
+                "output_1": outcome.item.output,
+                "output_2": outcome.answers[0],
+                "preference": preference,
+                "generator_1": outcome.item.generator,
+                "generator_2": model,
+                "annotator": self.answering.judge.name,
+                "raw_completion": text,
+                "index": outcome.item.index,
+            }
             for outcome in outcomes
-            for preference, _ in outcome.verdicts
+            for preference, text in outcome.verdicts
             if outcome.answers
         ]
 
     def scores(self, model: str, outcomes: Sequence[Outcome[Output]]) -> dict[str, Any] | None:
-        annotations = self.annotations(model, outcomes)
-        if not has_verdict(annotations):
-            return None
+        found = rates(self.annotations(model, outcomes), self.difficulty)
         verdicts = [verdict for outcome in outcomes for verdict in outcome.verdicts]
-        return {
-            **rates(annotations, self.difficulty),
+        return found and {
+            **found,
             "n_not_answered": sum(not outcome.answers for outcome in outcomes),
             "answers_cut_at_max_tokens": sum(outcome.cut for outcome in outcomes),
             self.why: dict(Counter(reason for preference, reason in verdicts if preference is None)),
         }
 
     def difference(self, one: Sequence[Outcome[Output]], other: Sequence[Outcome[Output]]) -> dict[str, Any]:
-        return difference(self.annotations("", one), self.annotations("", other))
+        """Difference of two win rates, in percent, over the instructions that both have verdicts on."""
+        first, second = (
+            {outcome.item.key: value for outcome in found for value, _ in outcome.verdicts if value is not None}
+            for found in (one, other)
+        )
+        values = [100 * (first[key] - second[key]) for key in second if key in first]
+        return {"difference": mean(values), "standard_error": standard_error(values), "instructions": len(values)}
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Output]]]) -> None:
         for model, found in outcomes.items():
             place = folder / (re.sub(r"[^\w.-]+", "_", model).strip("._") or "model")
-            outputs, verdicts = [], []
-            answered = [outcome for outcome in found if outcome.answers]
-            for outcome, annotation in zip(answered, self.annotations(model, found)):
-                head = {"dataset": outcome.item.dataset, "instruction": outcome.item.instruction}
-                outputs.append({**head, "output": outcome.answers[0], "generator": model})
-                preference, text = outcome.verdicts[0]
-                values = {**asdict(annotation), "preference": preference, "raw_completion": text}
-                del values["index"]
-                verdicts.append({**head, **values})
+            verdicts = self.annotations(model, found)
+            columns = {
+                "dataset": "dataset",
+                "instruction": "instruction",
+                "output": "output_2",
+                "generator": "generator_2",
+            }
+            outputs = [{name: row[column] for name, column in columns.items()} for row in verdicts]
+            for row in verdicts:
+                del row["index"]
             make_folder(place)
             for name, value in ((OUTPUTS, outputs), (ANNOTATIONS, verdicts)):
                 write_text(place / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,6 @@ import copy
 import difflib
 import hashlib
 import logging
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import UserError
@@ -114,11 +112,6 @@ def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
             f"the harness is not installed ({error}).", 'Install it: pip install "zephyr-lite[harness]"'
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if include is not None:
-        # reading the harness's own thousands of files takes seconds
-        manager = TaskManager(include_path=str(include), include_defaults=False)
-        if {task.name for task in tasks} <= set(manager.all_tasks):
-            return manager
     manager = TaskManager(include_path=None if include is None else str(include))
     known = list(manager.all_tasks)
     for task in tasks:
@@ -173,38 +166,30 @@ def evaluate_harness(
 
 
 def _run(live: LoadedModel, manager: Any, task: TaskSpec, settings: HarnessSettings) -> Any:
-    """``lm_eval.simple_evaluate`` of a task, or a group's tasks, without its report on the machine."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-    from lm_eval.evaluator import evaluate
+    """``lm_eval.simple_evaluate`` of a task, or a group's tasks."""
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    base = live.stack.base
+    batch = settings.batch_size or ("auto" if base.get_input_embeddings().weight.device.type == "cuda" else 1)
+    tokenizer = copy.deepcopy(live.template.tokenizer)  # the harness changes its padding
     try:
-        loaded = manager.load([task.name])
-    except Exception as error:  # of the hub, the data sets, or the task's own code
+        return simple_evaluate(
+            HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", batch_size=batch),
+            tasks=[task.name],
+            num_fewshot=task.shots,
+            task_manager=manager,
+            limit=settings.limit,
+            apply_chat_template=settings.chat,
+            fewshot_as_multiturn=settings.chat,
+            log_samples=False,
+        )
+    except OSError as error:  # of the hub or the data sets
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"task {task.name}: cannot be loaded: {what[:300]}",
             "The harness downloads its tasks' rows from the hub: connect, or copy the hub's cache (HF_HOME) from another machine.",
         ) from error
-    for each in loaded["tasks"].values():
-        own = each.get_config("num_fewshot")
-        if own != 0:  # a task with 0 has examples in its own prompt
-            each.set_config(key="num_fewshot", value=task.shots if task.shots is not None else own or 0)
-        each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    base = live.stack.base
-    batch = settings.batch_size or ("auto" if base.get_input_embeddings().weight.device.type == "cuda" else 1)
-    tokenizer = copy.deepcopy(live.template.tokenizer)  # the harness changes its padding
-    return evaluate(
-        lm=HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", batch_size=batch),
-        task_dict=loaded,
-        limit=settings.limit,
-        apply_chat_template=settings.chat,
-        fewshot_as_multiturn=settings.chat,
-        log_samples=False,
-    )
 
 
 def _entry(task: TaskSpec, found: Any, seconds: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
 
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import Bound, Meter, bound_lines, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
 from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
@@ -209,9 +209,12 @@ class Benchmark(ABC, Generic[T]):
 
     kind: str  # name of the command, of the job's folder and of the result's file
     unit: str  # of the items
+    note: str  # what is asked, in a line
+    notes: Sequence[str] = ()  # how the scores differ from published ones
     why: str  # key of a model's scores: reasons why verdicts are missing
     items: list[T]  # to ask
     whole: int  # number of items without a limit
+    outputs: Mapping[str, Mapping[str, str]] = {}  # model → {item's key: an answer that exists already}
     part: Sequence[str] = ()  # in the name of a file on some of the items
     settings: dict[str, Any]  # for the result
     data: dict[str, Any]  # for the result
@@ -225,14 +228,6 @@ class Benchmark(ABC, Generic[T]):
         else:
             self.folder = result_folder(answering.weights.source, answering.weights.chain)
         self.job = self.folder / self.kind
-
-    @abstractmethod
-    def note(self) -> str:
-        """What is asked, in a line."""
-
-    @abstractmethod
-    def notes(self, models: Mapping[str, dict[str, Any]]) -> list[str]:
-        """How scores differ from published ones; before there are any, ``models`` is {}."""
 
     @abstractmethod
     def judge_messages(self, item: T, answers: Sequence[str]) -> tuple[Message, ...]:
@@ -258,16 +253,12 @@ class Benchmark(ABC, Generic[T]):
         """Of an answer; None: the endpoint's."""
         return None
 
-    def given(self, model: str, item: T) -> str | None:
-        """An answer that exists already."""
-        return None
-
     def without_judge(self, item: T, answers: Sequence[str]) -> tuple[float, str] | None:
         """A verdict that needs no judge, and why."""
         return None
 
     def models(self) -> list[str]:
-        return list(self.answering.specs)
+        return [*self.answering.specs, *self.outputs]
 
     def dry_run_lines(self) -> list[str]:
         """Upper bounds of what the job costs, with every answer of ``max_tokens``."""
@@ -279,7 +270,7 @@ class Benchmark(ABC, Generic[T]):
                 said: list[Message] = []
                 length = specs[model].max_tokens if model in specs else 0
                 for n, text in enumerate(item.turns):
-                    given = self.given(model, item)
+                    given = self.outputs.get(model, {}).get(item.key)
                     said.append({"role": "user", "content": text})
                     if given is None:
                         prompt = prompt_bound(specs[model], said, n * length)
@@ -304,7 +295,7 @@ class Benchmark(ABC, Generic[T]):
         window = 2 * max(spec.concurrency for spec in answering.endpoints())
 
         async def main() -> dict[str, Any]:
-            async with open_client(
+            async with ModelClient(
                 answering.endpoints(),
                 self.job,
                 weights={answering.weights.source: answering.weights} if answering.weights else {},
@@ -346,7 +337,7 @@ class Benchmark(ABC, Generic[T]):
                 **self.settings,
             },
             "data": {**self.data, "asked": asked, "of": self.whole},
-            "notes": self.notes(models),
+            "notes": list(self.notes),
             "spent": totals,
         }
         if spent:
@@ -380,7 +371,7 @@ class Benchmark(ABC, Generic[T]):
         try:
             for n, text in enumerate(turns):
                 said.append({"role": "user", "content": text})
-                answer = self.given(model, item)
+                answer = self.outputs.get(model, {}).get(item.key)
                 if answer is None:
                     key = "/".join(map(str, ("answer", item.key, *parts[n])))
                     seed = seed_of(self.config.seed, self.kind, item.key, *parts[n])

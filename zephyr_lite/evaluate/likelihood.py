@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 MICRO_TOKENS = 2048
 LOGIT_ROWS = 256  # rows of logits in float32 at once
-PROGRESS_SECONDS = 15.0
 RESPONSES = ("chosen", "rejected")
 
 
@@ -55,25 +54,17 @@ class Logps:
 
 
 @torch.no_grad()
-def row_logps(
-    scorer: Decoder | PlainScorer, data: TokenizedDataset, done: Callable[[int], None] = lambda rows: None
-) -> Logps:
-    """The log-probabilities of conversations, or of the responses of pairs given their prompt, in the order of the data.
-
-    Args:
-        done: receives the number of finished rows.
-    """
+def row_logps(scorer: Decoder | PlainScorer, data: TokenizedDataset) -> Logps:
+    """The log-probabilities of conversations, or of the responses of pairs given their prompt, in the order of the data."""
     pairs = isinstance(data.examples[0], PairExample)
     collate: Callable[..., Batch] = collate_pairs if pairs else collate_conversations
     groups = 2 if pairs else 1
     sums = torch.zeros(len(data.lengths), groups, dtype=torch.float64)
     tokens = torch.zeros(len(data.lengths), groups, dtype=torch.int64)
-    seen = 0
     for indices in best_fit([min(int(length), MICRO_TOKENS) for length in data.lengths], MICRO_TOKENS):
         batch = collate([data.examples[i] for i in indices]).to(scorer.device)
         sums[indices] = batch.sum_by_group(scorer.token_logps(batch).double()).view(-1, groups).cpu()
         tokens[indices] = batch.group_sizes.view(-1, groups).cpu()
-        done(seen := seen + len(indices))
     return Logps(sums, tokens)
 
 
@@ -130,22 +121,18 @@ class Evaluation:
 
     body: dict[str, Any]  # of the JSON file
     tables: Sequence[tuple[Sequence[str], list[list[str]]]]  # (header, rows), to print
-    missing: list[str]  # models that an interrupt left out
     notes: list[str] = field(default_factory=list)  # to print below the tables
 
 
 def evaluate_loss(live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap) -> Evaluation:
-    """The loss of every model on held-out conversations; Ctrl-C ends after the models that are done.
+    """The loss of every model on held-out conversations.
 
     Losses are in nats per supervised token, each token counted once. A difference is the loss of one model minus that of
     another.
-
-    Raises:
-        KeyboardInterrupt: before the first was done.
     """
     logps = score_each(live, held_out.data)
     ratios: dict[Any, Ratio] = {name: (-of.sums[:, 0].numpy(), of.tokens[:, 0].numpy()) for name, of in logps.items()}
-    pairs = comparisons(live, logps)
+    pairs = comparisons(live)
     for one, other in pairs:
         ratios[one, other] = ((logps[other].sums - logps[one].sums)[:, 0].numpy(), logps[one].tokens[:, 0].numpy())
     found = bootstrap.intervals(ratios)
@@ -158,13 +145,13 @@ def evaluate_loss(live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap) ->
     losses = [[roles(live)[name], found[name].text(), found[name].exp().text(".3f")] for name in logps]
     differences = [[f"{one} - {other}", found[one, other].text("+.4f")] for one, other in pairs]
     tables = [(("model", "loss", "perplexity"), losses), (("difference", "loss"), differences)]
-    return Evaluation(body, tables, [name for name in live.models if name not in logps])
+    return Evaluation(body, tables)
 
 
 def evaluate_preference(
     live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap, *, beta: float | None = None
 ) -> Evaluation:
-    """Which responses the models prefer on held-out pairs; Ctrl-C ends after the models that are done.
+    """Which responses the models prefer on held-out pairs.
 
     For every model the share of pairs whose chosen response is likelier, by its mean log-probability per token and by the sum
     (which favours short responses), and the mean summed log-probabilities of both. For every comparison of two models DPO's
@@ -173,9 +160,6 @@ def evaluate_preference(
 
     Args:
         beta: β; None: of the stage whose configuration the rows have, or unknown, and margins are in nats alone.
-
-    Raises:
-        KeyboardInterrupt: before the first was done.
     """
     logps = score_each(live, held_out.data)
     if beta is None and held_out.stage is not None:
@@ -186,7 +170,7 @@ def evaluate_preference(
         values[name, "likelier"] = means[:, 0] > means[:, 1]
         values[name, "likelier_sum"] = sums[:, 0] > sums[:, 1]
         values[name, "logps/chosen"], values[name, "logps/rejected"] = sums.T
-    pairs = comparisons(live, logps)
+    pairs = comparisons(live)
     for pair in pairs:
         gained = (logps[pair[0]].sums - logps[pair[1]].sums).numpy()
         margins = gained[:, 0] - gained[:, 1]
@@ -219,34 +203,16 @@ def evaluate_preference(
         (("model", "likelier (per token)", "likelier (sum)", "log p chosen", "rejected"), likelier),
     ]
     notes = ["margins are in nats alone: no DPO stage gives β (--beta)"] if beta is None and pairs else []
-    return Evaluation(body, tables, [name for name in live.models if name not in logps], notes)
+    return Evaluation(body, tables, notes)
 
 
 def score_each(live: LoadedModel, data: TokenizedDataset) -> dict[str, Logps]:
-    """{model: ``row_logps``} of every model. Ctrl-C ends after the models that are done.
-
-    Raises:
-        KeyboardInterrupt: before the first was done.
-    """
+    """{model: ``row_logps``} of every model."""
     found: dict[str, Logps] = {}
-    total, start = len(data.lengths), time.monotonic()
-    logged = start
-
-    def done(rows: int) -> None:
-        nonlocal logged
-        now = time.monotonic()
-        if now - logged >= PROGRESS_SECONDS and rows < total:
-            logged = now
-            left = duration((now - start) / rows * (total - rows))
-            logger.info(f"{name}: {rows:,} of {total:,} rows, {left} left")
-
-    try:
-        for name in live.models:
-            start = time.monotonic()
-            found[name] = row_logps(scorer_of(live, name), data, done)
-    except KeyboardInterrupt:
-        if not found:
-            raise
+    for name in live.models:
+        start = time.monotonic()
+        found[name] = row_logps(scorer_of(live, name), data)
+        logger.info(f"{name}: {len(data.lengths):,} rows in {duration(time.monotonic() - start)}")
     return found
 
 
@@ -259,8 +225,8 @@ def roles(live: LoadedModel) -> dict[str, str]:
     return names
 
 
-def comparisons(live: LoadedModel, scored: Collection[str]) -> list[tuple[str, str]]:
+def comparisons(live: LoadedModel) -> list[tuple[str, str]]:
     """Pairs of models to compare: policy and reference, policy and base, reference and base."""
     base = next(iter(live.models))
     wanted = [(live.policy, live.reference), (live.policy, base), (live.reference, base)]
-    return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1] and set(pair) <= set(scored)))
+    return list(dict.fromkeys(pair for pair in wanted if pair[0] != pair[1]))

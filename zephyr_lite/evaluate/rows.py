@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from ..client.endpoints import validated
 from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate
@@ -115,10 +114,7 @@ def held_out(
 
 def stage_config(stage: StageDir) -> RunConfig:
     """The configuration that a stage was trained with."""
-    try:
-        return RunConfig.model_validate(read_yaml(stage.config))
-    except ValidationError as error:
-        raise UserError(f"{stage.config}: not as a run writes it: {error.errors()[0]['msg']}.", "Restore it.") from None
+    return RunConfig.model_validate(read_yaml(stage.config))
 
 
 def _stages(chain: Chain) -> list[StageDir]:
@@ -140,7 +136,4 @@ def _same(data: DatasetSpec, trained: DatasetSpec) -> bool:
 
 def _spec(data: str, split: str | None) -> DatasetSpec:
     refuse_secrets({"--data": data, "--split": split or ""}, "the command line")
-    try:
-        return DatasetSpec(path=data, split=split)
-    except ValidationError as error:
-        raise UserError(f"--data {short(data)}: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from None
+    return validated(DatasetSpec, {"path": data, "split": split}, f"--data {short(data)}")

@@ -38,12 +38,10 @@ class Overlap(NamedTuple):
     Attributes:
         contains: continued from it, a copy of it, or composed of it.
         evidence: the numbers that say so.
-        same_draw: whether both began as the same random A; None where their modules or ranks differ.
     """
 
     contains: bool
     evidence: str
-    same_draw: bool | None
 
 
 def overlap(one: AdapterFile, other: AdapterFile) -> Overlap:
@@ -54,18 +52,18 @@ def overlap(one: AdapterFile, other: AdapterFile) -> Overlap:
             f"‖A − A'‖ / ‖A'‖ = {distance:.3f} against {other.path} (independent draws: 1.41); {share:.2f} of its B is held "
             "(continued: 1, newly drawn: near 0)"
         )
-        return Overlap(distance < SAME_ORIGIN and share >= HELD, told, distance < SAME_ORIGIN)
+        return Overlap(distance < SAME_ORIGIN and share >= HELD, told)
     shared = total = 0.0
     for name, weights in other.modules.items():
         total += inner(weights, weights)
         mine = one.modules.get(name)
         if mine is not None:
             if _spanned(mine.a, weights.a) < SPANNED:
-                return Overlap(False, f"the rows of its A are not those of {other.path}", None)
+                return Overlap(False, f"the rows of its A are not those of {other.path}")
             shared += inner(mine, weights)
     share = shared / total if total else 0.0
     told = f"⟨ΔW, ΔW'⟩ / ‖ΔW'‖² = {share:.2f} against {other.path} (composed of it: 1, independent: near 0)"
-    return Overlap(share >= HELD, told, None)
+    return Overlap(share >= HELD, told)
 
 
 def compare_origins(one: AdapterFile, other: AdapterFile) -> tuple[float, float] | None:

@@ -183,7 +183,7 @@ def read_stage(folder: Path) -> StageRecord:
         samples=files["samples"],
         left_out=files["left_out"],
         lengths=files["lengths"],
-        results={kind: body for kind, body in files["results"].items() if "models" in body and "-partial" not in kind},
+        results={kind: body for kind, body in files["results"].items() if "models" in body},
         own=own,
     )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..client.jobs import validated
-from ..config.load import DatasetSpec, Loaded, Method, RunConfig, find_config, load_config
+from ..config.load import (
+    DatasetSpec,
+    Loaded,
+    Method,
+    RunConfig,
+    find_config,
+    load_config,
+    refuse_placed,
+    words_by_scope,
+)
 from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
@@ -44,7 +53,6 @@ from ..train.sft import run_sft
 
 logger = logging.getLogger(__name__)
 
-PLACED = ("output_dir", "adapters", "stage")  # keys that the table sets, or the stages' files
 OneStage = Annotated[dict[Method, str], Field(min_length=1, max_length=1)]
 ONE_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
 BASE = "base"  # name of the bare base's row in the result
@@ -130,8 +138,8 @@ def read_table(
         raise UserError(f"{path}: an arm cannot be called {BASE!r}, which is the name of the bare base.")
     if unknown := [arm for arm in only if arm not in spec.arms]:
         raise UserError(f"{path}: there is no arm {unknown[0]!r}.", f"There are {', '.join(spec.arms)}.")
-    run, scoped = Path(out or spec.output_dir), _scopes(words)
-    _refuse_placed(spec.keys, str(path))
+    run, scoped = Path(out or spec.output_dir), words_by_scope(words)
+    refuse_placed(spec.keys, str(path))
     copies = {CHAT: chat, PREFERENCES: preferences}
 
     def copied(entry: DatasetSpec) -> DatasetSpec:
@@ -167,30 +175,6 @@ def read_table(
     return Table(path.stem, run, arms, copied(spec.chat), copied(spec.preferences), len(arms) == len(spec.arms))
 
 
-def _scopes(words: Sequence[str]) -> dict[str, list[str]]:
-    """``key=value`` words by scope: "" for all stages, a method, or a stage. ``--key value`` is one word."""
-    scoped: dict[str, list[str]] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("--") and "=" not in word and rest:
-            word = f"{word}={rest.pop(0)}"
-        word = word.lstrip("-")
-        head, dot, tail = word.split("=", 1)[0].partition(".")
-        scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
-        _refuse_placed([(tail.partition(".")[0] if scope else head).replace("-", "_")], "the command line")
-        scoped.setdefault(scope, []).append(word.removeprefix(f"{scope}." if scope else ""))
-    return scoped
-
-
-def _refuse_placed(keys: Iterable[str], where: str) -> None:
-    if placed := [key for key in keys if key in PLACED]:
-        raise UserError(
-            f"{where}: {placed[0]} is the table's decision.",
-            "Choose the folder with --out; the order and names of stages in the table and the stages' files.",
-        )
-
-
 # -- training and scoring --------------------------------------------------------------------------------------------
 
 
@@ -206,8 +190,6 @@ class Score:
     accuracy_error: float | None = None
     margin: float | None = None  # mean of that difference in nats
     margin_error: float | None = None
-    own_accuracy: float | None = None  # of a DPO stage's last evaluation against its own reference
-    own_margin: float | None = None
 
 
 @dataclass
@@ -315,10 +297,6 @@ def _score(table: Table) -> Ablation:
         gained = logps.sums - reference.sums
         margins = gained[:, 0] - gained[:, 1]
         won = (margins > 0).double()
-        own: dict[str, float] = {}
-        if table.arms[arm][-1].method == "dpo":
-            info = StageDir(table.run / table.arms[arm][-1].name).info() or {}
-            own = ((info.get("result") or {}).get("evaluations") or [{}])[-1]
         scores[arm] = Score(
             chat_loss=chat_loss(decoder, chats),
             likelier=_likelier(logps),
@@ -326,8 +304,6 @@ def _score(table: Table) -> Ablation:
             accuracy_error=_standard_error(won),
             margin=margins.mean().item(),
             margin_error=_standard_error(margins),
-            own_accuracy=own.get("eval_rewards/accuracies"),
-            own_margin=own.get("eval_rewards/margins"),
         )
     return Ablation(table, scores, *sizes)
 
@@ -352,7 +328,6 @@ def _standard_error(values: Tensor) -> float | None:
 # -- the table as text -----------------------------------------------------------------------------------------------
 
 HEADER = ["arm", "held-out chat loss", "preference accuracy", "margin (nats)", "likelier a token"]
-HEADER += ["own accuracy", "own margin"]
 
 
 def table_rows(result: Ablation) -> list[tuple[str, ...]]:
@@ -368,8 +343,6 @@ def table_rows(result: Ablation) -> list[tuple[str, ...]]:
             cell(score.accuracy, ".3f", score.accuracy_error),
             cell(score.margin, "+.3f", score.margin_error),
             f"{score.likelier:.3f}",
-            cell(score.own_accuracy, ".3f"),
-            cell(score.own_margin, "+.4f"),
         )
         for arm, score in result.scores.items()
     ]
@@ -382,7 +355,6 @@ def legend(result: Ablation) -> list[str]:
         f"Preference accuracy and margin: over {result.pairs:,} held-out pairs, by how much likelier the arm made each response "
         "than the bare base (log-ratio, summed over the response); ± is one standard error.",
         "Likelier a token: share of pairs whose chosen response has the higher mean log-probability; needs no reference.",
-        "Own accuracy and margin: the last evaluation of the arm's DPO stage against its own reference (the margin times beta).",
     ]
 
 

@@ -14,15 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.text import read_text
-from .questions import open_rows, texts_of
+from .prompts import open_rows, texts_of
 
 # -- words and n-grams -----------------------------------------------------------------------------------------------
 
@@ -220,7 +217,8 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
     """
     sets = EvalSets(n)
     for name in names:
-        rows = _rows(name)
+        path, _, split = name.partition("#")
+        rows = open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}")
         words = words_of([text for row in rows for text in texts_of(row)])
         grams = ngrams(words, n)[0].tolist()
         short = [key for _, _, key in _short_texts(words, n)]
@@ -233,15 +231,3 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
         sets.texts = dict.fromkeys(short, name) | sets.texts
         sets.rows[name] = len(rows)
     return sets
-
-
-def _rows(name: str) -> list[Any]:
-    path, _, split = name.partition("#")
-    file = Path(path).expanduser()
-    if file.is_file() and file.suffix.lower() in (".txt", ".md", ""):
-        return [line for line in read_text(file, name=name).splitlines() if line.strip()]
-    if not path:
-        raise UserError(
-            f"decontaminate {name!r}: names no set.", "Name a file or a hub id, with #SPLIT if it has several."
-        )
-    return list(open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}"))

@@ -41,7 +41,6 @@ GRID = Path(__file__).parent / "grid.yaml"
 NEAR = "too near to an earlier opening or to a seed"
 NO_ANSWER = "no first answer"
 BUDGET = "the budget"
-EXAMPLES = 5  # near-duplicates in the report
 SAMPLE = 2000  # openings whose length is measured for the upper bound
 QUESTION_TOKENS = 512  # of a user's message, at most
 MAX_CHARACTERS = 6000
@@ -222,6 +221,17 @@ class NotUsable(Exception):
     """A text that is no message, or no whole answer; ``str(error)`` is the reason under which it is counted."""
 
 
+Problem = NotUsable | RequestFailed | BudgetSpent
+PROBLEMS = (NotUsable, RequestFailed, BudgetSpent)
+
+
+def reason_of(problem: Problem) -> str:
+    """The reason under which a problem is counted."""
+    if isinstance(problem, BudgetSpent):
+        return BUDGET
+    return problem.reason if isinstance(problem, RequestFailed) else str(problem)
+
+
 def read_message(text: str) -> str:
     """The message in a reply, without reasoning, a label, a preamble or quotation marks around it. Raises NotUsable."""
     text = text.rpartition("</think>")[2].strip()
@@ -319,8 +329,7 @@ class Dialogue:
     """Turns from the user's first to the assistant's last whole answer."""
 
     messages: list[Message] = field(default_factory=list)  # user and assistant in turn
-    ended: str = ""  # why it has fewer rounds than were asked for
-    by_budget: bool = False  # whether the budget was the reason
+    ended: Problem | None = None  # why it has fewer rounds than were asked for
 
     @property
     def rounds(self) -> int:
@@ -329,9 +338,9 @@ class Dialogue:
 
 async def grow(
     client: ModelClient, config: DistillConfig, grid: Grid, number: int, attempt: int, opening: str
-) -> Dialogue:
-    """A dialogue of up to ``config.rounds`` rounds. A failure ends it with its last whole answer; if the first answer fails, it
-    has no round."""
+) -> Dialogue | Problem:
+    """A dialogue of up to ``config.rounds`` rounds. A failure ends it with its last whole answer; that of the first answer is
+    returned instead of a dialogue."""
     dialogue = Dialogue()
     question = opening
     try:
@@ -351,12 +360,10 @@ async def grow(
                 return dialogue
             request = follow_up_request(config, grid, number, attempt, dialogue.messages)
             question = await ask_message(client, request, turns=[turn["content"] for turn in dialogue.messages])
-    except BudgetSpent as spent:
-        dialogue.ended, dialogue.by_budget = str(spent), True
-    except RequestFailed as failed:
-        dialogue.ended = failed.reason
-    except NotUsable as reason:
-        dialogue.ended = str(reason)
+    except PROBLEMS as problem:
+        if not dialogue.messages:
+            return problem if isinstance(problem, BudgetSpent) else NotUsable(f"{NO_ANSWER}: {reason_of(problem)}")
+        dialogue.ended = problem
     return dialogue
 
 
@@ -375,10 +382,8 @@ class Distilled:
     test: int = 0
     openings: int = 0  # asked for
     turned_down: Counter[str] = field(default_factory=Counter)  # of the openings, by reason
-    near: list[tuple[str, str]] = field(default_factory=list)  # examples: (opening, the earlier one)
     ended: Counter[str] = field(default_factory=Counter)  # dialogues shorter than asked for, by reason
     rounds: Counter[int] = field(default_factory=Counter)  # dialogues by their number of rounds
-    cells: Counter[tuple[str, str]] = field(default_factory=Counter)  # dialogues of each (topic, kind)
     unreached: int = 0  # dialogues that the budget did not reach
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
@@ -389,10 +394,6 @@ class Distilled:
 
     def report(self) -> dict[str, Any]:
         """For report.json."""
-        topics, kinds = Counter[str](), Counter[str]()
-        for (topic, kind), count in self.cells.items():
-            topics[topic] += count
-            kinds[kind] += count
         return {
             "command": COMMAND,
             "version": __version__,
@@ -401,14 +402,9 @@ class Distilled:
             "openings": {
                 "asked": self.openings,
                 "turned_down": dict(self.turned_down.most_common()),
-                "near_duplicates": [{"opening": text, "earlier": earlier} for text, earlier in self.near],
             },
             "rounds": {str(rounds): count for rounds, count in sorted(self.rounds.items())},
             "ended_early": dict(self.ended.most_common()),
-            "cells": len(self.cells),
-            "dialogues_in_a_cell": {str(n): often for n, often in sorted(Counter(self.cells.values()).items())},
-            "topics": dict(sorted(topics.items())),
-            "kinds": dict(sorted(kinds.items())),
             "seeds": None if self.seeds is None else self.seeds.note(),
             "spent": self.totals.as_dict(),
         }
@@ -419,10 +415,6 @@ class Distilled:
         rounds = ", ".join(f"{count:,} of {n}" for n, count in sorted(self.rounds.items(), reverse=True))
         result = [f"{self.out}: {self.made:,} of {self.wanted:,} dialogues: {self.train:,} in {TRAIN}{test}"]
         result.append(f"questions and answers: {rounds}")
-        if self.cells:
-            few, many = min(self.cells.values()), max(self.cells.values())
-            spread = f"{few:,}" if few == many else f"{few:,} to {many:,}"
-            result.append(f"{len(self.cells):,} cells of topic and kind, {spread} dialogues in each")
         for title, counts in (("openings turned down", self.turned_down), ("ended early", self.ended)):
             if counts:
                 result.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()))
@@ -449,7 +441,7 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_
 
     Args:
         result: of ``plan_distill``; filled in.
-        back_off: of ``open_client``.
+        back_off: of ``ModelClient``.
 
     Raises:
         UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
@@ -491,11 +483,11 @@ class _Passes:
         result = self.result
         compared = [asyncio.Event() for _ in numbers]
 
-        async def dialogue_of(place: int) -> Dialogue | NotUsable | RequestFailed | BudgetSpent:
-            opening: str | NotUsable | RequestFailed | BudgetSpent
+        async def dialogue_of(place: int) -> Dialogue | Problem:
+            opening: str | Problem
             try:
                 opening = await self._opening(numbers[place], attempt)
-            except (NotUsable, RequestFailed, BudgetSpent) as problem:
+            except PROBLEMS as problem:
                 opening = problem
             if place:
                 await compared[place - 1].wait()
@@ -505,29 +497,24 @@ class _Passes:
             result.openings += not isinstance(opening, BudgetSpent)
             if not isinstance(opening, str):
                 return opening
-            dialogue = await grow(self.client, self.config, result.grid, numbers[place], attempt, opening)
-            if dialogue.messages:
-                return dialogue
-            return BudgetSpent(dialogue.ended) if dialogue.by_budget else NotUsable(f"{NO_ANSWER}: {dialogue.ended}")
+            return await grow(self.client, self.config, result.grid, numbers[place], attempt, opening)
 
         again = []
         # a number waits for those before it: twice as many as can be asked at once
         window = 2 * sum(spec.concurrency for spec in self.config.endpoints().values())
         async for place, found in in_order(range(len(numbers)), dialogue_of, window):
+            problem = found.ended if isinstance(found, Dialogue) else found
+            if isinstance(problem, BudgetSpent):
+                result.budget_message = str(problem)
             if isinstance(found, Dialogue):
                 self.dialogues[numbers[place]] = found
                 result.rounds[found.rounds] += 1
-                if found.ended:
-                    result.ended[BUDGET if found.by_budget else found.ended] += 1
-                result.budget_message = found.ended if found.by_budget else result.budget_message
+                result.ended.update([reason_of(problem)] if problem else [])
                 meter.advance()
-            elif isinstance(found, BudgetSpent):
+                continue
+            result.turned_down.update([] if isinstance(found, BudgetSpent) else [reason_of(found)])
+            if not (self.from_seeds and str(found) == NEAR):  # another try would be the same seed
                 again.append(numbers[place])
-                result.budget_message = result.budget_message or str(found)
-            else:
-                result.turned_down[found.reason if isinstance(found, RequestFailed) else str(found)] += 1
-                if not (self.from_seeds and str(found) == NEAR):  # another try would be the same seed
-                    again.append(numbers[place])
         return again
 
     async def _opening(self, number: int, attempt: int) -> str:
@@ -546,8 +533,6 @@ class _Passes:
         earlier = None if self.from_seeds and attempt else self.openings.take(opening)
         if earlier is None:
             return opening
-        if len(self.result.near) < EXAMPLES:
-            self.result.near.append((opening[:300], earlier[:300]))
         self.avoid[number] = earlier
         return NotUsable(NEAR)
 
@@ -557,18 +542,14 @@ def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialog
         down = ", ".join(f"{reason}: {n:,}" for reason, n in result.turned_down.most_common())
         what = f"dialogue came out of {result.wanted:,}"
         raise nothing_made(result.out, what, [down, result.budget_message], bool(result.budget_message))
-    has_cells = config.openings == "grid"
-    if has_cells:
-        result.cells.update({(cell.topic, cell.kind): 0 for cell in result.grid.cells})
     with file_aside(result.out / TRAIN) as train, file_aside(result.out / TEST) as test:
         for number, dialogue in sorted(dialogues.items()):
             prompt = dialogue.messages[0]["content"]
             prompt_id = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
             row = {"prompt": prompt, "prompt_id": prompt_id, "messages": dialogue.messages, "topic": "", "kind": ""}
-            if has_cells:
+            if config.openings == "grid":
                 cell = result.grid.cell(number)
                 row |= {"topic": cell.topic, "kind": cell.kind}
-                result.cells[cell.topic, cell.kind] += 1
             held_out = int(prompt_id[:8], 16) < config.test_share * 2**32
             (test if held_out else train).write(json_line(row))
             result.test += held_out

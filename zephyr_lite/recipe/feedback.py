@@ -6,7 +6,6 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, RootModel, field_validator, model_validator
 
 from .. import __version__
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, open_client, seed_of
-from ..client.cost import Bound, Meter, has_prices, prompt_bound
+from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
+from ..client.cost import Bound, Meter, prompt_bound
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec
 from ..client.jobs import (
     JobConfig,
@@ -175,30 +174,21 @@ class Feedback:
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
     completions: Counter[str] = field(default_factory=Counter)  # by model
-    cut: Counter[str] = field(default_factory=Counter)  # by model: ended at max_tokens
-    principles: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)  # missing completions, by reason
-    unread: Counter[str] = field(default_factory=Counter)  # the judge's failed requests, by aspect
-    critiques: int = 0
-    # how often each rating was given, by (model, aspect), and by place in the judge's list
+    failed: Counter[str] = field(
+        default_factory=Counter
+    )  # missing completions by reason, the judge's ratings by aspect
+    # how often each rating was given, by (model, aspect)
     ratings: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    places: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def add(self, row: Mapping[str, Any], prompt_id: str, seed: int) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """Count a row."""
         self.rows += 1
-        completions = row["completions"]
-        for completion in completions:
+        for completion in row["completions"]:
             self.completions[completion["model"]] += 1
-            self.principles[completion["principle"] or "none"] += 1
-            self.critiques += completion["overall_score"] is not None
             for name, annotation in completion["annotations"].items():
                 self.ratings[completion["model"], name][annotation["Rating"]] += 1
-        for aspect in ASPECTS:
-            for place, index in enumerate(shown_order(prompt_id, aspect.name, len(completions), seed)):
-                self.places[place][completions[index]["annotations"][aspect.name]["Rating"]] += 1
 
-    def report(self, config: FeedbackConfig) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """For report.json."""
         return {
             "command": COMMAND,
@@ -213,19 +203,12 @@ class Feedback:
             "dropped": _places(self.dropped),
             "not_reached_by_the_budget": self.unreached,
             "completions": dict(sorted(self.completions.items())),
-            "completions_cut_at_max_tokens": {model: count for model, count in sorted(self.cut.items()) if count},
-            "completions_failed": dict(self.failed.most_common()),
-            "principles": dict(sorted(self.principles.items())),
+            "failed": dict(self.failed.most_common()),
             "ratings": {
                 model: {aspect.name: _rating_report(self.ratings[model, aspect.name]) for aspect in ASPECTS}
                 for model in sorted(self.completions)
             },
-            # shows whether the judge favours a place of its list
-            "mean_rating_by_place": [_rating_report(self.places[place])["mean"] for place in sorted(self.places)],
-            "judge_replies_not_readable_or_failed": {name: count for name, count in self.unread.items() if count},
-            "critiques": self.critiques,
             "spent": self.totals.as_dict(),
-            "prices_given": has_prices(config.endpoints().values()),
         }
 
     def lines(self) -> list[str]:
@@ -283,7 +266,6 @@ async def rate_prompt(
         NoRow: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
     """
     answered: list[tuple[Slot, str]] = []
-    cut: list[str] = []
     for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
         if isinstance(reply, RequestFailed):
             result.failed[f"{slot.endpoint}: {reply.reason}"] += 1
@@ -291,7 +273,6 @@ async def rate_prompt(
             result.failed[f"{slot.endpoint}: an empty answer"] += 1
         else:
             answered.append((slot, reply.text.strip()))
-            cut += [slot.endpoint] if reply.finish_reason == "length" else []
     if len(answered) < 2:
         raise NoRow("fewer than two completions")
     texts = [text for _, text in answered]
@@ -316,17 +297,17 @@ async def rate_prompt(
     annotations: list[dict[str, dict[str, str]]] = [{} for _ in texts]
     for aspect, rated in zip(ASPECTS, await together(rate(aspect) for aspect in ASPECTS)):
         if isinstance(rated, RequestFailed):
-            result.unread[aspect.name] += 1
+            result.failed[f"judge, {aspect.name}"] += 1
             rated = [{"Rating": NOT_RATED, "Rationale": ""} for _ in texts]
         for own, annotation in zip(annotations, rated):
             own[aspect.name] = annotation
     scores: Sequence[Overall | RequestFailed | None] = [None] * len(texts)
     if config.overall:
         scores = await together(score(slot, text) for slot, text in answered)
-        result.unread["overall"] += sum(isinstance(each, RequestFailed) for each in scores)
+        for failed in (each for each in scores if isinstance(each, RequestFailed)):
+            result.failed[f"judge, overall: {failed.reason}"] += 1
     if all(annotation["Rating"] == NOT_RATED for own in annotations for annotation in own.values()):
         raise NoRow("the judge rated nothing")
-    result.cut.update(cut)
     return {
         "source": prompt.source,
         "instruction": prompt.text,
@@ -352,9 +333,9 @@ async def rate_prompt(
 # -- all prompts -----------------------------------------------------------------------------------------------------
 
 
-def client_of(config: ModelJobConfig, meter: Meter, back_off: float) -> AbstractAsyncContextManager[ModelClient]:
+def client_of(config: ModelJobConfig, meter: Meter, back_off: float) -> ModelClient:
     """The client of a job: its endpoints, budget and request log."""
-    return open_client(
+    return ModelClient(
         list(config.endpoints().values()),
         Path(config.out),
         max_requests=config.budget.requests,
@@ -377,7 +358,7 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
     """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
 
     The rows are in the prompts' order, and the same however many requests run at once and however often the job was
-    interrupted, if the servers give the same replies. ``back_off``: of ``open_client``.
+    interrupted, if the servers give the same replies. ``back_off``: of ``ModelClient``.
 
     Raises:
         UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
@@ -408,18 +389,17 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
                     elif isinstance(row, NoRow):
                         result.dropped.setdefault(str(row), []).append(prompt.where)
                     else:
-                        result.add(row, prompt.id, config.seed)
+                        result.add(row)
                         file.write(json_line(row))
                     meter.advance()
                 if not result.rows:  # an earlier file stays as it is
-                    failed = {**result.failed, **{f"judge, {name}": n for name, n in result.unread.items() if n}}
-                    failures = ", ".join(f"{reason}: {count:,}" for reason, count in failed.items())
+                    failures = ", ".join(f"{reason}: {count:,}" for reason, count in result.failed.items())
                     reasons = [summarise(result.dropped), result.budget_message, failures]
                     what = f"row came out of {len(read.prompts):,} prompts"
                     raise nothing_made(out, what, reasons, result.unreached > 0)
 
     run_job(run())
-    write_json(out / REPORT, result.report(config))
+    write_json(out / REPORT, result.report())
     return result
 
 

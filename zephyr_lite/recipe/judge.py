@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -201,24 +201,19 @@ def parse_overall(text: str) -> Overall:
 
 def _object(text: str, key: str) -> dict[str, Any]:
     """The JSON object with the key in a text. Raises ValueError: none, or two that differ: one may be quoted from an answer."""
-    for part in (text.rpartition("</think>")[2], text):  # the second: the tag may be within the object
-        found = [value for value in _objects(part) if key in value]
-        if found:
-            if any(value != found[0] for value in found):
-                raise ValueError(f"several different JSON objects with {key!r}")
-            return found[0]
-    raise ValueError(f"no JSON object with {key!r}")
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
+    text = text.rpartition("</think>")[2]
+    found: list[dict[str, Any]] = []
     place = text.find("{")
-    for _ in range(64):  # attempts
-        if place < 0:
-            return
+    while place >= 0:
         try:
             value, end = json.JSONDecoder().raw_decode(text, place)
         except (ValueError, RecursionError):
             end = place + 1
         else:
-            yield value
+            found += [value] if key in value else []
         place = text.find("{", end)
+    if not found:
+        raise ValueError(f"no JSON object with {key!r}")
+    if any(value != found[0] for value in found):
+        raise ValueError(f"several different JSON objects with {key!r}")
+    return found[0]

@@ -95,6 +95,13 @@ def check_output(
     )
 
 
+def held_out(keys: np.ndarray, test: float) -> np.ndarray:
+    """bool [rows]: the rows of the test split, a share (below 1) or a number; rows of one key (uint64, a hash) stay together."""
+    if test < 1:
+        return keys < np.uint64(int(test * 2.0**64))
+    return keys < np.sort(keys)[int(test)] if test < len(keys) else np.ones(len(keys), bool)
+
+
 def shards(split: str, rows: np.ndarray, most: int, file_format: FileFormat) -> list[tuple[str, np.ndarray]]:
     """The files of a split, named as on the hub, each with at most so many of its rows."""
     count = -(-len(rows) // most)

@@ -1,26 +1,29 @@
-"""Prompts of a data set: conversations, pairs, instructions, or a text file with one prompt a line."""
+"""Prompts of a data set: conversations, pairs, instructions, or a text file with one prompt a line; and excluded questions."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..config.load import DatasetSpec
-from ..data.formats import RowError, as_messages
-from ..data.load import kind_of, stem_of, summarise
+from ..data.formats import ROLES, RowError, as_messages
+from ..data.load import Source, open_source, summarise
 from ..errors import UserError
-from ..io.text import read_text
-from .questions import open_rows
+from ..io.text import read_text, shown
 
 # columns that may hold a prompt, in this order; "data" is raw UltraChat's, "turns" MT-Bench's
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")
 _CONVERSATIONS = ("messages", "conversations", "data", "turns")
+QUESTIONS = ("question", "instruction", "prompt", "turns", "text")  # that may hold a question to exclude
 _BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
 
 
@@ -47,7 +50,7 @@ class Prompt:
     text: str
     id: str  # SHA-256 of the text, in hex
     where: str  # "prompts.jsonl row 17", counted from 1
-    source: str  # the row's ``source`` column, or the name of the set
+    source: str  # the row's ``source`` column, or the name of the file or split
     correct: list[str]  # reference answers that UltraFeedback's rows have for some questions
     incorrect: list[str]
 
@@ -74,19 +77,12 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
     Raises:
         UserError: there is no such set, no column holds prompts, or no row can be used.
     """
-    rows: Any
-    path, columns = Path(spec.path).expanduser(), list[str]()
-    if path.is_file() and path.suffix.lower() == ".txt":
-        if spec.split or spec.column:
-            raise UserError(f"{spec.path}: a text file has no split and no column.", "Leave them out.")
-        lines = enumerate(read_text(path).split("\n"), 1)
-        rows = [{"text": line, "where": f"{spec.path} line {number}"} for number, line in lines if line.strip()]
-        label, column = spec.path, "text"
-    else:
-        source = open_rows(DatasetSpec(**spec.model_dump(exclude={"limit", "column"})), "--split {}")
-        label, columns = source.label, source.columns
-        column = _column(spec, columns, label)
-        rows = source.select_columns([column, *_BESIDE])  # the rest may be large
+    source = open_rows(DatasetSpec(**spec.model_dump(exclude={"limit", "column"})), "--split {}")
+    label, columns = source.label, source.columns
+    column = spec.column or column_of(columns, COLUMNS, label, "Name it: --column NAME.")
+    if column not in columns:
+        raise UserError(f"{label}: there is no column {column!r}.", f"There are {', '.join(columns)}.")
+    rows = source.select_columns([column, *_BESIDE])  # the rest may be large
     numbers = np.arange(len(rows))
     if spec.limit is not None and spec.limit < len(rows):
         numbers = np.sort(np.random.default_rng([seed, 0]).permutation(len(rows))[: spec.limit])
@@ -94,7 +90,7 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
     seen: set[str] = set()
     for number in numbers.tolist():
         row = rows[number]
-        where = row.get("where") or f"{label} row {number + 1}"
+        where = f"{label} row {number + 1}"
         try:
             text = _prompt_of(row, column)
             identity = hashlib.sha256(text.encode("utf-8")).hexdigest()
@@ -106,24 +102,21 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         seen.add(identity)
         own = row.get("source")
         answers = [_answers(row, name) for name in ("correct_answers", "incorrect_answers")]
-        named = own if isinstance(own, str) and own else _name(label)
+        named = own if isinstance(own, str) and own else Path(label).stem
         found.prompts.append(Prompt(text, identity, where, named, *answers))
     if not found.prompts:
-        hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}." if columns else ""
+        hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}."
         raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped) or 'empty'}.", hint)
     return found
 
 
-def _column(spec: PromptsSpec, columns: list[str], label: str) -> str:
-    column = spec.column or next((name for name in COLUMNS if name in columns), None)
-    if column is None:
-        raise UserError(
-            f"{label}: no column holds prompts (found {', '.join(columns)}; looked for {', '.join(COLUMNS)}).",
-            "Name it: --column NAME.",
-        )
-    if column not in columns:
-        raise UserError(f"{label}: there is no column {column!r}.", f"There are {', '.join(columns)}.")
-    return column
+def column_of(columns: Sequence[str], wanted: Sequence[str], label: str, hint: str) -> str:
+    """The first of the wanted columns that there is, in any case."""
+    names = {column.lower(): column for column in columns}
+    if found := [names[name] for name in wanted if name in names]:
+        return found[0]
+    there = shown(", ".join(columns), 500)
+    raise UserError(f"{label}: no column holds prompts (found {there}; looked for {', '.join(wanted)}).", hint)
 
 
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
@@ -131,13 +124,8 @@ def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         value = value[0]  # raw UltraChat, MT-Bench: turns without roles
-    elif isinstance(value, (list, Mapping)) or (isinstance(value, str) and value.lstrip()[:2] == "[{"):
-        try:
-            value = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
-        except RowError:
-            if not isinstance(value, str) or column in _CONVERSATIONS:
-                raise
-            # else a prompt that begins like JSON
+    elif column in _CONVERSATIONS or isinstance(value, (list, Mapping)):
+        value = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
     if value is not None and not isinstance(value, str):
         raise RowError(f"{column} is not text")
     if not value or not value.strip():
@@ -157,9 +145,102 @@ def _answers(row: Mapping[str, Any], column: str) -> list[str]:
     return value if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else ["None"]
 
 
-def _name(label: str) -> str:
-    """``ultrachat`` of ``data/ultrachat.jsonl``; a folder's split stays: ``ultrachat_200k/train_sft``."""
-    path = Path(label)
-    if path.suffix == ".txt" or kind_of(path):
-        path = path.with_name(stem_of(path))
-    return "/".join(path.parts[-2:]) if path.name.startswith(("train", "test")) else path.name
+# -- excluded questions ------------------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"\w+")
+# a shorter question may be part of any text: it has to be the whole prompt
+_CONTAINED_WORDS, _KEY_WORDS = 6, 4
+
+
+class Questions:
+    """A set of questions, compared by their words: case, punctuation and spaces do not matter."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._whole = {words for text in texts if (words := _words(text))}
+        self._by_start: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for words in sorted(self._whole):
+            if len(words) >= _CONTAINED_WORDS:
+                self._by_start.setdefault(words[:_KEY_WORDS], []).append(words)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def found_in(self, prompt: str) -> str:
+        """Why a prompt is excluded: it is a question, or contains one of at least six words (as the prompts of FLAN do, within
+        a template). "" if it is not."""
+        if not self._whole:
+            return ""
+        words = _words(prompt)
+        if words in self._whole:
+            return "is an excluded question"
+        for start in range(len(words) - _CONTAINED_WORDS + 1):
+            for question in self._by_start.get(words[start : start + _KEY_WORDS], ()):
+                if words[start : start + len(question)] == question:
+                    return "contains an excluded question"
+        return ""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def read_questions(name: str) -> list[str]:
+    """The questions of a file or of a data set on the hub.
+
+    Args:
+        name: a text file with one question a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with one of ``QUESTIONS``.
+            ID:SPLIT is one of several splits, ID:NAME:SPLIT that of one of several configurations
+            (truthfulqa/truthful_qa:generation:validation).
+
+    Raises:
+        UserError: it cannot be read, or has no such column or no question.
+    """
+    source, *rest = [name] if Path(name).expanduser().exists() else name.split(":")
+    if len(rest) > 2 or not all([source, *rest]):
+        raise UserError(f"{name}: is neither a path nor ID, ID:SPLIT or ID:NAME:SPLIT.")
+    spec = DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
+    rows = open_rows(spec, f"--exclude {name}:{{}}")
+    column = column_of(rows.columns, QUESTIONS, name, "Rename it, or give a .txt file with one question a line.")
+    found = [text for row in rows.select_columns([column]) for text in texts_of(row.get(column)) if _words(text)]
+    if not found:
+        raise UserError(f"{name}: no question in it.")
+    return found
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts of a value, except assistants' turns: phrases such as "let me know if …" are in many answers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        role = value.get("role") or value.get("from")
+        if not isinstance(role, str) or ROLES.get(role.lower()) != "assistant":
+            yield from texts_of([part for key, part in value.items() if key not in ("role", "from")])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from texts_of(part)
+
+
+def open_rows(spec: DatasetSpec, option: str) -> Source:
+    """Open a source of at least one row; the lines of a text file are rows with the column ``text``.
+
+    Args:
+        option: how the command line names a split, ``{}`` in it, for hints.
+    """
+    path = Path(spec.path).expanduser()
+    if path.is_file() and path.suffix.lower() in (".txt", ".md", ""):
+        if spec.split is not None:
+            raise UserError(f"{spec.path}: a text file has no split.", "Leave it out.")
+        lines = read_text(path, name=spec.path).removesuffix("\n").split("\n")
+        return Source(datasets.Dataset.from_dict({"text": lines}), spec.path)
+    try:
+        rows = open_source(spec)
+    except UserError as error:
+        if likely := re.search(r"dataset\.split=([^\s)]+)", error.hint):
+            raise UserError(error.message, f"Name it: {option.format(likely[1])}.") from None
+        raise
+    if len(rows) == 0:
+        raise UserError(f"{rows.label}: empty; there is no row in it.")
+    return rows

@@ -29,12 +29,10 @@ from ..data.load import Source, kind_of, stem_of
 from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
-from ..io.text import shown
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
-from .english import is_english
-from .lexicon import Lexicon, count_words
-from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
-from .questions import open_rows
+from .lexicon import Lexicon, count_words, is_english
+from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
+from .prompts import open_rows
 from .refusals import first_refusal
 from .truecase import is_broken, restore
 
@@ -47,7 +45,7 @@ LEARN_ROWS = 100_000  # rows at most that the lexicon is learned from, spread ev
 SHARD_ROWS = 12_500  # rows of an output file
 SIDES = ("user", "assistant")  # bit 0 and bit 1 of the column ``broken``
 KEPT, FAULTY, EXACT, NEAR = 0, 1, 2, 3  # what becomes of a row
-_PLACES, _EXAMPLES = 5, 3  # of a reason, and of a rule, in the report; dropped.tsv has all
+_EXAMPLES = 3  # of a rule, in the report
 _CONTEXT = 40  # characters around an example's change
 # raw UltraChat is one set in ten files, which the hub's layout would call ten splits
 _NUMBERED = re.compile(r"train_(\d+)")
@@ -148,14 +146,16 @@ def clean_chat(
         if options.truecase:
             lexicon = lexicon or Lexicon.learned(map(json.loads, scanned["lexicon"].drop_null().to_pylist()))
             lexicon.save(folder / LEXICON)
-        splits = _splits(fate, scanned["prompt"].to_numpy(), options.test)
+        rows = np.flatnonzero(fate == KEPT)
+        is_test = held_out(scanned["prompt"].to_numpy()[rows], options.test)
+        splits = {"train_sft": rows[~is_test], "test_sft": rows[is_test]}
         if not len(splits["train_sft"]):
             raise UserError(
                 f"{source}: all {report['kept']:,} rows that are left would be test rows.",
                 "Choose a smaller --test, or 0.",
             )
         form = options.file_format
-        files = [file for name, rows in splits.items() for file in shards(name, rows, SHARD_ROWS, form)]
+        files = [file for name, part in splits.items() for file in shards(name, part, SHARD_ROWS, form)]
         job = partial(write_shard, raw, scanned.select(["turns", "broken"]), lexicon, folder)
         restored = list(in_processes(job, files, processes, "writing"))
         words = sum((part.words for part in restored), Counter[str]())
@@ -163,8 +163,6 @@ def clean_chat(
             "splits": {name: len(rows) for name, rows in splits.items()},
             "files": [name for name, _ in files],
             "restored": {"dialogues": sum(part.dialogues for part in restored), "words": dict(_by_count(words))},
-            "turns": sum(part.turns for part in restored),
-            "names_in_lexicon": len(lexicon.names) if lexicon is not None else 0,
             "eval_sets": sets.rows,
             "examples": {
                 rule: [example for part in restored for example in part.examples.get(rule, [])][:_EXAMPLES]
@@ -222,20 +220,17 @@ def open_raw(path: str, split: str | None = None) -> Raw:
         numbered = {int(found[1]): file for file, found in files.items() if found}
         specs = [DatasetSpec(path=str(numbered[number])) for number in sorted(numbered)] or specs
     parts = [open_rows(spec, "--split {}") for spec in specs]
-    found = {part.label: f"columns {shown(', '.join(part.columns), 500)}" for part in parts}
     try:
-        kinds = [detect(part.columns, "sft", part.label) for part in parts]
+        kinds = {part.label: detect(part.columns, "sft", part.label) for part in parts}
     except UserError as error:
         raise UserError(error.message, "If the columns have other names, rename them in the file.") from None
-    if PLAIN in kinds:
-        raise UserError(f"{path}: found {'; '.join(found.values())}, and no conversations.")
-    if len(set(kinds)) > 1:
+    if PLAIN in kinds.values() or len(set(kinds.values())) > 1:
+        found = "; ".join(f"{label}: {kind}" for label, kind in kinds.items())
         raise UserError(
-            f"{path}: its files are of different kinds: {'; '.join(f'{k}: {v}' for k, v in found.items())}.",
-            "Clean one at a time: --split train_0",
+            f"{path}: conversations of one kind are needed; found {found}.", "Clean one at a time: --split train_0"
         )
     rows = datasets.concatenate_datasets([part.select_columns(COLUMNS).table for part in parts])
-    return Raw(Source(rows, path), kinds[0], list(found), np.cumsum([len(part) for part in parts]))
+    return Raw(Source(rows, path), kinds[parts[0].label], list(kinds), np.cumsum([len(part) for part in parts]))
 
 
 def dialogues(rows: Source, indices: slice | Sequence[int]) -> list[Dialogue]:
@@ -347,19 +342,6 @@ def find_duplicates(scanned: pa.Table, threshold: float | None) -> tuple[np.ndar
     return fate, of
 
 
-def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.ndarray]:
-    """The kept rows of each split; all rows of a prompt (uint64 [rows], hashes) are in one."""
-    rows = np.flatnonzero(fate == KEPT)
-    keys = prompts[rows]
-    if test < 1:
-        held_out = keys < np.uint64(int(test * 2.0**64))
-    elif test >= len(rows):
-        held_out = np.ones(len(rows), bool)
-    else:
-        held_out = keys < np.sort(keys)[int(test)]
-    return {"train_sft": rows[~held_out], "test_sft": rows[held_out]}
-
-
 # -- the second pass ---------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +349,6 @@ def _splits(fate: np.ndarray, prompts: np.ndarray, test: float) -> dict[str, np.
 class Restored:
     """Changes of truecasing in one file."""
 
-    turns: int = 0  # written
     dialogues: int = 0  # changed
     words: Counter[str] = field(default_factory=Counter)  # by rule
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # by rule: {place, before, after} of a few
@@ -384,7 +365,6 @@ def write_shard(
         found = dialogues(raw.rows, numbers.tolist())
         for row, dialogue, values in zip(numbers.tolist(), found, scanned.take(pa.array(numbers)).to_pylist()):
             dialogue.roles, dialogue.texts = dialogue.roles[: values["turns"]], dialogue.texts[: values["turns"]]
-            restored.turns += values["turns"]
             if values["broken"]:
                 _restore(raw.place(row), dialogue, values["broken"], lexicon, restored)
         records = [
@@ -424,7 +404,6 @@ def _count(raw: Raw, scanned: pa.Table, fate: np.ndarray, duplicate_of: np.ndarr
     """The fates of the rows in numbers, for report.json; reason, place and detail of each row that is dropped or cut are written
     to a file."""
     counts: dict[str, Counter[str]] = {"dropped": Counter(), "cut": Counter()}
-    places: dict[str, list[dict[str, str]]] = {}
     refusals = np.array(scanned["refusal"].to_pylist(), object)
     rows = np.flatnonzero((fate != KEPT) | (refusals != ""))
     found = scanned.select(["fault", "detail", "refusal"]).take(pa.array(rows)).to_pylist()
@@ -440,16 +419,12 @@ def _count(raw: Raw, scanned: pa.Table, fate: np.ndarray, duplicate_of: np.ndarr
                 reason = f"cut before a refusal ({values['refusal']}); the rest stays"
             else:
                 counts["dropped"][reason] += 1
-            examples = places.setdefault(reason, [])
-            if len(examples) < _PLACES:
-                examples.append({"place": raw.place(row), "detail": detail})
             file.write(f"{reason}\t{raw.place(row)}\t{' '.join(detail.split())}\n")
     return {
         "rows": len(fate),
         "kept": int((fate == KEPT).sum()),
         **{name: dict(_by_count(counted)) for name, counted in counts.items()},
         "broken_capitals": int(((fate == KEPT) & (scanned["broken"].to_numpy() > 0)).sum()),
-        "places": places,
     }
 
 
@@ -471,17 +446,11 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """report.md: the same, with the first examples of each rule and the first rows of each reason."""
-
-    def code(text: str) -> str:
-        text = " ".join(text.split())
-        return f"`` {text} ``" if "`" in text else f"`{text}`"
-
+    """report.md: the same, with a few examples of each rule's changes."""
     lines = ["# Cleaned conversations", "", *(f"- {line.strip()}" for line in report_lines(report))]
     for rule, examples in report["examples"].items():
         lines += ["", f"**{rule}**", ""]
-        lines += [f"- {each['place']}: {code(each['before'])} → {code(each['after'])}" for each in examples]
-    for reason, places in report["places"].items():
-        lines += ["", f"**{reason}**", ""]
-        lines += [f"- {each['place']}" + (f": {code(each['detail'])}" if each["detail"] else "") for each in places]
+        for example in examples:
+            before, after = (" ".join(example[name].split()) for name in ("before", "after"))
+            lines.append(f"- {example['place']}: {before} → {after}")
     return "\n".join(lines) + "\n"

@@ -27,8 +27,8 @@ from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
-from .output import DROPPED, REPORT, FileFormat, check_output, in_processes, request_of, shards, write_rows
-from .questions import Questions, open_rows, read_questions
+from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
+from .prompts import Questions, open_rows, read_questions
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ ODD = "ratings or scores that are no number of their scale, left aside"
 EMPTY = "completions without text, left aside"
 FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
 NOTES = (REPAIRED, DOUBTFUL, PARTLY, UNRATED, ODD, EMPTY)
+LONGER = "pairs whose chosen response is the longer one"  # counted, too
 
 _TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
 SCHEMA = datasets.Features(  # the published columns, in their order
@@ -169,8 +170,8 @@ def to_pairs(
     and ``DOUBTFUL``; see ``PairRules``."""
     pairs, dropped, counts = _choose(enumerate(rows), PairRules(chosen_by, rejected, margin, seed=seed))
     reasons = Counter(reason for reason, _ in dropped)
-    notes = {note: counts["notes"][note] for note in (REPAIRED, DOUBTFUL) if counts["notes"][note]}
-    return pairs, {"rows": counts["rows"].total(), "pairs": len(pairs), **reasons, **notes}
+    notes = {note: counts[note] for note in (REPAIRED, DOUBTFUL) if counts[note]}
+    return pairs, {"rows": len(pairs) + len(dropped), "pairs": len(pairs), **reasons, **notes}
 
 
 def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_Scored]:
@@ -252,7 +253,6 @@ class PairsReport:
     test: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of rows ("flan.jsonl row 17")
     notes: dict[str, int] = field(default_factory=dict)  # ``NOTES`` and ``FEWER`` that occurred
-    sources: dict[str, tuple[int, int]] = field(default_factory=dict)  # source → (rows, pairs)
     score_chosen: float = 0.0  # means over the pairs
     score_rejected: float = 0.0
     chosen_longer: float = 0.0  # share of the pairs whose chosen response has more characters than the rejected one
@@ -266,9 +266,6 @@ class PairsReport:
         result += [f"{note}: {count:,}" for note, count in self.notes.items()]
         if self.questions:
             result.append(f"excluded questions looked for: {self.questions:,}")
-        if len(self.sources) > 1:
-            kept = ", ".join(f"{name or 'none named'} {n:,} of {of:,}" for name, (of, n) in self.sources.items())
-            result.append(f"pairs by source: {kept}")
         result.append(
             f"{self.pairs:,} pairs of {self.rows:,} rows: {self.train:,} {TRAIN}, {self.test:,} {TEST}; score "
             f"{self.score_chosen:.2f} against {self.score_rejected:.2f} on average; the chosen response is the longer one in "
@@ -284,7 +281,6 @@ class PairsReport:
                 reason: {"count": len(where), "first": where[:_PLACES]}
                 for reason, where in sorted(self.dropped.items())
             },
-            "sources": {name: {"rows": rows, "pairs": pairs} for name, (rows, pairs) in self.sources.items()},
         }
 
     def markdown(self) -> str:
@@ -343,7 +339,7 @@ def make_pairs(
     questions = Questions([*listed, *own])
     report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
     tables: list[pa.Table] = []
-    counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTS}
+    counts: Counter[str] = Counter()
     for raw in opened:
         logger.info(f"choosing pairs in {raw.label}")
         blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
@@ -353,12 +349,10 @@ def make_pairs(
             tables.append(pa.Table.from_pylist(pairs, SCHEMA.arrow_schema))
             for reason, number in dropped:
                 report.dropped.setdefault(reason, []).append(f"{raw.label} row {number + 1}")
-            for name in _COUNTS:
-                counts[name].update(found[name])
+            counts += found
     table = pa.concat_tables(tables)
-    report.rows, report.pairs = counts["rows"].total(), len(table)
-    report.notes = {note: counts["notes"][note] for note in NOTES if counts["notes"][note]}
-    report.sources = {name: (counts["rows"][name], counts["pairs"][name]) for name in sorted(counts["rows"])}
+    report.rows, report.pairs = sum(map(len, opened)), len(table)
+    report.notes = {note: counts[note] for note in NOTES if counts[note]}
     if not report.pairs:
         hint = "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
         if rules.chosen_by == "overall" and report.notes.get(UNRATED):
@@ -367,13 +361,21 @@ def make_pairs(
     report.score_chosen, report.score_rejected = (
         float(table[name].to_numpy().mean()) for name in ("score_chosen", "score_rejected")
     )
-    report.chosen_longer = counts["longer"].total() / report.pairs
-    held_out = _held_out(table["prompt_id"].to_pylist(), rules.seed, test)
-    report.train, report.test = int((~held_out).sum()), int(held_out.sum())
+    report.chosen_longer = counts[LONGER] / report.pairs
+    hashes = [
+        hashlib.sha256(f"{rules.seed} test {each}".encode()).digest()[:8] for each in table["prompt_id"].to_pylist()
+    ]
+    default = min(TEST_ROWS, int(len(table) * TEST_SHARE))
+    is_test = held_out(np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64), default if test is None else test)
+    report.train, report.test = int((~is_test).sum()), int(is_test.sum())
+    if not report.train:
+        raise UserError(
+            f"test {test:g}: that holds out all {len(table):,} pairs.", "Hold out fewer (--test 0.05, a share)."
+        )
     if test is not None and test >= 1 and report.test < test:
         report.notes[FEWER] = int(test) - report.test
     with folder_aside(out) as folder:
-        for split, rows in ((TRAIN, np.flatnonzero(~held_out)), (TEST, np.flatnonzero(held_out))):
+        for split, rows in ((TRAIN, np.flatnonzero(~is_test)), (TEST, np.flatnonzero(is_test))):
             for name, part in shards(split, rows, SHARD_ROWS, file_format):
                 write_rows(folder / name, table.take(pa.array(part)))
                 report.files.append(name)
@@ -405,53 +407,26 @@ def _open(spec: DatasetSpec) -> Source:
     return raw.select_columns(["source", "instruction", "completions"])
 
 
-# by source: rows, pairs, and pairs whose chosen response is the longer one; and counts of ``NOTES``
-_COUNTS = ("rows", "pairs", "longer", "notes")
-Chosen = tuple[list[dict[str, Any]], list[tuple[str, int]], dict[str, Counter[str]]]
+Chosen = tuple[list[dict[str, Any]], list[tuple[str, int]], Counter[str]]
 
 
 def _choose(
     rows: Iterable[tuple[int, Mapping[str, Any]]], rules: PairRules, questions: Questions | None = None
 ) -> Chosen:
-    """(the pairs of numbered rows, (reason, number) of the rows without one, ``_COUNTS``)."""
+    """(the pairs of numbered rows, (reason, number) of the rows without one, counts of ``NOTES`` and ``LONGER``)."""
     pairs: list[dict[str, Any]] = []
     dropped: list[tuple[str, int]] = []
-    counts: dict[str, Counter[str]] = {name: Counter() for name in _COUNTS}
+    counts: Counter[str] = Counter()
     for number, row in rows:
-        named = row.get("source")
-        source = named if isinstance(named, str) else ""
-        counts["rows"][source] += 1
         try:
-            pair = pair_of_row(row, rules, counts["notes"], questions)
+            pair = pair_of_row(row, rules, counts, questions)
         except RowError as reason:
             dropped.append((str(reason), number))
             continue
         pairs.append(pair)
-        counts["pairs"][source] += 1
-        counts["longer"][source] += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
+        counts[LONGER] += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
     return pairs, dropped, counts
 
 
 def _choose_block(raw: Source, rules: PairRules, questions: Questions, block: range) -> Chosen:
     return _choose(zip(block, raw[block.start : block.stop]), rules, questions)
-
-
-def _held_out(prompt_ids: Sequence[str], seed: int, test: float | None) -> np.ndarray:
-    """bool [pairs]: which are held out. Pairs of one prompt stay together."""
-    hashes = [hashlib.sha256(f"{seed} test {prompt_id}".encode()).digest()[:8] for prompt_id in prompt_ids]
-    keys = np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64)
-    if test is not None and test < 1:
-        held_out = keys < np.uint64(min(int(test * 2**64), 2**64 - 1))
-    else:
-        room = min(TEST_ROWS, int(len(keys) * TEST_SHARE)) if test is None else int(test)
-        held = []
-        for key, count in zip(*np.unique(keys, return_counts=True)):
-            if count <= room:  # a prompt with more pairs than there is room for is skipped
-                held.append(key)
-                room -= count
-        held_out = np.isin(keys, np.asarray(held, dtype=np.uint64))
-    if held_out.all():
-        raise UserError(
-            f"test {test:g}: that holds out all {len(keys):,} pairs.", "Hold out fewer (--test 0.05, a share)."
-        )
-    return held_out

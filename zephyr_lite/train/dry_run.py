@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 
 import numpy as np
 
 from ..config.load import Loaded, Method, dump_config
-from ..data.preview import text_runs
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoObjective
@@ -79,11 +79,16 @@ def first_row(stage: Stage) -> list[tuple[str, Spans]]:
     else:
         given, nothing = example.prompt_ids, np.zeros(len(example.prompt_ids), dtype=bool)
         parts = [
-            (", prompt and chosen", [*given, *example.chosen_ids], [*nothing, *example.chosen_mask]),
-            (", prompt and rejected", [*given, *example.rejected_ids], [*nothing, *example.rejected_mask]),
+            (f", prompt and {name}", np.concatenate([given, ids]), np.concatenate([nothing, mask]))
+            for name, ids, mask in (
+                ("chosen", example.chosen_ids, example.chosen_mask),
+                ("rejected", example.rejected_ids, example.rejected_mask),
+            )
         ]
-    tokenizer = stage.template.tokenizer
-    return [
-        (f"{example.where}{part}:", text_runs(tokenizer, ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]))
-        for part, ids, mask in parts
-    ]
+    shown = []
+    for part, ids, mask in parts:
+        tokens, targets = ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
+        edges = [0, *np.flatnonzero(np.diff(targets)) + 1, len(tokens)]
+        spans = [(stage.template.tokenizer.decode(tokens[a:b]), bool(targets[a])) for a, b in pairwise(edges)]
+        shown.append((f"{example.where}{part}:", spans))
+    return shown

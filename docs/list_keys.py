@@ -1,11 +1,7 @@
-"""The reference of all configuration keys as Markdown: ``python -m zephyr_lite.config.docs``.
-
-``--into FILE`` writes it between the two marks of a document, such as ``docs/configuration.md``.
-"""
+"""Writes the list of all configuration keys into ``docs/configuration.md``, between its two marks."""
 
 from __future__ import annotations
 
-import sys
 import types
 from itertools import groupby
 from pathlib import Path
@@ -14,17 +10,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..io.atomic import write_text
-from ..io.text import read_text
-from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
-from .load import load_config
-from .schema import DPO_DEFAULTS, PARTS, DatasetSpec, MemorySpec, RunConfig
-from .strict_yaml import dump_yaml
+from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
+from zephyr_lite.config.load import load_config
+from zephyr_lite.config.schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
+from zephyr_lite.config.strict_yaml import dump_yaml
 
-BEGIN, END = (
-    "<!-- keys: made by python -m zephyr_lite.config.docs --into docs/configuration.md -->",
-    "<!-- end of keys -->",
-)
+BEGIN, END = "<!-- keys: made by python docs/list_keys.py -->", "<!-- end of keys -->"
+# the first key of each part of the schema → the part's heading
+PARTS = {
+    "model_name_or_path": "Model and output",
+    "dataset": "Rows",
+    "adapters": "The base and its adapters",
+    "batch_size": "Optimization",
+    "beta": "Preference optimization (dpo)",
+    "eval_steps": "Evaluation, checkpoints, trackers, memory",
+}
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
 # keys that the shipped recipe sets to other values than the defaults, because they depend on a run's length
 _SHIPPED = ("eval_steps", "save_steps")
@@ -117,17 +117,10 @@ def _value(name: str, value: Any) -> str:
     return dump_yaml(value).splitlines()[0]
 
 
-def into(path: Path) -> None:
-    """Replace the text between the marks of a Markdown file."""
-    text = read_text(path)
+if __name__ == "__main__":
+    path = Path(__file__).parent / "configuration.md"
+    text = path.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"{path} lacks the two marks around the list"
-    write_text(path, f"{before}{BEGIN}\n\n{keys_as_markdown()}\n{END}{after}")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--into"]:
-        into(Path(sys.argv[2]))
-    else:
-        print(keys_as_markdown(), end="")
+    path.write_text(f"{before}{BEGIN}\n\n{keys_as_markdown()}\n{END}{after}", "utf-8")
