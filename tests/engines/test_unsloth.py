@@ -76,7 +76,6 @@ def test_the_extra_asks_for_the_same_versions():
 def test_it_does_not_start(monkeypatch, tmp_path):
     Metadata(monkeypatch)
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
-    monkeypatch.setattr(early, "PATCHED", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION"):
         monkeypatch.setenv(name, "set, so that it is put back")
@@ -91,14 +90,6 @@ def test_it_does_not_start(monkeypatch, tmp_path):
     assert "unsloth 2026.10.9 does not start here" in said.message
     assert "NotImplementedError: You need a GPU." in said.message
     assert EXTRA in said.hint and "GPU" in said.hint
-
-
-def test_too_late(monkeypatch):
-    Metadata(monkeypatch)
-    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
-    with pytest.raises(UserError, match=r"transformers, peft.* came first") as found:
-        early.start_unsloth()
-    assert "start_unsloth() before any other import" in found.value.hint
 
 
 def test_the_start_imports_nothing_heavy():

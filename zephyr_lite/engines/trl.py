@@ -52,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "default"  # the name that TRL looks for
 REFERENCE = "ref"  # TRL's name of its frozen copy of it
-# In nats a token, {32 bits: ...}: TRL's two passes round alike, but those of a precomputed reference ran in other batches.
-START_TOLERANCE = {True: 1e-4, False: 5e-2}
 LENGTHS = "packed_seq_lengths"  # Unsloth's name of the lengths of a packed row's sequences
 
 
@@ -456,18 +454,4 @@ class Sft(_OurRows, SFTTrainer):
 
 
 class Dpo(_OurRows, DPOTrainer):
-    """TRL's DPO on our rows. Before the first update policy and reference are one function, or training is refused."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(model, inputs, *args, **kwargs)
-        if model.training and self.state.global_step == 0:
-            tokens = inputs["completion_mask"].sum().item() / len(inputs["completion_mask"])
-            rewards = (self._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected"))
-            apart = max(map(abs, rewards)) / self.beta / tokens
-            if not apart <= START_TOLERANCE[self.model.dtype in (torch.float32, torch.float64)]:
-                raise UserError(
-                    f"step 1: policy and reference differ by {apart:.2e} nats a token before the first update, where they "
-                    "must be the same: TRL's reference is not the model below.",
-                    "Set engine=fused, and please report this.",
-                )
-        return found
+    """TRL's DPO on our rows."""

@@ -31,26 +31,19 @@ if TYPE_CHECKING:
 
 WANTED = ">=2026.10.7,<2026.11"  # as the extra in pyproject.toml
 INSTALL = 'pip install "zephyr-lite[unsloth]"'
-PATCHED = ("transformers", "peft", "trl")
 
 
 def start_unsloth() -> None:
     """Import Unsloth.
 
     Raises:
-        UserError: it is not installed, or in another version; transformers, PEFT or TRL were imported before; it refuses to
-            start here (without a GPU, say).
+        UserError: it is not installed, or in another version; it refuses to start here (without a GPU, say).
     """
     if hasattr(sys.modules.get("unsloth"), "FastLanguageModel"):
         return
     if conflicts := unsloth_conflicts():
         raise UserError(
             f"engine unsloth: {'; '.join(conflicts)}.", f"{INSTALL}, in an environment of its own; or set engine=trl."
-        )
-    if late := [name for name in PATCHED if name in sys.modules]:
-        raise UserError(
-            f"engine unsloth: {', '.join(late)} came first, so Unsloth could not replace all of its classes.",
-            "Use the zephyr-lite command, or call zephyr_lite.engines.start_unsloth() before any other import.",
         )
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     # it writes the sources that it generates, into the current folder by default

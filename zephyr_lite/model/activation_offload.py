@@ -18,11 +18,6 @@ from torch import Tensor
 
 from ..errors import UserError
 
-
-class LockRefused(UserError):
-    """The system does not give the requested amount of main memory."""
-
-
 PROBE = 256 * 2**20  # what ``lockable`` locks at a time
 ALIGNMENT = 256  # of device memory
 PAGE = 4096
@@ -85,7 +80,7 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     slower, and the CPU waits for them.
 
     Raises:
-        LockRefused: there is not enough memory.
+        UserError: there is not enough memory.
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
@@ -111,7 +106,7 @@ def _locked(count: int, device: torch.device) -> tuple[Tensor, bool]:
     try:
         owner = np.empty(count + PAGE, dtype=np.uint8)
     except MemoryError:
-        raise LockRefused(
+        raise UserError(
             f"main memory has no {count / 2**30:.2f} GiB for activation offload or weight streaming.",
             "Close other programs, or set memory.offload=false and memory.stream=false.",
         ) from None

@@ -23,21 +23,16 @@ from .steps import rows_of_step
 logger = logging.getLogger(__name__)
 
 Spans = list[tuple[str, bool]]
-# of a packed row, which may hold dozens of conversations
-SHOWN_EXAMPLES = 2
 SHOWN_TOKENS = 400
 
 
-def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None]) -> dict[str, float]:
+def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None]) -> None:
     """Print the resolved configuration, the plan, the first row with what is supervised, and the first step's time.
 
     Nothing is written but the libraries' caches: no run folder, no reference file, no tracker's run.
 
     Args:
         show: prints a title and runs of text, each with whether it is supervised.
-
-    Returns:
-        the first step's metrics, ``seconds`` among them.
 
     Raises:
         UserError, StageComplete: as the run itself would.
@@ -62,41 +57,38 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     started = time.perf_counter()
     metrics = accumulate_gradients(state, 0)
     update(state, metrics)
-    metrics["seconds"] = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     logger.info(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
-        f"{metrics['seconds']:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most, "
+        f"{seconds:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most, "
         f"{stage.plan.peak / 2**30:.2f} planned"
     )
     logger.info(
-        f"at this pace {state.total:,} steps take {timedelta(seconds=round(metrics['seconds'] * state.total))} at most, "
+        f"at this pace {state.total:,} steps take {timedelta(seconds=round(seconds * state.total))} at most, "
         f"evaluations aside; nothing was written to {loaded.config.output_dir}"
     )
-    return metrics
 
 
 def first_row(stage: Stage) -> list[tuple[str, Spans]]:
-    """The row that the first step begins with: (title, runs of text with whether they are supervised), each of the first
-    ``SHOWN_TOKENS`` tokens."""
+    """The first conversation or pair of the first step: (title, runs of text with whether they are supervised), each
+    cut to ``SHOWN_TOKENS`` tokens."""
     row = stage.data.rows[rows_of_step(stage.config, len(stage.data.rows), 0)[0]]
-    shown: list[tuple[str, np.ndarray, np.ndarray]] = []
-    for place, index in enumerate(row[:SHOWN_EXAMPLES]):
-        example = stage.data.examples[index]
-        if stage.method == "sft":
-            more = f", {place + 1} of {len(row)} in the first packed row" if len(row) > 1 else ", the first row"
-            shown.append((f"{example.where}{more}:", example.ids, example.mask))
-            continue
-        nothing = np.zeros(len(example.prompt_ids), dtype=bool)
-        for name in ("chosen", "rejected"):
-            ids, mask = getattr(example, f"{name}_ids"), getattr(example, f"{name}_mask")
-            whole = np.concatenate([example.prompt_ids, ids])
-            shown.append((f"{example.where}, prompt and {name}:", whole, np.concatenate([nothing, mask])))
-    result = []
-    for title, ids, mask in shown:
+    example = stage.data.examples[row[0]]
+    if stage.method == "sft":
+        parts = [("", example.ids, example.mask)]
+    else:
+        given, nothing = example.prompt_ids, np.zeros(len(example.prompt_ids), dtype=bool)
+        parts = [
+            (f", prompt and {name}", np.concatenate([given, ids]), np.concatenate([nothing, mask]))
+            for name, ids, mask in (
+                ("chosen", example.chosen_ids, example.chosen_mask),
+                ("rejected", example.rejected_ids, example.rejected_mask),
+            )
+        ]
+    shown = []
+    for part, ids, mask in parts:
         tokens, targets = ids[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
         edges = [0, *np.flatnonzero(np.diff(targets)) + 1, len(tokens)]
         spans = [(stage.template.tokenizer.decode(tokens[a:b]), bool(targets[a])) for a, b in pairwise(edges)]
-        if len(ids) > SHOWN_TOKENS:
-            spans.append((f"\n… {len(ids) - SHOWN_TOKENS:,} more tokens", False))
-        result.append((title, spans))
-    return result
+        shown.append((f"{example.where}{part}:", spans))
+    return shown

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, resolve_template
@@ -60,7 +58,6 @@ from .resume import (
     kept_plan,
     machine_now,
     now,
-    report_changes,
     stage_complete,
     started_before,
     versions,
@@ -102,11 +99,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         from .callbacks import trackers
 
         trackers(config)
-    if config.push_to_hub:
-        try:
-            validate_repo_id(config.push_to_hub)
-        except HFValidationError as error:
-            raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
 
     # adapters below, base
     frozen = adapters_below(method, config, stage)
@@ -168,7 +160,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         changes.refuse(stage)
         if changes.complete:
             raise stage_complete(stage, before)
-        report_changes(changes, before, libraries, machine)
+        if changes.allowed:
+            logger.warning(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
         plan = kept_plan(before, stage, config, machine)
 
     # plan
