@@ -101,6 +101,13 @@ def test_every_optimizer_is_restored_bit_for_bit(kind, tmp_path):
         assert torch.equal(first.parameters[name], untouched.parameters[name])
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(stage):
+    with pytest.raises(
+        UserError, match=r"checkpoint-12: holds another optimizer's state than this run's \(it has exp_avg"
+    ):
+        read_checkpoint(made(stage.path, "adamw_8bit"), stage.path / "checkpoint-12")
+
+
 # Damage
 
 
@@ -121,13 +128,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_an_error_and_the_one_before_is_left(stage, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(stage, damage, said):
     DAMAGE[damage](stage.path / "checkpoint-12")
-    with pytest.raises(UserError, match="checkpoint-12: is damaged: ") as found:
-        resume_point(stage)
-    assert "resumes from the one before" in found.value.hint and len(names(stage)) == 3
-    shutil.rmtree(stage.path / "checkpoint-12")
     assert resume_point(stage).name == "checkpoint-8"
+    assert len(said) == 1 and said[0].startswith("checkpoint-12: ") and said[0].endswith("; using checkpoint-8")
+    assert names(stage) == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_all_damaged_is_an_error_not_a_start_from_the_beginning(stage):
+    for name, file in (("4", STATE), ("8", TENSORS), ("12", MANIFEST)):
+        flip(stage.path / f"checkpoint-{name}" / file, 50)
+    with pytest.raises(UserError, match="all of its checkpoints are damaged: checkpoint-12: ") as found:
+        resume_point(stage)
+    assert "checkpoint-8: state.safetensors has another hash than was written" in found.value.message
+    assert "delete them to train the stage from its beginning" in found.value.hint
+    assert len(names(stage)) == 3
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_manifest(stage):

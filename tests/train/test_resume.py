@@ -194,13 +194,23 @@ def test_other_held_out_rows_are_refused(place):
     assert re.search(r"these:\n  held-out rows: fingerprint \w{12} then, \w{12} now$", refused(place))
 
 
-def test_on_another_device_a_new_plan_is_made(place, monkeypatch, said):
-    machine_now = setup.machine_now
+def test_other_libraries_and_another_device_are_reported(place, monkeypatch, said):
+    versions, machine_now = setup.versions(), setup.machine_now
+    monkeypatch.setattr(setup, "versions", lambda: {**versions, "torch": "9.9.0", "datasets": "0.1"})
+    opened(place)
+    (line,) = [line for line in said if "not bit for bit" in line]
+    assert f"torch {versions['torch']} then, 9.9.0 now" in line and "datasets" not in line
+    said.clear()
+    opened(place)
+    assert not [line for line in said if "not bit for bit" in line]
+    entries = StageDir(place / "run" / "sft").info()["resumed"]
+    assert [entry["versions"]["torch"] for entry in entries] == ["9.9.0", "9.9.0"] and entries[1]["changed"] == []
     monkeypatch.setattr(
         setup, "machine_now", lambda dtype: {**machine_now(dtype), "device": "cuda", "processor": "card"}
     )
     opened(place)
-    assert any("the device or the version has changed: a new plan" in line for line in said)
+    assert any("the kind of device has changed: a new plan" in line for line in said)
+    assert any("device cpu then, cuda now; processor" in line and "card now" in line for line in said)
 
 
 def test_another_machine_with_other_rows_is_named(place, monkeypatch):
@@ -238,6 +248,7 @@ def test_a_stage_of_an_earlier_version_is_resumed(place):
         ("base", None, "has no 'base.name_or_path'"),
         ("adapters", ["x"], "'adapters.0' is 'x': Input should be a valid dictionary"),
         ("data", {}, "has no 'data.fingerprint'"),
+        ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
         ("method", "ppo", "'method' is 'ppo': Input should be 'sft' or 'dpo'"),
         ("format", 2, "has format 2; this version reads formats up to 1 (written by zephyr-lite"),
     ],

@@ -98,6 +98,17 @@ def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_row
     assert DpoObjective(stage).cache.path != first.path
 
 
+def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
+    """A stale cache would give a loss that is not ln 2; TRL and LLaMA-Factory train on."""
+    stage = setup_stage(
+        "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
+    )
+    task = DpoObjective(stage)
+    task.cache.sums += 40
+    with pytest.raises(UserError, match="differ by"):
+        task.loss([0, 1], 0, 2)
+
+
 def test_rows_of_a_step_cover_each_epoch_once():
     config = RunConfig(batch_size=4, num_train_epochs=2)
     per_epoch, total = step_schedule(config, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from .distributed import world
 from .stage import Metrics, Observer, Outcome, Stage
 from .steps import step_schedule
 
+# tracker → the extra that installs it, and the packages of which one is needed
+EXTRAS = {
+    "tensorboard": ("trackers", ("tensorboard", "tensorboardX")),
+    "wandb": ("wandb", ("wandb",)),
+    "trackio": ("trackio", ("trackio",)),
+}
+
 
 def trackers(config: RunConfig) -> list[TrainerCallback]:
     """transformers' callbacks for the trackers of ``report_to``; none in processes that do not write.
@@ -26,14 +34,17 @@ def trackers(config: RunConfig) -> list[TrainerCallback]:
         UserError: transformers knows no such tracker, or it is not installed.
     """
     names = config.report_to if world().is_main_process else []
+    for name in names:
+        extra, packages = EXTRAS.get(name, ("", ()))
+        # a plain folder of the package's name, which a tracker leaves, has no origin
+        if extra and not any((spec := find_spec(package)) and spec.origin for package in packages):
+            raise UserError(
+                f"report_to: {name} is not installed.", f'Run: pip install "zephyr-lite[{extra}]", or leave it out.'
+            )
     try:
         return [cls() for cls in get_reporting_integration_callbacks(names)]
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"report_to {names}: {error}",
-            "Install the tracker (TensorBoard is in the extra zephyr-lite[trackers], the others in zephyr-lite[wandb] and "
-            "zephyr-lite[trackio]), or leave it out.",
-        ) from None
+        raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
 
 
 def open_wandb(stage: Stage) -> None:

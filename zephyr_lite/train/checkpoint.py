@@ -81,7 +81,11 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
 
 
 def read_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Restore adapter, optimizer, schedule and scaler from a checkpoint; returns its ``state.json``."""
+    """Restore adapter, optimizer, schedule and scaler from a checkpoint; returns its ``state.json``.
+
+    Raises:
+        UserError: it holds another optimizer's state.
+    """
     content = read_json(folder / STATE)
     assert content is not None
     tensors = load_file(folder / TENSORS)
@@ -94,7 +98,13 @@ def read_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
     for key, name, value in found:
         # older versions wrote bitsandbytes' nested state as outer/key
         states[name][key.rsplit("/", 1)[-1]] = value
-    restore_state(state.optimizer, list(states.values()), content["optimizer"]["param_groups"])
+    try:
+        restore_state(state.optimizer, list(states.values()), content["optimizer"]["param_groups"])
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: holds another optimizer's state than this run's ({error}).",
+            "Resume with the optim and on the kind of device that the run was started with, or choose another output_dir.",
+        ) from None
     state.scheduler.load_state_dict(content["scheduler"])
     if content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
@@ -166,19 +176,28 @@ def restore_best(state: TrainState) -> None:
 
 
 def resume_point(stage: StageDir) -> Path | None:
-    """The newest checkpoint, or None where there is none. One without a manifest, as early versions wrote them, is taken as it
-    is.
+    """The newest undamaged checkpoint, or None where there is none; damaged ones that are newer are deleted. One without a
+    manifest, as early versions wrote them, is taken as it is.
 
     Raises:
-        UserError: it is damaged; a run never starts from the beginning by itself.
+        UserError: all are damaged; a run never starts from the beginning by itself.
     """
-    path = next(reversed(stage.checkpoints()), None)
-    if path is not None and (path / MANIFEST).is_file() and (fault := manifest_fault(path)) is not None:
+    damaged: dict[Path, str] = {}
+    for path in reversed(stage.checkpoints()):
+        if (path / MANIFEST).is_file() and (fault := manifest_fault(path)) is not None:
+            damaged[path] = fault
+            continue
+        for other, fault in damaged.items():
+            logger.warning(f"{other.name}: {fault}; using {path.name}")
+            remove_folder(other)
+        return path
+    if damaged:
         raise UserError(
-            f"{path}: is damaged: {fault}.",
-            "Restore it from a copy, or delete it: the same command then resumes from the one before.",
+            f"{stage.path}: all of its checkpoints are damaged: "
+            f"{'; '.join(f'{path.name}: {fault}' for path, fault in damaged.items())}.",
+            "Restore one of them from a copy, or delete them to train the stage from its beginning.",
         )
-    return path
+    return None
 
 
 class MetricsLog:

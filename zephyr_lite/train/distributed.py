@@ -174,7 +174,7 @@ def joined() -> Iterator[World]:
     """Within, this process exchanges with the others that a launcher started, if there are others.
 
     Raises:
-        UserError: there are more processes on this machine than GPUs.
+        UserError: the processes cannot connect, or there are more of them on this machine than GPUs.
     """
     global _world
     if launched() <= 1 or _world.size > 1:
@@ -192,8 +192,14 @@ def joined() -> Iterator[World]:
                 f"Start one per GPU: torchrun --nproc-per-node {gpus} -m zephyr_lite …",
             )
         torch.cuda.set_device(local_rank)
-    # numbers and decisions go over gloo, gradients on GPUs over NCCL
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    try:
+        # numbers and decisions go over gloo, gradients on GPUs over NCCL
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"process {rank} of {launched()} cannot connect to the others: {str(error).splitlines()[0]}",
+            "Start all of them with torchrun or accelerate launch; on several machines with the same --rdzv-endpoint.",
+        ) from None
     _world = World(rank, launched(), local_rank, local_size or 1)
     try:
         yield _world

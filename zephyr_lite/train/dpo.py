@@ -6,12 +6,14 @@ adapter's columns set to zero. Prompts are computed once for both responses.
 Supports: sigmoid (with label smoothing), robust, hinge, IPO per token and summed; a live reference, or one computed
 once and kept on disk; evaluation, best checkpoint, early stopping.
 
-Raises ``UserError`` for a user's mistake, and ``StageComplete`` for a finished stage.
+Raises ``UserError`` for a user's mistake, and if policy and reference differ at step 0; ``StageComplete`` for a finished
+stage.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ..data.batch import Batch, collate_pairs
 from ..data.dataset import TokenizedDataset
+from ..errors import UserError
 from ..model.decoder import Dropout
 from .distributed import sum_by_name
 from .losses import Preference, preference_loss
@@ -30,6 +33,10 @@ from .reference import ReferenceCache, pair_sums
 from .stage import Metrics, Stage
 
 logger = logging.getLogger(__name__)
+
+# Allowed difference of policy and reference at step 0, where both are the same function, in nats per token. A live
+# reference runs the same products in the same order; a cached one ran in other micro-batches and rounds differently.
+START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
 
 
 class DpoObjective:
@@ -53,6 +60,8 @@ class DpoObjective:
         batch = self._batch(self.data, examples)
         config = self.stage.config
         policy, reference = self._sums(batch, Dropout(config.lora_dropout, config.seed, step), self.cache)
+        if step == 0:
+            self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch)
         return found.losses.sum() / total, {**_metric_sums(found, policy.detach()), "num_tokens": float(len(batch))}
 
@@ -64,20 +73,20 @@ class DpoObjective:
     def evaluate(self) -> Metrics:
         """Sums over this process's held-out pairs: loss, rewards, accuracy (a tie counts as wrong), margin."""
         data = self.stage.eval_data
-        assert data is not None
 
         def of_group(group: list[int]) -> Metrics:
+            assert data is not None
             batch = self._batch(data, group)
             policy, reference = self._sums(batch)
             found = self._preference(policy, reference, batch)
             sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
             return {name: value.item() for name, value in sums.items()}
 
-        return sum_by_name(self.oom.groups(data, of_group))
+        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        assert self.stage.eval_data is not None
-        return {f"eval_{name}": value / len(self.stage.eval_data.lengths) for name, value in sums.items()}
+        data = self.stage.eval_data
+        return {} if data is None else {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)
@@ -108,6 +117,17 @@ class DpoObjective:
         else:
             reference = pair_sums(self.decoder, batch, reference=True, dropout=dropout)
         return pair_sums(self.decoder, batch, keep=keep, dropout=dropout), reference
+
+    def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
+        """At step 0 the adapter's B is zero, so policy and reference are the same function."""
+        kind = "live" if self.cache is None else "cached"
+        apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
+        if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # the loop handles what is not finite
+            raise UserError(
+                f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
+                "they must be the same.",
+                "Please report this." if self.cache is None else f"Delete {self.cache.path}.",
+            )
 
     def _fill_cache(self) -> ReferenceCache:
         stage = self.stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,7 +47,7 @@ def run(
     Raises:
         StageComplete: the stage is finished.
         Interrupted: a signal came; there is a checkpoint, or the stage is complete.
-        UserError: a user's mistake.
+        UserError: a user's mistake, or a machine does not see the run's folder.
         PeerEnded: another process ended.
     """
     here, config = world(), loaded.config
@@ -73,8 +74,17 @@ def run(
             check_supported(method, config)
         if here.size > 1:
             logger.info(
-                f"{here.size} processes: each takes its share of every step (the plan and its hours are for one alone)"
+                f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
+                "(the plan and its hours are for one alone)"
             )
+            hosts = here.all_gather((socket.gethostname(), Path(config.output_dir).is_dir()))
+            if blind := sorted({host for host, there in hosts if not there}):
+                raise everywhere(
+                    UserError(
+                        f"{config.output_dir}: does not exist on {', '.join(blind)}.",
+                        "All machines need the run's folder, the data and the base at the same paths: use a shared disk.",
+                    )
+                )
         try:
             stage = here.main_process_first(lambda: setup_stage(method, loaded))
         except StageComplete:

@@ -62,11 +62,15 @@ def restore_state(
         states: one per parameter, in the optimizer's order, on the CPU. An empty one (its parameter had no gradient yet)
             leaves the fresh state.
         groups: ``param_groups`` of ``state_dict()``, possibly from JSON.
+
+    Raises:
+        ValueError: it is another optimizer's state.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter, found in zip(parameters, states, strict=True):
         mine = optimizer.state[parameter]
-        assert not found or found.keys() == mine.keys(), f"another optimizer's state: {', '.join(sorted(found))}"
+        if found and found.keys() != mine.keys():
+            raise ValueError(f"it has {', '.join(sorted(found))}; this one {', '.join(sorted(mine))}")
         for key, value in found.items():
             if isinstance(value, torch.Tensor):
                 mine[key].copy_(value)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -48,7 +47,7 @@ class ReferenceCache:
         """Read the file, in one process for all; returns whether every pair has its sums."""
         found = world().broadcast(lambda: load_file(self.path)["sums"] if self.path.exists() else None)
         self.sums = self.sums if found is None else found
-        return not np.isnan(self.sums.numpy()).any()
+        return not self.sums.isnan().any()
 
     def compute(self, decoder: Decoder, data: TokenizedDataset, oom: OomRetry) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written at the end,

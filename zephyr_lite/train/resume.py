@@ -47,6 +47,10 @@ ALLOWED = {
 }
 # keys that name a place, whose content has to be the same
 PLACES = {"model_name_or_path", "model_revision", "adapters", "dataset", "chat_template"}
+# another version of these may sum in another order
+LIBRARIES = ("zephyr-lite", "python", "torch", "transformers", "peft", "bitsandbytes", "triton", "trl", "unsloth")
+# of the machine
+ROUNDS = ("device", "processor", "dtype", "processes")
 
 
 class StageComplete(UserError):
@@ -165,21 +169,43 @@ def compare_model(changes: Changes, before: dict[str, Any], folder: Path, frozen
         changes.refused.append(f"adapters below: {named[0]} then, {named[1]} now")
 
 
+def report_changes(
+    changes: Changes, before: dict[str, Any], libraries: dict[str, str], machine: dict[str, Any]
+) -> None:
+    """Print what changed since the stage was last worked on, and add libraries and machine to ``changes.allowed``.
+
+    Args:
+        libraries, machine: ``versions`` and ``machine_now``.
+    """
+    if changes.allowed:
+        logger.warning(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
+    rounding = differences(_last(before, "versions"), libraries, LIBRARIES)
+    rounding += differences(_last(before, "machine"), machine, ROUNDS)
+    if rounding:
+        changes.allowed += rounding
+        logger.warning(
+            f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
+        )
+
+
 def kept_plan(before: dict[str, Any], stage: StageDir, config: RunConfig, machine: dict[str, Any]) -> Plan | None:
     """The plan in stage.json, which a resumed stage keeps: another split of its sums would change bits. None where the key
-    ``memory``, the kind of device or the version's plans have changed.
+    ``memory`` or the kind of device has changed.
+
+    Raises:
+        UserError: this version has no such plan.
     """
     memory = MemorySpec.model_validate(read_yaml(stage.config).get("memory") or {})
-    same = memory == config.memory and _last(before, "machine").get("device", machine["device"]) == machine["device"]
+    if memory != config.memory or _last(before, "machine").get("device", machine["device"]) != machine["device"]:
+        logger.info("memory or the kind of device has changed: a new plan splits sums, and rounds them, in another way")
+        return None
     try:
         plan = Plan(**before["plan"])
-    except (KeyError, TypeError):
-        same = False
-    if not same:
-        logger.info(
-            "memory, the device or the version has changed: a new plan splits sums, and rounds them, in another way"
-        )
-        return None
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{stage.path / STAGE_FILE}: its plan is none of this version's ({error}).",
+            "Resume with the version that began the stage (the file names it), or choose another output_dir or stage.",
+        ) from None
     for line in ("the plan is the one that the stage was started with", *plan.lines()):
         logger.info(line)
     return plan

@@ -40,7 +40,7 @@ def draw_samples(stage: Stage, step: int) -> list[Sample]:
     if stage.plan.stream:
         why = "the base is in main memory, where answers would take minutes"
     elif not found:
-        why = "no held-out row has a marked answer after a prompt"
+        why = "no held-out row has a prompt before its first answer"
     else:
         try:
             answers = _answers(stage, [prompt for prompt, _ in found])
@@ -86,15 +86,24 @@ def _answers(stage: Stage, prompts: list[list[int]]) -> list[str]:
 
 def _prompt_and_reference(stage: Stage, example: Any) -> tuple[list[int], str] | None:
     """Ids of the conversation up to its first answer, and that answer; None if the row has none."""
-    tokenizer = stage.template.tokenizer
+    template, tokenizer = stage.template, stage.template.tokenizer
     if not isinstance(example, Example):
         prompt, answer = example.prompt_ids, example.chosen_ids
-    else:
-        if stage.config.loss_on == "all":  # the mask does not mark answers
-            return None
+    elif stage.config.loss_on != "all":
         first = int(np.argmax(example.mask))
         after = np.flatnonzero(~example.mask[first:])
         prompt, answer = example.ids[:first], example.ids[first : first + int(after[0]) if len(after) else None]
+    else:
+        # the mask does not mark answers: the text is split at what the template writes before the first of them
+        asked = [{"role": "user", "content": "?"}]
+        opening = template.text_of(asked, True).removeprefix(template.text_of(asked))
+        before, found, _ = tokenizer.decode(example.ids.tolist()).partition(opening)
+        if not opening.strip() or not found:
+            return None
+        prompt = np.array(tokenizer(before + found, add_special_tokens=False)["input_ids"])
+        rest = example.ids[len(prompt) :]
+        ends = np.flatnonzero(np.isin(rest, template.end_token_ids))
+        answer = rest[: ends[0]] if len(ends) else rest
     if len(prompt) == 0:
         return None
     return prompt.tolist(), tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip()

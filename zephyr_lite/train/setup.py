@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, resolve_template
@@ -58,6 +60,7 @@ from .resume import (
     kept_plan,
     machine_now,
     now,
+    report_changes,
     stage_complete,
     started_before,
     versions,
@@ -99,6 +102,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         from .callbacks import trackers
 
         trackers(config)
+    if config.push_to_hub:
+        try:
+            validate_repo_id(config.push_to_hub)
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
 
     # adapters below, base
     frozen = adapters_below(method, config, stage)
@@ -160,8 +168,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         changes.refuse(stage)
         if changes.complete:
             raise stage_complete(stage, before)
-        if changes.allowed:
-            logger.warning(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
+        report_changes(changes, before, libraries, machine)
         plan = kept_plan(before, stage, config, machine)
 
     # plan

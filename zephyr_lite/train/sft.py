@@ -60,9 +60,9 @@ class SftObjective:
     def evaluate(self) -> Metrics:
         """Sums over the supervised tokens of this process's held-out rows: loss, top-1 hits, entropy, targets."""
         data = self.stage.eval_data
-        assert data is not None
 
         def of_group(group: list[int]) -> Metrics:
+            assert data is not None
             logps, stats = self.decoder.token_stats(self._batch(data, group))
             return {
                 "loss": -logps.double().sum().item(),
@@ -71,11 +71,11 @@ class SftObjective:
                 "targets": float(logps.numel()),
             }
 
-        return sum_by_name(self.oom.groups(data, of_group))
+        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
         means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items() if name != "targets"}
-        return {**means, "eval_targets": sums["targets"]}
+        return {**means, "eval_targets": sums["targets"]} if sums else {}
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)
