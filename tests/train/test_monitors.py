@@ -77,11 +77,13 @@ def test_three_in_a_row_stop_the_run(loaded, tmp_path, monkeypatch, said):
     assert left_out(stage) == []
 
 
-def test_the_loss_scalers_search_is_no_fault(tmp_path):
+def test_the_loss_scalers_search_is_no_fault_until_it_has_settled(tmp_path):
     nan, inf = float("nan"), float("inf")
 
     def saw(skipped, scale, loss=1.0, norm=1.0):
-        return skipped.saw({"loss": loss, "grad_norm": norm}, scale)
+        kind = skipped.kind({"loss": loss, "grad_norm": norm}, scale)
+        skipped.count_step(kind)
+        return kind
 
     watch, again, fresh = (SkippedSteps(tmp_path) for _ in range(3))
     assert [saw(watch, 2.0**n, norm=inf) for n in (15, 14, 13, 12)] == ["searching"] * 4
@@ -89,8 +91,8 @@ def test_the_loss_scalers_search_is_no_fault(tmp_path):
     assert saw(watch, 2.0**11, loss=nan) == "bad"  # no scale repairs a loss
     assert saw(watch, 2.0**11) == "applied"
     again.load(json.loads(json.dumps(watch.state())))
-    assert [saw(again, 2.0**n, norm=nan) for n in (10, 9)] == ["searching", "searching"]
-    assert (again.count, again.in_a_row) == (7, 0)
+    assert [saw(again, 2.0**n, norm=nan) for n in (10, 9)] == ["bad", "bad"]
+    assert (again.count, again.in_a_row) == (7, 2)
     assert saw(fresh, 0.5, norm=inf) == "bad"  # a search that went too far
     assert saw(fresh, None, norm=inf) == "bad"  # nothing is scaled
 

@@ -18,10 +18,13 @@ from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory.plan import Plan
+from zephyr_lite.memory.estimate import Device
+from zephyr_lite.memory.gpus import CARDS
+from zephyr_lite.memory.plan import Limits, Plan
+from zephyr_lite.model.activation_offload import ActivationOffload, LockRefused
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
-from zephyr_lite.train.oom import is_out_of_memory
+from zephyr_lite.train.oom import OomRetry, is_out_of_memory
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
 
@@ -366,7 +369,60 @@ def test_the_warmup_is_retried_too_and_has_the_gradients_of_a_later_micro_batch(
     assert found[0] == {True} and found[-1] == {False}
 
 
-def test_what_is_out_of_memory():
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_locked_memory_that_is_refused_is_done_without(opened, monkeypatch, asked_for):
+    """The plan would offload, and the system lends no locked memory; who asked for it is told."""
+    fixed = {"memory.offload": True} if asked_for else {}
+    state = opened("sft", 250, ("input", "input"), **fixed)
+    accumulate_gradients(state, 0)
+    want = {n: p.grad.clone() for n, p in state.parameters.items()}
+    state.objective.oom.follow(replace(state.stage.plan, offload=2))
+    plain = ActivationOffload.put
+
+    def refused(self, layer, tensors):
+        if layer == 1:
+            raise LockRefused("0.00 GiB of main memory could not be locked")
+        return plain(self, layer, tensors)
+
+    monkeypatch.setattr(ActivationOffload, "put", refused)
+    state.stage.config.max_grad_norm = 1e9
+    if asked_for:
+        with pytest.raises(LockRefused):
+            accumulate_gradients(state, 0)
+        return
+    accumulate_gradients(state, 0)
+    assert state.stage.plan.offload == 0
+    for name, parameter in state.parameters.items():
+        assert apart(parameter.grad, want[name]) < 1e-5, name
+
+
+def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkeypatch):
+    """The next plan would stream the base, and the system lends no locked memory."""
+    state = opened("sft", 250, ("input", "input"))
+    state.stage.config.max_grad_norm = 1e9
+    accumulate_gradients(state, 0)
+    want = {n: p.grad.clone() for n, p in state.parameters.items()}
+    limits = Limits(2**40, 2**40, CARDS["3060"], Device())
+    monkeypatch.setattr(OomRetry, "_limits", lambda self: replace(limits, host=limits.host * self._lockable))
+    plain = SftObjective.loss
+
+    def full(self, examples, step, total):
+        if not self.stage.plan.stream and len(examples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return plain(self, examples, step, total)
+
+    def refused(count, device):
+        raise LockRefused("no main memory could be locked")
+
+    monkeypatch.setattr(SftObjective, "loss", full)
+    monkeypatch.setattr("zephyr_lite.model.weight_streaming.host_bytes", refused)
+    accumulate_gradients(state, 0)
+    assert not state.stage.plan.stream
+    for name, parameter in state.parameters.items():
+        assert apart(parameter.grad, want[name]) < 1e-5, name
+
+
+def test_what_is_out_of_memory(monkeypatch):
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(real.value) and is_out_of_memory(torch.OutOfMemoryError("x"))
@@ -375,9 +431,13 @@ def test_what_is_out_of_memory():
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "CUDA out of memory. Tried to allocate 2.00 GiB.",
         "Triton Error [CUDA]: out of memory",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     ):
         assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text))
     for text in ("CUDA error: an illegal memory access was encountered", "main memory could not be locked"):
         assert not is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(UserError("CUDA out of memory")) and not is_out_of_memory(MemoryError())
+    no_handle = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, expected in ((100 * 2**20, True), (2**32, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**34))
+        assert is_out_of_memory(no_handle) is expected

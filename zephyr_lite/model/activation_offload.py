@@ -18,6 +18,11 @@ from torch import Tensor
 
 from ..errors import UserError
 
+
+class LockRefused(UserError):
+    """The system does not give the requested amount of main memory."""
+
+
 PROBE = 256 * 2**20  # what ``lockable`` locks at a time
 ALIGNMENT = 256  # of device memory
 PAGE = 4096
@@ -80,7 +85,7 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     slower, and the CPU waits for them.
 
     Raises:
-        UserError: there is not enough memory.
+        LockRefused: there is not enough memory.
     """
     if device.type != "cuda" or not count:
         return torch.empty(count, dtype=torch.uint8)
@@ -106,7 +111,7 @@ def _locked(count: int, device: torch.device) -> tuple[Tensor, bool]:
     try:
         owner = np.empty(count + PAGE, dtype=np.uint8)
     except MemoryError:
-        raise UserError(
+        raise LockRefused(
             f"main memory has no {count / 2**30:.2f} GiB for activation offload or weight streaming.",
             "Close other programs, or set memory.offload=false and memory.stream=false.",
         ) from None

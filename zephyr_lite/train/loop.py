@@ -22,11 +22,11 @@ from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
 from ..model.adapters import total_norm
 from .checkpoint import MetricsLog, restore_best, resume, save
-from .distributed import sum_by_name, world
+from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
 from .optim import make_optimizer, make_scheduler
 from .stage import Metrics, Objective, Observer, Outcome, Stage
-from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule
+from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ def train(state: TrainState) -> Outcome:
     stage, config, objective = state.stage, state.stage.config, state.objective
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
+    objective.oom.record()
     with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
             resume(state)
@@ -267,13 +268,15 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
         the examples of each micro-batch.
     """
     objective = state.objective
+    data, config = objective.data, state.stage.config
+
     groups: list[list[int]] = []
     for attempt in objective.oom.attempts():
         zero_gradients(state)
         tokens = state.stage.plan.micro_tokens
-        groups = largest_micro_batches(objective.data.lengths, tokens)
+        groups = largest_micro_batches(data.lengths, tokens)
         with attempt:
-            if world().size == 1 and (state.stage.workload.step_most or 0) > tokens:
+            if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
                 for parameter in state.parameters.values():
                     parameter.grad = torch.zeros_like(parameter)
             for group in groups:
@@ -295,7 +298,8 @@ def _check_numbers(state: TrainState) -> None:
     step, skipped, metrics, collapse = state.step + 1, state.skipped, state.metrics, state.objective.collapse
     # the scale after the overflow
     scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
-    kind = skipped.saw(metrics, scale)
+    kind = skipped.kind(metrics, scale)
+    skipped.count_step(kind)
     if kind == "applied":
         if collapse is not None and (warning := collapse.saw(step, metrics)):
             logger.warning(warning)
@@ -306,7 +310,9 @@ def _check_numbers(state: TrainState) -> None:
         )
     else:
         examples = state.objective.data.examples
-        skipped.add(step, metrics, [examples[i].where for i in examples_of_step(state, state.step)])
+        error = skipped.add(step, metrics, [examples[i].where for i in examples_of_step(state, state.step)])
+        if error is not None:
+            raise everywhere(error)
 
 
 def _notify(state: TrainState, event: str, *values: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from .checkpoint import MetricsLog
-from .distributed import everywhere
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class SkippedSteps:
     """Counts and records the steps that were skipped because their loss or gradients were not finite.
 
     float16 needs a loss scale at which no gradient overflows; the scaler finds it by halving from 65,536 after each overflow.
-    That search is no fault: the loss is finite, only the scaled gradients are not.
+    Until the first update that search is no fault: the loss is finite, only the scaled gradients are not.
 
     Args:
         folder: of the stage.
@@ -35,59 +34,63 @@ class SkippedSteps:
     Attributes:
         count: skipped steps, those of the scaler's search included.
         in_a_row: skipped steps since the last update, without those of the search.
+        settled: an update was applied, so the scaler has found its scale.
         log: ``left_out.jsonl``: step, loss, grad_norm and rows.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.log = MetricsLog(folder / LEFT_OUT, writes=writes)
         self.count = self.in_a_row = 0
+        self.settled = False
 
-    def saw(self, metrics: Mapping[str, float], scale: float | None) -> Kind:
-        """Classify and count a step.
+    def kind(self, metrics: Mapping[str, float], scale: float | None) -> Kind:
+        """Classify a step.
 
         Args:
             metrics: its loss and grad_norm.
             scale: the loss scale after the step, or None without a scaler; a search below 1 has failed.
         """
-        finite = math.isfinite(metrics["loss"])
-        if finite and math.isfinite(metrics["grad_norm"]):
-            self.in_a_row = 0
+        if not math.isfinite(metrics["loss"]):
+            return "bad"
+        if math.isfinite(metrics["grad_norm"]):
             return "applied"
+        return "searching" if scale is not None and scale >= 1 and not self.settled else "bad"
+
+    def count_step(self, kind: Kind) -> None:
+        if kind == "applied":
+            self.settled, self.in_a_row = True, 0
+            return
         self.count += 1
-        if finite and scale is not None and scale >= 1:
-            return "searching"
-        self.in_a_row += 1
-        return "bad"
+        self.in_a_row += kind == "bad"
 
     def state(self) -> dict[str, Any]:
-        return {"count": self.count, "in_a_row": self.in_a_row}
+        return {"count": self.count, "in_a_row": self.in_a_row, "settled": self.settled}
 
     def load(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str]) -> None:
+    def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str]) -> UserError | None:
         """Record and print a step (from 1).
 
         Args:
             rows: names of its rows.
 
-        Raises:
-            UserError: it is the last of ``IN_A_ROW``.
+        Returns:
+            the error that ends the run if it is the last of ``IN_A_ROW``.
         """
         loss, norm = metrics["loss"], metrics["grad_norm"]
         self.log.append({"step": step, "loss": loss, "grad_norm": norm, "rows": list(rows)})
         named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
         logger.warning(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. Its rows: {named}.")
-        if self.in_a_row >= IN_A_ROW:
-            raise everywhere(
-                UserError(
-                    f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. The "
-                    "adapter was not changed by them.",
-                    f"{self.log.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
-                    "output_dir: a run keeps its learning_rate).",
-                )
-            )
+        if self.in_a_row < IN_A_ROW:
+            return None
+        return UserError(
+            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. The adapter was "
+            "not changed by them.",
+            f"{self.log.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
+            "output_dir: a run keeps its learning_rate).",
+        )
 
 
 class DpoCollapseMonitor:

@@ -20,6 +20,7 @@ from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..memory.machine import this_machine
 from ..memory.plan import Limits, Plan, smaller
+from ..model.activation_offload import LockRefused
 from .distributed import world
 from .stage import Stage
 from .steps import micro_batches
@@ -34,17 +35,22 @@ WORDS = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",  # of segments that grow
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # no room for cuBLAS' handle
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
+# cuBLAS could not create its handle: out of memory if less than a handle takes is free, else a broken installation.
+CUBLAS_UNINITIALIZED, CUBLAS_BYTES = "CUBLAS_STATUS_NOT_INITIALIZED", 512 * 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device's memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if CUBLAS_UNINITIALIZED in str(error):
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < CUBLAS_BYTES
+    return any(words in str(error) for words in WORDS)
 
 
 class OomRetry:
@@ -56,11 +62,21 @@ class OomRetry:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        self._recording = False
+        self._lockable = True  # False once the system refused to lock main memory
 
     def follow(self, plan: Plan) -> None:
         """Compute under this plan from the next pass on."""
         self.stage.decoder.follow(plan)
         self.stage.plan = plan
+
+    def record(self) -> None:
+        """Write the plan into stage.json, now and whenever it changes, so that a resumed run begins with it."""
+        self._recording = True
+        stage = self.stage
+        if stage.writes and stage.info.get("plan") != stage.plan.as_dict():
+            stage.info["plan"] = stage.plan.as_dict()
+            stage.dir.write_info(stage.info)
 
     def begin(self, data: TokenizedDataset, examples: Sequence[int], *, training: bool) -> None:
         """Note what runs next, because the next smaller plan depends on it.
@@ -93,29 +109,38 @@ class OomRetry:
 
     def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
         """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
-        once. A group that did not fit is split.
+        once. A group that did not fit is split; those that did are not repeated.
 
         Raises:
             UserError: as ``attempts``.
         """
-        lengths = data.lengths
-        for group in micro_batches(world().shard(range(len(lengths)), lengths), lengths, self.stage.plan.micro_tokens):
-            results: list[T] = []
-            for attempt in self.attempts():
-                results.clear()
-                with attempt:
-                    for part in micro_batches(group, lengths, self.stage.plan.micro_tokens):
-                        self.begin(data, part, training=False)
-                        results.append(compute(part))
-            yield from results
+        left = world().shard(range(len(data.lengths)), data.lengths)
+        while left:
+            done: set[int] = set()
+            failure = None
+            for group in micro_batches(left, data.lengths, self.stage.plan.micro_tokens):
+                self.begin(data, group, training=False)
+                try:
+                    found = compute(group)
+                except Exception as error:
+                    failure = self._failure(error)
+                    break
+                yield found
+                done.update(group)
+            if failure is not None:
+                self._shrink(failure)
+            left = [i for i in left if i not in done]
 
     def _failure(self, error: Exception) -> str:
-        """The first line of an out-of-memory error. Any other is raised again.
+        """The first line of an error that a smaller plan may cure: out of memory, or main memory that cannot be locked where
+        that was not asked for. Any other is raised again.
 
         The error's traceback holds the frames of what failed, and those its graph: they are cleared, so that the memory is
         free before the next attempt.
         """
-        if not is_out_of_memory(error):
+        if isinstance(error, LockRefused) and not self.stage.config.memory.offload:
+            self._lockable = False
+        elif isinstance(error, LockRefused) or not is_out_of_memory(error):
             raise error
         failure = str(error).strip().splitlines()[0]
         link: BaseException | None = error
@@ -124,8 +149,18 @@ class OomRetry:
             link = link.__cause__ or link.__context__
         return failure
 
+    def _limits(self) -> Limits:
+        """The device's memory, and the main memory that may be locked, with what the current plan has locked."""
+        stage, memory = self.stage, self.stage.config.memory
+        machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
+        limits = Limits.of(stage.workload, machine, memory)
+        locked = sum(stage.plan.host.values())
+        if not self._lockable:
+            return replace(limits, host=locked - stage.plan.host.get("kept activations", 0))
+        return limits if memory.host is not None else replace(limits, host=limits.host + locked)
+
     def _shrink(self, failure: str) -> None:
-        """Free what can be freed, and follow the next smaller plan, which stage.json keeps for a resumed run.
+        """Free what can be freed, and follow the next smaller plan that can be followed.
 
         Raises:
             UserError: there is none.
@@ -134,34 +169,36 @@ class OomRetry:
         stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle
         tokens = sum(int(self._data.lengths[i]) for i in self._examples)
-        memory = stage.config.memory
-        limits = Limits.of(
-            stage.workload, this_machine(stage.base.device, stage.base.dtype, memory, measure=False), memory
-        )
-        if memory.host is None:  # what the current plan has locked is free again
-            limits = replace(limits, host=limits.host + sum(stage.plan.host.values()))
-        plan = smaller(
-            stage.plan,
-            stage.workload,
-            limits,
-            memory,
-            tokens=tokens,
-            several=count > 1,
-            training=self._training,
-        )
-        if plan is None:
-            raise UserError(
-                f"{self._data.examples[self._examples[0]].where}: its {tokens:,} tokens do not fit into memory, alone and "
-                f"with everything that saves memory in use ({failure}).",
-                f"Lower max_length (it is {stage.config.max_length:,}) or lora_r (it is {stage.config.lora_r}), leave "
-                "memory.offload and memory.stream to the plan, or use a device with more memory. The last checkpoint is "
-                "intact.",
+        failed = stage.plan
+        while True:
+            lockable = self._lockable
+            plan = smaller(
+                failed if lockable else replace(failed, offload=0),
+                stage.workload,
+                self._limits(),
+                stage.config.memory,
+                tokens=tokens,
+                several=count > 1,
+                training=self._training,
             )
-        size = f"{count} example{'s' * (count > 1)}, {tokens:,} tokens"
-        logger.warning(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
-        self.follow(plan)
+            if plan is None:
+                raise UserError(
+                    f"{self._data.examples[self._examples[0]].where}: its {tokens:,} tokens do not fit into memory, alone and "
+                    f"with everything that saves memory in use ({failure}).",
+                    f"Lower max_length (it is {stage.config.max_length:,}) or lora_r (it is {stage.config.lora_r}), leave "
+                    "memory.offload and memory.stream to the plan, or use a device with more memory. The last checkpoint is "
+                    "intact.",
+                )
+            size = f"{count} example{'s' * (count > 1)}, {tokens:,} tokens"
+            logger.warning(f"memory ran out for {size} ({failure}); the plan is now: {'; '.join(plan.lines())}")
+            try:
+                self.follow(plan)
+                break
+            except Exception as error:
+                failure = self._failure(error)
+            # without locked memory other plans come next, else ones that are smaller still
+            failed = plan if self._lockable == lockable else stage.plan
         if stage.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        if stage.writes:
-            stage.info["plan"] = plan.as_dict()
-            stage.dir.write_info(stage.info)
+        if self._recording:
+            self.record()
