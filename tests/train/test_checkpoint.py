@@ -28,7 +28,7 @@ from zephyr_lite.train.optim import make_optimizer, make_scheduler
 from zephyr_lite.train.reference import ReferenceCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-EXTRA = {"warnings": ["w"], "total": 12}
+EXTRA = {"best": (1.5, 2), "stale": 0, "total": 12}
 
 
 def made(folder, kind="adamw_torch", seed=0, step=0, limit=2, best=None, busy=()):
@@ -82,7 +82,7 @@ def test_every_optimizer_is_restored_bit_for_bit(kind, tmp_path):
         steps(state, 3)
     folder = write_checkpoint(first, EXTRA)
     content = read_checkpoint(again, folder)
-    assert content["step"] == 3 and content["warnings"] == ["w"]
+    assert content["step"] == 3 and content["best"] == [1.5, 2]
     assert again.scheduler.state_dict() == first.scheduler.state_dict()
     stored = load_file(folder / TENSORS)
     for name, parameter in first.parameters.items():
@@ -194,6 +194,16 @@ def test_what_a_power_failure_leaves_of_the_last_lines_is_dropped(tmp_path, tail
     assert [r["step"] for r in log.truncate(3)] == [1, 2, 3]
     log.append({"step": 4})
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_pending_evaluation_is_removed_from_the_log(tmp_path):
+    """Stopped during the evaluation after step 3, resumed, and killed after it was logged."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for record in ({"step": 2, "eval_loss": 3.0}, {"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": 2.0}):
+        log.append(record)
+    kept = log.truncate(3, pending=True)
+    assert [sorted(record) for record in kept] == [["eval_loss", "step"], ["loss", "step"]]
+    assert len(log.path.read_text().splitlines()) == 2
 
 
 # The reference's progress

@@ -118,15 +118,26 @@ def _load_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor
         parameter.copy_(tensors[f"adapter.{name}"])
 
 
-def save(state: TrainState) -> None:
-    """Write a checkpoint, then delete older ones. The logs are on the disk before it is."""
+def save(state: TrainState, *, pending: bool = False) -> None:
+    """Write a checkpoint, then delete older ones. The logs are on the disk before it is.
+
+    Args:
+        pending: this step's evaluation was not finished.
+    """
     if not state.stage.writes:
         return
     for log in (state.log, state.skipped.log, state.sample_log):
         log.flush()
     write_checkpoint(
         state,
-        {"total": state.total, "finite": state.skipped.state(), "warnings": state.warnings},
+        {
+            "best": state.best,
+            "stale": state.stale,
+            "total": state.total,
+            "pending": pending,
+            "finite": state.skipped.state(),
+            "warnings": state.warnings,
+        },
     )
     prune(state)
     if state.stage.mirror is not None:
@@ -145,27 +156,33 @@ def prune(state: TrainState) -> None:
         remove_folder(path)
 
 
-def resume(state: TrainState) -> None:
-    """Restore the newest checkpoint, if there is one, and what was logged up to it."""
-    found = world().broadcast(lambda: resume_point(state.stage.dir))
+def resume(state: TrainState) -> bool:
+    """Restore the newest checkpoint, if there is one, and what was logged up to it; returns whether its evaluation is due."""
+    found, forget_best = world().broadcast(lambda: (resume_point(state.stage.dir), state.stage.forget_best))
+    content: dict[str, Any] = {}
     if found is not None:
         content = read_checkpoint(state, found)
         assert content["total"] == state.total, f"{found}: of a run of {content['total']} steps, not {state.total}"
         state.step = content["step"]
+        if not forget_best:
+            state.best = tuple(content["best"]) if content["best"] else None
+            state.stale = content["stale"]
         state.skipped.load(content.get("finite") or {})
         state.warnings = list(content.get("warnings") or [])
         logger.info(f"going on from {found.name}")
+        if state.stage.writes:
+            prune(state)  # the last process may have been killed between a checkpoint and this
+    pending = bool(content.get("pending"))
     state.skipped.log.truncate(state.step)
     state.sampled = {record["step"] for record in state.sample_log.truncate(state.step)}
-    for record in state.log.truncate(state.step):
+    for record in state.log.truncate(state.step, pending=pending):
         if "eval_loss" in record:
-            state.add_evaluation(record)
+            state.evaluations.append(record)
         elif "loss" in record:
             state.metrics = {k: v for k, v in record.items() if k != "step"}
             if state.objective.collapse is not None:
                 state.objective.collapse.saw(record["step"], record)
-    if found is not None and state.stage.writes:
-        prune(state)  # the last process may have been killed between a checkpoint and this
+    return pending
 
 
 def restore_best(state: TrainState) -> None:
@@ -225,15 +242,19 @@ class MetricsLog:
         if self.writes and self.path.exists():
             sync_file(self.path)
 
-    def truncate(self, step: int) -> list[dict[str, Any]]:
-        """Keep the records up to this step, and return them; a resumed run repeats the rest."""
+    def truncate(self, step: int, *, pending: bool = False) -> list[dict[str, Any]]:
+        """Keep the records up to this step, and return them; a resumed run repeats the rest.
+
+        Args:
+            pending: this step's evaluation will be repeated, so one that is there is removed.
+        """
         if not self.path.exists():
             return []
         kept: list[tuple[str, dict[str, Any]]] = []
         for line in self.path.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
-                if record["step"] <= step:
+                if record["step"] < step or (record["step"] == step and not (pending and "eval_loss" in record)):
                     kept.append((line.decode(), record))
             except (ValueError, KeyError, TypeError):
                 continue  # the torn last line of a killed run, or of a power failure

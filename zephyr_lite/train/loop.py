@@ -83,15 +83,6 @@ class TrainState:
         self.warnings: list[str] = []
         self.gradients: Tensor | None = None
 
-    def add_evaluation(self, record: dict[str, Any]) -> None:
-        """Note an evaluation's step and metrics, and whether it is the best so far."""
-        self.evaluations.append(record)
-        loss = float(record["eval_loss"])  # the log has words for what is not finite
-        if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
-            self.best, self.stale = (loss, record["step"]), 0
-        else:
-            self.stale += 1
-
 
 def train(state: TrainState) -> Outcome:
     """Train from the last checkpoint, or from the start, to the end.
@@ -107,14 +98,14 @@ def train(state: TrainState) -> Outcome:
     objective.oom.record()
     with StopRequest("the step is finished and a checkpoint written") as stop:
         with stop.at_once():
-            resume(state)
+            evaluation_due = resume(state)
             if stage.base.device.type == "cuda":
                 warmup_largest_batch(state)
         started, patience = time.perf_counter(), config.early_stopping_patience
         _notify(state, "on_train_begin", stage, objective.unit, state.total, state.step)
         if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
             _sample(state, stop)  # again, if a signal interrupted it
-        elif _evaluation_due(state):  # a signal ended it
+        if evaluation_due:
             _evaluate(state, stop)
             _save_if_due(state, stop)
         while state.step < state.total:
@@ -138,8 +129,7 @@ def train(state: TrainState) -> Outcome:
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
                 _log(state, state.metrics)
             _notify(state, "on_step_end", state.step, state.metrics)
-            if _evaluation_due(state):
-                _evaluate(state, stop)
+            _evaluate(state, stop)
             _save_if_due(state, stop)
         if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
             restore_best(state)
@@ -326,19 +316,15 @@ def _log(state: TrainState, metrics: Metrics) -> None:
     state.on_metrics(state.step, state.total, metrics)
 
 
-def _evaluation_due(state: TrainState) -> bool:
-    every = state.stage.config.eval_steps
-    due = state.step == state.total or (every is not None and state.step % every == 0)
-    return due and state.stage.eval_data is not None
-
-
 def _evaluate(state: TrainState, stop: StopRequest) -> None:
-    """Evaluate on the held-out rows, and draw samples.
+    """Evaluate on the held-out rows if that is due, and draw samples.
 
     Raises:
         Interrupted: a signal came during the evaluation; a resumed run makes it first.
     """
-    step = state.step
+    step, every = state.step, state.stage.config.eval_steps
+    if step != state.total and not (every and step % every == 0):
+        return
     sums: Metrics | None = None
     try:
         with stop.at_once():
@@ -348,13 +334,20 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
     parts = [part for part in world().all_gather(sums) if part is not None]
     if len(parts) < world().size:
         signal, _ = _asked_to_stop(state, stop)
-        save(state)
+        save(state, pending=True)
         raise interrupted(signal, state.stage.dir, step, state.total)
     found = state.objective.eval_metrics(sum_by_name(parts))
-    state.add_evaluation({"step": step, **found})
+    if not found:
+        return
+    state.evaluations.append({"step": step, **found})
     _log(state, found)
-    if not math.isfinite(found["eval_loss"]):
+    loss = found["eval_loss"]
+    if not math.isfinite(loss):
         logger.warning(f"step {step}: the held-out loss is not finite; it counts as one that did not improve.")
+    if math.isfinite(loss) and (state.best is None or loss < state.best[0]):
+        state.best, state.stale = (loss, step), 0
+    else:
+        state.stale += 1
     _notify(state, "on_evaluate", step, found)
     _sample(state, stop)
 

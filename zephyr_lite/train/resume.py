@@ -45,8 +45,14 @@ ALLOWED = {
     "sync",
     "memory",
 }
-# keys that name a place, whose content has to be the same
-PLACES = {"model_name_or_path", "model_revision", "adapters", "dataset", "chat_template"}
+# keys that name a place: key → the content that has to be the same
+PLACES = {
+    "model_name_or_path": "base",
+    "model_revision": "base",
+    "adapters": "adapters",
+    "dataset": "data",
+    "chat_template": "data",
+}
 # another version of these may sum in another order
 LIBRARIES = ("zephyr-lite", "python", "torch", "transformers", "peft", "bitsandbytes", "triton", "trl", "unsloth")
 # of the machine
@@ -90,23 +96,36 @@ class Changes:
         complete: the stage is finished.
         allowed: the stage continues with them.
         refused: it does not.
-        moved: a path of the base, the adapters or the rows has changed, so their content decides.
+        moved: changed paths, by the content that decides about them: base, adapters, data.
     """
 
     complete: bool = False
     allowed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    moved: bool = False
+    moved: dict[str, list[str]] = field(default_factory=dict)
+
+    def settle(self, content: str, found: list[str]) -> None:
+        """Decide about the changed paths of a content: allowed if it is the same.
+
+        Args:
+            found: how the content differs, one line each.
+        """
+        lines = self.moved.pop(content, [])
+        if found:
+            self.refused += [*lines, *found]
+        else:
+            self.allowed += [f"{line} (the same content)" for line in lines]
 
     def refuse(self, stage: StageDir) -> None:
         """Raises:
         UserError: something was refused; the message has all of it.
         """
         if self.refused:
+            lines = [*self.refused, *(line for lines in self.moved.values() for line in lines)]
             where = "" if world().is_main_process else f" ({platform.node()} has other files than the first process)"
             raise UserError(
                 f"{stage.path}: was {'finished' if self.complete else 'started'} with another configuration or on other files "
-                f"than these{where}:\n  " + "\n  ".join(self.refused),
+                f"than these{where}:\n  " + "\n  ".join(lines),
                 "Restore them, or choose another output_dir or stage.",
             )
 
@@ -143,8 +162,7 @@ def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[
         if key in ALLOWED:
             changes.allowed.append(line)
         elif key in PLACES and (key != "dataset" or _but_for_paths(old[key]) == _but_for_paths(new[key])):
-            changes.moved = True
-            changes.allowed.append(f"{line} (the same content)")  # else the content is refused, and this not printed
+            changes.moved.setdefault(PLACES[key], []).append(line)
         else:
             changes.refused.append(line)
     return info, changes
@@ -159,26 +177,37 @@ def compare_model(changes: Changes, before: dict[str, Any], folder: Path, frozen
     base = before["base"]
     same = is_fingerprint_of(base["fingerprint"], folder)
     weights = {} if same else {"weights": fingerprint(folder)}
-    changes.refused += differences({"weights": base["fingerprint"]}, weights, weights, f"base {base['name_or_path']}: ")
+    changes.settle(
+        "base", differences({"weights": base["fingerprint"]}, weights, weights, f"base {base['name_or_path']}: ")
+    )
     # engine trl lists the adapters that it trains on separately
     links = (before.get("trl") or {}).get("continues") or before["adapters"]
     then = [(str(link.get("path")), str(link.get("sha256"))) for link in links]
     now = [(str(adapter.path), adapter.sha256) for adapter in frozen]
     named = [", ".join(f"{path} ({sha[:12]})" for path, sha in adapters) or "none" for adapters in (then, now)]
-    if [sha for _, sha in then] != [sha for _, sha in now]:
-        changes.refused.append(f"adapters below: {named[0]} then, {named[1]} now")
+    differ = [sha for _, sha in then] != [sha for _, sha in now]
+    changes.settle("adapters", [f"adapters below: {named[0]} then, {named[1]} now"] if differ else [])
 
 
 def report_changes(
-    changes: Changes, before: dict[str, Any], libraries: dict[str, str], machine: dict[str, Any]
-) -> None:
+    changes: Changes, before: dict[str, Any], libraries: dict[str, str], machine: dict[str, Any], eval_data: str | None
+) -> bool:
     """Print what changed since the stage was last worked on, and add libraries and machine to ``changes.allowed``.
 
     Args:
         libraries, machine: ``versions`` and ``machine_now``.
+        eval_data: the fingerprint of the held-out rows.
+
+    Returns:
+        whether the evaluations so far used other held-out rows.
     """
     if changes.allowed:
         logger.warning(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
+    then = (before.get("eval_data") or {}).get("fingerprint")
+    if forget_best := then is not None and then != eval_data:
+        line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
+        changes.allowed.append(line)
+        logger.warning(line)
     rounding = differences(_last(before, "versions"), libraries, LIBRARIES)
     rounding += differences(_last(before, "machine"), machine, ROUNDS)
     if rounding:
@@ -186,6 +215,7 @@ def report_changes(
         logger.warning(
             f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
         )
+    return forget_best
 
 
 def kept_plan(before: dict[str, Any], stage: StageDir, config: RunConfig, machine: dict[str, Any]) -> Plan | None:

@@ -156,19 +156,17 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     }
     eval_fingerprint = None if eval_data is None else eval_data.fingerprint
     machine, libraries = machine_now(dtype), versions()
-    plan = None
+    plan, forget_best = None, False
     if before is not None:
         counted = [key for key, value in before["data"].items() if isinstance(value, int | str)]
         same = before["data"]["fingerprint"] == data.fingerprint
-        changes.refused += [] if same else differences(before["data"], rows, counted, "data: ")
-        held_out = before.get("eval_data") or {}
-        changes.refused += differences(held_out, {"fingerprint": eval_fingerprint}, ["fingerprint"], "held-out rows: ")
+        changes.settle("data", [] if same else differences(before["data"], rows, counted, "data: "))
         if not world().is_main_process:  # rank 0 has written stage.json just now
             changes.refused += differences(before["machine"], machine, ["dtype"])
         changes.refuse(stage)
         if changes.complete:
             raise stage_complete(stage, before)
-        report_changes(changes, before, libraries, machine)
+        forget_best = report_changes(changes, before, libraries, machine, eval_fingerprint)
         plan = kept_plan(before, stage, config, machine)
 
     # plan
@@ -276,6 +274,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         frozen=frozen,
         info=info,
         mirror=mirror,
+        forget_best=forget_best,
         writes=writes,
     )
 

@@ -44,6 +44,7 @@ class Stage:
         frozen: the adapters below, from the bottom up.
         info: the content of stage.json.
         mirror: copies checkpoints to ``sync``, or None.
+        forget_best: the best checkpoint so far was judged on other held-out rows.
         draws_samples: False once samples could not be drawn.
         writes: this process writes the folder: not in a dry run, and in one of several processes.
     """
@@ -62,6 +63,7 @@ class Stage:
     frozen: list[AdapterFile]
     info: dict[str, Any] = field(default_factory=dict)
     mirror: Mirror | None = None
+    forget_best: bool = False
     draws_samples: bool = True
     writes: bool = True
 
