@@ -45,6 +45,7 @@ def made(folder, kind="adamw_torch", seed=0, step=0, limit=2, best=None, busy=()
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         step=step,
         best=best,
+        before_skips=None,
     )
 
 
@@ -255,7 +256,27 @@ def test_an_interrupted_reference_continues_where_it_was(tmp_path, computed):
                 fill(cache)
         done += computed.groups
     assert done == [[0, 3], [1], [2, 4], [5]]
-    assert cache.path.read_bytes() == right
+    assert cache.path.read_bytes() == right and cache.missing == 0
     again = ReferenceCache(tmp_path, 6, rows="k")
     assert again.load() and torch.equal(again.sums, whole.sums)
     assert ReferenceCache(tmp_path, 6, rows="l").path != cache.path
+
+
+def test_the_references_progress_is_written_every_minute(tmp_path, computed, monkeypatch):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(reference.time, "monotonic", lambda: float(next(clock)))
+    with faulty() as disk:
+        fill(ReferenceCache(tmp_path, 6, rows="k"))
+    assert sum(name == "replace" for name, _ in disk.calls) == 2  # after the third group, and at the end
+
+
+@pytest.mark.parametrize("keep", [slice(0, 0), slice(0, -1), slice(0, -8)])
+def test_a_damaged_reference_is_computed_again(tmp_path, computed, keep, said):
+    fill(ReferenceCache(tmp_path, 6, rows="k"))
+    cache = ReferenceCache(tmp_path, 6, rows="k")
+    data = cache.path.read_bytes()
+    cache.path.write_bytes(data[keep] + bytes(len(data) - len(data[keep])) if keep.stop else b"")
+    assert not cache.load() and cache.missing == 6
+    assert said[-1] == f"{cache.path}: is damaged, or of other pairs; it is computed again"
+    fill(cache)
+    assert ReferenceCache(tmp_path, 6, rows="k").load()

@@ -34,7 +34,7 @@ def loaded(tiny_base, chat_rows, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
-def test_a_step_that_is_not_finite_is_left_out_and_its_rows_named(loaded, tmp_path, monkeypatch, what, said):
+def test_a_step_that_is_not_finite_is_left_out_and_its_row_named(loaded, tmp_path, monkeypatch, what, said):
     plain = SftObjective.loss
 
     def loss(self, examples, step, total):
@@ -49,12 +49,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_rows_named(loaded, tmp_pa
     records = left_out(stage.path)
     assert outcome.skipped == len(records) == stage.info()["result"]["steps_left_out"] == 2  # once an epoch
     for record in records:
-        assert any(row.endswith("row 4") for row in record["rows"])
-        assert f"step {record['step']}: loss " in " ".join(said)
+        assert record["not_finite_alone"] and len(record["rows"]) == 1 and record["rows"][0].endswith("row 4")
+        assert f"step {record['step']}: loss " in " ".join(said) and "Not finite:" in " ".join(said)
     assert all(w.b.isfinite().all() for w in read_adapter(stage.adapter).modules.values())
 
 
-def test_three_in_a_row_stop_the_run(loaded, tmp_path, monkeypatch, said):
+def test_three_in_a_row_stop_the_run_with_a_checkpoint_of_before(loaded, tmp_path, monkeypatch, said):
     with monkeypatch.context() as patch:
         plain = SftObjective.loss
 
@@ -64,15 +64,15 @@ def test_three_in_a_row_stop_the_run(loaded, tmp_path, monkeypatch, said):
 
         patch.setattr(SftObjective, "loss", loss)
         with pytest.raises(UserError, match=r"three times in a row; rows of the last: .*row \d") as stopped:
-            run_sft(loaded(save_steps=3, eval_steps=100))
+            run_sft(loaded(save_steps=100, eval_steps=100))
     stage = tmp_path / "run" / "sft"
-    assert "left_out.jsonl" in stopped.value.hint
+    assert "checkpoint-3 has the adapter from before" in str(stopped.value) and "left_out.jsonl" in stopped.value.hint
     assert [p.name for p in StageDir(stage).checkpoints()] == ["checkpoint-3"]
     assert [r["step"] for r in left_out(stage)] == [4, 5, 6]
     # resumed without the cause it is the undisturbed run
-    run_sft(loaded(save_steps=3, eval_steps=100))
+    run_sft(loaded(save_steps=100, eval_steps=100))
     assert "going on from checkpoint-3" in said and "damaged" not in " ".join(said)
-    run_sft(loaded("other", save_steps=3, eval_steps=100))
+    run_sft(loaded("other", save_steps=100, eval_steps=100))
     assert same_adapter(stage / "adapter", tmp_path / "other" / "sft" / "adapter")
     assert left_out(stage) == []
 
@@ -128,6 +128,24 @@ def test_a_collapse_is_warned_of_once_with_its_cures():
 )
 def test_what_is_no_collapse_is_not_warned_of(healthy):
     assert said_by(DpoCollapseMonitor(), steps(**healthy)) == []
+
+
+def test_the_checkpoint_from_before_skipped_steps_is_kept(loaded, tmp_path, monkeypatch):
+    """Checkpoints of steps that were left out must not push it out."""
+    plain = SftObjective.loss
+
+    def loss(self, examples, step, total):
+        found, sums = plain(self, examples, step, total)
+        return found * (float("nan") if step >= 2 else 1), sums
+
+    options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(SftObjective, "loss", loss)
+        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 has the adapter from before"):
+            run_sft(loaded(**options))
+        assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
+        with pytest.raises(UserError, match="checkpoint-3 has the adapter from before"):  # the best, of a step left out
+            run_sft(loaded(**options))
 
 
 def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch, said):
@@ -245,7 +263,7 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
 
 
-def test_trl_stops_at_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
+def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
     from zephyr_lite.engines import trl
 
     plain = trl.Sft.compute_loss
@@ -258,5 +276,6 @@ def test_trl_stops_at_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, 
 
     monkeypatch.setattr(trl.Sft, "compute_loss", loss)
     settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
-    with pytest.raises(UserError, match="step 2: loss nan"):
-        run_sft(load_config("sft", None, settings))
+    outcome = run_sft(load_config("sft", None, settings))
+    assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]
+    assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "r/sft/adapter").modules.values())

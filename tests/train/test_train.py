@@ -94,6 +94,9 @@ def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_row
     stage = setup_stage("dpo", loaded)
     first = DpoObjective(stage).cache
     assert DpoObjective(stage).cache.path == first.path and "read from" in said[-1]
+    first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
+    DpoObjective(stage)
+    assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
     assert DpoObjective(stage).cache.path != first.path
 

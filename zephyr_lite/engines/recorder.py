@@ -12,12 +12,12 @@ import torch
 from transformers import TrainerCallback
 
 from ..config.load import RunConfig
-from ..errors import UserError
 from ..io.atomic import write_manifest
 from ..io.interrupts import Output, StopRequest
 from ..memory.machine import peak_memory
 from ..train.checkpoint import MetricsLog
 from ..train.loop import OnMetrics
+from ..train.monitors import DpoCollapseMonitor, SkippedSteps
 from ..train.stage import Metrics, Observer, Stage
 from ..train.steps import rows_of_step, step_schedule
 
@@ -46,8 +46,8 @@ class Order(torch.utils.data.Sampler[int]):
 
 
 class Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; stops where numbers are
-    not finite, and with a checkpoint when a signal came.
+    """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; skips a step whose
+    gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came.
 
     Args:
         stage: what is trained.
@@ -59,12 +59,15 @@ class Recorder(TrainerCallback):
         self.stage, self.observers, self.output = stage, observers, Output()
         self.unit = "tokens" if stage.method == "sft" else "pairs"
         self.on_metrics = self.output.of(on_metrics)
-        self.log = MetricsLog(stage.dir.metrics)
+        self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path)
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
+        self.warnings: list[str] = []
+        self.collapse = DpoCollapseMonitor() if stage.method == "dpo" else None
         self.begun = self.seconds = self.tokens = 0.0
+        self.trainer: Any = None  # set when there is one
 
     def resume(self, step: int) -> None:
         """Take over what was logged up to a checkpoint's step."""
@@ -73,9 +76,19 @@ class Recorder(TrainerCallback):
                 self.evaluations.append(record)
             elif "loss" in record:
                 self.last = {key: value for key, value in record.items() if key != "step"}
+                if self.collapse is not None:
+                    self.collapse.saw(record["step"], record)
+        self.left_out.count = len(self.left_out.log.truncate(step))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trained = [p for p in model.parameters() if p.grad is not None]
+        # the scaler of float16 skips by itself
+        if not args.fp16 and not all(bool(torch.isfinite(p.grad).all()) for p in trained):
+            for parameter in trained:  # the optimizer passes over parameters without gradient
+                parameter.grad = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self.begun
@@ -105,14 +118,21 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _training(self, step: int, logs: Metrics) -> None:
-        rows = rows_of_step(self.stage.config, len(self.stage.data.rows), step - 1)
-        # the scaler of float16 skips a step whose gradients are not finite
-        scaled = self.stage.base.dtype == torch.float16
-        if not math.isfinite(logs["loss"]) or not (scaled or math.isfinite(logs["grad_norm"])):
-            raise UserError(
-                f"step {step}: loss {logs['loss']:.4g}, gradient norm {logs['grad_norm']:.4g}. The last checkpoint is untouched.",
-                "Lower learning_rate (in another output_dir), or set engine=fused, which leaves such a step out.",
-            )
+        data, device = self.stage.data, self.stage.base.device
+        rows = rows_of_step(self.stage.config, len(data.rows), step - 1)
+        # accelerate's scaler does not tell its scale: every step before the first update counts as its search
+        kind = self.left_out.kind(logs, 1.0 if self.stage.base.dtype == torch.float16 else None)
+        self.left_out.count_step(kind)
+        if not math.isfinite(logs["loss"]):
+            self.trainer._tr_loss.zero_()  # transformers subtracts what was logged, which is not a number
+        if kind == "bad":
+            where = [data.examples[example].where for row in rows for example in data.rows[row]]
+            error = self.left_out.add(step, logs, where, "The last checkpoint is untouched.", alone=None)
+            if error is not None:
+                raise error
+        elif kind == "applied" and self.collapse is not None and (warning := self.collapse.saw(step, logs)):
+            logger.warning(warning)
+            self.warnings.append(warning)
         self.tokens, before = logs.pop("num_tokens", self.tokens), self.tokens
         logs["num_tokens"] = self.tokens - before
         if self.unit == "pairs":
@@ -121,7 +141,7 @@ class Recorder(TrainerCallback):
             "epoch": round(step / self.per_epoch, 4),
             "seconds": round(self.seconds, 4),
             f"{self.unit}_per_second": round(logs[f"num_{self.unit}"] / max(self.seconds, 1e-9), 3),
-            "peak_memory_gib": round(peak_memory(self.stage.base.device) / 2**30, 3),
+            "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
         }
         self.last = logs
         for observer in self.observers:

@@ -81,7 +81,7 @@ def train_on_trl(
     micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
 
     Raises:
-        UserError: Unsloth cannot load the base, or loss or gradients are not finite.
+        UserError: Unsloth cannot load the base, or loss or gradients are not finite three steps in a row.
         Interrupted: a signal came; there is a checkpoint.
     """
     torch.set_num_threads(stage.plan.threads)
@@ -123,8 +123,10 @@ def train_on_trl(
         recorder.last,
         best,
         time.perf_counter() - started,
-        evaluations=recorder.evaluations,
-        stopped=stop.name,
+        recorder.left_out.count,
+        recorder.evaluations,
+        recorder.warnings,
+        stop.name,
     )
     return outcome, AdapterStack(trainer.model).weights(ADAPTER)
 
@@ -186,6 +188,7 @@ def make_trainer(stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Obs
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.optimizer = make_optimizer(config, parameters)
     trainer.lr_scheduler = make_scheduler(config, trainer.optimizer, recorder.total)
+    recorder.trainer = trainer
     trainer.order = Order(config, len(stage.data.rows))
     trainer.remove_callback(PrinterCallback)
     if config.early_stopping_patience and stage.eval_data is not None:

@@ -145,12 +145,12 @@ def save(state: TrainState, *, pending: bool = False) -> None:
 
 
 def prune(state: TrainState) -> None:
-    """Delete the oldest checkpoints beyond ``save_total_limit``; never the last, the best, or one that is being copied."""
+    """Delete the oldest checkpoints beyond ``save_total_limit``; never the last, the best, the one from before skipped steps, or
+    one that is being copied."""
     mirror, stage = state.stage.mirror, state.stage.dir
     paths = stage.checkpoints()
     kept = {path.name for path in paths[-1:]} | (mirror.busy() if mirror is not None else set())
-    if state.best is not None:
-        kept.add(f"checkpoint-{state.best[1]}")
+    kept |= {f"checkpoint-{step}" for step in (state.before_skips, state.best and state.best[1])}
     spare = [path for path in paths if path.name not in kept]
     for path in spare[: max(0, len(paths) - state.stage.config.save_total_limit)]:
         remove_folder(path)
@@ -168,6 +168,8 @@ def resume(state: TrainState) -> bool:
             state.best = tuple(content["best"]) if content["best"] else None
             state.stale = content["stale"]
         state.skipped.load(content.get("finite") or {})
+        if state.skipped.in_a_row:  # it was stopped among skipped steps
+            state.before_skips = state.step
         state.warnings = list(content.get("warnings") or [])
         logger.info(f"going on from {found.name}")
         if state.stage.writes:

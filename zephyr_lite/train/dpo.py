@@ -142,7 +142,8 @@ class DpoObjective:
         if cache.load():
             logger.info(f"reference log-probabilities read from {cache.path}")
             return cache
-        logger.info(f"computing the reference log-probabilities of {len(self.data.lengths):,} pairs once")
+        rest = f"the other {cache.missing:,} of " if cache.missing < cache.pairs else ""
+        logger.info(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
         cache.compute(self.decoder, self.data, self.oom)
         return cache
 

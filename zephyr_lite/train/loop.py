@@ -53,6 +53,7 @@ class TrainState:
         sampled: steps at which samples were drawn.
         best, stale: the lowest eval_loss with its step, and evaluations since.
         warnings: printed about the run's numbers.
+        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
         gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
     """
 
@@ -81,6 +82,7 @@ class TrainState:
         self.sampled: set[int] = set()
         self.best: tuple[float, int] | None = None
         self.warnings: list[str] = []
+        self.before_skips: int | None = None
         self.gradients: Tensor | None = None
 
 
@@ -280,7 +282,7 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
 
 def _check_numbers(state: TrainState) -> None:
     """Look at a step's metrics before its update: warn of a collapse; if it will be skipped, record it, and end the run after
-    three in a row.
+    three in a row. A checkpoint from before the first skipped step is kept.
 
     Raises:
         UserError: three skipped steps in a row.
@@ -289,8 +291,13 @@ def _check_numbers(state: TrainState) -> None:
     # the scale after the overflow
     scale = state.scaler.get_scale() * state.scaler.get_backoff_factor() if state.scaler.is_enabled() else None
     kind = skipped.kind(metrics, scale)
+    if kind == "bad" and state.before_skips is None:
+        state.before_skips = state.step
+        if state.step:
+            _save_once(state)
     skipped.count_step(kind)
     if kind == "applied":
+        state.before_skips = None
         if collapse is not None and (warning := collapse.saw(step, metrics)):
             logger.warning(warning)
             state.warnings.append(warning)
@@ -299,10 +306,33 @@ def _check_numbers(state: TrainState) -> None:
             f"step {step}: a gradient was too large for the loss scale, which is now {scale:g}: step left out."
         )
     else:
-        examples = state.objective.data.examples
-        error = skipped.add(step, metrics, [examples[i].where for i in examples_of_step(state, state.step)])
+        rows, alone = world().broadcast(lambda: _rows_not_finite(state))
+        kept = f"checkpoint-{state.before_skips} has the adapter from before."
+        error = skipped.add(
+            step, metrics, rows, kept if state.before_skips else "No step had been applied.", alone=alone
+        )
         if error is not None:
             raise everywhere(error)
+
+
+def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
+    """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
+    objective, examples = state.objective, examples_of_step(state, state.step)
+    total = objective.num_targets(examples)
+
+    found: list[int] = []
+    for attempt in objective.oom.attempts():
+        found.clear()
+        with attempt:
+            for example in examples:
+                zero_gradients(state)
+                loss, _ = objective.loss([example], state.step, total)
+                loss.backward()
+                norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+                if not (torch.isfinite(loss.detach()) and torch.isfinite(norm)):
+                    found.append(example)
+    zero_gradients(state)
+    return [objective.data.examples[example].where for example in found or examples], bool(found)
 
 
 def _notify(state: TrainState, event: str, *values: Any) -> None:
@@ -391,7 +421,8 @@ def _save_if_due(state: TrainState, stop: StopRequest) -> None:
         OSError: nothing can be printed any more.
     """
     config, step, last = state.stage.config, state.step, state.step == state.total
-    periodic = config.save_steps and step % config.save_steps == 0
+    # while steps are skipped, the newest checkpoint stays the one from before
+    periodic = config.save_steps and step % config.save_steps == 0 and state.before_skips is None
     is_best = state.best is not None and state.best[1] == step and config.load_best_model_at_end
     signal, fault = _asked_to_stop(state, stop)
     if last or periodic or is_best or signal is not None or fault is not None:

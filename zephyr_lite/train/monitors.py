@@ -35,7 +35,8 @@ class SkippedSteps:
         count: skipped steps, those of the scaler's search included.
         in_a_row: skipped steps since the last update, without those of the search.
         settled: an update was applied, so the scaler has found its scale.
-        log: ``left_out.jsonl``: step, loss, grad_norm and rows.
+        log: ``left_out.jsonl``: step, loss, grad_norm, rows, and not_finite_alone: true if these rows are not finite by
+            themselves, false if each of the step's rows is finite alone, null if that was not tested.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
@@ -70,24 +71,28 @@ class SkippedSteps:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def add(self, step: int, metrics: Mapping[str, float], rows: Sequence[str]) -> UserError | None:
+    def add(
+        self, step: int, metrics: Mapping[str, float], rows: Sequence[str], kept: str, *, alone: bool | None
+    ) -> UserError | None:
         """Record and print a step (from 1).
 
         Args:
             rows: names of its rows.
+            kept: a sentence about the checkpoint from before.
+            alone: see ``log``.
 
         Returns:
             the error that ends the run if it is the last of ``IN_A_ROW``.
         """
         loss, norm = metrics["loss"], metrics["grad_norm"]
-        self.log.append({"step": step, "loss": loss, "grad_norm": norm, "rows": list(rows)})
+        self.log.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": list(rows)})
         named = f"{', '.join(rows[:3])}{', …' if len(rows) > 3 else ''}"
-        logger.warning(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. Its rows: {named}.")
+        which = {True: "Not finite", False: "Each of its rows is finite alone", None: "Its rows"}[alone]
+        logger.warning(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: step left out. {which}: {named}.")
         if self.in_a_row < IN_A_ROW:
             return None
         return UserError(
-            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. The adapter was "
-            "not changed by them.",
+            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. {kept}",
             f"{self.log.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
             "output_dir: a run keeps its learning_rate).",
         )
