@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 from rich.cells import cell_len
 
-from zephyr_lite.config.load import RunConfig
+from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.io.logging import messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
-from zephyr_lite.monitor.health import Progress, judge
+from zephyr_lite.monitor.health import DPO, Progress, judge, published_of
 from zephyr_lite.monitor.panel import LiveScreen, render
 from zephyr_lite.monitor.screens import JsonScreen, open_screen
 from zephyr_lite.train.distributed import PeerEnded
@@ -165,7 +165,7 @@ def test_the_panel_fits_every_width(tmp_path, width):
     out = io.StringIO()
     console = Console(out=out).out
     console.width = width
-    console.print(render(progress, judge(progress), width))
+    console.print(render(progress, judge(progress, DPO), width))
     lines = out.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width and 10 <= len(lines) <= 20
 
@@ -188,13 +188,13 @@ def test_without_utf_8_the_signs_are_ascii():
 # -- the verdict -------------------------------------------------------------------------------------------------------
 
 
-def judged(stage, steps, evaluations=(), total=400):
+def judged(stage, steps, evaluations=(), total=400, published=None):
     progress = Progress(stage, "pairs" if stage.method == "dpo" else "tokens", total, 0)
     for step, metrics in enumerate(steps, 1):
         progress.stepped(step, metrics)
     for place, loss in enumerate(evaluations, 1):
         progress.evaluated(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
-    return judge(progress)
+    return judge(progress, published)
 
 
 FALLS = [{"loss": 2.0 - step / 100} for step in range(60)]
@@ -220,6 +220,35 @@ FALLS = [{"loss": 2.0 - step / 100} for step in range(60)]
 def test_the_verdict_follows_from_the_metrics(tmp_path, method, steps, evaluations, kind, text):
     verdict = judged(stage_of(tmp_path, method), steps, evaluations)
     assert verdict.kind == kind and text in verdict.text
+
+
+def test_only_the_published_recipe_is_compared(tmp_path):
+    from zephyr_lite.config.load import load_config
+
+    run = stage_of(tmp_path, "dpo")
+    run.config = load_config("dpo", "zephyr-7b/dpo", []).config.model_copy(
+        update={"model_name_or_path": "mistralai/Mistral-7B-v0.1"}
+    )
+    assert published_of(run) is DPO
+    few = DatasetSpec(path="HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", limit=10_000)
+    for change in ({"beta": 0.1}, {"model_name_or_path": "other/base"}, {"dataset": [few]}, {"num_train_epochs": 3.0}):
+        other = SimpleNamespace(**{**vars(run), "config": run.config.model_copy(update=change)})
+        assert published_of(other) is None
+    sft = stage_of(tmp_path)
+    sft.config = load_config("sft", "zephyr-7b/sft", []).config
+    assert published_of(sft) is None  # its loss is over the assistant's tokens alone
+    sft.config = load_config("sft", "zephyr-7b/sft", ["loss_on=all"]).config
+    assert published_of(sft) is None  # a thousand of the held-out rows show no difference of a hundredth
+    sft.config.eval_dataset[0].limit = None
+    assert published_of(sft).loss == (0.944, 0.952)
+    steps = [{**PAIRS, "loss": LN2 if step == 0 else 0.685} for step in range(110)]
+    assert (
+        judged(run, steps, published=DPO).text
+        == "the loss around step 100 was 0.685; published runs had 0.681 to 0.688"
+    )
+    ended = judged(run, steps, [0.48], total=110, published=DPO)
+    assert ended.kind == "good" and "0.475 to 0.490" in ended.text
+    assert judged(run, steps, [0.52], total=110, published=DPO).kind == "bad"
 
 
 def test_a_resumed_run_shows_what_was_logged_before(tmp_path):

@@ -22,7 +22,7 @@ from rich.text import Text
 from ..io.text import duration
 from ..train.stage import Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation, visible
-from .health import Progress, Verdict, judge
+from .health import Progress, Verdict, judge, published_of
 from .screens import Screen
 
 WIDTH = 100  # columns at most
@@ -48,12 +48,13 @@ class LiveScreen(Screen):
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self.close()
         progress = self.progress = Progress(stage, unit, total, step)
+        published = published_of(stage)
 
         def panel() -> RenderableType:
             # the handler of a signal that asked the training loop to stop (``io.interrupts.StopRequest``) has a name
             request = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
             with progress.lock:
-                verdict = STOPPING if getattr(request, "name", None) else judge(progress)
+                verdict = STOPPING if getattr(request, "name", None) else judge(progress, published)
                 return render(progress, verdict, self.console.out.width)
 
         self._live = Live(
