@@ -94,7 +94,7 @@ def run_merge(
     earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
     if earlier is None:
         merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
-    elif not check or ("measured" in earlier and not both and rows is None):
+    elif not check or _is_measured(earlier, ways, rows):
         logger.info(f"{out} is complete already.")
         return None
     else:
@@ -103,14 +103,19 @@ def run_merge(
         return None
 
     folders: dict[Way, Path] = {onto: out}
+    missing: dict[str, str] = {}
     aside = out.with_name(f".{out.name}.measure")
     try:
         for other in ways - {onto}:
-            merge(folder, chain.adapters, aside, onto=other, overwrite=True, **settings)
-            folders[other] = aside
+            try:
+                merge(folder, chain.adapters, aside, onto=other, overwrite=True, **settings)
+                folders[other] = aside
+            except UserError as error:  # the disk is too small, or the base has no 16-bit weights
+                missing[other] = error.message
         found = measure(chain, folders, rows=rows or (MEASURE_ROWS if both else CHECK_ROWS))
     finally:
         remove_tree(aside)
+    found.missing.update(missing)
     write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
     for line in (found.logps[onto].line(), *found.lines()):
         logger.info(line)
@@ -162,3 +167,8 @@ def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     told = read_json(out / MARK)
     wanted = json.loads(json.dumps(wanted, default=str))
     return told if told is not None and all(told.get(key) == value for key, value in wanted.items()) else None
+
+
+def _is_measured(told: dict[str, Any], ways: set[Way], rows: int | None) -> bool:
+    measured = told.get("measured") or {}
+    return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])

@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class MergeMeasure:
             tokens with the same most likely token; loss: of the merged folder; loss_minus_live: over the same draws.
         logps: way → |Δ log p| of the target tokens.
         between: loss of base minus loss of nf4, where both were measured.
+        missing: way → reason why it was not measured.
     """
 
     origin: str
@@ -88,6 +89,7 @@ class MergeMeasure:
     ways: dict[str, dict[str, Interval]]
     logps: dict[str, LogpDifference]
     between: Interval | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For zephyr_lite.json, key ``measured``."""
@@ -96,6 +98,7 @@ class MergeMeasure:
             "bootstrap": self.bootstrap.as_dict(),
             "live": {"loss": self.live.as_dict()},
             "base_minus_nf4": None if self.between is None else {"loss": self.between.as_dict()},
+            "missing": self.missing,
         }
         for name, way in self.ways.items():
             told[name] = {key: interval.as_dict() for key, interval in way.items()}
@@ -112,6 +115,7 @@ class MergeMeasure:
                 f"{way['top1_agreement'].value:.2%}, held-out loss {way['loss'].text()} "
                 f"({way['loss_minus_live'].text('+.4f')} to live)"
             )
+        told += [f"--onto {name}: not measured: {why}" for name, why in self.missing.items()]
         if (gap := self.between) is not None:
             better = f"--onto {'base' if gap.value < 0 else 'nf4'} is the better model on these rows"
             if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
@@ -143,20 +147,21 @@ def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHEC
     ratios: dict[str, Ratio] = {}
     logps: dict[str, LogpDifference] = {}
     losses: dict[str, np.ndarray] = {}
-    live_states = _states(live.stack.base, examples, device)
-    del live
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    for name in sorted(folders):
-        with open_folder(folders[name], device, dtype) as model:
-            found = _compare(live_states, _states(model, examples, device), targets)
-            del model
+    with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as scratch:
+        live_states = _states(live.stack.base, examples, device, Path(scratch) / "live")
+        del live
         gc.collect()
-        kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
-        ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
-        ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
-        logps[name], losses[name] = compare_logps(found[2], found[3]), -at_merged
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for name in sorted(folders):
+            with open_folder(folders[name], device, dtype) as model:
+                found = _compare(live_states, _states(model, examples, device, Path(scratch) / name), targets)
+                del model
+            gc.collect()
+            kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
+            ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
+            ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
+            logps[name], losses[name] = compare_logps(found[2], found[3]), -at_merged
     if len(losses) == 2:
         ratios["between"] = (losses["base"] - losses["nf4"], tokens)
     bootstrap = Bootstrap()
@@ -189,15 +194,18 @@ def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDa
 States = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 
 
-def _states(model: Any, examples: list[Example], device: torch.device) -> States:
+def _states(model: Any, examples: list[Example], device: torch.device, scratch: Path) -> States:
     """By the model's own forward pass, for live and merged alike, so that only the weights differ.
 
-    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept.
+    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept, in
+    mapped files of the folder `scratch`.
     """
     known = model.config.model_type in FAMILIES
+    scratch.mkdir()
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     for group in _groups(examples, MICRO_TOKENS if known else 0):
-        ids = torch.zeros(len(group), len(examples[group[0]].ids), dtype=torch.int64)
+        longest = max(len(examples[i].ids) for i in group)
+        ids = torch.zeros(len(group), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(group):  # padded on the right, which causal attention never reads
             ids[row, : len(examples[i].ids)] = torch.from_numpy(examples[i].ids.astype(np.int64))
@@ -206,7 +214,11 @@ def _states(model: Any, examples: list[Example], device: torch.device) -> States
         states = model.model(**inputs).last_hidden_state if known else model(**inputs).logits
         for row, i in enumerate(group):
             places = torch.from_numpy(np.flatnonzero(examples[i].mask[1:]))
-            result[i] = states[row][places.to(states.device)].cpu()
+            chosen = states[row][places.to(states.device)].cpu()
+            if not known:
+                file = torch.from_file(str(scratch / str(i)), shared=True, size=chosen.numel(), dtype=chosen.dtype)
+                chosen = file.view(chosen.shape).copy_(chosen)
+            result[i] = chosen
     head = model.get_output_embeddings()
     return result, lambda states: head(states.to(device)) if known else states.to(device)
 
@@ -231,11 +243,19 @@ def _compare(live: States, merged: States, targets: list[Tensor]) -> tuple[list[
         for one, other, at in zip(*(tensor.split(CHUNK) for tensor in (*states, ids[:, None]))):
             p, q = live[1](one).float().log_softmax(-1), merged[1](other).float().log_softmax(-1)
             at = at.to(p.device)
-            kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # rounding may give a negative one
-            values = (kl, p.argmax(-1) == q.argmax(-1), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
+            values = (_kl(p, q), p.argmax(-1) == q.argmax(-1), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
             parts.append([value.double().cpu() for value in values])
         found.append([torch.cat(values) for values in zip(*parts)])
     return tuple(map(list, zip(*found)))
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """[n] from log-probabilities [n, V]: Σ p (log p - log q) - p + q, the same sum with no term below zero, so that rounding
+    does not give a negative divergence where the two are nearly equal."""
+    gap, weight = p - q, p.exp()
+    near = weight * (gap + torch.expm1(-gap.clamp(-1, 1)))
+    terms = torch.where(gap.abs() < 0.1, near, weight * gap - weight + q.exp())
+    return terms.clamp_min(0).sum(-1)
 
 
 @contextmanager
