@@ -70,6 +70,7 @@ def _print_sources(rows: TrainedRows) -> None:
     """Of a mixture: each source's examples, cut ones, and tokens of an epoch."""
     names = ["length", "supervised", "cut"]
     frame = rows.data.examples.columns("where", *names)[:].to_pandas()
+    frame["cut"] = frame["cut"] > 0  # a pair counts its prompt too
     groups = frame.groupby(frame["where"].str.rpartition(" row ")[0], sort=False)[names]
     if len(groups) < 2:
         return
