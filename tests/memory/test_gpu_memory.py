@@ -5,6 +5,7 @@ Races hide behind fast copies of tiny layers. So copies are made late, into targ
 
 import gc
 import json
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from bench.memory_parts import predicted
 from tests.conftest import TEXT, make_model, make_tokenizer
 from tests.contract.test_streaming import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
+from tests.messages import messages_to
 from tests.numeric import apart, conversation, live_stack
 from tests.train.test_optim import KINDS, tensors
-from tests.train.test_train import words
+from tests.train.test_train import killed_at, metrics, words
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.model import activation_offload as offload_file
@@ -23,13 +25,14 @@ from zephyr_lite.model import weight_streaming as stream_file
 from zephyr_lite.model.activation_offload import SideStream, host_bytes
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.model.weight_streaming import WeightStreamer
 from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from zephyr_lite.train.optim import make_optimizer, restore_state
 from zephyr_lite.train.setup import setup_stage
-from zephyr_lite.train.sft import SftObjective
+from zephyr_lite.train.sft import SftObjective, run_sft
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -109,6 +112,12 @@ def test_streamed_and_offloaded_equal_resident_to_the_bit(copies, deep_base, ste
     for offload, stream in ((0, True), (2, False), (LAYERS, True)):
         decoder = decoder_over(deep_base, dtype=dtype, stream=stream, plan=plan_of(offload=offload))
         assert_bits(steps(decoder, keep, dropout), want)
+
+
+@pytest.mark.parametrize("storage", [{"bnb_4bit_use_double_quant": False}, {"load_in_4bit": False}], ids=str)
+def test_other_storages_stream(copies, deep_base, storage):
+    want = sft_steps(decoder_over(deep_base, **storage), "input", None)
+    assert_bits(sft_steps(decoder_over(deep_base, stream=True, **storage), "input", None), want)
 
 
 def test_a_base_on_the_card_may_be_streamed_from_then_on(copies, deep_base):
@@ -227,6 +236,20 @@ def test_a_state_on_the_card_or_managed_is_put_back_in_place(kind):
     steps_on_the_card(optimizer, named, 2, seed=5)
     steps_on_the_card(fresh, again, 2, seed=5)
     assert all(torch.equal(named[n], again[n]) for n in named)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_a_killed_run_with_a_paged_state_goes_on(deep_base, chat_rows, tmp_path, optim):
+    settings = {"optim": optim, "batch_size": 1, "num_train_epochs": 1, "lora_r": 1600}  # 1600 · 64 numbers are paged
+    run_sft(load_config("sft", None, words(deep_base, tmp_path / "whole", chat_rows, **settings)))
+    loaded = load_config("sft", None, words(deep_base, tmp_path / "killed", chat_rows, **settings))
+    with killed_at(3):
+        run_sft(loaded)
+    run_sft(loaded)
+    whole, killed = (read_adapter(tmp_path / n / "sft" / "adapter") for n in ("whole", "killed"))
+    for name, weights in whole.modules.items():
+        assert apart(killed.modules[name].a, weights.a) < 1e-2 and apart(killed.modules[name].b, weights.b) < 1e-2
+    assert metrics(tmp_path / "killed" / "sft") == pytest.approx(metrics(tmp_path / "whole" / "sft"), rel=1e-2)
 
 
 # -- the card's room ---------------------------------------------------------------------------------------------------
@@ -355,3 +378,19 @@ def test_a_step_that_does_not_fit_is_redone_and_the_same(growing, wide_base, lon
         assert update(state, metrics_now)
     assert all(apart(got[name], value) < 1e-4 for name, value in want.items())
     assert metrics_now == pytest.approx(metrics_then, rel=1e-4, abs=1e-4)
+
+
+def test_a_whole_run_goes_on_under_a_cap(growing, wide_base, long_rows, tmp_path):
+    """Loading and training, with 256 MiB for everything that comes and goes: what layers keep is far more."""
+    changes = {"optim": "adamw_8bit", "batch_size": 4, "memory.keep": "all", "memory.offload": "false"}
+    held = emptied()
+    stage, loop = opened("sft", wide_base, long_rows, tmp_path / "probe", **changes)
+    resident = torch.cuda.memory_allocated() - held
+    del stage, loop
+    said = []
+    settings = {"max_length": 1024, "max_steps": 2, "eval_steps": 1000, **changes}
+    with room_of(emptied() + resident + 2**28), messages_to(said.append):
+        run_sft(load_config("sft", None, words(wide_base, tmp_path / "r", long_rows["sft"], **settings)))
+    assert any("memory ran out" in line for line in said)
+    assert all(map(math.isfinite, metrics(tmp_path / "r" / "sft")))
+    assert (tmp_path / "r" / "sft" / "adapter" / "adapter_model.safetensors").is_file()
