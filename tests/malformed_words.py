@@ -95,7 +95,7 @@ CASES = [
     Case(
         "yaml: a day that is none",
         config_of("system: 2024-13-45\n"),
-        "run.yaml: not readable as YAML: month must be in 1..12.",
+        "run.yaml line 1: not readable as YAML: '2024-13-45' is not a valid timestamp; put it in quotes if it is a text.",
         YAML,
     ),
     Case(

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from zephyr_lite.config.load import DatasetSpec
@@ -266,3 +268,29 @@ def test_one_of_several_files_is_named_by_split_and_cut(tmp_path, split, rows):
     for name, count in (("my-chats", 4), ("train", 8), ("[x]", 1)):
         (tmp_path / f"{name}.jsonl").write_text(LINE * count)
     assert len(open_source(DatasetSpec(path=str(tmp_path), split=split))) == rows
+
+
+def test_odd_headers_and_leftovers_in_a_folder(tmp_path):
+    (tmp_path / "train.jsonl").write_text(LINE * 3)
+    for configs in ("[a, b]", "yes"):
+        (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n# A set\n")
+        assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
+    (tmp_path / "state.json").write_text("{}")  # of a save_to_disk that was copied in part
+    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
+
+
+def test_a_shard_may_be_named_by_itself(tmp_path):
+    for number in range(2):
+        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(LINE * (number + 1))
+    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
+    assert len(open_source(DatasetSpec(path=str(tmp_path), split="train-00001-of-00002"))) == 2
+
+
+def test_a_column_that_is_named_twice_and_text_that_is_not_utf_8(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"x": "a"}])
+    with pytest.raises(UserError, match="one column is named twice"):
+        load(path, columns={"prompt": "x", "completion": "x"})
+    raw = pa.array([b"\xff\xfe", b"ok"], type=pa.binary())
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.utf8(), 2, raw.buffers())}), tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=r"bad\.parquet: text that is not UTF-8"):
+        load(tmp_path / "bad.parquet")

@@ -30,6 +30,14 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):  # of int(), date(), a bool's words
+            kind = str(node.tag).rpartition(":")[2]
+            problem = f"{short(node.value)} is not a valid {kind}; put it in quotes if it is a text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
     """A number, unless only YAML 1.1 reads it as one: there 010 is 8, and 1:30 is 90."""

@@ -62,7 +62,7 @@ class Source:
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
         """A row, or a list of rows."""
-        return self[[index]][0] if isinstance(index, int) else raw_rows(self.table[index])
+        return self[[index]][0] if isinstance(index, int) else raw_rows(self.table[index], self.label)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for start in range(0, len(self), _SAMPLE):
@@ -86,14 +86,18 @@ class Source:
         return Source(self.table.select_columns([c for c in self.table.column_names if c in columns]), self.label)
 
 
-def raw_rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def raw_rows(batch: Mapping[str, Sequence[Any]], label: str) -> list[dict[str, Any]]:
     """The rows of a batch of a source's table.
 
     Raises:
-        UserError: a row is not a JSON object; names its place.
+        UserError: a row is not a JSON object (names its place), or text is not UTF-8.
     """
     if list(batch) != list(_TEXT_ROWS):
-        return [{name: _without_nulls(value) for name, value in zip(batch, row)} for row in zip(*batch.values())]
+        try:
+            columns = {name: batch[name] for name in batch}
+        except UnicodeDecodeError:  # Arrow does not check text
+            raise UserError(f"{label}: text that is not UTF-8.", "Make the file again, in UTF-8.") from None
+        return [{name: _without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())]
     rows = []
     for text, place in zip(batch["json"], batch["place"]):
         try:
@@ -153,6 +157,8 @@ def open_source(spec: DatasetSpec) -> Source:
     else:
         return _open_hub(spec)
     wanted, part = _split_and_part(spec)
+    if one := [file for files in splits.values() for file in files if wanted not in splits and stem_of(file) == wanted]:
+        splits[str(wanted)] = one  # a shard named by itself
     split = _choose_split(spec, wanted, list(splits))
     files = splits[split]
     if len({file.suffix.lower() for file in files}) > 1:
@@ -233,7 +239,7 @@ def _splits_of_folder(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
     """split → files."""
     if (folder / "dataset_dict.json").is_file():
         splits = {file.parent.name: [file] for file in folder.glob("*/state.json")}
-    elif (folder / "state.json").is_file():
+    elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         splits = {"train": [folder / "state.json"]}
     else:
         splits = _splits_of_readme(folder, spec) or _splits_by_name([folder, folder / "data"], spec)
@@ -253,10 +259,11 @@ def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
     """split → files, as the header of a hub repository's README names them; {} if it names no files that exist."""
     readme = folder / "README.md"
     header = read_front_matter(readme.read_text("utf-8", "replace"))[0] if readme.is_file() else {}
+    listed = header.get("configs")
     configs = {
         str(config.get("config_name", "default")): config
-        for config in header.get("configs") or []
-        if config.get("data_files") or config.get("data_dir")
+        for config in (listed if isinstance(listed, list) else [])
+        if isinstance(config, dict) and (config.get("data_files") or config.get("data_dir"))
     }
     default = next((name for name, config in configs.items() if config.get("default") or name == "default"), None)
     wanted = spec.name or default or (next(iter(configs)) if len(configs) == 1 else None)
@@ -534,6 +541,8 @@ def _load_source(
         raise UserError(f"{label}: empty; there is no row in it.")
     only = spec.columns if isinstance(spec.columns, list) else None
     mapping = spec.columns if isinstance(spec.columns, dict) else {}
+    if len({*mapping.values()}) < len(mapping):
+        raise UserError(f"{label}: columns: one column is named twice: {mapping}.", "Name each column once.")
     for ours, theirs in (mapping or {name: name for name in only or [] if name in COLUMNS}).items():
         if ours not in COLUMNS:
             raise UserError(f"{label}: columns: {ours!r} is not a column here.", f"Ours are {', '.join(COLUMNS)}.")
@@ -639,7 +648,7 @@ def _normalise(
 ) -> dict[str, list[str]]:
     """A batch of raw rows as ``_NORMALISED``."""
     result: dict[str, list[str]] = {"row": [], "where": [], "facts": []}
-    for values, index in zip(raw_rows(batch), indices):
+    for values, index in zip(raw_rows(batch, label), indices):
         text = ""
         try:
             row = normalise(_renamed(values, mapping, only), method)

@@ -98,7 +98,7 @@ def train_on_trl(
     if found is not None:
         logger.info(f"going on from {found.name}")
     started = time.perf_counter()
-    with StopRequest("the step is finished and a checkpoint written") as stop:
+    with StopRequest("finishing the step and writing a checkpoint") as stop:
         recorder.stop = stop
         state = None if found is None else TrainerState.load_from_json(str(found / "trainer_state.json"))
         if state is not None and (state.global_step >= recorder.total or _stops_early(state, stage.config)):

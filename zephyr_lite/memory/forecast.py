@@ -446,7 +446,7 @@ def _downloads(config: RunConfig) -> tuple[dict[str, str], int]:
 
     fetch: dict[str, str] = {}
     keep, name = 0, config.model_name_or_path
-    if not Path(name).expanduser().is_dir() and name.count("/") == 1:
+    if not Path(name).expanduser().is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         weights = [try_to_load_from_cache(name, f"model.safetensors{end}") for end in ("", ".index.json")]
         if not any(isinstance(path, str) for path in weights):
             fetch[name] = _decimal(MISTRAL_BYTES) if name == MISTRAL else "(size not known)"

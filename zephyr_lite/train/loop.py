@@ -98,7 +98,7 @@ def train(state: TrainState) -> Outcome:
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
     objective.oom.record()
-    with StopRequest("the step is finished and a checkpoint written") as stop:
+    with StopRequest("finishing the step and writing a checkpoint") as stop:
         with stop.at_once():
             evaluation_due = resume(state)
             if stage.base.device.type == "cuda":

@@ -336,7 +336,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
     data = parts[0]
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
     _, steps = step_schedule(config, len(rows))
-    in_a_step = config.batch_size * rows.mean()
+    in_a_step = min(config.batch_size, len(rows)) * rows.mean()
     lengths = np.concatenate([part.lengths for part in parts])
     columns = [part.examples.columns("supervised", *(["prompt_ids"] if method == "dpo" else []))[:] for part in parts]
 
