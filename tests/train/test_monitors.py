@@ -179,7 +179,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
     ):
         run_sft(loaded(**options), on_metrics=at_step(3, number))
     assert signal.getsignal(number) is handler
-    assert "the step is finished" in capfd.readouterr().err
+    assert "finishing the step" in capfd.readouterr().err
     run_sft(loaded(**options))
     run_sft(loaded("other", **options))
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
