@@ -12,7 +12,8 @@ import pytest
 
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data import workers
-from zephyr_lite.data.load import load_rows, open_source
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
 
 

@@ -13,7 +13,8 @@ import pytest
 from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data.load import Source, load_rows, open_source
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.data.sources import Source, open_source
 from zephyr_lite.errors import UserError
 from zephyr_lite.recipe.prompts import read_questions
 from zephyr_lite.recipe.ultrafeedback import FEWER, SCHEMA, PairRules, make_pairs

@@ -51,9 +51,9 @@ class DataReport:
         pairs = self.fill is None
         unit = "pairs" if pairs else "conversations"
         result = [f"{self.what} data: {note}" for note in self.notes]
-        for reasons, before in ((self.dropped, "left out, "), (self.changed, "")):
-            for reason, where in sorted(reasons.items(), key=lambda item: -len(item[1])):
-                result.append(before + summarise({reason: where}, places))
+        result += self.dropped_lines(places)
+        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
+            result.append(summarise({reason: where}, places))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
@@ -65,6 +65,11 @@ class DataReport:
             f"({self.supervised / max(1, self.tokens):.1%}); the longest has {self.longest:,}"
         )
         return result
+
+    def dropped_lines(self, places: int | None = _PLACES) -> list[str]:
+        """The reasons for which rows were left out, the most frequent first."""
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        return [f"left out, {summarise({reason: where}, places)}" for reason, where in dropped]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; places as a count and the first few."""

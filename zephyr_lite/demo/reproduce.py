@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import PLACED, Method, RunConfig, load_config, words_by_scope
-from ..data.load import open_source
+from ..data.sources import open_source
 from ..errors import Interrupted, UserError
 from ..io.atomic import write_json
 from ..io.run_dir import StageDir, read_json

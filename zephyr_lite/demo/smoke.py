@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
 from ..config.resolve import resolve_run
-from ..data.load import open_source
+from ..data.sources import open_source
 from ..errors import Interrupted, UserError
 from ..io.atomic import LOCK_FILE, alone, make_folder, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir

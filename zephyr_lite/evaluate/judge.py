@@ -25,7 +25,7 @@ from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpo
 from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
 from ..client.local_model import Weights
 from ..config.load import DatasetSpec
-from ..data.load import open_source
+from ..data.sources import open_source
 from ..errors import UserError
 from ..io.text import shown
 from .results import head_of, result_folder, write_result

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from ..config.load import DatasetSpec
 from ..data.formats import COLUMNS, PLAIN, RowError, detect, normalise
-from ..data.load import Source, kind_of, stem_of
+from ..data.sources import Source, kind_of, stem_of
 from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text

@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from ..config.load import DatasetSpec
 from ..data.formats import Message, RowError
-from ..data.load import Source, kind_of, summarise
+from ..data.load import summarise
+from ..data.sources import Source, kind_of
 from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text

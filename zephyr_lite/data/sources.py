@@ -1,0 +1,483 @@
+"""A data set's ``path`` (a file, a folder in one of several layouts, or a hub id) → its raw rows.
+
+Text files become rows of JSON text: no types are inferred from values, so a date, a ZIP code or an answer that is JSON
+stays a text, and keys may differ from row to row. No code that comes with a data set is ever run.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..config.load import DatasetSpec
+from ..config.strict_yaml import read_front_matter
+from ..errors import UserError
+from ..io.text import is_file, is_folder, refuse_special, shown
+from .formats import COLUMNS
+from .workers import interruptible, quiet
+
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
+_MAGIC = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bz2"))
+# a row of a text file: its JSON, and its place for messages ("rows.jsonl line 3")
+_TEXT_ROWS = datasets.Features({"json": datasets.Value("large_string"), "place": datasets.Value("string")})
+_SAMPLE = 1000  # rows whose keys are a text file's columns
+_QUIET_BYTES = 50e6
+_SPLIT = re.compile(r"(.*?)(\[[^\[\]]*:[^\[\]]*\])?", re.DOTALL)  # train[:10%] → train, [:10%]
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]+)?$")
+_NUMBERED = re.compile(r"(?:(.*?)[-_.])?\d+")
+_SPLIT_FOLDER = re.compile(r"(train|test|valid|val|dev|eval)", re.IGNORECASE)
+# JSON files without rows, in the hub's layout and in this package's folders
+_NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "report", "journal")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The raw rows of one data set."""
+
+    table: datasets.Dataset  # with columns ``_TEXT_ROWS`` for text files; for others the file's own
+    label: str  # in front of ``row N`` in messages
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+        """A row, or a list of rows."""
+        return self[[index]][0] if isinstance(index, int) else raw_rows(self.table[index], self.label)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _SAMPLE):
+            yield from self[start : start + _SAMPLE]
+
+    @property
+    def is_text(self) -> bool:
+        return self.table.column_names == list(_TEXT_ROWS)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The columns; of text files, those of the first rows."""
+        if self.is_text:
+            return list(dict.fromkeys(column for row in self[:_SAMPLE] for column in row))
+        return list(self.table.column_names)
+
+    def select_columns(self, columns: Sequence[str]) -> Source:
+        """The source with these columns only, so that the others are not decoded; text rows stay whole."""
+        if self.is_text:
+            return self
+        return Source(self.table.select_columns([c for c in self.table.column_names if c in columns]), self.label)
+
+
+def raw_rows(batch: Mapping[str, Sequence[Any]], label: str) -> list[dict[str, Any]]:
+    """The rows of a batch of a source's table.
+
+    Raises:
+        UserError: a row is not a JSON object (names its place), or text is not UTF-8.
+    """
+    if list(batch) != list(_TEXT_ROWS):
+        try:
+            columns = {name: batch[name] for name in batch}
+        except UnicodeDecodeError:  # Arrow does not check text
+            raise UserError(f"{label}: text that is not UTF-8.", "Make the file again, in UTF-8.") from None
+        return [{name: _without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())]
+    rows = []
+    for text, place in zip(batch["json"], batch["place"]):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{place}: broken JSON: {getattr(error, 'msg', error)}: {text[:60]!r}.",
+                "Correct the line, or remove it; each line holds one row.",
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object {{…}}, found {text[:60]!r}.", "Each row is one object.")
+        rows.append(row)
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls in its objects: Arrow gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def kind_of(path: Path) -> str | None:
+    """json, csv, tsv or parquet, by a file's suffixes; None for other files."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSED:
+        return KINDS.get(suffix)
+    kind = KINDS.get(Path(path.stem).suffix.lower())
+    return None if kind == "parquet" else kind
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its suffixes."""
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+
+
+def open_source(spec: DatasetSpec) -> Source:
+    """The raw rows of a file (by its suffix), of a folder (saved by ``save_to_disk``, or with files, folders or a README
+    that name the splits), or of a hub id.
+
+    Raises:
+        UserError: it does not exist, cannot be read, or has no such split.
+    """
+    path = Path(spec.path).expanduser()
+    refuse_special(path, spec.path)
+    if is_folder(path):
+        splits = _splits_of_folder(path, spec)
+    elif is_file(path):
+        splits = {"train": [path]}
+        if kind_of(path) is None:
+            raise UserError(
+                f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
+                f"Give one of {', '.join(KINDS)}; text may be compressed ({', '.join(COMPRESSED)}).",
+            )
+    elif kind_of(path) or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
+        raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
+    else:
+        return _open_hub(spec)
+    wanted, part = _split_and_part(spec)
+    if one := [file for files in splits.values() for file in files if wanted not in splits and stem_of(file) == wanted]:
+        splits[str(wanted)] = one  # a shard named by itself
+    split = _choose_split(spec, wanted, list(splits))
+    files = splits[split]
+    if len({file.suffix.lower() for file in files}) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{spec.path}: split {split!r} has files of several formats: {names}. Keep one.")
+    label = f"{spec.path}[{split}{part or ''}]"
+    if files == [path]:
+        label = spec.path
+    elif len(files) == 1 and files[0].name != "state.json":
+        label = str(Path(spec.path) / files[0].relative_to(path))
+    shards = {int(found[1]) for file in files if (found := _SHARD.search(stem_of(file)))}
+    if len(shards) == 1 and len(files) < max(shards):
+        label += f" ({len(files)} of {max(shards)} shards)"
+    table = _read_files(files, label)
+    if part is not None:
+        try:
+            (found,) = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(table)})
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"{label}: the split cannot be read: {error}", "Write train[:1000] or train[:10%]."
+            ) from None
+        first, last = found.from_ or 0, len(table) if found.to is None else min(found.to, len(table))
+        table = table.select(range(first, last) if first < last else [])
+    return Source(table, label)
+
+
+def _split_and_part(spec: DatasetSpec) -> tuple[str | None, str | None]:
+    """``train`` and ``[:10%]`` of ``train[:10%]``."""
+    found = _SPLIT.fullmatch(spec.split) if spec.split is not None else None
+    return (found[1], found[2]) if found else (None, None)
+
+
+def _choose_split(spec: DatasetSpec, wanted: str | None, there: Sequence[str]) -> str:
+    names = shown(", ".join(sorted(there)), 1000)
+    if wanted is None and len(there) > 1:
+        likely = shown(next((name for name in sorted(there) if name.startswith("train")), there[0]))
+        raise UserError(
+            f"{spec.path}: which split? There are {names}.",
+            f"Set split: {likely} (on the command line dataset.split={likely}).",
+        )
+    if wanted is not None and wanted not in there:
+        raise UserError(f"{spec.path}: there is no split {wanted!r}.", f"There are {names}.")
+    return there[0] if wanted is None else wanted
+
+
+def _open_hub(spec: DatasetSpec) -> Source:
+    split = spec.split
+    try:
+        if split is None:
+            there = datasets.get_dataset_split_names(spec.path, spec.name, revision=spec.revision)
+            split = _choose_split(spec, None, there)
+        table = datasets.load_dataset(spec.path, spec.name, split=split, revision=spec.revision)
+    except UserError:
+        raise
+    except Exception as error:  # of datasets, huggingface_hub, requests
+        root = _root(error)
+        if isinstance(root, OSError) and root.filename is not None:  # of the cache
+            raise root from None
+        raise UserError(
+            f"{spec.path}: there is no such file or folder here, and the hub gave no data set of this name: "
+            f"{shown(f'{type(root).__name__}: {root}', 300)}",
+            "Check the name, the split and the configuration (name: NAME), and that the hub can be reached; a gated data "
+            f"set's terms are accepted at https://huggingface.co/datasets/{spec.path}, then run `hf auth login`.",
+        ) from None
+    return Source(table, f"{spec.path}[{split}]")
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+# -- folders -------------------------------------------------------------------------------------------------------------
+
+
+def _splits_of_folder(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
+    """split → files."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = {file.parent.name: [file] for file in folder.glob("*/state.json")}
+    elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        splits = {"train": [folder / "state.json"]}
+    else:
+        splits = _splits_of_readme(folder, spec) or _splits_by_name([folder, folder / "data"], spec)
+    if not splits:
+        below = _data_files([*folder.glob("*/*"), *folder.glob("*/*/*")])
+        raise UserError(
+            f"{spec.path}: no data in this folder.",
+            f"There is some below it: dataset.path={below[0].parent}."
+            if below
+            else "Files are named by split: train_sft.jsonl, or data/train_sft-00000-of-00001.parquet "
+            f"(one of {', '.join(KINDS)}).",
+        )
+    return splits
+
+
+def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
+    """split → files, as the header of a hub repository's README names them; {} if it names no files that exist."""
+    readme = folder / "README.md"
+    header = read_front_matter(readme.read_text("utf-8", "replace"))[0] if readme.is_file() else {}
+    listed = header.get("configs")
+    configs = {
+        str(config.get("config_name", "default")): config
+        for config in (listed if isinstance(listed, list) else [])
+        if isinstance(config, dict) and (config.get("data_files") or config.get("data_dir"))
+    }
+    default = next((name for name, config in configs.items() if config.get("default") or name == "default"), None)
+    wanted = spec.name or default or (next(iter(configs)) if len(configs) == 1 else None)
+    if wanted is None and configs:
+        raise UserError(
+            f"{spec.path}: which configuration? There are {shown(', '.join(configs), 1000)}.",
+            f"Add dataset.name={shown(next(iter(configs)))}.",
+        )
+    if wanted not in configs:
+        return {}
+    config = configs[wanted]
+    base = folder / str(config.get("data_dir", ""))
+    if not config.get("data_files"):
+        return _splits_by_name([base], spec)
+    found = {
+        split: [file for pattern in patterns for file in _data_files(base.glob(str(pattern)))]
+        for split, patterns in datasets.data_files.sanitize_patterns(config["data_files"]).items()
+    }
+    return {split: files for split, files in found.items() if files}
+
+
+def _splits_by_name(places: list[Path], spec: DatasetSpec) -> dict[str, list[Path]]:
+    """split → files named by split (train_sft.jsonl, data/train-00000-of-00002.parquet); numbered files (train_0.jsonl,
+    train_1.jsonl) are one split, unless ``spec.split`` names one of them. Without such files, the files in folders named by
+    split (train/part-0.jsonl)."""
+    splits: dict[str, list[Path]] = {}
+    places = [*places, *([places[0] / spec.name] if spec.name else [])]
+    for place in places:
+        named: dict[str, list[Path]] = {}
+        for file in _data_files(place.glob("*")):
+            named.setdefault(_SHARD.sub("", stem_of(file)), []).append(file)
+        bases = {stem: found[1] or "train" for stem in named if (found := _NUMBERED.fullmatch(stem))}
+        several = {base for base, count in Counter(bases.values()).items() if count > 1}
+        for stem, files in named.items():
+            base = bases.get(stem)
+            joined = base in several and stem != _split_and_part(spec)[0]
+            splits.setdefault(base if base is not None and joined else stem, []).extend(files)
+    if not splits:
+        folders = [p for place in places for p in place.glob("*") if p.is_dir() and _SPLIT_FOLDER.match(p.name)]
+        splits = {path.name: files for path in folders if (files := _data_files(path.rglob("*")))}
+    return splits
+
+
+def _data_files(files: Iterable[Path]) -> list[Path]:
+    """The files with rows, ordered by the numbers in their names: part-2 before part-10."""
+
+    def key(file: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(file))]
+
+    visible = (file for file in files if not file.name.startswith("."))
+    return sorted((f for f in visible if kind_of(f) and f.stem not in _NO_DATA and f.is_file()), key=key)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_files(files: list[Path], label: str) -> datasets.Dataset:
+    """The files' rows as one table, cached by datasets under the files' names, sizes and times."""
+    if files[0].name == "state.json":
+        return datasets.load_from_disk(str(files[0].parent)).with_format(None)
+    kind = kind_of(files[0])
+    # the inode's time too, because cp -p, rsync -t and archives set the other
+    states = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files]
+    # the code too: datasets would not notice other code under the same name
+    fingerprint = hashlib.sha256(repr((kind, states)).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
+    try:
+        with quiet(sum(file.stat().st_size for file in files) < _QUIET_BYTES), interruptible():
+            if kind == "parquet" and len({str(pq.read_schema(file)) for file in files}) == 1:
+                escaped = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]  # datasets' wildcards
+                return datasets.load_dataset(kind, fingerprint, data_files={"train": escaped}, split="train")
+            return datasets.Dataset.from_generator(
+                _read_rows,
+                _TEXT_ROWS,
+                gen_kwargs={"files": tuple(map(str, files)), "kind": kind},
+                fingerprint=fingerprint,
+            )
+    except Exception as error:  # datasets raises the errors of every parser
+        root = _root(error)
+        if isinstance(root, UserError) or (isinstance(root, OSError) and root.errno is not None):  # the cache's
+            raise root from None
+        if "corresponds to no data" in str(root):
+            return datasets.Dataset.from_dict({})
+        raise UserError(
+            f"{label}: cannot be read: {shown(f'{type(root).__name__}: {root}'.rstrip('.'), 300)}.",
+            "The file is damaged, was cut off or is a Git LFS pointer: make it or fetch it again.",
+        ) from None
+
+
+def _read_rows(files: tuple[str, ...], kind: str) -> Iterator[dict[str, str]]:
+    """The rows of files of one kind (json, csv, tsv or parquet) as ``_TEXT_ROWS``. Whether a JSONL's lines are JSON is seen
+    when they are used.
+
+    Raises:
+        UserError: a file cannot be read; names the file and the line.
+    """
+    read = {"json": _json_rows, "parquet": _parquet_rows}.get(kind, _csv_rows)
+    for file in map(Path, files):
+        try:
+            for place, text in read(file):
+                yield {"json": text, "place": f"{file} {place}"}
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror or error}.", "Fetch the file again.") from None
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, decompressed if its content is compressed, whatever its name."""
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    compression = None
+    for magic, name in _MAGIC:
+        compression = name if start.startswith(magic) else compression
+    with io.BufferedReader(pa.input_stream(str(file), compression=compression), 2**20) as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file} line {number}: not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x}).",
+                    "Save the file as UTF-8.",
+                ) from None
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, str]]:
+    """A row a line; or, if the first line is not a row, the values of one array, or objects over several lines."""
+    is_first = True
+    for number, line in enumerate(_lines(file), 1):
+        text = line.strip()
+        if text and is_first:
+            try:
+                is_document = text.startswith("[") or _wrapped_rows(json.loads(text)) is not None
+            except (ValueError, RecursionError):
+                is_document = True
+            if is_document:
+                yield from _document_rows(file)
+                return
+            is_first = False
+        if text:
+            yield f"line {number}", text
+
+
+def _wrapped_rows(value: Any) -> list[Any] | None:
+    """The rows of ``{"version": 1, "data": [{…}, …]}``; None for any other value."""
+    if not isinstance(value, dict) or set(value) & (set(COLUMNS) - {"data"}):
+        return None
+    lists = [item for item in value.values() if isinstance(item, list)]
+    rows = lists[0] if len(lists) == 1 else []
+    are_rows = all(isinstance(row, dict) and not {"role", "from"} & set(row) for row in rows)
+    return rows if rows and are_rows and not any(set(row) == {"input", "output"} for row in rows) else None
+
+
+def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
+    text = "".join(_lines(file))
+    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
+    is_array = text.lstrip().startswith("[")
+    position, number = text.index("[") + 1 if is_array else 0, 0
+    try:
+        while True:
+            found = separator.match(text, position)
+            assert found is not None
+            position = found.end()
+            if position == len(text) or text[position] == "]":
+                break
+            value, end = decoder.raw_decode(text, position)
+            if number == 0 and not text[end:].strip() and (rows := _wrapped_rows(value)) is not None:
+                yield from ((f"row {place}", json.dumps(row, ensure_ascii=False)) for place, row in enumerate(rows, 1))
+                return
+            number += 1
+            yield f"row {number}", text[position:end]
+            position = end
+        if text[position:].strip() != ("]" if is_array else ""):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+    except json.JSONDecodeError as error:
+        excerpt = text[error.pos : error.pos + 60]
+        raise UserError(
+            f"{file} line {error.lineno}: broken JSON: {error.msg}: {excerpt!r}.", "Correct the line, or remove it."
+        ) from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, str]]:
+    batches = pq.ParquetFile(file).iter_batches(_SAMPLE)
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+        # a date or bytes become objects, which are not mistaken for text
+        text = json.dumps(_without_nulls(row), ensure_ascii=False, default=lambda v: {type(v).__name__: str(v)})
+        yield f"row {number}", text
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
+    """Every cell is text, except lists of turns, which a CSV can only hold as JSON."""
+    csv.field_size_limit(2**31 - 1)
+    first = next(_lines(file), "")
+    tabs = kind_of(file) == "tsv" or ("\t" in first and "," not in first and ";" not in first)
+    reader = csv.reader(
+        _lines(file), delimiter="\t" if tabs else ";" if ";" in first and "," not in first else ",", strict=True
+    )
+    start = 1
+    try:
+        header = [name or f"unnamed {place}" for place, name in enumerate(next(reader, []), 1)]
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise csv.Error(f"two columns are called {shown(twice[0])!r}")
+        start = reader.line_num + 1
+        for cells in reader:
+            if len(cells) > len(header):
+                raise csv.Error(f"expected {len(header)} cells, found {len(cells)}")
+            if cells:
+                row = {name: _cell(cell) for name, cell in zip(header, cells)}
+                yield f"line {start}", json.dumps(row, ensure_ascii=False)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{file} line {start}: not readable as CSV: {error}.",
+            "Every row has as many cells as the header; a cell with separators, quotes or newlines is in double quotes.",
+        ) from None
+
+
+def _cell(text: str) -> Any:
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    are_turns = turns and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns)
+    return turns if are_turns else text
