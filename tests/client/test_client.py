@@ -160,7 +160,9 @@ def test_a_request_is_given_up_after_its_tries_and_the_others_continue(tmp_path)
 
 @pytest.mark.parametrize("status", [400, 403, 422])
 def test_a_request_that_the_server_refuses_is_not_tried_again(tmp_path, status):
-    script = lambda seen: error(status, "too long") if seen.question == "bad" else by_hash(seen)  # noqa: E731
+    def script(seen):
+        return error(status, "too long") if seen.question == "bad" else by_hash(seen)
+
     with ChatServer(script) as server:
         replies, totals = run([spec(server)], tmp_path, lambda d: ask_all(d, ["bad", "a"]))
     assert isinstance(replies[0], RequestFailed) and "too long" in str(replies[0])
@@ -187,9 +189,9 @@ def test_settings_that_a_server_does_not_know_are_sent_in_another_form(tmp_path)
 
     with ChatServer(script) as server:
         endpoint = spec(server, concurrency=1, retries=0)
-        replies, _ = run([endpoint], tmp_path, lambda d: ask_all(d, list("abc"), seed=1))
+        replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, list("abc"), seed=1))
     assert all(isinstance(r, Reply) for r in replies)
-    assert len(server.seen) == 5 and server.seen[-1].body["max_completion_tokens"] == 50
+    assert len(server.seen) == totals.requests == 5 and server.seen[-1].body["max_completion_tokens"] == 50
 
 
 @pytest.mark.parametrize(
@@ -318,8 +320,10 @@ def test_concurrency_and_requests_per_minute_are_limits(tmp_path):
 
 
 def test_a_reply_that_cannot_be_parsed_is_asked_for_again(tmp_path):
+    def work(client):
+        return client.ask_parsed(request("n", seed=3, temperature=0.0), int)
+
     with ChatServer(lambda seen: ok("a poem") if seen.number < 2 else ok("42")) as server:
-        work = lambda d: d.ask_parsed(request("n", seed=3, temperature=0.0), int)  # noqa: E731
         found, totals = run([spec(server)], tmp_path, work)
         assert found == 42
         assert [r["key"] for r in records(tmp_path, "replied")] == ["key/n", "key/n/again1", "key/n/again2"]
@@ -327,8 +331,11 @@ def test_a_reply_that_cannot_be_parsed_is_asked_for_again(tmp_path):
         found, totals = run([spec(server)], tmp_path, work)
     assert found == 42 and len(server.seen) == 3 and totals.from_log == 3
     with ChatServer(lambda seen: ok("a poem")) as server:
-        work = lambda d: asyncio.gather(d.ask_parsed(request("m"), int), return_exceptions=True)  # noqa: E731
-        (failed,), totals = run([spec(server)], tmp_path / "b", work)
+        (failed,), totals = run(
+            [spec(server)],
+            tmp_path / "b",
+            lambda client: asyncio.gather(client.ask_parsed(request("m"), int), return_exceptions=True),
+        )
     assert isinstance(failed, RequestFailed) and failed.reason == "unreadable reply" and "poem" in str(failed)
     assert totals.replies == len(server.seen) == 3
 

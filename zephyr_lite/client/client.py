@@ -75,6 +75,7 @@ class RequestFailed(Exception):
     detail: str = ""  # the server's message, without keys
     retry: bool = False  # whether another try can help
     charged: bool = False  # whether the tokens may have been paid for
+    adapted: bool = False  # a setting that the server does not know is left out from the next try on
     wait: float | None = None  # seconds that the server asks to wait
     hint: str | None = None  # what to do, where the job cannot continue; None: only this request has no reply
 
@@ -177,9 +178,8 @@ class ModelClient:
         prompt = prompt_token_bound(body["messages"])
         bound, dollars = prompt + body["max_tokens"], spec.dollars(prompt, body["max_tokens"])
         async with endpoint.slots:
-            attempt = 0
+            attempt = 1
             while True:
-                attempt += 1
                 await self._wait_for_turn(endpoint, bound)
                 number = self._log.sent(digest, request.key, spec.name, bound, dollars)
                 self._on_progress(self.totals)
@@ -189,11 +189,14 @@ class ModelClient:
                 outcome = await asyncio.shield(task)
                 if isinstance(outcome, Reply):
                     return outcome
+                if outcome.adapted:
+                    continue
                 if not outcome.retry or attempt > spec.retries:
                     raise self._final_error(endpoint, outcome)
                 if outcome.wait is not None:  # a busy server makes all requests to it wait
                     endpoint.next_at = max(endpoint.next_at, time.monotonic() + outcome.wait)
                 await asyncio.sleep(min(MAX_BACK_OFF, self._back_off * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0))
+                attempt += 1
 
     async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
         """Ask until ``parse``, which raises ValueError, accepts the reply's text.

@@ -78,10 +78,10 @@ class OpenAIModel:
             message = self._shown(str(message or error.message))
             if error.status_code in (400, 422) and "max_tokens" in sent and "max_completion_tokens" in message:
                 self._newer_limit = True  # OpenAI's newer models
-                return await self.ask(body)
+                raise RequestFailed("max_tokens is not known", message, adapted=True) from None
             if error.status_code in (400, 422) and "seed" in sent and "seed" in message:
                 self._no_seed = True
-                return await self.ask(body)
+                raise RequestFailed("seed is not known", message, adapted=True) from None
             raise self._refused(error, message) from None
         except (TimeoutError, openai.APIConnectionError) as error:
             if type(error.__cause__).__name__ in NOT_CONNECTED:
