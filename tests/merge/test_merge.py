@@ -209,6 +209,9 @@ def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path, monkeypatch:
         chain_of_run("runs/nothing")
     run = tmp_path / "runs" / "one"
     make_run(run, base)
+    (tmp_path / "runs" / "other" / "sft").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "sft" / "stage.json").write_text("{")
+    assert chain_of_run().run == Path("runs/one")  # a broken stage.json of another run does not matter
     with pytest.raises(UserError, match="no complete stage third"):
         chain_of_run(run, stage="third")
     for folder in (run / "sft" / "adapter", tmp_path / "runs"):

@@ -46,7 +46,7 @@ def resolve_run(
     loaded = loaded or load_config(method, file or f"zephyr-7b/{method}", overrides)
     named = {word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides}
     if method == "dpo" and "output_dir" not in named and not (file and "output_dir" in loaded.given):
-        run, where = newest_run(runs_root, stage_complete="sft"), ""
+        run, where = newest_run(runs_root, stage="sft", complete=True), ""
         if run is None and fetch and loaded.config.sync is not None:
             from ..io.sync import newest_there
 

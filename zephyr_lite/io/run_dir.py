@@ -80,15 +80,18 @@ class StageDir:
             raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
 
 
-def newest_run(root: Path, *, stage_complete: str | None = None) -> Path | None:
-    """The run under ``root`` whose stage changed last; with ``stage_complete`` only runs whose stage of that name is
-    complete."""
+def newest_run(root: Path, *, stage: str | None = None, complete: bool = False) -> Path | None:
+    """The run under ``root`` with the stage that changed last.
+
+    Args:
+        stage: only stages of this name.
+        complete: only complete stages.
+    """
     candidates = []
-    for run in root.glob("*"):
-        for stage in stages_of(run):
-            with suppress(UserError, OSError):  # a broken stage.json of another run
-                if stage_complete is None or (stage.path.name == stage_complete and stage.complete()):
-                    candidates.append(((stage.path / STAGE_FILE).stat().st_mtime_ns, stage.run))
+    for found in (each for run in root.glob("*") for each in stages_of(run) if stage in (None, each.path.name)):
+        with suppress(UserError, OSError):  # a broken stage.json of another run
+            if not complete or found.complete():
+                candidates.append(((found.path / STAGE_FILE).stat().st_mtime_ns, found.run))
     return max(candidates)[1] if candidates else None
 
 

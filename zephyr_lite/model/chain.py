@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, StageDir, checked, stages_of
+from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, stages_of
 from ..io.text import shown
 from .peft_io import CARD, AdapterFile, fetch_adapter, other_base, read_adapter
 
@@ -54,12 +54,11 @@ def chain_of_run(run: str | Path | None = None, stage: str | None = None, base: 
         UserError: no such run or complete stage, or an adapter is missing or has changed since the stage was trained.
     """
     if run is None:
-        done = [found for folder in Path("runs").glob("*") for found in stages_of(folder) if found.complete()]
-        if not done:
+        run = newest_run(Path("runs"), complete=True)
+        if run is None:
             raise UserError(
                 "runs: no run there has a complete stage.", "Train one first, or name a run's folder (--run)."
             )
-        run = max(done, key=_changed).run
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
