@@ -118,6 +118,9 @@ def test_a_plan_of_another_version_is_said(windowed, chat_rows, tmp_path, plan):
     stage.write_info({**info, "plan": plan} if plan else {k: v for k, v in info.items() if k != "plan"})
     with pytest.raises(UserError, match=r"stage.json: its plan is none of this version's"):
         run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)))
+    stage.write_info({**info, "plan": {**info["plan"], "keep": ["all"] * 7}})
+    with pytest.raises(UserError, match="it is for 7 layers"):
+        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)))
 
 
 @pytest.mark.parametrize("where", ["early", "end"])

@@ -180,6 +180,22 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
     assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
 
 
+def test_a_damaged_best_checkpoint_does_not_lose_the_run(tiny_base, chat_rows, tmp_path, monkeypatch, said):
+    losses, folder = iter([2.0, 3.0]), tmp_path / "r" / "sft" / "checkpoint-1"
+
+    def damaged(self, sums):
+        if folder.exists():
+            (folder / "state.safetensors").write_bytes(b"torn")
+        return {"eval_loss": next(losses)}
+
+    monkeypatch.setattr(SftObjective, "eval_metrics", damaged)
+    settings = {"eval_steps": 1, "save_steps": 1, "max_steps": 2, "load_best_model_at_end": "true"}
+    outcome = run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings)))
+    assert outcome.step == 2 and StageDir(tmp_path / "r" / "sft").complete()
+    (warning,) = (line for line in said if "checkpoint-1, the best, is damaged" in line)
+    assert warning in outcome.warnings
+
+
 def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
     with pytest.raises(UserError, match="adapters=none"):
         run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)))

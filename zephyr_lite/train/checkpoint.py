@@ -188,9 +188,14 @@ def resume(state: TrainState) -> bool:
 
 
 def restore_best(state: TrainState) -> None:
-    """Take the adapter of the best checkpoint."""
+    """Take the adapter of the best checkpoint, if it is undamaged."""
     assert state.best is not None
-    _load_adapter(state.parameters, load_file(state.stage.dir.path / f"checkpoint-{state.best[1]}" / TENSORS))
+    folder = state.stage.dir.path / f"checkpoint-{state.best[1]}"
+    if (fault := manifest_fault(folder)) is not None:  # a finished run is not lost for it
+        state.warnings.append(f"{folder.name}, the best, is damaged ({fault}); the adapter is the last step's.")
+        logger.warning(state.warnings[-1])
+        return
+    _load_adapter(state.parameters, load_file(folder / TENSORS))
     logger.info(f"took the adapter of step {state.best[1]}, eval_loss {state.best[0]:.4f}")
 
 

@@ -324,15 +324,18 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     for attempt in objective.oom.attempts():
         found.clear()
         with attempt:
-            for example in examples:
-                zero_gradients(state)
-                loss, _ = objective.loss([example], state.step, total)
-                loss.backward()
-                norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
-                if not (torch.isfinite(loss.detach()) and torch.isfinite(norm)):
-                    found.append(example)
+            found += [example for example in examples if not _is_finite_alone(state, example, total)]
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
+
+
+def _is_finite_alone(state: TrainState, example: int, total: int) -> bool:
+    """Whether an example's own loss and gradients are finite, without the loss scale."""
+    zero_gradients(state)
+    loss, _ = state.objective.loss([example], state.step, total)
+    loss.backward()
+    norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+    return bool(torch.isfinite(loss.detach()) and torch.isfinite(norm))
 
 
 def _notify(state: TrainState, event: str, *values: Any) -> None:

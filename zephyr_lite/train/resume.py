@@ -218,12 +218,14 @@ def report_changes(
     return forget_best
 
 
-def kept_plan(before: dict[str, Any], stage: StageDir, config: RunConfig, machine: dict[str, Any]) -> Plan | None:
+def kept_plan(
+    before: dict[str, Any], stage: StageDir, config: RunConfig, machine: dict[str, Any], layers: int
+) -> Plan | None:
     """The plan in stage.json, which a resumed stage keeps: another split of its sums would change bits. None where the key
     ``memory`` or the kind of device has changed.
 
     Raises:
-        UserError: this version has no such plan.
+        UserError: this version has no such plan, or it is for another number of layers.
     """
     memory = MemorySpec.model_validate(read_yaml(stage.config).get("memory") or {})
     if memory != config.memory or _last(before, "machine").get("device", machine["device"]) != machine["device"]:
@@ -231,6 +233,8 @@ def kept_plan(before: dict[str, Any], stage: StageDir, config: RunConfig, machin
         return None
     try:
         plan = Plan(**before["plan"])
+        if len(plan.keep) not in (0, layers):
+            raise TypeError(f"it is for {len(plan.keep)} layers, and the base has {layers}")
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{stage.path / STAGE_FILE}: its plan is none of this version's ({error}).",

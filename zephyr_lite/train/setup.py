@@ -139,8 +139,9 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     parts = [data] if eval_data is None else [data, eval_data]
     context = getattr(base_config, "max_position_embeddings", None)
     for part in parts:
+        dropped = part.report.dropped_lines()
         for line in part.report.lines():
-            (logger.warning if line.startswith("left out") else logger.info)(line)
+            logger.log(logging.WARNING if line in dropped else logging.INFO, line)
         # of a pair the length is that of both responses
         longer = 0 if context is None else int((np.minimum(part.lengths, config.max_length) > context).sum())
         if longer:
@@ -167,7 +168,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         if changes.complete:
             raise stage_complete(stage, before)
         forget_best = report_changes(changes, before, libraries, machine, eval_fingerprint)
-        plan = kept_plan(before, stage, config, machine)
+        plan = kept_plan(before, stage, config, machine, base_config.num_hidden_layers)
 
     # plan
     workload = make_workload(
