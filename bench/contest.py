@@ -1,7 +1,7 @@
 """What ``bench.gpu`` runs and prints: the card and its base, the rows, every engine's settings, targets and table.
 
 Every setting is a process of its own that loads, warms up, and does its rounds: optimizer steps on the same rows in the same
-order for all. What runs out of memory is a result, not a failure of the bench. The fastest setting of an engine that fits
+order for all. Running out of memory is a result, not a failure of the bench. The fastest setting of an engine that fits
 counts; quotients are medians over rounds with the same rows.
 """
 
@@ -360,7 +360,7 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
             result = match.play(variants, trl_cached if method == "dpo" and "trl" in engines else nothing)
             first = match if method == "sft" else first
         found["matches"].append({**result, "dropout": dropout})
-        save(args.out, found)  # kept if what follows is interrupted
+        save(args.out, found)  # an interrupt keeps the results so far
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:

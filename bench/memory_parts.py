@@ -194,7 +194,7 @@ def opened(case: Case, said: list[str], *callbacks: TrainerCallback) -> tuple[An
 def predicted(plan: Plan) -> dict[str, Any]:
     """What the plan counts, in bytes, less the CUDA context, which no allocator sees.
 
-    The allocator's slack is a part of what is reserved, not of what is handed out.
+    The allocator's slack counts as reserved memory, not as allocated memory.
     """
     parts = {name: size for name, size in plan.account.items() if name not in ("peak", "CUDA context")}
     reserved = sum(parts.values())
@@ -448,7 +448,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(args, found, folder, begun + 60 * args.minutes)
         for part in args.parts:
             results["parts"][part] = PARTS[part](bench)
-            save(args.out, results)  # kept if what follows is interrupted
+            save(args.out, results)  # an interrupt keeps the results so far
     results["minutes"] = round((time.monotonic() - begun) / 60, 2)
     save(args.out, results)
     return results
