@@ -295,3 +295,23 @@ def test_a_column_that_is_named_twice_and_text_that_is_not_utf_8(tmp_path):
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.utf8(), 2, raw.buffers())}), tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=r"bad\.parquet: text that is not UTF-8"):
         load(tmp_path / "bad.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("[{0},\n{0}]", 2),
+        ("\n [ {0} , {0} , ]\n", 2),
+        ("\n[{0}\n{0}]", r"a\.json line 2: broken JSON"),  # where the comma is missing
+        ("[{0}", r"a\.json line 1: broken JSON"),
+        ("[{0}] {0}", r"a\.json line 1: broken JSON"),
+        ("[" * 100_000, r"a\.json: broken JSON"),
+    ],
+)
+def test_json_arrays(tmp_path, text, rows):
+    (tmp_path / "a.json").write_text(text.replace("{0}", LINE.strip()))
+    if isinstance(rows, int):
+        assert len(open_source(DatasetSpec(path=str(tmp_path / "a.json")))) == rows
+    else:
+        with pytest.raises(UserError, match=rows):
+            open_source(DatasetSpec(path=str(tmp_path / "a.json")))

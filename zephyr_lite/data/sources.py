@@ -409,31 +409,34 @@ def _wrapped_rows(value: Any) -> list[Any] | None:
 
 
 def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
+    """The rows of a JSON array, or of JSON values one after another."""
     text = "".join(_lines(file))
-    decoder, separator = json.JSONDecoder(), re.compile(r"[\s,]*")
-    is_array = text.lstrip().startswith("[")
-    position, number = text.index("[") + 1 if is_array else 0, 0
+    start = len(text) - len(text.lstrip())
+    is_array = text.startswith("[", start)
+    decoder, gap = json.JSONDecoder(), re.compile(r"\s*,\s*" if is_array else r"\s*")
+    position, number = len(text) - len(text[start + is_array :].lstrip()), 0
     try:
-        while True:
-            found = separator.match(text, position)
-            assert found is not None
-            position = found.end()
-            if position == len(text) or text[position] == "]":
-                break
+        while position < len(text) and not (is_array and text.startswith("]", position)):
             value, end = decoder.raw_decode(text, position)
             if number == 0 and not text[end:].strip() and (rows := _wrapped_rows(value)) is not None:
                 yield from ((f"row {place}", json.dumps(row, ensure_ascii=False)) for place, row in enumerate(rows, 1))
                 return
             number += 1
             yield f"row {number}", text[position:end]
-            position = end
+            found = gap.match(text, end)
+            position = end if found is None else found.end()
+            if found is None:
+                break
         if text[position:].strip() != ("]" if is_array else ""):
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    except json.JSONDecodeError as error:
-        excerpt = text[error.pos : error.pos + 60]
-        raise UserError(
-            f"{file} line {error.lineno}: broken JSON: {error.msg}: {excerpt!r}.", "Correct the line, or remove it."
-        ) from None
+    except (ValueError, RecursionError) as error:
+        place = f"{file} line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(file)
+        reason = (
+            f"{error.msg}: {text[error.pos : error.pos + 60]!r}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
+        raise UserError(f"{place}: broken JSON: {reason}.", "Correct the line, or remove it.") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, str]]:
