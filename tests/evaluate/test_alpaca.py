@@ -21,8 +21,8 @@ from zephyr_lite.evaluate.alpaca_eval import (
     read_difficulty,
     read_outputs,
     read_verdict,
-    win_rate,
 )
+from zephyr_lite.evaluate.win_rate import win_rate
 
 
 def run(*arguments: Any) -> int:
