@@ -11,8 +11,9 @@ import pytest
 from tests.conftest import make_tokenizer
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.chat_template import resolve_template
-from zephyr_lite.data.formats import RowError, normalise
+from zephyr_lite.data.formats import normalise
 from zephyr_lite.data.load import load_rows
+from zephyr_lite.data.messages import RowError
 from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
 

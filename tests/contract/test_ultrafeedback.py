@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from zephyr_lite.data.formats import RowError
+from zephyr_lite.data.messages import RowError
 from zephyr_lite.recipe.prompts import Questions
 from zephyr_lite.recipe.ultrafeedback import (
     DOUBTFUL,

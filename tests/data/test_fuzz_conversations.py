@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
-from zephyr_lite.data.formats import RowError, normalise
+from zephyr_lite.data.formats import normalise
+from zephyr_lite.data.messages import RowError
 
 
 def turns(*contents: str) -> list[dict[str, str]]:

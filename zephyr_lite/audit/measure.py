@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data.batch import collate_conversations
 from ..data.chat_template import ChatTemplate, Example
 from ..data.dataset import TokenizedDataset
-from ..data.formats import RowError
+from ..data.messages import RowError
 from ..data.packing import best_fit
 from ..errors import UserError
 from ..evaluate.likelihood import row_logps

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..data.formats import RowError
+from ..data.messages import RowError
 from ..errors import UserError
 from ..model.loaded import LoadedModel, open_live
 from ..model.sampling import RowSampler, Sampling

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config.strict_yaml import read_yaml
-from ..data.formats import RowError
+from ..data.messages import RowError
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import shown

@@ -192,7 +192,7 @@ class LocalModel:
 
 def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
     """(prompt's ids, sampling settings); or the RequestFailed of a conversation that cannot be asked."""
-    from ..data.formats import RowError
+    from ..data.messages import RowError
     from ..model.sampling import Sampling
 
     try:

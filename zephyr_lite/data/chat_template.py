@@ -26,7 +26,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..errors import UserError
 from ..io.text import is_file, read_text, shown
-from .formats import TEXT, Message, RowError
+from .formats import TEXT
+from .messages import Message, RowError
 
 LossOn = Literal["assistant", "last", "all"]
 

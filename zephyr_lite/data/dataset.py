@@ -16,8 +16,9 @@ import transformers
 from ..config.load import DatasetSpec, RunConfig
 from ..errors import UserError
 from .chat_template import ChatTemplate, Example, Pair, PairExample
-from .formats import Method, RowError
+from .formats import Method
 from .load import load_rows, summarise
+from .messages import RowError
 from .packing import best_fit, cut_conversation, cut_pair
 from .workers import map_rows
 

@@ -14,7 +14,8 @@ import numpy as np
 from ..config.load import DatasetSpec
 from ..errors import UserError
 from ..io.text import shown
-from .formats import COLUMNS, PLAIN, TEXT, TURNS, Method, RowError, detect, mapping_hint, message, normalise
+from .formats import COLUMNS, PLAIN, TEXT, TURNS, Method, detect, mapping_hint, normalise
+from .messages import RowError, message
 from .sources import open_source, raw_rows
 from .workers import map_rows
 

@@ -17,7 +17,8 @@ import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .chat_template import ChatTemplate, Example, LossOn, PairExample
-from .formats import TEXT, Message, RowError
+from .formats import TEXT
+from .messages import Message, RowError
 
 TEMPLATE_ROLE = "template"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -14,7 +14,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from ..data.chat_template import resolve_template
-from ..data.formats import Message
+from ..data.messages import Message
 from ..errors import UserError
 from ..io.atomic import bytes_aside, check_room, make_folder, remove_tree
 from ..model.tokenizer import load_tokenizer

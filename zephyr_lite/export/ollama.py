@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.chat_template import ChatTemplate
-from ..data.formats import Message, RowError
+from ..data.messages import Message, RowError
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
 from ..io.text import shown

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..config.load import DatasetSpec
-from ..data.formats import ROLES, RowError, as_messages
 from ..data.load import summarise
+from ..data.messages import ROLES, RowError, as_messages
 from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..io.text import read_text, shown

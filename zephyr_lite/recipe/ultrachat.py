@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..config.load import DatasetSpec
-from ..data.formats import COLUMNS, PLAIN, RowError, detect, normalise
+from ..data.formats import COLUMNS, PLAIN, detect, normalise
+from ..data.messages import RowError
 from ..data.sources import Source, kind_of, stem_of
 from ..data.workers import cores
 from ..errors import UserError

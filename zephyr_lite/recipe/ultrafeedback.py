@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..config.load import DatasetSpec
-from ..data.formats import Message, RowError
 from ..data.load import summarise
+from ..data.messages import Message, RowError
 from ..data.sources import Source, kind_of
 from ..data.workers import cores
 from ..errors import UserError
