@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -123,17 +123,43 @@ class Lexicon:
     pairs: Counter[str] = field(default_factory=Counter)  # two neighbors with capitals, joined by a space
     both: Counter[str] = field(default_factory=Counter)  # the same in lower case, written in any case
 
-    @classmethod
-    def learned(cls, blocks: Iterable[Sequence[Mapping[str, int]]]) -> Lexicon:
-        """The sum of blocks' counts (``count_words``). Lower-case words without a form with a capital are removed."""
-        lexicon = cls()
-        for block in blocks:
-            for mine, theirs in zip((lexicon.forms, lexicon.pairs, lexicon.both), block):
-                mine.update(theirs)
-        written = {form.lower() for form in lexicon.forms if _CAPITAL.search(form)}
-        for form in [form for form in lexicon.forms if form not in written and not _CAPITAL.search(form)]:
-            del lexicon.forms[form]
-        return lexicon
+    def add(self, other: Lexicon) -> None:
+        """Add the counts of another lexicon."""
+        self.forms.update(other.forms)
+        self.pairs.update(other.pairs)
+        self.both.update(other.both)
+
+    def learn(self, dialogues: Iterable[str]) -> None:
+        """Add the counts of some dialogues.
+
+        A word is inside a sentence if a space, or a comma and a space, separates it from the word before. Runs of fewer than
+        four words, and runs of mostly capitals, are skipped: they may be headings. Of pairs in lower case, those are counted that
+        one of these dialogues writes with capitals.
+        """
+        pairs: Counter[str] = Counter()
+        spellings: list[list[str]] = []
+        for text in dialogues:
+            text = SIGNS.sub(" ", text)
+            own_forms: set[str] = set()
+            own_pairs: dict[str, str] = {}
+            for run in _BREAK.split(text):
+                rest = run.partition(" ")[2]
+                words = rest.split(" ")
+                lower = rest.islower()  # the most frequent case
+                if len(words) < _LEAST_WORDS or (not lower and len(_CAPITAL_WORD.findall(rest)) * 2 > len(words)):
+                    continue
+                own_forms.update(words)
+                for before, word in () if lower else pairwise(words):
+                    if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
+                        pair = f"{before} {word.rstrip(',')}"
+                        own_pairs.setdefault(pair.lower(), pair)
+            self.forms.update({word.rstrip(",") for word in own_forms if not "0" <= word[0] <= "9"})
+            pairs.update(own_pairs.values())
+            spellings.append(_WORD.findall(text.lower()))
+        self.pairs.update(pairs)
+        wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
+        for words in spellings:
+            self.both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -162,10 +188,12 @@ class Lexicon:
         return frozenset(self.names).union(*(pair.split(" ") for pair in self.phrases))
 
     def save(self, path: Path) -> None:
-        """Write the counts as JSON, sorted."""
-        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("forms", "pairs", "both")}
-        text = json.dumps({"format": FORMAT, **counts}, ensure_ascii=False, indent=0, separators=(",", ":"))
-        write_text(path, text + "\n")
+        """Write the counts as JSON, sorted, without words that are never written with a capital."""
+        names = {form.lower() for form in self.forms if _CAPITAL.search(form)}
+        forms = {form: count for form, count in self.forms.items() if form in names or _CAPITAL.search(form)}
+        counts = {"forms": forms, "pairs": self.pairs, "both": self.both}
+        value = {"format": FORMAT, **{name: dict(sorted(found.items())) for name, found in counts.items()}}
+        write_text(path, json.dumps(value, ensure_ascii=False, indent=0, separators=(",", ":")) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Lexicon:
@@ -182,41 +210,8 @@ def _capitalized(counts: Counter[str]) -> dict[str, tuple[int, str]]:
     often: Counter[str] = Counter()
     best: dict[str, tuple[int, str]] = {}
     for form, count in counts.items():
-        if (lower := form.lower()) != form:
+        if _CAPITAL.search(form):
+            lower = form.lower()
             often[lower] += count
             best[lower] = max(best.get(lower, (0, "")), (count, form))
     return {lower: (often[lower], form) for lower, (_, form) in best.items()}
-
-
-def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Count how words are written inside sentences: (forms, pairs, both) of ``Lexicon``, lower-case words included.
-
-    A word is inside a sentence if a space, or a comma and a space, separates it from the word before. Runs of fewer than
-    four words, and runs of mostly capitals, are skipped: they may be headings.
-    """
-    forms: Counter[str] = Counter()
-    pairs: Counter[str] = Counter()
-    spellings: list[list[str]] = []
-    for text in dialogues:
-        text = SIGNS.sub(" ", text)
-        own_forms: set[str] = set()
-        own_pairs: dict[str, str] = {}
-        for run in _BREAK.split(text):
-            rest = run.partition(" ")[2]
-            words = rest.split(" ")
-            lower = rest.islower()  # the most frequent case
-            if len(words) < _LEAST_WORDS or (not lower and len(_CAPITAL_WORD.findall(rest)) * 2 > len(words)):
-                continue
-            own_forms.update(words)
-            for before, word in () if lower else pairwise(words):
-                if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
-                    pair = f"{before} {word.rstrip(',')}"
-                    own_pairs.setdefault(pair.lower(), pair)
-        forms.update({word.rstrip(",") for word in own_forms if not "0" <= word[0] <= "9"})
-        pairs.update(own_pairs.values())
-        spellings.append(_WORD.findall(text.lower()))
-    wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
-    both: Counter[str] = Counter()
-    for words in spellings:
-        both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
-    return forms, pairs, both
