@@ -96,7 +96,6 @@ def pairs(
     overwrite: Replace = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
-    from ..config.load import DatasetSpec
     from ..errors import UserError
     from ..io.redact import refuse_secrets
     from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs
@@ -106,9 +105,10 @@ def pairs(
     if margin is not None and rejected != "margin":
         raise UserError(f"--margin {margin:g} means nothing to --rejected {rejected}.", "Add --rejected margin.")
     report = make_pairs(
-        [DatasetSpec(path=name, split=split) for name in inputs],
+        inputs,
         out,
         PairRules(chosen_by, rejected, 1.0 if margin is None else margin, system_prompt, seed),
+        split=split,
         exclude=exclude or [],
         test=test,
         file_format=file_format,
