@@ -32,7 +32,7 @@ from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, rea
 from .lexicon import Lexicon, is_english
 from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
 from .prompts import open_rows
-from .refusals import first_refusal
+from .refusals import refusal
 from .truecase import is_broken, restore
 
 logger = logging.getLogger(__name__)
@@ -267,16 +267,20 @@ def _turns(dialogue: Dialogue, side: str) -> list[str]:
 
 def _cut(dialogue: Dialogue) -> None:
     """Remove the first refusal with its question and all later turns."""
-    refusal = first_refusal(dialogue.roles, dialogue.texts)
-    if refusal is None:
+    roles, texts = dialogue.roles, dialogue.texts
+    for place, role in enumerate(roles):
+        asked = texts[place - 1] if place and roles[place - 1] == "user" else ""
+        found = refusal(asked, texts[place]) if role == "assistant" else None
+        if found is None:
+            continue
+        dialogue.refusal, start, end = found
+        dialogue.detail = " ".join(texts[place][max(0, start - 20) : end + 80].split())
+        while place and roles[place - 1] != "assistant":
+            place -= 1
+        dialogue.roles, dialogue.texts = roles[:place], texts[:place]
+        if "assistant" not in dialogue.roles:
+            dialogue.fault = f"begins with a refusal ({dialogue.refusal})"
         return
-    place, dialogue.refusal, start, end = refusal
-    dialogue.detail = " ".join(dialogue.texts[place][max(0, start - 20) : end + 80].split())
-    while place and dialogue.roles[place - 1] != "assistant":
-        place -= 1
-    dialogue.roles, dialogue.texts = dialogue.roles[:place], dialogue.texts[:place]
-    if "assistant" not in dialogue.roles:
-        dialogue.fault = f"begins with a refusal ({dialogue.refusal})"
 
 
 # -- all rows ----------------------------------------------------------------------------------------------------------
