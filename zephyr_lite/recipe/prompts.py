@@ -79,10 +79,8 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         UserError: there is no such set, no column holds prompts, or no row can be used.
     """
     source = open_rows(DatasetSpec(**spec.model_dump(exclude={"limit", "column"})), "--split {}")
-    label, columns = source.label, source.columns
-    column = spec.column or column_of(columns, COLUMNS, label, "Name it: --column NAME.")
-    if column not in columns:
-        raise UserError(f"{label}: there is no column {column!r}.", f"There are {', '.join(columns)}.")
+    label = source.label
+    column = column_of(source.columns, [spec.column] if spec.column else COLUMNS, label, "Name it: --column NAME.")
     rows = source.select_columns([column, *_BESIDE])  # the rest may be large
     numbers = np.arange(len(rows))
     if spec.limit is not None and spec.limit < len(rows):
@@ -94,28 +92,37 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         where = f"{label} row {number + 1}"
         try:
             text = _prompt_of(row, column)
-            identity = hashlib.sha256(text.encode("utf-8")).hexdigest()
-            if identity in seen:
+            if text in seen:
                 raise RowError("the prompt of an earlier row")
         except RowError as error:
             found.dropped.setdefault(str(error), []).append(where)
             continue
-        seen.add(identity)
-        own = row.get("source")
-        answers = [_answers(row, name) for name in ("correct_answers", "incorrect_answers")]
-        named = own if isinstance(own, str) and own else Path(label).stem
-        found.prompts.append(Prompt(text, identity, where, named, *answers))
+        seen.add(text)
+        named = row.get("source")
+        found.prompts.append(
+            Prompt(
+                text,
+                hashlib.sha256(text.encode("utf-8")).hexdigest(),
+                where,
+                named if isinstance(named, str) and named else Path(label).stem,
+                _answers(row, "correct_answers"),
+                _answers(row, "incorrect_answers"),
+            )
+        )
     if not found.prompts:
-        hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}."
-        raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped) or 'empty'}.", hint)
+        raise UserError(
+            f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.",
+            f"Another column may hold them: --column NAME, one of {', '.join(source.columns)}.",
+        )
     return found
 
 
 def column_of(columns: Sequence[str], wanted: Sequence[str], label: str, hint: str) -> str:
     """The first of the wanted columns that there is, in any case."""
     names = {column.lower(): column for column in columns}
-    if found := [names[name] for name in wanted if name in names]:
-        return found[0]
+    for name in wanted:
+        if name.lower() in names:
+            return names[name.lower()]
     there = shown(", ".join(columns), 500)
     raise UserError(f"{label}: no column holds prompts (found {there}; looked for {', '.join(wanted)}).", hint)
 
@@ -231,9 +238,7 @@ def open_rows(spec: DatasetSpec, option: str) -> Source:
         option: how the command line names a split, ``{}`` in it, for hints.
     """
     path = Path(spec.path).expanduser()
-    if path.is_file() and path.suffix.lower() in (".txt", ".md", ""):
-        if spec.split is not None:
-            raise UserError(f"{spec.path}: a text file has no split.", "Leave it out.")
+    if path.is_file() and path.suffix.lower() in (".txt", ".md", "") and spec.split is None:
         lines = read_text(path, name=spec.path).removesuffix("\n").split("\n")
         return Source(datasets.Dataset.from_dict({"text": lines}), spec.path)
     try:
