@@ -365,11 +365,12 @@ def _results(record: StageRecord) -> Iterator[dict[str, Any]]:
 
 
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The numbers of a nested result as (path, text); a value with its confidence interval is one."""
+    """The numbers of a nested result as (path, text); a value with its interval or standard error is one."""
     for key, value in body.items():
         if isinstance(value, dict) and is_number(value.get("value")):
-            low, high = value.get("low"), value.get("high")
-            interval = f" [{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else ""
+            low, high, error = value.get("low"), value.get("high"), value.get("stderr")
+            interval = f" ± {number(error)}" if is_number(error) else ""
+            interval = f" [{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else interval
             yield f"{prefix}{key}", number(value["value"]) + interval
         elif isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key} ")
