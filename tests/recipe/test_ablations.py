@@ -182,7 +182,7 @@ def test_a_broken_table_names_what_is_wrong(tmp_path, text, says):
 
 def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
     table = read_table("recipe", ["ddpo.model_name_or_path=other/base"], **options(sets, tmp_path / "run"))
-    with pytest.raises(UserError, match="model_name_or_path is"):
+    with pytest.raises(UserError, match="model_name_or_path is not the same"):
         run_ablation(table)
     assert not (tmp_path / "run").exists()
 

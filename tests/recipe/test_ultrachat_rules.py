@@ -7,7 +7,7 @@ import yaml
 
 from zephyr_lite.errors import UserError
 from zephyr_lite.recipe import refusals, truecase
-from zephyr_lite.recipe.lexicon import ALWAYS, Lexicon, count_words, is_english
+from zephyr_lite.recipe.lexicon import ALWAYS, Lexicon, is_english
 from zephyr_lite.recipe.refusals import refusal
 from zephyr_lite.recipe.truecase import changes, is_broken, restore, spans
 
@@ -16,7 +16,9 @@ WORDS = ("Anna", "Toulouse", "PyTorch", "iPad", "bank", "white", "house", "may",
 
 
 def lexicon_of(*dialogues: str) -> Lexicon:
-    return Lexicon.learned([count_words(dialogues)])
+    lexicon = Lexicon()
+    lexicon.learn(dialogues)
+    return lexicon
 
 
 def example_lexicon() -> Lexicon:

@@ -374,16 +374,15 @@ def _results(record: StageRecord) -> Iterator[dict[str, Any]]:
 
 
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The numbers of a nested result as (path, text); a value with its confidence interval is one."""
+    """The numbers of a nested result as (path, text); a value with its interval or standard error is one."""
     for key, value in body.items():
         if is_number(value):
             yield f"{prefix}{key}", number(value)
         elif isinstance(value, dict) and is_number(value.get("value")):
-            low, high = value.get("low"), value.get("high")
-            yield (
-                f"{prefix}{key}",
-                number(value["value"]) + ("" if low is None else f" [{number(low)}, {number(high)}]"),
-            )
+            spread = f" ± {number(value['stderr'])}" if is_number(value.get("stderr")) else ""
+            if is_number(value.get("low")):
+                spread = f" [{number(value['low'])}, {number(value['high'])}]"
+            yield f"{prefix}{key}", number(value["value"]) + spread
         elif isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key} ")
 

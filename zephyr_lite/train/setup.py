@@ -257,9 +257,9 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         write_text(stage.config, dump_config(config))
     mirror = None
     if writes and config.sync is not None:
-        from ..io.sync import open_mirror
+        from ..io.sync import Mirror
 
-        mirror = open_mirror(config.sync, stage)
+        mirror = Mirror(config.sync, stage)
     return Stage(
         method=method,
         config=config,
