@@ -210,12 +210,11 @@ def _rope_factors(folder: Path, config: Any) -> Tensor | None:
     if name == "default":
         return None
     frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
-    if attention != 1.0 or not FAMILIES[config.model_type].rope_factors:
-        raise UserError(
-            f"{folder}: rotary embeddings of type {shown(name)} scale attention, or are new in the GGUF format's "
-            f"{config.model_type} models; neither is exported.",
-            _CONVERTER,
-        )
+    what = " scale attention, which this export does not support" if attention != 1.0 else ""
+    if not FAMILIES[config.model_type].rope_factors:
+        what = f"; in the {config.model_type} family only plain ones are exported"
+    if what:
+        raise UserError(f"{folder}: rotary embeddings of type {shown(name)}{what}.", _CONVERTER)
     head = head_width(config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
     return plain / frequencies.float()
