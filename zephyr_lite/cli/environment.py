@@ -200,9 +200,9 @@ def disk() -> Finding:
 
 
 def quantized() -> Finding:
-    from ..model.base import kept_bases, quantized_dir
+    from ..model.base import quantized_dir
 
-    size = sum(kept_bases().values())
+    size = sum(path.stat().st_size for path in quantized_dir().rglob("*") if path.is_file())
     found = f"{size / GB:.1f} GB of quantized bases in {quantized_dir()}; may be deleted" if size else "none yet"
     return Finding("quantized", found)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from types import MethodType
 from typing import Any, get_args
@@ -145,9 +144,10 @@ class _Fused:
         inner, config = self.inner, self.inner.config
         windows = layer_windows(config)
         cos, sin = inner.rotary_emb(x, positions[None])
-        tables = {window: SegmentTable.build(segments, window, x.device) for window in set(windows)}
-        shared = ForwardContext(tables[windows[0]], cos[0].to(x.dtype), sin[0].to(x.dtype))
-        states = [replace(shared, table=tables[window]) for window in windows]
+        cos, sin = cos[0].to(x.dtype), sin[0].to(x.dtype)
+        contexts = {}
+        for window in set(windows):
+            contexts[window] = ForwardContext(SegmentTable.build(segments, window, x.device), cos, sin)
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):
@@ -159,15 +159,14 @@ class _Fused:
         key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, places, torch.zeros_like(places)) if p else None
         for index, module in enumerate(inner.layers):
             layer = layer_of(module, _active_pairs, key, index=index)
-            frozen = [w for site in layer.sites for w in (*site.weights, *site.biases)] + [
-                n.weight for n in layer.norms
-            ]
-            if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in frozen):
+            frozen = [weight for weight, _ in layer.norms]
+            frozen += [w for site in layer.sites for w in (*site.weights, *site.biases) if w is not None]
+            if torch.is_grad_enabled() and any(w.requires_grad for w in frozen):
                 raise UserError(
                     f"fuse: layer {index} has weights to be trained that are no LoRA adapter's.",
                     "Train with a PEFT LoraConfig, or leave fuse out.",
                 )
-            x = run_layer(x, layer, states[index], self.scratch, keep)
+            x = run_layer(x, layer, contexts[windows[index]], self.scratch, keep)
         if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
             return inner.norm(x)  # rms_norm gives its weight no gradient
         return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,45 +30,26 @@ _AT_ONCE = 2**24  # scores of a head that are masked at once
 _CAUSAL_FROM_BOTTOM_RIGHT = 2  # what the memory-efficient kernel calls it
 
 
-class SegmentLike(Protocol):
-    """What this file needs of a segment (``data.batch.Segment`` is one)."""
-
-    @property
-    def queries(self) -> int: ...
-
-    @property
-    def keys(self) -> int: ...
-
-    def key_runs(self) -> list[tuple[int, int]]: ...
-
-
 @dataclass(frozen=True)
 class SegmentTable:
     """A segment table made ready for a device: built once a micro-batch, read by every layer.
 
     Attributes:
         query_lengths, key_lengths: a number a segment.
+        query_starts, key_starts: [S + 1] where each segment's queries, and its gathered keys, begin.
         runs: the runs of keys in the order in which they are gathered, or None where that is the identity.
         window: how many keys back a query sees, itself included; None: all.
-        cu_queries, cu_keys: [S + 1] int32 cumulative lengths.
+        cu_queries, cu_keys: [S + 1] int32, the starts on the device.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
+    query_starts: list[int]
+    key_starts: list[int]
     runs: list[tuple[int, int]] | None
     window: int | None
     cu_queries: Tensor
     cu_keys: Tensor
-
-    @cached_property
-    def query_starts(self) -> list[int]:
-        """[S + 1] where each segment's queries begin."""
-        return list(accumulate(self.query_lengths, initial=0))
-
-    @cached_property
-    def key_starts(self) -> list[int]:
-        """[S + 1] where each segment's gathered keys begin."""
-        return list(accumulate(self.key_lengths, initial=0))
 
     @cached_property
     def misaligned(self) -> frozenset[int]:
@@ -81,14 +62,16 @@ class SegmentTable:
         return frozenset(i for i, (q, k) in lengths if self.window is not None and q < k and self.window < k)
 
     @classmethod
-    def build(cls, segments: Sequence[SegmentLike], window: int | None, device: torch.device) -> SegmentTable:
-        queries, keys = [s.queries for s in segments], [s.keys for s in segments]
-        runs = [run for s in segments for run in s.key_runs()]
-
-        def cumulative(lengths: list[int]) -> Tensor:
-            return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device, non_blocking=True)
-
-        return cls(queries, keys, None if keys == queries else runs, window, cumulative(queries), cumulative(keys))
+    def build(cls, segments: Sequence[Any], window: int | None, device: torch.device) -> SegmentTable:
+        """The table of a batch's segments (``data.batch.Segment``)."""
+        queries, keys, runs = [], [], []
+        for segment in segments:
+            queries.append(segment.queries)
+            keys.append(segment.keys)
+            runs += segment.key_runs()
+        starts = list(accumulate(queries, initial=0)), list(accumulate(keys, initial=0))
+        on_device = (torch.tensor(s, dtype=torch.int32).to(device, non_blocking=True) for s in starts)
+        return cls(queries, keys, *starts, None if keys == queries else runs, window, *on_device)
 
 
 def backend(q: Tensor) -> Backend:
