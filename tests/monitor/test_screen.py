@@ -59,6 +59,10 @@ class Terminal(io.StringIO):
         return re.sub(r"\x1b\[[\d;]*[A-Za-z]|\r", "", self.getvalue())
 
 
+def message(text):
+    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO})
+
+
 def stage_of(folder, method="sft", **changes):
     config = RunConfig(output_dir=str(folder), stage=method, **changes)
     return SimpleNamespace(
@@ -136,7 +140,7 @@ def test_a_notebook_is_not_flooded(tmp_path):
 def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_path):
     console = Console(out=terminal, err=terminal)
     with suppress(UserError), LiveScreen(console) as screen:
-        screen.say("loading the base")
+        screen.log(message("loading the base"))
         ran(screen, stage_of(tmp_path))
         screen.progress.begun -= 6  # three steps in six seconds
         screen.on_sample(0, [SAMPLE])
@@ -160,8 +164,8 @@ def test_the_panel_fits_every_width(tmp_path, width):
     progress = Progress(stage_of(tmp_path, "dpo"), "pairs", 3000, 0)
     progress.sample = Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")
     for step in range(1, 300):
-        progress.stepped(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
-    progress.evaluated(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
+        progress.add(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
+    progress.add(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
     out = io.StringIO()
     console = Console(out=out).out
     console.width = width
@@ -191,9 +195,9 @@ def test_without_utf_8_the_signs_are_ascii():
 def judged(stage, steps, evaluations=(), total=400, published=None):
     progress = Progress(stage, "pairs" if stage.method == "dpo" else "tokens", total, 0)
     for step, metrics in enumerate(steps, 1):
-        progress.stepped(step, metrics)
+        progress.add(step, metrics)
     for place, loss in enumerate(evaluations, 1):
-        progress.evaluated(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
+        progress.add(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
     return judge(progress, published)
 
 
@@ -257,9 +261,9 @@ def test_a_resumed_run_shows_what_was_logged_before(tmp_path):
     records = [{"step": s, **STEP, "loss": 2.0 - s / 10} for s in range(1, 8)] + [{"step": 4, "eval_loss": 1.5}]
     stage.dir.metrics.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 8, "lo')
     progress = Progress(stage, "tokens", 10, 6)
-    assert progress.start == 1.9 and len(progress.recent) == 6 and len(progress.evaluations) == 1
-    assert progress.last["loss"] == pytest.approx(1.4) and progress.seconds_left() is None
-    progress.stepped(7, STEP)
+    assert [m["loss"] for m in progress.steps] == pytest.approx([1.9, 1.8, 1.7, 1.6, 1.5, 1.4])
+    assert len(progress.evaluations) == 1 and progress.seconds_left() is None
+    progress.add(7, STEP)
     progress.begun -= 2
     assert progress.seconds_left() == pytest.approx(6.0, abs=0.1)
 
@@ -276,9 +280,9 @@ def test_quiet_prints_warnings_and_the_result(tmp_path):
             logger.info("loading the base")
             logger.warning("left out, no assistant turn: 3 rows")
         ran(screen, stage)
-        screen.say("step 3: the numbers look odd")
+        screen.log(message("step 3: the numbers look odd"))
         screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))
-        screen.say("Next: zephyr-lite dpo")
+        screen.log(message("Next: zephyr-lite dpo"))
     assert out.getvalue().splitlines() == [
         "left out, no assistant turn: 3 rows",
         "step 3: the numbers look odd",
@@ -287,7 +291,7 @@ def test_quiet_prints_warnings_and_the_result(tmp_path):
     ]
     out = io.StringIO()
     with screens.QuietScreen(Console(out=out)) as screen:
-        screen.say("sft is complete")
+        screen.log(message("sft is complete"))
     assert out.getvalue() == "sft is complete\n"
 
 
@@ -295,7 +299,7 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
     stage = stage_of(tmp_path)
     console = Console()
     with suppress(UserError), open_screen(console, as_json=True) as screen:
-        screen.say("two\nlines")
+        screen.log(message("two\nlines"))
         console.say("a row, say")
         print("a library's line")
         ran(screen, stage, steps=1)

@@ -104,8 +104,10 @@ def folder_aside(target: Path) -> Iterator[Path]:
             if os.path.lexists(old):
                 os.replace(old, target)
             raise
-        _flush_folder(target.parent)
-        remove_tree(old)
+        try:
+            _flush_folder(target.parent)
+        finally:
+            remove_tree(old)
 
 
 @contextmanager
