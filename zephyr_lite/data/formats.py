@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import filterfalse
+from operator import itemgetter
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -351,7 +352,7 @@ def _with_system(row: Row, messages: list[Message], *more_columns: str) -> list[
         RowError: there is no answer, a turn is empty, or a system turn is not the first.
     """
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    roles = [m["role"] for m in messages]
+    roles = list(map(itemgetter("role"), messages))
     for column in ("system", "system_prompt", *more_columns):
         if "system" not in roles and (text := as_text(row.take(column), column)).strip():
             messages, roles = [message("system", text), *messages], ["system", *roles]
