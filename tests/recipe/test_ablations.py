@@ -85,20 +85,20 @@ def test_the_scores_are_what_the_published_adapter_says_on_the_bare_base(ablatio
         ids = torch.tensor(ids)[None].long()
         with torch.no_grad():
             scores = model(ids).logits[0, :-1].double().log_softmax(-1)
-        picked = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
-        return picked[torch.tensor(mask[1:]).bool()]
+        return scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]][torch.tensor(mask[1:]).bool()]
 
-    def responses():
-        for pair in pairs.examples:
-            for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
-                yield logps([*pair.prompt_ids, *ids], [False] * len(pair.prompt_ids) + list(mask))
+    def measured():
+        loss = -torch.cat([logps(e.ids, e.mask) for e in conversations.examples]).mean().item()
+        responses = [
+            logps([*pair.prompt_ids, *ids], [False] * len(pair.prompt_ids) + list(mask))
+            for pair in pairs.examples
+            for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))
+        ]
+        return loss, responses
 
-    found = [logps(example.ids, example.mask) for example in conversations.examples]
-    loss = -torch.cat(found).mean().item()
-    arm = list(responses())
+    loss, arm = measured()
     with model.disable_adapter():
-        base = list(responses())
-        base_loss = -torch.cat([logps(e.ids, e.mask) for e in conversations.examples]).mean().item()
+        base_loss, base = measured()
     gained = torch.stack([(a.sum() - b.sum()) for a, b in zip(arm, base)]).view(-1, 2)
     margins = gained[:, 0] - gained[:, 1]
     score = result.scores["dDPO + dSFT"]
@@ -145,7 +145,6 @@ def test_the_shipped_tables_resolve(name):
     [
         (["dsft-9.max_steps=1"], {}, "dsft-9.…: no stage of this table"),
         (["adapters=none"], {}, "adapters is set by this command"),
-        (["dsft-1.stage=x"], {}, "stage is set by this command"),
         (["sft.learning_rat=1"], {}, "learning_rat"),
         ([], {"only": ["dSFT-3"]}, "no arm 'dSFT-3'"),
     ],
@@ -155,19 +154,19 @@ def test_what_a_table_cannot_do_is_refused(words, options, says):
         read_table("recipe", words, **options)
 
 
+ARM = "arms: {a: [{sft: ablations/dsft-1}]}"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("arms: {}", "arms"),
-        ("arms: {a: []}", r"arms.a: .*at least 1 item"),
         ("arms: {a: [{sft: ablations/dsft-1, dpo: ablations/ddpo}]}", r"arms.a.0: .*at most 1 item"),
         ("arms: {a: [{kto: ablations/dsft-1}]}", "kto"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nmore: 1", "more"),
-        ("arms: {a: [{sft: ablations/nothing}]}", "no such file"),
+        (f"{ARM}\nmore: 1", "more"),
         ("arms: {base: [{sft: ablations/dsft-1}]}", "cannot be called 'base'"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "stage is set by this command"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {sead: 1}", "sead"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {seed: x}", "seed"),
+        (f"{ARM}\nkeys: {{stage: b}}", "stage is set by this command"),
+        (f"{ARM}\nkeys: {{seed: x}}", "seed"),
         (
             "arms: {a: [{sft: ablations/dsft-1}], b: [{sft: ablations/dsft-2}, {sft: ablations/dsft-1}]}",
             "shares its name",
@@ -187,15 +186,13 @@ def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_are_not_there_are_found_out_before_anything_is_trained(sets, tmp_path, tiny_base):
-    words = [f"model_name_or_path={tiny_base}", *SMALL]
-    where = options(sets, tmp_path / "run")
-    for missing, only in (("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"]), ("preferences", [])):
-        table = read_table("recipe", words, **{**where, missing: str(tmp_path / "nothing"), "only": only})
-        said: list[str] = []
-        with pytest.raises(UserError, match="there is no such file or folder"), messages_to(said.append):
-            run_ablation(table)
-        assert not said and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("missing", "only"), [("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"])])
+def test_rows_that_are_not_there_are_found_before_anything_is_trained(sets, tmp_path, tiny_base, missing, only):
+    where = {**options(sets, tmp_path / "run"), missing: str(tmp_path / "nothing"), "only": only}
+    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], **where)
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        run_ablation(table)
+    assert not (tmp_path / "run").exists()
 
 
 def test_some_arms_do_not_replace_the_whole_table(ablation, sets, tiny_base):
