@@ -90,8 +90,13 @@ def who_answers(config: JudgedConfig, temperature: float, existing: bool = False
     weights, head = None, {}
     named = config.source or config.stage or config.adapters
     if not existing and (named or not words or not all(map(_is_endpoint, words))):
-        place = {"stage": config.stage, "adapters": config.adapters, "base": config.base}
-        weights = Weights(config.source, **place, chat_template=config.chat_template)
+        weights = Weights(
+            config.source,
+            stage=config.stage,
+            adapters=config.adapters,
+            base=config.base,
+            chat_template=config.chat_template,
+        )
         head, own = _head(weights, config.chat_template), list(weights.models)
         words = words or list(dict.fromkeys([own[-1], own[max(0, len(own) - 2)], own[0]]))
     usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
