@@ -112,8 +112,8 @@ def train_on_trl(
     if state.global_step < recorder.total:
         if stop.name is not None:
             raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
-        if recorder.output.fault is not None:
-            raise recorder.output.fault
+        if recorder.fault is not None:
+            raise recorder.fault
     best = None
     if state.best_metric is not None and state.best_global_step:
         best = (float(state.best_metric), int(state.best_global_step))

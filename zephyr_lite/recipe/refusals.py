@@ -8,7 +8,6 @@ question about the assistant, or a story that was asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 _NOT = r"(?:do not|don't|don’t|dont|cannot|can't|can’t|lack|am not able to|am unable to|am not capable of|never)"
 _HAVE = (
@@ -78,16 +77,15 @@ REFUSALS = {
 }
 # Around one of these the patterns are searched, which would be slow on a whole answer. Each begins with letters, to which a
 # search skips quickly.
-_DENIES = re.compile(
-    r"i(?<![a-z0-9]i)(?: (?:do not|don'?t|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|"
-    r"simply|an?))|"
-    r"'m (?:not|unable|just|only|simply|an?|incapable))\b"
+_GATES = (
+    re.compile(
+        r"i(?<![a-z0-9]i)(?: (?:do not|don'?t|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|"
+        r"simply|an?))|'m (?:not|unable|just|only|simply|an?|incapable))\b"
+    ),
+    re.compile(
+        r"(?:as|being) an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
+    ),
 )
-_IS = re.compile(r"as an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b")
-_IS_TOO = re.compile(
-    r"being an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
-)
-_GATES = (_DENIES, _IS, _IS_TOO)
 _BEFORE, _AFTER = 60, 260  # characters around a gate
 _PATTERNS = {name: re.compile(pattern) for name, pattern in REFUSALS.items()}
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
@@ -133,21 +131,15 @@ _OTHER_VOICE = re.compile(
 
 def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     """The rule by which an assistant's turn refuses the user's: (its name, start and end in the assistant's turn), or None."""
-    lower = assistant.lower()
-    if not lower.isascii():
-        lower = lower.replace("’", "'")
+    lower = assistant.lower().replace("’", "'")
     if len(lower) != len(assistant) or not any(gate.search(lower) for gate in _GATES):
         return None
     own = _QUOTED.sub(lambda match: "\x00" * len(match.group()), lower)
-    around = [
-        (max(0, match.start() - _BEFORE), match.end() + _AFTER) for gate in _GATES for match in gate.finditer(own)
-    ]
-    found = [
-        (match.start(), match.end(), name)
-        for name, pattern in _PATTERNS.items()
-        for window in around
-        if (match := pattern.search(own, *window))
-    ]
+    found = []
+    for gate in (match for pattern in _GATES for match in pattern.finditer(own)):
+        for name, pattern in _PATTERNS.items():
+            if match := pattern.search(own, max(0, gate.start() - _BEFORE), gate.end() + _AFTER):
+                found.append((match.start(), match.end(), name))
     if not found:
         return None
     asked = user.lower().replace("’", "'")
@@ -165,15 +157,4 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
         ):
             continue
         return name, start, end
-    return None
-
-
-def first_refusal(roles: Sequence[str], texts: Sequence[str]) -> tuple[int, str, int, int] | None:
-    """The first assistant turn that refuses: (its index, the rule, start, end), or None."""
-    for place, role in enumerate(roles):
-        if role == "assistant":
-            asked = texts[place - 1] if place and roles[place - 1] == "user" else ""
-            found = refusal(asked, texts[place])
-            if found is not None:
-                return place, *found
     return None

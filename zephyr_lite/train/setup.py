@@ -174,9 +174,9 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
         if config.sync is not None:
-            from ..io.sync import open_mirror
+            from ..io.sync import Mirror
 
-            mirror = open_mirror(config.sync, stage)
+            mirror = Mirror(config.sync, stage)
     return Stage(
         method=method,
         config=config,
