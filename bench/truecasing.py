@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zephyr_lite.recipe.lexicon import Lexicon, count_words, is_english
+from zephyr_lite.recipe.lexicon import Lexicon, is_english
 from zephyr_lite.recipe.truecase import is_broken, restore, spans
 
 FOLDS = 5
@@ -174,7 +174,9 @@ def _end_to_end(texts: list[str], faulty: list[str], flagged: bool, lexicon: Lex
 
 def learn(dialogues: list[list[str]]) -> Lexicon:
     """The lexicon of some dialogues, as the command learns it."""
-    return Lexicon.learned([count_words("\n".join(turns) for turns in dialogues)])
+    lexicon = Lexicon()
+    lexicon.learn("\n".join(turns) for turns in dialogues)
+    return lexicon
 
 
 def fault(text: str) -> str:

@@ -1,8 +1,4 @@
-"""Layers that come from the host, and kept activations that go there: to the bit what the resident engine computes.
-
-The CPU stands in for the accelerator. Copies are made at both ends of what a card may do: at once, and not before
-somebody waits for them, with their target full of rubbish until then.
-"""
+"""Weight streaming and activation offload beyond tests/contract/test_streaming.py: memory, failed passes, locked memory."""
 
 import gc
 from dataclasses import replace
@@ -11,11 +7,11 @@ import pytest
 import torch
 
 from tests.conftest import make_model
+from tests.contract import test_streaming
 from tests.contract.test_counts import kept
 from tests.contract.test_streaming import (
     CPU,
     LAYERS,
-    LateStream,
     assert_bits,
     decoder_over,
     dpo_steps,
@@ -27,26 +23,11 @@ from tests.numeric import apart, conversation
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.data.chat_template import Example
 from zephyr_lite.model import activation_offload as offload_file
-from zephyr_lite.model import weight_streaming as stream_file
 from zephyr_lite.model.activation_offload import ActivationOffload
 from zephyr_lite.model.weight_streaming import WeightStreamer
+from zephyr_lite.ops.nf4 import stored_tensors
 
-
-@pytest.fixture(params=["at once", "late"])
-def copies(request, monkeypatch):
-    if request.param == "late":
-        monkeypatch.setattr(offload_file, "SideStream", LateStream)
-        monkeypatch.setattr(stream_file, "SideStream", LateStream)
-
-
-@pytest.fixture(scope="session")
-def deep_base(tmp_path_factory):
-    from tests.conftest import make_tokenizer
-
-    folder = tmp_path_factory.mktemp("deep")
-    make_model(num_hidden_layers=LAYERS, sliding_window=24).save_pretrained(folder)
-    make_tokenizer(folder)
-    return folder
+copies, deep_base = test_streaming.copies, test_streaming.deep_base  # fixtures
 
 
 def test_a_base_that_was_resident_may_be_streamed_from_then_on(copies, deep_base):
@@ -61,21 +42,17 @@ def test_a_base_that_was_resident_may_be_streamed_from_then_on(copies, deep_base
         assert_bits(a, b)
 
 
-def test_a_streamed_layer_lies_once_on_the_host_and_nowhere_else(deep_base):
+def test_a_streamed_layer_is_once_on_the_host_and_nowhere_else(deep_base):
     model = quantized(deep_base)
     stream = WeightStreamer(model, CPU)
     assert stream.buffers == []  # a card that was full has room once all has moved
     stream.on_device(model.model.layers[0].mlp.up_proj.weight)
     assert [b.numel() for b in stream.buffers] == [max(s.numel() for s in stream.slabs)] * 2
     for slab, layer in zip(stream.slabs, model.model.layers):
-        low, high = slab.data_ptr(), slab.data_ptr() + slab.numel()
         for name, module in layer.named_modules():
             if name.endswith("_proj"):
-                state = module.weight.quant_state
-                for tensor in (module.weight, state.absmax, state.code, state.offset, state.state2.absmax):
-                    assert low <= tensor.data_ptr() < high
-                assert stream.on_device(module.weight).data_ptr() != module.weight.data_ptr()
-    assert stream.host_bytes == sum(s.numel() for s in stream.slabs)
+                for tensor in stored_tensors(module.weight).values():
+                    assert slab.data_ptr() <= tensor.data_ptr() < slab.data_ptr() + slab.numel()
 
 
 def test_what_is_offloaded_is_not_kept_on_the_device(deep_base):
@@ -94,11 +71,11 @@ def test_after_a_pass_that_failed_the_next_is_right(copies, deep_base, monkeypat
     logps = decoder.token_logps(collate_conversations([conversation(3, 50)]), keep="all")
     get, calls = ActivationOffload.get, []
 
-    def failing(self, kept):
-        calls.append(kept.layer)
+    def failing(self, layer, host):
+        calls.append(layer)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no room")
-        return get(self, kept)
+        return get(self, layer, host)
 
     monkeypatch.setattr(ActivationOffload, "get", failing)
     with pytest.raises(torch.OutOfMemoryError):

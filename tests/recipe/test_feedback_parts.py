@@ -81,7 +81,7 @@ def test_prompts_that_cannot_be_used_are_counted_with_their_places(tmp_path: Pat
     assert "--column" in raised.value.hint
     found = read_prompts(PromptsSpec(path=f"{tmp_path}/c.jsonl", column="frage"), seed=1)
     assert found.prompts[0].text == "Wie?"
-    with pytest.raises(UserError, match="no column 'nope'"):
+    with pytest.raises(UserError, match="looked for nope"):
         read_prompts(PromptsSpec(path=f"{tmp_path}/c.jsonl", column="nope"), seed=1)
 
 

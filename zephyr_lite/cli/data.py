@@ -35,25 +35,27 @@ def chat(
     overwrite: Replace = False,
 ) -> None:
     """Raw conversations (UltraChat) → a clean set like ultrachat_200k, with a report of every rule."""
+    from ..client.endpoints import validated
     from ..data.workers import interruptible
     from ..io.redact import refuse_secrets
     from ..recipe.ultrachat import Options, clean_chat, report_lines
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
-    options = Options(
-        truecase=truecase,
-        refusals=refusals,
-        near=near or None,
-        min_turns=min_turns,
-        min_words=min_words,
-        max_words=max_words,
-        decontaminate=tuple(decontaminate or ()),
-        ngram=ngram,
-        test=test,
-        lexicon=lexicon,
-        file_format=file_format,
-    )
+    values = {
+        "truecase": truecase,
+        "refusals": refusals,
+        "near": near or None,
+        "min_turns": min_turns,
+        "min_words": min_words,
+        "max_words": max_words,
+        "decontaminate": decontaminate or (),
+        "ngram": ngram,
+        "test": test,
+        "lexicon": lexicon,
+        "file_format": file_format,
+    }
+    options = validated(Options, values, "the command line")
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite)
     if report is None:
@@ -94,7 +96,6 @@ def pairs(
     overwrite: Replace = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
-    from ..config.load import DatasetSpec
     from ..errors import UserError
     from ..io.redact import refuse_secrets
     from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs
@@ -104,9 +105,10 @@ def pairs(
     if margin is not None and rejected != "margin":
         raise UserError(f"--margin {margin:g} means nothing to --rejected {rejected}.", "Add --rejected margin.")
     report = make_pairs(
-        [DatasetSpec(path=name, split=split) for name in inputs],
+        inputs,
         out,
         PairRules(chosen_by, rejected, 1.0 if margin is None else margin, system_prompt, seed),
+        split=split,
         exclude=exclude or [],
         test=test,
         file_format=file_format,

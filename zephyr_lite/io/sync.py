@@ -62,13 +62,10 @@ class FolderPlace:
         sweep(target)
         for path in _content(stage, checkpoints):
             copy = target / path.name
-            manifest = path / MANIFEST
             if path.is_file():
                 copy_file(path, copy)
-            elif not manifest.is_file():
-                _copy_folder(path, copy)
-            elif not (copy / MANIFEST).is_file() or (copy / MANIFEST).read_bytes() != manifest.read_bytes():
-                if fault := manifest_fault(path):
+            elif not _have_equal_manifests(path, copy):
+                if (path / MANIFEST).is_file() and (fault := manifest_fault(path)):  # do not replace a good copy
                     raise OSError(f"{path.name}: {fault}")
                 _copy_folder(path, copy)
         for old in StageDir(target).checkpoints():
@@ -117,7 +114,7 @@ class HubPlace:
         )
         self.commits += 1
         if self.commits % SQUASH_EVERY == 0:
-            with suppress(HTTPError):
+            with suppress(HTTPError):  # the next time will do
                 self.api.super_squash_history(self.repo)
 
 
@@ -153,6 +150,11 @@ def _is_copied(name: str) -> bool:
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in FILES)
 
 
+def _have_equal_manifests(source: Path, target: Path) -> bool:
+    manifests = [folder / MANIFEST for folder in (source, target)]
+    return all(file.is_file() for file in manifests) and manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
 def _copy_folder(source: Path, target: Path) -> None:
     with folder_aside(target) as aside:
         shutil.copytree(source, aside, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -164,12 +166,15 @@ class Mirror:
     context; at the end, and when it is interrupted, its last state is copied too.
 
     Args:
-        place: where to.
+        sync: the key ``sync``, which names the place.
         stage: the stage.
+
+    Raises:
+        UserError: ``sync`` names no place.
     """
 
-    def __init__(self, place: Place, stage: StageDir) -> None:
-        self.place, self.stage = place, stage
+    def __init__(self, sync: str, stage: StageDir) -> None:
+        self.place, self.stage = place_of(sync, stage.run), stage
         self.folder = f"{stage.run.resolve().name}/{stage.path.name}"
         self._best: int | None = None
         self._wanted: tuple[str, ...] = ()  # checkpoints to be copied next
@@ -254,15 +259,6 @@ class Mirror:
             if other.path != self.stage.path and other.complete():
                 self.place.push(other, f"{self.stage.run.resolve().name}/{other.path.name}", ())
         self._others_sent = True
-
-
-def open_mirror(sync: str, stage: StageDir) -> Mirror:
-    """The mirror of a stage at the place that ``sync`` names.
-
-    Raises:
-        UserError: ``sync`` names no place.
-    """
-    return Mirror(place_of(sync, stage.run), stage)
 
 
 def restore(sync: str, stage: StageDir) -> None:
@@ -361,19 +357,14 @@ def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> 
             if path.is_file() and (_is_copied(path.name) or path.name == STAGE_FILE):
                 copy_file(path, target / path.name)
         for folder in (copy.path / name for name in folders if (copy.path / name).is_dir()):
-            # an adapter's copy has a manifest where an earlier version made it
+            # adapters have a manifest where an earlier version copied them
             fault = manifest_fault(folder) if not complete or (folder / MANIFEST).is_file() else None
             if fault is None:
                 _copy_folder(folder, target / folder.name)
                 brought.append(folder.name)
-                if complete:
-                    (target / folder.name / MANIFEST).unlink(missing_ok=True)
-                continue
-            logger.warning(f"sync {place.name}: {copy.path.name}/{folder.name}: {fault}; not taken")
-            if complete:
-                brought.clear()
-                break
-        if not brought:
+            else:
+                logger.warning(f"sync {place.name}: {copy.path.name}/{folder.name}: {fault}; not taken")
+        if not brought or (complete and here.adapter.name not in brought):
             raise UserError(
                 f"sync {place.name}: {here.run.name}/{here.path.name} is damaged there.",
                 "Delete that folder there to start again or to continue with the files here, or leave sync out.",

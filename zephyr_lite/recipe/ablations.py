@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..client.jobs import validated
+from ..client.endpoints import validated
 from ..config.load import (
     DatasetSpec,
     Loaded,
@@ -36,17 +36,15 @@ from ..config.load import (
     words_by_scope,
 )
 from ..config.strict_yaml import read_yaml
-from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import load_rows
 from ..errors import UserError
-from ..evaluate.likelihood import Logps, chat_loss, row_logps
+from ..evaluate.likelihood import Logps, chat_loss, row_logps, scorer_of
 from ..io.atomic import alone, write_json, write_text
 from ..io.run_dir import StageDir
-from ..model.adapters import AdapterStack
-from ..model.base import is_fingerprint_of, load_base, load_tokenizer
 from ..model.chain import chain_of_run
-from ..model.decoder import Decoder
+from ..model.loaded import BASE, live_of
 from ..train.dpo import run_dpo
 from ..train.resume import StageComplete
 from ..train.sft import run_sft
@@ -55,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 OneStage = Annotated[dict[Method, str], Field(min_length=1, max_length=1)]
 ONE_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
-BASE = "base"  # name of the bare base's row in the result
 # the two published sets; ``--chat`` and ``--preferences`` name copies of them
 CHAT, PREFERENCES = "HuggingFaceH4/ultrachat_200k", "HuggingFaceH4/ultrafeedback_binarized"
 
@@ -82,7 +79,6 @@ class ArmStage:
     method: Method
     file: str  # its configuration, as named in the table
     loaded: Loaded  # resolved, with the table's ``output_dir`` and ``adapters``
-    below: tuple[tuple[Method, str], ...]  # (method, file) of the stages below it, bottom first
 
     @property
     def name(self) -> str:
@@ -145,28 +141,25 @@ def read_table(
     def copied(entry: DatasetSpec) -> DatasetSpec:
         return entry.model_copy(update={"path": copies.get(entry.path) or entry.path})
 
-    def resolve(method: Method, file: str, below: list[ArmStage]) -> ArmStage:
-        name = load_config(method, file, []).config.stage
-        adapters = f"[{run / below[-1].name / 'adapter'}]" if below else "none"
-        words = [word for scope in ("", method, name) for word in scoped.get(scope, [])]
-        loaded = load_config(method, file, [*words, f"output_dir={run}", f"adapters={adapters}"], spec.keys)
-        sets = {key: [copied(entry) for entry in getattr(loaded.config, key)] for key in ("dataset", "eval_dataset")}
-        loaded.config = loaded.config.model_copy(update=sets)
-        return ArmStage(method, file, loaded, tuple((stage.method, stage.file) for stage in below))
-
     arms: dict[str, list[ArmStage]] = {arm: [] for arm in spec.arms if not only or arm in only}
     known: dict[str, ArmStage] = {}
     for arm, chain in arms.items():
         for method, file in (item for entry in spec.arms[arm] for item in entry.items()):
-            stage = resolve(method, file, chain)
-            first = known.setdefault(stage.name, stage)
-            if (first.method, first.file, first.below) != (stage.method, stage.file, stage.below):
+            name = load_config(method, file, []).config.stage
+            adapters = f"[{run / chain[-1].name / 'adapter'}]" if chain else "none"
+            own = [word for scope in ("", method, name) for word in scoped.get(scope, [])]
+            loaded = load_config(method, file, [*own, f"output_dir={run}", f"adapters={adapters}"], spec.keys)
+            config = loaded.config
+            sets = {key: [copied(entry) for entry in getattr(config, key)] for key in ("dataset", "eval_dataset")}
+            loaded.config = config.model_copy(update=sets)
+            stage = known.setdefault(name, ArmStage(method, file, loaded))
+            if stage.loaded.config != loaded.config:
                 raise UserError(
-                    f"arm {arm!r}: its stage {stage.name!r} ({file}) shares its name with another one, of another file or "
-                    "on other stages.",
+                    f"arm {arm!r}: its stage {name!r} ({file}) shares its name with another one, of another file or on other "
+                    "stages.",
                     "Give each its own `stage:` in its configuration.",
                 )
-            chain.append(first)
+            chain.append(stage)
     if unused := sorted(set(scoped) - {"", "sft", "dpo", *known}):
         raise UserError(
             f"the command line: {unused[0]}.…: no stage of this table is called so, and it is no key.",
@@ -213,15 +206,13 @@ def run_ablation(
         UserError: as the stages' own commands; or stages have different bases, or a finished stage or the base was changed.
     """
     stages = table.stages()
-    first = stages[0]
-    for stage in stages:
-        for key in ONE_BASE:
-            ours, theirs = getattr(first.loaded.config, key), getattr(stage.loaded.config, key)
-            if ours != theirs:
-                raise UserError(
-                    f"{key} is {ours!r} in {first.name} ({first.file}), and {theirs!r} in {stage.name} ({stage.file}).",
-                    f"Give one for all of them: {key}={ours}",
-                )
+    for key in ONE_BASE:
+        found = list(dict.fromkeys(str(getattr(stage.loaded.config, key)) for stage in stages))
+        if len(found) > 1:
+            raise UserError(
+                f"{table.name}: {key} is not the same in all stages: {', '.join(found)}.",
+                f"Give one for all of them: {key}={found[0]}",
+            )
     with alone(table.run):
         _check_rows(table)
         for number, stage in enumerate(stages, 1):
@@ -231,9 +222,7 @@ def run_ablation(
                 (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, on_metrics=on_metrics)
             except StageComplete as done:
                 logger.info(done.message)
-            gc.collect()  # free one stage's base before the next one is loaded
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _free()
         result = _score(table)
         file = table.run / (table.name if table.whole else f"{table.name}-some")
         values = {
@@ -246,6 +235,13 @@ def run_ablation(
         write_text(file.with_name(f"{file.name}.md"), "\n".join(table_lines(result)) + "\n")
         logger.info(f"wrote {file}.json and .md")
     return result
+
+
+def _free() -> None:
+    """Free the base that was used last before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_rows(table: Table) -> None:
@@ -262,50 +258,33 @@ def _check_rows(table: Table) -> None:
 
 
 def _score(table: Table) -> Ablation:
-    """Score every arm on one base, with the arms' adapters switched on and off."""
-    chains = {arm: chain_of_run(table.run, stage=stages[-1].name) for arm, stages in table.arms.items()}
-    base = load_base(table.stages()[0].loaded.config)
-    for arm, chain in chains.items():
-        if not is_fingerprint_of(chain.base["fingerprint"], base.path):
-            raise UserError(
-                f"arm {arm!r} was trained on other weights of {chain.base['name_or_path']} than those in {base.path}.",
-                "Restore them, or choose another folder with --out.",
-            )
-    stack = AdapterStack(base.model)
-    bare = Decoder(stack, base.dtype, [])
+    """Score every arm, and the base that all of them have in common."""
     rows: dict[str, tuple[TokenizedDataset, TokenizedDataset, Logps]] = {}  # by template; log-probabilities of the base
     scores: dict[str, Score] = {}
-    names: dict[str, str] = {}  # an adapter's hash → its name in the stack
-    for arm, chain in chains.items():
-        assert chain.tokenizer_from is not None  # every stage saves its tokenizer
-        template = resolve_template("auto", load_tokenizer(chain.tokenizer_from))
-        if template.text not in rows:
-            chats, pairs = _held_out(table, "sft", template), _held_out(table, "dpo", template)
-            rows[template.text] = chats, pairs, row_logps(bare, pairs)
-        chats, pairs, reference = rows[template.text]
-        if not scores:
-            logger.info("scoring the base")
-            scores[BASE] = Score(chat_loss(bare, chats), _likelier(reference))
-            sizes = len(chats.lengths), len(pairs.lengths)
+    for arm, stages in table.arms.items():
         logger.info(f"scoring {arm}")
-        for adapter in chain.adapters:
-            if adapter.sha256 not in names:
-                names[adapter.sha256] = f"adapter{len(names)}"
-                stack.add_frozen(names[adapter.sha256], adapter)
-        decoder = Decoder(stack, base.dtype, [names[adapter.sha256] for adapter in chain.adapters])
-        logps = row_logps(decoder, pairs)
+        live = live_of(chain_of_run(table.run, stage=stages[-1].name))
+        if live.template.text not in rows:
+            chats, pairs = _held_out(table, "sft", live.template), _held_out(table, "dpo", live.template)
+            rows[live.template.text] = chats, pairs, row_logps(scorer_of(live, BASE), pairs)
+        chats, pairs, reference = rows[live.template.text]
+        if not scores:
+            scores[BASE] = Score(chat_loss(scorer_of(live, BASE), chats), _likelier(reference))
+        logps = row_logps(scorer_of(live, live.policy), pairs)
         gained = logps.sums - reference.sums
         margins = gained[:, 0] - gained[:, 1]
         won = (margins > 0).double()
         scores[arm] = Score(
-            chat_loss=chat_loss(decoder, chats),
+            chat_loss=chat_loss(scorer_of(live, live.policy), chats),
             likelier=_likelier(logps),
             accuracy=won.mean().item(),
             accuracy_error=_standard_error(won),
             margin=margins.mean().item(),
             margin_error=_standard_error(margins),
         )
-    return Ablation(table, scores, *sizes)
+        del live
+        _free()
+    return Ablation(table, scores, len(chats.lengths), len(pairs.lengths))
 
 
 def _held_out(table: Table, method: Method, template: ChatTemplate) -> TokenizedDataset:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -48,7 +47,7 @@ class Words:
 
     def joined(self, groups: np.ndarray) -> Words:
         """The same words with texts groups[i]:groups[i + 1] as text i; groups: int64 [groups + 1]."""
-        return Words(self.hashes, self.offsets[groups], self.starts, self.ends, self.data)
+        return replace(self, offsets=self.offsets[groups])
 
 
 def words_of(texts: Sequence[str]) -> Words:
@@ -166,7 +165,7 @@ NGRAM = 13  # words
 SHORTEST = 5  # words; a shorter text ("Yes.") is a label, or could be anywhere
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalSets:
     """The texts of evaluation sets, which must not be trained on.
 
@@ -174,29 +173,22 @@ class EvalSets:
     """
 
     n: int
-    rows: dict[str, int] = field(default_factory=dict)  # of each set
-    grams: dict[int, str] = field(default_factory=dict)  # hash of an n-gram → the first set that has it
-    texts: dict[bytes, str] = field(
-        default_factory=dict
-    )  # hashes of the words of a text of fewer than n → the first set
-
-    @cached_property
-    def keys(self) -> np.ndarray:
-        """The hashes of n-grams, uint64, sorted."""
-        return np.array(sorted(self.grams), np.uint64)
+    rows: dict[str, int]  # of each set
+    sets: dict[
+        int | bytes, str
+    ]  # hash of an n-gram, or the hashes of all words of a shorter text → the first set with it
+    grams: np.ndarray  # uint64, the hashes of n-grams
 
     def find(self, words: Words) -> dict[int, tuple[str, str]]:
         """The contaminated texts: index → (the set's name, the shared words)."""
-        found: dict[int, tuple[str, str]] = {}
+        found = {}
         for text, start, key in _short_texts(words, self.n):
-            if key in self.texts:
-                found[text] = self.texts[key], words.text(start, len(key) // 8)
-        if len(self.keys):
-            hashes, first = ngrams(words, self.n)
-            place = np.minimum(np.searchsorted(self.keys, hashes), len(self.keys) - 1)
-            for hit in np.flatnonzero(self.keys[place] == hashes).tolist():
-                text = int(np.searchsorted(words.offsets, first[hit], side="right")) - 1
-                found.setdefault(text, (self.grams[int(hashes[hit])], words.text(int(first[hit]), self.n)))
+            if key in self.sets:
+                found[text] = self.sets[key], words.text(start, len(key) // 8)
+        hashes, first = ngrams(words, self.n)
+        for hit in np.flatnonzero(np.isin(hashes, self.grams)).tolist():
+            text = int(np.searchsorted(words.offsets, first[hit], side="right")) - 1
+            found.setdefault(text, (self.sets[int(hashes[hit])], words.text(int(first[hit]), self.n)))
         return found
 
 
@@ -215,19 +207,21 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
     Raises:
         UserError: a set cannot be read, or has no text of five words.
     """
-    sets = EvalSets(n)
+    counts: dict[str, int] = {}
+    sets: dict[int | bytes, str] = {}
+    grams = [np.zeros(0, np.uint64)]
     for name in names:
         path, _, split = name.partition("#")
         rows = open_rows(DatasetSpec(path=path, split=split or None), f"--decontaminate {path}#{{}}")
         words = words_of([text for row in rows for text in texts_of(row)])
-        grams = ngrams(words, n)[0].tolist()
-        short = [key for _, _, key in _short_texts(words, n)]
-        if not grams and not short:
+        grams.append(ngrams(words, n)[0])
+        found: list[int | bytes] = [*grams[-1].tolist(), *(key for _, _, key in _short_texts(words, n))]
+        if not found:
             raise UserError(
                 f"{name}: no text of {SHORTEST} words or more in its {len(rows):,} rows; nothing can be compared with it.",
                 "Name a file with the questions.",
             )
-        sets.grams = dict.fromkeys(grams, name) | sets.grams
-        sets.texts = dict.fromkeys(short, name) | sets.texts
-        sets.rows[name] = len(rows)
-    return sets
+        counts[name] = len(rows)
+        for key in found:
+            sets.setdefault(key, name)
+    return EvalSets(n, counts, sets, np.unique(np.concatenate(grams)))

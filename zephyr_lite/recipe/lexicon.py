@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.text import read_object
 from .dedup import SIGNS
 
 FORMAT = "zephyr-lite lexicon 1"
+WORDS = {key: text.split() for key, text in read_yaml(Path(__file__).with_name("words.yaml")).items()}
 # a word is a name if (with capital + ½) / (all + _PRIOR) reaches _NAME: 3 of 3, 11 of 12, not 2 of 2
 _NAME, _PRIOR = 0.75, 1.5
 _PAIR, _PAIR_TIMES = 0.6, 2
@@ -36,28 +38,7 @@ _LEAST_WORDS = 3  # a shorter run may be a heading
 # -- English ------------------------------------------------------------------------------------------------------------
 
 
-def word_list(text: str) -> list[str]:
-    """Words that are written in the source as running text."""
-    return text.split()
-
-
-_FUNCTION_WORDS = frozenset(
-    word_list("""
-the a an and or but of to in on at for with from by is are was were be been it this that these those you your we our
-they their he she his her my me not no do does did can could will would should have has had what which who how why
-when where there here if as so about into than then also please hello hi thanks thank yes okay ok tell give write make
-explain describe list some any more great sure wow
-""")
-)
-# frequent words of other languages in Latin script that are not English
-_FOREIGN_WORDS = frozenset(
-    word_list("""
-der die das und ist nicht ein eine ich sie wir mit auf für von zu den dem que el los las una por para con del es está
-como pero le les des du est et une dans pour qui pas sur avec il di che un per non sono della gli och att det som är
-på en av inte jag nie się na jest w z do że to ik het een van niet de na os um uma não em com se mais voce je ve bir
-bu için ile değil çok og er til af ikke jeg på ja nej ne da li su za sa
-""")
-) - {"do", "to", "a", "in", "on", "me", "no", "he", "so", "an", "at", "is", "ve"}
+_ENGLISH, _FOREIGN = frozenset(WORDS["english"]), frozenset(WORDS["foreign"])
 _LOOK = 500  # characters
 _LETTERS = re.compile(r"[^\W\d_]+")
 _NOT_LATIN = re.compile(r"[^\W\d_a-zA-ZÀ-ɏḀ-ỿ]")
@@ -72,44 +53,15 @@ def is_english(text: str) -> bool:
     if not text.isascii() and len(_NOT_LATIN.findall(text)) * 20 > len(text):
         return False
     words = _LETTERS.findall(text[:_LOOK].lower())
-    ours = len(list(filter(_FUNCTION_WORDS.__contains__, words)))
-    theirs = len(list(filter(_FOREIGN_WORDS.__contains__, words)))
+    ours = sum(map(_ENGLISH.__contains__, words))
+    theirs = sum(map(_FOREIGN.__contains__, words))
     if ours == theirs:
         return text.isascii()
     return ours > theirs
 
 
-# The lexicon adds the names of the corpus, and decides on names that are common words, too (may, march, china, polish).
-_CAPITALISED = word_list("""
-monday tuesday wednesday thursday friday saturday sunday january february april june july september october november
-december christmas easter halloween hanukkah ramadan diwali thanksgiving english french german spanish italian
-portuguese dutch greek latin russian ukrainian chinese japanese korean vietnamese thai hindi urdu bengali arabic
-hebrew persian turkish swedish norwegian danish finnish icelandic irish scottish welsh british american canadian
-mexican brazilian argentinian chilean peruvian cuban colombian australian indian pakistani indonesian malaysian
-filipino egyptian ethiopian kenyan nigerian moroccan iranian iraqi israeli lebanese syrian saudi african asian
-european swiss austrian belgian hungarian romanian bulgarian croatian serbian czech slovak catholic protestant
-christian muslim jewish hindu buddhist sikh islam islamic christianity judaism hinduism buddhism europe asia africa
-america australia antarctica oceania atlantic arctic mediterranean caribbean england scotland wales ireland britain
-france germany spain italy portugal netherlands belgium luxembourg switzerland austria poland czechia slovakia hungary
-romania bulgaria greece croatia serbia slovenia albania ukraine russia belarus estonia latvia lithuania finland sweden
-norway denmark iceland canada mexico guatemala honduras nicaragua panama cuba jamaica haiti colombia venezuela ecuador
-peru bolivia brazil paraguay uruguay argentina chile egypt libya tunisia algeria morocco sudan ethiopia kenya uganda
-tanzania rwanda nigeria ghana senegal cameroon congo angola zambia zimbabwe botswana namibia mozambique madagascar
-israel palestine lebanon syria iraq iran kuwait qatar yemen afghanistan pakistan india nepal bhutan bangladesh myanmar
-thailand laos cambodia vietnam malaysia singapore indonesia philippines taiwan japan korea mongolia kazakhstan
-uzbekistan london paris berlin madrid rome vienna moscow tokyo beijing shanghai delhi mumbai sydney melbourne toronto
-vancouver chicago boston seattle houston dallas philadelphia washington california texas florida alaska hawaii arizona
-colorado michigan illinois ohio virginia oregon utah nevada manhattan brooklyn hollywood google microsoft facebook
-instagram twitter wikipedia linkedin mr mrs ms dr
-""")
-_WRITTEN = word_list("""
-YouTube LinkedIn JavaScript GitHub iPhone iPad WhatsApp NASA NATO UNESCO DNA RNA HTML CSS SQL CEO USA TV
-""")
-
-ALWAYS: dict[str, str] = {
-    **{word: word.capitalize() for word in _CAPITALISED},
-    **{word.lower(): word for word in _WRITTEN},
-}
+# lower case → form; the lexicon adds the names of the corpus
+ALWAYS = {word: word.capitalize() for word in WORDS["names"]} | {word.lower(): word for word in WORDS["written"]}
 
 
 # -- the lexicon --------------------------------------------------------------------------------------------------------
@@ -123,17 +75,43 @@ class Lexicon:
     pairs: Counter[str] = field(default_factory=Counter)  # two neighbors with capitals, joined by a space
     both: Counter[str] = field(default_factory=Counter)  # the same in lower case, written in any case
 
-    @classmethod
-    def learned(cls, blocks: Iterable[Sequence[Mapping[str, int]]]) -> Lexicon:
-        """The sum of blocks' counts (``count_words``). Lower-case words without a form with a capital are removed."""
-        lexicon = cls()
-        for block in blocks:
-            for mine, theirs in zip((lexicon.forms, lexicon.pairs, lexicon.both), block):
-                mine.update(theirs)
-        written = {form.lower() for form in lexicon.forms if _CAPITAL.search(form)}
-        for form in [form for form in lexicon.forms if form not in written and not _CAPITAL.search(form)]:
-            del lexicon.forms[form]
-        return lexicon
+    def add(self, other: Lexicon) -> None:
+        """Add the counts of another lexicon."""
+        self.forms.update(other.forms)
+        self.pairs.update(other.pairs)
+        self.both.update(other.both)
+
+    def learn(self, dialogues: Iterable[str]) -> None:
+        """Add the counts of some dialogues.
+
+        A word is inside a sentence if a space, or a comma and a space, separates it from the word before. Runs of fewer than
+        four words, and runs of mostly capitals, are skipped: they may be headings. Of pairs in lower case, those are counted that
+        one of these dialogues writes with capitals.
+        """
+        pairs: Counter[str] = Counter()
+        spellings: list[list[str]] = []
+        for text in dialogues:
+            text = SIGNS.sub(" ", text)
+            own_forms: set[str] = set()
+            own_pairs: dict[str, str] = {}
+            for run in _BREAK.split(text):
+                rest = run.partition(" ")[2]
+                words = rest.split(" ")
+                lower = rest.islower()  # the most frequent case
+                if len(words) < _LEAST_WORDS or (not lower and len(_CAPITAL_WORD.findall(rest)) * 2 > len(words)):
+                    continue
+                own_forms.update(words)
+                for before, word in () if lower else pairwise(words):
+                    if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
+                        pair = f"{before} {word.rstrip(',')}"
+                        own_pairs.setdefault(pair.lower(), pair)
+            self.forms.update({word.rstrip(",") for word in own_forms if not "0" <= word[0] <= "9"})
+            pairs.update(own_pairs.values())
+            spellings.append(_WORD.findall(text.lower()))
+        self.pairs.update(pairs)
+        wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
+        for words in spellings:
+            self.both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -162,10 +140,12 @@ class Lexicon:
         return frozenset(self.names).union(*(pair.split(" ") for pair in self.phrases))
 
     def save(self, path: Path) -> None:
-        """Write the counts as JSON, sorted."""
-        counts = {name: dict(sorted(getattr(self, name).items())) for name in ("forms", "pairs", "both")}
-        text = json.dumps({"format": FORMAT, **counts}, ensure_ascii=False, indent=0, separators=(",", ":"))
-        write_text(path, text + "\n")
+        """Write the counts as JSON, sorted, without words that are never written with a capital."""
+        names = {form.lower() for form in self.forms if _CAPITAL.search(form)}
+        forms = {form: count for form, count in self.forms.items() if form in names or _CAPITAL.search(form)}
+        counts = {"forms": forms, "pairs": self.pairs, "both": self.both}
+        value = {"format": FORMAT, **{name: dict(sorted(found.items())) for name, found in counts.items()}}
+        write_text(path, json.dumps(value, ensure_ascii=False, indent=0, separators=(",", ":")) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Lexicon:
@@ -182,41 +162,8 @@ def _capitalized(counts: Counter[str]) -> dict[str, tuple[int, str]]:
     often: Counter[str] = Counter()
     best: dict[str, tuple[int, str]] = {}
     for form, count in counts.items():
-        if (lower := form.lower()) != form:
+        if _CAPITAL.search(form):
+            lower = form.lower()
             often[lower] += count
             best[lower] = max(best.get(lower, (0, "")), (count, form))
     return {lower: (often[lower], form) for lower, (_, form) in best.items()}
-
-
-def count_words(dialogues: Iterable[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Count how words are written inside sentences: (forms, pairs, both) of ``Lexicon``, lower-case words included.
-
-    A word is inside a sentence if a space, or a comma and a space, separates it from the word before. Runs of fewer than
-    four words, and runs of mostly capitals, are skipped: they may be headings.
-    """
-    forms: Counter[str] = Counter()
-    pairs: Counter[str] = Counter()
-    spellings: list[list[str]] = []
-    for text in dialogues:
-        text = SIGNS.sub(" ", text)
-        own_forms: set[str] = set()
-        own_pairs: dict[str, str] = {}
-        for run in _BREAK.split(text):
-            rest = run.partition(" ")[2]
-            words = rest.split(" ")
-            lower = rest.islower()  # the most frequent case
-            if len(words) < _LEAST_WORDS or (not lower and len(_CAPITAL_WORD.findall(rest)) * 2 > len(words)):
-                continue
-            own_forms.update(words)
-            for before, word in () if lower else pairwise(words):
-                if "A" <= before[0] <= "Z" and "A" <= word[0] <= "Z" and before[-1] != ",":
-                    pair = f"{before} {word.rstrip(',')}"
-                    own_pairs.setdefault(pair.lower(), pair)
-        forms.update({word.rstrip(",") for word in own_forms if not "0" <= word[0] <= "9"})
-        pairs.update(own_pairs.values())
-        spellings.append(_WORD.findall(text.lower()))
-    wanted = {tuple(pair.lower().split(" ")) for pair in pairs}
-    both: Counter[str] = Counter()
-    for words in spellings:
-        both.update(" ".join(pair) for pair in wanted.intersection(pairwise(words)))
-    return forms, pairs, both

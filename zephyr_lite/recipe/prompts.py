@@ -25,6 +25,7 @@ from ..io.text import read_text, shown
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")
 _CONVERSATIONS = ("messages", "conversations", "data", "turns")
 QUESTIONS = ("question", "instruction", "prompt", "turns", "text")  # that may hold a question to exclude
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
 
 
@@ -49,11 +50,15 @@ class Prompt:
     """One prompt."""
 
     text: str
-    id: str  # SHA-256 of the text, in hex
     where: str  # "prompts.jsonl row 17", counted from 1
     source: str  # the row's ``source`` column, or the name of the file or split
     correct: list[str]  # reference answers that UltraFeedback's rows have for some questions
     incorrect: list[str]
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the text, in hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass
@@ -79,10 +84,8 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         UserError: there is no such set, no column holds prompts, or no row can be used.
     """
     source = open_rows(DatasetSpec(**spec.model_dump(exclude={"limit", "column"})), "--split {}")
-    label, columns = source.label, source.columns
-    column = spec.column or column_of(columns, COLUMNS, label, "Name it: --column NAME.")
-    if column not in columns:
-        raise UserError(f"{label}: there is no column {column!r}.", f"There are {', '.join(columns)}.")
+    label = source.label
+    column = column_of(source.columns, [spec.column] if spec.column else COLUMNS, label, "Name it: --column NAME.")
     rows = source.select_columns([column, *_BESIDE])  # the rest may be large
     numbers = np.arange(len(rows))
     if spec.limit is not None and spec.limit < len(rows):
@@ -94,56 +97,46 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
         where = f"{label} row {number + 1}"
         try:
             text = _prompt_of(row, column)
-            identity = hashlib.sha256(text.encode("utf-8")).hexdigest()
-            if identity in seen:
+            if text in seen:
                 raise RowError("the prompt of an earlier row")
         except RowError as error:
             found.dropped.setdefault(str(error), []).append(where)
             continue
-        seen.add(identity)
-        own = row.get("source")
-        answers = [_answers(row, name) for name in ("correct_answers", "incorrect_answers")]
-        named = own if isinstance(own, str) and own else Path(label).stem
-        found.prompts.append(Prompt(text, identity, where, named, *answers))
+        seen.add(text)
+        answers = [row.get(name) or ["None"] for name in ("correct_answers", "incorrect_answers")]
+        found.prompts.append(Prompt(text, where, row.get("source") or Path(label).stem, *answers))
     if not found.prompts:
-        hint = f"Another column may hold them: --column NAME, one of {', '.join(columns)}."
-        raise UserError(f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped) or 'empty'}.", hint)
+        raise UserError(
+            f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.",
+            f"Another column may hold them: --column NAME, one of {', '.join(source.columns)}.",
+        )
     return found
 
 
 def column_of(columns: Sequence[str], wanted: Sequence[str], label: str, hint: str) -> str:
     """The first of the wanted columns that there is, in any case."""
     names = {column.lower(): column for column in columns}
-    if found := [names[name] for name in wanted if name in names]:
-        return found[0]
+    for name in wanted:
+        if name.lower() in names:
+            return names[name.lower()]
     there = shown(", ".join(columns), 500)
     raise UserError(f"{label}: no column holds prompts (found {there}; looked for {', '.join(wanted)}).", hint)
 
 
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     """Raises RowError."""
-    value = row.get(column)
-    if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+    value = row.get(column) or ""
+    if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
         value = value[0]  # raw UltraChat, MT-Bench: turns without roles
-    elif column in _CONVERSATIONS or isinstance(value, (list, Mapping)):
+    elif column in _CONVERSATIONS or not isinstance(value, str):
         value = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
-    if value is not None and not isinstance(value, str):
-        raise RowError(f"{column} is not text")
-    if not value or not value.strip():
+    if not value.strip():
         raise RowError("an empty prompt")
-    extra = row.get("input") if column == "instruction" else None
-    if isinstance(extra, str) and extra.strip():
-        value = f"{value}\n\n{extra}"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError("text that is not valid Unicode") from None
+    if column == "instruction" and row.get("input"):
+        value = f"{value}\n\n{row['input']}"
+    if _SURROGATE.search(value):
+        raise RowError("text that is not valid Unicode")
     return value.strip()
-
-
-def _answers(row: Mapping[str, Any], column: str) -> list[str]:
-    value = row.get(column)
-    return value if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else ["None"]
 
 
 # -- excluded questions ------------------------------------------------------------------------------------------------
@@ -231,9 +224,7 @@ def open_rows(spec: DatasetSpec, option: str) -> Source:
         option: how the command line names a split, ``{}`` in it, for hints.
     """
     path = Path(spec.path).expanduser()
-    if path.is_file() and path.suffix.lower() in (".txt", ".md", ""):
-        if spec.split is not None:
-            raise UserError(f"{spec.path}: a text file has no split.", "Leave it out.")
+    if path.is_file() and path.suffix.lower() in (".txt", ".md", "") and spec.split is None:
         lines = read_text(path, name=spec.path).removesuffix("\n").split("\n")
         return Source(datasets.Dataset.from_dict({"text": lines}), spec.path)
     try:

@@ -8,12 +8,12 @@ question about the assistant, or a story that was asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-_NOT = r"(?:do not|don't|don’t|dont|cannot|can't|can’t|lack|am not able to|am unable to|am not capable of|never)"
+# patterns on lower-case text with straight apostrophes
+_NOT = r"(?:do not|don't|dont|cannot|can't|lack|am not able to|am unable to|am not capable of|never)"
 _HAVE = (
-    r"(?:(?:do not|don't|don’t|dont|cannot|can't|can’t|never|am unable to|am not able to)(?: (?:actually|really|truly|"
-    r"currently|personally))? (?:have|hold|possess|feel|experience|form|express)(?:ing)?|lack|"
+    r"(?:(?:do not|don't|dont|cannot|can't|never|am unable to|am not able to)(?: (?:actually|really|truly|currently|"
+    r"personally))? (?:have|hold|possess|feel|experience|form|express)(?:ing)?|lack|"
     r"am (?:incapable of|not capable of) (?:having|feeling|holding|experiencing|forming|expressing)|have no)"
 )
 _ANY = (
@@ -42,7 +42,10 @@ _ABLE = (
     r"(?! not|'t))"
 )
 
-# name → pattern on lower-case text
+_OR = r"(?:\w+ (?:or|and) )?"
+_LACK = rf"{_VOICE}i {_HAVE}{_ANY} {_OR}"
+
+# name → pattern
 REFUSALS = {
     "as_an_ai": (
         rf"{_VOICE}(?:(?:i'm |i am )?sorry,? (?:but )?)?(?:as|being|since i am|since i'm|because i am|"
@@ -51,43 +54,37 @@ REFUSALS = {
         rf"[^.!?\n]{{0,60}}?{_DENIAL}))|it(?: is|'s) (?:not|im)|there (?:is|are) no )|"
         rf"{_VOICE}i, (?:as|being) {_AI}[^.!?\n]{{0,60}}?,? (?:do|can|am|have|could|would)\b(?=.{{0,6}}{_DENIAL})"
     ),
-    "no_emotions": rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:emotions?|feelings?|emotional)\b",
+    "no_emotions": rf"{_LACK}(?:personal )?(?:emotions?|feelings?|emotional)\b",
     "no_opinions": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:\w+ (?:or|and) )?(?:opinions?|beliefs?|"
-        rf"preferences?|viewpoints?|"
-        r"biases|favou?rites?|political views?|tastes?)\b"
+        rf"{_LACK}(?:personal )?{_OR}(?:opinions?|beliefs?|preferences?|viewpoints?|biases|favou?rites?|political views?|tastes?)\b"
     ),
     "no_experiences": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:(?:personal|first-?hand|real-life|lived|human|own|"
-        rf"direct|physical) "
-        r"(?:\w+ (?:or|and) )?experiences?\b|(?:\w+ (?:or|and) )?experiences\b|(?:personal )?(?:memories\b|"
-        r"anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))"
+        rf"{_LACK}(?:(?:personal|first-?hand|real-life|lived|human|own|direct|physical) {_OR}experiences?\b|{_OR}experiences\b|"
+        r"(?:personal )?(?:memories\b|anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))"
     ),
     "cannot_as_machine": (
-        rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|"
-        rf"which means)|;)[^.!?\n]{{0,40}}?"
-        rf"\b(?:{_NOT}|have no|not able)\b|"
+        rf"{_VOICE}i(?:'m| am) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|which means)|;)"
+        rf"[^.!?\n]{{0,40}}?\b(?:{_NOT}|have no|not able)\b|"
         rf"{_VOICE}i (?:do not|don't|cannot|can't|have not|haven't|am not|am unable)\b[^.!?\n]{{0,60}}? (?:as|since|because) "
         rf"i(?:'m| am) (?:just |only )?{_AI}"
     ),
     "no_browsing": (
-        rf"{_VOICE}i(?:'m| am|’m)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|"
+        rf"{_VOICE}i(?:'m| am)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|"
         rf"access|browse|search|provide|offer)"
         r"[^.!?\n]{0,30}?(?:real-?time|current|up-to-date|live|the internet|the web|browse|external (?:link|site|web))"
     ),
 }
 # Around one of these the patterns are searched, which would be slow on a whole answer. Each begins with letters, to which a
 # search skips quickly.
-_DENIES = re.compile(
-    r"i(?<![a-z0-9]i)(?: (?:do not|don'?t|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|"
-    r"simply|an?))|"
-    r"'m (?:not|unable|just|only|simply|an?|incapable))\b"
+_GATES = (
+    re.compile(
+        r"i(?<![a-z0-9]i)(?: (?:do not|don'?t|cannot|can't|never|lack|have no|am (?:unable|not|incapable|just|only|"
+        r"simply|an?))|'m (?:not|unable|just|only|simply|an?|incapable))\b"
+    ),
+    re.compile(
+        r"(?:as|being) an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
+    ),
 )
-_IS = re.compile(r"as an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b")
-_IS_TOO = re.compile(
-    r"being an? (?:\w+[ -]){0,2}?(?:ai|artificial|language|chatbot|machine|virtual|digital|computer)\b"
-)
-_GATES = (_DENIES, _IS, _IS_TOO)
 _BEFORE, _AFTER = 60, 260  # characters around a gate
 _PATTERNS = {name: re.compile(pattern) for name, pattern in REFUSALS.items()}
 _QUOTED = re.compile(r"\"[^\"\n]{0,600}\"|“[^”\n]{0,600}”|```[\s\S]*?(?:```|\Z)|`[^`\n]*`|(?m:^>[^\n]*)")
@@ -133,21 +130,15 @@ _OTHER_VOICE = re.compile(
 
 def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
     """The rule by which an assistant's turn refuses the user's: (its name, start and end in the assistant's turn), or None."""
-    lower = assistant.lower()
-    if not lower.isascii():
-        lower = lower.replace("’", "'")
+    lower = assistant.lower().replace("’", "'")
     if len(lower) != len(assistant) or not any(gate.search(lower) for gate in _GATES):
         return None
     own = _QUOTED.sub(lambda match: "\x00" * len(match.group()), lower)
-    around = [
-        (max(0, match.start() - _BEFORE), match.end() + _AFTER) for gate in _GATES for match in gate.finditer(own)
-    ]
-    found = [
-        (match.start(), match.end(), name)
-        for name, pattern in _PATTERNS.items()
-        for window in around
-        if (match := pattern.search(own, *window))
-    ]
+    found = []
+    for gate in (match for pattern in _GATES for match in pattern.finditer(own)):
+        for name, pattern in _PATTERNS.items():
+            if match := pattern.search(own, max(0, gate.start() - _BEFORE), gate.end() + _AFTER):
+                found.append((match.start(), match.end(), name))
     if not found:
         return None
     asked = user.lower().replace("’", "'")
@@ -165,15 +156,4 @@ def refusal(user: str, assistant: str) -> tuple[str, int, int] | None:
         ):
             continue
         return name, start, end
-    return None
-
-
-def first_refusal(roles: Sequence[str], texts: Sequence[str]) -> tuple[int, str, int, int] | None:
-    """The first assistant turn that refuses: (its index, the rule, start, end), or None."""
-    for place, role in enumerate(roles):
-        if role == "assistant":
-            asked = texts[place - 1] if place and roles[place - 1] == "user" else ""
-            found = refusal(asked, texts[place])
-            if found is not None:
-                return place, *found
     return None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .lexicon import ALWAYS, Lexicon, is_english, word_list
+from .lexicon import ALWAYS, WORDS, Lexicon, is_english
 
 # -- spans that are left alone: code, addresses, names of files, formulas, markup ---------------------------------------
 
@@ -106,28 +106,14 @@ _NO_START = re.compile(
     r"[ivxl]+\)|[a-zA-Z](?:[.)](?=[\s.)])|\.[a-zA-Z])|(?![aio])[^\W\d_](?![^\W\d_]|-)|[^\W\d_]+(?::\S|[.!?]?/\w)"
 )
 
-_ABBREVIATIONS = word_list("""
-mr mrs ms dr prof sr jr st mt ft gen col sgt capt lt cpl rev hon pres gov sen rep messrs mme mlle etc vs cf approx
-ca viz ibid et inc ltd corp dept univ assn bros nos vol vols figs pp pg eds est sec hr hrs avg
-tel ext ave blvd rd feb apr jun jul aug sep sept oct nov dec tue tues thu thur thurs fri oz lb
-lbs tbsp tsp resp incl excl misc orig eg ie
-""")
 # an abbreviation, an initial or the end of "U.S."; but "so do I." ends a sentence
 _ABBREVIATED = re.compile(
-    rf"(?<![^\W\d_])(?:{'|'.join(_ABBREVIATIONS)}|et al)$|(?:^|(?<=[ .\n\t(\"“'‘\[*]))(?!i)[^\W\d_]$", re.IGNORECASE
+    rf"(?<![^\W\d_])(?:{'|'.join(WORDS['abbreviations'])}|et al)$|(?:^|(?<=[ .\n\t(\"“'‘\[*]))(?!i)[^\W\d_]$",
+    re.IGNORECASE,
 )
-# the next word is a person's name
-_TITLES = frozenset(word_list("mr mrs ms dr prof capt sgt lt col rev sen gov"))
-# words that continue after a quoted sentence: "A boy runs." is true
-_CONTINUES = frozenset(word_list("is are was were to and or means"))
-# … after a quoted question or exclamation, which may be a title ("Help!" by the Beatles), or what one says
-_CONTINUES_TITLE = _CONTINUES.union(
-    word_list("""
-by from in on of with for at as has had have can could will would may might does did but because that which who he she
-they we it i you said asked replied whispered shouted cried exclaimed answered thought yelled called muttered murmured
-says asks encourages shows makes implies suggests refers
-""")
-)
+_TITLES, _PARTICLES = frozenset(WORDS["titles"]), frozenset(WORDS["particles"])
+_CONTINUES = frozenset(WORDS["continues"])
+_CONTINUES_TITLE = _CONTINUES.union(WORDS["continues_title"])
 _ENDS_OF_NAMES = frozenset(["yahoo", "jeopardy"])
 _NEAR = 16  # characters
 
@@ -214,7 +200,6 @@ def _is_pronoun(text: str, start: int) -> bool:
 # -- all words of a turn ---------------------------------------------------------------------------------------------
 
 _COUNT_BEFORE = re.compile(r"\d ?$")
-_PARTICLES = frozenset(word_list("van von der den de da di du del la le el al bin ibn ter ten zu y e"))
 
 
 def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
@@ -228,8 +213,9 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
     for index, (start, end, word) in enumerate(words):
         last = words[index - 1][1] if index else 0
         gap = text[last:start]
-        if index and gap == " " and word not in known and word != "i":
-            continue  # after a single space only names and the pronoun change
+        within = index > 0 and gap == " "  # where only names and the pronoun change
+        if within and word not in known and word != "i":
+            continue
         if word != word.lower() or _LATIN.match(word) is None or 1 in protected[start:end]:
             continue
         if gap in ("'", "’") and index and text[start - 2].isalnum():
@@ -238,22 +224,20 @@ def changes(text: str, lexicon: Lexicon | None) -> list[Change]:
             if _is_pronoun(text, start):
                 found.append(Change(start, "lone_i", "I"))
             continue
-        before = words[index - 1][2].lower() if index else ""
-        rule = None if index and gap == " " else _start_rule(text, word, start, last, before)
-        kind, name = _name(text, words, index, lexicon) if word in known else ("", None)
-        if rule is not None:
-            upper = word[0].upper()
-            form = name or (upper + word[1:] if len(upper) == 1 else word)  # ß is two; a name may be iPhone
-            if form != word:
-                found.append(Change(start, rule, form))
-        elif name is not None and name != word:
-            found.append(Change(start, kind, name))
+        rule, form = _name(text, words, index, lexicon) if lexicon is not None and word in known else ("", word)
+        if not within:
+            start_rule = _start_rule(text, word, start, last, words[index - 1][2].lower() if index else "")
+            if start_rule is not None:
+                rule = start_rule
+                if form == word and len(word[0].upper()) == 1:  # ß is two; a name may be iPhone
+                    form = word[0].upper() + word[1:]
+        if form != word:
+            found.append(Change(start, rule, form))
     return found
 
 
-def _name(text: str, words: list[tuple[int, int, str]], index: int, lexicon: Lexicon | None) -> tuple[str, str | None]:
-    """The form of a word that is a name, or a part of a known pair with a neighbor one space away: (rule, form or None)."""
-    assert lexicon is not None
+def _name(text: str, words: list[tuple[int, int, str]], index: int, lexicon: Lexicon) -> tuple[str, str]:
+    """(rule, form) of a word that is a name, or a part of a known pair with a neighbor one space away; else ("", word)."""
     start, end, word = words[index]
     gap = text[words[index - 1][1] if index else 0 : start]
     is_part = gap == "-" and word not in ALWAYS  # zephyr-lite, but non-American
@@ -262,17 +246,16 @@ def _name(text: str, words: list[tuple[int, int, str]], index: int, lexicon: Lex
         return "known_name", lexicon.names[word]
     for first in (index, index - 1):
         pair = words[max(first, 0) : first + 2]
-        if len(pair) == 2 and text[pair[0][1] : pair[1][0]] == " ":
-            form = lexicon.phrases.get(f"{pair[0][2]} {pair[1][2]}".lower())
-            if form is not None:
-                neighbors = [words[at][2] for at in (index - 1, index + 1) if 0 <= at < len(words)]
-                if word in _PARTICLES and (
-                    any(neighbor[0].isupper() for neighbor in neighbors)
-                    or (index and words[index - 1][2].lower() in lexicon.names)
-                ):
-                    return "known_phrase", None  # Vincent van Gogh, but Van Gogh
-                return "known_phrase", form.split(" ")[index - first]
-    return "", None
+        if len(pair) < 2 or text[pair[0][1] : pair[1][0]] != " ":
+            continue
+        form = lexicon.phrases.get(f"{pair[0][2]} {pair[1][2]}".lower())
+        if form is not None:
+            neighbors = [words[at][2] for at in (index - 1, index + 1) if 0 <= at < len(words)]
+            beside_name = any(neighbor[0].isupper() for neighbor in neighbors)
+            if word in _PARTICLES and (beside_name or (index and neighbors[0].lower() in lexicon.names)):
+                return "", word  # Vincent van Gogh, but Van Gogh
+            return "known_phrase", form.split(" ")[index - first]
+    return "", word
 
 
 def restore(text: str, lexicon: Lexicon | None) -> tuple[str, list[Change]]:
@@ -299,16 +282,8 @@ def is_broken(turns: Sequence[str]) -> bool:
     A single fault suffices if it is half of all places that could have one ("Hello. how are you?"); of several, a fifth of
     the places. The first sentence of a turn does not count: it is correct in the fault that is looked for.
     """
-    suspects = [turn for turn in turns if _SUSPECT.search(turn)]
-    well = sum(len(_WELL.findall(turn)) for turn in turns) if suspects else 0
-    suspicious = sum(len(_SUSPECT.findall(turn)) for turn in suspects)
-    if suspicious * 2 < (suspicious + well) * _SHARE:  # with a margin, as some places match neither pattern
-        return False
-    lines = [line for turn in suspects if is_english(turn) for line in without_blocks(turn).split("\n")]
-    faults = sum(
-        change.rule in ("after_terminator", "lone_i")
-        for line in lines
-        if _SUSPECT.search(line)
-        for change in changes(line, None)
-    )
+    well = sum(len(_WELL.findall(turn)) for turn in turns)
+    suspects = [turn for turn in turns if _SUSPECT.search(turn) and is_english(turn)]
+    lines = [line for turn in suspects for line in without_blocks(turn).split("\n") if _SUSPECT.search(line)]
+    faults = sum(change.rule in ("after_terminator", "lone_i") for line in lines for change in changes(line, None))
     return faults >= max(1, (faults + well) * (_SHARE if faults > 1 else _SHARE_ONE))

@@ -7,7 +7,6 @@ and a random one of the other three; the published script takes the highest ``ov
 from __future__ import annotations
 
 import hashlib
-import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ import pyarrow as pa
 from ..config.load import DatasetSpec
 from ..data.load import summarise
 from ..data.messages import Message, RowError
-from ..data.sources import Source, kind_of
+from ..data.sources import Source
 from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
@@ -31,14 +30,13 @@ from ..io.text import shown
 from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
 from .prompts import Questions, open_rows, read_questions
 
-logger = logging.getLogger(__name__)
-
 MADE_BY = "zephyr-lite data pairs"
 TRAIN, TEST = "train_prefs", "test_prefs"
 TEST_ROWS, TEST_SHARE = 2000, 0.05  # held out by default: as many as in the published set, but at most this share
 BLOCK = 1000  # rows
 SHARD_ROWS = 100_000  # rows of an output file
 TRUTHFUL_QA = "truthful_qa"
+SOURCES = ("evol_instruct", "false_qa", "flan", "sharegpt", TRUTHFUL_QA, "ultrachat")  # of the raw set, a file each
 _PLACES = 5  # of a reason in the report
 # The first release gave 2,628 completions an overall score of 10, many of which the judge had meant as 1 (github
 # OpenBMB/UltraFeedback, issue 8). Its authors then set those to 1 whose mean rating is at most 2, asked the judge again
@@ -47,16 +45,14 @@ _WRONG_OVERALL, _RIGHT_OVERALL, _LOW_MEAN, _HIGH_MEAN = 10.0, 1.0, 2.0, 4.0
 _RATINGS, _OVERALLS = (1.0, 5.0), (0.0, 10.0)
 _ROUNDING = 1e-9  # as floats, 4⅓ − 1 is less than 3⅓
 
-# notes, counted per completion, and FEWER
+# notes, counted per completion
 REPAIRED = "overall score repaired"
 DOUBTFUL = "overall score of 10 not used: nothing confirms it"
 PARTLY = "completions rated in some aspects only"
 UNRATED = "completions without a score, left aside"
 ODD = "ratings or scores that are no number of their scale, left aside"
 EMPTY = "completions without text, left aside"
-FEWER = "pairs fewer held out than asked for: those of one prompt stay together"
 NOTES = (REPAIRED, DOUBTFUL, PARTLY, UNRATED, ODD, EMPTY)
-LONGER = "pairs whose chosen response is the longer one"  # counted, too
 
 _TURNS = [{"content": datasets.Value("string"), "role": datasets.Value("string")}]
 SCHEMA = datasets.Features(  # the published columns, in their order
@@ -123,12 +119,12 @@ def pair_of_row(
         raise RowError("no instruction")
     if questions is not None and (reason := questions.found_in(prompt)):
         raise RowError(reason)
-    scored = _scored(row.get("completions"), rules, counts)
+    scored = _scored(row.get("completions") or [], rules.chosen_by, counts)
     if len(scored) < 2:
         raise RowError("fewer than two rated completions")
     best = max(scored, key=lambda c: c.score)  # max keeps the first of equals
     others = [c for c in scored if c is not best]
-    system = best.system.strip() and best.system if rules.system_prompt == "keep" else ""
+    system = best.system if rules.system_prompt == "keep" and best.system.strip() else ""
     if rules.system_prompt == "keep":
         others = [c for c in others if c.system == best.system]
         if not others:
@@ -169,47 +165,45 @@ def to_pairs(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The pairs of rows that are in memory, and counts: ``rows``, ``pairs``, each reason for which rows were dropped, ``REPAIRED``
     and ``DOUBTFUL``; see ``PairRules``."""
-    pairs, dropped, counts = _choose(enumerate(rows), PairRules(chosen_by, rejected, margin, seed=seed))
+    listed = list(rows)
+    pairs, dropped, counts = _choose(
+        listed, PairRules(chosen_by, rejected, margin, seed=seed), None, range(len(listed))
+    )
     reasons = Counter(reason for reason, _ in dropped)
     notes = {note: counts[note] for note in (REPAIRED, DOUBTFUL) if counts[note]}
-    return pairs, {"rows": len(pairs) + len(dropped), "pairs": len(pairs), **reasons, **notes}
+    return pairs, {"rows": len(listed), "pairs": len(pairs), **reasons, **notes}
 
 
-def _scored(completions: Any, rules: PairRules, counts: Counter[str]) -> list[_Scored]:
-    if completions is not None and not isinstance(completions, list):
+def _scored(completions: Any, chosen_by: str, counts: Counter[str]) -> list[_Scored]:
+    """The completions with a text and a score."""
+    if not isinstance(completions, list):
         raise RowError("completions is not a list")
     found = []
-    for completion in completions or []:
+    for completion in completions:
         if not isinstance(completion, Mapping):
             raise RowError("a completion is not an object")
         response = completion.get("response")
         if not isinstance(response, str) or not response.strip():
             counts[EMPTY] += 1
             continue
-        doubtful = counts[DOUBTFUL]
-        # notes on ratings matter only if they decide
-        score = mean = _mean_rating(completion, counts if rules.chosen_by == "mean" else Counter())
-        if rules.chosen_by == "overall":
-            score = _overall(completion, mean, counts)
-        if score is not None:
-            system = completion.get("custom_system_prompt")
-            found.append(_Scored(score, response, system if isinstance(system, str) else ""))
-        elif counts[DOUBTFUL] == doubtful:  # which are counted already
+        if chosen_by == "mean":
+            score = _mean_rating(completion, counts)
+        else:
+            score = _number(completion.get("overall_score"), _OVERALLS, counts)
+            mean = _mean_rating(completion, Counter())  # its notes are not counted: it is no score here
+            if score == _WRONG_OVERALL and mean is not None and mean <= _HIGH_MEAN:
+                if mean <= _LOW_MEAN:
+                    counts[REPAIRED] += 1
+                    score = _RIGHT_OVERALL
+                elif completion.get("fine-grained_score") is None:
+                    counts[DOUBTFUL] += 1
+                    continue
+        if score is None:
             counts[UNRATED] += 1
+            continue
+        system = completion.get("custom_system_prompt")
+        found.append(_Scored(score, response, system if isinstance(system, str) else ""))
     return found
-
-
-def _overall(completion: Mapping[str, Any], mean: float | None, counts: Counter[str]) -> float | None:
-    """The overall score, if it is none of the wrong tens."""
-    overall = _number(completion.get("overall_score"), _OVERALLS, counts)
-    if overall == _WRONG_OVERALL and mean is not None and mean <= _HIGH_MEAN:
-        if mean <= _LOW_MEAN:
-            counts[REPAIRED] += 1
-            return _RIGHT_OVERALL
-        if completion.get("fine-grained_score") is None:
-            counts[DOUBTFUL] += 1
-            return None
-    return overall
 
 
 def _mean_rating(completion: Mapping[str, Any], counts: Counter[str]) -> float | None:
@@ -253,14 +247,14 @@ class PairsReport:
     train: int = 0
     test: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of rows ("flan.jsonl row 17")
-    notes: dict[str, int] = field(default_factory=dict)  # ``NOTES`` and ``FEWER`` that occurred
+    notes: dict[str, int] = field(default_factory=dict)  # ``NOTES`` that occurred
     score_chosen: float = 0.0  # means over the pairs
     score_rejected: float = 0.0
     chosen_longer: float = 0.0  # share of the pairs whose chosen response has more characters than the rejected one
     files: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """For the terminal and report.md."""
         result = [f"read {text}" for text in self.inputs]
         for reason, where in sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0])):
             result.append(f"left out, {summarise({reason: where}, _PLACES)}")
@@ -274,28 +268,13 @@ class PairsReport:
         )
         return result
 
-    def as_dict(self) -> dict[str, Any]:
-        """For report.json: the first places of each reason; ``dropped.tsv`` has all."""
-        return {
-            **asdict(self),
-            "dropped": {
-                reason: {"count": len(where), "first": where[:_PLACES]}
-                for reason, where in sorted(self.dropped.items())
-            },
-        }
-
-    def markdown(self) -> str:
-        """For report.md."""
-        rules = ", ".join(f"{key} {value}" for key, value in asdict(self.rules).items())
-        facts = "\n".join(f"- {line}" for line in self.lines())
-        return f"# Preference pairs\n\nMade by `zephyr-lite data pairs`: {rules}.\n\n{facts}\n"
-
 
 def make_pairs(
-    inputs: Sequence[str | DatasetSpec],
+    inputs: Sequence[str],
     out: Path,
     rules: PairRules | None = None,
     *,
+    split: str | None = None,
     exclude: Sequence[str] = (),
     test: float | None = None,
     file_format: FileFormat = "parquet",
@@ -310,9 +289,10 @@ def make_pairs(
     Args:
         inputs: files, folders or hub ids in the schema of ``openbmb/UltraFeedback``.
         out: the folder to make: train_prefs and test_prefs, report.json, report.md, dropped.tsv.
+        split: of the inputs.
         exclude: names for ``read_questions``. The prompts of the inputs' own truthful_qa rows are always excluded.
         test: pairs to hold out: a share below 1, or a number. None: 2,000, and at most 5 %.
-        num_proc: processes; None: one for each core, one for a small set.
+        num_proc: processes; None: one for each core.
         overwrite: replace a folder of an earlier run.
 
     Returns:
@@ -324,110 +304,87 @@ def make_pairs(
     rules = rules or PairRules()
     if not rules.margin > 0:
         raise UserError(f"margin {rules.margin:g}: must be above 0.", "Half a point is --margin 0.5.")
-    specs = [DatasetSpec(path=item) if isinstance(item, str) else item for item in inputs]
-    paths = [spec.path for spec in specs]
-    request = request_of(out, [*paths, *exclude], rules=rules, specs=specs, test=test, file_format=file_format)
-    if check_output(out, paths, MADE_BY, overwrite, request, test=test, num_proc=num_proc):
+    specs = [DatasetSpec(path=path, split=split) for path in inputs]
+    request = request_of(out, [*inputs, *exclude], rules=rules, specs=specs, test=test, file_format=file_format)
+    if check_output(out, inputs, MADE_BY, overwrite, request, test=test, num_proc=num_proc):
         return None
     listed = [text for name in exclude for text in read_questions(name)]
-    opened = [_open(file) for spec in specs for file in _files_by_source(spec)]
-    own = [
-        str(row["instruction"])
-        for raw in opened
-        for row in raw.select_columns(["source", "instruction"])
-        if row.get("source") == TRUTHFUL_QA and row.get("instruction")
-    ]
-    questions = Questions([*listed, *own])
+    opened = [source for spec in specs for source in _open(spec)]
+    for raw in opened:
+        for row in raw.select_columns(["source", "instruction"]):
+            if row.get("source") == TRUTHFUL_QA:
+                listed.append(str(row.get("instruction") or ""))
+    questions = Questions(listed)
     report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
     tables: list[pa.Table] = []
     counts: Counter[str] = Counter()
+    longer = 0
     for raw in opened:
-        logger.info(f"choosing pairs in {raw.label}")
         blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
-        processes = num_proc or (cores() if len(blocks) > 2 else 1)
-        job = partial(_choose_block, raw, rules, questions)
-        for pairs, dropped, found in in_processes(job, blocks, processes, f"choosing pairs in {raw.label}"):
+        job = partial(_choose, raw, rules, questions)
+        for pairs, dropped, found in in_processes(job, blocks, num_proc or cores(), f"choosing pairs in {raw.label}"):
             tables.append(pa.Table.from_pylist(pairs, SCHEMA.arrow_schema))
+            longer += sum(len(p["chosen"][-1]["content"]) > len(p["rejected"][-1]["content"]) for p in pairs)
             for reason, number in dropped:
                 report.dropped.setdefault(reason, []).append(f"{raw.label} row {number + 1}")
             counts += found
     table = pa.concat_tables(tables)
     report.rows, report.pairs = sum(map(len, opened)), len(table)
     report.notes = {note: counts[note] for note in NOTES if counts[note]}
-    if not report.pairs:
-        hint = "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt)."
-        if rules.chosen_by == "overall" and report.notes.get(UNRATED):
-            hint = "If completions have no overall_score, choose by the mean of their ratings: --chosen-by mean."
-        raise UserError(f"no pair is left of {report.rows:,} rows: {summarise(report.dropped)}.", hint)
-    report.score_chosen, report.score_rejected = (
-        float(table[name].to_numpy().mean()) for name in ("score_chosen", "score_rejected")
-    )
-    report.chosen_longer = counts[LONGER] / report.pairs
-    hashes = [
-        hashlib.sha256(f"{rules.seed} test {each}".encode()).digest()[:8] for each in table["prompt_id"].to_pylist()
-    ]
+    texts = [f"{rules.seed} test {prompt_id}" for prompt_id in table["prompt_id"].to_pylist()]
+    keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
     default = min(TEST_ROWS, int(len(table) * TEST_SHARE))
-    is_test = held_out(np.frombuffer(b"".join(hashes), ">u8").astype(np.uint64), default if test is None else test)
+    is_test = held_out(np.array(keys, np.uint64), default if test is None else test)
     report.train, report.test = int((~is_test).sum()), int(is_test.sum())
     if not report.train:
         raise UserError(
-            f"test {test:g}: that holds out all {len(table):,} pairs.", "Hold out fewer (--test 0.05, a share)."
+            f"no pair is left of {report.rows:,} rows: {summarise(report.dropped) or 'none was left out'}; {report.test:,} "
+            "would be held out.",
+            "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt, --test).",
         )
-    if test is not None and test >= 1 and report.test < test:
-        report.notes[FEWER] = int(test) - report.test
+    report.score_chosen = float(table["score_chosen"].to_numpy().mean())
+    report.score_rejected = float(table["score_rejected"].to_numpy().mean())
+    report.chosen_longer = longer / report.pairs
     with folder_aside(out) as folder:
-        for split, rows in ((TRAIN, np.flatnonzero(~is_test)), (TEST, np.flatnonzero(is_test))):
-            for name, part in shards(split, rows, SHARD_ROWS, file_format):
-                write_rows(folder / name, table.take(pa.array(part)))
-                report.files.append(name)
+        for name, rows in ((TRAIN, np.flatnonzero(~is_test)), (TEST, np.flatnonzero(is_test))):
+            for file, part in shards(name, rows, SHARD_ROWS, file_format):
+                write_rows(folder / file, table.take(pa.array(part)))
+                report.files.append(file)
         write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
-        write_text(folder / "report.md", report.markdown())
-        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **report.as_dict()})
+        used = ", ".join(f"{key} {value}" for key, value in asdict(rules).items())
+        facts = "\n".join(f"- {line}" for line in report.lines())
+        write_text(folder / "report.md", f"# Preference pairs\n\nMade by `{MADE_BY}`: {used}.\n\n{facts}\n")
+        firsts = {r: {"count": len(w), "first": w[:_PLACES]} for r, w in sorted(report.dropped.items())}
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **asdict(report), "dropped": firsts})
     return report
 
 
-def _files_by_source(spec: DatasetSpec) -> list[DatasetSpec]:
-    """The files of a folder whose files are named by source, as in a clone of openbmb/UltraFeedback."""
-    folder = Path(spec.path).expanduser()
-    files = sorted(p for p in folder.iterdir() if p.is_file() and kind_of(p)) if folder.is_dir() else []
-    is_split = [file.stem.lower().startswith(("train", "test", "valid", "eval", "dev")) for file in files]
-    if spec.split is not None or (folder / "data").is_dir() or len(files) < 2 or any(is_split):
-        return [spec]
-    return [spec.model_copy(update={"path": str(Path(spec.path) / file.name)}) for file in files]
-
-
-def _open(spec: DatasetSpec) -> Source:
-    raw = open_rows(spec, "--split {}")
-    if not {"instruction", "completions"} <= set(raw.columns):
-        raise UserError(
-            f"{raw.label}: found columns {shown(', '.join(raw.columns), 500)}; scored completions are needed: columns "
-            "instruction and completions, as in openbmb/UltraFeedback.",
-            f"Preference pairs are ready for training as they are: zephyr-lite dpo dataset.path={spec.path}. "
-            "Prompts and conversations get scores from `zephyr-lite feedback`.",
-        )
-    return raw.select_columns(["source", "instruction", "completions"])
-
-
-Chosen = tuple[list[dict[str, Any]], list[tuple[str, int]], Counter[str]]
+def _open(spec: DatasetSpec) -> list[Source]:
+    """A source of scored completions; a clone of openbmb/UltraFeedback is one for each of its files, which are no splits."""
+    files = [Path(spec.path).expanduser() / f"{name}.jsonl" for name in SOURCES]
+    found = [str(file) for file in files if file.is_file()] if spec.split is None else []
+    opened = [open_rows(spec.model_copy(update={"path": path}), "--split {}") for path in found or [spec.path]]
+    for raw in opened:
+        if not {"instruction", "completions"} <= set(raw.columns):
+            raise UserError(
+                f"{raw.label}: found columns {shown(', '.join(raw.columns), 500)}; scored completions are needed: columns "
+                "instruction and completions, as in openbmb/UltraFeedback.",
+                f"Preference pairs are ready for training as they are: zephyr-lite dpo dataset.path={spec.path}. "
+                "Prompts and conversations get scores from `zephyr-lite feedback`.",
+            )
+    return [raw.select_columns(["source", "instruction", "completions"]) for raw in opened]
 
 
 def _choose(
-    rows: Iterable[tuple[int, Mapping[str, Any]]], rules: PairRules, questions: Questions | None = None
-) -> Chosen:
-    """(the pairs of numbered rows, (reason, number) of the rows without one, counts of ``NOTES`` and ``LONGER``)."""
+    raw: Source | Sequence[Mapping[str, Any]], rules: PairRules, questions: Questions | None, block: range
+) -> tuple[list[dict[str, Any]], list[tuple[str, int]], Counter[str]]:
+    """(the pairs of a block of rows, (reason, number) of its rows without one, counts of ``NOTES``)."""
     pairs: list[dict[str, Any]] = []
     dropped: list[tuple[str, int]] = []
     counts: Counter[str] = Counter()
-    for number, row in rows:
+    for number, row in zip(block, raw[block.start : block.stop]):
         try:
-            pair = pair_of_row(row, rules, counts, questions)
+            pairs.append(pair_of_row(row, rules, counts, questions))
         except RowError as reason:
             dropped.append((str(reason), number))
-            continue
-        pairs.append(pair)
-        counts[LONGER] += len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"])
     return pairs, dropped, counts
-
-
-def _choose_block(raw: Source, rules: PairRules, questions: Questions, block: range) -> Chosen:
-    return _choose(zip(block, raw[block.start : block.stop]), rules, questions)
