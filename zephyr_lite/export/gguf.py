@@ -110,13 +110,16 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
     writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].gguf)
     report = GgufReport(out, types=Counter(part.type.name for part in parts))
     _add_architecture(gguf, writer, folder, config, kind)
-    report.notes += add_vocabulary(writer, folder, config.vocab_size, end_ids(folder, config))
     if kind == "q8_0" and report.types["F16"]:
         report.notes.append(f"{report.types['F16']} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
-    if any(window is not None and window < config.max_position_embeddings for window in layer_windows(config)):
-        report.notes.append(
-            "llama.cpp ignores this family's attention window, so that conversations longer than it differ"
-        )
+    for window in set(layer_windows(config)) - {None}:  # one at most
+        writer.add_sliding_window(window)
+        if window < config.max_position_embeddings:
+            report.notes.append(
+                f"the model attends to the last {window:,} tokens; llama.cpp ignores that in this family, so that longer "
+                "conversations differ"
+            )
+    report.notes += add_vocabulary(writer, folder, config.vocab_size, end_ids(folder, config))
     for part in parts:
         shape = gguf.quant_shape_to_byte_shape(part.shape, part.type)
         writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=part.type)
@@ -210,12 +213,11 @@ def _rope_factors(folder: Path, config: Any) -> Tensor | None:
     if name == "default":
         return None
     frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
-    if attention != 1.0 or not FAMILIES[config.model_type].rope_factors:
-        raise UserError(
-            f"{folder}: rotary embeddings of type {shown(name)} scale attention, or are new in the GGUF format's "
-            f"{config.model_type} models; neither is exported.",
-            _CONVERTER,
-        )
+    what = " scale attention, which this export does not support" if attention != 1.0 else ""
+    if not FAMILIES[config.model_type].rope_factors:
+        what = f"; in the {config.model_type} family only plain ones are exported"
+    if what:
+        raise UserError(f"{folder}: rotary embeddings of type {shown(name)}{what}.", _CONVERTER)
     head = head_width(config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
     return plain / frequencies.float()
@@ -239,8 +241,6 @@ def _add_architecture(gguf: Any, writer: Any, folder: Path, config: Any, kind: K
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for window in set(layer_windows(config)) - {None}:  # one at most
-        writer.add_sliding_window(window)
 
 
 def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:

@@ -432,7 +432,9 @@ def fingerprint(folder: Path) -> str:
         UserError: a file is missing or broken.
     """
     config = read_model_config(folder, any_family=True)
-    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
+    told: dict[str, Any] = {}
+    for key in _ARCHITECTURE:
+        told[key] = getattr(config, key, None)
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
