@@ -13,7 +13,7 @@ from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
-from zephyr_lite.data.sources import Source, open_source
+from zephyr_lite.data.sources import Source
 from zephyr_lite.errors import UserError
 from zephyr_lite.recipe.prompts import read_questions
 from zephyr_lite.recipe.ultrafeedback import SCHEMA, make_pairs
@@ -121,8 +121,7 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
     again = raw_rows(4, first=200)
     again[1]["instruction"] = "Question: what do all the old cats of Rome dream about? Answer:"
     again[2]["instruction"] = "IS it so"
-    # another schema than the first file's, as far as Arrow is concerned: a column more, a number for a text
-    for each in again:
+    for each in again:  # another schema than the first file's, as far as Arrow is concerned
         each["more"] = 1
         each["completions"][0]["overall_score"] = 3
     write(clone / "flan.jsonl", again)
@@ -136,7 +135,6 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
     assert contained.endswith("flan.jsonl row 2") and whole.endswith("flan.jsonl row 3")
     tsv = (tmp_path / "out" / "dropped.tsv").read_text().splitlines()
     assert len(tsv) == report["rows"] - report["pairs"] and f"contains an excluded question\t{contained}" in tsv
-    assert not (tmp_path / "out" / "test_prefs.parquet").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,20 +152,27 @@ def test_excluded_questions_come_from_any_file(tmp_path, name, content):
     assert [place.split()[-1] for place in report.dropped["is an excluded question"]] == ["4", "6"]
 
 
-def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch):
-    asked = []
-
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b", ("a/b", None, None)),
+        ("a/b:test", ("a/b", None, "test")),
+        ("truthfulqa/truthful_qa:generation:validation", ("truthfulqa/truthful_qa", "generation", "validation")),
+        ("a/b:", None),
+        ("a:b:c:d", None),
+    ],
+)
+def test_splits_of_an_excluded_set_are_named_after_a_colon(monkeypatch, name, expected):
     def hub(spec: DatasetSpec):
-        asked.append((spec.path, spec.name, spec.split))
+        assert (spec.path, spec.name, spec.split) == expected
         return Source(datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path)
 
     monkeypatch.setattr("zephyr_lite.recipe.prompts.open_source", hub)
-    for name in ("a/b", "a/b:test", "truthfulqa/truthful_qa:generation:validation"):
+    if expected is not None:
         assert read_questions(name) == ["Who is it?"]
-    assert asked == [("a/b", None, None), ("a/b", None, "test"), ("truthfulqa/truthful_qa", "generation", "validation")]
-    for wrong in ("a/b:", "a:b:c:d", ":test"):
+    else:
         with pytest.raises(UserError, match="ID:SPLIT"):
-            read_questions(wrong)
+            read_questions(name)
 
 
 def test_equal_prompts_are_held_out_together(tmp_path):
@@ -187,15 +192,6 @@ def test_a_share_of_a_growing_set_keeps_the_rows_that_were_held_out(tmp_path):
     held, train = ({p["prompt"] for p in read(tmp_path / "large", s)} for s in ("test_prefs", "train_prefs"))
     assert {p["prompt"] for p in read(tmp_path / "small", "test_prefs")} <= held
     assert {p["prompt"] for p in read(tmp_path / "small")} <= train
-
-
-def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.SHARD_ROWS", 20)
-    report = make_pairs([str(write(tmp_path / "raw.jsonl", raw_rows(60)))], tmp_path / "out", test=0)
-    assert report.files == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
-    back = open_source(DatasetSpec(path=str(tmp_path / "out"), split="train_prefs"))
-    numbers = [int(row["prompt"].split()[1][:-1]) for row in back]
-    assert numbers == sorted(numbers) and len(numbers) == report.train
 
 
 def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -22,7 +21,6 @@ from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.recipe import ultrachat
 from zephyr_lite.recipe.lexicon import Lexicon
-from zephyr_lite.recipe.output import FileFormat
 from zephyr_lite.recipe.ultrachat import Options, clean_chat
 
 WORDS = """
@@ -122,16 +120,6 @@ def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
     assert Lexicon.load(out / "lexicon.txt").names["ouagadougou"] == "Ouagadougou"
 
 
-@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
-def test_training_reads_it(raw: Path, tmp_path: Path, file_format: FileFormat) -> None:
-    report = clean_chat(str(raw), tmp_path / "out", Options(file_format=file_format))
-    loaded = load_rows([DatasetSpec(path=str(tmp_path / "out"), split="train_sft")], "sft", seed=0)
-    assert len(loaded.dataset) == report["splits"]["train_sft"] and not loaded.dropped
-    splits = {f"train_sft.{file_format}", f"test_sft.{file_format}"}
-    others = {"dropped.tsv", "lexicon.txt", "report.json", "report.md"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == splits | others
-
-
 def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ultrachat, "BLOCK", 7)
     monkeypatch.setattr(ultrachat, "SHARD_ROWS", 10)
@@ -142,18 +130,6 @@ def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, m
         seen.append({p.name: p.read_bytes() for p in out.iterdir()})
     assert len([name for name in seen[0] if name.startswith("train_sft-")]) > 1
     assert seen[0] == seen[1]
-
-
-def test_an_interruption_leaves_the_earlier_result(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    clean_chat(str(raw), out, Options())
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.setattr(ultrachat, "markdown", Mock(side_effect=KeyboardInterrupt))
-    for folder in (out, tmp_path / "new"):
-        with pytest.raises(KeyboardInterrupt):
-            clean_chat(str(raw), folder, Options(), overwrite=True)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
 
 
 def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Path) -> None:
@@ -229,6 +205,11 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run(arguments) == 0
     said = capsys.readouterr().out
     assert "read as raw UltraChat, 60 rows" in said and "capitals restored in 1 dialogues" in said
+    splits = {"train_sft.jsonl", "test_sft.jsonl"}
+    others = {"dropped.tsv", "lexicon.txt", "report.json", "report.md"}
+    assert {p.name for p in out.iterdir()} == splits | others
+    loaded = load_rows([DatasetSpec(path=str(out), split="train_sft")], "sft", seed=0)
+    assert len(loaded.dataset) == json.loads((out / "report.json").read_text())["splits"]["train_sft"]
     left = tmp_path / ".out.01234567"  # of a process that was killed
     left.mkdir()
     assert cli.run(arguments) == 0 and not left.exists()
