@@ -45,7 +45,7 @@ class AStage:
 
 
 def mirror_of(place, stage):
-    return sync.open_mirror(str(place), stage.dir)
+    return sync.Mirror(str(place), stage.dir)
 
 
 def there(folder):

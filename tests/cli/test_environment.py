@@ -74,15 +74,6 @@ def test_the_allocator_is_set_before_torch_is_imported():
     assert done.stdout == "False\n"
 
 
-def test_env_names_wsl_and_says_what_is_off_there(kernel):
-    kernel(WSL)
-    found = environment.system().found
-    assert "(WSL2)" in found and "expandable_segments is off" in found
-    kernel(LINUX)
-    found = environment.system().found
-    assert "WSL" not in found and "expandable_segments" not in found
-
-
 @pytest.fixture
 def card(monkeypatch):
     """A card of this compute capability; torch's kernels run on it, or not."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from types import SimpleNamespace
 
 import gguf
@@ -148,17 +147,16 @@ def test_the_gguf_file_has_to_be_this_models(tmp_path):
     folder = model_dir(tmp_path / "m", num_hidden_layers=1)
     other = model_dir(tmp_path / "other", template=None, num_hidden_layers=1)
     out = tmp_path / "Modelfile"
-    with pytest.raises(UserError, match="no such file") as error:
-        write_modelfile(folder, tmp_path / "none.gguf", out)
-    assert "export gguf" in error.value.hint
     file = write_gguf(other, tmp_path / "other.gguf").out
     with pytest.raises(UserError, match="another chat template"):
         write_modelfile(folder, file, out)
     with pytest.raises(UserError, match="no chat template"):
         write_modelfile(other, file, out)
     (tmp_path / "junk.gguf").write_bytes(b"GGUFjunk" * 10)
-    with pytest.raises(UserError, match="no GGUF file that can be read"):
-        write_modelfile(folder, tmp_path / "junk.gguf", out)
+    for name in ("junk.gguf", "none.gguf"):
+        with pytest.raises(UserError, match="no GGUF file that can be read") as error:
+            write_modelfile(folder, tmp_path / name, out)
+        assert "export gguf" in error.value.hint
     assert not out.exists()
     # as many tokens, other ones
     strange = model_dir(tmp_path / "strange", num_hidden_layers=1)
@@ -168,10 +166,6 @@ def test_the_gguf_file_has_to_be_this_models(tmp_path):
     (strange / "tokenizer.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="another tokenizer"):
         write_modelfile(strange, write_gguf(folder, tmp_path / "m.gguf").out, out)
-    shutil.copytree(folder, tmp_path / "renamed")
-    assert any(
-        line.endswith("a folder called m") for line in write_modelfile(tmp_path / "renamed", tmp_path / "m.gguf", out)
-    )
 
 
 def test_bos_stands_once_whoever_writes_it(tmp_path):

@@ -152,8 +152,8 @@ def test_a_layer_and_a_pass_do_not_wait_for_the_card(deep_base):
     decoder = decoder_over(deep_base, stream=True, plan=plan_of(offload=LAYERS)).decoder
     batch = collate_conversations([conversation(0, 33)]).to(CUDA)
     decoder.token_logps(batch, keep="input").sum().backward()  # compiles, makes room
-    x = decoder._embedded(batch)
-    decoder._embedded = lambda batch: x  # an embedding on the host waits, once a pass
+    x = decoder.stream.embedded(decoder.stack.base.model.embed_tokens.weight, batch.host_tokens)
+    decoder.stream.embedded = lambda weight, tokens: x  # an embedding on the host waits, once a pass
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

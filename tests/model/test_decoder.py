@@ -1,10 +1,9 @@
-"""What the decoder trains, and what a batch of pairs holds."""
+"""What the decoder trains."""
 
 import torch
 
 from tests.conftest import make_model
-from tests.numeric import live_stack, pair
-from zephyr_lite.data.batch import Batch, Segment, collate_pairs
+from tests.numeric import live_stack
 
 
 def test_only_the_top_adapter_is_trainable_and_master_weights_are_float32():
@@ -17,15 +16,3 @@ def test_only_the_top_adapter_is_trainable_and_master_weights_are_float32():
             pass
         with stack.only([]):
             pass
-
-
-def test_collate_names_every_target_once():
-    pairs = [pair(0, 3, 2, 4)]
-    batch = collate_pairs(pairs)
-    assert isinstance(batch, Batch)
-    assert batch.segments == (Segment(0, 5), Segment(5, 9, (0, 3)))
-    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6]
-    assert batch.target_rows.tolist() == [2, 3, 2, 5, 6, 7]
-    assert batch.target_ids.tolist() == [*pairs[0].chosen_ids, *pairs[0].rejected_ids]
-    assert batch.group_sizes.tolist() == [2, 4]
-    assert batch.sum_by_group(torch.arange(6.0)).tolist() == [1.0, 14.0]

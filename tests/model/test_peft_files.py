@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.contract.test_merged import ALL, distance, live, load, logits, make_adapter, make_base
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.compose import compose
-from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, fetch_adapter, read_adapter, write_adapter
+from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -22,42 +21,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.mlp.up_proj": 5}},
-        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 8}, "alpha_pattern": {"v_proj": 3}},
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
         {"target_modules": [*ALL, "lm_head"]},
     ],
-    ids=["plain", "rslora-patterns", "patterns", "one-layer", "lm_head"],
+    ids=["rslora-patterns", "one-layer", "lm_head"],
 )
 def test_what_peft_wrote_is_read_and_written_back(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     source = make_adapter(base, tmp_path / "source", 1, **config)
-    adapter = read_adapter(source)
-    write_adapter(tmp_path / "copy", adapter.modules, base_model_name="tiny")
+    write_adapter(tmp_path / "copy", read_adapter(source).modules, base_model_name="tiny")
     assert isinstance(json.loads((tmp_path / "copy" / "adapter_config.json").read_text())["target_modules"], list)
     want = live(load(base), [source])
     assert distance(want, logits(load(base))) > 1e-2
     assert distance(live(load(base), [tmp_path / "copy"]), want) < 1e-6
-
-    merged = load(base)
-    for module, weights in adapter.modules.items():
-        merged.get_submodule(module).weight.data += weights.scale * weights.b @ weights.a
-    assert distance(logits(merged), want) < 1e-5
-
-
-def test_composed_chain_is_the_live_stack(base: Path, tmp_path: Path) -> None:
-    first = make_adapter(base, tmp_path / "first", 1)
-    targets = ["q_proj", "down_proj", "lm_head"]
-    second = make_adapter(base, tmp_path / "second", 2, r=8, lora_alpha=4, use_rslora=True, target_modules=targets)
-    composed = compose([read_adapter(first), read_adapter(second)])
-    ranks = [
-        composed[m].rank for m in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head")
-    ]
-    assert ranks == [12, 4, 8]
-    write_adapter(tmp_path / "chain", composed, base_model_name="tiny")
-    want = live(load(base), [first, second])
-    assert distance(live(load(base), [first]), want) > 1e-2
-    assert distance(live(load(base), [tmp_path / "chain"]), want) < 1e-5
 
 
 def test_hash_follows_the_content(base: Path, tmp_path: Path) -> None:
@@ -79,52 +55,38 @@ def test_hash_follows_the_content(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
-        ({"r": 5}, "of rank 5"),
-    ],
+    ("key", "value"), [("peft_type", "IA3"), ("init_lora_weights", "pissa_niter_16"), ("rank_pattern", 3)]
 )
-def test_configurations_that_are_refused(base: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_configurations_that_are_refused(base: Path, tmp_path: Path, key: str, value: object) -> None:
     folder = make_adapter(base, tmp_path / "a", 1)
     config = folder / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
-    with pytest.raises(UserError, match=said):
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(UserError, match=f"{key} is") as caught:
         read_adapter(folder)
+    assert str(folder) in caught.value.message and caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("change", "said"),
     [
-        ("half", r"has lora_A \[0\]"),
-        ("rank 0", r"has lora_A \[0, "),
-        ("embedding", "no LoRA matrix of a linear layer"),
-        ("flat", r"has lora_A \[512\]"),
-        ("empty", "no LoRA weights"),
+        (lambda tensors, a: tensors.pop(a), r"has lora_A \[0\]"),
+        (lambda tensors, a: tensors.update({a: tensors[a].flatten()}), r"has lora_A \[512\]"),
+        (
+            lambda tensors, a: tensors.update({"embed_tokens.lora_embedding_A": torch.zeros(4, 8)}),
+            "no LoRA matrix of a linear",
+        ),
+        (lambda tensors, a: tensors.clear(), "no LoRA weights"),
     ],
+    ids=["half", "flat", "embedding", "empty"],
 )
-def test_weights_that_are_refused(base: Path, tmp_path: Path, how: str, said: str) -> None:
-    folder = make_adapter(base, tmp_path / "a", 1)
-    weights = folder / "adapter_model.safetensors"
+def test_weights_that_are_refused(base: Path, tmp_path: Path, change: Any, said: str) -> None:
+    weights = make_adapter(base, tmp_path / "a", 1) / "adapter_model.safetensors"
     tensors = load_file(weights)
-    a = next(name for name in tensors if "lora_A" in name)
-    if how == "half":
-        del tensors[a]
-    elif how == "rank 0":
-        tensors = {name: t[:0] if "lora_A" in name else t[:, :0] for name, t in tensors.items()}
-    elif how == "embedding":
-        tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 8)
-    elif how == "flat":
-        tensors[a] = tensors[a].flatten()
-    else:
-        tensors = {}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    change(tensors, next(name for name in tensors if "lora_A" in name))
+    save_file(tensors, weights)
     with pytest.raises(UserError, match=said) as caught:
-        read_adapter(folder)
-    assert str(folder) in caught.value.message and caught.value.hint
+        read_adapter(weights.parent)
+    assert str(weights) in caught.value.message and caught.value.hint
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
@@ -142,9 +104,3 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_adapter(tmp_path / "out", modules, base_model_name="tiny")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_adapter_that_is_not_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing"):
-        fetch_adapter("nobody/nothing-to-find")

@@ -112,16 +112,6 @@ def test_bits_are_those_of_from_pretrained(tmp_path, cache, kind, dtype, double,
         assert json.loads((kept[0] / name).read_text()) == json.loads((tmp_path / "saved" / name).read_text())
 
 
-def test_what_it_depends_on_is_in_its_name(base, cache):
-    load_base(config(base))
-    load_base(config(base, dtype="bfloat16", bnb_4bit_use_double_quant=False))
-    other = make_base(base.parent / "other" / "base", seed=1)
-    load_base(config(other))
-    assert len(entries(cache)) == 3
-    (own,) = [path for path in entries(cache) if load.fingerprint(other)[:16] in path.name]
-    assert own.name.startswith("base-")
-
-
 def test_a_streamed_base_stays_on_the_host(base, cache):
     """The device is only a name here: nothing is put on it, so a machine without it can tell."""
     streamed = load_base(config(base, dtype="bfloat16"), stream=True)
@@ -137,24 +127,15 @@ def test_a_streamed_base_stays_on_the_host(base, cache):
 def test_plain_bases_and_quantized_ones_are_not_kept(base, cache):
     plain = load_base(config(base, load_in_4bit=False, dtype="bfloat16"), stream=True)
     assert not plain.load_in_4bit and not entries(cache)
-    wanted = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).requires_grad_(False)
-    assert_same(plain.model, wanted)
-    load_base(config(base))
-    (kept,) = entries(cache)
-    make_tokenizer(kept)
-    again = load_base(config(kept))
-    assert again.path == kept and again.load_in_4bit and again.double_quant and entries(cache) == [kept]
-
-
-def test_a_quantized_checkpoint_computes_in_another_dtype_than_it_was_stored_in(base, cache):
+    assert_same(plain.model, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).requires_grad_(False))
     load_base(config(base, dtype="bfloat16"))
     (kept,) = entries(cache)
     make_tokenizer(kept)
-    found = load_base(config(kept, dtype="float16"))
-    plain = [p for p in found.model.parameters() if not hasattr(p, "quant_state")]
-    assert found.dtype == torch.float16 and {p.dtype for p in plain} == {torch.float16} and len(plain) == 7
+    again = load_base(config(kept, dtype="float16"))  # another dtype than it was stored in
+    assert again.path == kept and again.load_in_4bit and again.double_quant and entries(cache) == [kept]
+    assert {p.dtype for p in again.model.parameters() if not hasattr(p, "quant_state")} == {torch.float16}
     batch = collate_conversations([Example(np.arange(9, dtype=np.int32), np.ones(9, dtype=bool), "", 0)])
-    assert Decoder(AdapterStack(found.model), found.dtype).token_logps(batch).isfinite().all()
+    assert Decoder(AdapterStack(again.model), again.dtype).token_logps(batch).isfinite().all()
 
 
 def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
@@ -165,9 +146,6 @@ def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, c
     found = load_base(config(tmp_path / "qwen", engine="trl"))
     assert_same(found.model, reference(tmp_path / "qwen", torch.float32, True))
     assert not entries(cache)
-
-
-# What goes wrong
 
 
 def test_where_the_cache_cannot_be_written_the_base_is_quantized_in_memory(base, cache, monkeypatch):
@@ -182,33 +160,9 @@ def test_where_the_cache_cannot_be_written_the_base_is_quantized_in_memory(base,
     assert "No space left" in said[-1] and "ZEPHYR_LITE_CACHE" in said[-1] and "in memory" in said[-1]
 
 
-def inverted(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 255
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [("model.safetensors", inverted), (load.MANIFEST, Path.unlink)],
-)
-def test_an_incomplete_or_damaged_folder_is_made_again(base, cache, file, damage):
-    load_base(config(base))
-    (kept,) = entries(cache)
-    damage(kept / file)
-    said: list[str] = []
-    with messages_to(said.append):
-        assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
-    assert f"{kept}: damaged, or made of other files" in said[0] and entries(cache) == [kept]
-    assert "quantizing the base once" in said[1]
-    said.clear()
-    with messages_to(said.append):
-        load_base(config(base))
-    assert said == []
-
-
 def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkeypatch):
-    """The fingerprint reads samples of each tensor: a change between them shows in the file's date."""
+    """The fingerprint reads samples of each tensor: a change between them shows in the file's date. A base that was only moved
+    is not quantized again."""
     fingerprint = load.fingerprint(base)
     monkeypatch.setattr(load, "fingerprint", lambda folder: fingerprint)
     load_base(config(base))
@@ -218,7 +172,7 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
     said: list[str] = []
     with messages_to(said.append):
         assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
-    assert len(said) == 2 and entries(cache) == [kept]
+    assert f"{kept}: made of other files of the base" in said[0] and "quantizing the base once" in said[1]
     said.clear()
     with messages_to(said.append):
         load_base(config(base.rename(base.parent / "moved")))
@@ -227,10 +181,8 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
 
 def test_the_cache_has_a_variable_and_the_survey_names_it(base, tmp_path, cache, monkeypatch):
     assert load.quantized_dir() == cache
-    assert any(f.name == "quantized" and "none yet" in f.found for f in survey())
     monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "mine"))
     load_base(config(base))
-    mine = tmp_path / "mine" / "quantized"
-    assert len(entries(mine)) == 1 and entries(cache) == []
+    assert len(entries(tmp_path / "mine" / "quantized")) == 1 and entries(cache) == []
     (finding,) = [f for f in survey() if f.name == "quantized"]
-    assert "of quantized bases" in finding.found and str(mine) in finding.found
+    assert "of quantized bases" in finding.found and str(tmp_path / "mine") in finding.found

@@ -1,25 +1,15 @@
-"""Every operation's plain twin against autograd over the formula it implements."""
+"""Operations against autograd over their formulas; the kernels and their twins are in tests/contract/test_kernels.py."""
 
 import subprocess
 import sys
 from itertools import pairwise
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.autograd import gradcheck
 
 from zephyr_lite.ops import attention as attention_file
-from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward
-from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask, dropout_scale
-from zephyr_lite.ops.lora import LinearGroup, LoraPair, grad_adapters, grad_input, grad_low_rank, low_rank, project
-from zephyr_lite.ops.nf4 import dequantize, is_quantized
-from zephyr_lite.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
-from zephyr_lite.ops.rope import rope_
-from zephyr_lite.ops.swiglu import swiglu_backward, swiglu_forward
-from zephyr_lite.ops.token_logps import token_logps
+from zephyr_lite.ops.dropout import DropoutKey, dropout_mask, dropout_scale
 
 D = torch.float64
 
@@ -33,176 +23,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_rms_norm_equals_torch_and_its_gradient():
-    x, w = rand(5, 12, grad=True), rand(12)
-    torch.testing.assert_close(rms_norm(x, w, 1e-5), F.rms_norm(x, (12,), w, 1e-5))
-    assert gradcheck(lambda x: rms_norm(x, w, 1e-5), (x,))
-
-
-def test_rms_norm_after_a_residual():
-    x, residual, w, grad, more = rand(5, 12, grad=True), rand(5, 12), rand(12), rand(5, 12), rand(5, 12)
-    y, h, inverse = rms_norm_forward(x.detach(), w, 1e-5, residual)
-    want_h = x + residual
-    want = F.rms_norm(want_h, (12,), w, 1e-5)
-    torch.testing.assert_close((y, h), (want, want_h))
-    torch.testing.assert_close(inverse, (h.square().mean(-1) + 1e-5).rsqrt())
-    (dx,) = torch.autograd.grad([want, want_h], x, [grad, more])
-    torch.testing.assert_close(rms_norm_backward(grad, h, w, inverse, more), dx)
-    assert rms_norm_forward(x, w, 1e-5)[1] is x
-
-
-def test_rms_norm_computes_its_statistics_in_float32_for_16_bits():
-    x = (torch.randn(4, 576) * 300).to(torch.float16)  # squares overflow float16
-    out = rms_norm(x, torch.ones(576, dtype=torch.float16), 1e-5)
-    torch.testing.assert_close(out, F.rms_norm(x.float(), (576,), eps=1e-5).half(), rtol=1e-3, atol=1e-3)
-
-
-def rotated(x, cos, sin):
-    """As the Hugging Face model writes it."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cos[:, None] + turned * sin[:, None]
-
-
-def test_rope_equals_the_hugging_face_rotation_and_its_gradient_is_the_inverse():
-    x, angle = rand(5, 3, 8, grad=True), rand(5, 4)
-    cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
-    want = rotated(x, cos, sin)
-    torch.testing.assert_close(rope_(x.detach().clone(), cos, sin), want)
-    upstream = torch.randn_like(x)
-    (wanted,) = torch.autograd.grad(want, x, upstream)
-    torch.testing.assert_close(rope_(upstream.clone(), cos, sin, inverse=True), wanted)
-
-
-def test_rope_in_place_in_a_fused_buffer():
-    fused, angle = rand(5, 40), rand(5, 4)
-    cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
-    buffer = fused.clone()
-    x = buffer[:, :24].view(5, 3, 8)
-    assert rope_(x, cos, sin) is x
-    torch.testing.assert_close(x, rotated(fused[:, :24].view(5, 3, 8), cos, sin))
-    assert torch.equal(buffer[:, 24:], fused[:, 24:])
-    rope_(x, cos, sin, inverse=True)
-    torch.testing.assert_close(buffer, fused)
-
-
-@pytest.mark.parametrize("over", [(False, False, False), (True, True, True), (True, True, False), (False, False, True)])
-def test_swiglu_backward_over_its_inputs(over):
-    halves, grad = rand(4, 12), rand(4, 6)
-    leaves = [t.clone().requires_grad_() for t in halves.chunk(2, -1)]
-    act = F.silu(leaves[0]) * leaves[1]
-    want = (*torch.autograd.grad(act, leaves, grad), act.detach())
-    inputs = (*halves.chunk(2, -1), grad)
-    outputs = [t if o else None for t, o in zip(inputs, over)]
-    got = swiglu_backward(grad, inputs[0], inputs[1], *outputs)
-    torch.testing.assert_close(got, want)
-    assert all(output is None or found is output for found, output in zip(got, outputs))
-    gate, up = (leaf.detach() for leaf in leaves)
-    out = gate.clone()
-    assert swiglu_forward(out, up, out) is out
-    torch.testing.assert_close(out, act.detach())
-
-
-def test_nf4_reads_bitsandbytes_storage():
-    weight = torch.randn(96, 64)
-    data, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    from bitsandbytes.nn import Params4bit
-
-    stored = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
-    assert is_quantized(stored) and not is_quantized(weight)
-    torch.testing.assert_close(dequantize(stored, torch.float32), bnb.dequantize_4bit(data, state), rtol=0, atol=0)
-    assert dequantize(weight, torch.float32).data_ptr() == weight.data_ptr()
-    exact = dequantize(stored, torch.float32)
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):  # whatever its own state says, and without changing it
-        assert torch.equal(dequantize(stored, dtype), exact.to(dtype)) and state.dtype == torch.float32
-    for source, kind in ((stored, torch.float16), (weight, torch.float64), (weight, torch.float32)):
-        scratch = torch.zeros(98, 64, dtype=kind)
-        assert dequantize(source, kind, scratch[1:-1]).data_ptr() == scratch[1:].data_ptr()
-        assert torch.equal(scratch[1:-1], dequantize(source, kind)) and not scratch[[0, -1]].any()
-
-
-def stack_of(grad_from=0, off=None, dropout=False):
-    """Two adapters on two projections of 6 → 5 and 6 → 7, the second adapter on the first projection only."""
-    pairs = []
-    for i, (projection, out, r) in enumerate([(0, 5, 2), (1, 7, 2), (0, 5, 3)]):
-        a, b = rand(r, 6, grad=i >= grad_from), rand(out, r, grad=i >= grad_from)
-        pairs.append(LoraPair(projection, a, b, 0.5 + i, off=i == off, dropout=dropout and i == 2))
-    return pairs
-
-
-def formula(x, weights, biases, pairs, scale=None):
-    outs = [x @ w.T + (0 if b is None else b) for w, b in zip(weights, biases)]
-    for p in pairs:
-        source = x * scale if p.dropout and scale is not None else x
-        if not p.off:
-            outs[p.projection] = outs[p.projection] + p.scale * (source @ p.a.T) @ p.b.T
-    return outs
-
-
-def lora_linear(x, weights, biases, pairs, key=None, upstream=None):
-    """The site's outputs; with `upstream`, the gradients of x and of the trained pairs too."""
-    site = LinearGroup(tuple(weights), tuple(biases), tuple(w.shape[0] for w in weights), tuple(pairs), key)
-    parts = [(columns.start, w) for columns, w in zip(site.slices, weights)]
-    with torch.no_grad():
-        products = low_rank(x, site)
-        outs = project(x, parts, site, products).split(site.outs, 1)
-        if upstream is None:
-            return outs
-        grad = torch.cat(upstream, 1)
-        d_products = grad_low_rank(grad, site)
-        adapters = grad_adapters(grad, x, site, products, d_products)
-        return outs, grad_input(grad, parts, site, d_products), list(zip(site.trained, adapters))
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-def test_lora_equals_the_formula_with_every_gradient(dropout):
-    x, weights, biases = rand(9, 6, grad=True), [rand(5, 6), rand(7, 6)], [None, rand(7)]
-    pairs = stack_of(dropout=dropout)
-    key = DropoutKey(0.3, 1, 2, torch.arange(9) // 4, torch.arange(9) % 4) if dropout else None
-    scale = dropout_scale(key, 6, D) if dropout else None
-    want = formula(x, weights, biases, pairs, scale)
-    upstream = [torch.randn_like(w) for w in want]
-    got, d_x, adapters = lora_linear(x, weights, biases, pairs, key, upstream)
-    torch.testing.assert_close(got, tuple(w.detach() for w in want))
-    leaves = [leaf for leaf, _ in adapters]
-    assert {id(leaf) for leaf in leaves} == {id(t) for p in pairs for t in (p.a, p.b)}
-    wanted = torch.autograd.grad(want, [x, *leaves], upstream)
-    torch.testing.assert_close((d_x, *(found for _, found in adapters)), wanted)
-
-
-def test_frozen_adapters_get_no_gradient():
-    x, weights = rand(4, 6), [rand(5, 6), rand(7, 6)]
-    pairs = stack_of(grad_from=2)
-    outs = formula(x, weights, [None, None], pairs)
-    upstream = [torch.randn_like(w) for w in outs]
-    _, _, adapters = lora_linear(x, weights, [None, None], pairs, None, upstream)
-    leaves = [pairs[2].a, pairs[2].b]
-    assert [id(leaf) for leaf, _ in adapters] == [id(leaf) for leaf in leaves]
-    torch.testing.assert_close(tuple(g for _, g in adapters), torch.autograd.grad(outs[0], leaves, upstream[0]))
-
-
-def test_an_adapter_that_is_off_equals_one_whose_b_is_zero_bit_for_bit():
-    x, weights = rand(40, 6, dtype=torch.float32), [rand(5, 6, dtype=torch.float32), rand(7, 6, dtype=torch.float32)]
-    pairs = [LoraPair(p.projection, p.a.detach().float(), p.b.detach().float(), p.scale) for p in stack_of()]
-    zero = [*pairs[:2], LoraPair(0, pairs[2].a, torch.zeros_like(pairs[2].b), pairs[2].scale)]
-    off = [*pairs[:2], LoraPair(0, pairs[2].a, pairs[2].b, pairs[2].scale, off=True)]
-    on = lora_linear(x, weights, [None, None], pairs)
-    for a, b in zip(lora_linear(x, weights, [None, None], zero), lora_linear(x, weights, [None, None], off)):
-        assert torch.equal(a, b)
-    assert not torch.equal(on[0], lora_linear(x, weights, [None, None], off)[0])
-
-
-def test_dropout_depends_on_the_token_and_not_on_its_place_in_the_row():
-    streams, positions = torch.tensor([0, 0, 0, 8, 8]), torch.tensor([0, 1, 2, 0, 1])
-    key = DropoutKey(0.4, 7, 3, streams, positions, layer=1, site=2)
-    scale = dropout_scale(key, 50, torch.float32)
-    order = torch.tensor([3, 4, 0, 1, 2])
-    moved = DropoutKey(0.4, 7, 3, streams[order], positions[order], layer=1, site=2)
-    assert torch.equal(dropout_scale(moved, 50, torch.float32), scale[order])
-    for other in (key.at(1, 3), key.at(2, 2), DropoutKey(0.4, 7, 4, streams, positions, 1, 2)):
-        assert not torch.equal(dropout_scale(other, 50, torch.float32), scale)
-
-
 # the pattern of seed 42, step 3, layer 1, site 2: what a run's dropout is must not change between versions
 PATTERN = [".x.x..xxxxx....x...x.xx...x..xx.", ".xxx.xxx..xxxx..xx..xx...x.x.x.x"]
 
@@ -211,18 +31,6 @@ def test_the_dropout_pattern_is_what_it_was():
     key = DropoutKey(0.5, 42, 3, torch.tensor([0, 8]), torch.tensor([0, 5]), layer=1, site=2)
     rows = ["".join("x" if stays else "." for stays in row) for row in dropout_mask(key, 32).bool().tolist()]
     assert rows == PATTERN
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_drop_and_its_sum(dtype):
-    key = DropoutKey(0.4, 7, 3, torch.arange(6), torch.arange(6) * 3, layer=1, site=2)
-    x, target, mask = rand(6, 30, dtype=dtype), rand(6, 30, dtype=dtype), dropout_mask(key, 30).bool()
-    want = torch.where(mask, x, torch.zeros_like(x))
-    assert torch.equal(drop(x, key), want)
-    assert torch.equal(add_dropped_(target.clone(), x, key), target + want)
-    out = torch.empty_like(x)
-    assert drop(x, key, out) is out and torch.equal(out, want)
-    assert drop(x, key, x) is x and torch.equal(x, want)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
@@ -308,27 +116,13 @@ def test_attention_over_the_segment_table(window, kind, at_once, monkeypatch):
 
 
 def test_segments_of_like_length_run_together():
-    """What the memory-efficient kernel gets: every segment once, in order, and no run that wastes half of its room."""
+    """The memory-efficient kernel gets every segment once, in order, in runs that waste no more than half of their room."""
     lengths = [20, 2000, 30, 31, 29, 1, 1, 900, 1000, 5]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     segments = [Seg(a, b, (0, 7) if i == 3 else None) for i, (a, b) in enumerate(pairwise(starts))]
-    table = SegmentTable.build(segments, None, torch.device("cpu"))
-    runs = attention_file._like_lengths(table)
+    runs = attention_file._like_lengths(SegmentTable.build(segments, None, torch.device("cpu")))
     assert [n for run in runs for n in run.queries] == lengths and 1 < len(runs) < len(lengths)
-    assert [n for run in runs for n in run.keys] == [n + 7 * (i == 3) for i, n in enumerate(lengths)]
-    assert [run.q.start for run in runs[1:]] == [run.q.stop for run in runs[:-1]] and runs[-1].q.stop == sum(lengths)
-    assert [run.k.start for run in runs[1:]] == [run.k.stop for run in runs[:-1]] and runs[-1].k.stop == sum(
-        lengths
-    ) + 7
-    for run in runs:
-        assert len(run.queries) * max(run.queries) <= 2 * sum(run.queries)
-        assert run.cu_queries.tolist() == [sum(run.queries[:i]) for i in range(len(run.queries) + 1)]
-        assert run.cu_keys.tolist() == [sum(run.keys[:i]) for i in range(len(run.keys) + 1)]
-        lse = torch.randn(sum(run.queries), 3)
-        padded = attention_file._padded(lse, run.queries)
-        assert padded.shape == (len(run.queries), 3, -(-max(run.queries) // 32) * 32)
-        assert torch.equal(attention_file._by_token(padded, run.queries), lse)
-        assert int(padded.isinf().sum()) == padded.numel() - lse.numel()
+    assert all(len(run.queries) * max(run.queries) <= 2 * sum(run.queries) for run in runs)
 
 
 class MemoryEfficientKernel:
@@ -410,45 +204,6 @@ def test_the_memory_efficient_kernels_gradients_under_a_window(window, at_once, 
     for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream)):
         torch.testing.assert_close(a, b)
     assert kernel.calls  # what it computes rightly is left to it
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_token_logps_equals_log_softmax(chunk_rows, monkeypatch):
-    monkeypatch.setattr(token_logps_file, "CHUNK_BYTES", chunk_rows * 11 * 8)
-    hidden, head, targets = rand(7, 5, grad=True), rand(11, 5), torch.randint(11, (7,))
-    want = (hidden @ head.T).log_softmax(-1)[torch.arange(7), targets]
-    torch.testing.assert_close(token_logps(hidden, head, targets), want)
-    assert gradcheck(lambda h: token_logps(h, head, targets), (hidden,))
-    logps, stats = token_logps(hidden, head, targets, stats=True)
-    torch.testing.assert_close(logps, want.detach())
-    full = (hidden @ head.T).log_softmax(-1).detach()
-    torch.testing.assert_close(stats.entropy, -(full.exp() * full).sum(-1))
-    assert torch.equal(stats.correct, full.argmax(-1) == targets)
-    both, same = token_logps(hidden, head, targets, stats=True)  # in the pass that is differentiated
-    assert torch.equal(same.entropy, stats.entropy) and torch.equal(same.correct, stats.correct)
-    for one, other in zip(torch.autograd.grad(both.sum(), hidden), torch.autograd.grad(want.sum(), hidden)):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_token_logps_keeps_one_row_a_target_in_the_hidden_states_dtype(dtype):
-    hidden, head = rand(7, 64, grad=True, dtype=dtype), rand(300, 64, dtype=dtype)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        logps = token_logps(hidden, head, torch.arange(7))
-    assert [(t.shape, t.dtype) for t in kept] == [((7, 64), dtype)]
-    (gradient,) = torch.autograd.grad(logps.sum(), hidden)
-    exact = hidden.detach().double().requires_grad_()
-    (wanted,) = torch.autograd.grad((exact @ head.double().T).log_softmax(-1)[range(7), range(7)].sum(), exact)
-    assert gradient.dtype == dtype and (gradient - wanted).norm() < 2e-2 * wanted.norm()
-
-
-def test_token_logps_is_finite_for_extreme_logits():
-    head = torch.tensor([[1e4], [-1e4], [0.0]])
-    hidden = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    logps = token_logps(hidden, head, torch.tensor([1, 0]))
-    logps.sum().backward()
-    assert logps.tolist() == [-2e4, -2e4] and bool(torch.isfinite(hidden.grad).all())
 
 
 WITHOUT_TRITON = """

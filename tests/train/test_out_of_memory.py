@@ -20,7 +20,8 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory.estimate import Device
 from zephyr_lite.memory.gpus import CARDS
-from zephyr_lite.memory.plan import Limits, Plan
+from zephyr_lite.memory.machine import Machine
+from zephyr_lite.memory.plan import Plan
 from zephyr_lite.model.activation_offload import ActivationOffload, LockRefused
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
@@ -402,8 +403,8 @@ def test_a_base_that_cannot_move_to_the_host_leaves_the_next_plan(opened, monkey
     state.stage.config.max_grad_norm = 1e9
     accumulate_gradients(state, 0)
     want = {n: p.grad.clone() for n, p in state.parameters.items()}
-    limits = Limits(2**40, 2**40, CARDS["3060"], Device())
-    monkeypatch.setattr(OomRetry, "_limits", lambda self: replace(limits, host=limits.host * self._lockable))
+    machine = Machine("a card", CARDS["3060"], 2**40, 2**40, Device())
+    monkeypatch.setattr(OomRetry, "_machine", lambda self: replace(machine, host=2**40 * self._lockable))
     plain = SftObjective.loss
 
     def full(self, examples, step, total):

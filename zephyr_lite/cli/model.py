@@ -134,14 +134,11 @@ def card(
     """Write a model card, README.md: base, data, lineage, settings, evaluation results, and how to load it."""
     from ..evaluate.results import need_matplotlib
     from ..export.model_card import write_card
-    from ..export.vllm import check_model
 
     if plots:
         need_matplotlib("the curves", "--no-plots")
     written = write_card(model, run=run, license=license, plots=plots, overwrite=overwrite)
     console.say(f"written to {written}")
-    if (model / "config.json").is_file():
-        say_all(f"note: for servers: {fault}" for fault in check_model(model))
 
 
 def push(

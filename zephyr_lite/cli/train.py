@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import redirect_stdout
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
 from .options import StageConfig, console
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -70,7 +73,7 @@ def train(
     def resolve() -> Any:
         found = resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
         for line in needs_lines(method, found.config):
-            screen.say(line)
+            logger.info(line)
         return found
 
     with joined() as here:
@@ -88,6 +91,6 @@ def train(
                     run_dry(method, loaded, show=console.row)
                     return
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
-                screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+                logger.info("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
-                screen.say(f"{done.message} {done.hint}")
+                logger.info("%s %s", done.message, done.hint)

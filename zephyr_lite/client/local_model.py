@@ -43,8 +43,9 @@ class Weights:
         base: str | None = None,
         chat_template: str | None = "auto",
     ) -> None:
+        from ..model.adapters import resolve_frozen_names
         from ..model.base import fingerprint
-        from ..model.loaded import BASE, WHOLE, find_chain, model_names, source_of_chain
+        from ..model.loaded import BASE, WHOLE, find_chain
 
         self.path = None if path is None else Path(path).expanduser()
         self.chain = chain = find_chain(self.path, stage=stage, adapters=adapters, base=base)
@@ -52,13 +53,14 @@ class Weights:
         if chain is None:
             self.source, self.models = str(self.path), {WHOLE: [fingerprint(Path(str(self.path)))]}
             return
-        self.source = source_of_chain(chain)
+        self.source = chain.source
         name, known = chain.base["name_or_path"], chain.base.get("fingerprint")
         if known is None and chain.run is None:  # explicit adapters
             folder = Path(name).expanduser()
             known = fingerprint(folder) if folder.is_dir() else f"{name}@{chain.base.get('revision')}"
         hashes = [str(known), *(str(adapter.sha256) for adapter in chain.adapters)]
-        self.models = {model: hashes[: n + 1] for n, model in enumerate([BASE, *model_names(chain)])}
+        models = [BASE, *resolve_frozen_names([adapter.path for adapter in chain.adapters])]
+        self.models = {model: hashes[: n + 1] for n, model in enumerate(models)}
 
     @cached_property
     def tokenizer_from(self) -> Path:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -386,7 +387,7 @@ class ChatTemplate:
                 raise RowError(f"the chat template does not write the {role} turn")
             if role != "system":
                 position = rendered.text.index(said, position) + len(said)
-        roles = [message["role"] for message in messages]
+        roles = list(map(itemgetter("role"), messages))
         asked = "user" if "user" in roles else "system"
         for turn, role in enumerate(roles):
             if role == "assistant" and asked in roles[:turn]:
@@ -426,8 +427,9 @@ class ChatTemplate:
         for piece, tag in zip(pieces[:-1:2], pieces[1::2]):
             (reasoning if tag == "</think>" else others).append(piece)
         for what, parts in (("the reasoning", reasoning), ("all of the text", others)):
-            if any(part.strip() not in upto[start:] for part in parts):
-                rendered.notes.append(f"the chat template does not write {what} of {which} answer")
+            for part in parts:
+                if part.strip() not in upto[start:]:
+                    rendered.notes.append(f"the chat template does not write {what} of {which} answer")
         same = common_length(answer, text[found:]) if text.startswith(upto[:start]) else 0
         end = 0
         for match in self._control.finditer(answer, 0, same):
@@ -594,8 +596,7 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: the tokenizer ({type(tokenizer).__name__}) gives no character offsets, or has no eos token.",
             "Use a model folder with a tokenizer.json, whose tokenizer_config.json names an eos_token.",
         )
-    vocabulary = tokenizer.get_vocab()
-    if missing := [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]:
+    if missing := sorted(set(NEEDED_TOKENS.get(name, ())) - tokenizer.get_vocab().keys()):
         raise UserError(
             f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
             "Choose chat_template: zephyr, which needs no token but eos.",

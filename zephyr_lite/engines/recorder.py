@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from ..config.load import RunConfig
 from ..io.atomic import write_manifest
-from ..io.interrupts import Output, StopRequest
+from ..io.interrupts import StopRequest
+from ..io.logging import Output, output_fault
 from ..memory.machine import peak_memory
 from ..train.checkpoint import MetricsLog
 from ..train.loop import OnMetrics
@@ -56,9 +57,9 @@ class Recorder(TrainerCallback):
     """
 
     def __init__(self, stage: Stage, on_metrics: OnMetrics, observers: Sequence[Observer] = ()) -> None:
-        self.stage, self.observers, self.output = stage, observers, Output()
+        self.stage, self.observers, self.output = stage, observers, Output(on_metrics)
         self.unit = "tokens" if stage.method == "sft" else "pairs"
-        self.on_metrics = self.output.of(on_metrics)
+        self.on_metrics = self.output.emit
         self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path)
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
@@ -113,7 +114,7 @@ class Recorder(TrainerCallback):
                 observer.on_evaluate(step, found)
         elif "loss" in logs:
             self._training(step, logs)
-        ends = self.output.fault is not None or (self.stop is not None and self.stop.name is not None)
+        ends = self.fault is not None or (self.stop is not None and self.stop.name is not None)
         if ends and step < self.total:
             control.should_save = control.should_training_stop = True
 
@@ -148,6 +149,11 @@ class Recorder(TrainerCallback):
             observer.on_step_end(step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
+
+    @property
+    def fault(self) -> OSError | None:
+        """The error of the first print or message that failed."""
+        return self.output.fault or output_fault()
 
     def _write(self, step: int, metrics: Metrics) -> None:
         self.log.append({"step": step, **metrics})

@@ -33,8 +33,7 @@ from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
-from ..memory.machine import reset_peak_memory
-from ..memory.plan import SHARE
+from ..memory.machine import SHARE, reset_peak_memory
 from ..model.adapters import AdapterStack
 from ..model.compose import compose
 from ..model.families import FAMILIES
@@ -113,8 +112,8 @@ def train_on_trl(
     if state.global_step < recorder.total:
         if stop.name is not None:
             raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
-        if recorder.output.fault is not None:
-            raise recorder.output.fault
+        if recorder.fault is not None:
+            raise recorder.fault
     best = None
     if state.best_metric is not None and state.best_global_step:
         best = (float(state.best_metric), int(state.best_global_step))

@@ -5,7 +5,6 @@ Source: the GGUF specification (ggml-org/ggml, docs/gguf.md). The ``gguf`` packa
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter
@@ -22,18 +21,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import UserError
 from ..io.atomic import bytes_aside, make_folder
 from ..io.safetensors import row_blocks
-from ..io.text import is_whole, read_object, shown
+from ..io.text import read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
 from ..model.base import check_weights, empty_model, read_model_config
-from ..model.families import FAMILIES, NAMES, head_width, layer_windows
-from .gguf_vocab import Vocabulary, read_vocabulary
-
-logger = logging.getLogger(__name__)
+from ..model.families import FAMILIES, head_width, layer_windows
+from .gguf_vocab import add_vocabulary
 
 Kind = Literal["f16", "q8_0"]
 BLOCK_BYTES = 64 * 2**20  # of float32 rows held at once
 QUANT_WIDTH = 32  # values that share a scale in Q8_0
-_F16_MAX = 65504.0
 _MAGIC = b"GGUF"
 _CONVERTER = "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others."
 
@@ -47,7 +43,6 @@ class GgufReport:
     seconds: float = 0.0
     types: Counter[str] = field(default_factory=Counter)  # GGUF's name of a type → number of tensors
     error: float | None = None  # ‖stored - original‖ / ‖original‖ over every weight; None: not computed
-    pre: str = ""  # llama.cpp's name for how a text is split before the merges
     notes: list[str] = field(default_factory=list)  # what a server does differently from training
 
     def lines(self) -> list[str]:
@@ -62,11 +57,11 @@ class GgufReport:
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of the file: rows of a base's tensor, in an order; or given values."""
+    """One tensor of the file: a tensor of the folder with its rows in another order, or given values."""
 
     name: str
     shape: tuple[int, ...]
-    type: str  # F32, F16, Q8_0
+    type: Any  # gguf's GGMLQuantizationType: F32, F16, Q8_0
     source: str = ""
     order: Tensor | None = None
     values: Tensor | None = None
@@ -111,40 +106,35 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
         )
     check_weights(folder, config)
     files = BaseFiles(str(folder), folder)
-    vocabulary = read_vocabulary(folder, config.vocab_size, end_ids(folder, config))
-    report = GgufReport(out, pre=vocabulary.pre, notes=list(vocabulary.notes))
     parts = list(_parts(gguf, folder, config, files, kind))
-    narrow = [part.name for part in parts if part.type == "F16" and kind == "q8_0"]
-    if narrow:
-        report.notes.append(f"{len(narrow)} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
     writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].gguf)
-    _describe(writer, folder, config, vocabulary, kind, gguf, report)
+    report = GgufReport(out, types=Counter(part.type.name for part in parts))
+    _add_architecture(gguf, writer, folder, config, kind)
+    if kind == "q8_0" and report.types["F16"]:
+        report.notes.append(f"{report.types['F16']} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
+    for window in set(layer_windows(config)) - {None}:  # one at most
+        writer.add_sliding_window(window)
+        if window < config.max_position_embeddings:
+            report.notes.append(
+                f"the model attends to the last {window:,} tokens; llama.cpp ignores that in this family, so that longer "
+                "conversations differ"
+            )
+    report.notes += add_vocabulary(writer, folder, config.vocab_size, end_ids(folder, config))
     for part in parts:
-        if part.type == "Q8_0":
-            form = gguf.GGMLQuantizationType.Q8_0
-            shape = gguf.quant_shape_to_byte_shape(part.shape, form)
-            writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=form)
-        else:
-            dtype = np.dtype(np.float32 if part.type == "F32" else np.float16)
-            writer.add_tensor_info(part.name, part.shape, dtype, math.prod(part.shape) * dtype.itemsize)
+        shape = gguf.quant_shape_to_byte_shape(part.shape, part.type)
+        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=part.type)
     make_folder(out.parent)
+    squares = torch.zeros(2, dtype=torch.float64)
     with bytes_aside(out) as aside:
         writer.write_header_to_file(Path(aside.name))
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
-        squares = torch.zeros(2, dtype=torch.float64)
-        done, told, total = 0, 0, sum(math.prod(part.shape) for part in parts)
         try:
             for part in parts:
                 squares += _write(gguf, file, files, part)
-                report.types[part.type] += 1
                 files.forget()
-                done += math.prod(part.shape)
-                if total > 1e9 and done * 10 // total > told:  # below that it takes seconds
-                    told = done * 10 // total
-                    logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} billion weights")
             report.bytes = file.tell()
         finally:
             writer.close()
@@ -154,23 +144,18 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
 
 
 def model_folder(folder: str | Path) -> Path:
-    """Check that a folder holds a whole model.
+    """Check that a folder holds a whole model, and not a run or an adapter.
 
     Raises:
-        UserError: it does not; names the command that makes one of a run or an adapter.
+        UserError: it has no config.json.
     """
     path = Path(folder).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    run = path.parent if (path / "stage.json").is_file() else path
-    what, hint = "has no config.json, so it holds no model", "zephyr-lite merge --out model/"
-    if not path.is_dir():
-        what = "no such folder"
-    elif (path / "adapter_config.json").is_file():
-        what = "holds an adapter, not a whole model"
-    elif any(run.glob("*/stage.json")):
-        what, hint = "is a run, whose adapters are not merged", f"zephyr-lite merge --run {run} --out model/"
-    raise UserError(f"{path}: {what}.", f"Merge first, and give the merged folder: {hint}")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: holds no model (there is no config.json).",
+            "Of a run or an adapter, make one first: zephyr-lite merge --run runs/NAME --out model/",
+        )
+    return path
 
 
 def check_place(out: Path, folder: Path) -> None:
@@ -184,33 +169,20 @@ def check_place(out: Path, folder: Path) -> None:
 
 
 def end_ids(folder: Path, config: Any) -> list[int]:
-    """The ids at which generation stops: of generation_config.json, or else of config.json.
-
-    Raises:
-        UserError: they are not ids of tokens.
-    """
+    """The ids at which generation stops: of generation_config.json, or else of config.json."""
     path = folder / GENERATION
     told: Any = read_object(path, strict=False).get("eos_token_id") if path.is_file() else None
     told = config.eos_token_id if told is None else told
-    ids = told if isinstance(told, list) else [] if told is None else [told]
-    if not all(is_whole(index) and 0 <= index < config.vocab_size for index in ids):
-        raise UserError(
-            f"{path}: eos_token_id is {shown(ids)}, not the id of a token, or a list of them.", "Correct it."
-        )
-    return list(ids)
+    return list(told) if isinstance(told, list) else [] if told is None else [told]
 
 
 def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -> Iterator[_Part]:
     """Every tensor of the file, in the order of the base's bytes.
 
     Raises:
-        UserError: another family, or a weight is missing.
+        UserError: a weight is missing, or the rotary embeddings are of a type that GGUF cannot express.
     """
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{folder}: a {config.model_type} model; GGUF files are made of the families {NAMES}.",
-            _CONVERTER,
-        )
+    types = gguf.GGMLQuantizationType
     wanted = {name for name in empty_model(folder, config).state_dict() if not files.tied or name != "lm_head.weight"}
     if missing := wanted - files.entries.keys():
         raise UserError(f"{folder}: no tensor {shown(min(missing))} in its files.", "Merge again.")
@@ -218,56 +190,41 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], config.num_hidden_layers)
     for source in (name for name in files.entries if name in wanted):
         shape = files.entries[source].shape
+        form = types.F32 if len(shape) == 1 else types.F16
+        if kind == "q8_0" and len(shape) > 1 and shape[-1] % QUANT_WIDTH == 0:
+            form = types.Q8_0
         stem, _, suffix = source.rpartition(".")
-        turned = family.neighbours and stem.endswith((".q_proj", ".k_proj"))
-        form = "F32" if len(shape) == 1 else "F16"
-        if kind == "q8_0" and form == "F16" and shape[-1] % QUANT_WIDTH == 0:
-            form = "Q8_0"
-        order = _interleaved(shape[0], head) if turned else None
+        order = None
+        if family.neighbours and stem.endswith((".q_proj", ".k_proj")):
+            # transformers turns channel i of a head together with channel i + head/2, llama.cpp with its neighbour
+            order = torch.arange(shape[0]).view(shape[0] // head, 2, head // 2).transpose(1, 2).reshape(-1)
         yield _Part(f"{names.get_name(stem)}.{suffix}", shape, form, source, order)
-    if (factors := rope_factors(config)) is not None:
-        if not family.rope_factors:
-            raise UserError(
-                f"{folder}: rotary embeddings of type {shown(config.rope_parameters['rope_type'])}; in the "
-                f"{config.model_type} family only plain ones are exported.",
-                _CONVERTER,
-            )
-        yield _Part("rope_freqs.weight", tuple(factors.shape), "F32", values=factors)
+    if (factors := _rope_factors(folder, config)) is not None:
+        yield _Part("rope_freqs.weight", tuple(factors.shape), types.F32, values=factors)
 
 
-def _interleaved(rows: int, head: int) -> Tensor:
-    """Row of the file → row of the Hugging Face matrix, of the query and key projections.
-
-    transformers turns channel i of a head together with channel i + head/2, llama.cpp with its neighbour.
-    """
-    return torch.arange(rows).view(rows // head, 2, head // 2).transpose(1, 2).reshape(-1)
-
-
-def rope_factors(config: Any) -> Tensor | None:
+def _rope_factors(folder: Path, config: Any) -> Tensor | None:
     """Divisors of the rotary frequencies, float32 [head / 2]; None: plain rotary embeddings.
 
     Raises:
-        UserError: the type scales attention too, which a GGUF file cannot express.
+        UserError: the type scales attention too, or the family's GGUF architecture has no such divisors.
     """
-    told = config.rope_parameters or {}
-    if (name := told.get("rope_type", "default")) == "default":
+    name = config.rope_parameters.get("rope_type", "default")
+    if name == "default":
         return None
-    if name not in ROPE_INIT_FUNCTIONS:
-        raise UserError(f"rotary embeddings of type {shown(name)} are not known.", "Export a model of another type.")
     frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
-    if attention != 1.0:
-        raise UserError(
-            f"rotary embeddings of type {name} scale attention by {attention:.3g}, which this export does not support.",
-            _CONVERTER,
-        )
+    what = " scale attention, which this export does not support" if attention != 1.0 else ""
+    if not FAMILIES[config.model_type].rope_factors:
+        what = f"; in the {config.model_type} family only plain ones are exported"
+    if what:
+        raise UserError(f"{folder}: rotary embeddings of type {shown(name)}{what}.", _CONVERTER)
     head = head_width(config)
-    plain = 1.0 / told["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
     return plain / frequencies.float()
 
 
-def _describe(
-    writer: Any, folder: Path, config: Any, vocabulary: Vocabulary, kind: Kind, gguf: Any, report: GgufReport
-) -> None:
+def _add_architecture(gguf: Any, writer: Any, folder: Path, config: Any, kind: Kind) -> None:
+    """Add the metadata that is not the tokenizer's."""
     head = head_width(config)
     writer.add_name(folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0)
@@ -282,37 +239,8 @@ def _describe(
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float((config.rope_parameters or {})["rope_theta"]))
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for window in {window for window in layer_windows(config) if window is not None}:  # one at most
-        writer.add_sliding_window(window)
-        if window < config.max_position_embeddings:
-            report.notes.append(
-                f"the model attends to the last {window:,} tokens; llama.cpp ignores that in this family, "
-                "so that longer conversations differ"
-            )
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.model == "gpt2":
-        writer.add_token_merges(vocabulary.merges)
-    else:
-        writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    adders = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "eot": writer.add_eot_token_id,
-        "unknown": writer.add_unk_token_id,
-        "padding": writer.add_pad_token_id,
-    }
-    for name, index in vocabulary.special.items():
-        adders[name](index)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(False)
-    if vocabulary.template:
-        writer.add_chat_template(vocabulary.template)
 
 
 def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
@@ -321,18 +249,15 @@ def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
     whole = files.tensor(part.source) if part.values is None else part.values
     for rows in row_blocks(part.shape[0], math.prod(part.shape[1:]) * 4, BLOCK_BYTES):
         block = (whole[rows] if part.order is None else whole[part.order[rows]]).float()
-        if part.type == "Q8_0":
-            stored = gguf.quantize(block.numpy(), gguf.GGMLQuantizationType.Q8_0)
-            back = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
-        else:
-            back = stored = (block if part.type == "F32" else block.half()).numpy()
-            if not np.isfinite(stored).all():
-                raise UserError(
-                    f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches {_F16_MAX:.0f}.",
-                    "Use the model as it is (transformers, vLLM); a GGUF file of it needs another type.",
-                )
-        difference = torch.from_numpy(np.ascontiguousarray(back)).float() - block
-        squares += torch.stack([difference.double().square().sum(), block.double().square().sum()])
-        file.write(np.ascontiguousarray(stored).tobytes())
+        with np.errstate(over="ignore"):  # checked below
+            stored = np.ascontiguousarray(gguf.quantize(block.numpy(), part.type))
+        back = torch.from_numpy(np.ascontiguousarray(gguf.dequantize(stored, part.type)))
+        if not back.isfinite().all():
+            raise UserError(
+                f"{part.source}: holds {float(block.abs().max()):.3g}, and float16 reaches 65504.",
+                "Use the model as it is (transformers, vLLM); a GGUF file of it needs another type.",
+            )
+        squares += torch.stack([(back - block).double().square().sum(), block.double().square().sum()])
+        file.write(stored.tobytes())
     file.write(bytes(-(file.tell() - start) % gguf.GGUF_DEFAULT_ALIGNMENT))
     return squares

@@ -43,12 +43,11 @@ def find_quantizer(given: Path | None = None) -> list[str]:
     """
     if given is None and find_spec("llama_cpp") is not None:
         return [*CHILD, "quantize"]
-    if (found := shutil.which("llama-quantize" if given is None else str(given.expanduser()))) is not None:
+    name = "llama-quantize" if given is None else str(given.expanduser())
+    if (found := shutil.which(name)) is not None:
         return [found]
     raise UserError(
-        "Q4_K_M is made by llama.cpp's own quantizer, which is not here."
-        if given is None
-        else f"--llama-quantize {given}: is no program.",
+        f"Q4_K_M is made by llama.cpp's own quantizer, and there is no program {name}.",
         "pip install llama-cpp-python; or get llama.cpp (https://github.com/ggml-org/llama.cpp/releases, brew install "
         "llama.cpp) and name its program with --llama-quantize. F16 and Q8_0 need neither.",
     )
@@ -70,58 +69,49 @@ def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | 
     half = out.with_name(f".{out.name}.{token_hex(4)}")
     with bytes_aside(out) as aside:
         try:
-            report = write_gguf(folder, half, "f16")
+            notes = write_gguf(folder, half, "f16").notes
             logger.info("llama.cpp quantizes it")
             done = subprocess.run([*quantizer, str(half), aside.name, "Q4_K_M"], capture_output=True, check=False)
         finally:
             remove_tree(half)
         if done.returncode or not Path(aside.name).stat().st_size:
-            last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
             raise UserError(
-                f"llama.cpp's quantizer failed (exit code {done.returncode}): {' | '.join(last)[:500] or 'no output'}",
+                f"llama.cpp's quantizer failed (exit code {done.returncode}): {_last_lines(done.stderr)}",
                 "Export F16 or Q8_0, or try another version of llama.cpp.",
             )
     types = Counter(tensor.tensor_type.name for tensor in gguf_package().GGUFReader(out).tensors)
-    notes = list(report.notes)
-    if fallbacks := sum(count for name, count in types.items() if name not in ("F32", "Q4_K", "Q6_K")):
-        notes.append(f"{fallbacks} tensors are no multiple of 256 wide; llama.cpp stored them in other types")
-    return GgufReport(out, out.stat().st_size, time.monotonic() - start, types, None, report.pre, notes)
+    if others := types.total() - types["F32"] - types["Q4_K"] - types["Q6_K"]:
+        notes.append(f"{others} tensors are no multiple of 256 wide; llama.cpp stored them in other types")
+    return GgufReport(out, out.stat().st_size, time.monotonic() - start, types, None, notes)
+
+
+def _last_lines(output: bytes) -> str:
+    return " | ".join(output.decode("utf-8", "replace").strip().splitlines()[-3:])[:500] or "no output"
 
 
 def check_prompts(folder: Path, file: Path) -> str:
     """Compare llama.cpp's ids of conversations with training's; returns a line for the console.
 
-    Without a chat template plain texts are compared, and differences are only reported.
-
     Raises:
         UserError: the ids of a conversation differ.
     """
+    tokenizer = load_tokenizer(folder)
     if find_spec("llama_cpp") is None:
         return "prompt ids not compared with llama.cpp's (pip install llama-cpp-python to have that done)"
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.chat_template:
-        template = resolve_template("auto", tokenizer)
-        texts = [template.text_of(messages, True) for messages in PROBES]
-        wanted = [template.prompt_ids(messages).tolist() for messages in PROBES]
-    else:
-        texts = [message["content"] for messages in PROBES for message in messages]
-        wanted = [tokenizer(text)["input_ids"] for text in texts]
+    if not tokenizer.chat_template:
+        return "note: the model has no chat template, so no prompt ids were compared with llama.cpp's"
+    template = resolve_template("auto", tokenizer)
+    texts = [template.text_of(messages, True) for messages in PROBES]
     done = subprocess.run(
         [*CHILD, "tokenize", str(file)], input=json.dumps(texts).encode(), capture_output=True, check=False
     )
     if done.returncode:
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise UserError(f"{file}: llama.cpp cannot read it: {' '.join(last)[:500]}", "Update llama-cpp-python.")
-    found_ids = json.loads(done.stdout)
-    same = sum(ids == found for ids, found in zip(wanted, found_ids))
-    if not tokenizer.chat_template and same < len(texts):
-        return f"note: no chat template; llama.cpp makes other ids of {len(texts) - same} of {len(texts)} plain texts"
-    for text, ids, found in zip(texts, wanted, found_ids):
-        if ids != found:
-            place = next((i for i, (a, b) in enumerate(zip(ids, found)) if a != b), min(len(ids), len(found)))
+        raise UserError(f"{file}: llama.cpp cannot read it: {_last_lines(done.stderr)}", "Update llama-cpp-python.")
+    for messages, text, found in zip(PROBES, texts, json.loads(done.stdout)):
+        wanted = template.prompt_ids(messages).tolist()
+        if found != wanted:
             raise UserError(
-                f"{file}: llama.cpp makes other ids than training of {text!r}, from token {place} on: "
-                f"{found[place : place + 4]} instead of {ids[place : place + 4]}.",
+                f"{file}: llama.cpp makes the ids {found} of {text!r}, training made {wanted}.",
                 "The file is there, and a server that uses it would see other prompts. Please report this.",
             )
     return f"prompt ids equal llama.cpp's in {len(texts)} texts"

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,12 @@ from ..data.chat_template import ChatTemplate
 from ..data.messages import Message, RowError
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
-from ..io.text import shown
 from ..model.base import read_model_config
 from ..model.loaded import template_of_folder
 from ..model.tokenizer import load_tokenizer
 from .gguf import end_ids, gguf_package, model_folder
 
 Render = Callable[[list[Message], bool], str]
-ROLES = ("system", "user", "assistant")
 TEMPERATURE = 0.7
 
 
@@ -38,31 +36,26 @@ class Turns:
 
     head: str  # BOS, or nothing
     unsaid: str  # the text in place of a system turn if there is none
-    before: dict[str, str]  # role → the text around a turn's content
-    after: dict[str, str]
+    around: dict[str, tuple[str, str]]  # role → the texts before and after a turn's content
     prompt: str  # the generation prompt
-    notes: list[str] = field(default_factory=list)  # where the Go template differs
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """Build the text of a conversation from the parts."""
         text = self.head + (self.unsaid if messages[0]["role"] != "system" else "")
         for message in messages:
-            text += self.before[message["role"]] + message["content"] + self.after[message["role"]]
+            before, after = self.around[message["role"]]
+            text += before + message["content"] + after
         return text + (self.prompt if add_generation_prompt else "")
 
     def go(self) -> str:
         """The Go template over ``.Messages``."""
-        unsaid = (
-            f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{_literal(self.unsaid)}{{{{ end }}}}' if self.unsaid else ""
-        )
-        turns = ""
-        for place, role in enumerate(ROLES):
-            turns += f'{{{{ {"else if" if place else "if"} eq .Role "{role}" }}}}'
-            turns += f"{_literal(self.before[role])}{{{{ .Content }}}}{_literal(self.after[role])}"
-        return (
-            f"{_literal(self.head)}{{{{ range $i, $_ := .Messages }}}}{unsaid}{turns}{{{{ end }}}}{{{{ end }}}}"
-            f"{_literal(self.prompt)}"
-        )
+        text = f"{_literal(self.head)}{{{{ range $i, $_ := .Messages }}}}"
+        if self.unsaid:
+            text += f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{_literal(self.unsaid)}{{{{ end }}}}'
+        for place, (role, (before, after)) in enumerate(self.around.items()):
+            text += f'{{{{ {"else if" if place else "if"} eq .Role "{role}" }}}}'
+            text += f"{_literal(before)}{{{{ .Content }}}}{_literal(after)}"
+        return f"{text}{{{{ end }}}}{{{{ end }}}}{_literal(self.prompt)}"
 
 
 def _literal(text: str) -> str:
@@ -70,45 +63,16 @@ def _literal(text: str) -> str:
     return re.sub(r'\{\{|\}\}|"""', lambda found: "{{ " + json.dumps(found[0]) + " }}", text)
 
 
-def take_apart(render: Render, bos: str | None) -> Turns:
-    """Split a chat template into its parts, and compare what they build with what the template renders.
-
-    Args:
-        render: (messages, add_generation_prompt) → text.
-        bos: the tokenizer's BOS.
+def turns_of(template: ChatTemplate) -> Turns:
+    """The parts of a model's chat template, which are compared with what the template renders.
 
     Raises:
-        UserError: the template is not a sequence of turns.
+        UserError: the template is not a sequence of turns, or refuses plain ones.
     """
-    asked, told, more, rule = "a question QAQ", "an answer WAW", "another question QBQ", "a rule SAS"
-    user, again = ({"role": "user", "content": text} for text in (asked, more))
-    answer, system = {"role": "assistant", "content": told}, {"role": "system", "content": rule}
-    start, _, after_user = render([user], False).partition(asked)
-    whole = render([user, answer, again], False)
-    before_answer = whole.partition(asked)[2].partition(told)[0].removeprefix(after_user)
-    after_answer = render([user, answer], False).partition(told)[2]
-    before_user = whole.partition(told)[2].partition(more)[0].removeprefix(after_answer)
-    with_system = render([system, user], False)
-    system_start, _, rest = with_system.partition(rule)
-    start = start.removesuffix(before_user)
-    head = bos if bos and start.startswith(bos) and system_start.startswith(bos) else ""
-    turns = Turns(
-        head,
-        start.removeprefix(head),
-        {"system": system_start.removeprefix(head), "user": before_user, "assistant": before_answer},
-        {"system": rest.partition(asked)[0].removesuffix(before_user), "user": after_user, "assistant": after_answer},
-        render([user], True).removeprefix(render([user], False)),
-    )
-    odd = [{"role": "assistant", "content": "x\n\ny"}, {"role": "user", "content": "z {{ .Role }} #"}]
-    lines: Message = {"role": "user", "content": "line one\nline two"}
-    for messages in ([user, answer, again, *odd], [system, user, answer, again], [lines]):
-        for prompt in (False, True):
-            if turns.render(messages, prompt) != render(messages, prompt):
-                raise _refused(f"{len(messages)} turns differ from the same turns one by one")
-    spaced: list[Message] = [{"role": "user", "content": " spaced \n"}]
-    if turns.render(spaced, True) != render(spaced, True):
-        turns.notes.append("the chat template strips white space around a turn's text, Ollama does not")
-    return turns
+    try:
+        return _take_apart(template.text_of, template.tokenizer.bos_token or "")
+    except RowError as error:
+        raise _refused(str(error)) from None
 
 
 def _refused(why: str) -> UserError:
@@ -118,16 +82,35 @@ def _refused(why: str) -> UserError:
     )
 
 
-def turns_of(template: ChatTemplate) -> Turns:
-    """The parts of a model's chat template.
-
-    Raises:
-        UserError: as ``take_apart``; the template refuses plain turns.
-    """
-    try:
-        return take_apart(template.text_of, template.tokenizer.bos_token)
-    except RowError as error:
-        raise _refused(str(error)) from None
+def _take_apart(render: Render, bos: str) -> Turns:
+    asked, told, more, rule = "a question QAQ", "an answer WAW", "another question QBQ", "a rule SAS"
+    user, again = ({"role": "user", "content": text} for text in (asked, more))
+    answer, system = {"role": "assistant", "content": told}, {"role": "system", "content": rule}
+    start, _, after_user = render([user], False).partition(asked)
+    whole = render([user, answer, again], False)
+    before_answer = whole.partition(asked)[2].partition(told)[0].removeprefix(after_user)
+    after_answer = render([user, answer], False).partition(told)[2]
+    before_user = whole.partition(told)[2].partition(more)[0].removeprefix(after_answer)
+    before_system, _, rest = render([system, user], False).partition(rule)
+    start = start.removesuffix(before_user)
+    head = bos if start.startswith(bos) and before_system.startswith(bos) else ""
+    turns = Turns(
+        head,
+        start.removeprefix(head),
+        {
+            "system": (before_system.removeprefix(head), rest.partition(asked)[0].removesuffix(before_user)),
+            "user": (before_user, after_user),
+            "assistant": (before_answer, after_answer),
+        },
+        render([user], True).removeprefix(render([user], False)),
+    )
+    odd = [{"role": "assistant", "content": "x\n\ny"}, {"role": "user", "content": "z {{ .Role }} #"}]
+    lines: Message = {"role": "user", "content": "line one\nline two"}
+    for messages in ([user, answer, again, *odd], [system, user, answer, again], [lines]):
+        for prompt in (False, True):
+            if turns.render(messages, prompt) != render(messages, prompt):
+                raise _refused(f"{len(messages)} turns differ from the same turns one by one")
+    return turns
 
 
 def write_modelfile(
@@ -156,14 +139,18 @@ def write_modelfile(
             a template that cannot be written for Ollama; ``out`` exists and differs.
     """
     folder, gguf, out = model_folder(folder), gguf.expanduser(), out.expanduser()
-    if not gguf.is_file():
-        raise UserError(f"{gguf}: no such file.", f"Make it first: zephyr-lite export gguf {shlex.quote(str(folder))}")
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder.", f"Name the file: --out {out / 'Modelfile'}")
     tokenizer = load_tokenizer(folder)
     template = template_of_folder(folder, tokenizer, chat_template)
     turns = turns_of(template)
-    notes = _check_file(gguf, folder, tokenizer, None if chat_template else template.text, turns)
+    notes = []
+    if _server_adds_bos(gguf, folder, tokenizer, None if chat_template else template.text):
+        if not turns.head:
+            raise _mismatch(gguf, "has a server add BOS, and the chat template writes none: training saw none", folder)
+        turns.head = ""
+        notes.append("note: BOS is left out of the template: with this file Ollama adds it")
+    spaced: list[Message] = [{"role": "user", "content": " spaced \n"}]
+    if spaced[0]["content"] not in template.text_of(spaced, True):
+        notes.append("note: the chat template strips white space around a turn's text, Ollama does not")
     ids = list(dict.fromkeys([*template.end_token_ids, *end_ids(folder, read_model_config(folder))]))
     stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in ids]
     # relative to the Modelfile, as Ollama reads it; without a leading dot it would be a model's name
@@ -175,49 +162,37 @@ def write_modelfile(
         f"PARAMETER temperature {temperature:g}",
     ]
     text = "\n".join(lines) + "\n"
-    if out.exists() and not overwrite and out.read_text(encoding="utf-8", errors="replace") != text:
-        raise UserError(f"{out}: is there already, and says something else.", "Add --overwrite to replace it.")
+    if out.is_dir() or (out.exists() and not overwrite and out.read_text(encoding="utf-8", errors="replace") != text):
+        raise UserError(f"{out}: is there already, and says something else.", "Add --overwrite, or name another file.")
     make_folder(out.parent)
     write_text(out, text)
     return [
         f"{out}: for {gguf}; answers end at {', '.join(stops)}",
-        *(f"note: {note}" for note in [*turns.notes, *notes]),
+        *notes,
         f"Next: ollama create {re.sub('[^a-z0-9._-]+', '-', folder.resolve().name.lower())} -f {shlex.quote(str(out))}",
     ]
 
 
-def _check_file(path: Path, folder: Path, tokenizer: Any, template: str | None, turns: Turns) -> list[str]:
-    """Check that a GGUF file has this model's tokenizer and template, and that BOS is added once.
+def _mismatch(gguf: Path, what: str, folder: Path) -> UserError:
+    return UserError(f"{gguf}: {what}.", f"Make it: zephyr-lite export gguf {shlex.quote(str(folder))}")
+
+
+def _server_adds_bos(gguf: Path, folder: Path, tokenizer: Any, template: str | None) -> bool:
+    """Whether servers add BOS to what they feed from a GGUF file.
 
     Args:
-        template: the expected template; None: another one was asked for.
+        template: the expected chat template; None: another one was asked for.
 
-    Returns:
-        warnings.
     Raises:
-        UserError: the file does not match.
+        UserError: the file does not exist, or has another tokenizer or template than the folder.
     """
     try:
-        fields = {key: field.contents() for key, field in gguf_package().GGUFReader(path).fields.items()}
+        fields = {key: field.contents() for key, field in gguf_package().GGUFReader(gguf).fields.items()}
     except (ValueError, OSError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: is no GGUF file that can be read: {error}.", "Export it again.") from None
-    tokens, adds_bos = (
-        dict(enumerate(fields.get("tokenizer.ggml.tokens") or [])),
-        fields.get("tokenizer.ggml.add_bos_token"),
-    )
-    fault = None
+        raise _mismatch(gguf, f"is no GGUF file that can be read ({error})", folder) from None
+    tokens = dict(enumerate(fields.get("tokenizer.ggml.tokens") or []))
     if template is not None and fields.get("tokenizer.chat_template") != template:
-        fault = f"has another chat template than {folder}"
-    elif any(tokens.get(index) != token for token, index in tokenizer.get_vocab().items()):
-        fault = f"has another tokenizer than {folder}"
-    elif adds_bos is not False and not turns.head:
-        fault = "has a server add BOS, and the chat template writes none: training saw none"
-    if fault is not None:
-        raise UserError(f"{path}: {fault}.", f"Export it again: zephyr-lite export gguf {shlex.quote(str(folder))}")
-    notes = []
-    if adds_bos is not False:
-        turns.head = ""
-        notes.append("BOS is left out of the template: with this file Ollama adds it")
-    if (name := fields.get("general.name")) not in (None, folder.resolve().name):
-        notes.append(f"the GGUF file was made of a folder called {shown(name)}")
-    return notes
+        raise _mismatch(gguf, f"has another chat template than {folder}", folder)
+    if any(tokens.get(index) != token for token, index in tokenizer.get_vocab().items()):
+        raise _mismatch(gguf, f"has another tokenizer than {folder}", folder)
+    return fields.get("tokenizer.ggml.add_bos_token") is not False

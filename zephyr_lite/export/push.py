@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from ..errors import UserError
 from ..io.redact import find_secret, redact
@@ -35,19 +35,15 @@ class Upload:
 
     folder: Path
     repo: str
-    files: dict[str, Path] = field(default_factory=dict)  # path in the repository → file
-    left_out: list[str] = field(default_factory=list)  # names of files that do not belong to a model
+    files: dict[str, Path]  # path in the repository → file
     notes: list[str] = field(default_factory=list)  # warnings
 
     def lines(self) -> list[str]:
         """For the console."""
         sizes = {name: path.stat().st_size / 1e6 for name, path in self.files.items()}
-        width = max(map(len, sizes))
-        more = " …" if len(self.left_out) > 8 else ""
         return [
-            f"{self.repo}: {len(sizes)} files, {sum(sizes.values()):,.1f} MB",
-            *(f"  {name:<{width}}  {size:>10,.1f} MB" for name, size in sizes.items()),
-            *([f"left out: {', '.join(self.left_out[:8])}{more}"] if self.left_out else []),
+            f"{self.repo}: {len(sizes)} files, {sum(sizes.values()):,.1f} MB; other files of {self.folder} stay here",
+            *(f"  {size:>10,.1f} MB  {name}" for name, size in sizes.items()),
             *(f"note: {note}" for note in self.notes),
         ]
 
@@ -69,36 +65,28 @@ def prepare(folder: str | Path, repo: str) -> Upload:
     """Choose the files of a model's or an adapter's folder.
 
     Raises:
-        UserError: the folder holds neither; ``repo`` is not OWNER/NAME; a file holds a secret of this machine.
+        UserError: the folder holds neither; a file holds a secret of this machine.
     """
     folder = Path(folder).expanduser()
-    if not _REPO.fullmatch(repo):
-        raise UserError(f"{repo}: is not a repository's name.", "Write OWNER/NAME.")
-    upload = Upload(folder, repo)
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() and not path.is_symlink():
-            continue
-        # a pattern without a slash is for files of the folder itself; a link may lead anywhere
-        belongs = any(name.count("/") == p.count("/") and Path(name).match(p) for p in _BELONGS)
-        if path.is_symlink() or not path.is_file() or not belongs:
-            upload.left_out.append(name)
-            continue
-        upload.files[name] = path
-        is_text = path.suffix in (".json", ".jinja", ".md", ".txt", "") and path.stat().st_size <= _TEXT_BYTES
-        if is_text and (found := find_secret(path.read_text(encoding="utf-8", errors="replace"))):
-            raise UserError(f"{path}: holds {found}.", "Remove it before you publish the file.")
-    weights = any(name.endswith((".safetensors", ".gguf")) for name in upload.files)
-    if not weights or not upload.files.keys() & {"config.json", "adapter_config.json"}:
+    found = sorted({path for pattern in _BELONGS for path in folder.glob(pattern)})
+    # a link may lead anywhere
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and not path.is_symlink()}
+    weights = any(name.endswith((".safetensors", ".gguf")) for name in files)
+    if not weights or not files.keys() & {"config.json", "adapter_config.json"}:
         raise UserError(
             f"{folder}: holds neither a model nor an adapter.",
             "Give the folder that merge made; a run is not published.",
         )
-    if CARD not in upload.files:
-        upload.notes.append(f"there is no {CARD}; zephyr-lite export card {folder} writes one")
-    for name in (MARK, "adapter_config.json"):
-        if name in upload.files and _FOLDER.search(upload.files[name].read_text(encoding="utf-8")):
+    upload = Upload(folder, repo, files)
+    for name, path in files.items():
+        is_text = path.suffix in (".json", ".jinja", ".md", ".txt", "") and path.stat().st_size <= _TEXT_BYTES
+        text = path.read_text(encoding="utf-8", errors="replace") if is_text else ""
+        if secret := find_secret(text):
+            raise UserError(f"{path}: holds {secret}.", "Remove it before you publish the file.")
+        if name in (MARK, "adapter_config.json") and _FOLDER.search(text):
             upload.notes.append(f"{name} names folders of this machine")
+    if CARD not in files:
+        upload.notes.append(f"there is no {CARD}; zephyr-lite export card {folder} writes one")
     return upload
 
 
@@ -115,11 +103,8 @@ def push(upload: Upload, *, private: bool = False) -> None:
     check_repo(upload.repo)
     api = HfApi()
     try:
-        try:
-            public = not api.repo_info(upload.repo).private
-        except RepositoryNotFoundError:
-            api.create_repo(upload.repo, private=private, exist_ok=True)
-            public = not private
+        api.create_repo(upload.repo, private=private, exist_ok=True)
+        public = not api.repo_info(upload.repo).private
         if private and public:
             raise UserError(
                 f"{upload.repo}: is there already, and public.", "Make it private in its settings, or name another."

@@ -18,7 +18,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -45,8 +45,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: as ``file_aside``.
     """
-    with file_aside(path) as file:
-        file.write(redact(text))
+    with bytes_aside(path) as file:
+        file.write(redact(text).encode())
 
 
 @contextmanager
@@ -71,19 +71,12 @@ def bytes_aside(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    sweep(path.parent, path.name)
-    aside = _aside(path)
-    with _named(path, aside):
-        try:
-            with open(aside, "xb") as file:
-                _flock(file.fileno())  # tells ``sweep`` in other processes that this one is alive
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            remove_tree(aside)
-            raise
+    with _aside(path, Path.touch) as aside:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
         _flush_folder(path.parent)
 
 
@@ -94,34 +87,44 @@ def folder_aside(target: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; names the file.
     """
-    sweep(target.parent, target.name)
-    aside = _aside(target)
-    with _named(target, aside):
-        aside.mkdir()
-        handle = os.open(aside, os.O_RDONLY)
+    with _aside(target, Path.mkdir) as aside:
+        yield aside
+        for folder, _, names in os.walk(aside, topdown=False):
+            for name in sorted(names):
+                if not os.path.islink(os.path.join(folder, name)):
+                    with open(os.path.join(folder, name), "rb") as file:
+                        os.fsync(file.fileno())
+            _flush_folder(Path(folder))
+        old = target.with_name(f".old-{target.name}.{secrets.token_hex(4)}")
+        if os.path.lexists(target):
+            os.replace(target, old)  # until the next rename the folder is missing; ``sweep`` restores it
         try:
-            _flock(handle)
-            yield aside
-            for folder, _, names in os.walk(aside, topdown=False):
-                for path in (Path(folder, name) for name in sorted(names)):
-                    if not path.is_symlink():
-                        with open(path, "rb") as file:
-                            os.fsync(file.fileno())
-                _flush_folder(Path(folder))
-            old = target.with_name(f".old-{target.name}.{secrets.token_hex(4)}")
-            if replaces := os.path.lexists(target):
-                os.replace(target, old)  # until the next rename the folder is missing; ``sweep`` restores it
-            try:
-                os.replace(aside, target)
-            except OSError:
-                if replaces:
-                    os.replace(old, target)
-                raise
-            if replaces:
-                remove_tree(old)
+            os.replace(aside, target)
+        except OSError:
+            if os.path.lexists(old):
+                os.replace(old, target)
+            raise
+        try:
             _flush_folder(target.parent)
         finally:
-            os.close(handle)
+            remove_tree(old)
+
+
+@contextmanager
+def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary file or folder of ``path`` beside it. It is removed at the end, if it still has its temporary name."""
+    sweep(path.parent, path.name)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with _named(path, aside):
+        try:
+            make(aside)
+            handle = os.open(aside, os.O_RDONLY)
+            try:
+                _flock(handle)  # tells ``sweep`` in other processes that this one is alive
+                yield aside
+            finally:
+                os.close(handle)
+        finally:
             remove_tree(aside)
 
 
@@ -171,7 +174,7 @@ def remove_folder(path: Path) -> None:
     Raises:
         OSError: it cannot be renamed. Files that cannot be deleted stay until the next ``sweep``.
     """
-    doomed = _aside(path)
+    doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with _named(path, doomed):
         os.replace(path, doomed)
     remove_tree(doomed)
@@ -196,19 +199,16 @@ def sweep(folder: Path, name: str | None = None) -> None:
         found = _ASIDE.fullmatch(left.name)
         if found is None or name not in (None, found["name"]):
             continue
-        try:
+        with suppress(OSError):  # its process has just finished it, or it cannot be read
             handle = os.open(left, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:
-            continue
-        try:
             in_use = not _flock(handle)
-        finally:
             os.close(handle)
-        target = folder / found["name"]
-        if not in_use and found["old"] and not os.path.lexists(target):
-            os.replace(left, target)
-        elif not in_use:
-            remove_tree(left)
+            if in_use:
+                continue
+            if found["old"] and not os.path.lexists(folder / found["name"]):
+                os.replace(left, folder / found["name"])
+            else:
+                remove_tree(left)
 
 
 def check_room(folder: Path, size: int, what: str) -> None:
@@ -237,10 +237,8 @@ def _flock(handle: int) -> bool:
     """Lock an open file or folder without waiting, until the handle is closed. False: another process has locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # others come from a file system without locks
     return True
 
 
@@ -257,10 +255,6 @@ def _named(path: Path, aside: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, found.replace(str(aside), str(path))) from error
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the exclusive lock of a folder while the block runs: one process at a time works on a run. The same process may
@@ -273,14 +267,16 @@ def alone(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock, or the folder cannot be made or locked.
     """
     folder = Path(os.path.abspath(folder))
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / LOCK_FILE
+    path, made = folder / LOCK_FILE, []
+    for each in (folder, *folder.parents):
+        if not each.exists():
+            made.append(each)
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        holder = " on ".join(path.read_text(encoding="utf-8", errors="replace").split()[:2]) if path.is_file() else "?"
+        holder = " on ".join(path.read_text(encoding="utf-8", errors="replace").split()[:2])
         raise UserError(
             f"{folder}: process {holder} works here.", "Wait for it, end it, or choose another output_dir."
         ) from None
@@ -290,7 +286,7 @@ def alone(folder: Path) -> Iterator[None]:
             "Choose another output_dir, make the folder writable, or free some space.",
         ) from None
     try:
-        if type(lock) is FileLock and lock.lock_counter == 1:  # filelock's fallback writes process and host itself
+        if lock.lock_counter == 1:
             path.write_text(f"{os.getpid()}\n{platform.node()}\n", encoding="utf-8")
         yield
     finally:
@@ -298,8 +294,8 @@ def alone(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):  # not empty
-            for made in missing:
-                made.rmdir()
+            for each in made:
+                each.rmdir()
 
 
 def write_manifest(folder: Path) -> None:
@@ -309,36 +305,29 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST:
-            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "files": files})
 
 
-def manifest_fault(folder: Path, *, deep: bool = True) -> str | None:
+def manifest_fault(folder: Path) -> str | None:
     """The first difference between a folder and its manifest, in words that follow the folder's name; None: there is none.
-    Files that the manifest does not name do not matter.
-
-    Args:
-        deep: compare hashes (every byte is read); False: sizes only.
-    """
+    Files that the manifest does not name do not matter."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = [(folder / name, told["bytes"], told["sha256"]) for name, told in manifest["files"].items()]
-        if manifest["format"] != MANIFEST_FORMAT:
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        told = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = [(name, each["bytes"], each["sha256"]) for name, each in told.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or damaged"
-    for path, size, digest in files:
-        name = path.relative_to(folder)
+    for name, size, digest in files:
+        path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if (found := path.stat().st_size) != size:
             return f"{name} has {found:,} bytes, {size:,} were written"
-        if deep and file_sha256(path) != digest:
+        if _sha256(path) != digest:
             return f"{name} has another hash than was written"
     return None
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,21 +10,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
-
-from .logging import output_fault
 
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 _LAUNCHERS = (
     *(RANK, SIZE, LOCAL_RANK, LOCAL_SIZE, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "NODE_RANK"),
     *("MPI_LOCAL", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "TORCHELASTIC_"),
-    *(f"ACCELERATE_USE_{what}" for what in ("DEEPSPEED", "FSDP", "MEGATRON", "PARALLELISM", "TP")),
+    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON"),
+    *("ACCELERATE_USE_PARALLELISM", "ACCELERATE_USE_TP"),
 )
 # Ctrl-C; sent by a batch system or a cloud before it kills; sent when a terminal or a connection is closed
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds within which a second signal is the launcher's copy of the first.
 ECHO = 5.0
 # A library that catches KeyboardInterrupt, during its import above all, fails of something else within this many seconds.
@@ -113,33 +112,6 @@ def pythons_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Output:
-    """Printing that does not end a run in the middle of a step. With ``sft | tee log``, Ctrl-C ends the reader too.
-
-    Attributes:
-        fault: the error of the first print or message that failed; nothing is printed after it.
-    """
-
-    def __init__(self) -> None:
-        self._fault: OSError | None = None
-
-    @property
-    def fault(self) -> OSError | None:
-        return self._fault or output_fault()
-
-    def of(self, write: Callable[..., None]) -> Callable[..., None]:
-        """The function, without its OSErrors."""
-
-        def printed(*args: Any) -> None:
-            if self.fault is None:
-                try:
-                    write(*args)
-                except OSError as error:
-                    self._fault = error
-
-        return printed
 
 
 class StopRequest:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 PACKAGE = logging.getLogger("zephyr_lite")
 
 
-class MessageHandler(logging.Handler):
-    """Passes the package's messages to a function.
+class Output(logging.Handler):
+    """Printing that does not end a run in the middle of a step. With ``sft | tee log``, Ctrl-C ends the reader too, and the
+    run must still write its checkpoint. As a handler it prints the package's messages.
+
+    Args:
+        write: prints a message.
 
     Attributes:
-        fault: the error of the first message that could not be written; nothing is written after it. With
-            ``sft | tee log``, Ctrl-C ends the reader too, and the run must still write its checkpoint.
+        fault: the error of the first print or message that failed; nothing is printed after it.
     """
 
-    def __init__(self, write: Callable[[logging.LogRecord], None]) -> None:
+    fault: OSError | None = None
+
+    def __init__(self, write: Callable[..., None]) -> None:
         super().__init__()
         self.write = write
-        self.fault: OSError | None = None
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, *args: Any) -> None:
+        """Call ``write``, without its OSErrors."""
         if self.fault is None:
             try:
-                self.write(record)
+                self.write(*args)
             except OSError as error:
                 self.fault = error
 
@@ -37,7 +43,7 @@ def messages_to(write: Callable[[logging.LogRecord], None] | None) -> Iterator[N
     Raises:
         OSError: a message could not be written.
     """
-    handler = logging.NullHandler() if write is None else MessageHandler(write)
+    handler = logging.NullHandler() if write is None else Output(write)
     before = PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate
     PACKAGE.handlers, PACKAGE.propagate = [handler], False
     PACKAGE.setLevel(logging.INFO)
@@ -46,10 +52,13 @@ def messages_to(write: Callable[[logging.LogRecord], None] | None) -> Iterator[N
     finally:
         PACKAGE.handlers, PACKAGE.propagate = before[0], before[2]
         PACKAGE.setLevel(before[1])
-    if isinstance(handler, MessageHandler) and handler.fault is not None:
+    if isinstance(handler, Output) and handler.fault is not None:
         raise handler.fault
 
 
 def output_fault() -> OSError | None:
     """The error of the first message that could not be written, if there was one."""
-    return next((h.fault for h in PACKAGE.handlers if isinstance(h, MessageHandler) and h.fault is not None), None)
+    for handler in PACKAGE.handlers:
+        if isinstance(handler, Output) and handler.fault is not None:
+            return handler.fault
+    return None

@@ -81,17 +81,19 @@ def refuse_secrets(values: Any, where: str, key: str = "") -> None:
 
 
 def _secrets() -> dict[str, str]:
-    """The values to hide → their variable, the longest first: one may be a part of another."""
+    """The values to hide → their variable, the longest first: one may be a part of another. Words, numbers, special tokens
+    and existing paths, which other text may hold as well, are none."""
     found = dict.fromkeys(_remembered, "")
-    found |= {value.strip(): name for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())}
-    values = sorted((v for v in found if len(v) >= SHORT and not _is_plain(v)), key=len, reverse=True)
-    return {value: found[value] for value in values}
-
-
-def _is_plain(value: str) -> bool:
-    """Whether a value is a word, number, special token or existing path, which other text may hold as well."""
-    path = os.path.expanduser(value)
-    return _PLAIN.fullmatch(value) is not None or (path.startswith("/") and os.path.lexists(path))
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name.upper()):
+            found[value.strip()] = name
+    secrets = {}
+    for value in sorted(found, key=len, reverse=True):
+        path = os.path.expanduser(value)
+        is_path = path.startswith("/") and os.path.lexists(path)
+        if len(value) >= SHORT and _PLAIN.fullmatch(value) is None and not is_path:
+            secrets[value] = found[value]
+    return secrets
 
 
 def _forms(value: str) -> tuple[str, ...]:

@@ -58,8 +58,12 @@ class StageDir:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = [p for p in self.path.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+        found = {}
+        for path in self.path.glob("checkpoint-*"):
+            step = path.name.removeprefix("checkpoint-")
+            if step.isdigit() and path.is_dir():
+                found[int(step)] = path
+        return list(dict(sorted(found.items())).values())
 
     def claim(self) -> None:
         """Make the folder, and remove temporary files of killed processes from it.
@@ -97,8 +101,11 @@ def newest_run(root: Path, *, stage: str | None = None, complete: bool = False) 
 
 def stages_of(run: Path) -> list[StageDir]:
     """A run's stages, by name, without the temporary folders of killed processes (``.NAME.xxxxxxxx``)."""
-    found = [file.parent for file in run.glob(f"*/{STAGE_FILE}") if not file.parent.name.startswith(".")]
-    return [StageDir(path) for path in sorted(found)]
+    found = []
+    for file in sorted(run.glob(f"*/{STAGE_FILE}")):
+        if not file.parent.name.startswith("."):
+            found.append(StageDir(file.parent))
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -120,32 +127,18 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "zephyr-lite"
 
 
-# stage.json: people edit and copy this file, so it is validated
+class StageMetadata(BaseModel):
+    """The keys of stage.json that are read again; people edit and copy the file. Files of older versions lack some keys, and
+    others may be added."""
 
-
-class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _Base(_Part):
-    name_or_path: str | None = None
-    fingerprint: str | None = None
-
-
-class _Trl(_Part):
-    arguments: dict[str, Any] | None = None
-    continues: list[dict[str, Any]] | None = None
-
-
-class StageMetadata(_Part):
-    """The keys of stage.json that are read again; files of older versions lack some, and others may be added."""
 
     format: int | None = None
     id: str | None = None
     method: Literal["sft", "dpo"] | None = None
     stage: str | None = None
     status: str | None = None
-    base: _Base | None = None
+    base: dict[str, Any] | None = None
     adapters: list[dict[str, Any]] | None = None
     own: dict[str, Any] | None = None
     chat_template: str | None = None
@@ -155,7 +148,7 @@ class StageMetadata(_Part):
     plan: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     eval_data: dict[str, Any] | None = None
-    trl: _Trl | None = None
+    trl: dict[str, Any] | None = None
     resumed: list[dict[str, Any]] | None = None
     result: dict[str, Any] | None = None
 
@@ -201,10 +194,12 @@ def check_rendering(info: dict[str, Any], stage: Path, template: str, tokenizer:
     Raises:
         UserError: they differ.
     """
-    then = {"chat_template": info.get("chat_template"), **(info.get("data") or {})}
-    now = {"chat_template": template, "tokenizer_sha256": tokenizer_sha256(tokenizer)}
-    for key, name in (("chat_template", "chat template"), ("tokenizer_sha256", "tokenizer")):
-        if isinstance(then.get(key), str) and then[key] != now[key]:
+    trained_with = (info.get("data") or {}).get("tokenizer_sha256")
+    for name, then, now in (
+        ("chat template", info.get("chat_template"), template),
+        ("tokenizer", trained_with, tokenizer_sha256(tokenizer)),
+    ):
+        if then is not None and then != now:
             raise UserError(
                 f"{stage / 'adapter'}: the {name} there is not the one that {stage.name} was trained with.",
                 "The files beside the adapter have changed. Restore them (stage.json has the template's text).",

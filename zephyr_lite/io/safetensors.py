@@ -39,10 +39,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES: dict[torch.dtype, str] = dict(zip(DTYPES.values(), DTYPES))
 FLOATS = ("F32", "F16", "BF16", "F64")
 # The first bytes of torch.save's files: a zip archive, or (before torch 1.6) a pickle of protocol 2 to 5.
-_PICKLES = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True)
@@ -80,28 +80,19 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: Any = None
-        if not self.path.is_file():
-            found = ": is not a file" if self.path.exists() else " is missing"
-            raise UserError(f"{self.path}{found}.", "Fetch it again.")
+        if not self.path.is_file():  # a pipe would block
+            raise UserError(f"{self.path}: is not a file.", "Fetch it again.")
         try:
-            file = self._open()
+            self._file: Any = safe_open(self.path, "pt")
         except SafetensorError as error:
             raise self._broken(str(error)) from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read: {error.strerror or error}.", "Fetch it again.") from None
-        self.metadata: dict[str, str] = file.metadata() or {}
+        self.metadata: dict[str, str] = self._file.metadata() or {}
         self.entries: dict[str, Entry] = {}
-        for name in file.offset_keys():
-            tensor = file.get_slice(name)
+        for name in self._file.offset_keys():
+            tensor = self._file.get_slice(name)
             if tensor.get_dtype() not in DTYPES:
                 raise self._broken(f"tensor {shown(name)} has the unsupported dtype {tensor.get_dtype()}")
             self.entries[name] = Entry(name, tensor.get_dtype(), tuple(tensor.get_shape()))
-
-    def _open(self) -> Any:
-        if self._file is None:
-            self._file = safe_open(self.path, "pt")
-        return self._file
 
     def _broken(self, what: str) -> UserError:
         with self.path.open("rb") as file:
@@ -117,7 +108,9 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in its own dtype and shape, as a view of the mapped file: treat it as read-only."""
-        tensor: Tensor = self._open().get_tensor(name)
+        if self._file is None:
+            self._file = safe_open(self.path, "pt")
+        tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
     def forget(self) -> None:

@@ -62,13 +62,10 @@ class FolderPlace:
         sweep(target)
         for path in _content(stage, checkpoints):
             copy = target / path.name
-            manifest = path / MANIFEST
             if path.is_file():
                 copy_file(path, copy)
-            elif not manifest.is_file():
-                _copy_folder(path, copy)
-            elif not (copy / MANIFEST).is_file() or (copy / MANIFEST).read_bytes() != manifest.read_bytes():
-                if fault := manifest_fault(path):
+            elif not _have_equal_manifests(path, copy):
+                if (path / MANIFEST).is_file() and (fault := manifest_fault(path)):  # do not replace a good copy
                     raise OSError(f"{path.name}: {fault}")
                 _copy_folder(path, copy)
         for old in StageDir(target).checkpoints():
@@ -117,7 +114,7 @@ class HubPlace:
         )
         self.commits += 1
         if self.commits % SQUASH_EVERY == 0:
-            with suppress(HTTPError):
+            with suppress(HTTPError):  # the next time will do
                 self.api.super_squash_history(self.repo)
 
 
@@ -153,6 +150,11 @@ def _is_copied(name: str) -> bool:
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in FILES)
 
 
+def _have_equal_manifests(source: Path, target: Path) -> bool:
+    manifests = [folder / MANIFEST for folder in (source, target)]
+    return all(file.is_file() for file in manifests) and manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
 def _copy_folder(source: Path, target: Path) -> None:
     with folder_aside(target) as aside:
         shutil.copytree(source, aside, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -164,12 +166,15 @@ class Mirror:
     context; at the end, and when it is interrupted, its last state is copied too.
 
     Args:
-        place: where to.
+        sync: the key ``sync``, which names the place.
         stage: the stage.
+
+    Raises:
+        UserError: ``sync`` names no place.
     """
 
-    def __init__(self, place: Place, stage: StageDir) -> None:
-        self.place, self.stage = place, stage
+    def __init__(self, sync: str, stage: StageDir) -> None:
+        self.place, self.stage = place_of(sync, stage.run), stage
         self.folder = f"{stage.run.resolve().name}/{stage.path.name}"
         self._best: int | None = None
         self._wanted: tuple[str, ...] = ()  # checkpoints to be copied next
@@ -256,15 +261,6 @@ class Mirror:
         self._others_sent = True
 
 
-def open_mirror(sync: str, stage: StageDir) -> Mirror:
-    """The mirror of a stage at the place that ``sync`` names.
-
-    Raises:
-        UserError: ``sync`` names no place.
-    """
-    return Mirror(place_of(sync, stage.run), stage)
-
-
 def restore(sync: str, stage: StageDir) -> None:
     """Fetch what the place has of a run and this machine lacks: complete stages, and of ``stage`` the newest and the
     best checkpoint. Does nothing if the files here are as new.
@@ -276,9 +272,21 @@ def restore(sync: str, stage: StageDir) -> None:
     place, name = place_of(sync, stage.run), stage.run.resolve().name
     with alone(stage.run):
         sweep(stage.run)
+        here = [each for each in stages_of(stage.run) if each.complete() or each.checkpoints()]
+        is_here = stage.path in [each.path for each in here]
         try:
             with place.files([f"{name}/*/{STAGE_FILE}", f"{name}/*/{MANIFEST}"]) as there:
-                missing = _missing(place, there / name, stage)
+                copies = stages_of(there / name)
+                if here and copies and not _marks(here) & _marks(copies):
+                    raise UserError(
+                        f"sync {place.name}: holds another run named {name}, not {stage.run}.",
+                        "Choose another place or another output_dir; or move the one that is not wanted away.",
+                    )
+                missing = {copy.path.name: parts for copy in copies if (parts := _missing(copy, stage))}
+            if not copies and not is_here:  # also the case if a drive is not mounted
+                logger.info(
+                    f"sync: {place.name} has nothing of {name} yet, so it starts here. If it should, is that place mounted?"
+                )
             patterns = [f"{name}/{folder}/{file}" for folder in missing for file in (STAGE_FILE, *FILES)]
             patterns += [f"{name}/{folder}/{part}/*" for folder, parts in missing.items() for part in parts]
             if missing:
@@ -286,9 +294,26 @@ def restore(sync: str, stage: StageDir) -> None:
                     for folder, parts in missing.items():
                         _fetch(place, StageDir(there / name / folder), StageDir(stage.run / folder), parts)
         except (OSError, HTTPError) as error:
-            if not _worth_keeping(stage):
+            if not is_here:
                 raise _unreadable(place, error) from None
             logger.warning(f"sync: {place.name}: {_line(error)}; continuing with the files here")
+
+
+def _missing(copy: StageDir, stage: StageDir) -> list[str]:
+    """The folders to fetch of a stage at the place: its adapters, or, if it is ``stage`` and unfinished, its checkpoints, the
+    newest first. Of the copy's checkpoints only the manifests need to be there."""
+    here = StageDir(stage.run / copy.path.name)
+    if here.complete():
+        return []
+    if copy.complete():
+        return ["adapter", "delta"]
+    if here.path != stage.path:
+        return []
+    names, newest = [path.name for path in reversed(copy.checkpoints())], -1
+    for path in here.checkpoints():
+        if not (path / MANIFEST).is_file() or manifest_fault(path) is None:
+            newest = int(path.name.removeprefix("checkpoint-"))
+    return names if names and int(names[0].removeprefix("checkpoint-")) > newest else []
 
 
 def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
@@ -312,41 +337,6 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
     return max(found)[1] if found else None
 
 
-def _missing(place: Place, there: Path, stage: StageDir) -> dict[str, list[str]]:
-    """Stages to fetch: name → their folders, of an unfinished one its checkpoints, the newest first.
-
-    Args:
-        there: the run at the place; of its checkpoints only the manifests need to be there.
-
-    Raises:
-        UserError: it is another run than the one here.
-    """
-    copies = stages_of(there)
-    kept = [each for each in stages_of(stage.run) if _worth_keeping(each)]
-    if not copies and not _worth_keeping(stage):  # also the case if a drive is not mounted
-        logger.info(
-            f"sync: {place.name} has nothing of {there.name} yet, so it starts here. If it should, is that place mounted?"
-        )
-    if kept and copies and not _marks(kept) & _marks(copies):
-        raise UserError(
-            f"sync {place.name}: holds another run named {there.name}, not {stage.run}.",
-            "Choose another place or another output_dir; or move the one that is not wanted away.",
-        )
-    found: dict[str, list[str]] = {}
-    for copy in copies:
-        here = StageDir(stage.run / copy.path.name)
-        if here.complete():
-            continue
-        if copy.complete():
-            found[copy.path.name] = ["adapter", "delta"]
-        elif copy.path.name == stage.path.name:
-            good = [p for p in here.checkpoints() if not (p / MANIFEST).is_file() or manifest_fault(p) is None]
-            names = [p.name for p in reversed(copy.checkpoints())]
-            if names and _step(names[0]) > max((_step(p.name) for p in good), default=-1):
-                found[copy.path.name] = names
-    return found
-
-
 def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> None:
     """Replace a stage here by its copy: its files and the undamaged ones of these folders.
 
@@ -361,33 +351,19 @@ def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> 
             if path.is_file() and (_is_copied(path.name) or path.name == STAGE_FILE):
                 copy_file(path, target / path.name)
         for folder in (copy.path / name for name in folders if (copy.path / name).is_dir()):
-            # an adapter's copy has a manifest where an earlier version made it
+            # adapters have a manifest where an earlier version copied them
             fault = manifest_fault(folder) if not complete or (folder / MANIFEST).is_file() else None
             if fault is None:
                 _copy_folder(folder, target / folder.name)
                 brought.append(folder.name)
-                if complete:
-                    (target / folder.name / MANIFEST).unlink(missing_ok=True)
-                continue
-            logger.warning(f"sync {place.name}: {copy.path.name}/{folder.name}: {fault}; not taken")
-            if complete:
-                brought.clear()
-                break
-        if not brought:
+            else:
+                logger.warning(f"sync {place.name}: {copy.path.name}/{folder.name}: {fault}; not taken")
+        if not brought or (complete and here.adapter.name not in brought):
             raise UserError(
                 f"sync {place.name}: {here.run.name}/{here.path.name} is damaged there.",
                 "Delete that folder there to start again or to continue with the files here, or leave sync out.",
             )
     logger.info(f"{here.path} was fetched from {place.name}, {'complete' if complete else f'at {brought[0]}'}")
-
-
-def _worth_keeping(stage: StageDir) -> bool:
-    """Whether a stage here has a checkpoint or is complete."""
-    return (stage.path / STAGE_FILE).is_file() and (bool(stage.checkpoints()) or stage.complete())
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("checkpoint-"))
 
 
 def _marks(stages: list[StageDir]) -> set[str]:

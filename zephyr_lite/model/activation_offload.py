@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -132,21 +131,6 @@ def _unlock(runtime: Any, start: int, device: torch.device) -> None:
     runtime.cudaHostUnregister(start)
 
 
-@dataclass
-class Kept:
-    """One layer's kept tensors on the host.
-
-    Attributes:
-        layer: its index.
-        host: views of the layer's host buffer, one a tensor; the next forward pass overwrites them.
-    """
-
-    layer: int
-    host: list[Tensor]
-    _device: list[Tensor] = field(default_factory=list)
-    _done: Any = None
-
-
 class ActivationOffload:
     """Host buffers for the tensors that the first `layers` layers keep, one a layer.
 
@@ -157,24 +141,38 @@ class ActivationOffload:
         self.layers = layers
         self._side = SideStream(device)
         self._device = device
-        self._places: dict[int, Tensor] = {}
-        self._now: dict[int, Kept] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._kept: dict[int, list[Tensor]] = {}  # views of the host buffers, one a tensor
+        self._fetched: dict[
+            int, tuple[Any, list[Tensor]]
+        ] = {}  # copies on the device, and the event when they are done
         self._leaving: list[tuple[Any, Sequence[Tensor]]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes on the host."""
-        return sum(place.numel() for place in self._places.values())
+        return sum(buffer.numel() for buffer in self._buffers.values())
 
-    def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
-        """Start copying a layer's tensors to the host. They stay alive until the copy is done."""
+    def put(self, layer: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Start copying a layer's tensors to the host. They stay alive until the copy is done.
+
+        Returns:
+            where they are on the host, for ``get``; the next forward pass overwrites them.
+        """
         tensors = [t.detach().contiguous() for t in tensors]  # nothing here may hold a graph
-        kept = Kept(layer, self._views(layer, tensors))
-        done = self._side.copy(list(zip(kept.host, tensors)))
+        starts, size = pack(tensors)
+        buffer = self._buffers.get(layer)
+        if buffer is None or buffer.numel() < size:
+            self._side.finish()  # no copy may use the buffer that is freed
+            self._buffers.pop(layer, None)
+            del buffer
+            buffer = self._buffers[layer] = host_bytes(size, self._device)
+        host = views(buffer, starts, tensors)
+        done = self._side.copy(list(zip(host, tensors)))
         self.wait_pending()  # the copies of the layer before had this layer's time
         self._leaving.append((done, tensors))
-        self._now[layer] = kept
-        return kept
+        self._kept[layer] = host
+        return host
 
     def wait_pending(self) -> None:
         """Release the tensors of pending copies; later work reuses their memory only after the copies."""
@@ -184,37 +182,21 @@ class ActivationOffload:
 
     def prefetch(self, layer: int) -> None:
         """Start copying a layer's tensors back, if it has any on the host."""
-        kept = self._now.get(layer)
-        if kept is not None and not kept._device:
-            self._fetch(kept)
+        if layer in self._kept and layer not in self._fetched:
+            host = self._kept[layer]
+            tensors = [torch.empty(h.shape, dtype=h.dtype, device=self._device) for h in host]
+            self._fetched[layer] = (self._side.copy(list(zip(tensors, host))), tensors)
 
-    def get(self, kept: Kept) -> list[Tensor]:
+    def get(self, layer: int, host: list[Tensor]) -> list[Tensor]:
         """A layer's tensors on the device."""
-        assert self._now.pop(kept.layer, None) is kept, "run each backward pass before the next forward pass"
-        if not kept._device:
-            self._fetch(kept)
-        self._side.wait(kept._done)
-        tensors, kept._device, kept._done = kept._device, [], None
+        assert self._kept.get(layer) is host, "run each backward pass before the next forward pass"
+        self.prefetch(layer)
+        del self._kept[layer]
+        done, tensors = self._fetched.pop(layer)
+        self._side.wait(done)
         return tensors
 
     def clear(self) -> None:
         """Drop the tensors of a failed pass; the host buffers stay."""
         self._side.finish()
-        for kept in self._now.values():
-            kept._device = []
-        self._now, self._leaving = {}, []
-
-    def _fetch(self, kept: Kept) -> None:
-        tensors = [torch.empty(h.shape, dtype=h.dtype, device=self._device) for h in kept.host]
-        kept._done = self._side.copy(list(zip(tensors, kept.host)))
-        kept._device = tensors
-
-    def _views(self, layer: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A view of the layer's host buffer for each tensor."""
-        starts, size = pack(tensors)
-        place = self._places.get(layer)
-        if place is None or place.numel() < size:
-            self._side.finish()  # no copy may use the buffer that is freed
-            self._places.pop(layer, None)
-            place = self._places[layer] = host_bytes(size, self._device)
-        return views(place, starts, tensors)
+        self._kept, self._fetched, self._leaving = {}, {}, []

@@ -76,11 +76,9 @@ class AdapterStack:
             UserError: it does not fit this base.
         """
         assert self.trainable is None, "add frozen adapters before the trainable one"
-        layers = {
-            module: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-            for module, layer in self.base.named_modules()
-        }
-        ranks = {}
+        layers, ranks = {}, {}
+        for module, layer in self.base.named_modules():
+            layers[module] = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
         for module, weights in adapter.modules.items():
             ranks[module] = weights.rank
             layer = layers.get(module)
@@ -111,12 +109,11 @@ class AdapterStack:
         wanted = check_targets(targets)
         modules, missing = [], set(wanted)
         for module, layer in self.base.named_modules():
-            if ".layers." not in module or not isinstance(layer, (LoraLayer, nn.Linear)):
-                continue
-            matching = {target for target in wanted if f".{module}".endswith(f".{target}")}
-            missing -= matching
-            if matching:
-                modules.append(module)
+            if ".layers." in module and isinstance(layer, (LoraLayer, nn.Linear)):
+                matching = [target for target in wanted if f".{module}".endswith(f".{target}")]
+                missing.difference_update(matching)
+                if matching:
+                    modules.append(module)
         if missing:
             raise UserError(
                 f"lora_target_modules: this base has no linear layer {min(missing)} in its decoder layers.",
@@ -147,15 +144,13 @@ class AdapterStack:
 
     def weights(self, name: str) -> dict[str, LoraWeights]:
         """An attached adapter's weights, float32 on the CPU, by module name."""
-        return {
-            module: LoraWeights(
-                layer.lora_A[name].weight.detach().float().cpu().clone(),
-                layer.lora_B[name].weight.detach().float().cpu().clone(),
-                layer.scaling[name],
-            )
-            for module, layer in self.lora_layers()
-            if name in layer.lora_A
-        }
+        result = {}
+        for module, layer in self.lora_layers():
+            if name in layer.lora_A:
+                a = layer.lora_A[name].weight.detach().float().cpu().clone()
+                b = layer.lora_B[name].weight.detach().float().cpu().clone()
+                result[module] = LoraWeights(a, b, layer.scaling[name])
+        return result
 
     def lora_layers(self) -> Iterator[tuple[str, Any]]:
         for module, layer in self.base.named_modules():

@@ -7,7 +7,7 @@ in the user's cache; later starts load that copy. Plain transformers loads it to
         config.json  model-00001-of-00008.safetensors …  zephyr_lite.json
 
 The environment variable ``ZEPHYR_LITE_CACHE`` replaces ``~/.cache/zephyr-lite``. A copy is used as long as the base's files
-have the names, sizes and modification times that they had when it was made, and its own files the hashes.
+have the names, sizes and modification times that they had when it was made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -33,7 +32,7 @@ from ..config.load import RunConfig
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
-from ..io.safetensors import tensor_bytes
+from ..io.safetensors import SafetensorsFile, tensor_bytes
 from ..io.text import shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from .families import FAMILIES, NAMES, head_width, layer_windows
@@ -187,26 +186,32 @@ def check_weights(folder: Path, config: Any) -> None:
     Raises:
         UserError: a file is broken; the model has no place for a tensor, or one of another shape.
     """
-    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
+    holds: dict[str, SafetensorsFile] = {}
+    for file in open_shards(folder).values():
+        holds |= dict.fromkeys(file.entries, file)
     if config.model_type not in FAMILIES:
         return
-    layers = 1 + max((int(match[1]) for name in holds if (match := _LAYER.match(name))), default=-1)
+    layers = 0
+    for name in holds:
+        if match := _LAYER.match(name):
+            layers = max(layers, 1 + int(match[1]))
     if layers not in (0, config.num_hidden_layers):
         raise UserError(
             f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {layers}.", _OTHER_MODEL
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(folder, config).state_dict().items()}
-    packed = {name.removesuffix(NF4_STATE) for name in holds if name.endswith(NF4_STATE)}
+    places = empty_model(folder, config).state_dict()
     for name, file in holds.items():
-        if name in packed or name.rpartition(".weight.")[0] + ".weight" in packed:
-            continue  # bitsandbytes' parts of an NF4 weight
-        # transformers adds the prefix itself, and computes inv_freq, which old checkpoints hold
-        wanted, shape = shapes.get(name, shapes.get(f"model.{name}")), file.entries[name].shape
-        if wanted != shape and not name.endswith("rotary_emb.inv_freq"):
+        weight = name.partition(".weight.")[0].removesuffix(".weight") + ".weight"
+        if weight + NF4_STATE in holds or name.endswith("rotary_emb.inv_freq"):
+            continue  # bitsandbytes' parts of an NF4 weight; what transformers computes and old checkpoints hold
+        shape, wanted = file.entries[name].shape, places.get(name, places.get(f"model.{name}"))
+        if wanted is None:
             problem = "for which the model of config.json has no place"
-            if wanted is not None:
-                problem = f"which is {list(shape)}; by config.json it is {list(wanted)}"
-            raise UserError(f"{file.path}: holds tensor {shown(name)}, {problem}.", _OTHER_MODEL)
+        elif wanted.shape != shape:
+            problem = f"which is {list(shape)}; by config.json it is {list(wanted.shape)}"
+        else:
+            continue
+        raise UserError(f"{file.path}: holds tensor {shown(name)}, {problem}.", _OTHER_MODEL)
 
 
 def empty_model(folder: Path, config: Any) -> Any:
@@ -338,60 +343,48 @@ def _load_quantized(
 
     Where the cache cannot be written, the model is quantized in memory, with a warning. The parameters go to `place`.
     """
-    double = "-double" if settings.bnb_4bit_use_double_quant else ""
     known = fingerprint(source)
+    double = "-double" if settings.bnb_4bit_use_double_quant else ""
     suffix = f"{known[:16]}-nf4{double}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
-    sources = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weight_files(source)}
-
-    def manifest(folder: Path) -> dict[str, Any]:
-        files = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:  # one inverted bit would train on silently
-                files[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        return {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
-
-    model = None
+    sources, size = {}, 0
+    for path in weight_files(source):
+        sources[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+        size += path.stat().st_size
+    kept, model = quantized_dir(), None
     try:
-        make_folder(quantized_dir())
-        with FileLock(quantized_dir() / f".lock-{suffix}"):
-            folder = quantized_dir() / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
+        make_folder(kept)
+        with FileLock(kept / f".lock-{suffix}"):
             # the base may have had another name when it was made
-            folder = next(iter(sorted(quantized_dir().glob(f"[!.]*-{suffix}"))), folder)
-            if read_json(folder / MANIFEST) != manifest(folder):
+            own = kept / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
+            folder = min(kept.glob(f"[!.]*-{suffix}"), default=own)
+            if (read_json(folder / MANIFEST) or {}).get("sources") != sources:
                 if folder.exists():
-                    logger.warning(f"{folder}: damaged, or made of other files of the base; it is made again")
+                    logger.warning(f"{folder}: made of other files of the base; it is made again")
                     remove_tree(folder)
                 logger.info(f"quantizing the base once; later starts read {folder}")
                 room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
                 # for a streamed base, too: a card takes seconds, a CPU minutes
-                where = device if room > sum(size for size, _ in sources.values()) / 2 else place
+                where = device if room > size / 2 else place
                 model = _from_pretrained(source, model_config, dtype, where, settings)
                 with folder_aside(folder) as aside:
                     model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
-                    write_json(aside / MANIFEST, manifest(aside))
+                    write_json(aside / MANIFEST, {"format": FORMAT, "fingerprint": known, "sources": sources})
                 model = None
     except (OSError, SafetensorError, NotImplementedError) as error:  # a file system without locks, too
         logger.warning(
-            f"{quantized_dir()}: the quantized base cannot be kept there ({getattr(error, 'strerror', None) or error}); make "
-            "room, make it writable, or name another folder in the environment variable ZEPHYR_LITE_CACHE. The base is "
-            "quantized in memory, now and at every start."
+            f"{kept}: the quantized base cannot be kept there ({getattr(error, 'strerror', None) or error}); make room, "
+            "make it writable, or name another folder in the environment variable ZEPHYR_LITE_CACHE. The base is quantized "
+            "in memory, now and at every start."
         )
         return _from_pretrained(source, model_config, dtype, place, settings) if model is None else model
-    own = copy.deepcopy(model_config)
-    own.quantization_config = settings.to_dict()
-    return _from_pretrained(folder, own, dtype, place, None)
+    quantized = copy.deepcopy(model_config)
+    quantized.quantization_config = settings.to_dict()
+    return _from_pretrained(folder, quantized, dtype, place, None)
 
 
 def quantized_dir() -> Path:
     """The folder of quantized bases in the user's cache."""
     return cache_dir() / "quantized"
-
-
-def kept_bases() -> dict[Path, int]:
-    """Folder → bytes of each quantized base in the cache, unfinished ones included."""
-    folder = quantized_dir()
-    found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in found}
 
 
 def frozen_base(
@@ -439,11 +432,15 @@ def fingerprint(folder: Path) -> str:
         UserError: a file is missing or broken.
     """
     config = read_model_config(folder, any_family=True)
-    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
+    told: dict[str, Any] = {}
+    for key in _ARCHITECTURE:
+        told[key] = getattr(config, key, None)
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
+    holds: dict[str, SafetensorsFile] = {}
+    for file in open_shards(folder).values():
+        holds |= dict.fromkeys(file.entries, file)
     for name in sorted(holds):
         entry, data = holds[name].entries[name], tensor_bytes(holds[name].tensor(name))
         digest.update(repr((name, entry.dtype, entry.shape)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ class Chain:
     info: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def source(self) -> str:
+        """The stage's folder, or the adapters, for messages."""
+        if self.run is not None and self.stage is not None:
+            return str(self.run / self.stage)
+        return " + ".join(str(adapter.path) for adapter in self.adapters)
+
     def lineage(self) -> dict[str, Any]:
         """The chain's entry in a merged folder."""
         told: dict[str, Any] = {"base": self.base}
@@ -62,26 +70,31 @@ def chain_of_run(run: str | Path | None = None, stage: str | None = None, base: 
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")
-    stages = [found for found in stages_of(folder) if stage in (None, found.path.name) and found.complete()]
+    stages = []
+    for place in stages_of(folder):
+        if stage in (None, place.path.name) and place.complete():
+            file = place.path / STAGE_FILE
+            info = checked(place.info() or {}, file, needs=("adapters", "own", "base.name_or_path"))
+            stages.append((len(info["adapters"]), file.stat().st_mtime_ns, place, info))
     if not stages:
         raise UserError(
             f"{folder}: no complete stage{f' {stage}' if stage else ''} in it.",
             "Give a run's folder (runs/NAME), not a stage's or an adapter's; a stage that is not finished is resumed by the "
             "command that started it.",
         )
-    infos = {found: found.info() or {} for found in stages}
-    for found, info in infos.items():
-        checked(info, found.path / STAGE_FILE, needs=("adapters", "own", "base.name_or_path"))
-    chosen = max(stages, key=lambda found: (len(infos[found]["adapters"]), _changed(found)))
-    info = infos[chosen]
-    adapters = [_checked(_resolve(folder, link["path"]), link, chosen) for link in info["adapters"]]
-    adapters.append(_checked(chosen.path / info["own"]["path"], info["own"], chosen))
+    _, _, chosen, info = max(stages, key=itemgetter(0, 1))
+    adapters = []
+    for link in (*info["adapters"], info["own"]):
+        path = chosen.path / link["path"] if link is info["own"] else _resolve(folder, link["path"])
+        adapter = read_adapter(path)
+        if adapter.sha256 != link["sha256"]:
+            raise UserError(
+                f"{path}: its content is {adapter.sha256[:12]}, but {chosen.path.name} was trained on {link['sha256'][:12]}.",
+                "The adapter was changed or replaced since. Restore it, or train the stages above it again.",
+            )
+        adapters.append(adapter)
     moved = {} if base is None else {"name_or_path": base, "revision": "main"}
     return Chain({**info["base"], **moved}, adapters, chosen.adapter, folder, chosen.path.name, info)
-
-
-def _changed(stage: StageDir) -> int:
-    return (stage.path / STAGE_FILE).stat().st_mtime_ns
 
 
 def _resolve(run: Path, name: str) -> Path:
@@ -91,17 +104,6 @@ def _resolve(run: Path, name: str) -> Path:
     if inside.is_dir() or Path(name).is_absolute() or inside.name in ("adapter", "delta"):
         return inside
     return fetch_adapter(name)
-
-
-def _checked(path: Path, link: dict[str, Any], stage: StageDir) -> AdapterFile:
-    """Raises UserError where the adapter is missing, or is not the one of this hash."""
-    adapter = read_adapter(path)
-    if adapter.sha256 != link["sha256"]:
-        raise UserError(
-            f"{path}: its content is {adapter.sha256[:12]}, but {stage.path.name} was trained on {link['sha256'][:12]}.",
-            "The adapter was changed or replaced since. Restore it, or train the stages above it again.",
-        )
-    return adapter
 
 
 def chain_of_adapters(names: list[str], base: str | None = None) -> Chain:

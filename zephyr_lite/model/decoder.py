@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -151,28 +151,24 @@ class Decoder:
             tokens = batch.tokens.cpu() if batch.host_tokens is None else batch.host_tokens
             x = self.stream.embedded(model.embed_tokens.weight, tokens).to(self.dtype)
         cos, sin = model.rotary_emb(x, batch.positions[None])
+        cos, sin = cos[0].to(self.dtype), sin[0].to(self.dtype)
         windows = layer_windows(self.stack.base.config)
-        tables = {window: SegmentTable.build(batch.segments, window, x.device) for window in set(windows)}
-        shared = ForwardContext(
-            table=tables[windows[0]],
-            cos=cos[0].to(self.dtype),
-            sin=sin[0].to(self.dtype),
-            mlp_chunk=self.tile,
-            offload=self.offload,
-            stream=self.stream,
-        )
-        states = [replace(shared, table=tables[window]) for window in windows]
+        contexts = {}
+        for window in set(windows):
+            table = SegmentTable.build(batch.segments, window, x.device)
+            contexts[window] = ForwardContext(table, cos, sin, self.tile, self.offload, self.stream)
         key = None
         if dropout is not None and dropout.p > 0:
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
         keeps = [keep] * len(model.layers) if isinstance(keep, str) else keep
-        streams = [x for _ in off]
+        streams = [x] * len(off)
         del x  # so that the first layer frees it
         for index, module in enumerate(model.layers):
             for place, name in enumerate(off):
                 layer = layer_of(module, partial(self._pairs, off=name), key, index=index, stream=self.stream)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
-                    streams[place] = run_layer(streams[place], layer, states[index], self.scratch, keeps[index])
+                    context = contexts[windows[index]]
+                    streams[place] = run_layer(streams[place], layer, context, self.scratch, keeps[index])
         if self.offload is not None:
             self.offload.wait_pending()
         rows = [stream[batch.target_rows] for stream in streams]
@@ -180,17 +176,11 @@ class Decoder:
 
     def _pairs(self, linear: Any, projection: int, off: str | None) -> list[LoraPair]:
         """The adapters of a projection; ``off`` is switched off."""
+        pairs: list[LoraPair] = []
         if not isinstance(linear, LoraLayer):
-            return []
-        return [
-            LoraPair(
-                projection,
-                linear.lora_A[name].weight,
-                linear.lora_B[name].weight,
-                linear.scaling[name],
-                off=name == off,
-                dropout=name == self.stack.trainable,
-            )
-            for name in (self.stack.names if self.names is None else self.names)
-            if name in linear.lora_A
-        ]
+            return pairs
+        for name in self.stack.names if self.names is None else self.names:
+            if name in linear.lora_A:
+                a, b, trained = linear.lora_A[name].weight, linear.lora_B[name].weight, name == self.stack.trainable
+                pairs.append(LoraPair(projection, a, b, linear.scaling[name], off=name == off, dropout=trained))
+        return pairs

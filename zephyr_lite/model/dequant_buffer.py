@@ -45,12 +45,15 @@ class DequantBuffer:
             for weight, columns in zip(site.weights, site.slices):
                 yield columns.start, dequantize(weight, dtype)
             return
-        sizes, device = scratch_elements(sites, self.mode), site.weights[0].device
+        device = site.weights[0].device
         if not self._buffers or self._buffers[0].dtype != dtype or self._buffers[0].device != device:
             self.free()
+            sizes = scratch_elements(sites, self.mode)
             self._buffers = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
         if self.mode == "layer" or index < 2:
-            start = sum(sum(other.outs) * _width(other) for other in sites[:index])
+            start = 0
+            for other in sites[:index]:
+                start += sum(other.outs) * _width(other)
             yield 0, self._fill(0, start, site, range(len(site.weights)), dtype)
             return
         for projection, columns in enumerate(site.slices):

@@ -46,37 +46,24 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """An RMSNorm's weight [D], frozen, and its epsilon."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
 class Layer:
     """A decoder layer's weights.
 
     Attributes:
         sites: linear layers that read the same input: q, k, v; o; gate, up; down.
-        norms: before the attention, before the MLP.
+        norms: frozen weight [D] and epsilon of the RMSNorm before the attention, and of the one before the MLP.
         heads, kv_heads, head_dim: of the attention.
         scale: factor of the attention scores.
         index: of the layer.
     """
 
-    sites: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup]
-    norms: tuple[Norm, Norm]
+    sites: tuple[LinearGroup, ...]
+    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
     index: int = 0
-
-    @property
-    def trained(self) -> list[Tensor]:
-        qkv, out, gate_up, down = self.sites
-        return [*qkv.trained, *out.trained, *gate_up.trained, *down.trained]
 
 
 @dataclass(frozen=True)
@@ -125,24 +112,22 @@ def layer_of(
     )
     sites = []
     for place, linears in enumerate(modules):
-        inner = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in linears]
-        sites.append(
-            LinearGroup(
-                tuple(m.weight if stream is None else stream.on_device(m.weight) for m in inner),
-                tuple(m.bias for m in inner),
-                tuple(m.out_features for m in inner),
-                tuple(pair for projection, m in enumerate(linears) for pair in pairs_of(m, projection)),
-                None if key is None else key.at(index, place),
-            )
-        )
-    norms = (module.input_layernorm, module.post_attention_layernorm)
-    head_dim = attention.head_dim
+        weights, biases, outs, pairs = [], [], [], []
+        for projection, linear in enumerate(linears):
+            inner = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
+            weights.append(inner.weight if stream is None else stream.on_device(inner.weight))
+            biases.append(inner.bias)
+            outs.append(inner.out_features)
+            pairs += pairs_of(linear, projection)
+        dropout = None if key is None else key.at(index, place)
+        sites.append(LinearGroup(tuple(weights), tuple(biases), tuple(outs), tuple(pairs), dropout))
+    first, second = module.input_layernorm, module.post_attention_layernorm
     return Layer(
-        (sites[0], sites[1], sites[2], sites[3]),
-        (Norm(norms[0].weight, norms[0].variance_epsilon), Norm(norms[1].weight, norms[1].variance_epsilon)),
-        sites[0].outs[0] // head_dim,
-        sites[0].outs[1] // head_dim,
-        head_dim,
-        attention.scaling,
-        index,
+        sites=tuple(sites),
+        norms=((first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)),
+        heads=sites[QKV].outs[0] // attention.head_dim,
+        kv_heads=sites[QKV].outs[1] // attention.head_dim,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        index=index,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from types import MethodType
 from typing import Any, get_args
@@ -14,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
@@ -57,16 +57,13 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
             f"keep is None or one of {', '.join(get_args(Keep))}; scratch is one of {', '.join(get_args(ScratchMode))}.",
         )
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hasattr(causal, "config"):
-        check_family(causal.config, "this model")
-    inner = getattr(causal, "model", None)
-    if not isinstance(inner, nn.Module) or not hasattr(causal, "config"):
+    if not isinstance(causal, PreTrainedModel) or not hasattr(causal, "lm_head"):
         raise UserError(
             f"fuse: expected a PeftModel or a causal language model of transformers, got a {type(model).__name__}.",
             "Load it with AutoModelForCausalLM.from_pretrained.",
         )
-    if isinstance(getattr(inner.forward, "__self__", None), _Fused):
-        raise UserError("fuse: this model is fused already.")
+    check_family(causal.config, "this model")
+    inner: Any = causal.model
     for module in inner.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weight in place at the first evaluation, and the layer would read noise
@@ -122,8 +119,6 @@ class _Fused:
                 x = x.detach()  # trainers let it require a gradient for checkpointing
         else:
             x = inputs_embeds
-        if x.device.type != inner.norm.weight.device.type or x.device != inner.layers[-1].mlp.down_proj.weight.device:
-            raise UserError("fuse: the model's layers are on more than one device.", 'Load it with device_map={"": 0}.')
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         windowed = any(window is not None for window in layer_windows(inner.config))
@@ -145,9 +140,10 @@ class _Fused:
         inner, config = self.inner, self.inner.config
         windows = layer_windows(config)
         cos, sin = inner.rotary_emb(x, positions[None])
-        tables = {window: SegmentTable.build(segments, window, x.device) for window in set(windows)}
-        shared = ForwardContext(tables[windows[0]], cos[0].to(x.dtype), sin[0].to(x.dtype))
-        states = [replace(shared, table=tables[window]) for window in windows]
+        cos, sin = cos[0].to(x.dtype), sin[0].to(x.dtype)
+        contexts = {}
+        for window in set(windows):
+            contexts[window] = ForwardContext(SegmentTable.build(segments, window, x.device), cos, sin)
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):
@@ -159,15 +155,14 @@ class _Fused:
         key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, places, torch.zeros_like(places)) if p else None
         for index, module in enumerate(inner.layers):
             layer = layer_of(module, _active_pairs, key, index=index)
-            frozen = [w for site in layer.sites for w in (*site.weights, *site.biases)] + [
-                n.weight for n in layer.norms
-            ]
-            if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in frozen):
+            frozen = [weight for weight, _ in layer.norms]
+            frozen += [w for site in layer.sites for w in (*site.weights, *site.biases) if w is not None]
+            if torch.is_grad_enabled() and any(w.requires_grad for w in frozen):
                 raise UserError(
                     f"fuse: layer {index} has weights to be trained that are no LoRA adapter's.",
                     "Train with a PEFT LoraConfig, or leave fuse out.",
                 )
-            x = run_layer(x, layer, states[index], self.scratch, keep)
+            x = run_layer(x, layer, contexts[windows[index]], self.scratch, keep)
         if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
             return inner.norm(x)  # rms_norm gives its weight no gradient
         return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)

@@ -25,7 +25,7 @@ from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.rope import rope_
 from .dequant_buffer import DequantBuffer
 from .execution import DOWN, GATE_UP, OUT, QKV, ForwardContext, Keep, Layer
-from .mlp import Kept, LoraActivations, mlp_backward, mlp_forward
+from .mlp import LoraActivations, mlp_backward, mlp_forward
 
 
 def run_layer(x: Tensor, layer: Layer, state: ForwardContext, scratch: DequantBuffer, keep: Keep) -> Tensor:
@@ -38,7 +38,9 @@ def run_layer(x: Tensor, layer: Layer, state: ForwardContext, scratch: DequantBu
     Returns:
         [T, D]
     """
-    trained = layer.trained
+    trained = []
+    for site in layer.sites:
+        trained += site.trained
     if torch.is_grad_enabled() and (trained or x.requires_grad):
         return _Layer.apply(x, layer, state, scratch, keep, *trained)
     return _forward(x, layer, state, scratch, None)[0]
@@ -119,7 +121,7 @@ def _save(ctx: Any, acts: _Activations, keep: Keep) -> None:
 
 
 def _restore(ctx: Any) -> _Activations:
-    tensors = ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.away)
+    tensors = ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.layer.index, ctx.away)
     acts = _Activations(tensors[0])
     if len(tensors) > 1:
         acts.attn_out, acts.lse, acts.residual = tensors[1:4]
@@ -140,7 +142,7 @@ def _forward(
     if state.stream is not None:
         state.stream.begin(layer.index, 1)
     acts = _Activations(x)
-    normed, _, _ = rms_norm_forward(x, layer.norms[0].weight, layer.norms[0].eps)
+    normed, _, _ = rms_norm_forward(x, *layer.norms[0])
     qkv_lora = _attend(acts, normed, layer, state, scratch)
     del normed
     assert acts.attn_out is not None
@@ -150,12 +152,11 @@ def _forward(
     out = project(acts.attn_out, scratch.parts(layer.sites, OUT, x.dtype), layer.sites[OUT], o_lora)
     if keep in (None, "input"):
         acts.attn_out = acts.lse = None
-    mlp = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep == "all")
-    acts.residual = mlp.residual
-    if mlp.kept is not None:
-        acts.gate_up, *of_mlp = mlp.kept
+    y, acts.residual, kept = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep == "all")
+    if kept is not None:
+        acts.gate_up, *of_mlp = kept
         acts.lora = (qkv_lora, o_lora, *of_mlp)
-    return mlp.y, acts
+    return y, acts
 
 
 def _attend(
@@ -182,7 +183,7 @@ def _recompute(acts: _Activations, layer: Layer, state: ForwardContext, scratch:
     """Recompute the attention's tensors that were not kept."""
     qkv_lora, o_lora, *of_mlp = acts.lora
     if acts.qkv is None:
-        normed, _, _ = rms_norm_forward(acts.x, layer.norms[0].weight, layer.norms[0].eps)
+        normed, _, _ = rms_norm_forward(acts.x, *layer.norms[0])
         qkv_lora = _attend(acts, normed, layer, state, scratch, attend=acts.attn_out is None)
         del normed
     assert acts.attn_out is not None
@@ -216,7 +217,7 @@ def _backward(
     if acts.gate_up is not None:
         _, _, gate_up_lora, down_lora = acts.lora
         assert gate_up_lora is not None and down_lora is not None
-        kept = Kept(acts.gate_up, gate_up_lora, down_lora)
+        kept = (acts.gate_up, gate_up_lora, down_lora)
         acts.gate_up = None
     d_residual, grads[GATE_UP], grads[DOWN] = mlp_backward(
         grad, residual, kept, layer, scratch, mlp_chunk=state.mlp_chunk, owned=owned
@@ -242,7 +243,8 @@ def _backward(
 
     # q, k, v = W · norm(x)
     d_lora = grad_low_rank(d_qkv, sites[QKV], need_all=need_x)
-    normed, _, inverse = rms_norm_forward(acts.x, layer.norms[0].weight, layer.norms[0].eps)
+    norm, eps = layer.norms[0]
+    normed, _, inverse = rms_norm_forward(acts.x, norm, eps)
     if sites[QKV].trained:
         lora = acts.lora[QKV]
         assert lora is not None
@@ -250,7 +252,7 @@ def _backward(
     d_x = None
     if need_x:
         d_normed = grad_input(d_qkv, scratch.parts(layer.sites, QKV, grad.dtype), sites[QKV], d_lora)
-        d_x = rms_norm_backward(d_normed, acts.x, layer.norms[0].weight, inverse, residual_grad=d_residual)
+        d_x = rms_norm_backward(d_normed, acts.x, norm, inverse, residual_grad=d_residual)
     return d_x, [*grads[QKV], *grads[OUT], *grads[GATE_UP], *grads[DOWN]]
 
 

@@ -125,18 +125,6 @@ def find_chain(
     return chain_of_run(path, stage=stage, base=base)
 
 
-def source_of_chain(chain: Chain) -> str:
-    """``LoadedModel.source`` of a chain: the stage's folder, or the adapters."""
-    if chain.run is not None and chain.stage is not None:
-        return str(chain.run / chain.stage)
-    return " + ".join(str(adapter.path) for adapter in chain.adapters)
-
-
-def model_names(chain: Chain) -> list[str]:
-    """The names in ``LoadedModel.models`` of the chain's adapters, which are those of the stack."""
-    return resolve_frozen_names([adapter.path for adapter in chain.adapters])
-
-
 def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
     """Load the base of a chain as its stage trained on it, and put every adapter on it, frozen.
 
@@ -154,20 +142,19 @@ def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
         engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
     )
     base = load_base(config)
-    source = source_of_chain(chain)
-    check_fingerprint(described.get("fingerprint"), base.path, source)
+    check_fingerprint(described.get("fingerprint"), base.path, chain.source)
     folder = chain.tokenizer_from or base.path
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, base.model.get_input_embeddings().weight.shape[0], folder)
     template = template_of_folder(folder, tokenizer, chat_template)
     if chain.info and chat_template in (None, "auto"):
-        check_rendering(chain.info, Path(source), template.text, template.tokenizer)
+        check_rendering(chain.info, Path(chain.source), template.text, template.tokenizer)
     stack = AdapterStack(base.model)
     models: dict[str, list[str]] = {BASE: []}
-    for name, adapter in zip(model_names(chain), chain.adapters):
+    for name, adapter in zip(resolve_frozen_names([a.path for a in chain.adapters]), chain.adapters):
         stack.add_frozen(name, adapter)
         models[name] = list(stack.names)
-    return LoadedModel(source, base, stack, template, models, chain)
+    return LoadedModel(chain.source, base, stack, template, models, chain)
 
 
 def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) -> ChatTemplate:

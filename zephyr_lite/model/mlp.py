@@ -9,7 +9,7 @@ Gradients of the adapters are summed over the chunks.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,67 +21,38 @@ from .dequant_buffer import DequantBuffer
 from .execution import DOWN, GATE_UP, Layer
 
 LoraActivations = tuple[Tensor, ...]
-
-
-class Kept(NamedTuple):
-    """Tensors that the backward pass would otherwise recompute: gate and up [T, 2 I], and the adapters' narrow products of
-    gate and up, and of down."""
-
-    gate_up: Tensor
-    gate_up_lora: LoraActivations
-    down_lora: LoraActivations
-
-    def rows(self, rows: slice) -> Kept:
-        """Of some of the tokens. (An adapter that is off has products of no rows.)"""
-        cut = [tuple(p[rows] if p.shape[0] else p for p in lora) for lora in self[1:]]
-        return Kept(self.gate_up[rows], *cut)
-
-
-class Mlp(NamedTuple):
-    """Results of the forward pass.
-
-    Attributes:
-        y: [T, D].
-        residual: [T, D], the residual before the MLP.
-        kept: None unless asked for.
-    """
-
-    y: Tensor
-    residual: Tensor
-    kept: Kept | None
-
-
-def chunks(count: int, size: int | None) -> list[slice]:
-    """Slices of at most `size` of `count` tokens; one of all where size is None."""
-    if size is None or size >= count:
-        return [slice(0, count)]
-    return [slice(start, min(count, start + size)) for start in range(0, count, size)]
+# what the backward pass would otherwise recompute: gate and up [T, 2 I], and the adapters' narrow products of gate and up, and
+# of down
+Kept = tuple[Tensor, LoraActivations, LoraActivations]
 
 
 def mlp_forward(
     out: Tensor, x: Tensor, layer: Layer, scratch: DequantBuffer, *, mlp_chunk: int | None, keep: bool
-) -> Mlp:
+) -> tuple[Tensor, Tensor, Kept | None]:
     """From the attention's projected output [T, D] and the residual x [T, D]; `out` may be overwritten.
 
     Args:
         mlp_chunk: tokens at a time, or None.
         keep: return gate, up and the adapters' products as well.
+    Returns:
+        y [T, D], the residual before the MLP [T, D], and what was kept.
     """
-    pieces = chunks(x.shape[0], mlp_chunk)
-    if len(pieces) == 1:
+    count = x.shape[0]
+    if mlp_chunk is None or mlp_chunk >= count:
         return _chunk_forward(out, x, layer, scratch, keep)
     y = torch.empty_like(x)
-    gate_up = x.new_empty(x.shape[0], sum(layer.sites[GATE_UP].outs)) if keep else None
-    kept = []
-    for rows in pieces:
+    gate_up = x.new_empty(count, sum(layer.sites[GATE_UP].outs)) if keep else None
+    kept: list[Any] = []
+    for start in range(0, count, mlp_chunk):
+        rows = slice(start, min(count, start + mlp_chunk))
         into = None if gate_up is None else gate_up[rows]
-        piece = _chunk_forward(out[rows], x[rows], _rows(layer, rows), scratch, keep, y[rows], into)
-        out[rows] = piece.residual  # read for the last time
-        kept.append(piece.kept)
+        _, residual, of_rows = _chunk_forward(out[rows], x[rows], _rows(layer, rows), scratch, keep, y[rows], into)
+        out[rows] = residual  # read for the last time
+        kept.append(of_rows)
     if gate_up is None:
-        return Mlp(y, out, None)
-    first, second = (tuple(map(torch.cat, zip(*(k[place] for k in kept if k is not None)))) for place in (1, 2))
-    return Mlp(y, out, Kept(gate_up, first, second))
+        return y, out, None
+    _, gate_up_lora, down_lora = zip(*kept)
+    return y, out, (gate_up, tuple(map(torch.cat, zip(*gate_up_lora))), tuple(map(torch.cat, zip(*down_lora))))
 
 
 def _chunk_forward(
@@ -92,10 +63,10 @@ def _chunk_forward(
     keep: bool,
     y: Tensor | None = None,
     gate_up: Tensor | None = None,
-) -> Mlp:
+) -> tuple[Tensor, Tensor, Kept | None]:
     """Some of the tokens; y and gate_up are output buffers."""
-    sites, norm = layer.sites, layer.norms[1]
-    normed, residual, _ = rms_norm_forward(out, norm.weight, norm.eps, residual=x)
+    sites = layer.sites
+    normed, residual, _ = rms_norm_forward(out, *layer.norms[1], residual=x)
     gate_up_lora = low_rank(normed, sites[GATE_UP])
     both = project(normed, scratch.parts(sites, GATE_UP, x.dtype), sites[GATE_UP], gate_up_lora, out=gate_up)
     del normed
@@ -104,7 +75,7 @@ def _chunk_forward(
         del both
     down_lora = low_rank(act, sites[DOWN])
     y = project(act, scratch.parts(sites, DOWN, x.dtype), sites[DOWN], down_lora, add=residual, out=y)
-    return Mlp(y, residual, Kept(both, gate_up_lora, down_lora) if keep else None)
+    return y, residual, (both, gate_up_lora, down_lora) if keep else None
 
 
 def mlp_backward(
@@ -126,20 +97,19 @@ def mlp_backward(
         mlp_chunk: as in the forward pass.
         owned: whether the kept tensors may be overwritten.
     """
-    pieces = chunks(residual.shape[0], mlp_chunk)
-    if len(pieces) == 1:
+    count = residual.shape[0]
+    if mlp_chunk is None or mlp_chunk >= count:
         return _chunk_backward(grad, residual, kept, layer, scratch, owned)
     d_residual = torch.empty_like(residual)
     sums: list[list[Tensor]] = [[], []]
-    for rows in pieces:
-        part, *grads = _chunk_backward(
-            grad[rows],
-            residual[rows],
-            None if kept is None else kept.rows(rows),
-            _rows(layer, rows),
-            scratch,
-            owned,
-        )
+    for start in range(0, count, mlp_chunk):
+        rows = slice(start, min(count, start + mlp_chunk))
+        of_rows = None
+        if kept is not None:
+            # an adapter that is off has products of no rows
+            first, second = (tuple(p[rows] if p.shape[0] else p for p in lora) for lora in kept[1:])
+            of_rows = (kept[0][rows], first, second)
+        part, *grads = _chunk_backward(grad[rows], residual[rows], of_rows, _rows(layer, rows), scratch, owned)
         for site, new in enumerate(grads):
             sums[site] = [a.add_(b) for a, b in zip(sums[site], new)] if sums[site] else new
         d_residual[rows] = part
@@ -154,11 +124,11 @@ def _chunk_backward(
     scratch: DequantBuffer,
     owned: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    sites, norm = layer.sites, layer.norms[1]
+    sites, (weight, eps) = layer.sites, layer.norms[1]
     gate_up_grads: list[Tensor] = []
     down_grads: list[Tensor] = []
     if kept is None:
-        normed, _, _ = rms_norm_forward(residual, norm.weight, norm.eps)
+        normed, _, _ = rms_norm_forward(residual, weight, eps)
         gate_up_lora = low_rank(normed, sites[GATE_UP])
         gate_up = project(normed, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], gate_up_lora)
         del normed
@@ -178,15 +148,14 @@ def _chunk_backward(
 
     d_lora = grad_low_rank(d_gate_up, sites[GATE_UP])
     d_normed = grad_input(d_gate_up, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], d_lora)
-    normed, _, inverse = rms_norm_forward(residual, norm.weight, norm.eps)
+    normed, _, inverse = rms_norm_forward(residual, weight, eps)
     if sites[GATE_UP].trained:
         gate_up_grads = grad_adapters(d_gate_up, normed, sites[GATE_UP], gate_up_lora, d_lora)
     del d_gate_up, normed
-    d_residual = rms_norm_backward(d_normed, residual, norm.weight, inverse, residual_grad=grad)
+    d_residual = rms_norm_backward(d_normed, residual, weight, inverse, residual_grad=grad)
     return d_residual, gate_up_grads, down_grads
 
 
 def _rows(layer: Layer, rows: slice) -> Layer:
     """The layer for some of the tokens: dropout has to know which."""
-    qkv, out, gate_up, down = (site.rows(rows) for site in layer.sites)
-    return replace(layer, sites=(qkv, out, gate_up, down))
+    return replace(layer, sites=tuple(site.rows(rows) for site in layer.sites))

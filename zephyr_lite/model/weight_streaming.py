@@ -62,10 +62,6 @@ class WeightStreamer:
         self._gathered: Tensor | None = None
         self._gone: Any = None
 
-    @property
-    def host_bytes(self) -> int:
-        return sum(slab.numel() for slab in self.slabs)
-
     def on_device(self, weight: Tensor) -> Tensor:
         """The view of a device buffer that holds the matrix while its layer is loaded (see ``begin``)."""
         if not self.buffers:

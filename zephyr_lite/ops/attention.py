@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,45 +30,26 @@ _AT_ONCE = 2**24  # scores of a head that are masked at once
 _CAUSAL_FROM_BOTTOM_RIGHT = 2  # what the memory-efficient kernel calls it
 
 
-class SegmentLike(Protocol):
-    """What this file needs of a segment (``data.batch.Segment`` is one)."""
-
-    @property
-    def queries(self) -> int: ...
-
-    @property
-    def keys(self) -> int: ...
-
-    def key_runs(self) -> list[tuple[int, int]]: ...
-
-
 @dataclass(frozen=True)
 class SegmentTable:
     """A segment table made ready for a device: built once a micro-batch, read by every layer.
 
     Attributes:
         query_lengths, key_lengths: a number a segment.
+        query_starts, key_starts: [S + 1] where each segment's queries, and its gathered keys, begin.
         runs: the runs of keys in the order in which they are gathered, or None where that is the identity.
         window: how many keys back a query sees, itself included; None: all.
-        cu_queries, cu_keys: [S + 1] int32 cumulative lengths.
+        cu_queries, cu_keys: [S + 1] int32, the starts on the device.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
+    query_starts: list[int]
+    key_starts: list[int]
     runs: list[tuple[int, int]] | None
     window: int | None
     cu_queries: Tensor
     cu_keys: Tensor
-
-    @cached_property
-    def query_starts(self) -> list[int]:
-        """[S + 1] where each segment's queries begin."""
-        return list(accumulate(self.query_lengths, initial=0))
-
-    @cached_property
-    def key_starts(self) -> list[int]:
-        """[S + 1] where each segment's gathered keys begin."""
-        return list(accumulate(self.key_lengths, initial=0))
 
     @cached_property
     def misaligned(self) -> frozenset[int]:
@@ -81,14 +62,16 @@ class SegmentTable:
         return frozenset(i for i, (q, k) in lengths if self.window is not None and q < k and self.window < k)
 
     @classmethod
-    def build(cls, segments: Sequence[SegmentLike], window: int | None, device: torch.device) -> SegmentTable:
-        queries, keys = [s.queries for s in segments], [s.keys for s in segments]
-        runs = [run for s in segments for run in s.key_runs()]
-
-        def cumulative(lengths: list[int]) -> Tensor:
-            return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device, non_blocking=True)
-
-        return cls(queries, keys, None if keys == queries else runs, window, cumulative(queries), cumulative(keys))
+    def build(cls, segments: Sequence[Any], window: int | None, device: torch.device) -> SegmentTable:
+        """The table of a batch's segments (``data.batch.Segment``)."""
+        queries, keys, runs = [], [], []
+        for segment in segments:
+            queries.append(segment.queries)
+            keys.append(segment.keys)
+            runs += segment.key_runs()
+        starts = list(accumulate(queries, initial=0)), list(accumulate(keys, initial=0))
+        on_device = (torch.tensor(s, dtype=torch.int32).to(device, non_blocking=True) for s in starts)
+        return cls(queries, keys, *starts, None if keys == queries else runs, window, *on_device)
 
 
 def backend(q: Tensor) -> Backend:
@@ -157,10 +140,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
             out[run.q] = found[0]
             lse[run.q] = _by_token(padded, run.queries)
     forward = _cpu_forward if kind == "cpu" else _plain_forward
-    for piece in _pieces(table, kind, q.shape[1]):
-        here = forward(_grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k), piece, scale)
-        _grouped(out, k, piece.q).copy_(here[0])
-        _grouped(lse[..., None], k, piece.q)[..., 0].copy_(here[1])
+    for rows, keys, window in _pieces(table, kind, q.shape[1]):
+        here = forward(_grouped(q, k, rows), _heads(k, keys), _heads(v, keys), window, scale)
+        _grouped(out, k, rows).copy_(here[0])
+        _grouped(lse[..., None], k, rows)[..., 0].copy_(here[1])
     return out, lse
 
 
@@ -241,20 +224,20 @@ def attention_backward(
                 a[run.q] = gq[0]
                 b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
         backward = _cpu_backward if kind == "cpu" else _plain_backward
-        for piece in _pieces(table, kind, q.shape[1]):
+        for rows, keys, window in _pieces(table, kind, q.shape[1]):
             gq, gk, gv = backward(
-                _grouped(grad, k, piece.q),
-                _grouped(q, k, piece.q),
-                _heads(k, piece.k),
-                _heads(v, piece.k),
-                _grouped(out, k, piece.q),
-                _grouped(lse[..., None], k, piece.q)[..., 0],
-                piece,
+                _grouped(grad, k, rows),
+                _grouped(q, k, rows),
+                _heads(k, keys),
+                _heads(v, keys),
+                _grouped(out, k, rows),
+                _grouped(lse[..., None], k, rows)[..., 0],
+                window,
                 scale,
             )
-            _grouped(a, k, piece.q).copy_(gq)
-            b[piece.k] += gk.sum(1).transpose(0, 1)
-            c[piece.k] += gv.sum(1).transpose(0, 1)
+            _grouped(a, k, rows).copy_(gq)
+            b[keys] += gk.sum(1).transpose(0, 1)
+            c[keys] += gv.sum(1).transpose(0, 1)
         if direct:
             return
     for found, target in ((a, d_q), (_scattered(b, shape, table), d_k), (_scattered(c, shape, table), d_v)):
@@ -262,17 +245,9 @@ def attention_backward(
             target.copy_(found)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A segment's place, or that of some of its queries, among the queries and among the gathered keys."""
-
-    q: slice
-    k: slice
-    window: int | None
-
-
-def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
-    """The segments that no call over cumulative lengths computes. One whose mask (or scores) would be large goes in blocks of
+def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[tuple[slice, slice, int | None]]:
+    """The segments that no call over cumulative lengths computes: their place among the queries and among the gathered keys,
+    and the window. One whose mask (or scores) would be large goes in blocks of
     queries, each with the keys that it sees: 32 k tokens squared are 4 GB, a block of them under a window is a few MB."""
     at_once = _AT_ONCE if kind == "cpu" else _AT_ONCE // heads  # the CPU's kernel has one mask for all heads
     for i, ((first, last), (start, end)) in enumerate(zip(pairwise(table.query_starts), pairwise(table.key_starts))):
@@ -281,7 +256,7 @@ def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
         queries, keys, window = last - first, end - start, table.window
         windowed = window is not None and window < keys
         if (kind == "cpu" and queries == keys and not windowed) or queries * keys <= at_once:
-            yield _Piece(slice(first, last), slice(start, end), window)
+            yield slice(first, last), slice(start, end), window
             continue
         size = at_once // keys
         if window is not None:
@@ -292,7 +267,7 @@ def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
             there = min(last, here + size)
             stop = end - (last - there)  # causal from the bottom right
             begin = start if window is None else max(start, stop - (there - here) - window + 1)
-            yield _Piece(slice(here, there), slice(begin, stop), window)
+            yield slice(here, there), slice(begin, stop), window
 
 
 @dataclass(frozen=True)
@@ -413,8 +388,8 @@ def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
-    mask = _mask(q, k, piece.window)
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    mask = _mask(q, k, window)
     k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
@@ -422,31 +397,31 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -
 
 
 def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(q, k, piece.window)
+    mask = _mask(q, k, window)
     k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
     )
 
 
-def _scores(q: Tensor, k: Tensor, piece: _Piece, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
-    return scores.masked_fill_(_hidden(q.shape[-2], k.shape[-2], piece.window, q.device), -torch.inf)
+    return scores.masked_fill_(_hidden(q.shape[-2], k.shape[-2], window, q.device), -torch.inf)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, piece, scale)
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, window, scale)
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ v.to(scores.dtype)).to(q.dtype), lse
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = (_scores(q, k, piece, scale) - lse[..., None]).exp()
+    p = (_scores(q, k, window, scale) - lse[..., None]).exp()
     wide = grad.to(p.dtype)
     inner = (wide * out.to(p.dtype)).sum(-1, keepdim=True)
     ds = p * (wide @ v.to(p.dtype).transpose(-1, -2) - inner) * scale

@@ -8,7 +8,7 @@ always, runs the twin.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -69,18 +69,10 @@ class Widths(NamedTuple):
 
 SMALL = Widths()
 
-
-Check = Callable[[torch.device, torch.dtype, Widths], Iterable[Comparison]]
-
-_FILES = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")
-_checks: dict[str, Check] = {}
+# the files with a kernel; ``comparisons`` in each runs kernel and twin side by side on a few rows, whatever the dispatch
+OPERATIONS = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")
 _failed: set[tuple[str, torch.device, torch.dtype]] = set()
 _twins_only = False
-
-
-def register(op: str, check: Check) -> None:
-    """Name an operation's check: it runs kernel and twin side by side on a few rows, whatever the dispatch."""
-    _checks[op] = check
 
 
 def runs_triton(op: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -168,14 +160,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype, widths: Widths = SMA
         device = torch.device("cuda", torch.cuda.current_device())
     if not HAVE_TRITON or dtype == torch.float64 or not (device.type == "cuda" or _interpreted(device)):
         return []
-    for file in _FILES:  # each registers its check when it is imported
-        import_module(f".{file}", __package__)
     notes = []
-    for op, check in _checks.items():
+    for op in OPERATIONS:
         try:
-            faults = [
-                fault for comparison in check(device, dtype, widths) if (fault := disagreement(comparison)) is not None
-            ]
+            compared = import_module(f".{op}", __package__).comparisons(device, dtype, widths)
+            faults = [fault for comparison in compared if (fault := disagreement(comparison)) is not None]
         except Exception as error:  # a compiler's failure has no common class
             first = (str(error).strip().splitlines() or [""])[0]
             faults = [f"{type(error).__name__}: {first}"[:300]]

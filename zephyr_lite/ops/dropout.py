@@ -15,7 +15,6 @@ from .dispatch import (
     jit,
     next_power_of_2,
     on_device,
-    register,
     rows_dense,
     runs_triton,
     samples,
@@ -78,7 +77,7 @@ def _signed(h: Tensor) -> Tensor:
 
 def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
     """Which elements of an input of [T, channels] stay: int32 [T, channels], -1 (all bits set) where one stays, 0 where it
-    is dropped; see ``dropped``.
+    is dropped.
 
     The hash is exact integer arithmetic, so the pattern is the same on every device and in every dtype. There is no
     comparison in it: on a CPU one takes longer than all the rest, because only integer arithmetic is vectorized.
@@ -100,16 +99,6 @@ def _threshold(key: DropoutKey) -> int:
     return (2**31 - int(key.p * 2**32)) >> 1
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def dropped(x: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor:
-    """x with zeros where ``mask`` is 0, not yet scaled by 1 / (1 - p); [T, channels] in x's dtype."""
-    bits = x.view(_BITS[x.element_size()])
-    mask = mask.to(bits.dtype)  # -1 stays -1
-    return (bits.bitwise_and_(mask) if inplace else bits & mask).view(x.dtype)
-
-
 def dropout_scale(key: DropoutKey, channels: int, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies an input of [T, channels] with: 0 where an element is dropped, 1 / (1 - p) elsewhere."""
     return dropout_mask(key, channels).neg_().to(dtype).mul_(1.0 / (1.0 - key.p))
@@ -127,14 +116,14 @@ def drop(x: Tensor, key: DropoutKey, out: Tensor | None = None) -> Tensor:
     """
     if runs_triton("dropout", x):
         return _kernel(x, key, torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out, add=False)
-    return _twin_drop(x, key, out)
+    return _twin(x, key, out)
 
 
 def add_dropped_(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
     """target += ``drop(x, key)``, in place; both [T, channels] in one dtype. Returns target."""
     if runs_triton("dropout", x):
         return _kernel(x, key, target, add=True)
-    return _twin_add(target, x, key)
+    return target.add_(_twin(x, key, None))
 
 
 # A site's backward pass asks for the same mask two or three times in a row, and on a CPU the hash costs more than what
@@ -152,16 +141,16 @@ def _mask(key: DropoutKey, channels: int) -> Tensor:
     return _last[2]
 
 
-def _twin_drop(x: Tensor, key: DropoutKey, out: Tensor | None) -> Tensor:
-    mask = _mask(key, x.shape[1])
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _twin(x: Tensor, key: DropoutKey, out: Tensor | None) -> Tensor:
+    bits = _BITS[x.element_size()]
+    mask = _mask(key, x.shape[1]).to(bits)  # -1 stays -1
     if out is None:
-        return dropped(x, mask)
-    dropped(out if out is x else out.copy_(x), mask, inplace=True)
+        return (x.view(bits) & mask).view(x.dtype)
+    (out if out is x else out.copy_(x)).view(bits).bitwise_and_(mask)
     return out
-
-
-def _twin_add(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
-    return target.add_(_twin_drop(x, key, None))
 
 
 @jit
@@ -246,7 +235,8 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
     return out
 
 
-def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
     rows = 4
     for width, p in {widths.hidden: 0.05, widths.inner: 0.5, widths.queries: 0.05}.items():
@@ -254,10 +244,7 @@ def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator
         key = DropoutKey(p, 2**40 + 7, 3, streams, positions, 31, 2)
         x, target = draw(rows, width), draw(rows, width)
         yield Comparison(
-            f"[{rows}, {width}]", _kernel(x, key, torch.empty_like(x), add=False), _twin_drop(x, key, None), None
+            f"[{rows}, {width}]", _kernel(x, key, torch.empty_like(x), add=False), _twin(x, key, None), None
         )
-        added = _kernel(x, key, target.clone(), add=True), _twin_add(target.clone(), x, key)
-        yield Comparison(f"added [{rows}, {width}]", *added, target.double() + _twin_drop(x, key, None).double())
-
-
-register("dropout", _check)
+        added = _kernel(x, key, target.clone(), add=True), target + _twin(x, key, None)
+        yield Comparison(f"added [{rows}, {width}]", *added, target.double() + _twin(x, key, None).double())

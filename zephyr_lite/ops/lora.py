@@ -44,49 +44,30 @@ class LoraPair:
     off: bool = False
     dropout: bool = False
 
-    @property
-    def trained(self) -> bool:
-        return (self.a.requires_grad or self.b.requires_grad) and not self.off
-
 
 @dataclass(frozen=True)
 class _Group:
-    """Adapters of a site that read the same input: their A's are one product, its columns sorted by projection."""
+    """Adapters of a site that read the same input: their A's are one product.
 
-    drop: bool
-    pairs: tuple[LoraPair, ...]
+    Attributes:
+        dropout: of the input, or None.
+        pairs: the adapters and their columns of the product, sorted by projection.
+        trained: those of them that are trained.
+        blocks: (projection, its columns, its adapters), for each projection that an adapter reaches.
+        rank: columns of the product.
+        off: whether all adapters are switched off.
+    """
 
-    @cached_property
-    def rank(self) -> int:
-        return sum(pair.a.shape[0] for pair in self.pairs)
-
-    @cached_property
-    def off(self) -> bool:
-        return all(pair.off for pair in self.pairs)
-
-    @cached_property
-    def columns(self) -> list[slice]:
-        """Where each pair's columns lie."""
-        result, start = [], 0
-        for pair in self.pairs:
-            result.append(slice(start, start + pair.a.shape[0]))
-            start += pair.a.shape[0]
-        return result
-
-    def by_projection(self) -> list[tuple[int, slice, list[LoraPair]]]:
-        """(projection, columns, pairs), for each projection that an adapter reaches."""
-        result: list[tuple[int, slice, list[LoraPair]]] = []
-        for pair, columns in zip(self.pairs, self.columns):
-            if result and result[-1][0] == pair.projection:
-                last = result[-1]
-                result[-1] = (last[0], slice(last[1].start, columns.stop), [*last[2], pair])
-            else:
-                result.append((pair.projection, columns, [pair]))
-        return result
+    dropout: DropoutKey | None
+    pairs: list[tuple[LoraPair, slice]]
+    trained: list[tuple[LoraPair, slice]]
+    blocks: list[tuple[int, slice, list[LoraPair]]]
+    rank: int
+    off: bool
 
     def a(self, dtype: torch.dtype) -> Tensor:
         """[R, in]"""
-        return torch.cat([pair.a.detach() for pair in self.pairs]).to(dtype)
+        return torch.cat([pair.a.detach() for pair, _ in self.pairs]).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -108,13 +89,31 @@ class LinearGroup:
     dropout: DropoutKey | None = None
 
     @cached_property
-    def groups(self) -> tuple[_Group, ...]:
+    def groups(self) -> list[_Group]:
+        """The adapters without dropout and those with it, where there are any."""
         found = []
-        for drop_ in (False, True):
-            pairs = [p for p in self.stack if (p.dropout and self.dropout is not None) == drop_]
+        for key in (None,) if self.dropout is None else (None, self.dropout):
+            pairs: list[tuple[LoraPair, slice]] = []
+            trained: list[tuple[LoraPair, slice]] = []
+            blocks: list[tuple[int, slice, list[LoraPair]]] = []
+            end, off = 0, True
+            for projection in range(len(self.outs)):
+                start, of_projection = end, []
+                for pair in self.stack:
+                    if pair.projection == projection and (pair.dropout and self.dropout is not None) == (
+                        key is not None
+                    ):
+                        columns = slice(end, end + pair.a.shape[0])
+                        pairs.append((pair, columns))
+                        if (pair.a.requires_grad or pair.b.requires_grad) and not pair.off:
+                            trained.append((pair, columns))
+                        of_projection.append(pair)
+                        end, off = columns.stop, off and pair.off
+                if of_projection:
+                    blocks.append((projection, slice(start, end), of_projection))
             if pairs:
-                found.append(_Group(drop_, tuple(sorted(pairs, key=lambda p: p.projection))))
-        return tuple(found)
+                found.append(_Group(key, pairs, trained, blocks, end, off))
+        return found
 
     @cached_property
     def slices(self) -> list[slice]:
@@ -132,7 +131,11 @@ class LinearGroup:
     @property
     def trained(self) -> list[Tensor]:
         """a and b of every trained pair, in the order in which ``grad_adapters`` returns their gradients."""
-        return [t for group in self.groups for pair in group.pairs if pair.trained for t in (pair.a, pair.b)]
+        found = []
+        for group in self.groups:
+            for pair, _ in group.trained:
+                found += [pair.a, pair.b]
+        return found
 
 
 def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
@@ -144,13 +147,12 @@ def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
             products.append(x.new_empty(0, group.rank))
             continue
         a = group.a(x.dtype)
-        if group.drop:
-            assert site.dropout is not None
-            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
-            product = (drop(x, site.dropout) @ a.T).div_(1 - site.dropout.p)
-        else:
+        if group.dropout is None:
             product = x @ a.T
-        for pair, columns in zip(group.pairs, group.columns):
+        else:
+            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
+            product = (drop(x, group.dropout) @ a.T).div_(1 - group.dropout.p)
+        for pair, columns in group.pairs:
             if pair.off:
                 product[:, columns] = 0
         products.append(product)
@@ -190,7 +192,7 @@ def project(
     for group, product in zip(site.groups, products):
         if group.off:
             continue
-        for projection, columns, pairs in group.by_projection():
+        for projection, columns, pairs in group.blocks:
             y[:, site.slices[projection]].addmm_(product[:, columns], _scaled_b(pairs, x.dtype).T)
     return y
 
@@ -204,19 +206,18 @@ def grad_low_rank(grad: Tensor, site: LinearGroup, *, need_all: bool = True) -> 
     """
     result = []
     for group in site.groups:
-        if group.off or not (need_all or any(pair.trained for pair in group.pairs)):
+        if group.off or not (need_all or group.trained):
             result.append(grad.new_empty(0, group.rank))
             continue
         d_product = grad.new_empty(grad.shape[0], group.rank)
-        for projection, columns, pairs in group.by_projection():
+        for projection, columns, pairs in group.blocks:
             d_y = grad[:, site.slices[projection]]
             torch.mm(d_y, _scaled_b(pairs, grad.dtype), out=d_product[:, columns])
-        for pair, columns in zip(group.pairs, group.columns):
+        for pair, columns in group.pairs:
             if pair.off:
                 d_product[:, columns] = 0
-        if group.drop:
-            assert site.dropout is not None
-            d_product.div_(1 - site.dropout.p)
+        if group.dropout is not None:
+            d_product.div_(1 - group.dropout.p)
         result.append(d_product)
     return tuple(result)
 
@@ -238,30 +239,28 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
         if group.off:
             continue
         a = group.a(grad.dtype)
-        if group.drop:
-            assert site.dropout is not None
-            add_dropped_(result, d_product @ a, site.dropout)
-        else:
+        if group.dropout is None:
             result.addmm_(d_product, a)
+        else:
+            add_dropped_(result, d_product @ a, group.dropout)
     return result
 
 
 def grad_adapters(
     grad: Tensor, x: Tensor, site: LinearGroup, products: Sequence[Tensor], d_products: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients of every trained a and b, in the order of ``Site.trained``, each in its parameter's dtype; computed
+    """The gradients of every trained a and b, in the order of ``site.trained``, each in its parameter's dtype; computed
     in float32 where x has 16 bits."""
     result: list[Tensor] = []
     for group, product, d_product in zip(site.groups, products, d_products):
-        trained = [(pair, columns) for pair, columns in zip(group.pairs, group.columns) if pair.trained]
-        if not trained:
+        if not group.trained:
             continue
-        source = drop(x, site.dropout) if group.drop and site.dropout is not None else x
-        if len(trained) < len(group.pairs):
-            d_product = torch.cat([d_product[:, columns] for _, columns in trained], dim=1)
+        source = x if group.dropout is None else drop(x, group.dropout)
+        if len(group.trained) < len(group.pairs):
+            d_product = torch.cat([d_product[:, columns] for _, columns in group.trained], dim=1)
         d_a = _wide_mm(d_product.T, source)
         start = 0
-        for pair, columns in trained:
+        for pair, columns in group.trained:
             rank = pair.a.shape[0]
             d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns]).mul_(pair.scale)
             result += [d_a[start : start + rank].to(pair.a.dtype), d_b.to(pair.b.dtype)]
@@ -271,10 +270,12 @@ def grad_adapters(
 
 def _scaled_b(pairs: Sequence[LoraPair], dtype: torch.dtype) -> Tensor:
     """s B of adapters on one projection beside each other: [out, Σ r], scaled in B's own dtype, then rounded."""
-    bs, scales = [pair.b.detach() for pair in pairs], {pair.scale for pair in pairs}
-    if len(scales) > 1:
-        bs, scales = [b * pair.scale for b, pair in zip(bs, pairs)], {1.0}
-    whole, scale = (torch.cat(bs, dim=1) if len(bs) > 1 else bs[0]), scales.pop()
+    whole, scale = pairs[0].b.detach(), pairs[0].scale
+    if len(pairs) > 1:
+        if any(pair.scale != scale for pair in pairs):
+            whole, scale = torch.cat([pair.b.detach() * pair.scale for pair in pairs], dim=1), 1.0
+        else:
+            whole = torch.cat([pair.b.detach() for pair in pairs], dim=1)
     if scale == 1:
         return whole.to(dtype)
     return torch.mul(whole, scale, out=torch.empty(whole.shape, dtype=dtype, device=whole.device))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compile_later import compile_later
-from .dispatch import Comparison, Widths, jit, on_device, register, runs_triton, samples, tl, truncates
+from .dispatch import Comparison, Widths, jit, on_device, runs_triton, samples, tl, truncates
 from .hub_kernels import no_hub_kernels
 
 with compile_later(), no_hub_kernels():
     import bitsandbytes.functional as bnb
-    from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/load.py
+    from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/base.py
     from bitsandbytes.nn import Params4bit
 
 
@@ -84,9 +83,21 @@ def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     state = weight.quant_state  # type: ignore[attr-defined]
     kind = torch.float32 if dtype == torch.float64 else dtype  # bitsandbytes knows no float64
     if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
-        result = _whole_blocks(weight, state, kind)
+        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        packed, count = weight.data.reshape(-1).view(torch.uint8), state.shape.numel()
+        result = _block_by_block(packed, absmax, count, state.blocksize, state.quant_type, kind).view(state.shape)
     else:
-        wanted = _state(state, state.absmax, state.shape, kind, state.state2, state.offset)
+        # a state of our own, because the result's dtype is read from it, and the weight's is shared
+        wanted = bnb.QuantState(
+            absmax=state.absmax,
+            shape=state.shape,
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=kind,
+            offset=state.offset,
+            state2=state.state2,
+        )
         if out is not None and out.is_cuda and out.dtype == kind:
             return bnb.dequantize_4bit(weight.data, wanted, out=out)
         result = bnb.dequantize_4bit(weight.data, wanted).view(state.shape)
@@ -94,34 +105,25 @@ def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def _state(state: Any, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *nested: Any) -> Any:
-    """A state of our own, because the result's shape and dtype are read from it, and the weight's is shared."""
-    state2, offset = nested or (None, None)
-    return bnb.QuantState(
-        absmax=absmax,
-        shape=torch.Size(shape),
-        code=state.code,
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        dtype=dtype,
-        offset=offset,
-        state2=state2,
-    )
-
-
-def _whole_blocks(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """One row a block: the CPU kernel for AVX-512 mixes up the scales of rows that are no whole number of blocks."""
-    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    elements, size = state.shape.numel(), state.blocksize
-    packed, whole = weight.data.reshape(-1).view(torch.uint8), elements // size
-    flat = torch.empty(elements, dtype=dtype)
-    for first, count, width in ((0, whole, size), (whole, 1, elements % size)):
-        if count * width:
-            part = packed[first * size // 2 :][: (count * width + 1) // 2].view(-1, 1)
-            scales = absmax[first : first + count]
-            values = bnb.dequantize_4bit(part, _state(state, scales, (count, width), dtype))
-            flat[first * size :][: count * width] = values.reshape(-1)
-    return flat.view(state.shape)
+def _block_by_block(
+    packed: Tensor, absmax: Tensor, count: int, size: int, quant_type: str, dtype: torch.dtype
+) -> Tensor:
+    """`count` values in blocks of `size`, flat, on the CPU. bitsandbytes gets one block a row: its kernel for AVX-512 mixes up
+    the scales of rows that are no whole number of blocks."""
+    whole = count // size
+    flat = torch.empty(count, dtype=dtype)
+    for first, rows, width in ((0, whole, size), (whole, 1, count % size)):
+        if rows * width:
+            part = packed[first * size // 2 :][: (rows * width + 1) // 2].view(-1, 1)
+            state = bnb.QuantState(
+                absmax=absmax[first : first + rows],
+                shape=torch.Size((rows, width)),
+                blocksize=size,
+                quant_type=quant_type,
+                dtype=dtype,
+            )
+            flat[first * size :][: rows * width] = bnb.dequantize_4bit(part, state).reshape(-1)
+    return flat
 
 
 @jit
@@ -191,7 +193,8 @@ def _kernel(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return out
 
 
-def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, torch.float32)
     for nested in (True, False):
         shape = (33, widths.inner)
@@ -200,9 +203,6 @@ def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator
         name = f"{list(shape)} {'nested' if nested else 'plain'}"
         exact = _twin(weight, torch.float64, None) if truncates(device, dtype) else None
         yield Comparison(name, _kernel(weight, dtype, None), _twin(weight, dtype, None), exact)
-
-
-register("nf4", _check)
 
 
 BLOCK = 64
@@ -230,27 +230,12 @@ class StoredNf4:
         """Rows [start, stop), dequantized to a new [stop - start, in] tensor of `dtype`."""
         width = self.shape[1]
         first, last = rows.start * width, rows.stop * width
-        # Blocks run over the flattened matrix: take the whole blocks around the rows, then cut.
+        # blocks run over the flattened matrix: the whole blocks around the rows are taken, then cut
         low, high = first // BLOCK, -(-last // BLOCK)
-        whole = min(high, self.shape[0] * width // BLOCK)
-        values = self._blocks(low, whole, BLOCK)
-        if whole < high:
-            values = torch.cat([values, self._blocks(whole, high, self.shape[0] * width % BLOCK)])
-        return values[first - low * BLOCK : last - low * BLOCK].view(-1, width)
-
-    def _blocks(self, low: int, high: int, width: int) -> Tensor:
-        if low >= high:
-            return torch.empty(0, dtype=self.dtype)
-        packed = self.packed[low * (BLOCK // 2) : low * (BLOCK // 2) + ((high - low) * width + 1) // 2]
-        # One row a block: the CPU kernel for AVX-512 mixes up the scales of rows that are no multiple of 64 long.
-        state = bnb.QuantState(
-            absmax=self.absmax[low:high],
-            shape=torch.Size((high - low, width)),
-            dtype=self.dtype,
-            blocksize=BLOCK,
-            quant_type="nf4",
-        )
-        return bnb.dequantize_4bit(packed.view(-1, 1), state).reshape(-1)
+        start, end = low * BLOCK, min(high * BLOCK, self.shape[0] * width)
+        packed, absmax = self.packed[start // 2 :], self.absmax[low:high]
+        values = _block_by_block(packed, absmax, end - start, BLOCK, "nf4", self.dtype)
+        return values[first - start : last - start].view(-1, width)
 
 
 def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -> StoredNf4:
@@ -264,29 +249,17 @@ def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -
         weight: [out, in], floating point, on the CPU.
         dtype: float32, float16 or bfloat16.
     """
-    packed, scales = _quantize(weight, dtype)
-    if double_quant:
-        codes, nested, offset = _quantize_scales(scales)
-        scales = bnb.dequantize_blockwise(codes, nested) + offset
-    return StoredNf4(packed, scales, tuple(weight.shape), dtype)
-
-
-def _quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """uint8 [ceil(n / 2)] and float32 [ceil(n / 64)] of a matrix of n elements."""
     packed, absmax = [], []
     for piece in weight.reshape(-1).split(_PIECE):
-        piece = piece.to(dtype)
-        values, state = bnb.quantize_4bit(piece, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+        values, state = bnb.quantize_4bit(piece.to(dtype), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
         packed.append(values.view(-1))
         absmax.append(state.absmax)
-    return torch.cat(packed), torch.cat(absmax)
-
-
-def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Any, Tensor]:
-    """Scales in 8 bits around their mean, in blocks of 256: codes, their state, the mean."""
-    offset = absmax.mean()
-    codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-    return codes, nested, offset
+    scales = torch.cat(absmax)
+    if double_quant:
+        offset = scales.mean()
+        codes, nested = bnb.quantize_blockwise(scales - offset, blocksize=256)
+        scales = bnb.dequantize_blockwise(codes, nested) + offset
+    return StoredNf4(torch.cat(packed), scales, tuple(weight.shape), dtype)
 
 
 def read_stored(tensors: Mapping[str, Tensor]) -> StoredNf4:

@@ -14,7 +14,6 @@ from .dispatch import (
     jit,
     next_power_of_2,
     on_device,
-    register,
     rows_dense,
     runs_triton,
     samples,
@@ -211,7 +210,8 @@ def _exact(x: Tensor, weight: Tensor, eps: float, residual: Tensor, grad: Tensor
     return y.detach(), inverse.detach(), dx + grad
 
 
-def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
     shape = (3, widths.hidden)
     x, residual, grad, weight = draw(*shape), draw(*shape), draw(*shape), draw(shape[1])
@@ -231,9 +231,6 @@ def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator
     yield Comparison(f"inverse {list(shape)}", got[2], want[2], exact_inverse)
     back = (grad, h, weight, inverse, None)
     yield Comparison(f"dx alone {list(shape)}", _kernel_backward(*back), _twin_backward(*back), dx - grad.double())
-
-
-register("rms_norm", _check)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -13,7 +13,6 @@ from .dispatch import (
     jit,
     next_power_of_2,
     on_device,
-    register,
     rows_dense,
     runs_triton,
     samples,
@@ -105,7 +104,8 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return x
 
 
-def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
     tokens, heads, width = 3, widths.rotated, widths.head
     wide = draw(tokens, heads + 2, width)  # values beside the heads that are rotated
@@ -122,6 +122,3 @@ def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator
         name = f"{heads} heads of {width}{', back' if inverse else ''}"
         yield Comparison(name, got[:, :heads], want[:, :heads], exact[:, :heads])
         yield Comparison(f"beside {name}", got[:, heads:], wide[:, heads:], None)
-
-
-register("rope", _check)

@@ -14,7 +14,6 @@ from .dispatch import (
     jit,
     next_power_of_2,
     on_device,
-    register,
     rows_dense,
     runs_triton,
     samples,
@@ -169,7 +168,8 @@ def _kernel_backward(
     return tensors[3], tensors[4], tensors[5]
 
 
-def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
     rows, width = 3, widths.inner
     both, grad = draw(rows, 2 * width) * 3, draw(rows, width)
@@ -185,6 +185,3 @@ def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator
     for what, kernel, over, twin, right in zip(("d_gate", "d_up", "act"), got, (gate, up, grad), want, exact):
         yield Comparison(f"{what} {name}", kernel, twin, right)
         yield Comparison(f"{what} {name} in place", over, kernel, None)
-
-
-register("swiglu", _check)

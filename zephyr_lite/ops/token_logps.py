@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, Widths, jit, next_power_of_2, on_device, register, runs_triton, samples, tl
+from .dispatch import Comparison, Widths, jit, next_power_of_2, on_device, runs_triton, samples, tl
 
 # The logits of one chunk, in bytes of the dtype that the softmax is computed in. Small enough for a processor's
 # outer caches to help, large enough for the product to run at full speed: on a GPU that takes four times as many rows.
@@ -87,10 +87,17 @@ def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
     rows = logits.shape[0]
     if logits.device.type == "cpu":
         rows = max(1, min(rows, _CACHED_BYTES // (logits.shape[1] * _wide(logits.dtype).itemsize)))
-    parts = [_twin_rows(*piece, stats, write) for piece in zip(logits.split(rows), targets.split(rows))]
-    logps, entropy, correct, divisor = (torch.cat(found) if found[0] is not None else None for found in zip(*parts))
-    assert logps is not None
-    return _Chunk(logps, entropy, correct, logits if write else None, 1.0 if divisor is None else divisor)
+    pieces = []
+    for piece in zip(logits.split(rows), targets.split(rows)):
+        pieces.append(_twin_rows(*piece, stats, write))
+    logps, entropy, correct, divisor = zip(*pieces)
+    return _Chunk(
+        torch.cat(logps),
+        torch.cat(entropy) if stats else None,
+        torch.cat(correct) if stats else None,
+        logits if write else None,
+        1.0 if divisor[0] is None else torch.cat(divisor),
+    )
 
 
 def _twin_rows(
@@ -214,7 +221,8 @@ def _kernel(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk
     return _Chunk(logps, entropy, correct, logits if write else None, divisor[:, None] if limit > 1 else 1.0)
 
 
-def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
     rows, vocabulary = 3, widths.vocabulary
     for spread in (3.0, 1e4):
@@ -236,9 +244,6 @@ def _check(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator
         assert want.correct is not None
         yield Comparison(f"entropy {name}", got.entropy, want.entropy, -(exact.exp() * exact).sum(-1))
         yield Comparison(f"correct {name}", got.correct, want.correct, None)
-
-
-register("token_logps", _check)
 
 
 class _TokenLogps(torch.autograd.Function):

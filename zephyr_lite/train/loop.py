@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Interrupted
-from ..io.interrupts import Output, StopRequest
+from ..io.interrupts import StopRequest
+from ..io.logging import Output, output_fault
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
 from ..model.adapters import total_norm
@@ -66,8 +67,8 @@ class TrainState:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.stage, self.objective, self.observers = stage, objective, observers
-        self.output = Output()
-        self.on_metrics = self.output.of(on_metrics)
+        self.output = Output(on_metrics)
+        self.on_metrics = self.output.emit
         self.parameters = stage.stack.parameters()
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.optimizer = make_optimizer(stage.config, self.parameters)
@@ -407,7 +408,7 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
 def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, OSError | None]:
     """The signal that came to any process, and the error of any that cannot print any more. All processes call it at the same
     points, and get the same answer."""
-    found = world().all_gather((stop.name, state.output.fault))
+    found = world().all_gather((stop.name, state.output.fault or output_fault()))
     return next((name for name, _ in found if name), None), next((fault for _, fault in found if fault), None)
 
 

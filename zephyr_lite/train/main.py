@@ -91,9 +91,9 @@ def run(
             if here.is_main_process:
                 done = StageDir(Path(config.output_dir) / config.stage)
                 if config.sync is not None:
-                    from ..io.sync import open_mirror
+                    from ..io.sync import Mirror
 
-                    open_mirror(config.sync, done).finish()  # the network may have been away at the stage's end
+                    Mirror(config.sync, done).finish()  # the network may have been away at the stage's end
                 push_adapter(config, done)
             raise
         if stage.mirror is not None:
