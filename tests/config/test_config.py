@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from zephyr_lite.config.load import RunConfig, dump_config, load_config, preset_configs
+from zephyr_lite.config.load import RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
 
 
@@ -36,28 +36,15 @@ def test_the_stages_differ_in_their_defaults():
     assert dpo.dataset[0].split == "train_prefs" and dpo.lora_dropout == 0
 
 
-def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
-    file = write(tmp_path, "lora_rr: 8\n")
-    with pytest.raises(UserError, match=r"run\.yaml.*lora_r'"):
-        load(file=file)
-    with pytest.raises(UserError, match=r"dataset\.0\.pathh|pathh"):
-        load(file=write(tmp_path, "dataset: {path: a, pathh: b}\n"))
-
-
 @pytest.mark.parametrize(
     ("word", "place"),
     [
         ("batch_size=0", "batch_size"),
-        ("batch_size=many", "batch_size"),
-        ("loss_on=user", "loss_on"),
-        ("stage=a/b", "stage"),
         ("engine=magic", "engine"),
-        ("label_smoothing=0.7", "label_smoothing"),
         ("loss_type=robust", "label_smoothing"),
         ("dataset=[]", "dataset"),
         ("dataset.limit=0", "limit"),
         ("learning_rate=inf", "learning_rate"),
-        ("num_train_epochs=.nan", "num_train_epochs"),
         ("lora_target_modules=[]", "lora_target_modules"),
     ],
 )
@@ -135,12 +122,6 @@ def test_a_dumped_configuration_reads_back_to_the_same(method, tmp_path):
 def test_a_file_that_is_no_configuration(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load(file=write(tmp_path, text))
-
-
-def test_a_file_that_is_not_there_lists_the_shipped_ones():
-    with pytest.raises(UserError, match="zephyr-7b/sft"):
-        load(file="zephyr-7b/stf")
-    assert set(preset_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}
 
 
 def test_transformers_switch_and_name_are_one_key(tmp_path):

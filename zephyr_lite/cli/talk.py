@@ -62,8 +62,9 @@ def chat(
     from ..chat.session import Settings
     from ..recipe.prompts import read_questions
 
-    settings = Settings(temperature, top_p, max_new_tokens, seed, system)
-    settings.check()
+    settings = Settings().changed(
+        temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, system=system
+    )
     if vote is not None:
         check_file(vote, "chosen", "--vote")  # before anything is loaded
     if prompts is not None and out is not None:
@@ -75,11 +76,8 @@ def chat(
         _answer_once(session, question)
     else:
         from ..chat.repl import Repl
-        from ..chat.rows import Ballot
 
-        session = _session(ctx, settings)
-        ballot = Ballot(vote, seed, session.chat.live.source) if vote is not None else None
-        Repl(session, console, compare, ballot).run()
+        Repl(_session(ctx, settings), console, compare, vote).run()
 
 
 def in_terminal() -> bool:
