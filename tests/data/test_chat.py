@@ -167,18 +167,6 @@ def test_zephyr_text_is_the_published_one(mistral):
     )
 
 
-def test_the_end_token_is_supervised_although_pad_is_eos(template):
-    template.tokenizer.pad_token = template.tokenizer.eos_token
-    ids, mask = template.encode(turns("Hi", "Hello", "More", "Yes"))
-    eos = template.tokenizer.eos_token_id
-    starts = np.flatnonzero(mask[1:] & ~mask[:-1]) + 1
-    ends = np.flatnonzero(mask & ~np.append(mask[1:], False))
-    assert len(starts) == len(ends) == 2 and (ids[ends] == eos).all()
-    assert template.end_token_ids == [eos]
-    # the newline that the template writes after it is not: generation has stopped by then
-    assert template.tokenizer.decode([ids[ends[0] + 1]]) == "\n" and not mask[ends[0] + 1]
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -206,11 +194,6 @@ def test_templates_that_cannot_be_trained_on_are_refused(tiny, tmp_path, text, s
     (tmp_path / "bad.jinja").write_text(text)
     with pytest.raises(UserError, match=said):
         resolve_template(str(tmp_path / "bad.jinja"), tiny)
-
-
-def test_a_template_may_be_spelt_out_in_the_configuration(tiny):
-    text = ZEPHYR.removeprefix(BOS)  # as in the alignment handbook's YAML files
-    assert resolve_template(text, tiny).text == text
 
 
 def test_templates_whose_tokens_the_tokenizer_does_not_know_are_refused(tiny):

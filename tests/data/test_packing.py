@@ -38,13 +38,6 @@ def test_every_item_lies_in_one_bin_and_no_bin_overflows():
         assert [items[0] for items in bins] == sorted(items[0] for items in bins)
 
 
-def test_two_hundred_thousand_conversations_fill_the_rows():
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(6.5, 0.8, 200_000).astype(int), 1, 2048)
-    bins = best_fit(lengths, 2048)
-    assert lengths.sum() / (len(bins) * 2048) > 0.98
-
-
 def make_pair(prompt: int, chosen: int, rejected: int) -> Pair:
     def ids(start: int, count: int) -> np.ndarray:
         return np.arange(start, start + count, dtype=np.int32)

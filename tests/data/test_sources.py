@@ -81,24 +81,6 @@ def test_plain_text(tmp_path):
         load(named, "dpo", columns={"text": "story"})
 
 
-def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
-    own = {"messages": turns("Hi", "Hello", system="own"), "system": "column"}
-    column = {"messages": turns("Hi", "Hello"), "system": "column"}
-    neither = {"messages": turns("Hi", "Hello"), "system": None}
-    path = write(tmp_path / "a.jsonl", [own, column, neither])
-    assert [m[0]["content"] for m in messages(load(path, system="default"))] == ["own", "column", "default"]
-    assert messages(load(path))[2] == turns("Hi", "Hello")
-
-
-PROMPT = turns("One", "1", "Two")
-
-
-def test_one_response_may_be_the_others_beginning(tmp_path):
-    row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
-    (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
-    assert found["prompt"] == turns("One") and found["rejected"] == turns("One", "1", "Two", "2")[1:]
-
-
 def test_faulty_rows_are_dropped_counted_and_named(tmp_path):
     good = {"messages": turns("Hi", "Hello")}
     bad = [
@@ -140,37 +122,22 @@ def test_pairs_that_teach_nothing_are_dropped(tmp_path):
     ]
 
 
-def test_columns_are_renamed(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"q": "Hi", "a": "Hello", "prompt": "x"}])
-    assert messages(load(path, columns={"prompt": "q", "completion": "a"})) == [turns("Hi", "Hello")]
-    with pytest.raises(UserError, match=r"no column 'r'(.|\n)*There are q, a, prompt"):
-        load(path, columns={"prompt": "r"})
-    with pytest.raises(UserError, match="'colour' is not a column here"):
-        load(path, columns={"colour": "q"})
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
-        load(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl: empty"):
-        load(tmp_path / "empty.jsonl")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(UserError, match=r"list\.json: empty"):
-        load(tmp_path / "list.json")
-    (tmp_path / "head.csv").write_text("prompt,completion\n")
-    with pytest.raises(UserError, match=r"head\.csv: empty"):
-        load(tmp_path / "head.csv")
-    datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).select([]).to_parquet(tmp_path / "no.parquet")
-    with pytest.raises(UserError, match=r"no\.parquet: empty"):
-        load(tmp_path / "no.parquet")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("empty.jsonl", "\n"), ("list.json", "[]"), ("head.csv", "prompt,completion\n")],
+)
+def test_empty_files(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: empty"):
+        load(tmp_path / name)
 
 
 def test_a_folder_in_the_hubs_layout(tmp_path):
     for split, word in (("train_sft", "a"), ("test_sft", "b")):
         write(tmp_path / f"{split}.jsonl", [{"messages": turns("Hi", word)}])
-    (tmp_path / "README.md").write_text("words")
-    (tmp_path / "report.json").write_text("{}")  # beside the splits that `data chat` makes
+    (tmp_path / "README.md").write_text("---\nconfigs: yes\n---\n# A set\n")
+    for leftover in ("report.json", "state.json"):  # beside the splits that `data chat` makes; of a save_to_disk
+        (tmp_path / leftover).write_text("{}")
     rows = load(tmp_path, split="test_sft")
     assert messages(rows) == [turns("Hi", "b")] and rows.dataset["where"][0].endswith("test_sft.jsonl row 1")
     for options, says in (
@@ -179,8 +146,6 @@ def test_a_folder_in_the_hubs_layout(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             load(tmp_path, **options)
-    with pytest.raises(UserError, match="no split 'test'"):
-        load(tmp_path / "train_sft.jsonl", split="test")
 
 
 def test_the_hubs_errors_are_explained(monkeypatch):
@@ -223,25 +188,12 @@ def test_weights_take_shares_and_repeat(tmp_path):
 
 
 def test_sources_are_spread_through_each_other(tmp_path):
-    specs = [
-        DatasetSpec(path=numbered(tmp_path, 20, "a", "a")),
-        DatasetSpec(path=numbered(tmp_path, 40, "b", "b"), weight=0.5),
-        DatasetSpec(path=numbered(tmp_path, 10, "c", "c")),
-    ]
+    paths = [(numbered(tmp_path, count, name, name), weight) for name, count, weight in (("a", 20, 1), ("b", 40, 0.5))]
+    specs = [DatasetSpec(path=path, weight=weight) for path, weight in paths]
     rows = load_rows(specs, "sft", seed=3)
     said = answers(rows)
-    assert len(said) == 50 and said == answers(load_rows(specs, "sft", seed=3))
-    for start in range(0, 50, 10):
-        kinds = [word[0] for word in said[start : start + 10]]
-        assert 3 <= kinds.count("a") <= 5 and 3 <= kinds.count("b") <= 5 and 1 <= kinds.count("c") <= 3
-    assert len(rows.notes) == 3 and "weight 0.5" in rows.notes[1]
-
-
-def test_a_changed_file_is_read_again(tmp_path):
-    path = numbered(tmp_path, 3)
-    assert answers(load(path)) == ["0", "1", "2"]
-    numbered(tmp_path, 4, tag="new")
-    assert answers(load(path)) == ["new0", "new1", "new2", "new3"]
+    assert len(said) == 40 and said == answers(load_rows(specs, "sft", seed=3)) and "weight 0.5" in rows.notes[1]
+    assert all(4 <= sum(word[0] == "a" for word in said[at : at + 10]) <= 6 for at in range(0, 40, 10))
 
 
 def test_several_processes_read_the_same(tmp_path, monkeypatch):
@@ -262,29 +214,6 @@ LINE = json.dumps({"prompt": "Name a river.", "completion": "The Rhine."}) + "\n
 def test_a_folder_with_one_file_of_any_name_is_read(tmp_path, name):
     (tmp_path / f"{name}.jsonl").write_text(LINE * 3)
     assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-
-
-@pytest.mark.parametrize(("split", "rows"), [("my-chats", 4), ("my-chats[:2]", 2), ("train[:50%]", 4), ("[x]", 1)])
-def test_one_of_several_files_is_named_by_split_and_cut(tmp_path, split, rows):
-    for name, count in (("my-chats", 4), ("train", 8), ("[x]", 1)):
-        (tmp_path / f"{name}.jsonl").write_text(LINE * count)
-    assert len(open_source(DatasetSpec(path=str(tmp_path), split=split))) == rows
-
-
-def test_odd_headers_and_leftovers_in_a_folder(tmp_path):
-    (tmp_path / "train.jsonl").write_text(LINE * 3)
-    for configs in ("[a, b]", "yes"):
-        (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n# A set\n")
-        assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-    (tmp_path / "state.json").write_text("{}")  # of a save_to_disk that was copied in part
-    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-
-
-def test_a_shard_may_be_named_by_itself(tmp_path):
-    for number in range(2):
-        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(LINE * (number + 1))
-    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-    assert len(open_source(DatasetSpec(path=str(tmp_path), split="train-00001-of-00002"))) == 2
 
 
 def test_a_column_that_is_named_twice_and_text_that_is_not_utf_8(tmp_path):

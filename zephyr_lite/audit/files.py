@@ -200,16 +200,12 @@ def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: Adapter
     """
     modules = list(evidence.adapter.modules.values())
     untrained = sum(not bool(weights.b.any()) for weights in modules)
-    ranks = ", ".join(map(str, sorted({weights.rank for weights in modules})))
-    scales = ", ".join(f"{scale:g}" for scale in sorted({round(weights.scale, 6) for weights in modules}))
-    facts = f"{len(modules)} modules, rank {ranks}, scale {scales}, sha256 {evidence.adapter.sha256[:12]}"
+    facts = f"{len(modules)} modules, {untrained} with a B of zeros, sha256 {evidence.adapter.sha256[:12]}"
     if untrained == len(modules):
         text = "every B is zero: the adapter was never trained and changes nothing"
         audit.wrong("weights", text, facts, advice="Take another checkpoint of it.")
-    elif untrained:
-        audit.note("weights", f"{untrained} of its modules have a B of zeros and change nothing", facts)
     else:
-        audit.right("weights", "a plain LoRA, every module of it trained", facts)
+        audit.right("weights", "a plain LoRA that was trained", facts)
     if evidence.stage is not None:
         _check_chain(evidence, evidence.stage, below, audit)
     else:
@@ -243,27 +239,20 @@ def _check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit)
 
 def _check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
     """Whether it was continued from another adapter, as is claimed."""
-    if evidence.holds(start):
-        if evidence.is_delta:
-            text = f"a delta does not contain {start.path}, which was below it in training"
-            audit.wrong("below", text, advice=f"Give it as --below {start.path}.")
-        else:
-            audit.right("below", f"it contains {start.path}, as its stage.json says")
-        return
     found = overlap(evidence.adapter, start)
-    if found.contains:
+    if not evidence.is_delta and (evidence.holds(start) or found.contains):
         audit.right("below", f"it was continued from {start.path}, and contains it", found.evidence)
     else:
         advice = "If that one was below it in training, give it as --below."
-        audit.wrong("below", f"it was not continued from {start.path}", found.evidence, advice=advice)
+        audit.wrong("below", f"it does not contain {start.path}", found.evidence, advice=advice)
 
 
 def _check_chain(evidence: Evidence, stage: StageDir, below: Sequence[AdapterFile], audit: Audit) -> None:
     """Whether the chain that a stage's stage.json names is complete and unchanged."""
-    names = [str(link.get("path")) for link in evidence.links]
+    names = " + ".join(str(link.get("path")) for link in evidence.links)
     where = f"{stage.path}/stage.json: adapters {names or 'none'}"
     if evidence.is_delta:
-        text = f"a delta: right only with {' + '.join(names) or 'nothing'} below it"
+        text = f"a delta: right only with {names or 'nothing'} below it"
         audit.note("below", text, where, advice=f"Load {stage.adapter} instead, which is the whole chain.")
         return
     for adapter in filter(evidence.holds, below):
@@ -275,7 +264,7 @@ def _check_chain(evidence: Evidence, stage: StageDir, below: Sequence[AdapterFil
         text = f"the chain that it was made of is incomplete: {error.message}"
         audit.doubtful("below", text, where, advice=error.hint)
         return
-    parts = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
+    parts = f"{names} and its own part in one adapter" if names else "one adapter"
     audit.right("below", f"{parts}: it belongs on the bare base", where)
 
 
@@ -285,23 +274,16 @@ def _check_log(evidence: Evidence, audit: Audit) -> None:
     if first is None:
         audit.note("reference", "its folder has no training log, so its first loss is unknown")
         return
-    loss, step = float(first["loss"]), first.get("step")
-    at_first = is_number(step) and step <= 1
-    at = f"step {step:g}" if is_number(step) else "the first record"
-    facts = [f"loss at {at} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
-    facts += [
-        f"{key} {first[key]:.4g} there"
-        for key in ("rewards/margins", "rewards/accuracies")
-        if is_number(first.get(key))
-    ]
+    loss, at_first = float(first["loss"]), first.get("step") in (0, 1)
+    facts = f"loss at step {first.get('step', '?')} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"
     if abs(loss - LN2) <= (FIRST_STEP if at_first else FIRST_STEPS):
-        audit.right("reference", "its log starts at ln 2: training started from its reference", *facts)
+        audit.right("reference", "its log starts at ln 2: training started from its reference", facts)
         return
     audit.add(
         Level.wrong if at_first else Level.doubtful,
         "reference",
         "its log does not start at ln 2: training did not start from its reference (often the bare base, with the SFT "
         "adapter only in the policy)",
-        *facts,
+        facts,
         advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
     )

@@ -232,7 +232,7 @@ def _encode(
                 masks = pair.chosen_mask, short.chosen_mask, pair.rejected_mask, short.rejected_mask
                 if short is not pair:
                     cut = 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
-            counts = list(map(np.count_nonzero, masks))  # of each response, before and after the cut
+            counts = list(map(int, map(np.count_nonzero, masks)))  # of each response, before and after the cut
             if not all(counts[::2]):
                 raise RowError("no supervised token")
             if not all(counts[1::2]):

@@ -67,8 +67,9 @@ def cache_key(source: datasets.Dataset, options: dict[str, Any]) -> str:
     datasets' own hash of a function in a module covers its name only, and a tokenizer's hash changes with its use: an
     update would read an older version's results, and a second start would not find those of the first.
     """
-    values = sorted((key, v.tobytes() if isinstance(v, np.ndarray) else v) for key, v in options.items())
-    digest = hashlib.sha256(repr((source._fingerprint, values)).encode())
+    digest = hashlib.sha256(source._fingerprint.encode())
+    for key, value in sorted(options.items()):
+        digest.update(repr((key, value.tobytes() if isinstance(value, np.ndarray) else value)).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]

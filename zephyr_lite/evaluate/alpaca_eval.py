@@ -27,7 +27,7 @@ from ..client.endpoints import Message
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
 from ..io.text import is_file, read_text
-from .judge import Benchmark, Item, JudgedConfig, Outcome, mean, read_rows, standard_error, who_answers
+from .judge import Benchmark, Item, JudgedConfig, Outcome, mean, read_rows, who_answers
 from .win_rate import TIE, length_controlled, win_rate
 
 KIND = "alpaca"
@@ -61,11 +61,11 @@ class AlpacaConfig(JudgedConfig):
 
 @dataclass(frozen=True)
 class Output(Item):
-    """One answer of a file, to an instruction, its only turn; a repeated instruction gets a key of its own."""
+    """One answer of a file, to an instruction, its only turn; a repeated instruction gets a key of its own. Its category is
+    the column ``dataset``."""
 
     output: str
     generator: str
-    dataset: str
     index: int  # the row's place in the file
 
     @property
@@ -99,7 +99,7 @@ def read_outputs(name: str) -> tuple[list[Output], Path]:
         if seen[instruction] > 1:
             key += f"/{seen[instruction]}"
         generator, dataset = str(row.get("generator") or path.stem), str(row.get("dataset") or "")
-        return Output(key, (instruction,), _text(row, "output"), generator, dataset, index)
+        return Output(key, (instruction,), dataset, _text(row, "output"), generator, index)
 
     outputs = read_rows(path, output)
     _one_model({each.generator for each in outputs}, path)
@@ -264,7 +264,7 @@ def read_verdict(text: str, swapped: bool) -> float:
 class AlpacaEval(Benchmark[Output]):
     """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form."""
 
-    kind, unit, why = KIND, "instructions", "why_left_out"
+    kind, unit, scale, why = KIND, "instructions", 100.0, "why_left_out"  # win rates are percentages
     table = staticmethod(table)
     notes = [NOTE]
 
@@ -314,40 +314,25 @@ class AlpacaEval(Benchmark[Output]):
         """The verdicts on the answers of a model, as AlpacaEval's rows with ``index``."""
         return [
             {
-                "dataset": outcome.item.dataset,
+                "dataset": outcome.item.category,
                 "instruction": outcome.item.instruction,
                 "output_1": outcome.item.output,
                 "output_2": outcome.answers[0],
-                "preference": preference,
+                "preference": grade.score,
                 "generator_1": outcome.item.generator,
                 "generator_2": model,
                 "annotator": self.answering.judge.name,
-                "raw_completion": text,
+                "raw_completion": grade.judgment,
                 "index": outcome.item.index,
             }
             for outcome in outcomes
-            for preference, text in outcome.verdicts
+            for grade in outcome.grades
             if outcome.answers
         ]
 
     def scores(self, model: str, outcomes: Sequence[Outcome[Output]]) -> dict[str, Any] | None:
         found = rates(self.annotations(model, outcomes), self.difficulty)
-        verdicts = [verdict for outcome in outcomes for verdict in outcome.verdicts]
-        return found and {
-            **found,
-            "n_not_answered": sum(not outcome.answers for outcome in outcomes),
-            "answers_cut_at_max_tokens": sum(outcome.cut for outcome in outcomes),
-            self.why: dict(Counter(reason for preference, reason in verdicts if preference is None)),
-        }
-
-    def difference(self, one: Sequence[Outcome[Output]], other: Sequence[Outcome[Output]]) -> dict[str, Any]:
-        """Difference of two win rates, in percent, over the instructions that both have verdicts on."""
-        first, second = (
-            {outcome.item.key: value for outcome in found for value, _ in outcome.verdicts if value is not None}
-            for found in (one, other)
-        )
-        values = [100 * (first[key] - second[key]) for key in second if key in first]
-        return {"difference": mean(values), "standard_error": standard_error(values), "instructions": len(values)}
+        return found and {**found, "n_not_answered": sum(not outcome.answers for outcome in outcomes)}
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Output]]]) -> None:
         columns = {"dataset": "dataset", "instruction": "instruction", "output": "output_2", "generator": "generator_2"}

@@ -166,6 +166,19 @@ class Item:
 
     key: str  # its name within the benchmark
     turns: tuple[str, ...]  # what the user says
+    category: str
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The judge's verdict on one answer."""
+
+    question: str  # the item's key
+    category: str
+    model: str
+    turn: int  # from 1
+    score: float | None  # None: no answer, or no verdict
+    judgment: str  # the judge's reply, or why there is none
 
 
 @dataclass
@@ -175,8 +188,21 @@ class Outcome(Generic[T]):
     item: T
     answers: list[str] = field(default_factory=list)  # to its turns; fewer if the model failed
     cut: int = 0  # number of answers that ended at max_tokens
-    # for each turn the value and the judge's reply; or None and the reason
-    verdicts: list[tuple[float | None, str]] = field(default_factory=list)
+    grades: list[Grade] = field(default_factory=list)  # of each turn
+
+
+def difference(
+    one: Sequence[Grade], other: Sequence[Grade], scale: float = 1.0, unit: str = "questions"
+) -> dict[str, Any]:
+    """Mean paired difference (one - other) of the scores, times ``scale``, over the items that both have scores for in the
+    same turns, its standard error, and the number of these items under the key ``unit``."""
+    first = {(g.question, g.turn): g.score for g in one if g.score is not None}
+    pairs: dict[str, list[float]] = {}
+    for g in other:
+        if g.score is not None and (g.question, g.turn) in first:
+            pairs.setdefault(g.question, []).append(scale * (first[g.question, g.turn] - g.score))
+    means = [statistics.fmean(found) for found in pairs.values()]
+    return {"difference": mean(means), "standard_error": standard_error(means), unit: len(means)}
 
 
 @dataclass
@@ -200,6 +226,7 @@ class Benchmark(ABC, Generic[T]):
 
     kind: str  # name of the command, of the job's folder and of the result's file
     unit: str  # of the items
+    scale: float  # of the scores' differences
     why: str  # key of a model's scores: reasons why verdicts are missing
     note: str  # what is asked, in a line
     notes: Sequence[str] = ()  # how the scores differ from published ones
@@ -236,10 +263,6 @@ class Benchmark(ABC, Generic[T]):
     @abstractmethod
     def scores(self, model: str, outcomes: Sequence[Outcome[T]]) -> dict[str, Any] | None:
         """A model's scores; None if there is no verdict."""
-
-    @abstractmethod
-    def difference(self, one: Sequence[Outcome[T]], other: Sequence[Outcome[T]]) -> dict[str, Any]:
-        """Difference of two models' scores, over the items that both have."""
 
     @abstractmethod
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[T]]]) -> None:
@@ -317,18 +340,28 @@ class Benchmark(ABC, Generic[T]):
         asked = len(self.items)
         ending = "" if asked == self.whole else "".join(f"-{name}" for name in self.part) + f"-limit-{asked}"
         self.write_texts(self.job / ending[1:], outcomes)
-        models = {model: scores for model, found in outcomes.items() if (scores := self.scores(model, found))}
+        models, grades = {}, {}
+        lost: Counter[str] = Counter()  # reasons why verdicts are missing
+        for model, found in outcomes.items():
+            grades[model] = [grade for outcome in found for grade in outcome.grades]
+            reasons = Counter(grade.judgment for grade in grades[model] if grade.score is None)
+            lost += reasons
+            if scores := self.scores(model, found):
+                cut = sum(outcome.cut for outcome in found)
+                models[model] = {**scores, "answers_cut_at_max_tokens": cut, self.why: dict(reasons)}
         if not models:
-            verdicts = [verdict for found in outcomes.values() for outcome in found for verdict in outcome.verdicts]
-            reasons = Counter(reason for value, reason in verdicts if value is None).most_common(3)
+            told = [*(f"{reason} ({count})" for reason, count in lost.most_common(3)), *spent[-1:]]
             raise UserError(
-                f"{self.job}: no verdict: {'; '.join([*(f'{reason} ({n})' for reason, n in reasons), *spent[-1:]])}",
+                f"{self.job}: no verdict: {'; '.join(told)}",
                 "The same command, with a larger budget if need be, continues the job: all replies so far are kept.",
             )
         first, *others = models
+        differences = {
+            f"{first} - {other}": difference(grades[first], grades[other], self.scale, self.unit) for other in others
+        }
         body = {
             "models": models,
-            "differences": {f"{first} - {b}": self.difference(outcomes[first], outcomes[b]) for b in others},
+            "differences": differences,
             "settings": {
                 "judge": {k: v for k, v in (("name", judge.name), ("model", judge.model)) if v},
                 "judge_temperature": 0.0,
@@ -371,18 +404,19 @@ class Benchmark(ABC, Generic[T]):
             said.append({"role": "assistant", "content": answer})
         for n, part in enumerate(parts):
             answers = outcome.answers[: n + 1]
+            score: float | None = None
             if len(answers) <= n:
-                verdict: tuple[float | None, str] = (None, lost)
+                judgment = lost
             elif (known := self.without_judge(item, answers)) is not None:
-                verdict = known
+                score, judgment = known
             else:
                 key = "/".join(map(str, ("judge", model, item.key, *part)))
                 request = Request(key, self.answering.judge.name, self.judge_messages(item, answers), temperature=0.0)
                 try:
-                    verdict = await client.ask_parsed(
+                    score, judgment = await client.ask_parsed(
                         request, lambda text: (self.read_verdict(item, text), text), tries=JUDGE_TRIES
                     )
                 except RequestFailed as failed:
-                    verdict = (None, f"no verdict: {failed.reason}")
-            outcome.verdicts.append(verdict)
+                    judgment = f"no verdict: {failed.reason}"
+            outcome.grades.append(Grade(item.key, item.category, model, n + 1, score, judgment))
         return outcome

@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,6 +28,7 @@ from ..io.atomic import bytes_aside, file_aside, make_folder
 from ..io.text import is_file, is_folder
 from .judge import (
     Benchmark,
+    Grade,
     Item,
     Judged,
     JudgedConfig,
@@ -80,9 +81,8 @@ class MtBenchConfig(JudgedConfig):
 
 @dataclass(frozen=True)
 class Question(Item):
-    """One question: the user's two turns, and reference answers to both, or ()."""
+    """One question of two turns, and reference answers to both, or ()."""
 
-    category: str
     reference: tuple[str, ...] = ()
 
 
@@ -214,18 +214,6 @@ def read_grade(text: str) -> float:
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Grade:
-    """The outcome of one turn of one question."""
-
-    question: str
-    category: str
-    model: str
-    turn: int
-    score: float | None  # from 1 to 10; None: no answer, or no grade
-    judgment: str  # the judge's reply, or why there is none
-
-
 def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     """One model's scores; ``score`` is the mean over all graded turns, as MT-Bench's is."""
     graded = [g for g in grades if g.score is not None]
@@ -249,18 +237,6 @@ def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
 def _means(graded: Sequence[Grade]) -> dict[str, float | None]:
     turns = {"score": (1, 2), "turn_1": (1,), "turn_2": (2,)}
     return {name: mean(g.score or 0.0 for g in graded if g.turn in of) for name, of in turns.items()}
-
-
-def difference(one: Sequence[Grade], other: Sequence[Grade]) -> dict[str, Any]:
-    """Mean paired difference (one - other) over the questions that both have grades for in the same turns, and its
-    standard error."""
-    first = {(g.question, g.turn): g.score for g in one if g.score is not None}
-    pairs: dict[str, list[float]] = {}
-    for g in other:
-        if g.score is not None and (g.question, g.turn) in first:
-            pairs.setdefault(g.question, []).append(first[g.question, g.turn] - g.score)
-    means = [fmean(found) for found in pairs.values()]
-    return {"difference": mean(means), "standard_error": standard_error(means), "questions": len(means)}
 
 
 def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -312,7 +288,7 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
 class MtBench(Benchmark[Question]):
     """MT-Bench with the models of a configuration: mt-bench.json and .png, and all texts in FastChat's form."""
 
-    kind, unit, why = KIND, "questions", "why_not_graded"
+    kind, unit, scale, why = KIND, "questions", 1.0, "why_not_graded"
     table = staticmethod(table)
     settings = {"temperatures": TEMPERATURES}
 
@@ -340,17 +316,8 @@ class MtBench(Benchmark[Question]):
         return read_grade(text)
 
     def scores(self, model: str, outcomes: Sequence[Outcome[Question]]) -> dict[str, Any] | None:
-        grades = grades_of(model, outcomes)
-        if all(g.score is None for g in grades):
-            return None
-        return {
-            **model_scores(grades),
-            "answers_cut_at_max_tokens": sum(outcome.cut for outcome in outcomes),
-            self.why: dict(Counter(g.judgment for g in grades if g.score is None)),
-        }
-
-    def difference(self, one: Sequence[Outcome[Question]], other: Sequence[Outcome[Question]]) -> dict[str, Any]:
-        return difference(grades_of("", one), grades_of("", other))
+        grades = [grade for outcome in outcomes for grade in outcome.grades]
+        return None if all(grade.score is None for grade in grades) else model_scores(grades)
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Question]]]) -> None:
         make_folder(folder)
@@ -361,9 +328,9 @@ class MtBench(Benchmark[Question]):
                     number = int(question.key) if question.key.isdecimal() else question.key  # as FastChat's tools do
                     head = {"question_id": number, "category": question.category, "model_id": model}
                     answers.write(json_line({**head, "choices": [{"index": 0, "turns": outcome.answers}]}))
-                for g in grades_of(model, found):
-                    row = {"question_id": g.question, "category": g.category, "model": g.model, "turn": g.turn}
-                    judgments.write(json_line({**row, "score": g.score, "judgment": g.judgment}))
+                    for grade in outcome.grades:
+                        row = asdict(grade)
+                        judgments.write(json_line({"question_id": row.pop("question"), **row}))
 
     def run(self, meter: Meter) -> Judged:
         result = super().run(meter)
@@ -371,11 +338,3 @@ class MtBench(Benchmark[Question]):
             result.files.append(result.files[0].with_suffix(".png"))
             draw_radar(result.files[-1], result.body["models"], f"MT-Bench, graded by {self.answering.judge.name}")
         return result
-
-
-def grades_of(model: str, outcomes: Sequence[Outcome[Question]]) -> list[Grade]:
-    return [
-        Grade(outcome.item.key, outcome.item.category, model, turn, score, judgment)
-        for outcome in outcomes
-        for turn, (score, judgment) in enumerate(outcome.verdicts, 1)
-    ]
