@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -25,12 +23,21 @@ from typing import Any
 import torch
 
 from bench import mistral, rows
-from bench.card import Clock, describe_card, matmul_ceiling
+from bench.card import Clock, matmul_ceiling
 from bench.command import header, save
-from bench.turns import CONTEXT_BYTES, Failed, Runner, Variant, describe, frozen_adapter, times_faster
+from bench.turns import (
+    CONTEXT_BYTES,
+    Failed,
+    Runner,
+    Variant,
+    common_values,
+    describe,
+    frozen_adapter,
+    times_faster,
+)
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.base import compute_device, compute_dtype
+from zephyr_lite.model.base import compute_device
 
 TOKENS_AT_ONCE = 4096
 # under a cap of 24 GiB: quotients over Unsloth, and the share of the matmul ceiling at 4096 tokens
@@ -235,28 +242,10 @@ def trl_cached(match: Match) -> list[list[Variant]]:
 
 
 def prepare_card(base: Path | None, shape: dict[str, Any], square: int, tokens: int) -> dict[str, Any]:
-    """Build the base where it is not there, and measure what products can reach; in a process of its own, because what a
-    process takes of the card it gives back only when it ends."""
-    device = compute_device()
-    dtype = compute_dtype("auto", device)
-    begun = time.monotonic()
-    folder, built = mistral.ensure_base(base or mistral.default_folder(shape, dtype), shape, device, dtype)
-    seconds = time.monotonic() - begun
-    found = {
-        "base": {"folder": str(folder.resolve()), "built_now": built, "seconds": round(seconds, 1), "shape": shape},
-        "ceiling": matmul_ceiling(Clock(device, 10, 3), shape, tokens, square, dtype),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    found["card"] = describe_card(device)
-    return found
-
-
-def alone(run: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
+    """Build the base where it is not there, and measure what products can reach."""
+    found = mistral.prepare(base, shape)
+    dtype = getattr(torch, found["dtype"])
+    return {**found, "ceiling": matmul_ceiling(Clock(compute_device(), 10, 3), shape, tokens, square, dtype)}
 
 
 def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[str, dict[str, Any]]:
@@ -266,18 +255,7 @@ def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[s
     template = resolve_template("auto", load_tokenizer(base))
     scale = 0.1 if args.tiny else 1.0
     steps = WARM_UP + args.rounds
-    common: dict[str, Any] = {
-        "model_name_or_path": str(base),
-        "load_in_4bit": True,
-        "lora_r": args.rank,
-        "lora_alpha": args.rank,
-        "chat_template": "auto",
-        "eval_dataset": None,
-        "eval_steps": None,
-        "save_steps": None,
-        "max_steps": steps + 1,  # the last step would write what a run leaves behind
-        "learning_rate": 1e-4,
-    }
+    common = common_values(base, rank=args.rank, steps=steps)
     length = int(2048 * scale)
     rows.write_conversations(folder / "sft.jsonl", template, (steps + 1) * args.sft_rows * length, scale=scale)
     sft = {
@@ -425,7 +403,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = prepare_card(args.base or folder / "base", mistral.TINY, 64, 32)
         else:
             shape = mistral.MISTRAL_7B | {"num_hidden_layers": args.layers}
-            found = alone(prepare_card, args.base, shape, 8192, TOKENS_AT_ONCE)
+            found = mistral.alone(prepare_card, args.base, shape, 8192, TOKENS_AT_ONCE)
         results: dict[str, Any] = {
             **header("accelerate", "unsloth", "unsloth_zoo", "liger_kernel", "xformers", "flash_attn"),
             "settings": vars(args) | {"out": None, "base": None},

@@ -62,8 +62,8 @@ STAGES = (
         "memory",
         85,
         "bench.memory",
-        "--parts cards --cards 24 8 --minutes {minutes}",
-        "--parts cards --cards 24 --rows 1",
+        "--cards 24 8 --minutes {minutes}",
+        "--cards 24 --rows 1",
     ),
     Stage("cap12", 60, "bench.gpu", f"--cap 12 --methods sft {_GPU}", f"--methods sft {_TINY_GPU}"),
 )
