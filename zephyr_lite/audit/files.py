@@ -150,9 +150,9 @@ def gather(name: str) -> Evidence:
     info = stage.info() if folder.name in ("adapter", "delta") else None
     if info is not None:
         places.append(stage.adapter)
-        found.stage, found.info, found.tool, found.method = stage, info, "zephyr-lite", info.get("method")
-        if info.get("engine", "fused") != "fused":
-            found.tool += f" (engine {info['engine']})"
+        found.stage, found.info, found.method = stage, info, info.get("method")
+        engine = info.get("engine", "fused")
+        found.tool = "zephyr-lite" if engine == "fused" else f"zephyr-lite (engine {engine})"
         found.base = (info.get("base") or {}).get("name_or_path") or found.base
         found.settings = read_yaml(stage.config) if stage.config.is_file() else {}
         found.log = json_lines(stage.metrics)
@@ -162,10 +162,9 @@ def gather(name: str) -> Evidence:
             methods = {str(tag).lower() for tag in tags} if isinstance(tags, list) else set()
             found.method = "dpo" if methods & _PREFERENCE else "sft" if "sft" in methods else None
         found.tuned_from = tuned_from(folder)
-        # transformers' Trainer writes it here, or in the checkpoints only
-        state = Path(get_last_checkpoint(folder) or folder) / LOG
-        state = folder / LOG if (folder / LOG).is_file() else state
-        if state.is_file():
+        # transformers' Trainer writes it into the folder, or into its checkpoints only
+        states = [place / LOG for place in (folder, Path(get_last_checkpoint(folder) or folder))]
+        if (state := next(filter(Path.is_file, states), None)) is not None:
             found.log = read_object(state, strict=False).get("log_history") or []
         if found.method is None and found.log:
             rewards = any(str(key).endswith("rewards/accuracies") for record in found.log for key in record)
