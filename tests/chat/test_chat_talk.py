@@ -220,7 +220,8 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
         for column, answer in zip(talk.columns, answers):
             column.turns[-1] = (question, answer)
         append_rows(file, vote_rows(talk.columns[0].messages(None)[:-1], models, answers, number, "runs/a"))
-        talk.agree(number)
+        talk.undo()
+        talk.agree(question, answers[number])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     voted = [(row["vote"]["chosen_model"], row["vote"]["rejected_model"]) for row in rows]
     assert len(rows) == 6 and voted[2:4] == [("sft", "base"), ("sft", "dpo")]

@@ -159,7 +159,7 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
     usable: list[tuple[int, Any, Sampling]] = []
     for place, messages in enumerate(conversations):
         try:
-            ids = session.prompt_ids(messages)
+            ids = session.chat.prompt_ids(messages)
             seed = how.seed * 1_000_003 + place
             usable.append((place, ids, Sampling(session.room(len(ids)), how.temperature, how.top_p, seed)))
         except UserError as error:
