@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
 
 
 def test_other_architectures_and_small_memory_give_the_same(trained, merged, monkeypatch):
-    """Their logits are kept in files; a folder that does not fit is read from the disk layer by layer."""
+    """Their logits are kept; a folder that does not fit is read from the disk layer by layer."""
     out, found, _ = merged
     monkeypatch.setattr(measuring, "FAMILIES", ())
     monkeypatch.setattr(measuring, "CHUNK", 3)
@@ -99,8 +100,7 @@ def test_other_architectures_and_small_memory_give_the_same(trained, merged, mon
     assert same.ways["base"]["kl"].value == pytest.approx(found.ways["base"]["kl"].value, rel=1e-4)
     assert same.ways["base"]["loss"].value == pytest.approx(found.ways["base"]["loss"].value, rel=1e-6)
     monkeypatch.undo()
-    monkeypatch.setattr(measuring, "_free", lambda device: 300_000)
-    monkeypatch.setattr(measuring, "MICRO_TOKENS", 1)  # a row at a time
+    monkeypatch.setattr(measuring, "open_folder", partial(measuring.open_folder, memory=300_000))
     same = measure(chain_of_run(trained), {"base": out}, rows=64)
     assert same.ways["base"]["kl"].value == pytest.approx(found.ways["base"]["kl"].value, rel=1e-4)
     assert same.ways["base"]["loss"].value == pytest.approx(found.ways["base"]["loss"].value, rel=1e-6)

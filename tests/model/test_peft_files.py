@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.contract.test_merged import ALL, distance, live, load, logits, make_adapter, make_base
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.compose import compose
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
 
 
@@ -35,16 +34,6 @@ def test_what_peft_wrote_is_read_and_written_back(base: Path, tmp_path: Path, co
     want = live(load(base), [source])
     assert distance(want, logits(load(base))) > 1e-2
     assert distance(live(load(base), [tmp_path / "copy"]), want) < 1e-6
-
-
-def test_composed_chain_is_the_live_stack(base: Path, tmp_path: Path) -> None:
-    first = make_adapter(base, tmp_path / "first", 1)
-    targets = ["q_proj", "down_proj", "lm_head"]
-    second = make_adapter(base, tmp_path / "second", 2, r=8, lora_alpha=4, use_rslora=True, target_modules=targets)
-    composed = compose([read_adapter(first), read_adapter(second)])
-    assert composed["model.layers.0.self_attn.q_proj"].rank == 12 and composed["lm_head"].rank == 8
-    write_adapter(tmp_path / "chain", composed, base_model_name="tiny")
-    assert distance(live(load(base), [tmp_path / "chain"]), live(load(base), [first, second])) < 1e-5
 
 
 def test_hash_follows_the_content(base: Path, tmp_path: Path) -> None:

@@ -6,19 +6,21 @@ limits a job exactly.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from ..io.text import duration
-from .client import prompt_token_bound
+from .client import Request, RequestFailed, prompt_token_bound
 from .endpoints import EndpointSpec, Message
 from .jobs import Budget
-from .request_log import NAME, Totals
+from .request_log import NAME, Reply, Totals
 
 PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
 
@@ -42,6 +44,32 @@ def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: i
     """Upper bound of a conversation's tokens, with the endpoint's own system turn."""
     system = [] if spec.system is None or messages[0]["role"] == "system" else [{"content": spec.system}]
     return prompt_token_bound([*system, *messages]) + more_tokens
+
+
+class CostClient:
+    """Takes the place of a ``ModelClient`` to learn what a job costs at most: sends nothing and adds up its requests.
+
+    Each reply is as long as it may be, with a text of one byte a token that differs from all others; none can be parsed.
+
+    Attributes:
+        bounds: {endpoint: upper bounds of its requests}.
+    """
+
+    def __init__(self, specs: Mapping[str, EndpointSpec]) -> None:
+        self._specs = specs
+        self.bounds = {name: Bound() for name in specs}
+
+    async def ask(self, request: Request) -> Reply:
+        spec = self._specs[request.endpoint]
+        body = request.body(spec)
+        prompt, length = prompt_token_bound(body["messages"]), body["max_tokens"]
+        self.bounds[spec.name].add(spec, prompt, length)
+        name = hashlib.sha256(request.key.encode()).hexdigest()
+        return Reply((name * (length // len(name) + 1))[:length], "stop", prompt, length)
+
+    async def ask_parsed(self, request: Request, parse: Callable[[str], Any], tries: int = 3) -> Any:
+        await self.ask(request)
+        raise RequestFailed("nothing is sent")
 
 
 def bound_lines(bounds: Mapping[str, Bound], specs: Iterable[EndpointSpec]) -> list[str]:

@@ -210,9 +210,11 @@ class RunConfig(BaseModel):
             case "lora_target_modules":
                 return [value] if isinstance(value, str) and value != "all-linear" else value
         entries = [] if value is None else value if isinstance(value, list) else [value]
-        if info.field_name in ("dataset", "eval_dataset"):
-            return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-        return entries
+        specs = []
+        for entry in entries:
+            is_path = isinstance(entry, str) and info.field_name in ("dataset", "eval_dataset")
+            specs.append({"path": entry} if is_path else entry)
+        return specs
 
     @field_validator("lora_target_modules")
     @classmethod

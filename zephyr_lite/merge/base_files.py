@@ -31,7 +31,7 @@ class BaseFiles:
         config: its config.json.
         shards: output file name → tensor names, in the order of the bytes.
         entries: tensor name → Entry of the output. Of weights in NF4 (`quantized`), which are written dequantized, only dtype
-            and shape are meaningful.
+            (the base's compute dtype) and shape are meaningful.
         quantized: names of the weights that the base keeps in NF4.
     """
 
@@ -41,8 +41,11 @@ class BaseFiles:
         self.config = check_config_file(folder)
         self._files = open_shards(folder)
         self._holds = {tensor: file for file in self._files.values() for tensor in file.entries}
+        nf4_dtype = ""
         if (settings := self.config.get("quantization_config")) is not None:
             stored_settings(settings, folder)
+            told = str(settings.get("bnb_4bit_compute_dtype") or "bfloat16")
+            nf4_dtype = DTYPE_NAMES[getattr(torch, told.removeprefix("torch."))]
         self.quantized = {name.removesuffix(NF4_STATE) for name in self._holds if name.endswith(NF4_STATE)}
         self.entries: dict[str, Entry] = {}
         self.shards: dict[str, list[str]] = {}
@@ -52,15 +55,9 @@ class BaseFiles:
             entry = file.entries[tensor]
             if tensor in self.quantized:
                 shape = json.loads(bytes(self.tensor(tensor + NF4_STATE)))["shape"]
-                entry = Entry(tensor, self.nf4_output_dtype, tuple(shape))
+                entry = Entry(tensor, nf4_dtype, tuple(shape))
             self.entries[tensor] = entry
             self.shards.setdefault(file.path.name, []).append(tensor)
-
-    @property
-    def nf4_output_dtype(self) -> str:
-        """Safetensors name of the dtype that an NF4 base is written in: its compute dtype, bfloat16 by default."""
-        told = str(self.config["quantization_config"].get("bnb_4bit_compute_dtype") or "bfloat16")
-        return DTYPE_NAMES[getattr(torch, told.removeprefix("torch."))]
 
     @property
     def dtype(self) -> str:
@@ -120,11 +117,11 @@ class BaseFiles:
         """
         model = empty_model(self.folder, read_model_config(self.folder, any_family=True))
         head = model.get_output_embeddings()
-        linears = {name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
-        names = {f"{name}.weight" for name in linears}
-        if missing := sorted(names - set(self.entries)):
+        modules = model.named_modules()
+        names = {f"{name}.weight" for name, module in modules if type(module) is nn.Linear and module is not head}
+        if missing := names - self.entries.keys():
             raise UserError(
-                f"{self.folder}: no tensor {missing[0]} in its files.", "Save the base again with transformers."
+                f"{self.folder}: no tensor {min(missing)} in its files.", "Save it again with transformers."
             )
         return names
 
@@ -159,8 +156,8 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     generation: dict[str, Any] = {"_from_model_config": False}
     if path.is_file():
         generation = read_object(path, strict=False, hint=again(path))
-    if "bos_token_id" not in generation and config.get("bos_token_id") is not None:
-        generation["bos_token_id"] = config["bos_token_id"]
+    if config.get("bos_token_id") is not None:
+        generation.setdefault("bos_token_id", config["bos_token_id"])
     known = generation.get("eos_token_id", config.get("eos_token_id"))
     ids += known if isinstance(known, list) else [] if known is None else [known]
     ids = list(dict.fromkeys(ids))
@@ -193,12 +190,9 @@ def _end_tokens(tokenizer: Any) -> list[int]:
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if template:
-        said = "ZQX"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ZQX"}]
         text = ChatTemplate(tokenizer, template, "the tokenizer's own").text_of(turns)
-        tail = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+        tail = tokenizer(text.rpartition("ZQX")[2], add_special_tokens=False)["input_ids"]
         special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         ids += [token for token in tail if token in special][:1]
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]

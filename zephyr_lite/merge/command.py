@@ -70,13 +70,13 @@ def run_merge(
     if chain is None:
         raise UserError(f"{run}: is a model's folder, without adapters to merge.", "Give a run's folder (runs/NAME).")
     _report_chain(chain, stage is None)
+    sweep(out.absolute().parent, out.name)
     if as_adapter:
         _write_adapter(chain, out, overwrite)
         return None
     folder = fetch_base(chain.base["name_or_path"], chain.base.get("revision", "main"))
     check_fingerprint(chain.base.get("fingerprint"), folder, "the stage")
-    lineage = chain.lineage()
-    lineage["base"] = {**chain.base, "fingerprint": fingerprint(folder)}
+    lineage = {**chain.lineage(), "base": {**chain.base, "fingerprint": fingerprint(folder)}}
     in_4bit = chain.base.get("load_in_4bit", True)
     stored = chain.base.get("dtype")
     settings: dict[str, Any] = {
@@ -87,19 +87,20 @@ def run_merge(
     }
     ways: set[Way] = {"base", "nf4"} if both and in_4bit else {onto}
     if both and not in_4bit:
-        logger.info(
-            "trained on the base in 16 bits: another way of merging would be another model, and is not measured"
-        )
+        logger.info("trained on the base in 16 bits, so merging onto NF4 would be another model, and is not measured")
 
-    earlier = None if overwrite else _earlier(out, {"kind": MERGED, "onto": onto, **lineage})
-    if earlier is None:
+    mark = read_json(out / MARK) or {}
+    merged = not overwrite and _is_merge(mark, {"kind": MERGED, "onto": onto, **lineage})
+    if not merged:
         merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
-    elif not check or _is_measured(earlier, ways, rows):
-        logger.info(f"{out} is complete already.")
-        return None
-    else:
-        logger.info(f"{out}: its weights are complete already; the comparison is still to be made")
-    if not check:
+        mark = read_json(out / MARK) or {}
+    measured = mark.get("measured") or {}
+    done = ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
+    if merged:
+        logger.info(
+            f"{out} is complete already." if done or not check else f"{out}: the comparison is still to be made"
+        )
+    if done or not check:
         return None
 
     folders: dict[Way, Path] = {onto: out}
@@ -116,13 +117,13 @@ def run_merge(
     finally:
         remove_tree(aside)
     found.missing.update(missing)
-    write_json(out / MARK, {**(read_json(out / MARK) or {}), "measured": found.as_dict()})
+    write_json(out / MARK, {**mark, "measured": found.as_dict()})
     for line in (found.logps[onto].line(), *found.lines()):
         logger.info(line)
     if onto == "base" and in_4bit:
         logger.info(
-            "(live is in 4 bits, merged is not: this is mostly the base's rounding; --onto nf4 keeps what training saw"
-            + (")" if both else ", --measure compares the two)")
+            "(live is in 4 bits, merged is not: most of the difference is the base's rounding; --onto nf4 keeps what "
+            "training saw, --measure compares the two)"
         )
     return found
 
@@ -142,8 +143,8 @@ def _report_chain(chain: Chain, last_stage: bool) -> None:
 
 
 def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
-    name = chain.base["name_or_path"]
-    if not overwrite and _earlier(out, {"kind": COMPOSED, **chain.lineage()}) is not None:
+    name, lineage = chain.base["name_or_path"], chain.lineage()
+    if not overwrite and _is_merge(read_json(out / MARK) or {}, {"kind": COMPOSED, **lineage}):
         logger.info(f"{out} is complete already.")
         return
     for adapter in chain.adapters:
@@ -155,20 +156,12 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
         out,
         base_model_name=name,
         tokenizer_from=chain.tokenizer_from,
-        lineage=chain.lineage(),
+        lineage=lineage,
         overwrite=overwrite,
     )
     logger.info(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
 
 
-def _earlier(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The mark of ``out``, if it is the merge that is wanted."""
-    sweep(out.absolute().parent, out.name)
-    told = read_json(out / MARK)
-    wanted = json.loads(json.dumps(wanted, default=str))
-    return told if told is not None and all(told.get(key) == value for key, value in wanted.items()) else None
-
-
-def _is_measured(told: dict[str, Any], ways: set[Way], rows: int | None) -> bool:
-    measured = told.get("measured") or {}
-    return ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
+def _is_merge(mark: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a folder's zephyr_lite.json is that of the merge that is wanted."""
+    return {**mark, **json.loads(json.dumps(wanted, default=str))} == mark

@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from ..config.load import DatasetSpec, RunConfig
@@ -27,7 +28,6 @@ from ..data.dataset import TokenizedDataset, prepare
 from ..errors import UserError
 from ..evaluate.bootstrap import Bootstrap, Interval, Ratio
 from ..evaluate.rows import held_out
-from ..io.safetensors import SafetensorsFile
 from ..model.chain import Chain
 from ..model.families import FAMILIES
 from ..model.loaded import live_of
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_ROWS, MEASURE_ROWS = 8, 64
 MAX_TOKENS = 512  # of each row
-MICRO_TOKENS = 2048  # run at once, padding included
+BATCH = 4  # rows run at once
 CHUNK = 64  # tokens whose logits are computed at once: 32 MB in float32 with a vocabulary of 128k
 DEMO_ROWS = Path(__file__).parents[1] / "demo" / "conversations_test.jsonl"
 
@@ -96,13 +96,14 @@ class MergeMeasure:
         told: dict[str, Any] = {
             "data": {"origin": self.origin, "rows": self.rows, "supervised_tokens": self.tokens},
             "bootstrap": self.bootstrap.as_dict(),
-            "live": {"loss": self.live.as_dict()},
-            "base_minus_nf4": None if self.between is None else {"loss": self.between.as_dict()},
+            "live": {"loss": asdict(self.live)},
+            "base_minus_nf4": None if self.between is None else {"loss": asdict(self.between)},
             "missing": self.missing,
         }
         for name, way in self.ways.items():
-            told[name] = {key: interval.as_dict() for key, interval in way.items()}
-            told[name] |= {f"{key}_abs_logp_difference": getattr(self.logps[name], key) for key in ("mean", "max")}
+            told[name] = {key: asdict(interval) for key, interval in way.items()}
+            told[name]["mean_abs_logp_difference"] = self.logps[name].mean
+            told[name]["max_abs_logp_difference"] = self.logps[name].max
         return told
 
     def lines(self) -> list[str]:
@@ -144,42 +145,40 @@ def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHEC
     targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in examples]
     tokens = np.array([len(t) for t in targets], dtype=np.float64)
     device, dtype = live.base.device, live.dtype
+    live_states = _states(live.stack.base, examples, device)
+    del live
     ratios: dict[str, Ratio] = {}
     logps: dict[str, LogpDifference] = {}
-    losses: dict[str, np.ndarray] = {}
-    with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as scratch:
-        live_states = _states(live.stack.base, examples, device, Path(scratch) / "live")
-        del live
-        gc.collect()
+    for name in sorted(folders):
+        gc.collect()  # the model before this one
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for name in sorted(folders):
-            with open_folder(folders[name], device, dtype) as model:
-                found = _compare(live_states, _states(model, examples, device, Path(scratch) / name), targets)
-                del model
-            gc.collect()
-            kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
-            ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
-            ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
-            logps[name], losses[name] = compare_logps(found[2], found[3]), -at_merged
-    if len(losses) == 2:
-        ratios["between"] = (losses["base"] - losses["nf4"], tokens)
+        with open_folder(folders[name], device, dtype) as model:
+            found = _compare(live_states, _states(model, examples, device), targets)
+            del model
+        kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
+        ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
+        ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
+        logps[name] = compare_logps(found[2], found[3])
+    if len(logps) == 2:
+        ratios["between"] = (ratios["base loss"][0] - ratios["nf4 loss"][0], tokens)
     bootstrap = Bootstrap()
-    found_intervals = bootstrap.intervals(ratios)
+    intervals = bootstrap.intervals(ratios)
     keys = ("kl", "top1_agreement", "loss", "loss_minus_live")
     return MergeMeasure(
         origin=origin,
         rows=len(tokens),
         tokens=int(tokens.sum()),
-        live=found_intervals["live"],
+        live=intervals["live"],
         bootstrap=bootstrap,
-        ways={name: {key: found_intervals[f"{name} {key}"] for key in keys} for name in logps},
+        ways={name: {key: intervals[f"{name} {key}"] for key in keys} for name in logps},
         logps=logps,
-        between=found_intervals.get("between"),
+        between=intervals.get("between"),
     )
 
 
 def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDataset, str]:
+    """The held-out conversations, and where they come from."""
     try:
         found = held_out(chain, template, "sft", limit=limit, max_length=MAX_TOKENS)
         return found.data, found.origin
@@ -194,45 +193,28 @@ def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDa
 States = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 
 
-def _states(model: Any, examples: list[Example], device: torch.device, scratch: Path) -> States:
+def _states(model: Any, examples: list[Example], device: torch.device) -> States:
     """By the model's own forward pass, for live and merged alike, so that only the weights differ.
 
-    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept, in
-    mapped files of the folder `scratch`.
+    Other architectures than the fused engine's may change their logits after the head: of those the logits are kept.
     """
     known = model.config.model_type in FAMILIES
-    scratch.mkdir()
-    result: list[Tensor] = [torch.empty(0)] * len(examples)
-    for group in _groups(examples, MICRO_TOKENS if known else 0):
-        longest = max(len(examples[i].ids) for i in group)
-        ids = torch.zeros(len(group), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(group):  # padded on the right, which causal attention never reads
-            ids[row, : len(examples[i].ids)] = torch.from_numpy(examples[i].ids.astype(np.int64))
-            mask[row, : len(examples[i].ids)] = 1
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        states = model.model(**inputs).last_hidden_state if known else model(**inputs).logits
-        for row, i in enumerate(group):
-            places = torch.from_numpy(np.flatnonzero(examples[i].mask[1:]))
-            chosen = states[row][places.to(states.device)].cpu()
-            if not known:
-                file = torch.from_file(str(scratch / str(i)), shared=True, size=chosen.numel(), dtype=chosen.dtype)
-                chosen = file.view(chosen.shape).copy_(chosen)
-            result[i] = chosen
-    head = model.get_output_embeddings()
-    return result, lambda states: head(states.to(device)) if known else states.to(device)
-
-
-def _groups(examples: list[Example], micro_tokens: int) -> Iterator[list[int]]:
-    """Examples of similar length, so that padding is little."""
-    group: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)):
-        if group and (len(group) + 1) * len(examples[group[0]].ids) > micro_tokens:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+    result: list[Tensor] = []
+    for start in range(0, len(examples), BATCH):
+        group = examples[start : start + BATCH]
+        ids = [torch.from_numpy(example.ids.astype(np.int64)) for example in group]
+        inputs = {
+            "input_ids": pad_sequence(ids, batch_first=True),  # on the right, which causal attention never reads
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        outputs = model.model(**inputs, use_cache=False) if known else model(**inputs, use_cache=False)
+        states = outputs.last_hidden_state if known else outputs.logits
+        for row, example in enumerate(group):
+            places = torch.from_numpy(np.flatnonzero(example.mask[1:])).to(states.device)
+            result.append(states[row][places].cpu())
+    head = model.get_output_embeddings() if known else torch.nn.Identity()
+    return result, lambda states: head(states.to(device))
 
 
 def _compare(live: States, merged: States, targets: list[Tensor]) -> tuple[list[Tensor], ...]:
@@ -275,24 +257,21 @@ def open_folder(
         dtype: to load in.
         memory: most bytes to use; None: all that is free.
     """
-    folder, device = Path(folder), torch.device(device)
-    entries = [entry for path in folder.glob("*.safetensors") for entry in SafetensorsFile(path).entries.values()]
-    need = sum(entry.nbytes // entry.torch_dtype.itemsize for entry in entries) * dtype.itemsize
-    free = memory if memory is not None else _free(device)
-    placement: dict[str, Any] = {"device_map": {"": str(device)}}
+    device = torch.device(device)
+    limits: dict[int | str, int] = {"cpu": psutil.virtual_memory().available if memory is None else memory}
+    if device.type == "cuda":
+        limits[device.index or 0] = torch.cuda.mem_get_info(device)[0] if memory is None else memory
+    # a fifth is for activations, logits and the loader's own copies
+    limits = {place: int(size * 0.8) for place, size in limits.items()}
     with tempfile.TemporaryDirectory(prefix="zephyr-lite-") as offload:
-        if need * 1.2 > free:  # a fifth for activations, logits and the loader's own copies
-            host = free if device.type == "cpu" else _free(torch.device("cpu"))
-            limits: dict[int | str, int] = {"cpu": int(host * 0.6)}
-            if device.type == "cuda":
-                limits[device.index or 0] = int(free * 0.6)
-            placement = {"device_map": "auto", "max_memory": limits, "offload_folder": offload}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map="auto",
+            max_memory=limits,
+            offload_folder=offload,
         ).eval()
         yield model
         del model
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -18,20 +18,19 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..io.atomic import check_room, folder_aside, make_folder, sweep, write_json
-from ..io.safetensors import FLOATS, Entry, row_blocks, tensor_bytes, write_stream
+from ..io.safetensors import Entry, row_blocks, tensor_bytes, write_stream
 from ..model.compose import compose
 from ..model.files import fetch_base
 from ..model.peft_io import AdapterFile, LoraWeights, write_adapter
 from ..model.tokenizer import load_tokenizer, save_tokenizer
-from ..ops.nf4 import StoredNf4, quantize_stored
+from ..ops.nf4 import quantize_stored
 from .base_files import BaseFiles, model_files
 
 logger = logging.getLogger(__name__)
 
 MARK = "zephyr_lite.json"
 MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
-# of float32 rows; larger blocks are no faster
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 64 * 2**20  # of float32 rows; larger blocks are no faster
 
 Modules = Mapping[str, LoraWeights]
 
@@ -99,35 +98,31 @@ def merge(
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
-    total = files.nbytes
-    check_disk(out, total)
+    check_disk(out, files.nbytes)
     marks = {"kind": MERGED, "onto": onto, **(lineage or {})}
     if onto == "nf4" and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
 
-    report, done = MergeReport(), 0
+    report = MergeReport()
 
     def write(name: str, file: BinaryIO) -> None:
-        nonlocal done
         entry = files.entries[name]
-        parts = [modules[name.removesuffix(".weight")] for modules in chain if name.removesuffix(".weight") in modules]
-        nf4: StoredNf4 | None = None
+        module = name.removesuffix(".weight")
+        parts = [modules[module] for modules in chain if module in modules]
         if name in files.quantized:
-            nf4 = files.stored_nf4(name)
+            read = files.stored_nf4(name).rows
         elif name in through_nf4:
-            nf4 = quantize_stored(files.tensor(name), double_quant=double_quant, dtype=quant_dtype)
-        if nf4 is None and not parts:
+            read = quantize_stored(files.tensor(name), double_quant=double_quant, dtype=quant_dtype).rows
+        elif parts:
+            read = files.tensor(name).__getitem__
+        else:
             files.copy_bytes(name, file)
             report.copied += 1
-        else:
-            read = nf4.rows if nf4 is not None else files.tensor(name).__getitem__
-            _write_rows(entry, read, parts, file)
-            report.merged += bool(parts)
-            report.requantized += nf4 is not None
+            return
+        _write_rows(entry, read, parts, file)
+        report.merged += bool(parts)
+        report.requantized += name in files.quantized or name in through_nf4
         files.forget()
-        done += entry.nbytes
-        if total > 2e9 and done * 10 // total > (done - entry.nbytes) * 10 // total:  # smaller models take seconds
-            logger.info(f"written {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     with folder_aside(out) as aside:
         # the small files first: their errors show before gigabytes are written
@@ -136,11 +131,13 @@ def merge(
             header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
             metadata = {**files.metadata(shard), "format": "pt", "zephyr_lite": json.dumps(marks, default=str)}
             write_stream(aside / shard, header, write, metadata)
+            if len(files.shards) > 1:
+                logger.info(f"written {shard}")
         files.write_index(aside)
         write_json(aside / MARK, marks)
     through = f", {report.requantized} taken through NF4" if onto == "nf4" else ""
     logger.info(
-        f"{out}: {total / 1e9:.2f} GB in {time.monotonic() - start:.0f} s; {report.merged} weights merged{through}, "
+        f"{out}: {files.nbytes / 1e9:.2f} GB in {time.monotonic() - start:.0f} s; {report.merged} weights merged{through}, "
         f"{report.copied} copied unchanged."
     )
     logger.info(f"Stop tokens: {', '.join(map(str, report.eos_token_ids)) or 'none known'}.")
@@ -177,12 +174,10 @@ def claim(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MARK).is_file():
-        what = f"holds other things ({next(out.iterdir()).name}, …)" if out.is_dir() else "is a file"
-        raise UserError(f"{out}: {what}.", "Choose another --out; only an earlier merge is ever replaced.")
+        what = f"other things ({next(out.iterdir()).name}, …)" if out.is_dir() else "a file"
+        raise UserError(f"{out}: holds {what}.", "Choose another --out; only an earlier merge is ever replaced.")
     if not overwrite:
-        raise UserError(
-            f"{out}: holds another, earlier merge.", "Add --overwrite to replace it, or choose another --out."
-        )
+        raise UserError(f"{out}: holds another, earlier merge.", "Add --overwrite, or choose another --out.")
 
 
 def check_disk(out: Path, size: int) -> None:
@@ -194,22 +189,19 @@ def check_disk(out: Path, size: int) -> None:
 
 
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
-    for modules in chain:
-        for module, weights in modules.items():
-            entry = files.entries.get(f"{module}.weight")
-            if files.tied and module.rpartition(".")[2] == "lm_head":
-                raise UserError(
-                    f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
-                    "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",
-                )
-            if entry is None or entry.shape != weights.shape:
-                found = "not there" if entry is None else list(entry.shape)
-                raise UserError(
-                    f"{module} is {found} in {files.name}; the adapter was made for {list(weights.shape)}.",
-                    "It is an adapter of another base; give that one with --base.",
-                )
-            if entry.dtype not in FLOATS:
-                raise UserError(f"{files.name}: {module} is stored as {entry.dtype}.", "Give the 16-bit base.")
+    for module, weights in (item for modules in chain for item in modules.items()):
+        if files.tied and module.rpartition(".")[2] == "lm_head":
+            raise UserError(
+                f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
+                "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",
+            )
+        entry = files.entries.get(f"{module}.weight")
+        if entry is None or entry.shape != weights.shape:
+            found = "not there" if entry is None else list(entry.shape)
+            raise UserError(
+                f"{module} is {found} in {files.name}; the adapter was made for {list(weights.shape)}.",
+                "It is an adapter of another base; give that one with --base.",
+            )
 
 
 def _write_rows(entry: Entry, read: Callable[[slice], Tensor], parts: Sequence[LoraWeights], file: BinaryIO) -> None:

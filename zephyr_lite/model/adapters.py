@@ -147,7 +147,8 @@ class AdapterStack:
         result = {}
         for module, layer in self.lora_layers():
             if name in layer.lora_A:
-                a, b = (part[name].weight.detach().float().cpu().clone() for part in (layer.lora_A, layer.lora_B))
+                a = layer.lora_A[name].weight.detach().float().cpu().clone()
+                b = layer.lora_B[name].weight.detach().float().cpu().clone()
                 result[module] = LoraWeights(a, b, layer.scaling[name])
         return result
 
