@@ -63,9 +63,7 @@ RESTORED = {
         "Sure! Here:\n```python\nfor i in x: print(i). so\n```\nThat is all. I'm"
     ),
     "See https://a.example/i?b. it works on my_var. call `i. x`.": "See https://a.example/i?b. It works on my_var. Call `i. x`.",
-    "It was 3.5 km... maybe four. ok, so be it.": "It was 3.5 km... maybe four. Ok, so be it.",
     "Well. été is summer in French. élan too.": "Well. Été is summer in French. Élan too.",
-    "I ask on monday. he came in july.": "I ask on Monday. He came in July.",
     "Privet. привет. как дела?": "Privet. привет. как дела?",
     "Das ist gut. und das ist nicht gut. i wo.": "Das ist gut. und das ist nicht gut. i wo.",
     "Use iPhone and eBay. they are the same. macOS is it.": "Use iPhone and eBay. They are the same. macOS is it.",

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
-from .client import ModelClient, RequestFailed
+from .client import BudgetSpent, ModelClient, RequestFailed
 from .endpoints import EndpointSpec, validated
 from .request_log import Totals
 
@@ -147,13 +147,18 @@ def json_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int) -> AsyncIterator[tuple[T, R]]:
-    """(item, result) in the items' order, with up to ``window`` items in progress."""
+async def in_order(
+    items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
+) -> AsyncIterator[tuple[T, R | RequestFailed | BudgetSpent]]:
+    """(item, result) in the items' order, with up to ``window`` items in progress; RequestFailed and BudgetSpent are results."""
     slots = asyncio.Semaphore(window)
 
-    async def limited(item: T) -> R:
+    async def limited(item: T) -> R | RequestFailed | BudgetSpent:
         async with slots:
-            return await work(item)
+            try:
+                return await work(item)
+            except (RequestFailed, BudgetSpent) as error:
+                return error
 
     tasks = [(item, asyncio.ensure_future(limited(item))) for item in items]
     try:

@@ -225,7 +225,7 @@ class ChatTemplate:
         ids = self.tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         if bos is not None and ids[0] != self.bos_token_id:  # the tokenizer leaves BOS to the template
             ids = [self.bos_token_id, *ids]
-        return self._checked_bos(np.asarray(ids, dtype=np.int32))
+        return np.asarray(ids, dtype=np.int32)
 
     def encode_pair(
         self,
@@ -311,7 +311,10 @@ class ChatTemplate:
                 part, part_starts, part_ends = self._offsets(text[first:end], continued=first > 0)
                 pieces.append((part, part_starts + first, part_ends + first))
             ids, starts, ends = map(np.concatenate, zip(*pieces))
-        return self._checked_bos(ids), starts, ends
+        bos = self.bos_token_id
+        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
+            raise RowError("the row does not begin with BOS, once")
+        return ids, starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The tokens of a text, perhaps ``continued`` from another one, without special tokens: the template writes BOS."""
@@ -332,12 +335,6 @@ class ChatTemplate:
             inside = ends > 1
             return ids[inside], starts[inside] - 1, ends[inside] - 1
         return ids, starts, ends
-
-    def _checked_bos(self, ids: np.ndarray) -> np.ndarray:
-        bos = self.bos_token_id
-        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
-            raise RowError("the row does not begin with BOS, once")
-        return ids
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -576,15 +573,16 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     path = Path(os.path.expanduser(choice))
+    name = choice
     if choice == "auto" and own:
         name, text = "the tokenizer's own", own
     elif choice == "auto" or choice in TEMPLATES:
-        name = choice if choice in TEMPLATES else "zephyr"
+        name = "zephyr" if choice == "auto" else choice
         text = TEMPLATES[name]
     elif "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
         name, text = "of the configuration", choice
     elif is_file(path):
-        name, text = choice, read_text(path, name=f"chat_template {choice}")
+        text = read_text(path, name=f"chat_template {choice}")
     else:
         raise UserError(
             f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
@@ -622,11 +620,10 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
             template.text = tokenizer.chat_template = BOS + text
-            probe = bos + probe
             template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
-        if adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1):
-            template.bos_token_id = bos_id if bos_id != tokenizer.eos_token_id else None  # OPT has one token for both
+        if (adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1)) and bos_id != tokenizer.eos_token_id:
+            template.bos_token_id = bos_id  # OPT has one token for both
         ends = template.end_token_ids
     except RowError as error:
         raise UserError(

@@ -28,7 +28,7 @@ from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
 from ..io.text import is_file, is_folder, refuse_special, shown
 from .formats import COLUMNS
-from .workers import interruptible, quiet
+from .workers import interruptible
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
@@ -329,7 +329,7 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
     # the code too: datasets would not notice other code under the same name
     fingerprint = hashlib.sha256(repr((kind, states)).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
     try:
-        with quiet(size < _QUIET_BYTES), interruptible():
+        with interruptible(quiet=size < _QUIET_BYTES):
             if kind == "parquet" and len({str(pq.read_schema(file)) for file in files}) == 1:
                 escaped = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]  # datasets' wildcards
                 return datasets.load_dataset(kind, fingerprint, data_files={"train": escaped}, split="train")

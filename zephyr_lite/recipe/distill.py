@@ -434,13 +434,15 @@ async def make_dialogues(
                 problem = error
             await turns[place].wait()
             if opening and config.openings == "grid" and (near := earlier.take(opening)) is not None:
-                avoid[number] = near
-                problem = RequestFailed(NEAR)
+                avoid[number], problem = near, RequestFailed(NEAR)
             turns[place + 1].set()
-            result.openings += not isinstance(problem, BudgetSpent)
-            return ([], problem) if problem else await grow(client, config, result.grid, number, attempt, opening)
+            if problem is not None:
+                raise problem
+            return await grow(client, config, result.grid, number, attempt, opening)
 
-        async for place, (messages, problem) in in_order(range(len(numbers)), dialogue_of, window):
+        async for place, found in in_order(range(len(numbers)), dialogue_of, window):
+            result.openings += not isinstance(found, BudgetSpent)
+            messages, problem = found if isinstance(found, tuple) else ([], found)
             if isinstance(problem, BudgetSpent):
                 result.budget_message = str(problem)
             if messages:

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,7 +235,11 @@ def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
 
 
 async def rate_prompt(
-    client: ModelClient | CostClient, config: FeedbackConfig, slots: Sequence[Slot], prompt: Prompt, result: Feedback
+    client: ModelClient | CostClient,
+    config: FeedbackConfig,
+    principles: Mapping[str, Sequence[str]],
+    result: Feedback,
+    prompt: Prompt,
 ) -> dict[str, Any]:
     """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
 
@@ -243,6 +248,7 @@ async def rate_prompt(
     Raises:
         RequestFailed: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
     """
+    slots = draw_slots(config, principles, prompt.id)
     answered: list[Slot] = []
     completions: list[dict[str, Any]] = []
     for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
@@ -342,15 +348,9 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter) -> Feedbac
     async def run() -> None:
         async with config.client(meter.totals) as client:
             result.totals = client.totals
-
-            async def row_of(prompt: Prompt) -> dict[str, Any] | RequestFailed | BudgetSpent:
-                try:
-                    return await rate_prompt(client, config, draw_slots(config, principles, prompt.id), prompt, result)
-                except (RequestFailed, BudgetSpent) as error:
-                    return error
-
+            rate = partial(rate_prompt, client, config, principles, result)
             with file_aside(out / ROWS) as file:
-                async for prompt, row in in_order(read.prompts, row_of, window):
+                async for prompt, row in in_order(read.prompts, rate, window):
                     if isinstance(row, BudgetSpent):
                         result.unreached += 1
                         result.budget_message = str(row)
@@ -381,7 +381,7 @@ def feedback_bounds(
     async def ask_all() -> None:
         for prompt in prompts:
             with suppress(RequestFailed):  # nothing is rated
-                await rate_prompt(client, config, draw_slots(config, principles, prompt.id), prompt, unused)
+                await rate_prompt(client, config, principles, unused, prompt)
 
     asyncio.run(ask_all())
     return client.bounds
