@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import traceback
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rich.traceback import Traceback
 
 from tests.chat_server import Act, ChatServer, error, ok
 from tests.client.test_client import ask_all, run, spec
@@ -34,14 +31,8 @@ def leaks(text: str) -> bool:
 
 
 def shown(error: BaseException) -> str:
-    """Everything that a traceback with all variables shows, ours and rich's."""
-    plain = traceback.TracebackException.from_exception(error, capture_locals=True)
-    out = io.StringIO()
-    rich = Traceback.from_exception(
-        type(error), error, error.__traceback__, show_locals=True, locals_max_length=1000, locals_max_string=100_000
-    )
-    Console(file=out, width=400).print(rich)
-    return "".join(plain.format()) + out.getvalue() + repr(error) + str(error)
+    """Everything that a traceback with all variables shows."""
+    return "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format()) + repr(error)
 
 
 ECHOES = {

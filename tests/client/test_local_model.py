@@ -216,15 +216,8 @@ def test_a_stage_of_a_run_answers_with_its_adapter_on(tmp_path, tiny_base, chat_
 
     (base, run_text, stage), totals = run(specs, tmp_path / "job", work)
     assert run_text == stage != base and totals.requests == 3
-    chat = load_chat(run_folder)
-    assert chat.ask(["Who are you?"], max_new_tokens=12) == [run_text]
+    assert load_chat(run_folder).ask(["Who are you?"], max_new_tokens=12) == [run_text]
     # a sampled batch: rows of different lengths, padded on the left, with the adapter
     together, _ = run([local(run_folder)], tmp_path / "together", ask_with_seeds)
     alone, _ = run([local(run_folder, concurrency=1)], tmp_path / "alone", ask_with_seeds)
     assert alone == together
-    weights = run_folder / "sft" / "adapter" / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match="its content is"):
-        run([local(run_folder)], tmp_path / "job", work)

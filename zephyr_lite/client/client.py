@@ -87,11 +87,10 @@ class RequestFailed(Exception):
 class _Endpoint:
     """A model's state within a job."""
 
-    def __init__(self, model: OpenAIModel | LocalModel, answered: bool) -> None:
+    def __init__(self, model: OpenAIModel | LocalModel) -> None:
         self.model, self.spec = model, model.spec
         self.slots = asyncio.Semaphore(self.spec.concurrency)
         self.next_at = 0.0  # when the next request may leave, on the monotonic clock
-        self.answered = answered  # ever, in this job
         self.failed_in_a_row = 0
         self.fatal: UserError | None = None
 
@@ -127,7 +126,7 @@ class ModelClient:
         models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
         models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
         self._log = RequestLog(folder)
-        self._endpoints = {m.spec.name: _Endpoint(m, m.spec.name in self._log.answered) for m in models}
+        self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
         self.totals = self._log.totals
         self._max_requests, self._max_tokens = max_requests, max_tokens
         self._in_flight: set[asyncio.Task[Reply | RequestFailed]] = set()
@@ -245,7 +244,7 @@ class ModelClient:
             self._log.failed(number, error.reason, error.detail, charged=error.charged)
         else:
             self._log.replied(number, outcome, endpoint.spec.dollars(outcome.prompt_tokens, outcome.completion_tokens))
-            endpoint.answered, endpoint.failed_in_a_row = True, 0
+            endpoint.failed_in_a_row = 0
         return outcome
 
     def _final_error(self, endpoint: _Endpoint, error: RequestFailed) -> Exception:
@@ -253,7 +252,7 @@ class ModelClient:
         name = endpoint.spec.name
         if error.hint is not None:
             endpoint.fatal = UserError(f"endpoint {name}: {str(error).rstrip('.')}.", error.hint)
-        elif error.charged or not endpoint.answered:  # otherwise the server works, and refuses this conversation
+        elif error.charged or name not in self._log.answered:  # else a working server refuses this conversation
             endpoint.failed_in_a_row += 1
             if endpoint.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                 endpoint.fatal = UserError(

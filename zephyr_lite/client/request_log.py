@@ -91,7 +91,7 @@ class RequestLog:
 
     Attributes:
         totals: of all rows.
-        answered: the endpoints that have replied in earlier starts.
+        answered: the endpoints that have replied.
 
     Raises:
         UserError: another process has the folder open, the file is no request log, or the disk fails.
@@ -100,6 +100,7 @@ class RequestLog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.totals = Totals()
+        self.answered: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._db.row_factory = sqlite3.Row
@@ -113,10 +114,9 @@ class RequestLog:
                     self._db.execute(statement)
             self._db.execute("UPDATE requests SET state = 'failed', reason = ? WHERE state = 'sent'", (KILLED,))
             self._db.execute("COMMIT")
-            rows = self._db.execute("SELECT * FROM requests ORDER BY id").fetchall()
-        for row in rows:
-            self._count(row)
-        self.answered = {row["endpoint"] for row in rows if row["state"] == "replied"}
+            for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
+                self.totals.requests += 1
+                self._count(row)
 
     def reply(self, digest: str) -> Reply | None:
         """The reply to a request, if the log holds it."""
@@ -159,14 +159,14 @@ class RequestLog:
         with self._errors_named():
             self._db.execute(f"UPDATE requests SET {columns} WHERE id = ?", (*values.values(), number))
         row = self._db.execute("SELECT * FROM requests WHERE id = ?", (number,)).fetchone()
-        self.totals.requests -= 1  # counted as sent
         self.totals.held -= row["bound"]
         self._count(row)
 
     def _count(self, row: sqlite3.Row) -> None:
+        """Add a request that has ended."""
         totals = self.totals
-        totals.requests += 1
         if row["state"] == "replied":
+            self.answered.add(row["endpoint"])
             totals.replies += 1
             totals.prompt_tokens += row["prompt_tokens"]
             totals.completion_tokens += row["completion_tokens"]
