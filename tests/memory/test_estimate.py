@@ -254,14 +254,6 @@ def test_optimizer_states(optim, r):
     assert (found, managed) == (sum(tensors.values()), 0)
 
 
-def test_paged_states_are_managed():
-    """Each moment of a tensor from 100,000 numbers on; the scales stay on the device."""
-    tensors = (99_999, 100_000)
-    assert optimizer_bytes("paged_adamw_32bit", tensors) == (8 * 99_999, 8 * 100_000)
-    codes, scales = 2 * 4 * 256, 8 * (391 + 391)
-    assert optimizer_bytes("paged_adamw_8bit", tensors) == (2 * 99_999 + codes + scales, 2 * 100_000)
-
-
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     config = RunConfig(model_name_or_path=str(tiny_base), bnb_4bit_use_double_quant=nested)
@@ -280,14 +272,6 @@ def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     assert counted["output head"] == model.lm_head.weight.nbytes
     assert base_bytes(job, stream=True)["two layers' buffers"] == 2 * slab_bytes(job)
     assert [slab.numel() for slab in WeightStreamer(model, torch.device("cpu")).slabs] == [slab_bytes(job)] * 2
-
-
-def test_a_tied_head_counts_once_and_biases_count():
-    config = tiny_config("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    job = make_workload(RunConfig(load_in_4bit=False), "sft", config, torch.float32)
-    model = make_model("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())
-    assert "dequantized weights" not in estimate(job, ExecutionConfig(64, ("all",) * 2), CPU).resident
 
 
 def test_what_lies_on_the_host():

@@ -230,20 +230,6 @@ def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loa
     assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
 
 
-def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
-    """The demo and ablate would go on with the next stage."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
-
-    def late(step, total, logged):
-        if step == 6 and "eval_loss" in logged:
-            os.kill(os.getpid(), signal.SIGHUP)
-
-    with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
-        run_sft(loaded(), on_metrics=late)
-    assert StageDir(tmp_path / "run/sft").complete()
-
-
 def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said):
     def load(name):
         return load_config(
@@ -261,21 +247,3 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
     run_sft(load("other"))
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
-
-
-def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
-    from zephyr_lite.engines import trl
-
-    plain = trl.Sft.compute_loss
-
-    def loss(self, model, inputs, *args, **kwargs):
-        found = plain(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 1 and model.training:
-            return (found[0] * float("nan"), *found[1:]) if isinstance(found, tuple) else found * float("nan")
-        return found
-
-    monkeypatch.setattr(trl.Sft, "compute_loss", loss)
-    settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
-    outcome = run_sft(load_config("sft", None, settings))
-    assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]
-    assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "r/sft/adapter").modules.values())
