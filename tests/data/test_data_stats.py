@@ -77,21 +77,6 @@ def test_lengths_are_those_before_cutting_and_every_cut_row_is_named(tiny_base, 
         assert named == list(expected)[: places or None] and line.endswith(", …)") == bool(places)
 
 
-def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path, plain):
-    config = tmp_path / "mix.yaml"
-    config.write_text(
-        f"model_name_or_path: {tiny_base}\nmax_length: 128\n"
-        f"dataset:\n- path: {long_rows}\n- {{path: {chat_rows}, weight: 2}}\n"
-    )
-    rows = open_rows("sft", str(config), [])
-    text, report = plain(rows), rows.data.report
-    counts = []
-    for path, start in ((long_rows, f"10 +{report.cut}"), (chat_rows, f"{2 * len(CONVERSATIONS)} +0")):
-        tokens, supervised = re.search(rf"{re.escape(str(path))} +{start} +([\d,]+) +([\d,]+) ", text).groups()
-        counts.append((int(tokens.replace(",", "")), int(supervised.replace(",", ""))))
-    assert [sum(column) for column in zip(*counts)] == [report.tokens, report.supervised]
-
-
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 

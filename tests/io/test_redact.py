@@ -44,17 +44,7 @@ def test_honest_text_stays_as_it_is_and_a_password_in_a_url_does_not(monkeypatch
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        "assistant",
-        "postgres",
-        "20260101",
-        "2026-01-01",
-        "<|im_end|>",
-        "learning_rate",
-        "tokens_per_second",
-        "not-needed",
-    ],
+    "value", ["assistant", "20260101", "2026-01-01", "<|im_end|>", "tokens_per_second", "not-needed"]
 )
 def test_a_plain_word_or_number_changes_no_file(monkeypatch, tmp_path, value):
     monkeypatch.setenv("DB_PASSWORD", value)

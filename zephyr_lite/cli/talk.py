@@ -159,7 +159,7 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
         messages = [{"role": "system", "content": how.system}] if how.system else []
         messages.append({"role": "user", "content": prompt})
         try:
-            ids = session.prompt_ids(messages)
+            ids = session.chat.prompt_ids(messages)
             room = session.room(len(ids))
         except UserError as error:
             console.say(f"note: prompt {number} ({short(prompt, 60)}) is left out: {error.message}")
