@@ -52,7 +52,6 @@ class Variant:
         padded: TRL gets a packed row's conversations as a padded batch.
         liger: TRL with Liger's kernels.
         skip_layers: of a recomputing Unsloth, layers that keep their activations (``checkpoint_skip_layers``).
-        dropout: LoRA dropout; None: as the configuration says.
         micro_tokens: tokens that the fused engine runs at once; None: as its plan says.
     """
 
@@ -64,7 +63,6 @@ class Variant:
     padded: bool = False
     liger: bool = False
     skip_layers: int = 0
-    dropout: float | None = None
     micro_tokens: int | None = None
 
     @property

@@ -139,21 +139,22 @@ def test_a_session_of_turns_equals_asking_for_the_whole_conversation(chat):
 
 def test_undo_retry_and_seeds(chat):
     talk = session(chat, ("base", "sft", "dpo"), temperature=1.5, seed=4)
-    first = [a.text for a in talk.ask("Who are you?")]
-    second = [a.text for a in talk.ask("Really?")]
-    retried = [a.text for a in talk.ask("Really?", again=True)]
-    assert (
-        talk.turns == 2
-        and retried != second
-        and [a.text for a in talk.ask("Really?", again=True)] not in (retried, second)
-    )
-    assert talk.undo() == "Really?" and [a.text for a in talk.ask("Really?")] == second
+
+    def texts(question, **how):
+        return [answer.text for answer in talk.ask(question, **how)]
+
+    first, second = texts("Who are you?"), texts("Really?")
+    retried, again = texts("Really?", again=True), texts("Really?", again=True)
+    assert talk.turns == 2 and retried != second and again not in (retried, second)
+    assert talk.undo() == "Really?" and texts("Really?") == second
     talk.reset()
-    assert [a.text for a in talk.ask("Who are you?")] == first
+    assert texts("Who are you?") == first
+
+    def interrupt(column, piece):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        talk.ask(
-            talk.last_question(), again=True, on_text=lambda column, piece: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        talk.ask(talk.last_question(), interrupt, again=True)
     assert [c.turns[-1][1].text for c in talk.columns] == first  # a retry that fails costs nothing
     talk.undo()
     with pytest.raises(UserError, match="nothing was asked"):
@@ -200,10 +201,8 @@ def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
     for column in talk.columns:  # what a tiny model says may be empty
         column.turns = [(question, said(answer.text or "Hm.")) for question, answer in column.turns]
     file = tmp_path / "mine.jsonl"
-    file.write_text(
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
-    )  # no newline
-    check_file(file, "messages", "/save")
+    first = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file.write_text(json.dumps(first))  # without a newline at its end
     append_rows(file, talk.rows())
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row.get("model") for row in rows] == [None, "base", "dpo"]
@@ -221,7 +220,8 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
         for column, answer in zip(talk.columns, answers):
             column.turns[-1] = (question, answer)
         append_rows(file, vote_rows(talk.columns[0].messages(None)[:-1], models, answers, number, "runs/a"))
-        talk.agree(number)
+        talk.undo()
+        talk.agree(question, answers[number])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     voted = [(row["vote"]["chosen_model"], row["vote"]["rejected_model"]) for row in rows]
     assert len(rows) == 6 and voted[2:4] == [("sft", "base"), ("sft", "dpo")]
@@ -259,3 +259,11 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, name, content, match):
     with pytest.raises(UserError, match=match):
         check_file(path, "chosen", "--vote")
     assert content is None or path.stat().st_size == len(content)
+
+
+def test_the_bench_measures_equal_work(talk_run):
+    from bench.chat import measure
+
+    found = measure(str(talk_run), None, tokens=6, repeats=1, turns=2)
+    assert set(found["tokens_per_second"]) == {"generate", "stream", "compare", "one by one"}
+    assert found["first_token"][0]["reused"] == 0 and found["first_token"][1]["reused"] > 20

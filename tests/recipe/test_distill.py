@@ -66,12 +66,10 @@ def test_every_beginning_of_the_order_is_spread_evenly(topics: int, kinds: int) 
 
 def test_a_grid_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
-    path.write_text(GRID, encoding="utf-8")
+    path.write_text("topics: [a, b]\nkinds: {c: a poem}\nmoves: [go on]\n", encoding="utf-8")
     grid = read_grid(path, 1)
-    assert grid.size == 6 and grid.manners == read_grid(None, 1).manners
-    path.write_text("topics: [a, b]\nkinds: [c]\nmoves: [go on]\nmanners: []\n", encoding="utf-8")
-    grid = read_grid(path, 1)
-    assert sorted(map(grid.cell, range(2))) == [("a", "c"), ("b", "c")] and grid.moves == ["go on"]
+    assert sorted(map(grid.cell, range(2))) == [("a", "c"), ("b", "c")]
+    assert grid.moves == ["go on"] and grid.manners == read_grid(None, 1).manners
     path.write_text("topics: [a]\nkinds: [b]\nthemes: [c]\n", encoding="utf-8")
     with pytest.raises(UserError, match="no key 'themes'"):
         read_grid(path, 1)
@@ -182,15 +180,9 @@ def test_dialogues_are_ultrachats_and_fill_the_grid(tmp_path: Path) -> None:
         if role_of(seen) == "answer":
             turns = [(m["role"], m["content"]) for m in seen.body["messages"]]
             assert any(turns == [(t["role"], t["content"]) for t in row["messages"][: len(turns)]] for row in rows)
-        elif role_of(seen) == "opening":
-            assert re.search(
-                r"tides, in particular (spring|neap) tides|bread, in particular sourdough|clocks\.", seen.question
-            )
-    # both parts of a topic have their turn
-    parts = Counter(
-        re.findall(r"(spring|neap) tides", " ".join(s.question for s in server.seen if role_of(s) == "opening"))
-    )
-    assert parts == {"spring": 2, "neap": 2}
+    # the parts of a topic take turns
+    asked_for = " ".join(seen.question for seen in server.seen if role_of(seen) == "opening")
+    assert Counter(re.findall(r"in particular (\w+)", asked_for)) == {"spring": 2, "neap": 2, "sourdough": 4}
     loaded = load_rows([DatasetSpec(path=str(result.out), split="train_sft")], "sft", seed=1)
     assert [row["messages"][0]["content"] for row in loaded.values()] == [row["prompt"] for row in rows]
 
@@ -243,24 +235,19 @@ def test_a_dialogue_ends_with_its_last_whole_answer(
     assert result.ended == {reason: 4} and result.rounds == {3: 8, 1: 4}
 
 
-def test_instructions_handed_back_are_no_message(tmp_path: Path) -> None:
+def test_what_is_no_message_is_turned_down_and_nothing_usable_is_an_error(tmp_path: Path) -> None:
     def naive(seen: Seen) -> Act:
         told = seen.body["messages"][0]["content"] if seen.number % 2 else seen.question[-200:]
         return teacher(seen) if role_of(seen) == "answer" or "clocks" not in seen.question else ok(f"I see. {told}")
 
     with ChatServer(naive) as server:
         result = run(tmp_path, server.url, tries=2)
-    assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
-
-
-def test_nothing_usable_is_an_error_with_its_reasons(tmp_path: Path) -> None:
-    with (
-        ChatServer(lambda seen: ok("?")) as server,
-        pytest.raises(UserError, match=r"no dialogue came out of 12") as raised,
-    ):
-        run(tmp_path, server.url)
+        assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
+        server.script = lambda seen: ok("?")
+        with pytest.raises(UserError, match=r"no dialogue came out of 12") as raised:
+            run(tmp_path, server.url, "none")
     assert "a message of less than six letters: 48" in raised.value.message
-    assert not list((tmp_path / "out").glob("*_sft.jsonl"))
+    assert not list((tmp_path / "none").glob("*_sft.jsonl"))
 
 
 def test_near_duplicates_are_replaced_with_any_number_of_requests_at_once(tmp_path: Path) -> None:
@@ -395,26 +382,8 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
     [
         ("--out out", "teacher missing"),
         ("--teacher http://h/v1#t --out out --openings seeds", "openings: seeds needs seeds"),
-        ("--teacher http://h/v1#t --out out --rounds 0", "rounds: "),
-        ("--teacher http://h/v1#t --out .", "is not a job of zephyr-lite distill"),
     ],
 )
-def test_mistakes_on_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text("mine")
+def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], given: str, message: str) -> None:
     assert cli.run(["distill", *given.split()]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
-    out = tmp_path / "out"
-    with ChatServer(teacher) as server:
-        given = f"--teacher {server.url}#t --out {out} --grid {tmp_path}/grid.yaml --rounds 1 --test-share 0"
-        assert cli.run(["distill", *given.split()]) == 0
-        assert len(server.seen) == 12
-    said = capsys.readouterr().out
-    assert f"{out}: 6 of 6 dialogues: 6 in train_sft.jsonl" in said
-    assert f"Next: zephyr-lite sft dataset.path={out}/train_sft.jsonl" in said

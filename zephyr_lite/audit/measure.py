@@ -150,15 +150,13 @@ def check_rows(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list
     name = _check_template(live, templates, rows, found)
     template = templates[name]
     examples = examples_of(template, rows)
-    sums: dict[str, RowSums] = {}
-    for model in (model for model in _MODELS if model in live.models):
-        same = [other for other in sums if live.models[other] == live.models[model]]
-        sums[model] = sums[same[0]] if same else row_sums(live.decoder(model), examples, template.end_token_ids)
-    found.numbers["rows"] = {
-        **{model: {"loss": s.loss, "end_token_median": s.end_probability} for model, s in sums.items()},
-        "count": len(examples),
-        "template": name,
+    sums = {
+        model: row_sums(live.decoder(model), examples, template.end_token_ids)
+        for model in _MODELS
+        if model in live.models
     }
+    measured = {model: {"loss": s.loss, "end_token_median": s.end_probability} for model, s in sums.items()}
+    found.numbers["rows"] = {**measured, "count": len(examples), "template": name}
     _check_below(sums, found)
     _check_end(sums, template, found)
     _check_bos(live, template, examples, sums, found)
@@ -176,25 +174,22 @@ def check_pairs(
         documented: a stage.json says so.
     """
     policy, start = (row_logps(live.decoder(model), data).sums for model in ("policy", "start"))
+    labels = {"start": f"the start of training ({started})", "base": "the bare base"}
     facts, numbers = [], {}
     identical = False  # the claimed reference is the start itself
-    labels = {"start": f"the start of training ({started})", "base": "the bare base"}
     for model in dict.fromkeys(("start", "base", claimed)):
         same = live.models[model] == live.models["start"]
         reference = start if same else row_logps(live.decoder(model), data).sums
         identical |= model == claimed and torch.equal(reference, start)
         at_start, now = (beta * ((of - reference) @ torch.tensor([1.0, -1.0]).double()) for of in (start, policy))
         won = (now > 0).double()
-        numbers[model] = {
-            "loss": float(F.softplus(-at_start).mean()),
-            "accuracy": float(won.mean()),
-            "accuracy_error": float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf,
-            "margin": float(now.mean()),
-            "pairs": len(won),
-        }
+        loss, accuracy, margin = float(F.softplus(-at_start).mean()), float(won.mean()), float(now.mean())
+        error = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf
+        numbers[model] = {"loss": loss, "accuracy": accuracy, "accuracy_error": error, "margin": margin}
+        numbers[model]["pairs"] = len(won)
         facts.append(
-            "against {0}: step 0 at {loss:.6f}, now accuracy {accuracy:.3f} ± {accuracy_error:.3f}, margin {margin:+.3f} "
-            "({pairs} pairs, β {1:g})".format(labels.get(model, model), beta, **numbers[model])
+            f"against {labels.get(model, model)}: step 0 at {loss:.6f}, now accuracy {accuracy:.3f} ± {error:.3f}, margin "
+            f"{margin:+.3f} ({len(won)} pairs, β {beta:g})"
         )
     found.numbers["pairs"] = {**numbers, "beta": beta}
     result, label = numbers[claimed], labels.get(claimed, claimed)
@@ -205,9 +200,7 @@ def check_pairs(
     elif abs(result["loss"] - LN2) <= 1e-6:
         found.right("reference", f"step 0 is ln 2 against {label}", *facts)
     else:
-        text = (
-            f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): training started from another model"
-        )
+        text = f"step 0 is {result['loss']:.4f} against {label}, not ln 2: training started from another model"
         advice = "Train it again with the policy's start as the reference (zephyr-lite dpo does)."
         found.wrong("reference", text, *facts, advice=advice)
     if found.method == "dpo" and result["accuracy"] + 2 * result["accuracy_error"] < 0.5:
@@ -287,14 +280,13 @@ def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -
     if policy >= HARDLY:
         found.right("end", "it ends its answers", facts)
         return
-    found.add(
-        Level.doubtful if policy >= NEVER else Level.wrong,
-        "end",
-        "it has hardly learned to end an answer: generation runs until it is cut off",
-        facts,
-        advice="Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
-        "masks the pad token masks every end if that is the pad token.",
+    level = Level.doubtful if policy >= NEVER else Level.wrong
+    text = "it has hardly learned to end an answer: generation runs until it is cut off"
+    advice = (
+        "Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
     )
+    advice += "masks the pad token masks every end if that is the pad token."
+    found.add(level, "end", text, facts, advice=advice)
 
 
 def _check_bos(

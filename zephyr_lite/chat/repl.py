@@ -68,7 +68,8 @@ class Repl:
         """Run until Ctrl-D, /exit, or Ctrl-C twice.
 
         Raises:
-            Interrupted: SIGTERM, or Ctrl-C twice.
+            Interrupted: SIGTERM.
+            KeyboardInterrupt: Ctrl-C twice.
         """
         with suppress(ImportError):
             import readline  # line editing and history
@@ -85,18 +86,19 @@ class Repl:
             while True:
                 try:
                     line = self._read()
-                    interrupted = False
-                    if not self._handle(line):
-                        break
                 except EOFError:
                     self._console.say()
                     break
                 except KeyboardInterrupt:
                     self._console.say()
                     if interrupted:
-                        raise Interrupted("interrupted") from None
+                        raise
                     interrupted = True
                     self._note("Ctrl-C once more, or Ctrl-D, ends the session.")
+                    continue
+                interrupted = False
+                if not self._handle(line):
+                    break
         finally:
             signal.signal(signal.SIGTERM, before)
             if self._votes is not None:
@@ -156,15 +158,11 @@ class Repl:
                 shown = time.monotonic()
 
         started = time.monotonic()
-        with StopRequest(None) as stop:
-            try:
-                with live if self._compare else nullcontext():
-                    answers = session.ask(question, on_text, lambda: stop.name is not None, again)
-            except KeyboardInterrupt:  # the second one
-                raise Interrupted("interrupted") from None
-            finally:
-                if not self._compare:
-                    out.print()
+        # the first Ctrl-C ends the answer, a second one the session
+        with StopRequest(None) as stop, live if self._compare else nullcontext():
+            answers = session.ask(question, on_text, lambda: stop.name is not None, again)
+        if not self._compare:
+            out.print()
         if self._compare:
             whole = [answers[place].text for place in order]
             notes = [ended(answers[place]) for place in order]
@@ -192,7 +190,7 @@ class Repl:
             order: column of each answer, as they were shown.
             answers: of each column.
         """
-        session = self.session
+        session, system = self.session, self.session.settings.system
         if len({answer.text for answer in answers}) == 1:
             self._note("the answers are all the same: no vote, no pair")
             return
@@ -206,27 +204,22 @@ class Repl:
             except (EOFError, KeyboardInterrupt):
                 self._console.say()
                 said = "s"
+        models, prompt = [column.model for column in session.columns], session.columns[0].messages(system)[:-1]
+        question = session.undo()  # until the vote is in the file
         if said in ("s", "skip"):
             self._skipped += 1
-            session.undo()
             self._note("skipped: the question is taken back")
         elif said in ("t", "tie"):
             self._liked["(ties)"] += 1
-            session.agree(order[0])
+            session.agree(question, answers[order[0]])
             self._note("a tie, which makes no pair; the conversation continues from answer 1")
         else:
-            liked, models = order[int(said) - 1], [column.model for column in session.columns]
-            prompt = session.columns[0].messages(session.settings.system)[:-1]
-            pairs = vote_rows(prompt, models, answers, liked, session.chat.live.source)
-            try:
-                if pairs:
-                    append_rows(path, pairs)
-            except BaseException:
-                session.undo()  # the vote is not in the file
-                raise
+            liked = order[int(said) - 1]
+            if pairs := vote_rows(prompt, models, answers, liked, session.chat.live.source):
+                append_rows(path, pairs)
             self._liked[models[liked]] += 1
             self._pairs += len(pairs)
-            session.agree(liked)
+            session.agree(question, answers[liked])
             added = f"pairs added to {path}: {len(pairs)}" if pairs else "no pair: an answer is empty"
             self._note(f"{added}; the conversation continues from answer {said}")
 

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config.strict_yaml import read_yaml
-from ..data.messages import RowError
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import shown
@@ -100,22 +99,7 @@ class Session:
     def check_system(self, system: str | None) -> None:
         """Raises UserError: the chat template refuses this system turn."""
         if system:
-            probe = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
-            self.prompt_ids(probe, "the system turn")
-
-    def prompt_ids(self, messages: list[Message], what: str = "this") -> Any:
-        """The ids of a conversation that ends with a user's turn.
-
-        Raises:
-            UserError: the template refuses it, or it is not valid Unicode.
-        """
-        try:
-            "".join(message["content"] for message in messages).encode("utf-8")
-            return self.chat.template.prompt_ids(messages)
-        except (UnicodeEncodeError, RowError) as error:
-            why = error if isinstance(error, RowError) else "text that is not valid Unicode"
-            hint = "Rephrase it; after earlier turns, /undo or /reset may help."
-            raise UserError(f"{what} cannot be sent to the model: {why}.", hint) from None
+            self.chat.prompt_ids([{"role": "system", "content": system}, {"role": "user", "content": "?"}])
 
     def room(self, prompt: int) -> int:
         """The maximum length of an answer to a prompt of ``prompt`` tokens.
@@ -157,7 +141,7 @@ class Session:
             raise UserError("the question is empty.", "Write something.")
         how, before = self.settings, self.turns - again
         attempt = self._attempt + 1 if again else 0
-        prompts = [self.prompt_ids(column.messages(how.system, question, before)) for column in self.columns]
+        prompts = [self.chat.prompt_ids(column.messages(how.system, question, before)) for column in self.columns]
         rooms = [self.room(len(ids)) for ids in prompts]
         seed = how.seed * 1_000_003 + before * 1_009 + attempt
         rows = [Sampling(room, how.temperature, how.top_p, seed) for room in rooms]
@@ -205,11 +189,10 @@ class Session:
             column.turns.clear()
         self._streamer.forget()
 
-    def agree(self, column: int) -> None:
-        """Give every model this one's last answer."""
-        turn = self.columns[column].turns[-1]
-        for other in self.columns:
-            other.turns[-1] = turn
+    def agree(self, question: str, answer: Drawn) -> None:
+        """Continue every model's conversation with one of the answers."""
+        for column in self.columns:
+            column.turns.append((question, answer))
 
     def rows(self) -> list[dict[str, Any]]:
         """The conversations in the training schema: ``messages``, and the model's name, which training ignores."""

@@ -23,7 +23,7 @@ from .options import (
     console,
     say_all,
 )
-from .recipe import job_kept, settings_of
+from .recipe import job_meter, say_cost, settings_of
 
 if TYPE_CHECKING:
     from ..model.loaded import LoadedModel
@@ -225,16 +225,14 @@ def alpaca(
 
 def _judged(bench: Any, dry_run: bool, legend: str = "") -> None:
     """Run a benchmark (``evaluate.judge.Benchmark``), or say what it can cost."""
-    from ..client.cost import Meter, budget_lines, has_prices
-
     console.say(bench.note)
     say_models(bench.answering, bench.models())
     say_all([f"note: {line}" for line in bench.notes])
     if dry_run:
-        say_all([*bench.dry_run_lines(), *budget_lines(bench.config.budget, bench.job)])
+        say_cost(bench.dry_run_lines(), bench.config.budget, bench.job)
         return
-    total, priced = len(bench.items) * len(bench.models()), has_prices(bench.answering.endpoints())
-    with job_kept(bench.job), Meter(console.out, total, bench.unit, priced) as meter:
+    total = len(bench.items) * len(bench.models())
+    with job_meter(bench.job, total, bench.unit, bench.answering.endpoints()) as meter:
         result = bench.run(meter)
     console.table(*bench.table(result.body["models"]))
     say_all([legend] if legend else [])

@@ -384,8 +384,8 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter) -> Disti
     claim_folder(result.out, COMMAND, config)
 
     async def run() -> dict[int, list[Message]]:
-        async with config.client(meter.totals) as client:
-            result.totals = client.totals
+        async with config.client() as client:
+            result.totals = meter.totals = client.totals
             return await make_dialogues(client, config, result, meter.advance)
 
     _write(config, result, run_job(run()))
@@ -434,13 +434,15 @@ async def make_dialogues(
                 problem = error
             await turns[place].wait()
             if opening and config.openings == "grid" and (near := earlier.take(opening)) is not None:
-                avoid[number] = near
-                problem = RequestFailed(NEAR)
+                avoid[number], problem = near, RequestFailed(NEAR)
             turns[place + 1].set()
-            result.openings += not isinstance(problem, BudgetSpent)
-            return ([], problem) if problem else await grow(client, config, result.grid, number, attempt, opening)
+            if problem is not None:
+                raise problem
+            return await grow(client, config, result.grid, number, attempt, opening)
 
-        async for place, (messages, problem) in in_order(range(len(numbers)), dialogue_of, window):
+        async for place, found in in_order(range(len(numbers)), dialogue_of, window):
+            result.openings += not isinstance(found, BudgetSpent)
+            messages, problem = found if isinstance(found, tuple) else ([], found)
             if isinstance(problem, BudgetSpent):
                 result.budget_message = str(problem)
             if messages:

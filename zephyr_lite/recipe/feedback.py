@@ -6,11 +6,12 @@ import asyncio
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, RootModel, model_validator
 
@@ -29,7 +30,6 @@ from ..client.jobs import (
     nothing_made,
     refuse_equal_names,
     run_job,
-    together,
     validated,
 )
 from ..client.request_log import Totals
@@ -52,6 +52,7 @@ from .judge import (
 from .prompts import Prompt, Prompts, PromptsKey
 from .ultrafeedback import PairRules, make_pairs
 
+T = TypeVar("T")
 COMMAND = "feedback"
 ROWS, REPORT, PAIRS = "train.jsonl", "report.json", "pairs"
 PRINCIPLES = Path(__file__).parent / "principles.yaml"
@@ -233,8 +234,21 @@ def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
     return {"mean": None if mean is None else round(mean, 4), "counts": dict(sorted(ratings.items()))}
 
 
+async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
+    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
+            raise each
+    return found  # type: ignore[return-value]
+
+
 async def rate_prompt(
-    client: ModelClient | CostClient, config: FeedbackConfig, slots: Sequence[Slot], prompt: Prompt, result: Feedback
+    client: ModelClient | CostClient,
+    config: FeedbackConfig,
+    principles: Mapping[str, Sequence[str]],
+    result: Feedback,
+    prompt: Prompt,
 ) -> dict[str, Any]:
     """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
 
@@ -243,6 +257,7 @@ async def rate_prompt(
     Raises:
         RequestFailed: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
     """
+    slots = draw_slots(config, principles, prompt.id)
     answered: list[Slot] = []
     completions: list[dict[str, Any]] = []
     for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
@@ -340,17 +355,11 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter) -> Feedbac
     window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
 
     async def run() -> None:
-        async with config.client(meter.totals) as client:
-            result.totals = client.totals
-
-            async def row_of(prompt: Prompt) -> dict[str, Any] | RequestFailed | BudgetSpent:
-                try:
-                    return await rate_prompt(client, config, draw_slots(config, principles, prompt.id), prompt, result)
-                except (RequestFailed, BudgetSpent) as error:
-                    return error
-
+        async with config.client() as client:
+            result.totals = meter.totals = client.totals
+            rate = partial(rate_prompt, client, config, principles, result)
             with file_aside(out / ROWS) as file:
-                async for prompt, row in in_order(read.prompts, row_of, window):
+                async for prompt, row in in_order(read.prompts, rate, window):
                     if isinstance(row, BudgetSpent):
                         result.unreached += 1
                         result.budget_message = str(row)
@@ -381,7 +390,7 @@ def feedback_bounds(
     async def ask_all() -> None:
         for prompt in prompts:
             with suppress(RequestFailed):  # nothing is rated
-                await rate_prompt(client, config, draw_slots(config, principles, prompt.id), prompt, unused)
+                await rate_prompt(client, config, principles, unused, prompt)
 
     asyncio.run(ask_all())
     return client.bounds
