@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.command import header, run, save
 from bench.mistral import tiny_base
-from bench.turns import Runner, Variant, describe, frozen_adapter, take_turns, times_faster
+from bench.turns import Runner, Variant, common_values, describe, frozen_adapter, take_turns, times_faster
 
 # goals of the quotients
 TARGETS = {"sft": 1.3, "dpo live": 2.0, "dpo cached": 2.5}
@@ -118,18 +118,7 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]
 
     model = tiny_base(folder / "base") if args.tiny else args.model or demo_base()
     steps = WARM_UP + args.rounds
-    common = {
-        "model_name_or_path": str(model),
-        "load_in_4bit": True,
-        "lora_r": args.rank,
-        "lora_alpha": args.rank,
-        "chat_template": "zephyr" if args.tiny else "auto",
-        "eval_dataset": None,
-        "eval_steps": None,
-        "save_steps": None,
-        "max_steps": steps + 1,
-        "learning_rate": 1e-4,
-    }
+    common = common_values(model, rank=args.rank, steps=steps)
     sft = {
         **common,
         "stage": "sft",

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,21 @@ from typing import Any
 import torch
 
 from bench import mistral, rows
-from bench.card import Clock, describe_card, matmul_ceiling
+from bench.card import Clock, matmul_ceiling
 from bench.command import header, save
-from bench.turns import CONTEXT_BYTES, Failed, Runner, Variant, describe, frozen_adapter, times_faster
+from bench.turns import (
+    CONTEXT_BYTES,
+    Failed,
+    Runner,
+    Variant,
+    common_values,
+    describe,
+    frozen_adapter,
+    times_faster,
+)
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.base import compute_device, compute_dtype
+from zephyr_lite.model.base import compute_device
 
 TOKENS_AT_ONCE = 4096
 # under a cap of 24 GiB: quotients over Unsloth, and the share of the matmul ceiling at 4096 tokens
@@ -59,6 +66,8 @@ def settings(method: Any, engine: str, per_device: Iterable[int], *, liger: bool
         found.append(Variant(method, engine, liger=True))
     if engine == "trl" and method == "sft":
         found.append(Variant(method, engine, recompute=True, padded=True))
+    if engine == "trl" and method == "dpo":
+        found += [Variant(method, engine, recompute=recompute, cached=True) for recompute in (True, False)]
     return found
 
 
@@ -90,14 +99,8 @@ class Match:
     loading: deque[Runner] = field(default_factory=deque)
     started: int = 0
 
-    def play(self, variants: Sequence[Variant], then: Callable[[Match], list[list[Variant]]]) -> dict[str, Any]:
-        """Run all settings.
-
-        Args:
-            variants: in this order; of a side's the fastest counts.
-            then: called after that, for sides whose setting follows from another's: lists of which the first that
-                fits counts.
-        """
+    def play(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        """Run all settings, in this order; of a side's the fastest counts."""
         waiting = deque(variants)
         try:
             while waiting or self.loading:
@@ -114,19 +117,10 @@ class Match:
                         self._note(runner.variant, "not tried", why)
                     else:
                         self._try(runner)
-            for alternatives in then(self):
-                for variant in alternatives:
-                    if self._try(self._start(variant)):
-                        break
         finally:
             for runner in self.loading:
                 runner.kill()
         return self._result()
-
-    def fitting(self, side: str) -> list[Variant]:
-        """The settings of a side that fitted, the fastest first."""
-        ran = [t for t in self.tried if t["side"] == side and t["result"] == "ran"]
-        return [t["variant"] for t in sorted(ran, key=lambda t: t["seconds"])]
 
     def _pointless(self, variant: Variant) -> str | None:
         own = [t for t in self.tried if t["side"] == variant.side]
@@ -150,9 +144,8 @@ class Match:
         told = {
             **self.values,
             "engine": variant.engine,
-            "lora_dropout": variant.dropout or 0.0,
             "precompute_ref_log_probs": variant.cached,
-            "output_dir": str(self.folder / f"{self.method}-{variant.dropout}-{self.started}"),
+            "output_dir": str(self.folder / f"{self.method}-{self.started}"),
         }
         if variant.micro_tokens is not None:
             told["memory"] = {"micro_tokens": variant.micro_tokens}
@@ -162,8 +155,8 @@ class Match:
         """How long to wait for an answer."""
         return max(60.0, self.deadline - time.monotonic())
 
-    def _try(self, runner: Runner) -> bool:
-        """Load and warm up; do the rounds if it is the side's fastest. False: it failed."""
+    def _try(self, runner: Runner) -> None:
+        """Load and warm up; do the rounds if it is the side's fastest."""
         variant = runner.variant
         try:
             runner.load(self._patience())
@@ -179,11 +172,10 @@ class Match:
         except Failed as error:
             self._note(variant, error.kind, error.text)
             runner.kill()
-            return False
+            return
         self._note(variant, "ran", "", seconds=seconds, peak_bytes=max(s.get("peak_bytes", 0) for s in steps))
         with suppress(Failed):  # it has measured
             runner.stop()
-        return True
 
     def _note(self, variant: Variant, result: str, why: str, **found: Any) -> None:
         self.tried.append({"variant": variant, "side": variant.side, "result": result, "why": why, **found})
@@ -217,46 +209,14 @@ class Match:
         }
 
 
-def following(match: Match, side: str, **changes: Any) -> list[Variant]:
-    """The settings of a side that fitted, the fastest first, changed."""
-    return [replace(variant, **changes) for variant in match.fitting(side)]
-
-
-def nothing(match: Match) -> list[list[Variant]]:
-    return []
-
-
-def trl_cached(match: Match) -> list[list[Variant]]:
-    """TRL with the reference computed before the first step, at its fastest setting with a live one."""
-    return [following(match, "trl live", cached=True)]
-
-
 # -- everything --------------------------------------------------------------------------------------------------------
 
 
 def prepare_card(base: Path | None, shape: dict[str, Any], square: int, tokens: int) -> dict[str, Any]:
-    """Build the base where it is not there, and measure what products can reach; in a process of its own, because what a
-    process takes of the card it gives back only when it ends."""
-    device = compute_device()
-    dtype = compute_dtype("auto", device)
-    begun = time.monotonic()
-    folder, built = mistral.ensure_base(base or mistral.default_folder(shape, dtype), shape, device, dtype)
-    seconds = time.monotonic() - begun
-    found = {
-        "base": {"folder": str(folder.resolve()), "built_now": built, "seconds": round(seconds, 1), "shape": shape},
-        "ceiling": matmul_ceiling(Clock(device, 10, 3), shape, tokens, square, dtype),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    found["card"] = describe_card(device)
-    return found
-
-
-def alone(run: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
+    """Build the base where it is not there, and measure what products can reach."""
+    found = mistral.prepare(base, shape)
+    dtype = getattr(torch, found["dtype"])
+    return {**found, "ceiling": matmul_ceiling(Clock(compute_device(), 10, 3), shape, tokens, square, dtype)}
 
 
 def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[str, dict[str, Any]]:
@@ -266,23 +226,13 @@ def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[s
     template = resolve_template("auto", load_tokenizer(base))
     scale = 0.1 if args.tiny else 1.0
     steps = WARM_UP + args.rounds
-    common: dict[str, Any] = {
-        "model_name_or_path": str(base),
-        "load_in_4bit": True,
-        "lora_r": args.rank,
-        "lora_alpha": args.rank,
-        "chat_template": "auto",
-        "eval_dataset": None,
-        "eval_steps": None,
-        "save_steps": None,
-        "max_steps": steps + 1,  # the last step would write what a run leaves behind
-        "learning_rate": 1e-4,
-    }
+    common = common_values(base, rank=args.rank, steps=steps)
     length = int(2048 * scale)
     rows.write_conversations(folder / "sft.jsonl", template, (steps + 1) * args.sft_rows * length, scale=scale)
     sft = {
         **common,
         "stage": "sft",
+        "lora_dropout": args.dropout,
         "dataset": [{"path": str(folder / "sft.jsonl")}],
         "max_length": length,
         "batch_size": args.sft_rows,
@@ -292,6 +242,7 @@ def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[s
     dpo = {
         **common,
         "stage": "dpo",
+        "lora_dropout": 0.0,
         "dataset": [{"path": str(folder / "dpo.jsonl")}],
         "max_length": int(1024 * scale),
         "max_prompt_length": int(512 * scale),
@@ -317,49 +268,25 @@ def lineup(method: Any, engines: Sequence[str], per_device: Sequence[int], token
     return players + [player for group in zip_longest(*tries) for player in group if player is not None]
 
 
-def matches(args: argparse.Namespace) -> list[tuple[float | None, str, float, int]]:
-    """(cap, method, dropout, share of the time), in order; the second dropout of SFT takes over the first's settings."""
-    found: list[tuple[float | None, str, float, int]] = []
-    for cap in [None] if args.tiny else args.cap:
-        if "sft" in args.methods:
-            found += [(cap, "sft", p, 1 if place else 2) for place, p in enumerate(args.dropout)]
-        if "dpo" in args.methods:
-            found.append((cap, "dpo", 0.0, 2))
-    return found
-
-
 def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, deadline: float) -> None:
     """Every match, into ``found["matches"]`` and, as they end, into the file."""
     base = Path(found["base"]["folder"])
     values = configurations(args, base, folder)
     room = found["card"].get("free_bytes", 0)
     idle = sum(p.stat().st_size for p in base.glob("*.safetensors")) + 2 * 2**30  # of a process that has only loaded
-    engines = args.engines.split(",")
     found["matches"] = []
-    todo = matches(args)
-    first: Match | None = None
-    for place, (cap, method, dropout, share) in enumerate(todo):
+    caps: list[float | None] = [None] if args.tiny else args.cap
+    todo = [(cap, method) for cap in caps for method in ("sft", "dpo") if method in args.methods.split(",")]
+    for place, (cap, method) in enumerate(todo):
         now = time.monotonic()
-        until = now + (deadline - now) * share / sum(m[3] for m in todo[place:])
+        until = now + (deadline - now) / len(todo[place:])
         ahead = 0
         if cap is not None:
             cap = min(cap, (room + CONTEXT_BYTES) / 2**30)  # a card that is smaller is its own cap
             ahead = max(0, min(MOST_AHEAD, int((room - cap * 2**30) // idle)))
         match = Match(method, values[method], args.rounds, until, folder, cap, ahead, args.tiny)
-        peers = [engine for engine in (*BASELINES, "unsloth default") if engine.split()[0] in engines]
-        if method == "sft" and dropout != args.dropout[0]:  # at the settings that were found without
-            assert first is not None
-            again = [following(first, engine, dropout=dropout) for engine in peers]
-            if "fused" in engines:
-                again.insert(0, [Variant("sft", "fused", dropout=dropout)])
-            result = match.play([], lambda match, again=again: again)
-            missing = [engine for engine in peers if not first.fitting(engine)]
-            result["not_run"] |= dict.fromkeys(missing, "nothing fitted without dropout either")
-        else:
-            variants = [replace(v, dropout=dropout) for v in lineup(method, engines, args.per_device, TOKENS_AT_ONCE)]
-            result = match.play(variants, trl_cached if method == "dpo" and "trl" in engines else nothing)
-            first = match if method == "sft" else first
-        found["matches"].append({**result, "dropout": dropout})
+        result = match.play(lineup(method, args.engines.split(","), args.per_device, TOKENS_AT_ONCE))
+        found["matches"].append({**result, "dropout": values[method]["lora_dropout"]})
         save(args.out, found)  # an interrupt keeps the results so far
 
 
@@ -425,7 +352,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = prepare_card(args.base or folder / "base", mistral.TINY, 64, 32)
         else:
             shape = mistral.MISTRAL_7B | {"num_hidden_layers": args.layers}
-            found = alone(prepare_card, args.base, shape, 8192, TOKENS_AT_ONCE)
+            found = mistral.alone(prepare_card, args.base, shape, 8192, TOKENS_AT_ONCE)
         results: dict[str, Any] = {
             **header("accelerate", "unsloth", "unsloth_zoo", "liger_kernel", "xformers", "flash_attn"),
             "settings": vars(args) | {"out": None, "base": None},

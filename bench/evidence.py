@@ -50,8 +50,8 @@ class Stage:
     tiny: str = ""
 
 
-_GPU = "--engines fused,unsloth --dropout 0 --rounds 3 --minutes {minutes}"
-_TINY_GPU = "--engines fused,unsloth --dropout 0 --rounds 1 --per-device 1 --sft-rows 1 --dpo-pairs 1"
+_GPU = "--engines fused,unsloth --rounds 3 --minutes {minutes}"
+_TINY_GPU = "--engines fused,unsloth --rounds 1 --per-device 1 --sft-rows 1 --dpo-pairs 1"
 STAGES = (
     Stage("machine", 60, "bench.stages", "machine", "machine"),
     Stage("base", 60, "bench.stages", "base", "base"),
@@ -62,8 +62,8 @@ STAGES = (
         "memory",
         85,
         "bench.memory",
-        "--parts cards --cards 24 8 --minutes {minutes}",
-        "--parts cards --cards 24 --rows 1",
+        "--cards 24 8 --minutes {minutes}",
+        "--cards 24 --rows 1",
     ),
     Stage("cap12", 60, "bench.gpu", f"--cap 12 --methods sft {_GPU}", f"--methods sft {_TINY_GPU}"),
 )

@@ -35,9 +35,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; rounds are dropped to keep it")
     parser.add_argument("--engines", default="fused,trl,unsloth")
     parser.add_argument("--methods", default="sft,dpo")
-    parser.add_argument(
-        "--dropout", type=float, nargs="+", default=[0.0, 0.05], help="of SFT; DPO has none, as the recipe"
-    )
+    parser.add_argument("--dropout", type=float, default=0.0, help="of SFT; DPO has none, as the recipe")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of every engine, where time allows")
     parser.add_argument("--per-device", type=int, nargs="+", default=[1, 2, 4], help="micro-batches that baselines try")
     parser.add_argument("--rank", type=int, default=16)

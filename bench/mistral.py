@@ -8,16 +8,21 @@ transformers, TRL and Unsloth load the folder too.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.card import describe_card
 from zephyr_lite.demo.base import cache_dir
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.base import compute_device, compute_dtype
 
 # config.json of mistralai/Mistral-7B-v0.1
 MISTRAL_7B = {
@@ -82,6 +87,29 @@ def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype
         _write_model(aside, shape, device, dtype)
         make_tokenizer(shape["vocab_size"]).save_pretrained(aside)
     return folder, True
+
+
+def prepare(base: Path | None, shape: dict[str, Any]) -> dict[str, Any]:
+    """Build the model if it does not exist; the model and the card, for JSON."""
+    device = compute_device()
+    dtype = compute_dtype("auto", device)
+    begun = time.monotonic()
+    path, built = ensure_base(base or default_folder(shape, dtype), shape, device, dtype)
+    seconds = round(time.monotonic() - begun, 1)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "base": {"folder": str(path.resolve()), "built_now": built, "seconds": seconds, "shape": shape},
+        "card": describe_card(device),
+        "on_a_card": device.type == "cuda",
+    }
+
+
+def alone(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own, because what a process takes of the card it gives back only when it ends."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def matrices(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -52,7 +52,6 @@ class Variant:
         padded: TRL gets a packed row's conversations as a padded batch.
         liger: TRL with Liger's kernels.
         skip_layers: of a recomputing Unsloth, layers that keep their activations (``checkpoint_skip_layers``).
-        dropout: LoRA dropout; None: as the configuration says.
         micro_tokens: tokens that the fused engine runs at once; None: as its plan says.
     """
 
@@ -64,7 +63,6 @@ class Variant:
     padded: bool = False
     liger: bool = False
     skip_layers: int = 0
-    dropout: float | None = None
     micro_tokens: int | None = None
 
     @property
@@ -118,6 +116,7 @@ class Turns(TrainerCallback):
 
     def __init__(self, pipe: Connection, stage: Stage) -> None:
         self.pipe, self.stage = pipe, stage
+        self.optimizer: Any = None  # of the fused engine
         self.begun = self.cpu_begun = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -137,6 +136,8 @@ class Turns(TrainerCallback):
             "cpu_seconds": cpu,
             "pairs": len(rows),
             "tokens": int(sum(data.lengths[i] for i in examples)),
+            "plan": self.stage.plan.as_dict(),
+            "managed_bytes": managed_bytes(self.optimizer),
         }
         self.pipe.send(told | memory())
 
@@ -159,12 +160,18 @@ def memory() -> dict[str, int]:
     return {"peak_bytes": found["VmHWM"], "now_bytes": found["VmRSS"]}
 
 
-def imitate_card(gib: float, context: int = CONTEXT_BYTES) -> None:
-    """From now on this process sees a card of so many GiB: its allocator stops `context` bytes below, and what asks how
-    much is free is told so (the fused engine's planner does)."""
+def managed_bytes(optimizer: Any) -> int:
+    """Of a paged optimizer's state, which CUDA moves between card and host by itself; no part of the allocator's."""
+    values = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if getattr(value, "is_paged", False))
+
+
+def imitate_card(gib: float) -> None:
+    """From now on this process sees a card of so many GiB: its allocator stops CONTEXT_BYTES below, and what asks how much
+    is free is told so (the fused engine's planner does)."""
     if not torch.cuda.is_available():
         return
-    limit = int(gib * 2**30) - context
+    limit = int(gib * 2**30) - CONTEXT_BYTES
     real = torch.cuda.mem_get_info
 
     def mem_get_info(device: Any = None) -> tuple[int, int]:
@@ -241,7 +248,9 @@ def fused(stage: Stage, turns: Turns) -> Any:
     from zephyr_lite.train.sft import SftObjective
 
     task: Any = SftObjective(stage) if stage.method == "sft" else DpoObjective(stage)
-    return partial(train, TrainState(stage, task, observers=[Callbacks([turns])]))
+    state = TrainState(stage, task, observers=[Callbacks([turns])])
+    turns.optimizer = state.optimizer
+    return partial(train, state)
 
 
 def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
@@ -384,6 +393,22 @@ def times_faster(ours: Runner, theirs: Runner) -> float:
 def take_turns(runners: Sequence[Runner], number: int) -> Sequence[Runner]:
     """The order of a round: forwards, then backwards."""
     return runners if number % 2 == 0 else runners[::-1]
+
+
+def common_values(base: str | Path, *, rank: int, steps: int) -> dict[str, Any]:
+    """The configuration that the benches share."""
+    return {
+        "model_name_or_path": str(base),
+        "load_in_4bit": True,
+        "lora_r": rank,
+        "lora_alpha": rank,
+        "chat_template": "auto",
+        "eval_dataset": None,
+        "eval_steps": None,
+        "save_steps": None,
+        "max_steps": steps + 1,  # the last step would write what a run leaves behind
+        "learning_rate": 1e-4,
+    }
 
 
 def frozen_adapter(values: dict[str, Any], folder: Path) -> Path:

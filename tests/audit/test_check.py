@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
@@ -90,11 +89,12 @@ def test_a_run_of_this_program_is_sound(run, pair_rows, chat_rows):
 
 
 def test_a_claimed_reference_that_is_not_the_start_is_wrong(run, pair_rows, chat_rows):
-    result = audit(str(run / "dpo"), rows=str(chat_rows), pairs=str(pair_rows), reference="base")
+    given = {"rows": str(chat_rows), "pairs": str(pair_rows)}
+    result = audit(str(run / "dpo"), **given, reference="base")
     worst = [f for f in result.findings if f.level == Level.wrong]
     assert [f.topic for f in worst] == ["reference"] and "against the bare base, not ln 2" in worst[0].text
     assert abs(result.numbers["pairs"]["base"]["loss"] - LN2) > 1e-3
-    result = audit(str(run / "dpo"), rows=str(chat_rows), pairs=str(pair_rows), reference=str(run / "sft"))
+    result = audit(str(run / "dpo"), **given, reference=str(run / "sft"))
     assert result.verdict() == "sound" and str(run / "sft") in result.numbers["pairs"]
 
 
@@ -127,21 +127,23 @@ def test_a_stage_contains_what_its_stage_json_says(run):
 # Adapters of other tools
 
 
-def test_a_continued_adapter_is_told_from_a_stacked_one_and_from_one_of_the_same_seed(run, tmp_path):
-    torch.manual_seed(0)
-    sft, below = read_adapter(run / "sft/adapter"), str(run / "sft")
-    adapters = {
-        "continued": lambda w: LoraWeights(w.a + 0.01 * torch.randn_like(w.a), w.b * 1.5, w.scale),
-        "fresh": lambda w: LoraWeights(torch.randn_like(w.a), w.b, w.scale),
+@pytest.mark.parametrize(
+    ("change", "continued"),
+    [
+        (lambda w: LoraWeights(w.a + 0.01 * torch.randn_like(w.a), w.b * 1.5, w.scale), True),
+        (lambda w: LoraWeights(torch.randn_like(w.a), w.b, w.scale), False),
         # scripts set one seed for every stage: a fresh adapter has the first one's A, and a B of its own
-        "seed": lambda w: LoraWeights(w.a + 0.01, torch.randn_like(w.b) * w.b.std(), w.scale),
-    }
-    for name, change in adapters.items():
-        folder = save(tmp_path / name, {n: change(w) for n, w in sft.modules.items()})
-        levels = (Level.wrong, Level.right) if name == "continued" else (Level.right, Level.wrong)
-        ((as_below, _),) = files("below", folder, below=[below])
-        ((as_start, _),) = files("below", folder, start=below)
-        assert (as_below, as_start) == levels, name
+        (lambda w: LoraWeights(w.a + 0.01, torch.randn_like(w.b) * w.b.std(), w.scale), False),
+    ],
+    ids=["continued", "fresh", "the same seed"],
+)
+def test_a_continued_adapter_is_told_from_a_stacked_one(run, tmp_path, change, continued):
+    torch.manual_seed(0)
+    modules = read_adapter(run / "sft/adapter").modules
+    folder = save(tmp_path / "a", {name: change(weights) for name, weights in modules.items()})
+    ((as_below, _),) = files("below", folder, below=[str(run / "sft")])
+    ((as_start, _),) = files("below", folder, start=str(run / "sft"))
+    assert (as_below, as_start) == ((Level.wrong, Level.right) if continued else (Level.right, Level.wrong))
 
 
 def test_step_zero_against_itself_is_no_evidence(run, chat_rows, pair_rows, tmp_path):
@@ -248,34 +250,33 @@ def test_a_bos_that_begins_every_turn_cannot_be_doubled(chat_rows, run, tmp_path
 # Mistakes
 
 
-def test_mistakes_are_found_before_the_base_is_loaded(run, chat_rows, tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("")
-    for given, told in (
-        (["--out", str(tmp_path)], "is a folder"),
-        (["--out", str(tmp_path / "file" / "c.json")], "Choose another --out"),
-        (["--pairs", str(tmp_path / "none.jsonl")], "there is no such file"),
-        (["--reference", str(tmp_path)], "no adapter_config.json"),
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--out", "FOLDER"], "is a folder"),
+        (["--pairs", "none.jsonl"], "there is no such file"),
+        (["--reference", "FOLDER"], "no adapter_config.json"),
         (["--beta", "0"], "DPO's beta is above 0"),
         (["--start", "x", "--below", "y"], "--start and --below cannot be combined"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
-            assert cli.run(["check", str(run / "sft"), "--rows", str(chat_rows), *given]) == 2, given
-        assert told in capsys.readouterr().err, given
+    ],
+)
+def test_mistakes_are_found_before_the_base_is_loaded(given, told, run, chat_rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    given = [str(tmp_path) if word == "FOLDER" else word for word in given]
+    assert cli.run(["check", str(run / "sft"), "--rows", str(chat_rows), *given]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_run_of_several_stages_and_a_wrong_template_are_refused(run, chat_rows):
     with pytest.raises(UserError, match="neither a template's name nor a file"):
         audit(str(run / "sft"), rows=str(chat_rows), chat_template="nonsense")
     with pytest.raises(UserError, match=r"several stages \(dpo, sft\)"):
         audit(str(run))
 
 
-def test_a_missing_base_is_a_finding(run, tmp_path):
+def test_a_missing_base_is_a_finding_and_another_base_is_wrong(run, tmp_path):
     shutil.copytree(run / "sft" / "adapter", tmp_path / "a")
-    result = audit(str(tmp_path / "a"), base="nobody/nothing")
-    assert {f.topic for f in result.findings} >= {"weights", "base"}
-    assert any("nothing could be measured" in f.text for f in result.findings)
-
-
-def test_an_adapter_of_another_base_is_wrong(run, tmp_path):
+    assert "nothing could be measured" in found("base", tmp_path / "a", base="nobody/nothing")[-1][1]
     make_model(hidden_size=32, num_attention_heads=2, num_key_value_heads=1).save_pretrained(tmp_path / "b")
     for file in (run / "sft/adapter").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "b")
@@ -291,13 +292,3 @@ def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, t
     assert told["verdict"] == "sound" and told["numbers"]["pairs"]["start"]["pairs"] == 8
     assert cli.run(["check", str(run / "dpo"), *given, "--reference", "base"]) == 2
     assert "verdict: WRONG (reference)" in capsys.readouterr().out
-
-
-# Arithmetic
-
-
-def test_bos_is_counted_exactly():
-    example = Example(np.array([1, 5, 6, 7], dtype=np.int32), np.array([False, False, True, True]), "", 0)
-    for count in (0, 1, 2):
-        changed = with_bos(example, 1, count)
-        assert changed.ids.tolist() == [1] * count + [5, 6, 7] and changed.ids[changed.mask].tolist() == [6, 7]

@@ -80,7 +80,7 @@ def test_the_whole_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["imports"]["trl"].startswith("in ")
     assert told["base"]["base"]["built_now"] and not told["gpu"]["base"]["built_now"]
     assert told["tests"]["passed"] >= 1 and told["tests"]["failed"] == 0
-    assert told["ops"]["operations"] and told["memory"]["parts"]["cards"]["sft at 24 GB"]["measured"]
+    assert told["ops"]["operations"] and told["memory"]["cases"]["sft at 24 GB"]["measured"]
     assert [m["method"] for m in told["gpu"]["matches"]] == ["sft", "dpo"]
     assert "unsloth" in told["cap12"]["matches"][0]["not_run"]
     assert "cap12     ok" in capsys.readouterr().out

@@ -7,13 +7,13 @@ import socket
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chat_server import Act, ChatServer, answer_json, by_hash, disconnect, error, not_json, ok
+from zephyr_lite.client import client
 from zephyr_lite.client.client import (
     MAX_FAILED_IN_A_ROW,
     BudgetSpent,
@@ -25,8 +25,6 @@ from zephyr_lite.client.client import (
 from zephyr_lite.client.endpoints import EndpointSpec, endpoint_spec, parse_endpoint
 from zephyr_lite.client.request_log import NAME, Reply
 from zephyr_lite.errors import UserError
-
-QUICK = {"back_off": 0.01, "grace": 2.0}
 
 
 def spec(server: ChatServer, **settings: Any) -> EndpointSpec:
@@ -45,7 +43,7 @@ def run(specs: Sequence[EndpointSpec], folder: Path, work: Callable[[ModelClient
     """What ``work`` returns, and the totals; limited to 30 s."""
 
     async def main() -> Any:
-        async with asyncio.timeout(30), ModelClient(specs, folder, **{**QUICK, **settings}) as client:
+        async with asyncio.timeout(30), ModelClient(specs, folder, **settings) as client:
             return await work(client), client.totals
 
     return asyncio.run(main())
@@ -91,11 +89,7 @@ def test_a_request_is_sent_as_the_api_wants_it(tmp_path):
     [
         ({"content": None, "refusal": "No."}, "No."),
         ({"content": None}, ""),
-        ({"content": "half a pair \ud83d and ünï"}, "half a pair ? and ünï"),
-        (
-            {"content": 'line\r\n\u2028 \0 \x85 漢 🦊 \t"quoted" \\u0041'},
-            'line\r\n\u2028 \0 \x85 漢 🦊 \t"quoted" \\u0041',
-        ),
+        ({"content": "half a pair \ud83d \r\n\u2028 \0 漢 🦊 \\u0041"}, "half a pair ? \r\n\u2028 \0 漢 🦊 \\u0041"),
     ],
 )
 def test_replies_come_back_from_the_log_as_they_were(tmp_path, message, text):
@@ -124,7 +118,6 @@ def test_a_changed_question_is_asked_again_and_a_moved_server_is_not(tmp_path):
 PASSING = {
     "HTTP 429": (lambda: error(429), False),
     "HTTP 500": (lambda: error(500), True),
-    "HTTP 503": (lambda: error(503), False),
     "HTTP 502": (lambda: Act(502, b"<html>bad gateway</html>"), True),
     "reply holds no answer": (not_json, True),
     "no reply": (lambda: disconnect(0), True),
@@ -144,30 +137,18 @@ def test_a_temporary_failure_is_tried_again(tmp_path, reason):
     assert totals.tokens == totals.lost_tokens + 12
 
 
-def test_a_request_is_given_up_after_its_tries_and_the_others_continue(tmp_path):
-    with ChatServer(lambda seen: error(500, "boom") if seen.question == "bad" else by_hash(seen)) as server:
+@pytest.mark.parametrize(("status", "tries"), [(500, 3), (400, 1)])
+def test_a_request_without_a_reply_leaves_the_others_alone_and_is_asked_again_later(tmp_path, status, tries):
+    with ChatServer(lambda seen: error(status, "boom") if seen.question == "bad" else by_hash(seen)) as server:
         endpoint = spec(server, retries=2)
         replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, ["a", "bad", "b"]))
         assert [type(r) for r in replies] == [Reply, RequestFailed, Reply]
-        assert replies[1].reason == "HTTP 500" and "boom" in str(replies[1])
-        assert totals.failed_tries == {"HTTP 500": 3} and totals.requests == 5
-        # a resume tries it again, and pays for nothing else; a reply then clears the failure
+        assert replies[1].reason == f"HTTP {status}" and "boom" in str(replies[1])
+        assert totals.failed_tries == {f"HTTP {status}": tries} and totals.requests == tries + 2
         server.script = by_hash
         replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, ["a", "bad", "b"]))
     assert all(isinstance(r, Reply) for r in replies)
-    assert totals.requests == 6 and totals.from_log == 2
-
-
-@pytest.mark.parametrize("status", [400, 403, 422])
-def test_a_request_that_the_server_refuses_is_not_tried_again(tmp_path, status):
-    def script(seen):
-        return error(status, "too long") if seen.question == "bad" else by_hash(seen)
-
-    with ChatServer(script) as server:
-        replies, totals = run([spec(server)], tmp_path, lambda d: ask_all(d, ["bad", "a"]))
-    assert isinstance(replies[0], RequestFailed) and "too long" in str(replies[0])
-    assert replies[0].reason == f"HTTP {status}"
-    assert isinstance(replies[1], Reply) and totals.requests == 2 and totals.lost_tokens == 0
+    assert totals.requests == tries + 3 and totals.from_log == 2
 
 
 def test_retry_after_holds_for_all_requests_to_the_server(tmp_path):
@@ -211,22 +192,19 @@ def test_the_job_ends_where_no_request_can_succeed(tmp_path, act, found):
         endpoint = spec(server, concurrency=2, retries=1)
         replies, _ = run([endpoint], tmp_path, lambda d: ask_all(d, [str(i) for i in range(40)]))
     errors = [r for r in replies if isinstance(r, UserError)]
-    assert all(found in r.message and "endpoint m" in r.message and r.hint for r in errors), replies
-    assert errors and len(server.seen) <= MAX_FAILED_IN_A_ROW + 2  # and not all of them are sent
+    assert errors and all(found in r.message and "endpoint m" in r.message and r.hint for r in errors), replies
+    assert len(server.seen) <= 2 * (MAX_FAILED_IN_A_ROW + 2)  # of 80
 
 
-def test_a_server_that_is_not_there_is_named_at_once(tmp_path):
+def test_a_server_that_is_not_there_is_named_and_one_that_goes_away_is_tried_again(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     endpoint = EndpointSpec(url=f"http://127.0.0.1:{port}/v1", model="m")
-    replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, list("abc")), back_off=50.0)
+    replies, totals = run([endpoint], tmp_path / "never", lambda d: ask_all(d, list("abc")))
     assert all(isinstance(r, UserError) and "cannot be reached" in r.message for r in replies)
-    assert "ollama serve" in replies[0].hint and totals.replies == 0 and totals.tokens == 0
-
-
-@pytest.mark.parametrize("back", [False, True])
-def test_a_server_that_goes_away_is_tried_again(tmp_path, back):
+    assert "ollama serve" in replies[0].hint and totals.requests <= 4 and totals.tokens == 0
+    monkeypatch.setattr(client, "BACK_OFF", 0.1)
     with ChatServer() as server:
 
         async def work(client):
@@ -234,22 +212,18 @@ def test_a_server_that_goes_away_is_tried_again(tmp_path, back):
             server.stop()
             waiting = asyncio.gather(client.ask(request("b")), client.ask(request("c")), return_exceptions=True)
             await asyncio.sleep(0.3)
-            with ChatServer(port=server.port) if back else nullcontext():
+            with ChatServer(port=server.port):
                 return await waiting
 
-        replies, totals = run([spec(server, retries=6)], tmp_path, work, back_off=0.1 if back else 0.01)
-    if back:
-        assert all(isinstance(r, Reply) for r in replies)
-    else:
-        assert all(isinstance(r, UserError) and "cannot be reached" in r.message for r in replies), replies
-        assert totals.failed_tries["cannot be reached"] >= 7 and totals.replies == 1
+        replies, _ = run([spec(server, retries=6)], tmp_path / "back", work)
+    assert all(isinstance(r, Reply) for r in replies), replies
 
 
 # Budget
 
 
-@pytest.mark.parametrize("limit", [1, 7])
-def test_requests_never_exceed_their_budget_whatever_fails(tmp_path, limit):
+def test_requests_never_exceed_their_budget_whatever_fails(tmp_path):
+    limit = 7
     with ChatServer(lambda seen: error(500) if seen.number % 3 == 1 else by_hash(seen)) as server:
         texts = [str(i) for i in range(30)]
         endpoint = spec(server, concurrency=16)
@@ -259,7 +233,7 @@ def test_requests_never_exceed_their_budget_whatever_fails(tmp_path, limit):
         # the same command with the same budget sends nothing more; a larger one continues
         _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit)
         assert len(server.seen) == limit and totals.requests == limit
-        _, totals = run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit + 2)
+        run([endpoint], tmp_path, lambda d: ask_all(d, texts), max_requests=limit + 2)
     assert len(server.seen) == limit + 2
 
 
@@ -275,25 +249,21 @@ def test_tokens_never_exceed_their_budget_at_any_moment(tmp_path):
             return [not_json(), disconnect(5)][seen.number % 2]
         return ok("x", usage={"prompt_tokens": tokens - 20, "completion_tokens": 20}, sleep=0.01)
 
-    heights = []
     with ChatServer(script) as server:
         replies, totals = run(
             [spec(server, concurrency=16, max_tokens=100, retries=1)],
             tmp_path,
             lambda d: ask_all(d, [f"question {i}" for i in range(100)]),
             max_tokens=limit,
-            on_progress=lambda t: heights.append(t.tokens),
         )
     assert server.most_at_once > 2
-    assert sum(spent) <= limit and max(heights) <= limit and totals.tokens <= limit
+    assert sum(spent) <= limit and totals.tokens <= limit
     assert any(isinstance(r, BudgetSpent) for r in replies) and totals.replies > 10
     bound = prompt_token_bound([{"role": "user", "content": "question 100"}]) + 100
     assert totals.tokens > limit - bound - 1  # and it is used up: what was held and not used is given back
 
 
-@pytest.mark.parametrize(
-    "usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": "5", "completion_tokens": 4}]
-)
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 0, "completion_tokens": 0}])
 def test_the_bound_counts_where_the_server_counts_no_tokens(tmp_path, usage):
     with ChatServer(lambda seen: ok("text", usage=usage)) as server:
         reply, totals = one(server, tmp_path, output_price=10.0)
@@ -360,9 +330,7 @@ def test_an_endpoint_in_one_word(tmp_path):
     [
         ({"url": "http://x/v1"}, "the model's name"),
         ({"url": "http://x/v1", "path": "y", "model": "m"}, "either url"),
-        ({}, "either url"),
         ({"url": "ftp://x/v1", "model": "m"}, "url: expected a URL"),
-        ({"url": "http://x:port/v1", "model": "m"}, "url: expected a URL"),
         ({"url": "http://x/v1", "model": "m", "concurrency": 0}, "concurrency: "),
         ({"url": "http://x/v1", "model": "m", "modle": "m"}, "no key 'modle'"),
     ],

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.client.test_client import ask_all, records, run
 from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.client import client
 from zephyr_lite.client.client import ModelClient, Request, RequestFailed
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.request_log import Reply
@@ -162,10 +163,11 @@ def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(t
         return draw(self, *args)
 
     monkeypatch.setattr(RowSampler, "choose", slow)
+    monkeypatch.setattr(client, "GRACE", 0.1)
 
     async def main() -> None:
-        async with ModelClient([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path, grace=0.1) as client:
-            task = asyncio.create_task(client.ask(ask("Hi")))
+        async with ModelClient([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path) as opened:
+            task = asyncio.create_task(opened.ask(ask("Hi")))
             await asyncio.to_thread(begun.wait)
             assert not task.done()
 
@@ -189,12 +191,8 @@ def test_draws_follow_the_distribution():
             expected /= expected.sum()
         for token, share in enumerate(expected.tolist()):
             assert abs(counts[token] / 6000 - share) < 4.5 * (share * (1 - share) / 6000) ** 0.5 + 1e-9, (token, counts)
-
-
-def test_greedy_and_extreme_temperatures():
-    logits = torch.tensor([[1.0, 3.0, -float("inf"), 2.0]] * 4)
-    rows = [Sampling(1, 0.0), Sampling(1, 1e-6, None, 5), Sampling(1, 1e6, 1e-9, 5), Sampling(1, 1.0, 1.0, 7)]
-    chosen = RowSampler(rows).choose(logits).tolist()
+    extreme = [Sampling(1, 0.0), Sampling(1, 1e-6, None, 5), Sampling(1, 1e6, 1e-9, 5), Sampling(1, 1.0, 1.0, 7)]
+    chosen = RowSampler(extreme).choose(torch.tensor([[1.0, 3.0, -float("inf"), 2.0]] * 4)).tolist()
     assert chosen[:3] == [1, 1, 1] and chosen[3] != 2
 
 

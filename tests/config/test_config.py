@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from zephyr_lite.config.load import RunConfig, dump_config, load_config, preset_configs
+from zephyr_lite.config.load import RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
 
 
@@ -36,28 +36,15 @@ def test_the_stages_differ_in_their_defaults():
     assert dpo.dataset[0].split == "train_prefs" and dpo.lora_dropout == 0
 
 
-def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
-    file = write(tmp_path, "lora_rr: 8\n")
-    with pytest.raises(UserError, match=r"run\.yaml.*lora_r'"):
-        load(file=file)
-    with pytest.raises(UserError, match=r"dataset\.0\.pathh|pathh"):
-        load(file=write(tmp_path, "dataset: {path: a, pathh: b}\n"))
-
-
 @pytest.mark.parametrize(
     ("word", "place"),
     [
         ("batch_size=0", "batch_size"),
-        ("batch_size=many", "batch_size"),
-        ("loss_on=user", "loss_on"),
-        ("stage=a/b", "stage"),
         ("engine=magic", "engine"),
-        ("label_smoothing=0.7", "label_smoothing"),
         ("loss_type=robust", "label_smoothing"),
         ("dataset=[]", "dataset"),
         ("dataset.limit=0", "limit"),
         ("learning_rate=inf", "learning_rate"),
-        ("num_train_epochs=.nan", "num_train_epochs"),
         ("lora_target_modules=[]", "lora_target_modules"),
     ],
 )
@@ -103,17 +90,16 @@ def test_rows_of_ones_own_are_not_evaluated_on_the_recipes():
 
 def test_several_data_sets(tmp_path):
     file = write(tmp_path, "dataset:\n- a.jsonl\n- {path: b.jsonl, weight: 0.5}\n")
-    config = load(file=file).config
-    assert [(spec.path, spec.weight) for spec in config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
+    assert [(spec.path, spec.weight) for spec in load(file=file).config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
     with pytest.raises(UserError, match="2 entries"):
         load("dataset.limit=3", file=file)
 
 
-def test_adapters_none_is_not_adapters_empty():
-    assert load("adapters=none", method="dpo").config.adapters == "none"
-    assert load("adapters=some/folder", method="dpo").config.adapters == ["some/folder"]
-    assert load("adapters=[a, b]", method="dpo").config.adapters == ["a", "b"]
-    assert load(method="dpo").config.adapters == []
+@pytest.mark.parametrize(
+    ("word", "value"), [("none", "none"), ("some/folder", ["some/folder"]), ("[a, b]", ["a", "b"])]
+)
+def test_adapters(word, value):
+    assert load(f"adapters={word}", method="dpo").config.adapters == value
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -135,12 +121,6 @@ def test_a_dumped_configuration_reads_back_to_the_same(method, tmp_path):
 def test_a_file_that_is_no_configuration(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load(file=write(tmp_path, text))
-
-
-def test_a_file_that_is_not_there_lists_the_shipped_ones():
-    with pytest.raises(UserError, match="zephyr-7b/sft"):
-        load(file="zephyr-7b/stf")
-    assert set(preset_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}
 
 
 def test_transformers_switch_and_name_are_one_key(tmp_path):

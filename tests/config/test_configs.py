@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config, preset_configs
 from zephyr_lite.config.resolve import INHERITED
@@ -15,46 +16,18 @@ from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
-SFT = {
-    "model_name_or_path": "mistralai/Mistral-7B-v0.1",
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.1,
-    "batch_size": 8,
-    "num_train_epochs": 1,
-    "max_length": 2048,
-    "lora_r": 16,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "lora_target_modules": "all-linear",
-    "optim": "adamw_torch",
-    "weight_decay": 0.0,
-    "load_in_4bit": True,
-    "seed": 42,
-    "loss_on": "assistant",
-    "stage": "sft",
-}
-DPO = SFT | {
-    "learning_rate": 5e-6,
-    "batch_size": 16,
-    "max_length": 1024,
-    "max_prompt_length": 512,
-    "lora_r": 128,
-    "lora_alpha": 128,
-    "lora_dropout": 0.0,
-    "beta": 0.01,
-    "loss_type": "sigmoid",
-    "optim": "paged_adamw_32bit",
-    "stage": "dpo",
-}
-PAPER = DPO | {
-    "beta": 0.1,
-    "learning_rate": 5e-7,
-    "lr_scheduler_type": "linear",
-    "num_train_epochs": 3,
-    "batch_size": 32,
-    "stage": "paper-dpo",
-}
+SFT = yaml.safe_load("""
+{stage: sft, model_name_or_path: mistralai/Mistral-7B-v0.1, load_in_4bit: true, max_length: 2048, loss_on: assistant,
+ batch_size: 8, num_train_epochs: 1, learning_rate: 2.0e-4, lr_scheduler_type: cosine, warmup_ratio: 0.1, seed: 42,
+ optim: adamw_torch, weight_decay: 0, lora_r: 16, lora_alpha: 16, lora_dropout: 0.05, lora_target_modules: all-linear}
+""")
+DPO = SFT | yaml.safe_load("""
+{stage: dpo, max_length: 1024, max_prompt_length: 512, batch_size: 16, learning_rate: 5.0e-6, optim: paged_adamw_32bit,
+ lora_r: 128, lora_alpha: 128, lora_dropout: 0, beta: 0.01, loss_type: sigmoid}
+""")
+PAPER = DPO | yaml.safe_load("""
+{stage: paper-dpo, beta: 0.1, learning_rate: 5.0e-7, lr_scheduler_type: linear, num_train_epochs: 3, batch_size: 32}
+""")
 ULTRACHAT, ULTRAFEEDBACK = "HuggingFaceH4/ultrachat_200k", "HuggingFaceH4/ultrafeedback_binarized"
 # name -> (facts, data set, its split, its limit)
 FACTS = {

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from zephyr_lite.evaluate.mt_bench import Grade, difference, model_scores, read_grade
+from zephyr_lite.evaluate.judge import Grade, difference
+from zephyr_lite.evaluate.mt_bench import model_scores, read_grade
 from zephyr_lite.evaluate.win_rate import length_controlled, win_rate
 
 NAN = math.nan

@@ -12,8 +12,7 @@ import pytest
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.config.load import DatasetSpec, RunConfig
-from zephyr_lite.data import workers
-from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
+from zephyr_lite.data.chat_template import Example, resolve_template
 from zephyr_lite.data.dataset import prepare
 
 
@@ -59,22 +58,6 @@ def test_conversations(chat_rows, template):
     assert json.loads(json.dumps(report.as_dict()))["rows"] == len(data.rows)
 
 
-def test_pairs(pair_rows, template):
-    data = prepare([DatasetSpec(path=str(pair_rows))], "dpo", RunConfig(max_length=512), template, what="evaluation")
-    assert data.rows == [[i] for i in range(8)]
-    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
-    for index, example in enumerate(data.examples):
-        assert isinstance(example, PairExample) and example.index == index
-        chosen, _ = template.encode(rows[index]["chosen"])
-        assert np.concatenate([example.prompt_ids, example.chosen_ids]).tolist() == chosen.tolist()
-        assert data.lengths[index] == sum(
-            len(a) for a in (example.prompt_ids, example.chosen_ids, example.rejected_ids)
-        )
-        assert example.chosen_mask.any() and example.rejected_mask.any()
-    assert any(line.startswith("evaluation data: ") for line in data.report.lines())
-    assert data.report.fill is None and "8 pairs" in data.report.lines()[-1]
-
-
 def test_long_pairs(template, tmp_path):
     long, answer = "why " * 80, "because " * 80
     pairs = [
@@ -112,15 +95,6 @@ def test_the_fingerprint_is_that_of_the_ids_masks_and_template(chat_rows, templa
         prepare([DatasetSpec(path=str(chat_rows), limit=7)], "sft", config, template),
     ]
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 5
-
-
-def test_several_processes_give_the_same_examples(chat_rows, template, monkeypatch):
-    specs, config = [DatasetSpec(path=str(chat_rows), weight=4)], RunConfig(max_length=512)
-    one = prepare(specs, "sft", config, template)
-    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(workers, "cache_key", lambda table, key: f"several-{'template' in key}")
-    two = prepare(specs, "sft", config, template)
-    assert two.fingerprint == one.fingerprint and two.rows == one.rows and two.report == one.report
 
 
 def test_a_second_start_reads_the_cache(chat_rows, template, monkeypatch):

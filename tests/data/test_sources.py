@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data import workers
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
@@ -45,26 +44,17 @@ def messages(rows) -> list[list[dict[str, str]]]:
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        ({"messages": turns("Hi", "Hello")}, "messages"),
         ({"prompt": "Hi", "prompt_id": "x", "messages": turns("Hi", "Hello")}, "messages"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, "ShareGPT"),
-        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]}, "ShareGPT"),
-        ({"instruction": "Hi", "input": "", "output": "Hello"}, "Alpaca"),
         ({"instruction": "Hi", "output": "Hello"}, "Alpaca"),
-        ({"prompt": "Hi", "completion": "Hello"}, "prompt and completion"),
-        ({"id": "0", "data": ["Hi", "Hello"]}, "raw UltraChat"),
         ({"prompt": turns("Hi"), "completion": turns("", "Hello")[1:]}, "prompt and completion"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, *turns("", "Hello")[1:]]},
-            "messages",
-        ),
+        ({"id": "0", "data": ["Hi", "Hello"]}, "raw UltraChat"),
     ],
 )
 def test_conversation_formats(tmp_path, row, kind):
     rows = load(write(tmp_path / "a.jsonl", [row, row]))
     assert messages(rows) == [turns("Hi", "Hello")] * 2
-    assert rows.dataset["where"][1] == f"{tmp_path}/a.jsonl row 2"
-    assert f"read as {kind}, 2 rows" in rows.notes[0] and not rows.dropped
+    assert rows.dataset["where"][1] == f"{tmp_path}/a.jsonl row 2" and f"read as {kind}, 2 rows" in rows.notes[0]
 
 
 def test_plain_text(tmp_path):
@@ -81,96 +71,50 @@ def test_plain_text(tmp_path):
         load(named, "dpo", columns={"text": "story"})
 
 
-def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
-    own = {"messages": turns("Hi", "Hello", system="own"), "system": "column"}
-    column = {"messages": turns("Hi", "Hello"), "system": "column"}
-    neither = {"messages": turns("Hi", "Hello"), "system": None}
-    path = write(tmp_path / "a.jsonl", [own, column, neither])
-    assert [m[0]["content"] for m in messages(load(path, system="default"))] == ["own", "column", "default"]
-    assert messages(load(path))[2] == turns("Hi", "Hello")
+SFT, DPO = {"messages": turns("Hi", "Hello")}, {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")}
 
 
-PROMPT = turns("One", "1", "Two")
+@pytest.mark.parametrize(
+    ("method", "row", "reason"),
+    [
+        ("sft", {"messages": turns("Hi")}, "no assistant turn"),
+        ("sft", {"messages": turns("Hi", " ")}, "a turn without content"),
+        ("sft", {"messages": [{"role": "wizard", "content": "Hi"}]}, "unknown role 'wizard'"),
+        ("sft", {"messages": []}, "messages is empty"),
+        ("sft", {"messages": [*turns("Hi", "a"), *turns("b", "c", system="s")]}, "a system turn that is not the first"),
+        ("dpo", {**DPO, "rejected": DPO["chosen"]}, "chosen equals rejected"),
+        ("dpo", {**DPO, "rejected": turns("Ho", "b")}, "chosen and rejected answer different prompts"),
+        (
+            "dpo",
+            {**DPO, "rejected": turns("", "b")[1:]},
+            "one of chosen and rejected repeats the prompt, the other does not",
+        ),
+    ],
+)
+def test_faulty_rows_are_dropped_counted_and_named(tmp_path, method, row, reason):
+    good = SFT if method == "sft" else DPO
+    rows = load(write(tmp_path / "a.jsonl", [good, row, good]), method)
+    assert len(rows.dataset) == 2 and rows.read == 3
+    assert rows.dropped == {reason: [f"{tmp_path}/a.jsonl row 2"]}
+    assert rows.dataset["where"][1].endswith("row 3")
 
 
-def test_one_response_may_be_the_others_beginning(tmp_path):
-    row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
-    (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
-    assert found["prompt"] == turns("One") and found["rejected"] == turns("One", "1", "Two", "2")[1:]
-
-
-def test_faulty_rows_are_dropped_counted_and_named(tmp_path):
-    good = {"messages": turns("Hi", "Hello")}
-    bad = [
-        {"messages": turns("Hi")},
-        {"messages": turns("Hi", " ")},
-        {"messages": [{"role": "wizard", "content": "Hi"}, *turns("", "Hello")[1:]]},
-        {"messages": None},
-        {"messages": []},
-        {"messages": [*turns("Hi", "Hello"), {"role": "system", "content": "late"}, *turns("", "x")[1:]]},
-    ]
-    rows = load(write(tmp_path / "a.jsonl", [good, *bad, good]))
-    assert len(rows.dataset) == 2 and rows.read == 8
-    place = f"{tmp_path}/a.jsonl row "
-    assert rows.dropped == {
-        "no assistant turn": [place + "2"],
-        "a turn without content": [place + "3"],
-        "unknown role 'wizard'": [place + "4"],
-        "messages is empty": [place + "5", place + "6"],
-        "a system turn that is not the first": [place + "7"],
-    }
-    assert rows.dataset["where"][1] == place + "8"
-
-
-def test_pairs_that_teach_nothing_are_dropped(tmp_path):
-    pairs = [
-        {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "a")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("Ho", "b")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("", "b")[1:]},
-    ]
-    rows = load(write(tmp_path / "a.jsonl", pairs), "dpo")
-    assert len(rows.dataset) == 1
-    assert list(rows.dropped) == [
-        "chosen equals rejected",
-        "chosen and rejected answer different prompts",
-        "a turn without content",
-        "one of chosen and rejected repeats the prompt, the other does not",
-    ]
-
-
-def test_columns_are_renamed(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"q": "Hi", "a": "Hello", "prompt": "x"}])
-    assert messages(load(path, columns={"prompt": "q", "completion": "a"})) == [turns("Hi", "Hello")]
-    with pytest.raises(UserError, match=r"no column 'r'(.|\n)*There are q, a, prompt"):
-        load(path, columns={"prompt": "r"})
-    with pytest.raises(UserError, match="'colour' is not a column here"):
-        load(path, columns={"colour": "q"})
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
-        load(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl: empty"):
-        load(tmp_path / "empty.jsonl")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(UserError, match=r"list\.json: empty"):
-        load(tmp_path / "list.json")
-    (tmp_path / "head.csv").write_text("prompt,completion\n")
-    with pytest.raises(UserError, match=r"head\.csv: empty"):
-        load(tmp_path / "head.csv")
-    datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}).select([]).to_parquet(tmp_path / "no.parquet")
-    with pytest.raises(UserError, match=r"no\.parquet: empty"):
-        load(tmp_path / "no.parquet")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("empty.jsonl", "\n"), ("list.json", "[]"), ("head.csv", "prompt,completion\n")],
+)
+def test_empty_files(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: empty"):
+        load(tmp_path / name)
 
 
 def test_a_folder_in_the_hubs_layout(tmp_path):
     for split, word in (("train_sft", "a"), ("test_sft", "b")):
         write(tmp_path / f"{split}.jsonl", [{"messages": turns("Hi", word)}])
-    (tmp_path / "README.md").write_text("words")
-    (tmp_path / "report.json").write_text("{}")  # beside the splits that `data chat` makes
+    (tmp_path / "README.md").write_text("---\nconfigs: yes\n---\n# A set\n")
+    for leftover in ("report.json", "state.json"):  # beside the splits that `data chat` makes; of a save_to_disk
+        (tmp_path / leftover).write_text("{}")
     rows = load(tmp_path, split="test_sft")
     assert messages(rows) == [turns("Hi", "b")] and rows.dataset["where"][0].endswith("test_sft.jsonl row 1")
     for options, says in (
@@ -179,8 +123,6 @@ def test_a_folder_in_the_hubs_layout(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             load(tmp_path, **options)
-    with pytest.raises(UserError, match="no split 'test'"):
-        load(tmp_path / "train_sft.jsonl", split="test")
 
 
 def test_the_hubs_errors_are_explained(monkeypatch):
@@ -191,9 +133,6 @@ def test_the_hubs_errors_are_explained(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=r"org/set: .*Should be one of \['train_sft', 'test_sft'\]"):
         load("org/set", split="train")
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *args, **options: ["a", "b"])
-    with pytest.raises(UserError, match="org/set: which split"):
-        load("org/set")
 
 
 def numbered(tmp_path, count: int, name: str = "n", tag: str = "") -> str:
@@ -223,34 +162,12 @@ def test_weights_take_shares_and_repeat(tmp_path):
 
 
 def test_sources_are_spread_through_each_other(tmp_path):
-    specs = [
-        DatasetSpec(path=numbered(tmp_path, 20, "a", "a")),
-        DatasetSpec(path=numbered(tmp_path, 40, "b", "b"), weight=0.5),
-        DatasetSpec(path=numbered(tmp_path, 10, "c", "c")),
-    ]
+    paths = [(numbered(tmp_path, count, name, name), weight) for name, count, weight in (("a", 20, 1), ("b", 40, 0.5))]
+    specs = [DatasetSpec(path=path, weight=weight) for path, weight in paths]
     rows = load_rows(specs, "sft", seed=3)
     said = answers(rows)
-    assert len(said) == 50 and said == answers(load_rows(specs, "sft", seed=3))
-    for start in range(0, 50, 10):
-        kinds = [word[0] for word in said[start : start + 10]]
-        assert 3 <= kinds.count("a") <= 5 and 3 <= kinds.count("b") <= 5 and 1 <= kinds.count("c") <= 3
-    assert len(rows.notes) == 3 and "weight 0.5" in rows.notes[1]
-
-
-def test_a_changed_file_is_read_again(tmp_path):
-    path = numbered(tmp_path, 3)
-    assert answers(load(path)) == ["0", "1", "2"]
-    numbered(tmp_path, 4, tag="new")
-    assert answers(load(path)) == ["new0", "new1", "new2", "new3"]
-
-
-def test_several_processes_read_the_same(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", f"{i}") if i % 7 else turns("Hi")} for i in range(60)])
-    one = load(path)
-    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(workers, "cache_key", lambda *args: "several")
-    two = load(path)
-    assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
+    assert len(said) == 40 and said == answers(load_rows(specs, "sft", seed=3)) and "weight 0.5" in rows.notes[1]
+    assert all(4 <= sum(word[0] == "a" for word in said[at : at + 10]) <= 6 for at in range(0, 40, 10))
 
 
 # -- names that a stranger chose -------------------------------------------------------------------------------------------
@@ -258,33 +175,10 @@ def test_several_processes_read_the_same(tmp_path, monkeypatch):
 LINE = json.dumps({"prompt": "Name a river.", "completion": "The Rhine."}) + "\n"
 
 
-@pytest.mark.parametrize("name", ["my-chats", "[train]", "\x1b[31mx", "*", "{a}", "a b", "train#1?", "%2e", "tr\nain"])
+@pytest.mark.parametrize("name", ["[train]", "\x1b[31mx", "*", "{a}", "a b", "train#1?", "%2e", "tr\nain"])
 def test_a_folder_with_one_file_of_any_name_is_read(tmp_path, name):
     (tmp_path / f"{name}.jsonl").write_text(LINE * 3)
     assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-
-
-@pytest.mark.parametrize(("split", "rows"), [("my-chats", 4), ("my-chats[:2]", 2), ("train[:50%]", 4), ("[x]", 1)])
-def test_one_of_several_files_is_named_by_split_and_cut(tmp_path, split, rows):
-    for name, count in (("my-chats", 4), ("train", 8), ("[x]", 1)):
-        (tmp_path / f"{name}.jsonl").write_text(LINE * count)
-    assert len(open_source(DatasetSpec(path=str(tmp_path), split=split))) == rows
-
-
-def test_odd_headers_and_leftovers_in_a_folder(tmp_path):
-    (tmp_path / "train.jsonl").write_text(LINE * 3)
-    for configs in ("[a, b]", "yes"):
-        (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n# A set\n")
-        assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-    (tmp_path / "state.json").write_text("{}")  # of a save_to_disk that was copied in part
-    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-
-
-def test_a_shard_may_be_named_by_itself(tmp_path):
-    for number in range(2):
-        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(LINE * (number + 1))
-    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-    assert len(open_source(DatasetSpec(path=str(tmp_path), split="train-00001-of-00002"))) == 2
 
 
 def test_a_column_that_is_named_twice_and_text_that_is_not_utf_8(tmp_path):

@@ -20,7 +20,6 @@ from zephyr_lite import __version__
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.examples import EXAMPLES
 from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
-from zephyr_lite.config.load import load_config
 
 KEYS = GUIDES["configuration.md"]
 
@@ -93,19 +92,6 @@ def test_the_citation_is_of_this_version_and_licence():
     assert found["version"] == __version__ and found["license"] == "Apache-2.0" and found["cff-version"] == "1.2.0"
     assert found["authors"] and found["references"][0]["url"] == "https://arxiv.org/abs/2310.16944"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
-
-
-def test_a_yaml_file_of_the_handbook_loads_as_the_guide_says(tmp_path):
-    path = tmp_path / "theirs.yaml"
-    path.write_text(
-        "model_name_or_path: mistralai/Mistral-7B-v0.1\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 2\n"
-        "dataset_mixer: {HuggingFaceH4/ultrachat_200k: 1.0}\ndataset_splits: [train_sft, test_sft]\nbf16: true\n"
-        "assistant_only_loss: false\nwarmup_steps: 0.2\nmax_seq_length: 1024\nuse_peft: true\n"
-    )
-    loaded = load_config("sft", str(path))
-    config = loaded.config
-    assert (config.batch_size, config.loss_on, config.warmup_ratio, config.max_length) == (8, "all", 0.2, 1024)
-    assert config.dataset[0].split == "train_sft" and len(loaded.notes) >= 5
 
 
 # What the README says to do afterwards, on a tiny run

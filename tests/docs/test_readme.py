@@ -176,16 +176,3 @@ def test_the_figures_beside_trl_are_the_measured_ones():
         for engine, text in zip(("fused", "trl"), written.groups()):
             best = max(variant[rate] for variant in found if variant["engine"] == engine)
             assert float(text) == pytest.approx(best, rel=0.01), (name, engine)
-
-
-def test_the_table_of_results_is_the_one_that_reproduce_writes():
-    from zephyr_lite.demo.reproduce import HEADER, MARKER
-
-    lines = GUIDES["recipe.md"].splitlines()
-    place = lines.index(MARKER)
-    assert lines[place + 1] == HEADER
-    width = HEADER.count("|")
-    for line in lines[place + 2 :]:
-        if not line.startswith("|"):
-            break
-        assert line.count("|") == width

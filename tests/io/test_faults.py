@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 import resource
 import subprocess
 import sys
@@ -118,20 +117,6 @@ def test_a_disk_that_is_full(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert own.value.filename == str(tmp_path / "text")
     assert visible(tmp_path) == {"log": "x" * 900 + "\n"}
-
-
-def test_links_and_modes(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "f").symlink_to("elsewhere")
-    mask = os.umask(0o027)
-    try:
-        folder(tmp_path)
-        text(tmp_path)
-    finally:
-        os.umask(mask)
-    assert (tmp_path / "f").is_dir() and not (tmp_path / "f").is_symlink() and (tmp_path / "elsewhere").is_dir()
-    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o750 and (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
-    assert left_aside(tmp_path) == []
 
 
 def run(words: list[str]) -> tuple[int, str]:

@@ -16,30 +16,27 @@ import torch
 from tests.conftest import tiny_config
 from tests.messages import messages_to
 from zephyr_lite.cli import app as cli
-from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
+from zephyr_lite.config.load import MemorySpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory import forecast
 from zephyr_lite.memory import machine as machine_file
-from zephyr_lite.memory.estimate import CONTEXT_BYTES, GIB, estimate
+from zephyr_lite.memory.estimate import CONTEXT_BYTES, CPU, GIB, estimate
 from zephyr_lite.memory.forecast import MISTRAL_SHAPE, expected_job
 from zephyr_lite.memory.gpus import CARDS, find_gpu, gpu_of_size
 from zephyr_lite.memory.machine import (
     HOST_ELSEWHERE,
+    MARGIN,
     Machine,
     of_card,
     parse_size,
     peak_memory,
-    process_memory,
     reset_peak_memory,
     this_machine,
 )
 from zephyr_lite.memory.plan import (
-    MARGIN,
     MIXTURES,
     TIE,
     WORTH_THE_HOST,
-    Limits,
     Plan,
     feasible,
     fitting,
@@ -49,9 +46,8 @@ from zephyr_lite.memory.plan import (
 )
 from zephyr_lite.memory.speed import step_time
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
-from zephyr_lite.model.execution import ExecutionConfig
 from zephyr_lite.model.families import Shape
-from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
+from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
@@ -63,85 +59,71 @@ def mistral(method="sft", *words, dtype=torch.bfloat16) -> Workload:
     return expected_job(method, config, MISTRAL_SHAPE, dtype)
 
 
-def limits_of(job: Workload, machine: Machine) -> Limits:
-    return Limits.of(job, machine, FREE)
+def card(name="3090", vram=None, dtype=torch.bfloat16, **memory) -> Machine:
+    return of_card(CARDS[name], dtype, MemorySpec(vram=vram, **memory))
+
+
+def plain(size: float) -> Machine:
+    """What ``--vram`` alone means."""
+    return of_card(gpu_of_size(size), gpu_of_size(size).dtype, MemorySpec(vram=f"{size}GiB"))
 
 
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-@pytest.mark.parametrize("size", [6, 8, 12, 16, 24])
-def test_every_plan_fits_and_says_what_it_takes(size, method):
-    machine, job = of_card(gpu_of_size(size), f"{size}GiB"), mistral(method)
+@pytest.mark.parametrize(("size", "method", "speed"), [row[:3] for row in RECORDED["ladder"]])
+def test_every_plan_fits_says_what_it_takes_and_is_as_fast_as_the_recorded_search_found(size, method, speed):
+    machine, job = plain(size), mistral(method)
     plan = make_plan(job, machine, FREE)
     assert plan.peak <= size * GIB * (1 - MARGIN)
     assert plan.peak == sum(n for name, n in plan.account.items() if name != "peak")
     assert plan.account["CUDA context"] == CONTEXT_BYTES
     assert sum(plan.host.values()) <= HOST_ELSEWHERE
-    assert plan.peak == estimate(job, plan, machine.device(job.dtype)).peak
+    assert plan.peak == estimate(job, plan, machine.device).peak
     assert plan.micro_tokens >= job.longest and len(plan.keep) == 32
+    assert plan.tokens_per_second >= 0.98 * speed
     assert Plan(**json.loads(json.dumps(plan.as_dict()))) == plan
 
 
 @pytest.mark.parametrize("words", [[], ["max_length=8192"]])
 def test_more_memory_is_never_slower(words):
     """But for what is as good as equally fast; of one card, and of the cards that --vram alone means."""
-    same = [of_card(CARDS["4090"], f"{n}GiB") for n in (5.25, 7.5, 8, 24)]
-    series = [of_card(gpu_of_size(n), f"{n}GiB") for n in (6, 8, 12, 24, 80)]
-    for machines in (same, series):
+    for machines in ([card("4090", f"{n}GiB") for n in (5.25, 7.5, 8, 24)], [plain(n) for n in (6, 8, 12, 24, 80)]):
         speeds = [make_plan(mistral("sft", *words), machine, FREE).tokens_per_second for machine in machines]
         assert all(later >= earlier * (1 - 2 * WORTH_THE_HOST - TIE) for earlier, later in pairwise(speeds))
 
 
-def test_nothing_goes_to_the_host_where_the_card_has_room():
-    plan = make_plan(mistral(), of_card(CARDS["h100"]), FREE)
-    assert not plan.offload and not plan.stream and plan.tile is None and set(plan.keep) == {"all"}
-    assert plan.host == {} and plan.scratch == "layer" and not plan.recomputes
-
-
-def test_offload_or_recompute_is_decided_by_the_link():
-    """`all` on the host where copies are fast, recomputation where they are slow."""
-    job = mistral()
-    fast = make_plan(job, of_card(CARDS["3090"], "10GiB"), FREE)
+def test_what_is_chosen_follows_from_the_card():
+    """Nothing goes to the host where the card has room; `all` goes there where copies are fast, and is recomputed where they are
+    slow; without a host layers keep different things; a long example is planned with the MLP in tiles."""
+    job, machine = mistral(), card("3090", "10GiB")
+    room = make_plan(job, card("h100"), FREE)
+    assert (room.offload, room.stream, room.tile, room.scratch, room.host) == (0, False, None, "layer", {})
+    assert not room.recomputes
+    fast = make_plan(job, machine, FREE)
     assert fast.offload > 0 and set(fast.keep) == {"all"}
-    slow = make_plan(job, of_card(replace(CARDS["3090"], pcie=0.5), "10GiB"), FREE)
+    slow = make_plan(job, replace(machine, card=replace(machine.card, pcie=0.5)), FREE)
     assert slow.offload == 0 and slow.recomputes
-
-
-def test_without_a_host_layers_keep_different_things():
-    machine = replace(of_card(CARDS["3090"], "11GiB"), host=0)
-    plan = make_plan(mistral(), machine, FREE)
-    assert len(set(plan.keep)) == 2 and (plan.keep[-1], plan.keep[0]) in MIXTURES and plan.offload == 0
-
-
-def test_a_long_example_is_planned_with_the_mlp_in_tiles():
-    job = mistral("sft", "max_length=49152")
-    plan = make_plan(job, replace(of_card(CARDS["3090"]), host=0), FREE)
-    assert plan.micro_tokens >= 49152 and plan.tile is not None and plan.peak <= 24 * GIB
-
-
-@pytest.mark.parametrize(("size", "method", "speed"), [row[:3] for row in RECORDED["ladder"]])
-def test_no_plan_is_slower_than_the_recorded_search_found(size, method, speed):
-    plan = make_plan(mistral(method), of_card(gpu_of_size(size), f"{size}GiB"), FREE)
-    assert plan.tokens_per_second >= 0.98 * speed
+    mixed = make_plan(job, replace(card("3090", "11GiB"), host=0), FREE)
+    assert (mixed.keep[-1], mixed.keep[0]) in MIXTURES and mixed.offload == 0
+    long = make_plan(mistral("sft", "max_length=49152"), replace(card(), host=0), FREE)
+    assert long.micro_tokens >= 49152 and long.tile is not None and long.peak <= 24 * GIB
 
 
 @pytest.mark.parametrize(("size", "host"), [(5, 2), (8, 7), (12, 12)])
 def test_no_setting_that_the_search_leaves_out_is_better(size, host):
     """Against every number of layers, of some settings."""
-    job, machine = mistral("sft", "max_length=24576"), of_card(CARDS["3090"], f"{size}GiB")
-    limits = replace(limits_of(job, machine), host=host * GIB)
-    assert feasible(job, limits, FREE) == any(True for _ in fitting(job, limits, FREE))
-    if not feasible(job, limits, FREE):
+    job, machine = mistral("sft", "max_length=24576"), card("3090", f"{size}GiB", host=f"{host}GiB")
+    assert feasible(job, machine, FREE) == any(True for _ in fitting(job, machine, FREE))
+    if not feasible(job, machine, FREE):
         return
-    plan = make_plan(job, replace(machine, host=host * GIB), FREE)
+    plan = make_plan(job, machine, FREE)
     for n in range(33):
         for keep, offload in ((("all",) * 32, n), (("input",) * n + ("all",) * (32 - n), 0)):
             other = replace(plan, keep=keep, offload=offload)
-            found = estimate(job, other, limits.device)
-            if found.peak <= limits.budget and sum(found.host.values()) <= limits.host:
-                assert step_time(job, other, limits.card).step >= step_time(job, plan, limits.card).step * 0.9
+            found = estimate(job, other, machine.device)
+            if found.peak <= machine.budget and sum(found.host.values()) <= machine.host:
+                assert step_time(job, other, machine.card)[0] >= step_time(job, plan, machine.card)[0] * 0.9
 
 
 # -- smaller ones ------------------------------------------------------------------------------------------------------
@@ -149,107 +131,94 @@ def test_no_setting_that_the_search_leaves_out_is_better(size, host):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_smaller_plans_take_ever_less_until_none_is_left(method):
-    job, machine = mistral(method), of_card(CARDS["4090"])
+    job, machine = mistral(method), card("4090")
     shape = replace(job.shape, layers=4)
     job = replace(job, shape=shape, adapters=(AdapterSpec.fresh(shape, 16),))
-    limits, plan, peaks = limits_of(job, machine), make_plan(job, machine, FREE), []
+    plan, peaks = make_plan(job, machine, FREE), []
     tokens = plan.micro_tokens
     while plan is not None:
         peaks.append(plan.peak)
         tokens = min(tokens, plan.micro_tokens)
-        last, plan = plan, smaller(plan, job, limits, FREE, tokens=tokens, several=False, training=True)
-        assert plan is None or (plan.stream >= last.stream and sum(plan.host.values()) <= limits.host)
+        last, plan = plan, smaller(plan, job, machine, FREE, tokens=tokens, several=False, training=True)
+        assert plan is None or (plan.stream >= last.stream and sum(plan.host.values()) <= machine.host)
     assert peaks == sorted(peaks, reverse=True) and 3 < len(set(peaks)) == len(peaks) < 40
-    least = [found.peak for _, found in fitting(job, limits, FREE, most=math.inf, least=True)]
+    least = [found.peak for _, found in fitting(job, machine, FREE, most=math.inf, least=True)]
     assert peaks[-1] <= 1.01 * min(least)
 
 
 def test_examples_that_do_not_fit_beside_each_other_run_alone():
-    job, machine = mistral(), of_card(CARDS["4090"])
-    least = ExecutionConfig(2048, ("input",) * 32, 32, True, 512, "small", "own")
-    plan = Plan(**vars(least))
-    limits = replace(limits_of(job, machine), host=2**40)
-    alone = smaller(plan, job, limits, FREE, tokens=2000, several=True, training=True)
+    job, machine = mistral(), replace(card("4090"), host=2**40)
+    plan = Plan(2048, ("input",) * 32, 32, True, 512, "small", "own")
+    alone = smaller(plan, job, machine, FREE, tokens=2000, several=True, training=True)
     assert alone == replace(plan, micro_tokens=1)
-    assert smaller(alone, job, limits, FREE, tokens=1000, several=False, training=True) is None
-
-
-def test_an_evaluation_that_does_not_fit_keeps_what_training_keeps():
-    """Nothing is kept without a backward pass: fewer tokens at once, and no recomputation."""
-    job, machine = mistral(), of_card(CARDS["h100"])
-    plan = make_plan(job, machine, FREE)
-    found = smaller(plan, job, limits_of(job, machine), FREE, tokens=plan.micro_tokens, several=True, training=False)
-    assert found.keep == plan.keep and not found.offload and found.micro_tokens <= plan.micro_tokens
+    assert smaller(alone, job, machine, FREE, tokens=1000, several=False, training=True) is None
 
 
 # -- what the user fixed -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "fixed",
-    [{"keep": "attention"}, {"micro_tokens": 3000}, {"offload": True}, {"offload": False}, {"stream": True}],
+    ("name", "value", "planned"),
+    [
+        ("keep", "attention", ("attention",) * 32),
+        ("micro_tokens", 3000, 3000),
+        ("offload", True, 32),
+        ("offload", False, 0),
+        ("stream", True, True),
+    ],
 )
-def test_what_the_user_fixed_stays(fixed):
-    plan = make_plan(mistral(), of_card(CARDS["3090"], "16GiB"), MemorySpec(**fixed))
-    ((name, value),) = fixed.items()
-    found = {"keep": plan.keep[0], "micro_tokens": plan.micro_tokens, "offload": plan.offload, "stream": plan.stream}
-    if name == "offload":
-        assert plan.offload == (32 if value else 0)
-    else:
-        assert found[name] == value and (name != "keep" or len(set(plan.keep)) == 1)
+def test_what_the_user_fixed_stays(name, value, planned):
+    plan = make_plan(mistral(), card("3090", "16GiB"), MemorySpec(**{name: value}))
+    assert getattr(plan, name) == planned
 
 
 def test_a_budget_for_the_host_is_kept():
-    machine = of_card(CARDS["3060"])
-    much, little = (make_plan(mistral(), machine, MemorySpec(host=h)) for h in ("16GiB", "2GiB"))
-    assert sum(little.host.values()) <= 2 * GIB < sum(much.host.values()) and little.peak <= machine.free
+    much, little = (make_plan(mistral(), card("3060", host=host), FREE) for host in ("16GiB", "2GiB"))
+    assert sum(little.host.values()) <= 2 * GIB < sum(much.host.values()) and little.peak <= card("3060").free
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"), [("8GiB", 8 * GIB), ("8", 8 * GIB), ("7.5 gb", int(7.5 * GIB)), ("512MiB", 2**29)]
+    ("text", "size"),
+    [("8GiB", 8 * GIB), ("8", 8 * GIB), ("7.5 gb", int(7.5 * GIB)), ("512MiB", 2**29)]
+    + [(text, None) for text in ("", "many", "8KiB", "-1GiB", "0GiB")],
 )
-def test_sizes(text, bytes_):
-    assert parse_size(text, "x") == bytes_
-
-
-@pytest.mark.parametrize("text", ["", "many", "8KiB", "-1GiB", "0GiB"])
-def test_what_is_no_size(text):
+def test_sizes(text, size):
+    if size is not None:
+        assert parse_size(text, "x") == size
+        return
     with pytest.raises(UserError, match=r"memory\.vram: .* is no size"):
-        of_card(CARDS["3060"], text)
+        parse_size(text, "memory.vram")
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_a_refusal_says_what_is_missing_and_its_cures_cure():
-    machine = of_card(CARDS["3060"], "7GiB")
-    spec = MemorySpec(stream=False)
+    machine, spec = card("3060", "7GiB"), MemorySpec(stream=False)
     job = mistral("sft", "optim=adamw_torch", "lora_r=64")
     with pytest.raises(UserError) as caught:
         make_plan(job, machine, spec)
     missing = float(re.search(r"([\d.]+) GiB are missing", caught.value.message)[1])
     assert missing > 0 and "decoder layers 3.35" in caught.value.message
-    hint = caught.value.hint
-    cures = hint.removeprefix("Any one of these is enough: ").removesuffix(".").split("; ")
-    assert {cure.split("=")[0] for cure in cures} >= {"memory.stream left to the plan", "optim", "lora_r"}
+    cures = caught.value.hint.removeprefix("Any one of these is enough: ").removesuffix(".").split("; ")
+    changes = {
+        r"memory\.(\w+) left to the plan": lambda key: (job, machine, spec.model_copy(update={key: None})),
+        r"optim=(\w+)": lambda optim: (replace(job, optim=optim), machine, spec),
+        r"lora_r=(\d+)": lambda rank: (with_rank(job, int(rank)), machine, spec),
+        r"max_length=(\d+)": lambda length: (replace(job, longest=int(length)), machine, spec),
+        r"a card of (\d+) GB": lambda size: (job, card("3060", size), spec),
+    }
+    kinds = set()
     for cure in cures:
-        changed, there, fixed = job, machine, spec
-        if found := re.fullmatch(r"memory\.(\w+) left to the plan", cure):
-            fixed = spec.model_copy(update={found[1]: None})
-        elif found := re.fullmatch(r"optim=(\w+)", cure):
-            changed = replace(job, optim=found[1])
-        elif found := re.fullmatch(r"lora_r=(\d+)", cure):
-            changed = with_rank(job, int(found[1]))
-        elif found := re.fullmatch(r"max_length=(\d+)", cure):
-            changed = replace(job, longest=int(found[1]))
-        else:
-            there = of_card(CARDS["3060"], re.fullmatch(r"a card of (\d+) GB", cure)[1])
-        assert feasible(changed, limits_of(changed, there), fixed), cure
+        ((kind, found),) = [(kind, m[1]) for kind in changes if (m := re.fullmatch(kind, cure))]
+        kinds.add(kind)
+        assert feasible(*changes[kind](found)), cure
+    assert len(kinds) >= 4
 
 
 def test_too_little_main_memory_is_said():
     """With the number named it fits, with a little less it does not; the cure is that number."""
-    machine = replace(of_card(CARDS["3060"], "4GiB"), host=GIB)
+    machine = replace(card("3060", "4GiB"), host=GIB)
     with pytest.raises(UserError, match="GiB in main memory") as caught:
         make_plan(mistral(), machine, FREE)
     needed = float(re.search(r"with ([\d.]+) GiB in main memory", caught.value.message)[1])
@@ -260,32 +229,21 @@ def test_too_little_main_memory_is_said():
 
 
 def test_more_tokens_at_once_than_a_step_has_are_a_step():
-    plan = make_plan(mistral(), of_card(CARDS["3060"]), MemorySpec(micro_tokens=1_000_000))
+    plan = make_plan(mistral(), card("3060"), MemorySpec(micro_tokens=1_000_000))
     assert plan.micro_tokens == 8 * 2048
     with pytest.raises(UserError, match="a micro-batch of 16,384 tokens"):
-        make_plan(mistral(), of_card(CARDS["3060"], "5GiB"), MemorySpec(micro_tokens=1_000_000, stream=False))
+        make_plan(mistral(), card("3060", "5GiB"), MemorySpec(micro_tokens=1_000_000, stream=False))
 
 
-def test_a_cpu_and_another_engine_are_never_refused():
-    shape = Shape.of(tiny_config())
-    job = Workload(
-        shape,
-        torch.float32,
-        "dense",
-        (AdapterSpec.fresh(shape, 4),),
-        "adamw_torch",
-        False,
-        "sft",
-        longest=10,
-    )
-    cpu = Machine("cpu", "the CPU", CARDS["3060"], 1000, 1000)
+def test_a_cpu_and_another_engine_are_never_refused(monkeypatch):
+    job = make_workload(RunConfig(load_in_4bit=False), "sft", tiny_config(), torch.float32, longest=10)
+    cpu = Machine("the CPU", CARDS["3060"], 1000, 1000, CPU, exact=False)
     assert make_plan(job, cpu, FREE).micro_tokens == 10
-    card = replace(of_card(CARDS["3060"]), free=1000)
-    plan = make_plan(replace(job, engine="trl"), card, FREE)
+    plan = make_plan(replace(job, engine="trl"), replace(card("3060"), free=1000, exact=False), FREE)
     assert plan.micro_tokens == 10 and not plan.offload and not plan.stream and plan.account == {}
 
 
-# -- a CPU stays what it was -------------------------------------------------------------------------------------------
+# -- a CPU, and other engines ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [10, 3000])
@@ -296,16 +254,6 @@ def test_a_cpu_keeps_all_and_runs_2048_tokens(monkeypatch, length):
     plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
     assert set(plan.keep) == {"all"} and plan.micro_tokens == max(2048, length)
     assert (plan.offload, plan.stream, plan.tile, plan.reference) == (0, False, None, "together")
-
-
-def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
-    class Strange:
-        hidden_size, num_hidden_layers, num_attention_heads = 64, 3, 4
-
-    config = RunConfig(engine="trl", lora_target_modules=["query_key_value"])
-    job = make_workload(config, "sft", Strange(), torch.float32)
-    plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory), config.memory)
-    assert len(plan.keep) == 3 and plan.bytes_per_token > 0 and plan.free_bytes > 0
 
 
 # -- cards -------------------------------------------------------------------------------------------------------------
@@ -329,58 +277,43 @@ def test_cards_are_found_as_people_spell_them(said, name):
     assert find_gpu(said).name == name
 
 
-def test_an_unknown_card_lists_the_known_ones():
-    with pytest.raises(UserError) as caught:
-        find_gpu("tnt2")
-    assert all(name in caught.value.hint for name in CARDS)
-
-
 @pytest.fixture
 def processor(monkeypatch):
-    """Measures a CPU anew whose products, exponentials and dequantized numbers a second are given."""
-
-    def measured(*rates: float) -> Machine:
-        found = iter(rates)
-        monkeypatch.setattr(machine_file, "_rate", lambda device, run, amount: run() is None or next(found))
-        machine_file._processor.cache_clear()
-        return this_machine(torch.device("cpu"), torch.float32, FREE)
-
-    yield measured
+    """Measures a CPU anew, at rates (of products, exponentials and dequantized numbers) that are given."""
+    rates = iter((0.2, 20.0, 3.0))
+    monkeypatch.setattr(machine_file, "_rate", lambda device, run, amount: run() is None or next(rates))
+    machine_file._processor.cache_clear()
+    yield this_machine(torch.device("cpu"), torch.float32, FREE)
     machine_file._processor.cache_clear()
 
 
 def test_a_cpu_is_measured_and_planned_for(processor):
-    machine = processor(1.98e11, 2.04e10, 3.03e9)
-    card = machine.card
+    card = processor.card
     assert (card.tflops, card.bandwidth, card.unpacking, card.measured) == (0.2, 20, 3, True)
     assert this_machine(torch.device("cpu"), torch.float32, FREE).card is card  # not measured again
     assert not this_machine(torch.device("cpu"), torch.float32, FREE, measure=False).card.measured
     for storage in ("dense", "nf4"):
-        job = make_workload(
-            RunConfig(), "sft", tiny_config(hidden_size=512), torch.float32, storage=storage, run_tokens=10**7
-        )
+        config = RunConfig(load_in_4bit=storage == "nf4", bnb_4bit_use_double_quant=False)
+        job = make_workload(config, "sft", tiny_config(hidden_size=512), torch.float32, run_tokens=10**7)
         speeds = [
-            make_plan(job, replace(machine, card=replace(card, **slower)), FREE).tokens_per_second
+            make_plan(job, replace(processor, card=replace(card, **slower)), FREE).tokens_per_second
             for slower in ({}, {"unpacking": 0.03}, {"tflops": 0.1})
         ]
         assert speeds[2] < speeds[0] and (speeds[1] < speeds[0]) == (storage == "nf4")
-        plan = make_plan(job, machine, FREE)
-        said = " ".join(forecast.forecast_lines(job, machine, plan, RunConfig()))
-        minutes = re.escape(forecast.duration(1e7 / plan.tokens_per_second))
-        assert re.search(rf"tokens/s \(from a short measurement of this CPU\).*about {minutes} of steps", said)
+    said = " ".join(forecast.forecast_lines(job, processor, make_plan(job, processor, FREE), config))
+    assert re.search(r"tokens/s \(from a short measurement of this CPU\).*of steps", said)
 
 
 def test_the_plan_of_a_cpu_counts_the_process_as_the_measured_peak_does(processor):
-    machine = processor(2e11, 2e10, 3e9)
-    job = make_workload(RunConfig(), "sft", tiny_config(), torch.float32)
-    plan = make_plan(job, machine, FREE)
-    tensors = make_plan(job, replace(machine, free=machine.free - machine.context, context=0), FREE)
-    assert plan.account["process"] == machine.context > 2**26
-    assert plan.peak == machine.context + tensors.peak and plan.free_bytes == tensors.free_bytes
+    job, process = make_workload(RunConfig(), "sft", tiny_config(), torch.float32), processor.device.context
+    plan = make_plan(job, processor, FREE)
+    tensors = make_plan(job, replace(processor, free=processor.free - process, device=CPU), FREE)
+    assert plan.account["process"] == process > 2**26
+    assert plan.peak == process + tensors.peak and plan.free_bytes == tensors.free_bytes
     assert replace(plan, account={}) == replace(tensors, account={})
-    assert peak_memory(torch.device("cpu")) >= machine.context
+    assert peak_memory(torch.device("cpu")) >= process
     little = this_machine(torch.device("cpu"), torch.float32, MemorySpec(vram="100MiB"))
-    assert little.free - little.context == 100 * 2**20
+    assert little.free - little.device.context == 100 * 2**20
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets a process's peak")
@@ -390,7 +323,6 @@ def test_the_measured_peak_of_a_cpu_leaves_out_what_was_before():
     before = peak_memory(cpu)
     torch.ones(size, dtype=torch.uint8)
     assert peak_memory(cpu) >= before + 0.9 * size
-    process_memory(cpu)  # returns what was freed to the system
     reset_peak_memory(cpu)
     assert peak_memory(cpu) < before + 0.5 * size
 
@@ -426,7 +358,7 @@ def test_plan_prints_a_table_for_a_card(said):
     for text in (
         "plan of sft on 3060",
         "plan of dpo on 3060",
-        "base: decoder layers",
+        "decoder layers",
         "3.35",
         "together",
         "what was chosen",
@@ -437,23 +369,6 @@ def test_plan_prints_a_table_for_a_card(said):
     ):
         assert text in out, text
     assert max(map(len, out.splitlines())) <= 80
-
-
-def test_its_rows_add_up(said):
-    _, out, _ = said("sft", "--vram", "8GiB")
-    numbers = [
-        float(line.split()[-1])
-        for line in out.splitlines()
-        if len(line) == 57 and "together" not in line and re.search(r"\d\.\d\d$", line)
-    ]
-    assert len(numbers) > 8
-    (total,) = re.findall(r"together +(\d+\.\d+)  of 8\.00", out)
-    assert sum(numbers) == pytest.approx(float(total), abs=0.005 * (len(numbers) + 1))
-
-
-def test_one_stage_on_this_machine_from_a_folder(said, tiny_base):
-    code, out, _ = said("dpo", f"model_name_or_path={tiny_base}", "max_length=64")
-    assert code == 0 and "plan of dpo on the CPU" in out and "plan of sft" not in out and "--gpu 3060" in out
 
 
 def test_dpo_is_planned_on_the_adapter_that_it_will_stand_on(said, tmp_path):
@@ -478,31 +393,6 @@ def test_dpo_is_planned_on_the_adapter_that_it_will_stand_on(said, tmp_path):
     assert code == 0 and "some/body is not downloaded: assuming rank 16" in out
     code, out, _ = said("dpo", "--gpu", "3060", f"output_dir={tmp_path / 'run'}")
     assert code == 0 and "assuming rank 16 for the SFT adapter below" in out
-
-
-def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
-    """The finished stage's base and its adapter's rank."""
-    stage = StageDir(tmp_path / "run" / "sft")
-    config = RunConfig(model_name_or_path=str(tiny_base), output_dir=str(tmp_path / "run"))
-    stage.path.mkdir(parents=True)
-    stage.config.write_text(dump_config(config))
-    modules = {"model.layers.1.mlp.up_proj": LoraWeights(torch.zeros(5, 64), torch.zeros(128, 5), 1.0)}
-    write_adapter(stage.adapter, modules, base_model_name=str(tiny_base))
-    info = {
-        "status": "complete",
-        "method": "sft",
-        "adapters": [],
-        "base": {"name_or_path": str(tiny_base)},
-        "own": {"path": "adapter", "sha256": adapter_sha256(stage.adapter)},
-    }
-    (stage.path / "stage.json").write_text(json.dumps(info))
-    seen = []
-    real = forecast.make_plan
-    monkeypatch.setattr(forecast, "make_plan", lambda job, *rest: seen.append(job) or real(job, *rest))
-    code, out, err = said("dpo", f"output_dir={tmp_path / 'run'}", "max_length=64")
-    assert code == 0, err
-    assert str(tiny_base) in out.replace("\n    ", "") and "assuming rank" not in out
-    assert [dict(r) for r in seen[0].adapters[0].ranks] == [{}, {"up_proj": 5}] and seen[0].shape.hidden == 64
 
 
 @pytest.mark.parametrize(
@@ -536,28 +426,10 @@ def test_a_word_that_is_no_stage(said):
     assert "sft, dpo or both" in caught.value.hint
 
 
-def test_a_file_is_planned_for_the_stage_that_it_is_for(tmp_path):
-    assert forecast.stages_of([], "zephyr-7b/paper-dpo")[0] == ("dpo",)
-    assert forecast.stages_of([], "zephyr-7b/sft")[0] == ("sft",)
-    own = tmp_path / "mine.yaml"
-    own.write_text("beta: 0.1\n")
-    assert forecast.stages_of([], str(own))[0] == ("dpo",)
-    own.write_text("lora_r: 8\n")
-    assert forecast.stages_of([], str(own))[0] == ("sft", "dpo")
-
-
 @pytest.mark.parametrize("words", [["--gpu", "3060"], ["-c", "zephyr-7b/sft"], ["engine=trl"], ["sft"]])
 def test_what_the_ladder_fixes_is_refused(capsys, words):
     assert cli.run(["plan", *words, "--ladder"]) == 2
     assert "cannot be set" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("engine", ["trl", "unsloth"])
-@pytest.mark.parametrize("word", ["stream=true", "offload=false", "host=1GiB", "vram=8GiB"])
-def test_what_another_engine_does_not_read_is_refused(engine, word):
-    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
-        load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
-    load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
 
 
 def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):
@@ -579,36 +451,11 @@ def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_b
     wanted = [line for line in lines if line.startswith("plan of sft on the CPU")]
     assert wanted and lines.index(wanted[0]) < next(i for i, line in enumerate(lines) if line.startswith("loading"))
     assert stage.plan.peak > 0 and "  what was chosen" not in lines
-    monkeypatch.setattr(setup, "this_machine", lambda *a, **k: of_card(CARDS["3060"], "0.78GiB"))
+    monkeypatch.setattr(setup, "this_machine", lambda *a, **k: card("3060", "0.78GiB", torch.float32))
     monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match="iB are missing"), messages_to(lines.append):
         setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]))
     assert not (tmp_path / "r").exists()
-
-
-def test_the_plans_parameters_are_the_stages(tiny_base, chat_rows, tmp_path):
-    """Counted from the configuration, equal to what is attached; so is a frozen adapter's rank."""
-    from zephyr_lite.train.setup import setup_stage
-
-    for targets in ("all-linear", ["q_proj", "model.layers.1.mlp.down_proj"]):
-        config = load_config(
-            "sft",
-            None,
-            [
-                f"model_name_or_path={tiny_base}",
-                f"dataset={chat_rows}",
-                "max_length=128",
-                f"output_dir={tmp_path / 'r'}",
-                "chat_template=zephyr",
-            ],
-        )
-        config.config = config.config.model_copy(update={"lora_target_modules": targets})
-        stage = setup_stage("sft", config, claim=False)
-        job = make_workload(config.config, "sft", stage.base.model.config, stage.base.dtype)
-        assert job.parameters == sum(p.numel() for p in stage.stack.parameters().values())
-        layers = stage.base.model.model.layers
-        adapters = [[m.weight for n, m in layer.named_modules() if n.endswith("lora_A.sft")] for layer in layers]
-        assert max(job.ranks) == max(sum(a.shape[0] for a in of_layer) for of_layer in adapters)
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

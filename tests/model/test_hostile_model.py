@@ -15,11 +15,11 @@ from tests.contract.test_safety import edit, loaded
 from tests.malformed_weights import MODULE, make_adapter
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
-from zephyr_lite.model.adapters import AdapterStack, check_targets
+from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import read_model_config
 from zephyr_lite.model.files import SINGLE, fetch_base
 from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
-from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
+from zephyr_lite.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -93,35 +93,6 @@ def test_configurations_that_are_refused(base, keys, said):
     assert str(base) in caught.value.message and caught.value.message.isprintable()
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(base):
-    tokenizer = load_tokenizer(base)
-    check_vocabulary(tokenizer, 420, base)
-    with pytest.raises(UserError, match="embeddings for 400 tokens"):
-        check_vocabulary(tokenizer, 400, base)
-    tokenizer.add_tokens([f"<extra{n}>" for n in range(40)])
-    tokenizer.save_pretrained(base)
-    with pytest.raises(UserError, match=r"<extra28> \(id 448\), .* and 9 more, and the model has embeddings for 448"):
-        loaded(base)
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"r": 1.0},
-        {"r": None},
-        {"lora_alpha": [1]},
-        {"rank_pattern": {"q_proj": 0}},
-        {"peft_type": ["LORA"]},
-        {"bias": ["\n"]},
-    ],
-)
-def test_numbers_and_names_that_are_none(tmp_path, keys):
-    folder = make_adapter(tmp_path / "a", **keys)
-    with pytest.raises(UserError, match=next(iter(keys))) as caught:
-        read_adapter(folder)
-    assert str(folder) in caught.value.message and caught.value.hint and caught.value.message.isprintable()
-
-
 def test_an_adapter_of_another_base_is_not_attached(tmp_path):
     folder = make_adapter(tmp_path / "a", shape=(64, 32))
     with pytest.raises(
@@ -130,16 +101,10 @@ def test_an_adapter_of_another_base_is_not_attached(tmp_path):
         AdapterStack(make_model()).add_frozen("a", read_adapter(folder))
 
 
-@pytest.mark.parametrize("targets", [[".*q_proj"], ["q_proj\n"], ["lm_head"]])
-def test_targets_are_plain_names(targets):
+@pytest.mark.parametrize("target", [".*q_proj", "q_proj\n", "lm_head", "layers.7.mlp.up_proj"])
+def test_targets_are_names_of_projections_that_the_base_has(target):
     with pytest.raises(UserError, match="lora_target_modules"):
-        check_targets(targets)
-
-
-def test_a_target_that_the_base_does_not_have_is_said():
-    stack = AdapterStack(make_model())
-    with pytest.raises(UserError, match=r"no linear layer layers\.7\.mlp\.up_proj"):
-        stack.add_trainable("a", r=2, alpha=2, targets=["q_proj", "layers.7.mlp.up_proj"], seed=0)
+        AdapterStack(make_model()).add_trainable("a", r=2, alpha=2, targets=["q_proj", target], seed=0)
 
 
 def test_a_tokenizer_that_is_cut_short_is_refused(base):

@@ -21,7 +21,6 @@ from zephyr_lite.monitor.charts import (
     POINTS,
     RIGHT,
     TOP,
-    WIDTH,
     Curve,
     line_chart,
     smoothed,
@@ -214,30 +213,15 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     folder = a_stage(tmp_path / "old", complete=False, plan={}, data={}, machine=None, versions={})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": NaN, "grad_norm": Infinity}\n[1]\n{"step": "x"}\n{"step": 14, "lo')
-    (folder / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "answer": "b"}\n{"step": 1, "prompt": 3, "ans')
-    for config in (None, "seed: 1\n"):
-        if config is None:
-            (folder / "config.yaml").unlink()
-        else:
-            (folder / "config.yaml").write_text(config)
-        page = Page(run_page([StageRecord(folder)]))
-        assert page.charts()[0]["series"][0]["y"][-1] is None  # as JSON has no NaN
-        assert "13" in page.text
+    (folder / "config.yaml").unlink()
+    page = Page(run_page([StageRecord(folder)]))
+    assert page.charts()[0]["series"][0]["y"][-1] is None  # as JSON has no NaN
     (folder / "metrics.jsonl").unlink()
-    assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "sft"}')
-    Page(run_page([StageRecord(folder)]))
+    assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
     with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
         StageRecord(folder)
-
-
-def test_a_long_run_stays_small(tmp_path):
-    folder = a_stage(tmp_path / "long", "dpo", "dpo", 8_000)
-    text = run_page([StageRecord(folder)])
-    assert len(text) < 250_000
-    for chart_data in Page(text).charts():
-        assert all(len(s["x"]) <= POINTS and s["x"][-1] == 8_000 for s in chart_data["series"] if s["k"] != "faint")
 
 
 def test_two_runs_side_by_side(run, tmp_path):
@@ -250,52 +234,36 @@ def test_two_runs_side_by_side(run, tmp_path):
     told = text[text.index("What differs between them") : text.index("Every key")]
     assert re.findall(r"<th scope=row>(\w+)", told) == ["learning_rate"]
     assert "mine / dpo" in page.text  # which only one of them has
-    # two stages are compared whatever their names; what means different things is not
-    a_stage(other, "again", steps=3)
-    assert "own-again" in side_by_side(read_source(run / "sft"), read_source(other / "again"))
     with pytest.raises(UserError, match="their metrics cannot be compared"):
         side_by_side(read_source(run / "dpo"), read_source(other / "sft"))
     a_stage(tmp_path / "third", "else")
     with pytest.raises(UserError, match="no stage in common"):
         side_by_side(read_source(run), read_source(tmp_path / "third"))
-    twin = tmp_path / "elsewhere" / "mine"
-    a_stage(twin)
-    labels = [s["n"] for s in Page(side_by_side(read_source(run), read_source(twin))).charts()[0]["series"]]
-    assert labels[0] == "runs/mine" and labels[2] == "elsewhere/mine"
 
 
 def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
     a_stage(run.parent / "b")
-
-    def said(*words):
-        code = cli.run(["report", *map(str, words)])
+    (run.parent.parent / "notes.html").write_text("mine")
+    for words, code, says in (
+        ((run,), 0, run / "report.html"),
+        ((run,), 0, run / "report.html"),  # over the one from before
+        ((run / "dpo",), 0, run / "dpo" / "report.html"),
+        ((), 0, "runs/b/report.html"),
+        (("runs/mine", "runs/b"), 0, "report-mine-b.html"),
+        ((run, run.parent / "b" / "sft", "--out", "new/ab.html"), 0, "new/ab.html"),
+        (("--out", "notes.html"), 2, "not a report of zephyr-lite"),
+        (("--out", "runs"), 2, "is a folder"),
+        (("nowhere",), 2, "no such folder"),
+        (("runs",), 2, "neither a run's folder nor a stage's"),
+    ):
+        assert cli.run(["report", *map(str, words)]) == code
         captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    for words, where in (
-        ((run,), run / "report.html"),
-        ((run / "dpo",), run / "dpo" / "report.html"),
-        ((), "runs/b/report.html"),
-        ((run, run.parent / "b" / "sft", "--out", "new/ab.html"), "new/ab.html"),
-    ):
-        code, out = said(*words)
-        assert code == 0 and str(where) in out, out
-        Page((run.parent.parent / where).read_text())
+        assert str(says) in captured.out + captured.err
+        if code == 0:
+            Page((run.parent.parent / says).read_text())
     assert "not finished, step 8" in (run / "report.html").read_text()
-    assert said(run)[0] == 0  # over the one from before
-    assert said("runs/mine", "runs/b")[0] == 0 and (run.parent.parent / "report-mine-b.html").is_file()
-    notes = run.parent.parent / "notes.html"
-    notes.write_text("mine")
-    for words, complaint in (
-        (("--out", notes), "not a report of zephyr-lite"),
-        (("--out", "runs"), "is a folder"),
-        (("nowhere",), "no such folder"),
-        (("runs",), "neither a run's folder nor a stage's"),
-    ):
-        code, out = said(*words)
-        assert code == 2 and complaint in out, out
-    assert notes.read_text() == "mine"
+    assert (run.parent.parent / "notes.html").read_text() == "mine"
 
 
 def test_curves_are_where_their_values_are():
@@ -308,27 +276,6 @@ def test_curves_are_where_their_values_are():
         assert x == pytest.approx(LEFT + step / 4 * (RIGHT - LEFT), abs=0.06)
         assert y == pytest.approx(TOP + (4 - values[step]) / 4 * (BOTTOM - TOP), abs=0.06)
     assert drawn["rules"] == [(pytest.approx(TOP + (BOTTOM - TOP) / 4, abs=0.06), "rule")]
-
-
-@pytest.mark.parametrize(
-    ("values", "first", "last"),
-    [
-        ([0.0], "-1", "1"),
-        ([5.0, 5.0], "4.5", "5.5"),
-        ([-3e7, *[4e7] * 999], "-4e+07", "4e+07"),
-        ([0.6, *[0.6 + 2e-13] * 999], "0.5", "0.7"),
-        ([0.6, *[0.6004] * 999], "0.6", "0.6004"),
-        ([0.1] * 99 + [1e6], None, None),
-    ],
-)
-def test_every_range_is_drawn_and_its_labels_differ(values, first, last):
-    steps = list(range(100, 100 * len(values) + 1, 100))
-    drawn = line_chart("t", "", [Curve("s", steps, values, kind="faint" if first is None else "line")], marks=steps)
-    numbers = [float(n) for n in re.findall(r"[\d.]+", drawn["curves"][0]["path"])]
-    assert all(0 <= n <= WIDTH for n in numbers) and len(drawn["marks"]) < WIDTH
-    labels = [text for _, text in drawn["grid"]]
-    assert len(set(labels)) == len(labels) and (first is None or (labels[0], labels[-1]) == (first, last))
-    assert all(x + 3 * len(text) <= WIDTH for x, text in drawn["below"])  # not cut off
 
 
 def test_long_curves_are_thinned_a_spike_flattens_nothing_and_smoothing_is_a_mean():
@@ -389,22 +336,19 @@ def test_lengths_are_counted(trained):
 
 
 def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch, caplog):
-    now, writer, page = [0.5], ReportWriter(), run / "sft" / "report.html"
-    writer.folder, writer.due = run / "sft", 1.0
-    monkeypatch.setattr(report_writer.time, "monotonic", lambda: now[0])
+    writer, page = ReportWriter(), run / "sft" / "report.html"
+    writer.folder, writer.due = run / "sft", math.inf
     writer.on_step_end(3, {})
     assert not page.exists()
-    now[0] = 2.0  # the last report is too old
+    writer.due = 0.0  # the last report is too old
     writer.on_step_end(4, {})
-    before = page.read_text()
+    assert page.exists()
 
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(report_writer, "write_text", full)
-        writer.on_evaluate(4, {})
-        writer.on_sample(4, [])
-    assert page.read_text() == before
+    monkeypatch.setattr(report_writer, "write_text", full)
+    writer.on_evaluate(4, {})
+    writer.on_sample(4, [])
     (message,) = caplog.messages
     assert "No space left on device" in message and "training continues" in message

@@ -5,16 +5,14 @@ import json
 import logging
 import math
 import re
-import signal
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
 
-from zephyr_lite.config.load import DatasetSpec, RunConfig
+from zephyr_lite.config.load import DatasetSpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.io.logging import messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
@@ -59,6 +57,10 @@ class Terminal(io.StringIO):
         return re.sub(r"\x1b\[[\d;]*[A-Za-z]|\r", "", self.getvalue())
 
 
+def message(text):
+    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO})
+
+
 def stage_of(folder, method="sft", **changes):
     config = RunConfig(output_dir=str(folder), stage=method, **changes)
     return SimpleNamespace(
@@ -91,20 +93,24 @@ def ran(screen, stage, steps=3, total=10, metrics=STEP):
 # -- which screen ------------------------------------------------------------------------------------------------------
 
 
-def test_each_place_has_its_screen(terminal, monkeypatch):
-    pipe = Console(out=io.StringIO())
-    assert type(open_screen(pipe)) is screens.Screen
-    assert type(open_screen(pipe, quiet=True)) is screens.QuietScreen
-    assert type(open_screen(pipe, as_json=True)) is JsonScreen
-    assert type(open_screen(Console(out=terminal))) is LiveScreen
-    monkeypatch.setenv("JPY_PARENT_PID", "7")  # `!zephyr-lite sft` in a cell has a terminal that only appends
-    assert open_screen(Console(out=terminal)).most == screens.NOTEBOOK_LINES
-    monkeypatch.delenv("JPY_PARENT_PID")
-    monkeypatch.setenv("TERM", "dumb")
-    assert type(open_screen(Console(out=terminal))) is screens.Screen
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert type(open_screen(Console(out=io.StringIO()))) is screens.Screen
+@pytest.mark.parametrize(
+    ("tty", "variables", "options", "kind"),
+    [
+        (False, {}, {}, screens.Screen),
+        (False, {}, {"quiet": True}, screens.QuietScreen),
+        (False, {}, {"as_json": True}, JsonScreen),
+        (False, {"FORCE_COLOR": "1"}, {}, screens.Screen),
+        (True, {}, {}, LiveScreen),
+        (True, {"TERM": "dumb"}, {}, screens.Screen),
+        (True, {"JPY_PARENT_PID": "7"}, {}, screens.Screen),  # `!zephyr-lite sft` in a cell: it only appends
+    ],
+)
+def test_each_place_has_its_screen(tty, variables, options, kind, terminal, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    screen = open_screen(Console(out=terminal if tty else io.StringIO()), **options)
+    assert type(screen) is kind
+    assert (screen.most is not None) == ("JPY_PARENT_PID" in variables)
 
 
 def test_a_pipe_gets_lines(tmp_path):
@@ -119,24 +125,13 @@ def test_a_pipe_gets_lines(tmp_path):
     ]
 
 
-def test_a_notebook_is_not_flooded(tmp_path):
-    out = io.StringIO()
-    screen = screens.Screen(Console(out=out), most=screens.NOTEBOOK_LINES)
-    for step in range(1, 1001):
-        screen.metrics(step, 1000, STEP)
-    screen.metrics(1000, 1000, {"eval_loss": 1.0})
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 1 + screens.NOTEBOOK_LINES + 1
-    assert lines[0].startswith("step    1/1000") and lines[-1].startswith("step 1000/1000  held-out")
-
-
 # -- the panel ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_path):
     console = Console(out=terminal, err=terminal)
     with suppress(UserError), LiveScreen(console) as screen:
-        screen.say("loading the base")
+        screen.log(message("loading the base"))
         ran(screen, stage_of(tmp_path))
         screen.progress.begun -= 6  # three steps in six seconds
         screen.on_sample(0, [SAMPLE])
@@ -160,22 +155,14 @@ def test_the_panel_fits_every_width(tmp_path, width):
     progress = Progress(stage_of(tmp_path, "dpo"), "pairs", 3000, 0)
     progress.sample = Sample(0, "語" * 500 + " x " * 90, "文 " * 90 + "word" * 99, "")
     for step in range(1, 300):
-        progress.stepped(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
-    progress.evaluated(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
+        progress.add(step, {**PAIRS, "loss": LN2 - step / 1000, "learning_rate": 1e-6})
+    progress.add(299, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 1.0})
     out = io.StringIO()
     console = Console(out=out).out
     console.width = width
     console.print(render(progress, judge(progress, DPO), width))
     lines = out.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width and 10 <= len(lines) <= 20
-
-
-def test_an_interrupt_is_shown(terminal, tmp_path):
-    with LiveScreen(Console(out=terminal)) as screen, StopRequest(None):
-        ran(screen, stage_of(tmp_path))
-        signal.raise_signal(signal.SIGINT)
-        screen._live.refresh()
-        assert "stopping after this step" in terminal.text
 
 
 def test_without_utf_8_the_signs_are_ascii():
@@ -191,9 +178,9 @@ def test_without_utf_8_the_signs_are_ascii():
 def judged(stage, steps, evaluations=(), total=400, published=None):
     progress = Progress(stage, "pairs" if stage.method == "dpo" else "tokens", total, 0)
     for step, metrics in enumerate(steps, 1):
-        progress.stepped(step, metrics)
+        progress.add(step, metrics)
     for place, loss in enumerate(evaluations, 1):
-        progress.evaluated(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
+        progress.add(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
     return judge(progress, published)
 
 
@@ -223,29 +210,21 @@ def test_the_verdict_follows_from_the_metrics(tmp_path, method, steps, evaluatio
 
 
 def test_only_the_published_recipe_is_compared(tmp_path):
-    from zephyr_lite.config.load import load_config
-
     run = stage_of(tmp_path, "dpo")
-    run.config = load_config("dpo", "zephyr-7b/dpo", []).config.model_copy(
-        update={"model_name_or_path": "mistralai/Mistral-7B-v0.1"}
-    )
+    run.config = load_config("dpo", "zephyr-7b/dpo").config
     assert published_of(run) is DPO
     few = DatasetSpec(path="HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", limit=10_000)
     for change in ({"beta": 0.1}, {"model_name_or_path": "other/base"}, {"dataset": [few]}, {"num_train_epochs": 3.0}):
         other = SimpleNamespace(**{**vars(run), "config": run.config.model_copy(update=change)})
         assert published_of(other) is None
     sft = stage_of(tmp_path)
-    sft.config = load_config("sft", "zephyr-7b/sft", []).config
-    assert published_of(sft) is None  # its loss is over the assistant's tokens alone
     sft.config = load_config("sft", "zephyr-7b/sft", ["loss_on=all"]).config
     assert published_of(sft) is None  # a thousand of the held-out rows show no difference of a hundredth
     sft.config.eval_dataset[0].limit = None
     assert published_of(sft).loss == (0.944, 0.952)
     steps = [{**PAIRS, "loss": LN2 if step == 0 else 0.685} for step in range(110)]
-    assert (
-        judged(run, steps, published=DPO).text
-        == "the loss around step 100 was 0.685; published runs had 0.681 to 0.688"
-    )
+    at_100 = "the loss around step 100 was 0.685; published runs had 0.681 to 0.688"
+    assert judged(run, steps, published=DPO).text == at_100
     ended = judged(run, steps, [0.48], total=110, published=DPO)
     assert ended.kind == "good" and "0.475 to 0.490" in ended.text
     assert judged(run, steps, [0.52], total=110, published=DPO).kind == "bad"
@@ -257,9 +236,9 @@ def test_a_resumed_run_shows_what_was_logged_before(tmp_path):
     records = [{"step": s, **STEP, "loss": 2.0 - s / 10} for s in range(1, 8)] + [{"step": 4, "eval_loss": 1.5}]
     stage.dir.metrics.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 8, "lo')
     progress = Progress(stage, "tokens", 10, 6)
-    assert progress.start == 1.9 and len(progress.recent) == 6 and len(progress.evaluations) == 1
-    assert progress.last["loss"] == pytest.approx(1.4) and progress.seconds_left() is None
-    progress.stepped(7, STEP)
+    assert [m["loss"] for m in progress.steps] == pytest.approx([1.9, 1.8, 1.7, 1.6, 1.5, 1.4])
+    assert len(progress.evaluations) == 1 and progress.seconds_left() is None
+    progress.add(7, STEP)
     progress.begun -= 2
     assert progress.seconds_left() == pytest.approx(6.0, abs=0.1)
 
@@ -276,9 +255,9 @@ def test_quiet_prints_warnings_and_the_result(tmp_path):
             logger.info("loading the base")
             logger.warning("left out, no assistant turn: 3 rows")
         ran(screen, stage)
-        screen.say("step 3: the numbers look odd")
+        screen.log(message("step 3: the numbers look odd"))
         screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))
-        screen.say("Next: zephyr-lite dpo")
+        screen.log(message("Next: zephyr-lite dpo"))
     assert out.getvalue().splitlines() == [
         "left out, no assistant turn: 3 rows",
         "step 3: the numbers look odd",
@@ -287,7 +266,7 @@ def test_quiet_prints_warnings_and_the_result(tmp_path):
     ]
     out = io.StringIO()
     with screens.QuietScreen(Console(out=out)) as screen:
-        screen.say("sft is complete")
+        screen.log(message("sft is complete"))
     assert out.getvalue() == "sft is complete\n"
 
 
@@ -295,7 +274,7 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
     stage = stage_of(tmp_path)
     console = Console()
     with suppress(UserError), open_screen(console, as_json=True) as screen:
-        screen.say("two\nlines")
+        screen.log(message("two\nlines"))
         console.say("a row, say")
         print("a library's line")
         ran(screen, stage, steps=1)

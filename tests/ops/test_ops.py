@@ -4,19 +4,12 @@ import subprocess
 import sys
 from itertools import pairwise
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
-from torch.autograd import gradcheck
 
 from zephyr_lite.ops import attention as attention_file
-from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward
 from zephyr_lite.ops.dropout import DropoutKey, dropout_mask, dropout_scale
-from zephyr_lite.ops.lora import LinearGroup, LoraPair, grad_adapters, grad_input, grad_low_rank, low_rank, project
-from zephyr_lite.ops.nf4 import dequantize
-from zephyr_lite.ops.token_logps import token_logps
 
 D = torch.float64
 
@@ -28,46 +21,6 @@ def rand(*shape, grad=False, dtype=D):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def test_nf4_reads_bitsandbytes_storage():
-    data, state = bnb.quantize_4bit(torch.randn(96, 64), blocksize=64, quant_type="nf4", compress_statistics=True)
-    stored = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
-    exact = bnb.dequantize_4bit(data, state)
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):  # whatever its own state says
-        assert torch.equal(dequantize(stored, dtype), exact.to(dtype)) and state.dtype == torch.float32
-    scratch = torch.zeros(98, 64, dtype=torch.float16)
-    assert dequantize(stored, torch.float16, scratch[1:-1]).data_ptr() == scratch[1:].data_ptr()
-    assert torch.equal(scratch[1:-1], exact.half()) and not scratch[[0, -1]].any()
-    assert dequantize(exact, torch.float32).data_ptr() == exact.data_ptr()
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-def test_lora_equals_the_formula_with_every_gradient(dropout):
-    """Two adapters on two projections of 6 → 5 and 6 → 7, the second adapter on the first projection only."""
-    x, weights, biases = rand(9, 6, grad=True), [rand(5, 6), rand(7, 6)], [None, rand(7)]
-    pairs = []
-    for i, (projection, out, r) in enumerate([(0, 5, 2), (1, 7, 2), (0, 5, 3)]):
-        a, b = rand(r, 6, grad=True), rand(out, r, grad=True)
-        pairs.append(LoraPair(projection, a, b, 0.5 + i, dropout=dropout and i == 2))
-    key = DropoutKey(0.3, 1, 2, torch.arange(9) // 4, torch.arange(9) % 4) if dropout else None
-    scale = dropout_scale(key, 6, D) if dropout else 1
-    want = [x @ w.T + (0 if b is None else b) for w, b in zip(weights, biases)]
-    for p in pairs:
-        want[p.projection] = want[p.projection] + p.scale * (x * (scale if p.dropout else 1) @ p.a.T) @ p.b.T
-    grad = rand(9, 12)
-    wanted = torch.autograd.grad(torch.cat(want, 1), [x, *(t for p in pairs for t in (p.a, p.b))], grad)
-
-    site = LinearGroup(tuple(weights), tuple(biases), (5, 7), tuple(pairs), key)
-    parts = [(columns.start, weight) for columns, weight in zip(site.slices, weights)]
-    with torch.no_grad():
-        products = low_rank(x, site)
-        torch.testing.assert_close(project(x, parts, site, products), torch.cat(want, 1).detach())
-        d_products = grad_low_rank(grad, site)
-        torch.testing.assert_close(grad_input(grad, parts, site, d_products), wanted[0])
-        found = {id(t): g for t, g in zip(site.trained, grad_adapters(grad, x, site, products, d_products))}
-    leaves = [t for p in pairs for t in (p.a, p.b)]
-    torch.testing.assert_close(tuple(found[id(t)] for t in leaves), wanted[1:])
 
 
 # the pattern of seed 42, step 3, layer 1, site 2: what a run's dropout is must not change between versions
@@ -251,24 +204,6 @@ def test_the_memory_efficient_kernels_gradients_under_a_window(window, at_once, 
     for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, (q, k, v), upstream)):
         torch.testing.assert_close(a, b)
     assert kernel.calls  # what it computes rightly is left to it
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_token_logps_equals_log_softmax(chunk_rows, monkeypatch):
-    monkeypatch.setattr(token_logps_file, "CHUNK_BYTES", chunk_rows * 11 * 8)
-    hidden, head, targets = rand(7, 5, grad=True), rand(11, 5), torch.randint(11, (7,))
-    want = (hidden @ head.T).log_softmax(-1)[torch.arange(7), targets]
-    torch.testing.assert_close(token_logps(hidden, head, targets), want)
-    assert gradcheck(lambda h: token_logps(h, head, targets), (hidden,))
-    logps, stats = token_logps(hidden, head, targets, stats=True)
-    torch.testing.assert_close(logps, want.detach())
-    full = (hidden @ head.T).log_softmax(-1).detach()
-    torch.testing.assert_close(stats.entropy, -(full.exp() * full).sum(-1))
-    assert torch.equal(stats.correct, full.argmax(-1) == targets)
-    both, same = token_logps(hidden, head, targets, stats=True)  # in the pass that is differentiated
-    assert torch.equal(same.entropy, stats.entropy) and torch.equal(same.correct, stats.correct)
-    for one, other in zip(torch.autograd.grad(both.sum(), hidden), torch.autograd.grad(want.sum(), hidden)):
-        torch.testing.assert_close(one, other)
 
 
 WITHOUT_TRITON = """

@@ -47,11 +47,8 @@ def options(sets, out):
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory, tiny_base, sets):
-    table = read_table(
-        "recipe",
-        [f"model_name_or_path={tiny_base}", *SMALL],
-        **options(sets, tmp_path_factory.mktemp("ablation") / "run"),
-    )
+    where = options(sets, tmp_path_factory.mktemp("ablation") / "run")
+    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], **where)
     said: list[str] = []
     with messages_to(said.append):
         return run_ablation(table), said
@@ -65,11 +62,9 @@ def test_every_stage_is_trained_once_and_stands_on_the_one_before(ablation):
         "[3/4] dsft-2 (sft), for dSFT-2",
         "[4/4] ddpo (dpo), for dDPO + dSFT",
     ]
-    run = result.table.run
-    below = {
-        name: [a["path"] for a in StageDir(run / name).info()["adapters"]] for name in ("ddpo-alone", "dsft-2", "ddpo")
-    }
-    assert below == {"ddpo-alone": [], "dsft-2": ["dsft-1/adapter"], "ddpo": ["dsft-1/adapter"]}
+    names = ("ddpo-alone", "dsft-2", "ddpo")
+    below = [[a["path"] for a in StageDir(result.table.run / name).info()["adapters"]] for name in names]
+    assert below == [[], ["dsft-1/adapter"], ["dsft-1/adapter"]]
 
 
 def test_the_scores_are_what_the_published_adapter_says_on_the_bare_base(ablation, tiny_base):
@@ -85,20 +80,20 @@ def test_the_scores_are_what_the_published_adapter_says_on_the_bare_base(ablatio
         ids = torch.tensor(ids)[None].long()
         with torch.no_grad():
             scores = model(ids).logits[0, :-1].double().log_softmax(-1)
-        picked = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
-        return picked[torch.tensor(mask[1:]).bool()]
+        return scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]][torch.tensor(mask[1:]).bool()]
 
-    def responses():
-        for pair in pairs.examples:
-            for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
-                yield logps([*pair.prompt_ids, *ids], [False] * len(pair.prompt_ids) + list(mask))
+    def measured():
+        loss = -torch.cat([logps(e.ids, e.mask) for e in conversations.examples]).mean().item()
+        responses = [
+            logps([*pair.prompt_ids, *ids], [False] * len(pair.prompt_ids) + list(mask))
+            for pair in pairs.examples
+            for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask))
+        ]
+        return loss, responses
 
-    found = [logps(example.ids, example.mask) for example in conversations.examples]
-    loss = -torch.cat(found).mean().item()
-    arm = list(responses())
+    loss, arm = measured()
     with model.disable_adapter():
-        base = list(responses())
-        base_loss = -torch.cat([logps(e.ids, e.mask) for e in conversations.examples]).mean().item()
+        base_loss, base = measured()
     gained = torch.stack([(a.sum() - b.sum()) for a, b in zip(arm, base)]).view(-1, 2)
     margins = gained[:, 0] - gained[:, 1]
     score = result.scores["dDPO + dSFT"]
@@ -125,9 +120,8 @@ def test_the_table_is_kept_and_a_second_start_trains_nothing(ablation):
 
 
 def test_keys_go_to_all_stages_to_a_method_or_to_one_stage():
-    table = read_table(
-        "recipe", ["seed=3", "sft.max_steps=5", "--dpo.beta", "0.2", "dsft-2.max_steps=7", "dataset.limit=9"]
-    )
+    words = ["seed=3", "sft.max_steps=5", "--dpo.beta", "0.2", "dsft-2.max_steps=7", "dataset.limit=9"]
+    table = read_table("recipe", words)
     found = {stage.name: stage.loaded.config for stage in table.stages()}
     assert {c.seed for c in found.values()} == {3} and {c.dataset[0].limit for c in found.values()} == {9}
     assert [found[name].max_steps for name in ("dsft-1", "dsft-2", "ddpo")] == [5, 7, None]
@@ -141,37 +135,25 @@ def test_the_shipped_tables_resolve(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "options", "says"),
+    ("words", "only", "says"),
     [
-        (["dsft-9.max_steps=1"], {}, "dsft-9.…: no stage of this table"),
-        (["adapters=none"], {}, "adapters is set by this command"),
-        (["dsft-1.stage=x"], {}, "stage is set by this command"),
-        (["sft.learning_rat=1"], {}, "learning_rat"),
-        ([], {"only": ["dSFT-3"]}, "no arm 'dSFT-3'"),
+        (["dsft-9.max_steps=1"], [], "dsft-9.…: no stage of this table"),
+        (["adapters=none"], [], "adapters is set by this command"),
+        ([], ["dSFT-3"], "no arm 'dSFT-3'"),
     ],
 )
-def test_what_a_table_cannot_do_is_refused(words, options, says):
+def test_what_a_table_cannot_do_is_refused(words, only, says):
     with pytest.raises(UserError, match=says):
-        read_table("recipe", words, **options)
+        read_table("recipe", words, only=only)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("arms: {}", "arms"),
-        ("arms: {a: []}", r"arms.a: .*at least 1 item"),
         ("arms: {a: [{sft: ablations/dsft-1, dpo: ablations/ddpo}]}", r"arms.a.0: .*at most 1 item"),
-        ("arms: {a: [{kto: ablations/dsft-1}]}", "kto"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nmore: 1", "more"),
-        ("arms: {a: [{sft: ablations/nothing}]}", "no such file"),
         ("arms: {base: [{sft: ablations/dsft-1}]}", "cannot be called 'base'"),
         ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "stage is set by this command"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {sead: 1}", "sead"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {seed: x}", "seed"),
-        (
-            "arms: {a: [{sft: ablations/dsft-1}], b: [{sft: ablations/dsft-2}, {sft: ablations/dsft-1}]}",
-            "shares its name",
-        ),
+        ("arms: {a: [{sft: ablations/dsft-1}], b: [{sft: ablations/dsft-2}, {sft: ablations/dsft-1}]}", "shares its"),
     ],
 )
 def test_a_broken_table_names_what_is_wrong(tmp_path, text, says):
@@ -187,32 +169,25 @@ def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_are_not_there_are_found_out_before_anything_is_trained(sets, tmp_path, tiny_base):
-    words = [f"model_name_or_path={tiny_base}", *SMALL]
-    where = options(sets, tmp_path / "run")
-    for missing, only in (("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"]), ("preferences", [])):
-        table = read_table("recipe", words, **{**where, missing: str(tmp_path / "nothing"), "only": only})
-        said: list[str] = []
-        with pytest.raises(UserError, match="there is no such file or folder"), messages_to(said.append):
-            run_ablation(table)
-        assert not said and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("missing", "only"), [("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"])])
+def test_rows_that_are_not_there_are_found_before_anything_is_trained(sets, tmp_path, tiny_base, missing, only):
+    where = {**options(sets, tmp_path / "run"), missing: str(tmp_path / "nothing"), "only": only}
+    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], **where)
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        run_ablation(table)
+    assert not (tmp_path / "run").exists()
 
 
-def test_some_arms_do_not_replace_the_whole_table(ablation, sets, tiny_base):
-    run = ablation[0].table.run
-    before = (run / "recipe.json").read_bytes()
-    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], only=["dSFT-1"], **options(sets, run))
-    result = run_ablation(table)
-    assert (run / "recipe.json").read_bytes() == before
-    assert list(json.loads((run / "recipe-some.json").read_text())["scores"]) == ["base", "dSFT-1"]
-    assert result.scores["dSFT-1"] == ablation[0].scores["dSFT-1"]
-
-
-def test_the_command_prints_one_table(sets, tmp_path, tiny_base, capsys):
-    words = [f"model_name_or_path={tiny_base}", *SMALL, "max_steps=1"]
-    places = ["--out", str(tmp_path / "run"), "--chat", str(sets / "chat"), "--preferences", str(sets / "pairs")]
-    assert run(["ablate", "recipe", "--only", "dSFT-1", *places, *words, "--dry-run"]) == 0
-    assert not (tmp_path / "run").exists() and "dSFT-1: dsft-1" in capsys.readouterr().out
-    assert run(["ablate", "--only", "dSFT-1", *places, *words]) == 0
+def test_the_command_with_some_arms_does_not_replace_the_whole_table(ablation, sets, tiny_base, capsys):
+    folder = ablation[0].table.run
+    before = (folder / "recipe.json").read_bytes()
+    where = [word for key, value in options(sets, folder).items() for word in (f"--{key}", value)]
+    words = ["ablate", "recipe", "--only", "dSFT-1", *where, f"model_name_or_path={tiny_base}", *SMALL]
+    assert run([*words, "--dry-run"]) == 0
+    assert "dSFT-1: dsft-1" in capsys.readouterr().out and not (folder / "recipe-some.json").exists()
+    assert run(words) == 0
     out = capsys.readouterr().out
-    assert "dSFT-1" in out and "preference" in out and "base" in out and "standard error" in out
+    assert "dSFT-1" in out and "base" in out and "standard error" in out
+    assert (folder / "recipe.json").read_bytes() == before
+    kept = json.loads((folder / "recipe-some.json").read_text())["scores"]
+    assert list(kept) == ["base", "dSFT-1"] and kept["dSFT-1"]["margin"] == ablation[0].scores["dSFT-1"].margin

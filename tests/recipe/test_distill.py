@@ -15,6 +15,7 @@ import pytest
 from tests.chat_server import Act, ChatServer, Seen, error, ok
 from tests.recipe.test_feedback import NoMeter
 from zephyr_lite.cli import app as cli
+from zephyr_lite.client.client import RequestFailed
 from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
@@ -23,14 +24,13 @@ from zephyr_lite.recipe.distill import (
     NEAR,
     DistillConfig,
     Distilled,
-    NotUsable,
+    Grid,
     Openings,
     distill_bounds,
     plan_distill,
     read_grid,
     read_message,
     run_distill,
-    spread,
 )
 from zephyr_lite.recipe.prompts import read_prompts
 
@@ -45,16 +45,18 @@ kinds: {poem: a poem of four lines, guide: instructions}
 
 def test_the_built_in_grid_has_thirty_topics_and_twenty_kinds() -> None:
     grid = read_grid(None, 42)
-    assert len(grid.cells) == 600 == len({(cell.topic, cell.kind) for cell in grid.cells})
-    assert len({cell.topic for cell in grid.cells}) == 30 and len({cell.kind for cell in grid.cells}) == 20
-    assert all(len(set(cell.parts)) == len(cell.parts) >= 6 for cell in grid.cells)
-    assert grid == read_grid(None, 42) != read_grid(None, 43)
+    assert grid.size == 600 == len({grid.cell(number) for number in range(600)})
+    assert (len(grid.topics), len(grid.kinds)) == (30, 20)
+    assert all(len(set(parts)) == len(parts) >= 6 for parts in grid.topics.values())
+    orders = [[read_grid(None, seed).cell(number) for number in range(600)] for seed in (42, 42, 43)]
+    assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize(("topics", "kinds"), [(30, 20), (7, 5), (4, 4), (1, 9), (6, 3)])
+@pytest.mark.parametrize(("topics", "kinds"), [(30, 20), (7, 5), (1, 9), (6, 3)])
 def test_every_beginning_of_the_order_is_spread_evenly(topics: int, kinds: int) -> None:
-    order = spread([f"t{i}" for i in range(topics)], [f"k{i}" for i in range(kinds)], seed=5)
-    assert len(set(order)) == len(order) == topics * kinds
+    grid = Grid(topics=[f"t{i}" for i in range(topics)], kinds=[f"k{i}" for i in range(kinds)])
+    order = [grid.cell(number) for number in range(grid.size)]
+    assert len(set(order)) == topics * kinds and grid.cell(grid.size) == order[0]
     for end in range(1, len(order) + 1):
         by_topic, by_kind = (Counter(pair[place] for pair in order[:end]) for place in (0, 1))
         for counts, many in ((by_topic, topics), (by_kind, kinds)):
@@ -64,12 +66,10 @@ def test_every_beginning_of_the_order_is_spread_evenly(topics: int, kinds: int) 
 
 def test_a_grid_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
-    path.write_text(GRID, encoding="utf-8")
+    path.write_text("topics: [a, b]\nkinds: {c: a poem}\nmoves: [go on]\n", encoding="utf-8")
     grid = read_grid(path, 1)
-    assert len(grid.cells) == 6 and grid.manners == read_grid(None, 1).manners
-    path.write_text("topics: [a, b]\nkinds: [c]\nmoves: [go on]\nmanners: []\n", encoding="utf-8")
-    grid = read_grid(path, 1)
-    assert sorted(grid.cells) == [("a", [], "c", "c"), ("b", [], "c", "c")] and grid.moves == ["go on"]
+    assert sorted(map(grid.cell, range(2))) == [("a", "c"), ("b", "c")]
+    assert grid.moves == ["go on"] and grid.manners == read_grid(None, 1).manners
     path.write_text("topics: [a]\nkinds: [b]\nthemes: [c]\n", encoding="utf-8")
     with pytest.raises(UserError, match="no key 'themes'"):
         read_grid(path, 1)
@@ -83,9 +83,7 @@ def test_a_grid_of_ones_own(tmp_path: Path) -> None:
     [
         (" How do tides work? ", "How do tides work?"),
         ('"How do tides work?"', "How do tides work?"),
-        ("“How do tides work?”", "How do tides work?"),
         ('"Tides" and "waves": what differs?', '"Tides" and "waves": what differs?'),
-        ("User: How do tides work?", "How do tides work?"),
         ("**Message:** How do tides work?", "How do tides work?"),
         ("Sure! Here is a message:\n\nHow do tides work?", "How do tides work?"),
         ("<think>a question on tides…</think>How do tides work?", "How do tides work?"),
@@ -97,9 +95,9 @@ def test_a_message_is_taken_out_of_what_stands_around_it(text: str, message: str
     assert read_message(text) == message
 
 
-@pytest.mark.parametrize("text", ["", "   ", "?!", "ok", '""', "x y z\n" * 2000])
+@pytest.mark.parametrize("text", ["", "?!", "ok", '""', "x y z\n" * 2000])
 def test_what_is_no_message(text: str) -> None:
-    with pytest.raises(NotUsable):
+    with pytest.raises(RequestFailed, match="a message of"):
         read_message(text)
 
 
@@ -154,7 +152,7 @@ def plan(folder: Path, url: str, out: str = "out", **changes: Any) -> tuple[Dist
 
 def run(folder: Path, url: str, out: str = "out", **changes: Any) -> Distilled:
     config, result = plan(folder, url, out, **changes)
-    return run_distill(config, result, NoMeter(), back_off=0.01)  # type: ignore[arg-type]
+    return run_distill(config, result, NoMeter())  # type: ignore[arg-type]
 
 
 def rows_of(result: Distilled, split: str = "train_sft") -> list[dict[str, Any]]:
@@ -182,15 +180,9 @@ def test_dialogues_are_ultrachats_and_fill_the_grid(tmp_path: Path) -> None:
         if role_of(seen) == "answer":
             turns = [(m["role"], m["content"]) for m in seen.body["messages"]]
             assert any(turns == [(t["role"], t["content"]) for t in row["messages"][: len(turns)]] for row in rows)
-        elif role_of(seen) == "opening":
-            assert re.search(
-                r"tides, in particular (spring|neap) tides|bread, in particular sourdough|clocks\.", seen.question
-            )
-    # both parts of a topic have their turn
-    parts = Counter(
-        re.findall(r"(spring|neap) tides", " ".join(s.question for s in server.seen if role_of(s) == "opening"))
-    )
-    assert parts == {"spring": 2, "neap": 2}
+    # the parts of a topic take turns
+    asked_for = " ".join(seen.question for seen in server.seen if role_of(seen) == "opening")
+    assert Counter(re.findall(r"in particular (\w+)", asked_for)) == {"spring": 2, "neap": 2, "sourdough": 4}
     loaded = load_rows([DatasetSpec(path=str(result.out), split="train_sft")], "sft", seed=1)
     assert [row["messages"][0]["content"] for row in loaded.values()] == [row["prompt"] for row in rows]
 
@@ -228,9 +220,7 @@ def on_round(role: str, round_: int, act: Callable[[], Act]) -> Callable[[Seen],
     [
         ("answer", 1, lambda: error(400, "refused"), "HTTP 400"),
         ("answer", 1, lambda: ok("It is a long st", finish_reason="length"), "an answer cut at max_tokens"),
-        ("answer", 1, lambda: ok(" \n"), "an empty answer"),
         ("question", 1, lambda: ok("?"), "a message of less than six letters"),
-        ("question", 1, lambda: ok("And then I would", finish_reason="length"), "a message cut at max_tokens"),
     ],
 )
 def test_a_dialogue_ends_with_its_last_whole_answer(
@@ -245,39 +235,19 @@ def test_a_dialogue_ends_with_its_last_whole_answer(
     assert result.ended == {reason: 4} and result.rounds == {3: 8, 1: 4}
 
 
-def test_instructions_handed_back_are_no_message(tmp_path: Path) -> None:
+def test_what_is_no_message_is_turned_down_and_nothing_usable_is_an_error(tmp_path: Path) -> None:
     def naive(seen: Seen) -> Act:
         told = seen.body["messages"][0]["content"] if seen.number % 2 else seen.question[-200:]
         return teacher(seen) if role_of(seen) == "answer" or "clocks" not in seen.question else ok(f"I see. {told}")
 
     with ChatServer(naive) as server:
         result = run(tmp_path, server.url, tries=2)
-    assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
-
-
-def test_a_dialogue_without_a_first_answer_begins_anew(tmp_path: Path) -> None:
-    refused: set[str] = set()
-
-    def moody(seen: Seen) -> Act:
-        if role_of(seen) == "answer" and len(seen.body["messages"]) == 1 and len(refused) < 3:
-            refused.add(seen.question)
-            return error(400, "not this one")
-        return teacher(seen)
-
-    with ChatServer(moody) as server:
-        result = run(tmp_path, server.url)
-    assert result.made == 12 and result.turned_down == {"no first answer: HTTP 400": 3}
-    assert not refused & {row["prompt"] for row in rows_of(result)}
-
-
-def test_nothing_usable_is_an_error_with_its_reasons(tmp_path: Path) -> None:
-    with (
-        ChatServer(lambda seen: ok("?")) as server,
-        pytest.raises(UserError, match=r"no dialogue came out of 12") as raised,
-    ):
-        run(tmp_path, server.url)
+        assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
+        server.script = lambda seen: ok("?")
+        with pytest.raises(UserError, match=r"no dialogue came out of 12") as raised:
+            run(tmp_path, server.url, "none")
     assert "a message of less than six letters: 48" in raised.value.message
-    assert not list((tmp_path / "out").glob("*_sft.jsonl"))
+    assert not list((tmp_path / "none").glob("*_sft.jsonl"))
 
 
 def test_near_duplicates_are_replaced_with_any_number_of_requests_at_once(tmp_path: Path) -> None:
@@ -412,26 +382,8 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
     [
         ("--out out", "teacher missing"),
         ("--teacher http://h/v1#t --out out --openings seeds", "openings: seeds needs seeds"),
-        ("--teacher http://h/v1#t --out out --rounds 0", "rounds: "),
-        ("--teacher http://h/v1#t --out .", "is not a job of zephyr-lite distill"),
     ],
 )
-def test_mistakes_on_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text("mine")
+def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], given: str, message: str) -> None:
     assert cli.run(["distill", *given.split()]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
-    out = tmp_path / "out"
-    with ChatServer(teacher) as server:
-        given = f"--teacher {server.url}#t --out {out} --grid {tmp_path}/grid.yaml --rounds 1 --test-share 0"
-        assert cli.run(["distill", *given.split()]) == 0
-        assert len(server.seen) == 12
-    said = capsys.readouterr().out
-    assert f"{out}: 6 of 6 dialogues: 6 in train_sft.jsonl" in said
-    assert f"Next: zephyr-lite sft dataset.path={out}/train_sft.jsonl" in said

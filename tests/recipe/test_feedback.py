@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -36,20 +35,16 @@ from zephyr_lite.recipe.judge import ASPECTS
 from zephyr_lite.recipe.prompts import read_prompts
 
 COLUMNS = ["source", "instruction", "models", "completions", "correct_answers", "incorrect_answers"]
+COMPLETION = ["annotations", "custom_system_prompt", "model", "principle", "response", "critique", "overall_score"]
+COMPLETION.append("fine-grained_score")
 ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
 
 
 class NoMeter:
-    """Counts only."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def totals(self, totals: Any) -> None:
-        pass
+    """Shows nothing."""
 
     def advance(self) -> None:
-        self.done += 1
+        pass
 
 
 def is_judge(seen: Seen) -> bool:
@@ -96,7 +91,7 @@ def settings(folder: Path, url: str, out: str = "out", count: int = 6, **changes
 
 def run(config: FeedbackConfig) -> Any:
     read = read_prompts(config.prompts, seed=config.seed)
-    return run_feedback(config, read, NoMeter(), back_off=0.01)  # type: ignore[arg-type]
+    return run_feedback(config, read, NoMeter())  # type: ignore[arg-type]
 
 
 def rows_of(config: FeedbackConfig) -> list[dict[str, Any]]:
@@ -106,42 +101,27 @@ def rows_of(config: FeedbackConfig) -> list[dict[str, Any]]:
 def test_rows_are_ultrafeedbacks_and_in_the_prompts_order(tmp_path: Path) -> None:
     with ChatServer(script) as server:
         config = settings(tmp_path, server.url)
-        result = run(config)
+        run(config)
+        assert len(server.seen) == 6 * (4 + 4)
+        sent = {tuple(m["content"] for m in seen.body["messages"]) for seen in server.seen if not is_judge(seen)}
         models = [f"{server.url}#a,concurrency=1", f"{server.url}#b,concurrency=16"]
         other = settings(tmp_path, server.url, "other", models=models, judge=f"{server.url}#judge,concurrency=16")
         assert Path(run(other).out, "train.jsonl").read_bytes() == Path(config.out, "train.jsonl").read_bytes()
-        del server.seen[48:]
     rows = rows_of(config)
     assert [row["instruction"] for row in rows] == [f"Question number {i}?" for i in range(6)]
-    assert result.rows == 6 and len(server.seen) == 6 * (4 + 4)
     for row in rows:
         assert list(row) == COLUMNS and row["source"] == "prompts"
         assert row["models"] == [c["model"] for c in row["completions"]] and Counter(row["models"]) == {"a": 2, "b": 2}
         assert len({c["principle"] for c in row["completions"]}) == 4
         for completion in row["completions"]:
-            assert set(completion) == {
-                "annotations",
-                "custom_system_prompt",
-                "model",
-                "principle",
-                "response",
-                "critique",
-                "overall_score",
-                "fine-grained_score",
-            }
+            assert list(completion) == COMPLETION and completion["overall_score"] is None
             given = {name: a["Rating"] for name, a in completion["annotations"].items()}
             # whatever place it was shown at, a rating belongs to its own response
             assert given == {a.name: str(worth(completion["response"], a.name)) for a in ASPECTS}
             assert all(a["Rationale"] == f"of {completion['response']}" for a in completion["annotations"].values())
             assert completion["fine-grained_score"] == sum(map(int, given.values())) / 4
-            assert completion["overall_score"] is None
     # what the row says was sent is what was sent
-    sent = {
-        (seen.body["model"], seen.body["messages"][0]["content"], seen.body["messages"][1]["content"])
-        for seen in server.seen
-        if not is_judge(seen)
-    }
-    assert sent == {(c["model"], c["custom_system_prompt"], r["instruction"]) for r in rows for c in r["completions"]}
+    assert sent == {(c["custom_system_prompt"], row["instruction"]) for row in rows for c in row["completions"]}
     report = json.loads((Path(config.out) / "report.json").read_text())
     assert report["rows"] == 6 and report["completions"] == {"a": 12, "b": 12}
     assert sum(report["ratings"]["a"]["honesty"]["counts"].values()) == 12
@@ -172,7 +152,7 @@ def test_no_pairs_is_no_error(tmp_path: Path) -> None:
         config = settings(tmp_path, server.url, count=2)
         run(config)
     lines = make_pair_folder(config)
-    assert lines[0].startswith("no pairs: no pair is left of 2 rows: equal scores: 2")
+    assert lines[0].startswith("no pairs: no pair is left of 2 rows") and "equal scores: 2" in lines[0]
     assert "data pairs" in lines[1]
 
 
@@ -226,14 +206,7 @@ def test_a_judge_that_rates_nothing_makes_no_row_and_leaves_no_file(tmp_path: Pa
         config = settings(tmp_path, server.url, count=2)
         with pytest.raises(UserError, match=r"no row came out of 2 prompts: the judge rated nothing: 2") as raised:
             run(config)
-    assert "judge, helpfulness: 2" in raised.value.message
-    assert sorted(p.name for p in Path(config.out).iterdir() if not p.name.startswith(".")) == [
-        "config.yaml",
-        "requests.sqlite",
-    ]
-
-
-# -- budget ----------------------------------------------------------------------------------------------------------
+    assert "judge, helpfulness: 2" in raised.value.message and not Path(config.out, "train.jsonl").exists()
 
 
 def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
@@ -248,41 +221,10 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
         assert "50 requests" in result.lines()[-1] and "larger budget" in result.lines()[-1]
         part = Path(config.out, "train.jsonl").read_bytes()
         assert set(part.splitlines()) < set(Path(whole.out, "train.jsonl").read_bytes().splitlines())
-        # the same budget again: nothing is asked, nothing is lost
-        assert run(config).rows == result.rows and len(server.seen) == 50
-        assert Path(config.out, "train.jsonl").read_bytes() == part
+        assert run(config).rows == result.rows and len(server.seen) == 50  # nothing is asked, nothing is lost
         run(settings(tmp_path, server.url, count=12, **{"budget.requests": 500}))
         assert len(server.seen) == 12 * 8
     assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()
-
-
-# -- interrupts ------------------------------------------------------------------------------------------------------
-
-
-def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    after = 17
-    with ChatServer(script) as server:
-        whole = settings(tmp_path, server.url, "whole")
-        run(whole)
-        server.seen.clear()
-        config = settings(tmp_path, server.url)
-        server.script = lambda seen: script(seen) if seen.number < after else error(401, "who are you?")
-        with pytest.raises(UserError, match=r"401|key"):
-            run(config)
-        gc.collect()
-        assert "never retrieved" not in caplog.text  # asyncio's tracebacks of errors beside the one that is said
-        asked = [json.dumps(seen.body, sort_keys=True) for seen in server.seen[:after]]
-        server.seen.clear()
-        server.script = script
-        run(config)
-        again = [json.dumps(seen.body, sort_keys=True) for seen in server.seen]
-    assert not set(asked) & set(again) and len(asked) + len(again) == 48
-    assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()
-
-
-# -- on-policy -------------------------------------------------------------------------------------------------------
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -381,9 +323,7 @@ def test_a_folder_is_sampled_without_a_server_and_a_key_reaches_the_server_alone
     [
         ("--model http://h/v1#a --judge http://h/v1#j --out o", "prompts missing"),
         ("--prompts p.txt --model nowhere --judge http://h/v1#j --out o", "nowhere: no such folder"),
-        ("--prompts p.txt --model http://h/v1 --judge http://h/v1#j --out o", "give the model's name too"),
         ("--prompts p.txt --model http://h/v1#a --judge http://h/v1#j --out p.txt", "cannot be created"),
-        ("--config nope", "configuration nope: there is no such file"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_asked(

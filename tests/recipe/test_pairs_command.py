@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import datasets
@@ -14,12 +13,9 @@ from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
-from zephyr_lite.data.sources import Source, open_source
-from zephyr_lite.errors import UserError
+from zephyr_lite.data.sources import Source
 from zephyr_lite.recipe.prompts import read_questions
 from zephyr_lite.recipe.ultrafeedback import SCHEMA, make_pairs
-
-SOURCES = ("evol_instruct", "flan", "sharegpt")
 
 
 def raw_rows(count: int, first: int = 0) -> list[dict]:
@@ -29,9 +25,7 @@ def raw_rows(count: int, first: int = 0) -> list[dict]:
     for i in range(first, first + count):
         ratings = [[rng.choice("12345") for _ in range(4)] for _ in range(4)]
         completions = [completion(f"answer {j} to {i} — ünïcode\u2028", r, j + 1.0) for j, r in enumerate(ratings)]
-        for made in completions:
-            made |= {"custom_system_prompt": "Be honest.", "critique": "…", "fine-grained_score": 3.0}
-        rows.append(row(f"question {i}?", *completions, source=SOURCES[i % 3]) | {"correct_answers": ["None"]})
+        rows.append(row(f"question {i}?", *completions) | {"correct_answers": ["None"]})
     return rows
 
 
@@ -41,31 +35,6 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
-def invoke(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(words: str) -> tuple[int, str, str]:
-        code = cli.run(["data", "pairs", *words.split()])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def refused(invoke, tmp_path):
-    def run(words: str, *says: str) -> None:
-        before = sorted(tmp_path.rglob("*"))
-        code, out, err = invoke(words)
-        assert code == 2 and err.startswith("error: "), out + err
-        for text in says:
-            assert text in err, err
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return run
-
-
 def read(folder: Path, split: str = "train_prefs") -> list[dict]:
     (path,) = folder.glob(f"{split}.*")
     if path.suffix == ".jsonl":
@@ -73,43 +42,50 @@ def read(folder: Path, split: str = "train_prefs") -> list[dict]:
     return datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
 
 
+@pytest.fixture
+def invoke(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(words: str, fails: bool = False) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code = cli.run(["data", "pairs", *words.split()])
+        captured = capsys.readouterr()
+        assert code == (2 if fails else 0), captured
+        assert not fails or sorted(tmp_path.rglob("*")) == before
+        return captured.err if fails else captured.out
+
+    return run
+
+
 @pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
-def test_a_folder_that_dpo_and_sft_read(invoke, tmp_path, file_format):
+def test_a_folder_that_dpo_reads(invoke, tmp_path, file_format):
     raw = raw_rows(60)
     write(tmp_path / "raw.jsonl", raw)
-    code, out, err = invoke(f"raw.jsonl --out out --format {file_format} --rejected worst --test 10")
-    assert code == 0, err
-    assert "Next: zephyr-lite dpo dataset.path=out dataset.split=train_prefs" in out
+    said = invoke(f"raw.jsonl --out out --format {file_format} --rejected worst --test 10")
+    assert "Next: zephyr-lite dpo dataset.path=out dataset.split=train_prefs" in said
     splits = {f"{split}_prefs.{file_format}" for split in ("train", "test")}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*splits, "report.json", "report.md", "dropped.tsv"}
     train, test = read(tmp_path / "out"), read(tmp_path / "out", "test_prefs")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(test) == report["test"] == 10 and len(train) == report["train"] == report["pairs"] - 10
-    assert list(train[0]) == list(SCHEMA)
     order = {r["instruction"]: place for place, r in enumerate(raw)}
     for split in (train, test):
         places = [order[pair["prompt"]] for pair in split]
         assert places == sorted(places)
-    by_prompt = {r["instruction"]: r for r in raw}
-    for pair in [*train, *test]:
-        best = pair["chosen"][1]["content"]
-        assert best in [c["response"] for c in by_prompt[pair["prompt"]]["completions"]]
-        assert pair["score_chosen"] > pair["score_rejected"] and pair["messages"] == pair["chosen"]
-    if file_format == "parquet":
-        assert datasets.Dataset.from_parquet(str(tmp_path / "out" / "train_prefs.parquet")).features == SCHEMA
-    for method in ("dpo", "sft"):
-        rows = load_rows([DatasetSpec(path=str(tmp_path / "out"), split="train_prefs")], method, seed=0)
-        assert len(rows.dataset) == len(train) and not rows.dropped and not rows.changed
+        for place, pair in zip(places, split):
+            assert list(pair) == list(SCHEMA) and pair["score_chosen"] > pair["score_rejected"]
+            assert pair["chosen"][1]["content"] in [c["response"] for c in raw[place]["completions"]]
+    rows = load_rows([DatasetSpec(path=str(tmp_path / "out"), split="train_prefs")], "dpo", seed=0)
+    assert len(rows.dataset) == len(train) and not rows.dropped and not rows.changed
 
 
-def test_the_number_of_processes_changes_no_byte(tmp_path):
-    files = []
-    for processes in (1, 2, 3):
-        # a copy each: the cache would answer for the same file
-        source = write(tmp_path / f"raw{processes}.jsonl", raw_rows(50))
+def test_the_number_of_processes_changes_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.BLOCK", 20)
+    source = write(tmp_path / "raw.jsonl", raw_rows(50))
+    for processes in (1, 3):
         make_pairs([str(source)], tmp_path / f"out{processes}", num_proc=processes)
-        files.append([(tmp_path / f"out{processes}" / f"{s}_prefs.parquet").read_bytes() for s in ("train", "test")])
-    assert files[0] == files[1] == files[2]
+    one, three = ({p.name: p.read_bytes() for p in (tmp_path / f"out{n}").iterdir()} for n in (1, 3))
+    assert one == three
 
 
 def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywhere(invoke, tmp_path):
@@ -123,14 +99,12 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
     again = raw_rows(4, first=200)
     again[1]["instruction"] = "Question: what do all the old cats of Rome dream about? Answer:"
     again[2]["instruction"] = "IS it so"
-    # another schema than the first file's, as far as Arrow is concerned: a column more, a number for a text
-    for each in again:
+    for each in again:  # another schema than the first file's, as far as Arrow is concerned
         each["more"] = 1
         each["completions"][0]["overall_score"] = 3
     write(clone / "flan.jsonl", again)
-    code, out, err = invoke(f"{clone} --out out --rejected worst --test 0")
-    assert code == 0, err
-    assert "left out, source is truthful_qa: 3 (" in out and "truthful_qa.jsonl row 1" in out
+    said = invoke(f"{clone} --out out --rejected worst --test 0")
+    assert "left out, source is truthful_qa: 3 (" in said and "truthful_qa.jsonl row 1" in said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["rows"] == 13 and report["questions"] == 3 and report["test"] == 0
     (contained,) = report["dropped"]["contains an excluded question"]["first"]
@@ -138,7 +112,6 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
     assert contained.endswith("flan.jsonl row 2") and whole.endswith("flan.jsonl row 3")
     tsv = (tmp_path / "out" / "dropped.tsv").read_text().splitlines()
     assert len(tsv) == report["rows"] - report["pairs"] and f"contains an excluded question\t{contained}" in tsv
-    assert not (tmp_path / "out" / "test_prefs.parquet").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,106 +120,60 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
         ("list.txt", "question 3?\n\nQuestion 5\n"),
         ("list.csv", "Type,Question\na,question 3?\nb,question 5?\n"),
         ("list.jsonl", '{"question_id": 1, "turns": ["Question 3?", "question 5?"]}\n'),
-        ("list.json", '[{"prompt": "question 3"}, {"prompt": "question 5"}]'),
-        ("folder/validation.jsonl", '{"question": "question 3"}\n{"question": "question 5"}\n'),
     ],
 )
 def test_excluded_questions_come_from_any_file(tmp_path, name, content):
     source = write(tmp_path / "raw.jsonl", raw_rows(8))
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(content)
-    named = str(path.parent if "/" in name else path)
-    report = make_pairs([str(source)], tmp_path / "out", exclude=[named], test=0)
+    (tmp_path / name).write_text(content)
+    report = make_pairs([str(source)], tmp_path / "out", exclude=[str(tmp_path / name)], test=0)
     assert [place.split()[-1] for place in report.dropped["is an excluded question"]] == ["4", "6"]
 
 
-def test_splits_of_an_excluded_set_are_named_after_a_colon(tmp_path, monkeypatch):
-    asked = []
-
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b", ("a/b", None, None)),
+        ("a/b:test", ("a/b", None, "test")),
+        ("truthfulqa/truthful_qa:generation:validation", ("truthfulqa/truthful_qa", "generation", "validation")),
+    ],
+)
+def test_splits_of_an_excluded_set_are_named_after_a_colon(monkeypatch, name, expected):
     def hub(spec: DatasetSpec):
-        asked.append((spec.path, spec.name, spec.split))
+        assert (spec.path, spec.name, spec.split) == expected
         return Source(datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path)
 
     monkeypatch.setattr("zephyr_lite.recipe.prompts.open_source", hub)
-    for name in ("a/b", "a/b:test", "truthfulqa/truthful_qa:generation:validation"):
-        assert read_questions(name) == ["Who is it?"]
-    assert asked == [("a/b", None, None), ("a/b", None, "test"), ("truthfulqa/truthful_qa", "generation", "validation")]
-    # a folder's split, too
-    monkeypatch.undo()
-    for split in ("test", "validation"):
-        write(tmp_path / "set" / f"{split}.jsonl", [{"question": f"What is {split}?"}])
-    assert read_questions(f"{tmp_path / 'set'}:test") == ["What is test?"]
-    for wrong in ("a/b:", "a:b:c:d", ":test"):
-        with pytest.raises(UserError, match="ID:SPLIT"):
-            read_questions(wrong)
+    assert read_questions(name) == ["Who is it?"]
 
 
-def test_equal_prompts_are_held_out_together(tmp_path):
-    rows = raw_rows(30)
+def test_equal_prompts_are_held_out_together_and_stay_held_out_as_the_set_grows(tmp_path):
+    rows = raw_rows(80)
     for place, each in enumerate(rows):
-        each["instruction"] = f"question {place % 10}?"
-    source = write(tmp_path / "raw.jsonl", rows)
-    for test in (8, 0.3):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        report = make_pairs([str(source)], tmp_path / "out", test=test)
-        train, held = ({pair["prompt"] for pair in read(tmp_path / "out", s)} for s in ("train_prefs", "test_prefs"))
-        assert held and not train & held and report.test <= 15
+        each["instruction"] = f"question {place % 20 + place // 40 * 20}?"
+    held, train = [], []
+    for count in (40, 80):
+        source = write(tmp_path / f"{count}.jsonl", rows[:count])
+        make_pairs([str(source)], tmp_path / str(count), test=0.2)
+        for found, split in ((held, "test_prefs"), (train, "train_prefs")):
+            found.append({pair["prompt"] for pair in read(tmp_path / str(count), split)})
+        assert held[-1] and not train[-1] & held[-1]
+    assert held[0] <= held[1] and train[0] <= train[1]
 
 
-def test_a_share_of_a_growing_set_keeps_the_rows_that_were_held_out(tmp_path):
-    small, large = (write(tmp_path / f"{n}.jsonl", raw_rows(n)) for n in (40, 80))
-    make_pairs([str(small)], tmp_path / "small", test=0.2)
-    make_pairs([str(large)], tmp_path / "large", test=0.2)
-    held, train = ({p["prompt"] for p in read(tmp_path / "large", s)} for s in ("test_prefs", "train_prefs"))
-    assert {p["prompt"] for p in read(tmp_path / "small", "test_prefs")} <= held
-    assert {p["prompt"] for p in read(tmp_path / "small")} <= train
-
-
-def test_a_folder_with_one_split_beside_other_files(tmp_path):
-    write(tmp_path / "made" / "train.jsonl", raw_rows(5))
-    (tmp_path / "made" / "report.json").write_text("{}")
-    write(tmp_path / "made" / "journal.jsonl", [{"kind": "sent"}])
-    assert make_pairs([str(tmp_path / "made")], tmp_path / "made" / "pairs").rows == 5
-
-
-def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.SHARD_ROWS", 20)
-    report = make_pairs([str(write(tmp_path / "raw.jsonl", raw_rows(60)))], tmp_path / "out", test=0)
-    assert report.files == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
-    back = open_source(DatasetSpec(path=str(tmp_path / "out"), split="train_prefs"))
-    numbers = [int(row["prompt"].split()[1][:-1]) for row in back]
-    assert numbers == sorted(numbers) and len(numbers) == report.train
-
-
-def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, refused, tmp_path):
+def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(invoke, tmp_path):
     write(tmp_path / "raw.jsonl", raw_rows(10))
-    assert invoke("raw.jsonl --out out")[0] == 0
-    code, said, _ = invoke("raw.jsonl --out out --num-proc 1")
-    assert code == 0 and said.startswith("out is complete already.") and "Next: zephyr-lite dpo" in said
-    refused("raw.jsonl --out out --seed 1", "out holds a set that zephyr-lite data pairs made")
+    invoke("raw.jsonl --out out")
+    said = invoke("raw.jsonl --out out --num-proc 1")
+    assert said.startswith("out is complete already.") and "Next: zephyr-lite dpo" in said
     write(tmp_path / "raw.jsonl", raw_rows(11))
-    refused("raw.jsonl --out out", "of other files", "--overwrite")
-    assert invoke("raw.jsonl --out out --overwrite --format jsonl")[0] == 0
+    assert "of other files" in invoke("raw.jsonl --out out", fails=True)
+    invoke("raw.jsonl --out out --overwrite --format jsonl")
     assert not list((tmp_path / "out").glob("*.parquet"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    refused("raw.jsonl --out mine --overwrite", "mine exists and holds other things (thesis.txt)")
-    refused("raw.jsonl --out . --overwrite", "would replace")
-    refused("raw.jsonl --out raw.jsonl", "is a file")
-    refused("raw.jsonl --out raw.jsonl/below", "raw.jsonl/below: cannot be made")
-
-
-def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
-    source = write(tmp_path / "raw.jsonl", raw_rows(10))
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.write_rows", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_pairs([str(source)], tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]
+    assert "holds other things (thesis.txt)" in invoke("raw.jsonl --out mine --overwrite", fails=True)
+    assert "would replace" in invoke("raw.jsonl --out . --overwrite", fails=True)
+    assert "raw.jsonl/below: cannot be made" in invoke("raw.jsonl --out raw.jsonl/below", fails=True)
 
 
 @pytest.mark.parametrize(
@@ -255,36 +182,24 @@ def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
         ("raw.jsonl --margin 1", "--rejected margin"),
         ("raw.jsonl --rejected margin --margin 0", "above 0"),
         ("raw.jsonl --rejected margin --margin 9", "no pair is left of 4 rows"),
-        ("scoreless.jsonl --chosen-by overall", "--chosen-by"),
         ("raw.jsonl --test 1.5", "test 1.5"),
-        ("raw.jsonl --test -1", "test -1"),
         ("raw.jsonl --test 400", "would be held out"),
-        ("raw.jsonl --test 0.9999999", "would be held out"),
         ("raw.jsonl --num-proc 0", "num-proc"),
         ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
-        ("raw.jsonl --exclude nowhere.txt", "nowhere.txt"),
+        ("raw.jsonl --exclude a:b:c:d", "ID:SPLIT"),
         ("raw.jsonl --exclude empty.txt", "empty.txt: no question"),
         ("raw.jsonl --exclude numbers.jsonl", "found number"),
         ("raw.jsonl --exclude two", "--exclude two:train"),
         ("two", "--split train"),
         ("broken.jsonl", "broken.jsonl line 2"),
         ("pairs.jsonl", "zephyr-lite dpo dataset.path=pairs.jsonl"),
-        ("chats.jsonl", "zephyr-lite feedback"),
-        ("numbers.jsonl", "columns number"),
     ],
 )
-def test_wrong_arguments_and_inputs(refused, tmp_path, words, says):
-    rows = raw_rows(4)
-    write(tmp_path / "raw.jsonl", rows)
-    for split in ("train", "test"):
-        write(tmp_path / "two" / f"{split}.jsonl", rows)
-    for each in rows:
-        for made in each["completions"]:
-            made["overall_score"] = None
-    write(tmp_path / "scoreless.jsonl", rows)
+def test_wrong_arguments_and_inputs(invoke, tmp_path, words, says):
+    for name in ("raw", "two/train", "two/test"):
+        write(tmp_path / f"{name}.jsonl", raw_rows(4))
     (tmp_path / "empty.txt").write_text("\n?\n")
     write(tmp_path / "numbers.jsonl", [{"number": 1}])
     write(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
-    write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "completions": []}\n{"instruction"\n')
-    refused(f"{words} --out out", says)
+    assert says in invoke(f"{words} --out out", fails=True)

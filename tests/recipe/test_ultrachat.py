@@ -21,7 +21,6 @@ from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.recipe import ultrachat
 from zephyr_lite.recipe.lexicon import Lexicon
-from zephyr_lite.recipe.output import FileFormat
 from zephyr_lite.recipe.ultrachat import Options, clean_chat
 
 WORDS = """
@@ -82,35 +81,28 @@ def rows_of(folder: Path, split: str = "train_sft") -> list[dict[str, Any]]:
 
 
 def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
-    (tmp_path / "question.jsonl").write_text(
-        json.dumps({"question_id": 81, "category": "writing", "turns": [" ".join(WORDS[:14]).upper() + "!"]}) + "\n"
-    )
+    (tmp_path / "question.jsonl").write_text(json.dumps({"turns": [" ".join(WORDS[:14]).upper() + "!"]}) + "\n")
     out = tmp_path / "out"
     report = clean_chat(str(raw), out, Options(decontaminate=(str(tmp_path / "question.jsonl"),)))
     label = f"{raw}/train_0.jsonl line"
-    dropped = [line.split("\t") for line in (out / "dropped.tsv").read_text().splitlines()[1:]]
-    assert [(reason, place) for reason, place, _ in dropped] == [
-        ("cut before a refusal (as_an_ai); the rest stays", f"{label} 6"),
-        ("begins with a refusal (as_an_ai)", f"{label} 8"),
-        ("no assistant turn", f"{label} 9"),
-        ("no assistant turn", f"{label} 10"),
-        ("an exact duplicate", f"{label} 12"),
-        ("a near duplicate", f"{label} 14"),
-        (f"overlaps with {tmp_path / 'question.jsonl'}", f"{raw}/train_1.jsonl line 5"),
+    assert [line.split("\t")[:2] for line in (out / "dropped.tsv").read_text().splitlines()[1:]] == [
+        ["cut before a refusal (as_an_ai); the rest stays", f"{label} 6"],
+        ["begins with a refusal (as_an_ai)", f"{label} 8"],
+        ["no assistant turn", f"{label} 9"],
+        ["no assistant turn", f"{label} 10"],
+        ["an exact duplicate", f"{label} 12"],
+        ["a near duplicate", f"{label} 14"],
+        [f"overlaps with {tmp_path / 'question.jsonl'}", f"{raw}/train_1.jsonl line 5"],
     ]
-    details = {reason: detail for reason, _, detail in dropped}
-    assert details["an exact duplicate"] == f"of {label} 11"
-    assert details["a near duplicate"] == f"of {label} 13"
-    assert details[f"overlaps with {tmp_path / 'question.jsonl'}"] == " ".join(WORDS[:13])
+    details = [line.split("\t")[2] for line in (out / "dropped.tsv").read_text().splitlines()]
+    assert details[-3:] == [f"of {label} 11", f"of {label} 13", " ".join(WORDS[:13])]
     assert report["rows"] == 60 and report["kept"] == 54 and report["broken_capitals"] == 1
-    rows = rows_of(out) + rows_of(out, "test_sft")
-    assert len(rows) == 54 and report["splits"] == {
-        "train_sft": len(rows_of(out)),
-        "test_sft": len(rows_of(out, "test_sft")),
-    }
+    splits = {split: rows_of(out, split) for split in ("train_sft", "test_sft")}
+    assert report["splits"] == {split: len(rows) for split, rows in splits.items()}
+    rows = splits["train_sft"] + splits["test_sft"]
     by_prompt = {row["prompt"]: row for row in rows}
-    restored = by_prompt["Hello. How do I get to Ouagadougou? Is it far?"]
-    assert restored["messages"] == [
+    assert len(rows) == 54
+    assert by_prompt["Hello. How do I get to Ouagadougou? Is it far?"]["messages"] == [
         {"content": "Hello. How do I get to Ouagadougou? Is it far?", "role": "user"},
         {"content": "Hi! It is far. You have to fly there.", "role": "assistant"},
     ]
@@ -119,27 +111,13 @@ def test_the_whole_command(raw: Path, tmp_path: Path) -> None:
         assert list(row) == ["prompt", "prompt_id", "messages"]
         assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
         assert row["prompt"] == row["messages"][0]["content"]
-        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
     stored = json.loads((out / "report.json").read_text())
     assert stored["restored"]["words"] == {"after_terminator": 4, "lone_i": 1, "known_name": 1}
-    assert stored["examples"]["lone_i"][0]["place"] == f"{label} 4"
-    assert (
-        "do i get" in stored["examples"]["lone_i"][0]["before"]
-        and "do I get" in stored["examples"]["lone_i"][0]["after"]
-    )
+    example = stored["examples"]["lone_i"][0]
+    assert example["place"] == f"{label} 4" and "do i get" in example["before"] and "do I get" in example["after"]
     text = (out / "report.md").read_text()
     assert all(word in text for word in ("(as_an_ai)", "do I get", "an exact duplicate"))
     assert Lexicon.load(out / "lexicon.txt").names["ouagadougou"] == "Ouagadougou"
-
-
-@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
-def test_training_reads_it(raw: Path, tmp_path: Path, file_format: FileFormat) -> None:
-    report = clean_chat(str(raw), tmp_path / "out", Options(file_format=file_format))
-    loaded = load_rows([DatasetSpec(path=str(tmp_path / "out"), split="train_sft")], "sft", seed=0)
-    assert len(loaded.dataset) == report["splits"]["train_sft"] and not loaded.dropped
-    splits = {f"train_sft.{file_format}", f"test_sft.{file_format}"}
-    others = {"dropped.tsv", "lexicon.txt", "report.json", "report.md"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == splits | others
 
 
 def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,24 +130,6 @@ def test_the_same_files_for_any_number_of_processes(raw: Path, tmp_path: Path, m
         seen.append({p.name: p.read_bytes() for p in out.iterdir()})
     assert len([name for name in seen[0] if name.startswith("train_sft-")]) > 1
     assert seen[0] == seen[1]
-
-
-def test_an_interruption_leaves_the_earlier_result(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    clean_chat(str(raw), out, Options())
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-
-    def interrupt(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ultrachat, "markdown", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            clean_chat(str(raw), out, Options(), overwrite=True)
-        with pytest.raises(KeyboardInterrupt):
-            clean_chat(str(raw), tmp_path / "new", Options())
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
 
 
 def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Path) -> None:
@@ -185,62 +145,45 @@ def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Pa
 
 def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
     off = clean_chat(str(raw), tmp_path / "off", Options(truecase=False, refusals=False, near=None))
-    assert (
-        off["kept"] == 57
-        and not off["cut"]
-        and not off["broken_capitals"]
-        and not (tmp_path / "off" / "lexicon.txt").exists()
-    )
-    assert {row["prompt"] for s in ("train_sft", "test_sft") for row in rows_of(tmp_path / "off", s)} >= {BROKEN[0]}
+    assert off["kept"] == 57 and not off["cut"] and not off["broken_capitals"]
+    assert not (tmp_path / "off" / "lexicon.txt").exists()
     limits = clean_chat(str(raw), tmp_path / "limits", Options(min_turns=4, min_words=40, max_words=500))
     assert limits["dropped"]["fewer than 4 turns"] == 3
 
 
 def test_other_sets_of_conversations(tmp_path: Path) -> None:
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": BROKEN[0]},
-        {"role": "assistant", "content": "Yes."},
-    ]
+    said = {"system": "Be brief.", "user": BROKEN[0], "assistant": "Yes."}
+    turns = [{"role": role, "content": content} for role, content in said.items()]
     rows = [{"messages": turns, "id": 1}, {"messages": turns[2:], "id": 2}, {"messages": turns[:2], "id": 3}]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = clean_chat(str(tmp_path / "set.jsonl"), tmp_path / "out", Options(test=0))
     assert report["dropped"] == {"the user says nothing": 1, "no assistant turn": 1}
-    row = rows_of(tmp_path / "out")[0]
+    (row,) = rows_of(tmp_path / "out")
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
     assert row["prompt"] == row["messages"][1]["content"] == "Hello. How do I get to ouagadougou? Is it far?"
 
 
-def test_evaluation_sets_in_all_formats(tmp_path: Path) -> None:
-    source = write_raw(
-        tmp_path / "raw.jsonl", [talk(1), ["What is the capital of France now?", "It is Paris."], talk(2)]
-    )
+def test_evaluation_sets_without_their_assistant_turns(tmp_path: Path) -> None:
+    source = write_raw(tmp_path / "raw.jsonl", [talk(1), ["What is the capital of France now?", "It is Paris."]])
     (tmp_path / "q.csv").write_text("question,label\nwhat is the capital of france NOW,1\n")
-    (tmp_path / "q.txt").write_text(f"…\n{talk(2)[2]}\n")
-    turns = [("user", "nothing of this is anywhere in it"), ("assistant", talk(1)[1])]
-    chat = [{"role": role, "content": content} for role, content in turns]
+    chat = [{"role": "user", "content": "nothing of this is in it"}, {"role": "assistant", "content": talk(1)[1]}]
     datasets.Dataset.from_dict({"a": [chat]}).to_parquet(tmp_path / "q.parquet")
-    sets = tuple(str(tmp_path / f"q.{suffix}") for suffix in ("csv", "txt", "parquet"))
+    sets = (str(tmp_path / "q.csv"), str(tmp_path / "q.parquet"))
     report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
-    assert report["dropped"] == {f"overlaps with {sets[0]}": 1, f"overlaps with {sets[1]}": 1}
-    assert report["eval_sets"] == dict(zip(sets, (1, 2, 1)))
+    assert report["dropped"] == {f"overlaps with {sets[0]}": 1} and report["eval_sets"] == {sets[0]: 1, sets[1]: 1}
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("nothing.jsonl", "no such file"),
         ("broken.jsonl", "line 2"),
         ("other.jsonl", "conversations are needed"),
         ("two", "--split train_sft"),
         ("raw --decontaminate two", "two#train_sft"),
         ("raw --decontaminate labels.txt", "no text of 5 words"),
-        ("raw --out full", "holds other things"),
-        ("raw --out .", "holds the source"),
         ("raw --near 0.2", "near"),
         ("raw --min-turns 1", "min_turns"),
         ("raw --ngram 1", "ngram"),
-        ("raw --test 1.5", "test 1.5"),
         ("raw --test 60", "test rows"),
         ("raw --min-words 900", "shorter than 900 words: "),
     ],
@@ -250,8 +193,6 @@ def test_errors(raw: Path, tmp_path: Path, monkeypatch, capsys, words: str, says
     Path("broken.jsonl").write_text('{"id": "0", "data": ["a", "b"]}\n{"id": \n')
     Path("other.jsonl").write_text('{"text": "a"}\n')
     Path("labels.txt").write_text("yes\nno\n")
-    Path("full").mkdir()
-    Path("full/mine.txt").write_text("x")
     for split in ("train_sft", "test_sft"):
         write_raw(Path("two") / f"{split}.jsonl", [talk(1)])
     assert cli.run(["data", "chat", "--out", "out", *words.split()]) == 2
@@ -264,7 +205,11 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run(arguments) == 0
     said = capsys.readouterr().out
     assert "read as raw UltraChat, 60 rows" in said and "capitals restored in 1 dialogues" in said
-    assert f"zephyr-lite sft dataset.path={out} dataset.split=train_sft" in said
+    splits = {"train_sft.jsonl", "test_sft.jsonl"}
+    others = {"dropped.tsv", "lexicon.txt", "report.json", "report.md"}
+    assert {p.name for p in out.iterdir()} == splits | others
+    loaded = load_rows([DatasetSpec(path=str(out), split="train_sft")], "sft", seed=0)
+    assert len(loaded.dataset) == json.loads((out / "report.json").read_text())["splits"]["train_sft"]
     left = tmp_path / ".out.01234567"  # of a process that was killed
     left.mkdir()
     assert cli.run(arguments) == 0 and not left.exists()
@@ -272,8 +217,7 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run(arguments) == 0
     assert capsys.readouterr().out.startswith(f"{out} is complete already.")
     assert cli.run([*arguments, "--no-refusals"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert cli.run([*arguments, "--overwrite"]) == 0
+    assert cli.run([*arguments, "--no-refusals", "--overwrite"]) == 0
     assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0
     assert "30 rows" in capsys.readouterr().out
 

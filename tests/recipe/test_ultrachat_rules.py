@@ -57,32 +57,22 @@ def test_every_rule_has_examples():
     assert {group: list(EXAMPLES[group]) for group in tables} == {group: list(table) for group, table in tables.items()}
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("Hello. how are you? i'm fine.", "Hello. How are you? I'm fine."),
-        ("I met Dr. smith, e.g. in the U.S. army. he left.", "I met Dr. Smith, e.g. in the U.S. army. He left."),
-        (
-            "Sure! here:\n```python\nfor i in x: print(i). so\n```\nthat is all. i hope.",
-            "Sure! Here:\n```python\nfor i in x: print(i). so\n```\nThat is all. I hope.",
-        ),
-        (
-            "See https://a.example/i?b. it works on myVar and my_var. call `i. x`.",
-            "See https://a.example/i?b. It works on myVar and my_var. Call `i. x`.",
-        ),
-        ("It was 3.5 km... maybe four. ok, so be it.", "It was 3.5 km... maybe four. Ok, so be it."),
-        ("Well. été is summer in French. élan too.", "Well. Été is summer in French. Élan too."),
-        ("I ask on monday. he came in july.", "I ask on Monday. He came in July."),
-        ("Privet. привет. как дела?", "Privet. привет. как дела?"),
-        ("Das ist gut. und das ist nicht gut. i wo.", "Das ist gut. und das ist nicht gut. i wo."),
-        (
-            "Use iPhone and eBay. they are the same. macOS is it.",
-            "Use iPhone and eBay. They are the same. macOS is it.",
-        ),
-    ],
-)
-def test_restores(before: str, after: str):
-    assert restore(before, Lexicon())[0] == after
+RESTORED = {
+    "I met Dr. smith, e.g. in the U.S. army. he left.": "I met Dr. Smith, e.g. in the U.S. army. He left.",
+    "Sure! here:\n```python\nfor i in x: print(i). so\n```\nthat is all. i'm": (
+        "Sure! Here:\n```python\nfor i in x: print(i). so\n```\nThat is all. I'm"
+    ),
+    "See https://a.example/i?b. it works on my_var. call `i. x`.": "See https://a.example/i?b. It works on my_var. Call `i. x`.",
+    "Well. été is summer in French. élan too.": "Well. Été is summer in French. Élan too.",
+    "Privet. привет. как дела?": "Privet. привет. как дела?",
+    "Das ist gut. und das ist nicht gut. i wo.": "Das ist gut. und das ist nicht gut. i wo.",
+    "Use iPhone and eBay. they are the same. macOS is it.": "Use iPhone and eBay. They are the same. macOS is it.",
+}
+
+
+@pytest.mark.parametrize("before", RESTORED)
+def test_restores(before: str):
+    assert restore(before, Lexicon())[0] == RESTORED[before]
 
 
 def test_only_case_changes_and_nothing_in_protected_spans():
@@ -92,8 +82,7 @@ def test_only_case_changes_and_nothing_in_protected_spans():
                 after, changes = restore(text, Lexicon())
                 assert len(after) == len(text) and after.lower() == text.lower()
                 assert restore(after, Lexicon())[0] == after  # nothing is left to do
-                for start, end, _ in spans(text):
-                    assert after[start:end] == text[start:end]
+                assert all(after[start:end] == text[start:end] for start, end, _ in spans(text))
                 assert all(after[change.start :].startswith(change.form) for change in changes)
 
 
@@ -112,21 +101,16 @@ def test_lexicon_knows_pairs_where_the_words_alone_are_common():
     house = ["He was in the White House for the whole week."] * 4
     common = ["A white wall and a small house with a red roof."] * 6
     lexicon = lexicon_of(*house, *common)
-    assert "white" not in lexicon.names and lexicon.phrases["white house"] == "White House"
-    assert (
-        restore("I saw the white house. the house is white.", lexicon)[0]
-        == "I saw the White House. The house is white."
-    )
+    assert "white" not in lexicon.names
+    restored = restore("I saw the white house. the house is white.", lexicon)[0]
+    assert restored == "I saw the White House. The house is white."
     # the pair in lower case often enough
     assert "white house" not in lexicon_of(*house, *["He has a white house in the small town."] * 6).phrases
 
 
 def test_the_corpus_overrules_the_built_in_names():
-    assert "lima" not in ALWAYS and ALWAYS["turkish"] == "Turkish"
-    counted = lexicon_of(
-        *["They sat on the turkish carpet all day long."] * 6, "She likes the Turkish coffee of this town."
-    )
-    assert "turkish" not in counted.names
+    texts = [*["They sat on the turkish carpet all day long."] * 6, "She likes the Turkish coffee of this town."]
+    assert ALWAYS["turkish"] == "Turkish" and "turkish" not in lexicon_of(*texts).names
 
 
 def test_lexicon_file(tmp_path: Path):

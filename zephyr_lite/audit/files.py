@@ -132,10 +132,6 @@ class Evidence:
         """Whether it is the own part of a stage, which needs the adapters below it."""
         return self.stage is not None and self.adapter.path.name == "delta"
 
-    def holds(self, adapter: AdapterFile) -> bool:
-        """Whether stage.json names another adapter as below this one."""
-        return any(link.get("sha256") == adapter.sha256 for link in self.links)
-
 
 def gather(name: str) -> Evidence:
     """Read an adapter: its folder, a stage's or a run's folder, or a hub id.
@@ -150,9 +146,9 @@ def gather(name: str) -> Evidence:
     info = stage.info() if folder.name in ("adapter", "delta") else None
     if info is not None:
         places.append(stage.adapter)
-        found.stage, found.info, found.tool, found.method = stage, info, "zephyr-lite", info.get("method")
-        if info.get("engine", "fused") != "fused":
-            found.tool += f" (engine {info['engine']})"
+        found.stage, found.info, found.method = stage, info, info.get("method")
+        engine = info.get("engine", "fused")
+        found.tool = "zephyr-lite" if engine == "fused" else f"zephyr-lite (engine {engine})"
         found.base = (info.get("base") or {}).get("name_or_path") or found.base
         found.settings = read_yaml(stage.config) if stage.config.is_file() else {}
         found.log = json_lines(stage.metrics)
@@ -162,10 +158,9 @@ def gather(name: str) -> Evidence:
             methods = {str(tag).lower() for tag in tags} if isinstance(tags, list) else set()
             found.method = "dpo" if methods & _PREFERENCE else "sft" if "sft" in methods else None
         found.tuned_from = tuned_from(folder)
-        # transformers' Trainer writes it here, or in the checkpoints only
-        state = Path(get_last_checkpoint(folder) or folder) / LOG
-        state = folder / LOG if (folder / LOG).is_file() else state
-        if state.is_file():
+        # transformers' Trainer writes it into the folder, or into its checkpoints only
+        states = [place / LOG for place in (folder, Path(get_last_checkpoint(folder) or folder))]
+        if (state := next(filter(Path.is_file, states), None)) is not None:
             found.log = read_object(state, strict=False).get("log_history") or []
         if found.method is None and found.log:
             rewards = any(str(key).endswith("rewards/accuracies") for record in found.log for key in record)
@@ -200,38 +195,16 @@ def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: Adapter
     """
     modules = list(evidence.adapter.modules.values())
     untrained = sum(not bool(weights.b.any()) for weights in modules)
-    ranks = ", ".join(map(str, sorted({weights.rank for weights in modules})))
-    scales = ", ".join(f"{scale:g}" for scale in sorted({round(weights.scale, 6) for weights in modules}))
-    facts = f"{len(modules)} modules, rank {ranks}, scale {scales}, sha256 {evidence.adapter.sha256[:12]}"
+    facts = f"{len(modules)} modules, {untrained} with a B of zeros, sha256 {evidence.adapter.sha256[:12]}"
     if untrained == len(modules):
         text = "every B is zero: the adapter was never trained and changes nothing"
         audit.wrong("weights", text, facts, advice="Take another checkpoint of it.")
-    elif untrained:
-        audit.note("weights", f"{untrained} of its modules have a B of zeros and change nothing", facts)
     else:
-        audit.right("weights", "a plain LoRA, every module of it trained", facts)
+        audit.right("weights", "a plain LoRA that was trained", facts)
     if evidence.stage is not None:
-        _check_chain(evidence, evidence.stage, below, audit)
+        _check_chain(evidence, evidence.stage, audit)
     else:
-        _check_below(evidence, below, audit)
-    if start is not None:
-        _check_start(evidence, start, audit)
-    if evidence.method == "dpo" and evidence.settings.get("loss_type", "sigmoid") == "sigmoid":
-        _check_log(evidence, audit)
-
-
-def _check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
-    """Which adapters have to be below an adapter of another tool."""
-    base, tuned = evidence.base, evidence.tuned_from
-    if tuned and base and not same_name(tuned, base):
-        facts = f"{CARD}: fine-tuned from {shown(tuned)}; adapter_config.json: base {shown(base)}"
-        if any(same_name(tuned, str(adapter.path)) for adapter in below):
-            audit.right("below", f"{shown(tuned)} is below it, as its card says", facts)
-        else:
-            text = f"its card says that it was trained from {shown(tuned)}, which is not its base: "
-            text += "on the bare base it is probably another, worse model"
-            advice = f"Put that below it (--below {shown(tuned)}), and wherever it is loaded."
-            audit.doubtful("below", text, facts, advice=advice)
+        _check_card(evidence, below, audit)
     for adapter in below:
         found = overlap(evidence.adapter, adapter)
         if found.contains:
@@ -239,43 +212,47 @@ def _check_below(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit)
             audit.wrong("below", text, found.evidence, advice=f"Give it as --start {adapter.path} instead of --below.")
         else:
             audit.right("below", f"it does not contain {adapter.path}: both can be on", found.evidence)
-
-
-def _check_start(evidence: Evidence, start: AdapterFile, audit: Audit) -> None:
-    """Whether it was continued from another adapter, as is claimed."""
-    if evidence.holds(start):
-        if evidence.is_delta:
-            text = f"a delta does not contain {start.path}, which was below it in training"
-            audit.wrong("below", text, advice=f"Give it as --below {start.path}.")
+    if start is not None:
+        found = overlap(evidence.adapter, start)
+        if found.contains:
+            audit.right("below", f"it was continued from {start.path}, and contains it", found.evidence)
         else:
-            audit.right("below", f"it contains {start.path}, as its stage.json says")
+            advice = "If that one was below it in training, give it as --below."
+            audit.wrong("below", f"it was not continued from {start.path}", found.evidence, advice=advice)
+    if evidence.method == "dpo" and evidence.settings.get("loss_type", "sigmoid") == "sigmoid":
+        _check_log(evidence, audit)
+
+
+def _check_card(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
+    """Whether what the card of another tool's adapter names as its start is its base, or below it."""
+    base, tuned = evidence.base, evidence.tuned_from
+    if not tuned or not base or same_name(tuned, base):
         return
-    found = overlap(evidence.adapter, start)
-    if found.contains:
-        audit.right("below", f"it was continued from {start.path}, and contains it", found.evidence)
+    facts = f"{CARD}: fine-tuned from {shown(tuned)}; adapter_config.json: base {shown(base)}"
+    if any(same_name(tuned, str(adapter.path)) for adapter in below):
+        audit.right("below", f"{shown(tuned)} is below it, as its card says", facts)
     else:
-        advice = "If that one was below it in training, give it as --below."
-        audit.wrong("below", f"it was not continued from {start.path}", found.evidence, advice=advice)
+        text = f"its card says that it was trained from {shown(tuned)}, which is not its base: "
+        text += "on the bare base it is probably another, worse model"
+        advice = f"Put that below it (--below {shown(tuned)}), and wherever it is loaded."
+        audit.doubtful("below", text, facts, advice=advice)
 
 
-def _check_chain(evidence: Evidence, stage: StageDir, below: Sequence[AdapterFile], audit: Audit) -> None:
+def _check_chain(evidence: Evidence, stage: StageDir, audit: Audit) -> None:
     """Whether the chain that a stage's stage.json names is complete and unchanged."""
-    names = [str(link.get("path")) for link in evidence.links]
+    names = " + ".join(str(link.get("path")) for link in evidence.links)
     where = f"{stage.path}/stage.json: adapters {names or 'none'}"
     if evidence.is_delta:
-        text = f"a delta: right only with {' + '.join(names) or 'nothing'} below it"
+        text = f"a delta: right only with {names or 'nothing'} below it"
         audit.note("below", text, where, advice=f"Load {stage.adapter} instead, which is the whole chain.")
         return
-    for adapter in filter(evidence.holds, below):
-        text = f"it contains {adapter.path}; with that below it, it would count twice"
-        audit.wrong("below", text, advice="Leave --below out.")
     try:
         chain_of_run(stage.run, stage=stage.path.name)
     except UserError as error:
         text = f"the chain that it was made of is incomplete: {error.message}"
         audit.doubtful("below", text, where, advice=error.hint)
         return
-    parts = f"{' + '.join(names)} and its own part in one adapter" if names else "one adapter"
+    parts = f"{names} and its own part in one adapter" if names else "one adapter"
     audit.right("below", f"{parts}: it belongs on the bare base", where)
 
 
@@ -285,23 +262,16 @@ def _check_log(evidence: Evidence, audit: Audit) -> None:
     if first is None:
         audit.note("reference", "its folder has no training log, so its first loss is unknown")
         return
-    loss, step = float(first["loss"]), first.get("step")
-    at_first = is_number(step) and step <= 1
-    at = f"step {step:g}" if is_number(step) else "the first record"
-    facts = [f"loss at {at} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
-    facts += [
-        f"{key} {first[key]:.4g} there"
-        for key in ("rewards/margins", "rewards/accuracies")
-        if is_number(first.get(key))
-    ]
+    loss, at_first = float(first["loss"]), first.get("step") in (0, 1)
+    facts = f"loss at step {first.get('step', '?')} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"
     if abs(loss - LN2) <= (FIRST_STEP if at_first else FIRST_STEPS):
-        audit.right("reference", "its log starts at ln 2: training started from its reference", *facts)
+        audit.right("reference", "its log starts at ln 2: training started from its reference", facts)
         return
     audit.add(
         Level.wrong if at_first else Level.doubtful,
         "reference",
         "its log does not start at ln 2: training did not start from its reference (often the bare base, with the SFT "
         "adapter only in the policy)",
-        *facts,
+        facts,
         advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
     )

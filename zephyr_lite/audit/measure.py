@@ -69,6 +69,9 @@ class RowSums:
         return math.exp(float(self.ends.median())) if len(self.ends) else None
 
 
+WithAndBelow = tuple[RowSums, RowSums]  # of the model with the adapter, and of the one below it
+
+
 class Gap(NamedTuple):
     """A mean difference over rows in nats a token, and its standard error (infinite for a single row)."""
 
@@ -147,15 +150,13 @@ def check_rows(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list
     name = _check_template(live, templates, rows, found)
     template = templates[name]
     examples = examples_of(template, rows)
-    sums: dict[str, RowSums] = {}
-    for model in (model for model in _MODELS if model in live.models):
-        same = [other for other in sums if live.models[other] == live.models[model]]
-        sums[model] = sums[same[0]] if same else row_sums(live.decoder(model), examples, template.end_token_ids)
-    found.numbers["rows"] = {
-        **{model: {"loss": s.loss, "end_token_median": s.end_probability} for model, s in sums.items()},
-        "count": len(examples),
-        "template": name,
+    sums = {
+        model: row_sums(live.decoder(model), examples, template.end_token_ids)
+        for model in _MODELS
+        if model in live.models
     }
+    measured = {model: {"loss": s.loss, "end_token_median": s.end_probability} for model, s in sums.items()}
+    found.numbers["rows"] = {**measured, "count": len(examples), "template": name}
     _check_below(sums, found)
     _check_end(sums, template, found)
     _check_bos(live, template, examples, sums, found)
@@ -173,25 +174,22 @@ def check_pairs(
         documented: a stage.json says so.
     """
     policy, start = (row_logps(live.decoder(model), data).sums for model in ("policy", "start"))
+    labels = {"start": f"the start of training ({started})", "base": "the bare base"}
     facts, numbers = [], {}
     identical = False  # the claimed reference is the start itself
-    labels = {"start": f"the start of training ({started})", "base": "the bare base"}
     for model in dict.fromkeys(("start", "base", claimed)):
         same = live.models[model] == live.models["start"]
         reference = start if same else row_logps(live.decoder(model), data).sums
         identical |= model == claimed and torch.equal(reference, start)
         at_start, now = (beta * ((of - reference) @ torch.tensor([1.0, -1.0]).double()) for of in (start, policy))
         won = (now > 0).double()
-        numbers[model] = {
-            "loss": float(F.softplus(-at_start).mean()),
-            "accuracy": float(won.mean()),
-            "accuracy_error": float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf,
-            "margin": float(now.mean()),
-            "pairs": len(won),
-        }
+        loss, accuracy, margin = float(F.softplus(-at_start).mean()), float(won.mean()), float(now.mean())
+        error = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf
+        numbers[model] = {"loss": loss, "accuracy": accuracy, "accuracy_error": error, "margin": margin}
+        numbers[model]["pairs"] = len(won)
         facts.append(
-            "against {0}: step 0 at {loss:.6f}, now accuracy {accuracy:.3f} ± {accuracy_error:.3f}, margin {margin:+.3f} "
-            "({pairs} pairs, β {1:g})".format(labels.get(model, model), beta, **numbers[model])
+            f"against {labels.get(model, model)}: step 0 at {loss:.6f}, now accuracy {accuracy:.3f} ± {error:.3f}, margin "
+            f"{margin:+.3f} ({len(won)} pairs, β {beta:g})"
         )
     found.numbers["pairs"] = {**numbers, "beta": beta}
     result, label = numbers[claimed], labels.get(claimed, claimed)
@@ -202,9 +200,7 @@ def check_pairs(
     elif abs(result["loss"] - LN2) <= 1e-6:
         found.right("reference", f"step 0 is ln 2 against {label}", *facts)
     else:
-        text = (
-            f"step 0 is {result['loss']:.4f} against {label}, not ln 2 ({LN2:.4f}): training started from another model"
-        )
+        text = f"step 0 is {result['loss']:.4f} against {label}, not ln 2: training started from another model"
         advice = "Train it again with the policy's start as the reference (zephyr-lite dpo does)."
         found.wrong("reference", text, *facts, advice=advice)
     if found.method == "dpo" and result["accuracy"] + 2 * result["accuracy_error"] < 0.5:
@@ -215,7 +211,7 @@ def check_pairs(
 def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> str:
     """The name of the template to measure with: its own, or the one that fits best."""
     texts: list[str] = []
-    sums: dict[str, tuple[RowSums, RowSums]] = {}  # with the adapter, and below it
+    sums: dict[str, WithAndBelow] = {}
     for name, template in templates.items():
         examples, text = examples_of(template, [_QUESTION, *rows])[1:], template.text_of(_QUESTION)
         if examples and text not in texts:
@@ -226,43 +222,39 @@ def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows:
             "no chat template can render these conversations.", "Name others with --rows or --chat-template."
         )
     found.numbers["templates"] = {name: {"loss": s.loss, "below": below.loss} for name, (s, below) in sums.items()}
-    facts = tuple(f"{name}: {s.loss:.4f} nats a token (below it {below.loss:.4f})" for name, (s, below) in sums.items())
+    facts = [f"{name}: {s.loss:.4f} nats a token (below it {below.loss:.4f})" for name, (s, below) in sums.items()]
     best = min(sums, key=lambda name: sums[name][0].loss)
     if "own" not in sums:
         found.note("template", f"of the known templates {best} fits it best", *facts)
         return best
-    if best != "own" and len(sums[best][0].text) == len(sums["own"][0].text):
-        # the template of training is the one with which the adapter gained most
+    better = change = Gap(0.0, math.inf)
+    if len(sums[best][0].text) == len(sums["own"][0].text):
         better, change = _gaps(sums[best], sums["own"])
-        if change.clear and change.mean > OTHER_TEMPLATE and better.clear:
-            found.doubtful(
-                "template",
-                f"it answers better under the template {best} than under its own: it was probably trained with that",
-                *facts,
-                f"{best} gains over its own by what the adapter changed: {change}",
-                advice=f"Compare the two; --chat-template {best} measures everything under that one.",
-            )
-            return "own"
-    found.right("template", "no other template fits it clearly better than its own", *facts)
+    # the template of training is the one with which the adapter gained most
+    if better.clear and change.clear and change.mean > OTHER_TEMPLATE:
+        text = f"it answers better under the template {best} than under its own: it was probably trained with that"
+        facts.append(f"{best} gains over its own by what the adapter changed: {change}")
+        advice = f"Compare the two; --chat-template {best} measures everything under that one."
+        found.doubtful("template", text, *facts, advice=advice)
+    else:
+        found.right("template", "no other template fits it clearly better than its own", *facts)
     return "own"
 
 
-def _with_and_below(live: LoadedModel, examples: list[Example], template: ChatTemplate) -> tuple[RowSums, RowSums]:
-    """The sums with the adapter, and below it."""
+def _with_and_below(live: LoadedModel, examples: list[Example], template: ChatTemplate) -> WithAndBelow:
     policy, below = (row_sums(live.decoder(model), examples, template.end_token_ids) for model in ("policy", "below"))
     return policy, below
 
 
-def _gaps(of: tuple[RowSums, RowSums], own: tuple[RowSums, RowSums]) -> tuple[Gap, Gap]:
+def _gaps(of: WithAndBelow, own: WithAndBelow) -> tuple[Gap, Gap]:
     """By how much the adapter does better on changed rows than on its own, and by how much it changed that difference."""
     return gap(of[0], own[0]), gap(of[0], own[0], (of[1], own[1]))
 
 
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
     """Whether conversations show that adapters belong below it: against it alone if some are given, else the bare base."""
-    first = {id(s): model for model, s in reversed(sums.items())}  # the first name of models that are the same
-    facts = [f"{_MODELS[model]}: {s.loss:.4f} nats a token" for model, s in sums.items() if first[id(s)] == model]
     other = "alone" if "alone" in sums else "base"
+    facts = [f"{_MODELS[model]}: {s.loss:.4f} nats a token" for model, s in sums.items()]
     gain, loss = gap(sums["policy"], sums[other]), gap(sums[other], sums["policy"])
     where = f"{'on the adapters below it' if other == 'alone' else 'with it'} than with {_MODELS[other]}"
     advice = "Is this its base? Name the adapters that belong below it with --below, and no others."
@@ -273,9 +265,8 @@ def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
         level = Level.doubtful if other == "alone" or found.method == "sft" else Level.note
         found.add(level, "below", f"conversations are less likely {where}", *facts, f"by {loss}", advice=advice)
     else:
-        found.note(
-            "below", f"conversations are neither clearly likelier nor less likely {where}", *facts, advice=advice
-        )
+        text = f"conversations are neither clearly likelier nor less likely {where}"
+        found.note("below", text, *facts, advice=advice)
 
 
 def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -> None:
@@ -289,14 +280,13 @@ def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -
     if policy >= HARDLY:
         found.right("end", "it ends its answers", facts)
         return
-    found.add(
-        Level.doubtful if policy >= NEVER else Level.wrong,
-        "end",
-        "it has hardly learned to end an answer: generation runs until it is cut off",
-        facts,
-        advice="Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
-        "masks the pad token masks every end if that is the pad token.",
+    level = Level.doubtful if policy >= NEVER else Level.wrong
+    text = "it has hardly learned to end an answer: generation runs until it is cut off"
+    advice = (
+        "Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
     )
+    advice += "masks the pad token masks every end if that is the pad token."
+    found.add(level, "end", text, facts, advice=advice)
 
 
 def _check_bos(

@@ -93,28 +93,23 @@ def audit(
     loaded = _load(evidence, base, load_in_4bit, found)
     if loaded is None:
         return found
-    stack, folders = AdapterStack(loaded.model), {}
+    stack, names = AdapterStack(loaded.model), {}
+    groups = {"below": lower, "start": starts, "policy": [evidence.adapter], "claimed": claimed}
     try:
-        for kind, adapters in (
-            ("below", lower),
-            ("start", starts),
-            ("policy", [evidence.adapter]),
-            ("claimed", claimed),
-        ):
-            for place, file in enumerate(adapters):
-                stack.add_frozen(f"{kind}{place}", file)
-                folders[f"{kind}{place}"] = str(file.path)
+        for kind, adapters in groups.items():
+            names[kind] = [f"{kind}{place}" for place, _ in enumerate(adapters)]
+            for name, file in zip(names[kind], adapters):
+                stack.add_frozen(name, file)
     except UserError as error:
         found.wrong("base", f"it does not fit {base}: {error.message}", advice=error.hint)
         return found
     found.right("base", f"it fits {base}", f"{len(evidence.adapter.modules)} modules, shapes equal")
-    under = [name for name in folders if name.startswith("below")]
-    from_ = [name for name in folders if name.startswith("start")] or under
-    models = {"base": [], "start": from_, "below": under, "policy": [*under, "policy0"]}
+    under, own = names["below"], names["policy"]
+    models = {"base": [], "start": names["start"] or under, "below": under, "policy": under + own}
     if under:
-        models["alone"] = ["policy0"]
+        models["alone"] = own
     if claimed:
-        models[reference] = ["claimed0"]
+        models[reference] = names["claimed"]
     templates = _templates(evidence, loaded, chat_template, found)
     if not templates:
         return found
@@ -129,7 +124,7 @@ def audit(
         data = prepare(specs, "dpo", config, live.template, what="pairs")
         logger.info("measuring %d pairs", len(data.lengths))
         documented = evidence.stage is not None and evidence.method == "dpo"
-        started = " + ".join(folders[name] for name in from_) or "the bare base"
+        started = " + ".join(str(file.path) for file in starts or lower) or "the bare base"
         beta = beta or evidence.settings.get("beta") or BETA
         check_pairs(live, data, reference, beta, started, documented, found)
     elif evidence.method == "dpo":
@@ -153,11 +148,10 @@ def _load(evidence: Evidence, base: str, load_in_4bit: bool | None, found: Audit
     except UserError as error:
         found.doubtful("base", f"nothing could be measured: {error.message}", advice=error.hint)
         return None
-    kind = loaded.model.config.model_type
+    kind, known = loaded.model.config.model_type, trained_on.get("fingerprint")
     if kind not in FAMILIES:
         found.note("base", f"nothing could be measured on {kind}: supported families are {NAMES}")
         return None
-    known = trained_on.get("fingerprint")
     if own and known is not None and not is_fingerprint_of(known, loaded.path):
         text = f"{loaded.path} is not the model that it was trained on: its files changed since"
         found.wrong("base", text, advice="Restore them.")

@@ -107,15 +107,27 @@ class Chat:
             seed: for sampling.
 
         Raises:
-            UserError: the chat template refuses a prompt, or a prompt contains a control token.
+            UserError: as ``prompt_ids``.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        try:
-            prompt_ids = [self.template.prompt_ids(messages) for messages in conversations]
-        except RowError as error:
-            raise UserError(f"the prompt cannot be rendered: {error}.") from None
         rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
-        return [answer.text for answer in self.sample(prompt_ids, rows, adapters=adapters)]
+        return [
+            answer.text for answer in self.sample(list(map(self.prompt_ids, conversations)), rows, adapters=adapters)
+        ]
+
+    def prompt_ids(self, messages: list[Message]) -> np.ndarray:
+        """The ids [P] of a conversation that ends with a user's turn.
+
+        Raises:
+            UserError: the chat template refuses it, it contains a control token, or it is not valid Unicode.
+        """
+        try:
+            "".join(message["content"] for message in messages).encode("utf-8")
+            return self.template.prompt_ids(messages)
+        except (UnicodeEncodeError, RowError) as error:
+            why = error if isinstance(error, RowError) else "text that is not valid Unicode"
+            hint = "Rephrase it; in a session, /undo or /reset may help after earlier turns."
+            raise UserError(f"this cannot be sent to the model: {why}.", hint) from None
 
     def sample(
         self,
@@ -201,56 +213,57 @@ class Streamer:
         finish: list[str | None] = [None] * len(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         ids = [[int(token) for token in prompt] for prompt in prompts]
-        try:
-            with torch.inference_mode(), self._chat.stack.by_row(self._adapters):
-                tokens, positions, mask, kept = self._begin(ids, min(ends))
-                for start in range(0, tokens.shape[1], PREFILL):
-                    piece = slice(start, start + PREFILL)
-                    seen = mask[:, : kept + piece.stop]
-                    logits = self._forward(tokens[:, piece], positions[:, piece], seen)
-                positions = positions[:, -1:]
-                while not stop():
-                    chosen = sampler.choose(logits).tolist()
-                    for row, token in enumerate(chosen):
-                        if finish[row] is not None:
-                            continue
-                        if token in ends:
-                            finish[row] = "stop"
-                            continue
-                        answers[row].append(token)
-                        on_token(row, token)
-                        if len(answers[row]) >= rows[row].max_new_tokens:
-                            finish[row] = "length"
-                    if all(finish):
-                        break
-                    positions = positions + 1
-                    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-                    logits = self._forward(torch.tensor(chosen, device=mask.device)[:, None], positions, mask)
-        except BaseException:
-            self.forget()  # after an interrupt some layers can be a token ahead of others
-            raise
+        past, kept = self._reusable(ids)
+        self.forget()  # after an interrupt some layers can be a token ahead of others
+        with torch.inference_mode(), self._chat.stack.by_row(self._adapters):
+            tokens, positions, mask = self._left_padded(ids, kept, min(ends))
+            for start in range(0, tokens.shape[1], PREFILL):
+                piece = slice(start, start + PREFILL)
+                logits = self._forward(tokens[:, piece], positions[:, piece], mask[:, : kept + piece.stop], past)
+            positions = positions[:, -1:]
+            while not stop():
+                chosen = sampler.choose(logits).tolist()
+                for row, token in enumerate(chosen):
+                    if finish[row] is not None:
+                        continue
+                    if token in ends:
+                        finish[row] = "stop"
+                        continue
+                    answers[row].append(token)
+                    on_token(row, token)
+                    if len(answers[row]) >= rows[row].max_new_tokens:
+                        finish[row] = "length"
+                if all(finish):
+                    break
+                positions = positions + 1
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                logits = self._forward(torch.tensor(chosen, device=mask.device)[:, None], positions, mask, past)
         # the cache may be one token shorter, whose keys are then computed again
-        self._ids = (ids[0] + answers[0])[: self._past.get_seq_length()]
+        self._past, self._ids = past, (ids[0] + answers[0])[: past.get_seq_length()]
         return [
             Drawn(self._chat.decode(answer).strip(), answer, end or "interrupted", len(prompt), kept)
             for answer, end, prompt in zip(answers, finish, ids)
         ]
 
-    def _begin(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The part of the prompts to compute: all but the tokens that a single row has in the cache, and at least one.
-
-        Returns:
-            tokens and positions [rows, M] int64 to compute, padded on the left; mask [rows, K + M] int64 over the K cached
-            tokens and these, 0 for padding; K.
-        """
+    def _reusable(self, prompts: list[list[int]]) -> tuple[DynamicCache, int]:
+        """The cache, cut to the tokens that a single row's prompt begins with, and their number; at least one token of the
+        prompt is computed."""
         kept = 0
         if len(prompts) == 1:
             equal = takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, prompts[0]))
             kept = min(len(list(equal)), len(prompts[0]) - 1)
         if not kept:
-            self._past = DynamicCache()
-        elif removed := self._past.get_seq_length() - kept:
+            return DynamicCache(), 0
+        if removed := self._past.get_seq_length() - kept:
             self._past.crop(-removed)
+        return self._past, kept
+
+    def _left_padded(self, prompts: list[list[int]], kept: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens behind the first ``kept``, padded on the left.
+
+        Returns:
+            tokens and positions [rows, M] int64; mask [rows, kept + M] int64 over the cached tokens and these, 0 for padding.
+        """
         width = max(map(len, prompts)) - kept
         tokens = torch.full((len(prompts), width), pad, dtype=torch.int64)
         mask = torch.ones((len(prompts), kept + width), dtype=torch.int64)
@@ -260,15 +273,15 @@ class Streamer:
             mask[row, : kept + width - len(ids)] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, kept:]
         device = self._chat.device
-        return tokens.to(device), positions.to(device), mask.to(device), kept
+        return tokens.to(device), positions.to(device), mask.to(device)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
         """Logits [rows, vocab] float32 after the last of the tokens [rows, n]."""
         given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         out = self._model(
             input_ids=tokens,
             attention_mask=mask,
-            past_key_values=self._past,
+            past_key_values=past,
             use_cache=True,
             **{name: value for name, value in given.items() if name in self._takes},
         )

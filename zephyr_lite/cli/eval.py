@@ -23,7 +23,7 @@ from .options import (
     console,
     say_all,
 )
-from .recipe import job_kept, settings_of
+from .recipe import job_meter, say_cost, settings_of
 
 if TYPE_CHECKING:
     from ..model.loaded import LoadedModel
@@ -210,48 +210,38 @@ def alpaca(
                     f"--annotations only scores existing verdicts; {shown} changes nothing.",
                     "Combine --annotations with --outputs, --difficulty and --out only.",
                 )
-        _score(annotations, outputs, difficulty, out)
+        from ..evaluate.alpaca_eval import KIND, score_files, table
+        from ..evaluate.results import write_result
+
+        body = score_files(annotations, outputs, difficulty)
+        console.table(*table(body["models"]))
+        if out is not None:
+            console.say(f"written: {write_result(out, KIND, body, {})}")
         return
     from ..evaluate.alpaca_eval import AlpacaConfig, AlpacaEval
 
     _judged(AlpacaEval(settings_of(ctx, AlpacaConfig)), dry_run)
 
 
-def _score(annotations: Path, outputs: Path | None, difficulty: Path | None, out: Path | None) -> None:
-    """Score existing annotations: AlpacaEval's published ones, or those of an earlier run."""
-    from ..evaluate.alpaca_eval import KIND, check_belongs, read_annotations, read_outputs, score_files, table
-    from ..evaluate.results import write_result
-
-    rows = read_annotations(annotations)
-    if outputs is not None:
-        check_belongs(rows, read_outputs(str(outputs))[0], annotations)
-    result = score_files(rows, difficulty, annotations)
-    console.table(*table(result.models))
-    if out is not None:
-        console.say(f"written: {write_result(out, KIND, result.body, {})}")
-
-
 def _judged(bench: Any, dry_run: bool, legend: str = "") -> None:
     """Run a benchmark (``evaluate.judge.Benchmark``), or say what it can cost."""
-    from ..client.cost import Meter, budget_lines, has_prices
-
     console.say(bench.note)
     say_models(bench.answering, bench.models())
     say_all([f"note: {line}" for line in bench.notes])
     if dry_run:
-        say_all([*bench.dry_run_lines(), *budget_lines(bench.config.budget, bench.job)])
+        say_cost(bench.dry_run_lines(), bench.config.budget, bench.job)
         return
-    total, priced = len(bench.items) * len(bench.models()), has_prices(bench.answering.endpoints())
-    with job_kept(bench.job), Meter(console.out, total, bench.unit, priced) as meter:
+    total = len(bench.items) * len(bench.models())
+    with job_meter(bench.job, total, bench.unit, bench.answering.endpoints()) as meter:
         result = bench.run(meter)
-    console.table(*bench.table(result.models))
+    console.table(*bench.table(result.body["models"]))
     say_all([legend] if legend else [])
     for what, body in result.body["differences"].items():
         value, error = body["difference"], body["standard_error"]
         if value is not None:
             spread = "" if error is None else f" ± {error:.2f} (standard error, {body[bench.unit]} {bench.unit})"
             console.say(f"{what}: {value:+.2f}{spread}")
-    for name, body in result.models.items():
+    for name, body in result.body["models"].items():
         if reasons := body[bench.why]:
             why = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
             console.say(f"note: {name}: left out: {why}")
@@ -295,12 +285,12 @@ def harness(
     out: EvalOut = None,
 ) -> None:
     """The paper's benchmarks (or others) by lm-evaluation-harness, on every model of the chain."""
-    from ..evaluate.harness import HarnessSettings, evaluate_harness, metrics, open_harness, read_tasks, table
+    from ..evaluate.harness import HarnessSettings, evaluate_harness, open_harness, read_tasks, table
 
     wanted = read_tasks(tasks or [])
     manager = open_harness(wanted, include_path)
     from ..evaluate.likelihood import roles
-    from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
+    from ..evaluate.results import claim_folder, result_folder
 
     live = open_model(ctx)
     names = list(dict.fromkeys(model or live.models))
@@ -310,16 +300,12 @@ def harness(
     folder = result_folder(live.source, live.chain, out)
     claim_folder(folder)
     path = folder / f"{settings.kind}.json"
-
-    def write(result: Any) -> None:
-        write_result(folder, settings.kind, settings.body(result), head_of_live(live))
-
     try:
-        result = evaluate_harness(live, wanted, settings, manager, models=names, earlier=path, on_task=write)
+        result = evaluate_harness(live, wanted, settings, manager, models=names, folder=folder)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; finished tasks are in {path}, and the same command continues.") from None
     console.table(*table(wanted, result, roles(live)))
-    console.say(f"percent ± standard error: {metrics(wanted, result)}")
+    console.say("percent ± standard error")
     if limit is not None:
         console.say(f"a trial: at most {limit} questions per task, not comparable with published numbers")
     console.say(f"written to {path}")

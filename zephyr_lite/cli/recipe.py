@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -78,7 +78,7 @@ def feedback(
 
     names = {"prompts": "prompts.path", **{name: f"prompts.{name}" for name in ("split", "column", "limit")}}
     settings = settings_of(ctx, FeedbackConfig, **names)
-    from ..client.cost import Meter, bound_lines, budget_lines, has_prices
+    from ..client.cost import bound_lines
     from ..recipe.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
     from ..recipe.prompts import read_prompts
 
@@ -87,10 +87,9 @@ def feedback(
     out_folder, specs = Path(settings.out), settings.endpoints().values()
     if dry_run:
         texts = read_principles(Path(settings.principles_file) if settings.principles_file else None)
-        say_all(bound_lines(feedback_bounds(settings, read.prompts, texts), specs))
-        say_all(budget_lines(settings.budget, out_folder))
+        say_cost(bound_lines(feedback_bounds(settings, read.prompts, texts), specs), settings.budget, out_folder)
         return
-    with job_kept(out_folder), Meter(console.out, len(read.prompts), "prompts", has_prices(specs)) as meter:
+    with job_meter(out_folder, len(read.prompts), "prompts", specs) as meter:
         result = run_feedback(settings, read, meter)
     console.table(*result.ratings_table())
     say_all(result.lines())
@@ -130,7 +129,7 @@ def distill(
     from ..recipe.distill import DistillConfig
 
     settings = settings_of(ctx, DistillConfig, seeds="seeds.path", split="seeds.split", column="seeds.column")
-    from ..client.cost import Meter, bound_lines, budget_lines, has_prices
+    from ..client.cost import bound_lines
     from ..recipe.distill import TRAIN, distill_bounds, plan_distill, run_distill
     from ..recipe.prompts import read_prompts
 
@@ -139,10 +138,9 @@ def distill(
         console.say(read.note())
     plan, specs = plan_distill(settings, read), settings.endpoints().values()
     if dry_run:
-        say_all(bound_lines(distill_bounds(settings, plan), specs))
-        say_all(budget_lines(settings.budget, plan.out))
+        say_cost(bound_lines(distill_bounds(settings, plan), specs), settings.budget, plan.out)
         return
-    with job_kept(plan.out), Meter(console.out, plan.wanted, "dialogues", has_prices(specs)) as meter:
+    with job_meter(plan.out, plan.wanted, "dialogues", specs) as meter:
         result = run_distill(settings, plan, meter)
     say_all(result.lines())
     if result.train:
@@ -228,11 +226,22 @@ def settings_of(ctx: Context, kind: type[Settings], **names: str) -> Settings:
     return load_settings(kind, ctx.params["config"], options)
 
 
+def say_cost(bounds: Iterable[str], budget: Any, folder: Path) -> None:
+    """Print what a job costs at most, and what limits it."""
+    from ..client.cost import budget_lines
+
+    say_all(bounds)
+    say_all(budget_lines(budget, folder))
+
+
 @contextmanager
-def job_kept(folder: Path) -> Iterator[None]:
-    """After an interrupt, print that no reply is lost."""
+def job_meter(folder: Path, total: int, unit: str, specs: Iterable[Any]) -> Iterator[Any]:
+    """The meter of a job (``client.cost.Meter``); after an interrupt, print that no reply is lost."""
+    from ..client.cost import Meter, has_prices
+
     try:
-        yield
+        with Meter(console.out, total, unit, has_prices(specs)) as meter:
+            yield meter
     except KeyboardInterrupt:
         console.complain(
             f"{folder}: every reply is in the request log; the same command continues the job and sends no answered request again."

@@ -62,8 +62,9 @@ def chat(
     from ..chat.session import Settings
     from ..recipe.prompts import read_questions
 
-    settings = Settings(temperature, top_p, max_new_tokens, seed, system)
-    settings.check()
+    settings = Settings().changed(
+        temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, system=system
+    )
     if vote is not None:
         check_file(vote, "chosen", "--vote")  # before anything is loaded
     if prompts is not None and out is not None:
@@ -75,11 +76,8 @@ def chat(
         _answer_once(session, question)
     else:
         from ..chat.repl import Repl
-        from ..chat.rows import Ballot
 
-        session = _session(ctx, settings)
-        ballot = Ballot(vote, seed, session.chat.live.source) if vote is not None else None
-        Repl(session, console, compare, ballot).run()
+        Repl(_session(ctx, settings), console, compare, vote).run()
 
 
 def in_terminal() -> bool:
@@ -156,42 +154,39 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
     from ..model.sampling import Sampling
 
     how, models = session.settings, session.chat.live.models
-    head = [{"role": "system", "content": how.system}] if how.system else []
-    conversations = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    usable: list[tuple[int, Any, Sampling]] = []
-    for place, messages in enumerate(conversations):
+    usable: list[tuple[int, list[dict[str, str]], Any, Sampling]] = []
+    for number, prompt in enumerate(prompts, 1):
+        messages = [{"role": "system", "content": how.system}] if how.system else []
+        messages.append({"role": "user", "content": prompt})
         try:
-            ids = session.prompt_ids(messages)
-            seed = how.seed * 1_000_003 + place
-            usable.append((place, ids, Sampling(session.room(len(ids)), how.temperature, how.top_p, seed)))
+            ids = session.chat.prompt_ids(messages)
+            room = session.room(len(ids))
         except UserError as error:
-            console.say(f"note: prompt {place + 1} ({short(prompts[place], 60)}) is left out: {error.message}")
+            console.say(f"note: prompt {number} ({short(prompt, 60)}) is left out: {error.message}")
+            continue
+        seed = how.seed * 1_000_003 + number - 1
+        usable.append((number, messages, ids, Sampling(room, how.temperature, how.top_p, seed)))
     if not usable:
         raise UserError("none of the prompts can be asked.", "See why above.")
-    done = cut = count = 0
+    cut = count = 0
     for start in range(0, len(usable), batch):
-        places, ids_of, sampling = zip(*usable[start : start + batch])
-        rows = []
+        part, rows = usable[start : start + batch], []
+        ids_of, sampling = [each[2] for each in part], [each[3] for each in part]
         try:
             for column in session.columns:
                 answers = session.chat.sample(ids_of, sampling, adapters=models[column.model])
-                rows += [
-                    {
-                        "messages": [*conversations[place], {"role": "assistant", "content": answer.text}],
-                        "model": column.model,
-                        "finish_reason": answer.finish_reason,
-                        "prompt_number": place + 1,
-                    }
-                    for place, answer in zip(places, answers)
-                ]
+                for (number, messages, *_), answer in zip(part, answers):
+                    row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": answer.text}]}
+                    row |= {"model": column.model, "finish_reason": answer.finish_reason, "prompt_number": number}
+                    rows.append(row)
         except KeyboardInterrupt:
-            message = f"interrupted; the answers to {done:,} of {len(prompts):,} prompts are in {out}"
+            message = f"interrupted; the answers to {start:,} of {len(prompts):,} prompts are in {out}"
             raise Interrupted(message) from None
         append_rows(out, rows)
-        done, count = done + len(places), count + len(rows)
+        count += len(rows)
         cut += sum(row["finish_reason"] == "length" for row in rows)
-        console.say(f"{done:,} of {len(usable):,} prompts answered")
+        console.say(f"{start + len(part):,} of {len(usable):,} prompts answered")
     if cut:
         console.say(f"note: {cut:,} answers were cut at their length; --max-new-tokens allows more")
-    refused = len(prompts) - len(usable)
-    console.say(f"{count:,} answers are in {out}{f'; {refused:,} prompts were left out' if refused else ''}")
+    left_out = len(prompts) - len(usable)
+    console.say(f"{count:,} answers are in {out}{f'; {left_out:,} prompts were left out' if left_out else ''}")

@@ -1,7 +1,8 @@
-"""``zephyr-lite sft`` and ``zephyr-lite dpo``."""
+"""``zephyr-lite sft``, ``dpo``, ``plan`` and ``env``."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import redirect_stdout
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
 from .options import StageConfig, console
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -70,7 +73,7 @@ def train(
     def resolve() -> Any:
         found = resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
         for line in needs_lines(method, found.config):
-            screen.say(line)
+            logger.info(line)
         return found
 
     with joined() as here:
@@ -88,6 +91,38 @@ def train(
                     run_dry(method, loaded, show=console.row)
                     return
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
-                screen.say("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
+                logger.info("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
-                screen.say(f"{done.message} {done.hint}")
+                logger.info("%s %s", done.message, done.hint)
+
+
+def plan(
+    context: Context,
+    config: StageConfig = None,
+    gpu: Annotated[str | None, Option(help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
+    vram: Annotated[
+        str | None, Option(help="Memory of the card, such as 8GiB. Without --gpu: a generic card of that size.")
+    ] = None,
+    price: Annotated[float | None, Option(help="US dollars an hour for the card.")] = None,
+    ladder: Annotated[bool, Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
+) -> None:
+    """Memory, time and disk that a run takes, on this machine or on any card; needs neither weights nor a GPU."""
+    from ..config.resolve import resolve_run
+    from ..memory.forecast import ladder_lines, planned_lines, stages_of
+
+    methods, words = stages_of(list(context.args), config)
+    if ladder:
+        stage = None if words == context.args else context.args[0]
+        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
+        console.plan(ladder_lines(words, others))
+        return
+    for method in methods:
+        console.plan(planned_lines(method, resolve_run(method, config, words), gpu=gpu, vram=vram, price=price))
+
+
+def env() -> None:
+    """Show hardware and libraries, what is missing, and how to install it."""
+    from .environment import survey
+
+    for finding in survey():
+        console.say(finding.line())

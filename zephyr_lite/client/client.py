@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from .endpoints import EndpointSpec, Message
-from .request_log import Reply, RequestLog, Totals
+from .request_log import Reply, RequestLog
 
 if TYPE_CHECKING:
     from .local_model import LocalModel, Weights
@@ -31,10 +31,10 @@ T = TypeVar("T")
 # A tokenizer makes at most one token of a byte. The chat template's own tokens are not known here.
 TOKENS_OF_A_TURN = 16
 TOKENS_OF_A_TEMPLATE = 128
-MAX_BACK_OFF = 60.0  # seconds
+BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds to wait after a first failure, doubled after each further one
 MAX_FAILED_IN_A_ROW = 8  # requests of an endpoint; then the job stops
 RETRY_TEMPERATURE = 0.5  # at least, where an unparsable reply is asked for again
-GRACE = 20.0  # seconds that requests in flight get when a job ends early
+GRACE = 20.0  # seconds that requests in flight, which are paid for, get when a job ends early
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ class Request:
 class BudgetSpent(Exception):
     """The next request could exceed the budget, and was not sent."""
 
+    reason = "the budget"  # as ``RequestFailed.reason``
+
 
 @dataclass(eq=False)
 class RequestFailed(Exception):
-    """A try failed; raised to the caller, the request has no reply: all tries failed, the server refuses it, or no reply
-    could be parsed.
-    """
+    """A request has no usable reply: all tries failed, the server refuses it, or the reply cannot be used. Models raise it
+    for one try."""
 
     reason: str  # the same few words for requests that failed alike ("HTTP 500"), for counting
     detail: str = ""  # the server's message, without keys
@@ -86,11 +87,11 @@ class RequestFailed(Exception):
 class _Endpoint:
     """A model's state within a job."""
 
-    def __init__(self, model: OpenAIModel | LocalModel) -> None:
+    def __init__(self, model: OpenAIModel | LocalModel, answered: bool) -> None:
         self.model, self.spec = model, model.spec
         self.slots = asyncio.Semaphore(self.spec.concurrency)
-        self.spacing = 60.0 / self.spec.requests_per_minute if self.spec.requests_per_minute else 0.0
         self.next_at = 0.0  # when the next request may leave, on the monotonic clock
+        self.answered = answered  # ever, in this job
         self.failed_in_a_row = 0
         self.fatal: UserError | None = None
 
@@ -103,9 +104,6 @@ class ModelClient:
         weights: ``path`` of an endpoint → its weights, where they are open already.
         max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
             The upper bound of a request's tokens is reserved while it is in flight.
-        on_progress: called with the totals whenever they change.
-        back_off: seconds to wait after a first failure; doubled after each further one.
-        grace: seconds that requests in flight, which are paid for, get when the block is left.
 
     Attributes:
         totals: what the job has spent, live.
@@ -122,20 +120,16 @@ class ModelClient:
         weights: Mapping[str, Weights] | None = None,
         max_requests: int | None = None,
         max_tokens: int | None = None,
-        on_progress: Callable[[Totals], None] = lambda totals: None,
-        back_off: float = 1.0,
-        grace: float = GRACE,
     ) -> None:
         from .local_model import open_local_models
         from .openai_client import OpenAIModel
 
         models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
         models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
-        self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
         self._log = RequestLog(folder)
+        self._endpoints = {m.spec.name: _Endpoint(m, m.spec.name in self._log.answered) for m in models}
         self.totals = self._log.totals
         self._max_requests, self._max_tokens = max_requests, max_tokens
-        self._on_progress, self._back_off, self._grace = on_progress, back_off, grace
         self._in_flight: set[asyncio.Task[Reply | RequestFailed]] = set()
 
     async def __aenter__(self) -> ModelClient:
@@ -145,10 +139,8 @@ class ModelClient:
         try:
             if self._in_flight:
                 count = len(self._in_flight)
-                logger.info(
-                    f"waiting up to {self._grace:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)"
-                )
-                await asyncio.wait(self._in_flight, timeout=self._grace)
+                logger.info(f"waiting up to {GRACE:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)")
+                await asyncio.wait(self._in_flight, timeout=GRACE)
         finally:
             left = list(self._in_flight)
             for task in left:
@@ -173,7 +165,6 @@ class ModelClient:
         digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         if (reply := self._log.reply(digest)) is not None:
             self.totals.from_log += 1
-            self._on_progress(self.totals)
             return reply
         prompt = prompt_token_bound(body["messages"])
         bound, dollars = prompt + body["max_tokens"], spec.dollars(prompt, body["max_tokens"])
@@ -182,7 +173,6 @@ class ModelClient:
             while True:
                 await self._wait_for_turn(endpoint, bound)
                 number = self._log.sent(digest, request.key, spec.name, bound, dollars)
-                self._on_progress(self.totals)
                 task = asyncio.create_task(self._try(endpoint, number, body))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
@@ -195,7 +185,7 @@ class ModelClient:
                     raise self._final_error(endpoint, outcome)
                 if outcome.wait is not None:  # a busy server makes all requests to it wait
                     endpoint.next_at = max(endpoint.next_at, time.monotonic() + outcome.wait)
-                await asyncio.sleep(min(MAX_BACK_OFF, self._back_off * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0))
+                await asyncio.sleep(min(MAX_BACK_OFF, BACK_OFF * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0))
                 attempt += 1
 
     async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
@@ -228,50 +218,46 @@ class ModelClient:
         while True:
             if endpoint.fatal is not None:
                 raise endpoint.fatal
-            if problem := self._over_budget(bound):
-                if not self._in_flight:
-                    raise BudgetSpent(problem)
-                # requests in flight usually take less than their bound
+            spent = ""
+            if self._max_requests is not None and self.totals.requests + 1 > self._max_requests:
+                spent = f"the budget of {self._max_requests:,} requests is spent."
+            elif self._max_tokens is not None and self.totals.tokens + bound > self._max_tokens:
+                spent = f"the budget of {self._max_tokens:,} tokens has no room for a request of up to {bound:,}."
+            if spent and not self._in_flight:
+                raise BudgetSpent(spent)
+            now = time.monotonic()
+            if spent:  # requests in flight usually take less than their bound
                 await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
-            elif (delay := endpoint.next_at - time.monotonic()) > 0:
-                await asyncio.sleep(delay)
+            elif now < endpoint.next_at:
+                await asyncio.sleep(endpoint.next_at - now)
             else:
-                endpoint.next_at = time.monotonic() + endpoint.spacing
+                per_minute = endpoint.spec.requests_per_minute
+                endpoint.next_at = now + (60.0 / per_minute if per_minute else 0.0)
                 return
-
-    def _over_budget(self, tokens: int) -> str:
-        """Why a request of at most this many tokens does not fit into the budget; "" if it does."""
-        if self._max_requests is not None and self.totals.requests + 1 > self._max_requests:
-            return f"the budget of {self._max_requests:,} requests is spent."
-        if self._max_tokens is not None and self.totals.tokens + tokens > self._max_tokens:
-            left = max(0, self._max_tokens - self.totals.tokens)
-            return f"the next request may take {tokens:,} tokens, and {left:,} of the budget of {self._max_tokens:,} are left."
-        return ""
 
     async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any]) -> Reply | RequestFailed:
         """Send a request once, and record what comes back."""
+        outcome: Reply | RequestFailed
         try:
-            reply = await endpoint.model.ask(body)
+            outcome = await endpoint.model.ask(body)
         except RequestFailed as error:
+            outcome = error
             self._log.failed(number, error.reason, error.detail, charged=error.charged)
-            self._on_progress(self.totals)
-            return error
-        self._log.replied(number, reply, endpoint.spec.dollars(reply.prompt_tokens, reply.completion_tokens))
-        endpoint.failed_in_a_row = 0
-        self._on_progress(self.totals)
-        return reply
+        else:
+            self._log.replied(number, outcome, endpoint.spec.dollars(outcome.prompt_tokens, outcome.completion_tokens))
+            endpoint.answered, endpoint.failed_in_a_row = True, 0
+        return outcome
 
     def _final_error(self, endpoint: _Endpoint, error: RequestFailed) -> Exception:
         """The error of a request without a reply: UserError if the job has to end, else RequestFailed."""
-        name, answers = endpoint.spec.name, self._log.answers[endpoint.spec.name]
+        name = endpoint.spec.name
         if error.hint is not None:
             endpoint.fatal = UserError(f"endpoint {name}: {str(error).rstrip('.')}.", error.hint)
-        elif error.charged or not answers:  # the server fails; else it refuses this conversation
+        elif error.charged or not endpoint.answered:  # otherwise the server works, and refuses this conversation
             endpoint.failed_in_a_row += 1
-            most = 1 if error.charged and not answers else MAX_FAILED_IN_A_ROW
-            if endpoint.failed_in_a_row >= most:
+            if endpoint.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                 endpoint.fatal = UserError(
-                    f"endpoint {name}: no reply, {endpoint.failed_in_a_row} requests in a row ({error}).",
+                    f"endpoint {name}: no reply, {MAX_FAILED_IN_A_ROW} requests in a row ({error}).",
                     "Is the model loaded, and `timeout` long enough? The same command continues the job.",
                 )
         return endpoint.fatal or error

@@ -6,19 +6,21 @@ limits a job exactly.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from ..io.text import duration
-from .client import prompt_token_bound
-from .endpoints import EndpointSpec, Message
+from .client import Request, RequestFailed, prompt_token_bound
+from .endpoints import EndpointSpec
 from .jobs import Budget
-from .request_log import NAME, Totals
+from .request_log import NAME, Reply, Totals
 
 PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
 
@@ -31,17 +33,34 @@ class Bound:
     tokens: int = 0
     dollars: float = 0.0
 
-    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, times: int = 1) -> None:
-        """Add ``times`` requests of this size."""
-        self.requests += times
-        self.tokens += times * (prompt_tokens + reply_tokens)
-        self.dollars += times * spec.dollars(prompt_tokens, reply_tokens)
 
+class CostClient:
+    """Takes the place of a ``ModelClient`` to learn what a job costs at most: sends nothing and adds up its requests.
 
-def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: int = 0) -> int:
-    """Upper bound of a conversation's tokens, with the endpoint's own system turn."""
-    system = [] if spec.system is None or messages[0]["role"] == "system" else [{"content": spec.system}]
-    return prompt_token_bound([*system, *messages]) + more_tokens
+    Each reply is as long as it may be, with a text of one byte a token that differs from all others; none can be parsed.
+
+    Attributes:
+        bounds: {endpoint: upper bounds of its requests}.
+    """
+
+    def __init__(self, specs: Mapping[str, EndpointSpec]) -> None:
+        self._specs = specs
+        self.bounds = {name: Bound() for name in specs}
+
+    async def ask(self, request: Request) -> Reply:
+        spec = self._specs[request.endpoint]
+        body = request.body(spec)
+        prompt, length = prompt_token_bound(body["messages"]), body["max_tokens"]
+        bound = self.bounds[spec.name]
+        bound.requests += 1
+        bound.tokens += prompt + length
+        bound.dollars += spec.dollars(prompt, length)
+        name = hashlib.sha256(request.key.encode()).hexdigest()
+        return Reply((name * (length // len(name) + 1))[:length], "stop", prompt, length)
+
+    async def ask_parsed(self, request: Request, parse: Callable[[str], Any], tries: int = 3) -> Any:
+        await self.ask(request)
+        raise RequestFailed("nothing is sent")
 
 
 def bound_lines(bounds: Mapping[str, Bound], specs: Iterable[EndpointSpec]) -> list[str]:
@@ -80,11 +99,14 @@ class Meter:
         total: number of items.
         unit: their name: "prompts".
         priced: whether dollars are shown.
+
+    Attributes:
+        totals: what is shown as spent; of the job's ``ModelClient``.
     """
 
     def __init__(self, console: Console, total: int, unit: str, priced: bool) -> None:
+        self.totals = Totals()
         self._console, self._unit, self._priced = console, unit, priced
-        self._totals = Totals()
         self._last_line = time.monotonic()
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[spent]}")
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -97,28 +119,16 @@ class Meter:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def totals(self, totals: Totals) -> None:
-        """Show what has been spent; ``on_progress`` of ``ModelClient``."""
-        self._totals = totals
-        self._show(0)
-
     def advance(self) -> None:
-        """Count one more item as done."""
-        self._show(1)
-
-    def spent(self) -> str:
-        """``412 requests  98,313 tokens  $0.0421  12 min left``."""
-        totals = self._totals
+        """Count one more item as done, and show ``412 requests  98,313 tokens  $0.0421  12 min left``."""
+        totals, task = self.totals, self._progress.tasks[self._task]
         parts = [f"{totals.requests:,} requests", f"{totals.tokens - totals.held:,} tokens"]
         if self._priced:
             parts.append(f"${totals.dollars + totals.lost_dollars:,.4f}")
-        if left := self._progress.tasks[self._task].time_remaining:
+        if left := task.time_remaining:
             parts.append(f"{duration(left)} left")
-        return "  ".join(parts)
-
-    def _show(self, steps: int) -> None:
-        self._progress.update(self._task, advance=steps, spent=self.spent())
+        spent = "  ".join(parts)
+        self._progress.update(self._task, advance=1, spent=spent)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= PIPE_SECONDS:
             self._last_line = time.monotonic()
-            task = self._progress.tasks[self._task]
-            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {self.spent()}")
+            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {spent}")

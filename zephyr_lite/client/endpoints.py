@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError
 
@@ -109,6 +109,10 @@ def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
     if isinstance(value, dict | EndpointSpec):
         return validated(EndpointSpec, value, where)
     return parse_endpoint(str(value))
+
+
+# the type of a configuration's key that is an endpoint
+EndpointKey = Annotated[EndpointSpec, BeforeValidator(lambda value, info: endpoint_spec(value, str(info.field_name)))]
 
 
 def validated(kind: type[Model], values: Any, where: str) -> Model:

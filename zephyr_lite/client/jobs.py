@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..io.atomic import sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
-from .client import RequestFailed
+from .client import BudgetSpent, ModelClient, RequestFailed
 from .endpoints import EndpointSpec, validated
 
 T = TypeVar("T")
@@ -24,6 +24,7 @@ R = TypeVar("R")
 Settings = TypeVar("Settings", bound="JobConfig")
 NotBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 CONFIG = "config.yaml"
+CONTINUES = "The same command with a larger budget continues the job and sends no answered request again."
 
 
 class Budget(BaseModel):
@@ -44,6 +45,20 @@ class JobConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**31)
     budget: Budget = Budget()
 
+    def endpoints(self) -> dict[str, EndpointSpec]:
+        """{name: endpoint}, every endpoint of the configuration once."""
+        values = [value for _, field in self for value in (field if isinstance(field, list) else [field])]
+        return {value.name: value for value in values if isinstance(value, EndpointSpec)}
+
+    def client(self) -> ModelClient:
+        """The client of a job that runs in ``out``."""
+        return ModelClient(
+            list(self.endpoints().values()),
+            Path(self.out),
+            max_requests=self.budget.requests,
+            max_tokens=self.budget.tokens,
+        )
+
 
 def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any]) -> Settings:
     """A job's configuration: a YAML file with the options of the command line over it.
@@ -60,19 +75,14 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
     values = read_yaml(path) if path else {}
     for key, value in options.items():
         head, _, nested = key.partition(".")
-        if value is None:
-            continue
-        if not nested:
+        if value is not None and nested:
+            inner = values.get(head) or {}
+            inner = dict(inner) if isinstance(inner, dict) else {"path": inner}
+            if nested == "path" and inner.get("path") != value:  # another set's split and limit do not apply to it
+                inner = {}
+            value = {**inner, nested: value}
+        if value is not None:
             values[head] = value
-            continue
-        inner = values.get(head) or {}
-        inner = {"path": inner} if isinstance(inner, str) else inner
-        if not isinstance(inner, dict):
-            message = f"{where}: {head}: expected `key: value` lines, found {type(inner).__name__}."
-            raise UserError(message, f"Write it as in `{head}: {{{nested}: …}}`.")
-        if nested == "path" and inner.get("path") != value:  # another set's split and limit do not apply to it
-            inner = {}
-        values[head] = {**inner, nested: value}
     missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in values]
     if missing:
         option = "model" if missing[0] == "models" else missing[0]
@@ -80,17 +90,16 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
         raise UserError(f"{where}: {', '.join(missing)} missing.", hint)
     try:
         return validated(kind, values, where)
-    except UserError as error:  # of an endpoint
-        named = error.message if error.message.startswith(where) or not path else f"{path}: {error.message}"
-        raise UserError(named, error.hint) from None
+    except UserError as error:  # of an endpoint's word, which knows no file
+        message = error.message if error.message.startswith(where) else f"{where}: {error.message}"
+        raise UserError(message, error.hint) from None
 
 
 def distinct_name(spec: EndpointSpec, others: Sequence[EndpointSpec], role: str) -> EndpointSpec:
     """An endpoint under a name that no other has: the other endpoint itself if both are equal, else "NAME (ROLE)"."""
-    if spec in others:
-        return others[list(others).index(spec)]
-    taken = any(other.name == spec.name for other in others)
-    return spec.model_copy(update={"name": f"{spec.name} ({role})"}) if taken else spec
+    if spec in others or all(other.name != spec.name for other in others):
+        return spec
+    return spec.model_copy(update={"name": f"{spec.name} ({role})"})
 
 
 def refuse_equal_names(specs: Iterable[EndpointSpec]) -> None:
@@ -106,7 +115,7 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
     Raises:
         UserError: the folder cannot be created, or holds something else; the configuration holds a secret.
     """
-    first_line = f"# zephyr-lite {command}"
+    first_line = f"# zephyr-lite {command}\n"
     values = config.model_dump(mode="json", exclude_unset=True)
     refuse_secrets(values, "the job's configuration")
     try:
@@ -114,15 +123,21 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
     except OSError as error:
         raise UserError(f"{out}: cannot be created: {error.strerror}.", "Choose another --out.") from None
     sweep(out)
-    if there := sorted(path.name for path in out.iterdir()):
-        file = out / CONFIG
-        head = file.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip() if file.is_file() else ""
-        if head != first_line:
-            raise UserError(
-                f"{out} exists and is not a job of zephyr-lite {command}: it holds {', '.join(there[:3])}.",
-                "Choose another --out, or move that folder away.",
-            )
-    write_text(out / CONFIG, f"{first_line}\n{dump_yaml(values)}")
+    there, file = sorted(path.name for path in out.iterdir()), out / CONFIG
+    if there and not (file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(first_line)):
+        raise UserError(
+            f"{out} exists and is not a job of zephyr-lite {command}: it holds {', '.join(there[:3])}.",
+            "Choose another --out, or move that folder away.",
+        )
+    write_text(file, first_line + dump_yaml(values))
+
+
+def nothing_made(out: Path, what: str, reasons: Iterable[str]) -> UserError:
+    """The error of a job without any row; empty reasons are left out."""
+    return UserError(
+        f"{out}: no {what}: {'; '.join(filter(None, reasons))}",
+        "The same command, with a larger budget if need be, continues the job: all replies so far are kept.",
+    )
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -130,13 +145,18 @@ def json_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int) -> AsyncIterator[tuple[T, R]]:
-    """(item, result) in the items' order, with up to ``window`` items in progress."""
+async def in_order(
+    items: Iterable[T], work: Callable[[T], Awaitable[R]], window: int
+) -> AsyncIterator[tuple[T, R | RequestFailed | BudgetSpent]]:
+    """(item, result) in the items' order, with up to ``window`` items in progress; RequestFailed and BudgetSpent are results."""
     slots = asyncio.Semaphore(window)
 
-    async def limited(item: T) -> R:
+    async def limited(item: T) -> R | RequestFailed | BudgetSpent:
         async with slots:
-            return await work(item)
+            try:
+                return await work(item)
+            except (RequestFailed, BudgetSpent) as error:
+                return error
 
     tasks = [(item, asyncio.ensure_future(limited(item))) for item in items]
     try:
@@ -146,15 +166,6 @@ async def in_order(items: Iterable[T], work: Callable[[T], Awaitable[R]], window
         for _, task in tasks:
             task.cancel()
         await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
-
-
-async def together(work: Iterable[Awaitable[R]]) -> list[R | RequestFailed]:
-    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    for each in found:
-        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
-            raise each
-    return found  # type: ignore[return-value]
 
 
 def run_job(main: Coroutine[Any, Any, R]) -> R:

@@ -116,7 +116,7 @@ class LocalModel:
         self.spec, self.weights = spec, weights
         self.identity = weights.identity(spec.model)
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[Reply | Exception]]] = []
-        self._worker: asyncio.Task[None] | None = None
+        self._batch = asyncio.Lock()
         self._stop = threading.Event()
 
     async def ask(self, body: dict[str, Any]) -> Reply:
@@ -125,11 +125,16 @@ class LocalModel:
         Raises:
             RequestFailed: the template refuses the conversation, or it does not fit into the context or the memory.
         """
-        future: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
-        self._waiting.append((body, future))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._serve())
-        outcome = await future
+        answered: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
+        self._waiting.append((body, answered))
+        async with self._batch:
+            if not answered.done():  # by the batch of an earlier request
+                await asyncio.sleep(GATHER)
+                batch, self._waiting = self._waiting[: self.spec.concurrency], self._waiting[self.spec.concurrency :]
+                outcomes = await asyncio.to_thread(self._answer, [waiting for waiting, _ in batch])
+                for (_, future), each in zip(batch, outcomes):
+                    future.set_result(each)
+        outcome = answered.result()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -137,44 +142,26 @@ class LocalModel:
     async def close(self) -> None:
         """End a batch in progress with its next token."""
         self._stop.set()
-        self._waiting.clear()
-        if self._worker is not None:
-            await asyncio.wait([self._worker])
-
-    async def _serve(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(GATHER)
-            batch, self._waiting = self._waiting[: self.spec.concurrency], self._waiting[self.spec.concurrency :]
-            outcomes: list[Reply | Exception]
-            try:
-                outcomes = await asyncio.to_thread(self._answer, [body for body, _ in batch])
-            except Exception as error:
-                outcomes = [error] * len(batch)
-            for (_, future), outcome in zip(batch, outcomes):
-                if not future.done():
-                    future.set_result(outcome)
 
     def _answer(self, bodies: list[dict[str, Any]]) -> list[Reply | Exception]:
         """In a thread."""
         with _DEVICE:
-            if self._stop.is_set():
-                raise RequestFailed("stopped", "the job was stopped")
             try:
                 chat = self.weights.chat
+                prepared = [_prepare(chat, body) for body in bodies]
+                sampled = iter(self._sample(chat, [row for row in prepared if not isinstance(row, Exception)]))
+                return [row if isinstance(row, Exception) else next(sampled) for row in prepared]
             except UserError as error:
-                raise RequestFailed("cannot be loaded", error.message, hint=error.hint or "") from None
-            outcomes: list[Any] = [_prepare(chat, body) for body in bodies]
-            places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
-            for place, answer in zip(places, self._sample(chat, [outcomes[i] for i in places])):
-                outcomes[place] = answer
-            return outcomes
+                return [RequestFailed("cannot be loaded", error.message, hint=error.hint or "") for _ in bodies]
+            except Exception as error:
+                return [error] * len(bodies)
 
     def _sample(self, chat: Chat, rows: list[Any]) -> list[Reply | Exception]:
         """Answer one batch, or its two halves if it does not fit into the memory."""
         import torch
 
-        if not rows:
-            return []
+        if not rows or self._stop.is_set():
+            return [RequestFailed("stopped", "the job was stopped") for _ in rows]
         adapters = None if self.spec.model is None else chat.live.models[self.spec.model]
         ids, settings = [row[0] for row in rows], [row[1] for row in rows]
         try:
@@ -193,7 +180,7 @@ class LocalModel:
 
 
 def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
-    """(prompt's ids, sampling settings); or the RequestFailed of a conversation that cannot be asked."""
+    """(prompt's ids, sampling settings), or the RequestFailed of a conversation that cannot be asked."""
     from ..data.messages import RowError
     from ..model.sampling import Sampling
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..io.redact import remember
+from ..io.text import shown
 from .client import RequestFailed, prompt_token_bound
 from .endpoints import EndpointSpec
 from .request_log import Reply
 
-SHOWN_CHARACTERS = 300  # of a server's error message
+if TYPE_CHECKING:
+    import openai
+
 MAX_SERVER_WAIT = 600.0  # seconds that a server may ask to wait before the job stops instead
 SHORT_KEY = 8  # characters; a shorter key is a placeholder ("ollama"), and not removed from replies
-BUSY = {429, 503, 529}  # the last one is not in the standard, but used
+BUSY = (429, 503, 529)  # the last one is not in the standard, but used
 NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "ProxyError")  # of httpx: nothing was sent
+# what to do where no other request would do better, by the status
+HINTS = {
+    401: "The key comes from the environment variable named in api_key_env: is it right for this server?",
+    402: "The account has no credit left; the same command continues the job later.",
+    **dict.fromkeys(
+        (404, 405, 410),
+        "Check the model's name and the URL (it usually ends with /v1); `ollama pull MODEL` fetches a model.",
+    ),
+    **dict.fromkeys(BUSY, "Lower `concurrency` or `requests_per_minute`, or wait: the same command continues the job."),
+}
 
 
 class OpenAIModel:
@@ -43,7 +56,8 @@ class OpenAIModel:
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none", base_url=spec.url, timeout=spec.timeout, max_retries=0
         )
-        self._reached = self._newer_limit = self._no_seed = False  # learned from the server's answers
+        self._reached = False  # whether the server has answered
+        self._unknown: set[str] = set()  # settings that it does not know
 
     async def close(self) -> None:
         await self._client.close()
@@ -60,9 +74,9 @@ class OpenAIModel:
         import openai
 
         sent = {"model": self.spec.model, **body}
-        if self._newer_limit:
+        if "max_tokens" in self._unknown:  # OpenAI's newer models
             sent["max_completion_tokens"] = sent.pop("max_tokens")
-        if self._no_seed:
+        if "seed" in self._unknown:
             sent.pop("seed", None)
         try:
             async with asyncio.timeout(self.spec.timeout):  # httpx limits the time between two bytes only
@@ -76,12 +90,10 @@ class OpenAIModel:
             self._reached = True
             message = error.body.get("message") if isinstance(error.body, dict) else None
             message = self._shown(str(message or error.message))
-            if error.status_code in (400, 422) and "max_tokens" in sent and "max_completion_tokens" in message:
-                self._newer_limit = True  # OpenAI's newer models
-                raise RequestFailed("max_tokens is not known", message, adapted=True) from None
-            if error.status_code in (400, 422) and "seed" in sent and "seed" in message:
-                self._no_seed = True
-                raise RequestFailed("seed is not known", message, adapted=True) from None
+            for name, complaint in (("max_tokens", "max_completion_tokens"), ("seed", "seed")):
+                if error.status_code in (400, 422) and name in sent and complaint in message:
+                    self._unknown.add(name)
+                    raise RequestFailed(f"{name} is not known", message, adapted=True) from None
             raise self._refused(error, message) from None
         except (TimeoutError, openai.APIConnectionError) as error:
             if type(error.__cause__).__name__ in NOT_CONNECTED:
@@ -94,46 +106,39 @@ class OpenAIModel:
             ) from None
         except (ValueError, TypeError, LookupError, AttributeError):  # not JSON, or JSON of another form
             raise RequestFailed("reply holds no answer", retry=True, charged=True) from None
-        prompt, completion, total = (
-            getattr(done.usage, name, None) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-        )
-        reason = choice.finish_reason or "stop"
-        if not (prompt and completion is not None and type(prompt) is type(completion) is int):
+        usage, reason = done.usage, choice.finish_reason or "stop"
+        prompt, completion = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+        if not (prompt and type(prompt) is type(completion) is int):  # the server does not count
             return Reply(text, reason, prompt_token_bound(body["messages"]), body["max_tokens"])
         # some servers count hidden reasoning in the total alone
-        return Reply(text, reason, prompt, max(completion, (total or 0) - prompt))
+        return Reply(text, reason, prompt, max(completion, (getattr(usage, "total_tokens", None) or 0) - prompt))
 
-    def _refused(self, error: Any, message: str) -> RequestFailed:
-        spec, status = self.spec, error.status_code
-        hint = None
-        wait = None
-        retry = status >= 500 or status in (408, 409, 425, 429)
+    def _refused(self, error: openai.APIStatusError, message: str) -> RequestFailed:
+        status = error.status_code
         if status == 401:
-            hint = "The key comes from the environment variable named in api_key_env: is it right for this server?"
             message = "the server refuses the key"  # servers repeat parts of the key here
-        elif status == 402:
-            hint = "The account has no credit left; the same command continues the job later."
         elif status in (404, 405, 410):
-            hint = "Check the model's name and the URL (it usually ends with /v1); `ollama pull MODEL` fetches a model."
-            message = f"no model {spec.model} at {spec.url}: {message}"
-        elif status in BUSY:
-            hint = "Lower `concurrency` or `requests_per_minute`, or wait: the same command continues the job."
-            try:
-                wait = float(error.response.headers["retry-after"])
-            except (KeyError, ValueError):
-                wait = None
-            retry = wait is None or wait <= MAX_SERVER_WAIT
-        # a server that breaks (500), or a gateway that stops waiting (502, 504), may have generated the reply
-        charged = status >= 500 and status not in BUSY
-        return RequestFailed(f"HTTP {status}", message, retry=retry, charged=charged, wait=wait, hint=hint)
+            message = f"no model {self.spec.model} at {self.spec.url}: {message}"
+        try:
+            wait = float(error.response.headers["retry-after"]) if status in BUSY else None
+        except (KeyError, ValueError):
+            wait = None
+        return RequestFailed(
+            f"HTTP {status}",
+            message,
+            retry=(status >= 500 or status in (408, 409, 425, 429)) and (wait or 0.0) <= MAX_SERVER_WAIT,
+            # a server that breaks (500), or a gateway that stops waiting (502, 504), may have generated the reply
+            charged=status >= 500 and status not in BUSY,
+            wait=wait,
+            hint=HINTS.get(status),
+        )
 
     def _without_key(self, text: str) -> str:
         return text if self._key is None or len(self._key) < SHORT_KEY else text.replace(self._key, "[key]")
 
     def _shown(self, text: str) -> str:
         """A server's message on one line, shortened, without the key."""
-        text = self._without_key(" ".join(text.split()))
-        return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+        return shown(self._without_key(" ".join(text.split())), 300)
 
 
 def read_key(spec: EndpointSpec) -> str | None:

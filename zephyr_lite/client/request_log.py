@@ -91,7 +91,7 @@ class RequestLog:
 
     Attributes:
         totals: of all rows.
-        answers: endpoint → its replies so far.
+        answered: the endpoints that have replied in earlier starts.
 
     Raises:
         UserError: another process has the folder open, the file is no request log, or the disk fails.
@@ -100,7 +100,6 @@ class RequestLog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.totals = Totals()
-        self.answers: Counter[str] = Counter()
         folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._db.row_factory = sqlite3.Row
@@ -114,8 +113,10 @@ class RequestLog:
                     self._db.execute(statement)
             self._db.execute("UPDATE requests SET state = 'failed', reason = ? WHERE state = 'sent'", (KILLED,))
             self._db.execute("COMMIT")
-            for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
-                self._count(row)
+            rows = self._db.execute("SELECT * FROM requests ORDER BY id").fetchall()
+        for row in rows:
+            self._count(row)
+        self.answered = {row["endpoint"] for row in rows if row["state"] == "replied"}
 
     def reply(self, digest: str) -> Reply | None:
         """The reply to a request, if the log holds it."""
@@ -166,7 +167,6 @@ class RequestLog:
         totals = self.totals
         totals.requests += 1
         if row["state"] == "replied":
-            self.answers[row["endpoint"]] += 1
             totals.replies += 1
             totals.prompt_tokens += row["prompt_tokens"]
             totals.completion_tokens += row["completion_tokens"]

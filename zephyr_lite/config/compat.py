@@ -32,10 +32,8 @@ ALIASES = {
     "chat_template_path": "chat_template",
 }
 
-# other tools' name -> ours, where ``rename`` translates the value too
-TRANSLATED = {
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "batch_size",
+# other tools' name -> ours, where ``_datasets`` translates the value too
+_DATASETS = {
     "dataset_name": "dataset",
     "dataset_config": "dataset.name",
     "dataset_train_split": "dataset.split",
@@ -47,6 +45,12 @@ TRANSLATED = {
     "datasets": "dataset",
     "test_split_size": "dataset.test_size",
     "dataset_text_field": "dataset.columns",
+}
+# and where ``rename`` does
+TRANSLATED = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    **_DATASETS,
     "eval_strategy": "eval_steps",
     "evaluation_strategy": "eval_steps",
     "hub_model_id": "push_to_hub",
@@ -93,7 +97,9 @@ _ACCEPTED = {
     "it is the parameter of a loss or an option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
     "ref_model_sync_steps",
 }
-ACCEPTED = {key: why for why, keys in _ACCEPTED.items() for key in keys.split()}
+ACCEPTED: dict[str, str] = {}
+for _why, _keys in _ACCEPTED.items():
+    ACCEPTED |= dict.fromkeys(_keys.split(), _why)
 
 # key -> the values that change nothing here, and why others are refused
 _PLAIN = "only plain LoRA is trained"
@@ -188,42 +194,35 @@ def rename(
     Raises:
         UserError: unknown or refused keys, or values that cannot be translated; all of them in one message.
     """
-    faults = [
-        f"{key}: {short(values[key])} is not {what}."
-        for kind, (what, keys) in _TYPES.items()
-        for key in keys.split()
-        if not isinstance(values.get(key), (kind, type(None)))
-    ]
+    faults = []
+    for kind, (what, keys) in _TYPES.items():
+        for key in keys.split():
+            if not isinstance(values.get(key), (kind, type(None))):
+                faults.append(f"{key}: {short(values[key])} is not {what}.")
     if faults:
         raise UserError(f"{where}: " + "\n".join(faults))
     taken = dict(values)
     for key in ("model_init_kwargs", "dataset_kwargs"):
         taken = {**(taken.pop(key, None) or {}), **taken}
-    theirs = of_others(taken, own)
-    notes += [f"{key}: {ours} here" for key, ours in (ALIASES | TRANSLATED).items() if key in taken or key in values]
-    for key, ours in ALIASES.items():
-        if key in taken and ours in taken:
+    theirs = of_others(taken)
+    for key, ours in (ALIASES | TRANSLATED).items():
+        if key in taken or key in values:
+            notes.append(f"{key}: {ours} here")
+        if key in ALIASES and key in taken and ours in taken:
             one, other = taken.pop(key), taken[ours]
             if None not in (one, other) and one != other:
                 faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
             taken[ours] = one if other is None else other
     result: dict[str, Any] = {}
-    parts = {}
-    for key in BATCH_PARTS:
-        if (value := taken.pop(key, None)) is not None:
-            parts[key] = number(value) or math.nan
-    if any(not size.is_integer() for size in parts.values()):
-        faults.append(f"{', '.join(parts)}: must be whole numbers.")
-    elif parts and ("batch_size" in taken or "train_batch_size" in taken):
-        faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
-    elif parts and BATCH_PARTS[0] not in parts:
-        faults.append(f"{BATCH_PARTS[1]} needs {BATCH_PARTS[0]} too (TRL's default is 8). Or set batch_size alone.")
-    elif parts:
-        result["batch_size"] = int(math.prod(parts.values()))
-    _datasets(taken, result, faults, notes)
+    if not taken.keys().isdisjoint(BATCH_PARTS):
+        _batch_size(taken, result, faults)
+    if "evaluation_strategy" in taken:  # until transformers 4.41
+        taken.setdefault("eval_strategy", taken.pop("evaluation_strategy"))
+    if not taken.keys().isdisjoint(_DATASETS):
+        _datasets(taken, result, faults, notes)
     strategy = taken.pop("eval_strategy", None)
     if strategy in ("no", False):
-        result["eval_dataset"] = None
+        taken["eval_dataset"] = result["eval_dataset"] = None
     elif strategy == "epoch":
         taken["eval_steps"] = None
     elif strategy not in (None, "steps"):
@@ -250,10 +249,8 @@ def rename(
             taken["warmup_ratio"] = warmup
     no_dropout = taken.pop("disable_dropout", None)
     for key, value in taken.items():
-        if key in own:
-            result[key] = value
-        elif key in ALIASES:
-            result[ALIASES[key]] = value
+        if key in own or key in ALIASES:
+            result[ALIASES.get(key, key)] = value
         elif key in ACCEPTED:
             notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
         elif key in REFUSED:
@@ -287,9 +284,23 @@ def rename(
     return result
 
 
-def of_others(values: Collection[str], own: Collection[str]) -> bool:
+def of_others(values: dict[str, Any]) -> bool:
     """Whether a key belongs to another tool only; a mere alias does not count."""
-    return any(key not in own and (key in TRANSLATED or key in ACCEPTED or key in REFUSED) for key in values)
+    return not values.keys().isdisjoint(TRANSLATED | ACCEPTED | REFUSED)
+
+
+def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str]) -> None:
+    """Multiply the micro-batch with the accumulation steps; null is not set."""
+    parts = {key: value for key in BATCH_PARTS if (value := values.pop(key, None)) is not None}
+    sizes = [number(value) or math.nan for value in parts.values()]
+    if not all(size.is_integer() for size in sizes):
+        faults.append(f"{', '.join(parts)}: must be whole numbers.")
+    elif parts and ("batch_size" in values or "train_batch_size" in values):
+        faults.append(f"batch_size and {', '.join(parts)}: the batch size is set twice. Keep one.")
+    elif parts and BATCH_PARTS[0] not in parts:
+        faults.append(f"{BATCH_PARTS[1]} needs {BATCH_PARTS[0]} too (TRL's default is 8). Or set batch_size alone.")
+    elif parts:
+        result["batch_size"] = int(math.prod(sizes))
 
 
 def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
@@ -299,24 +310,20 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
     if len(given) > 1:
         faults.append(f"{', '.join(given)}: the data sets are named more than once. Keep one.")
     result |= {key: values.pop(key) for key in ("dataset", "eval_dataset") if key in values}
-    mixer, splits, configs = (values.pop(f"dataset_{key}", None) for key in ("mixer", "splits", "configs"))
-    name, config, mixture = (values.pop(f"dataset_{key}", None) for key in ("name", "config", "mixture"))
-    train, test = (values.pop(f"dataset_{part}_split", None) for part in ("train", "test"))
-    column, entries, size = (values.pop(key, None) for key in ("dataset_text_field", "datasets", "test_split_size"))
-    if "evaluation_strategy" in values:  # until transformers 4.41
-        values.setdefault("eval_strategy", values.pop("evaluation_strategy"))
-    if mixture:
-        faults += [
-            f"there is no key 'dataset_mixture.{key}'."
-            for key in mixture
-            if key not in ("datasets", "test_split_size", "seed")  # rows are drawn with the run's seed
-        ]
+    theirs = {key: values.pop(key, None) for key in _DATASETS}
+    mixer, splits, configs = theirs["dataset_mixer"], theirs["dataset_splits"], theirs["dataset_configs"]
+    train, test, column = (theirs[f"dataset_{key}"] for key in ("train_split", "test_split", "text_field"))
+    entries, size = theirs["datasets"], theirs["test_split_size"]
+    if mixture := theirs["dataset_mixture"]:
+        # rows are drawn with the run's seed
+        for key in sorted(map(str, mixture.keys() - {"datasets", "test_split_size", "seed"})):
+            faults.append(f"there is no key 'dataset_mixture.{key}'.")
         entries, size = mixture.get("datasets"), mixture.get("test_split_size", size)
     if entries:
         result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
         result.setdefault("eval_dataset", None)
-    elif mixer or name is not None:
-        specs = [{"path": name, "name": config}]
+    elif mixer or theirs["dataset_name"] is not None:
+        specs = [{"path": theirs["dataset_name"], "name": theirs["dataset_config"]}]
         if mixer:
             train, test = (next((s for s in splits or ["train"] if kind in s), None) for kind in ("train", "test"))
             if splits and (train is None or set(splits) - {train, test}):

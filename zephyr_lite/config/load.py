@@ -21,9 +21,10 @@ from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NOT_HELD_OUT = "no eval_dataset is set with this dataset: the held-out loss will not be computed"
 PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
 
-_TEXTS = {key for key, field in RunConfig.model_fields.items() if field.annotation in (str, str | None)}
 # replaces pydantic's own wording, by the error's type or the key
 _MESSAGES = {
     "string_type": "Input should be a text; quote one that YAML reads as another type, as in \"'2024'\"",
@@ -56,17 +57,15 @@ def find_config(name: str, kind: str = "stages") -> Path:
     Raises:
         UserError: neither exists; the message lists the shipped names.
     """
-    path = Path(name)
-    refuse_special(path, name)
-    if is_file(path):
-        return path
-    shipped = preset_configs(kind)
-    if name.removesuffix(".yaml") not in shipped:
-        raise UserError(
-            f"{'table' if kind == 'tables' else 'configuration'} {name[:300]}: there is no such file.",
-            f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
-        )
-    return shipped[name.removesuffix(".yaml")]
+    refuse_special(Path(name), name)
+    root = CONFIGS if kind == "stages" else CONFIGS / kind
+    for path in (Path(name), root / f"{name.removesuffix('.yaml')}.yaml"):
+        if is_file(path):
+            return path
+    raise UserError(
+        f"{'table' if kind == 'tables' else 'configuration'} {name[:300]}: there is no such file.",
+        f"Give a YAML file, or a shipped one: {', '.join(preset_configs(kind))}.",
+    )
 
 
 def preset_configs(kind: str = "stages") -> dict[str, Path]:
@@ -76,8 +75,7 @@ def preset_configs(kind: str = "stages") -> dict[str, Path]:
         kind: ``stages`` (the configurations of training commands), ``tables`` (ablations) or ``feedback``; the names
             of the last two leave their folder out.
     """
-    configs = Path(__file__).resolve().parents[1] / "configs"
-    root = configs if kind == "stages" else configs / kind
+    root = CONFIGS if kind == "stages" else CONFIGS / kind
     found = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
     others = ("tables/", "feedback/") if kind == "stages" else ()
     return {name: path for name, path in found.items() if not name.startswith(others)}
@@ -106,29 +104,39 @@ def load_config(
     if path is not None:
         written = read_yaml(path)
         given = rename(written, str(path), own, notes, file=True, dpo=method == "dpo")
-        _drop_default_eval(set(given), given, notes)
+        if "dataset" in given and "eval_dataset" not in given:
+            given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
+            notes.append(NOT_HELD_OUT)
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
             )
-    words: list[tuple[str, Any]] = []
+    flat: dict[str, Any] = {}
+    nested: list[tuple[str, Any]] = []
     for key, text in _split_words(overrides or []):
         key = key.replace("-", "_")
-        words.append((key, read_word(text, numbers=ALIASES.get(key, key) not in _TEXTS)))
-    flat = {key: value for key, value in words if "." not in key}
-    nested = [(key, value) for key, value in words if "." in key]
+        field = own.get(ALIASES.get(key, key))
+        value = read_word(text, numbers=field is None or field.annotation not in (str, str | None))
+        if "." in key:
+            nested.append((key, value))
+        else:
+            flat[key] = value
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
     said = rename(flat, "the command line", own, notes, dpo=method == "dpo")
-    _drop_default_eval({*said, *(key.removesuffix(".path") for key, _ in nested)}, said, notes)
     if "warmup_ratio" in said:  # the file's warmup_steps would override it
         given.pop("warmup_steps", None)
     given.update(said)
+    typed, replaced = set(said), "dataset" in said
     # dataset.path resets the data set, so it is applied before its other keys, in any order of words
     for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
         _set_nested(given, key, value, defaults)
-    typed = {*said, *(key.split(".")[0] for key, _ in nested)}
+        typed.add(key.partition(".")[0])
+        replaced = replaced or key == "dataset.path"
+    if replaced and "eval_dataset" not in typed:
+        given["eval_dataset"] = None
+        notes.append(NOT_HELD_OUT)
     values = {**defaults, **given}
     try:
         config = RunConfig.model_validate(values)
@@ -137,11 +145,12 @@ def load_config(
         by_words = path is None or (typed and keys <= typed)
         raise UserError(_explain(error, "the command line" if by_words else str(path), values)) from None
     refuse_secrets(config.model_dump(mode="json"), "the configuration")
-    if both := [spec.path for spec in config.eval_dataset if spec in config.dataset]:
-        notes.append(
-            f"{', '.join(both)}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
-        )
-    return Loaded(config, set(given), notes, of_others(written, own))
+    for spec in config.eval_dataset:
+        if spec in config.dataset:
+            notes.append(
+                f"{spec.path}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
+            )
+    return Loaded(config, set(given), notes, of_others(written))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -188,13 +197,6 @@ def refuse_placed(keys: Iterable[str], where: str) -> None:
     """Raise a UserError if a key is one of ``PLACED``, which a command that runs several stages sets itself."""
     if placed := [key for key in keys if key in PLACED]:
         raise UserError(f"{where}: {placed[0]} is set by this command.", "Choose the folder with --out.")
-
-
-def _drop_default_eval(keys: set[str], given: dict[str, Any], notes: list[str]) -> None:
-    """Set ``eval_dataset`` to null for a ``dataset`` without one: the recipe's held-out rows do not belong to it."""
-    if "dataset" in keys and not any(key.startswith("eval_dataset") for key in keys):
-        given["eval_dataset"] = None
-        notes.append("no eval_dataset is set with this dataset: the held-out loss will not be computed")
 
 
 def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> None:

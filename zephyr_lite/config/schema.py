@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..io.text import place
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
 
 class DatasetSpec(BaseModel):
     """A source of rows: a hub id, a local folder in the hub's layout, or a file (JSONL, JSON, CSV, Parquet)."""
@@ -111,7 +113,7 @@ class RunConfig(BaseModel):
     )
     load_in_4bit: bool = Field(True, description="the base in NF4; false: in 16 or 32 bits")
     bnb_4bit_use_double_quant: bool = Field(True, description="NF4's scales in 8 bits")
-    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = Field(
+    dtype: Dtype = Field(
         "auto",
         description="the compute dtype; auto: bfloat16 from compute capability 8.0, float16 below, float32 on a CPU",
     )
@@ -210,9 +212,11 @@ class RunConfig(BaseModel):
             case "lora_target_modules":
                 return [value] if isinstance(value, str) and value != "all-linear" else value
         entries = [] if value is None else value if isinstance(value, list) else [value]
-        if info.field_name in ("dataset", "eval_dataset"):
-            return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-        return entries
+        specs = []
+        for entry in entries:
+            is_path = isinstance(entry, str) and info.field_name in ("dataset", "eval_dataset")
+            specs.append({"path": entry} if is_path else entry)
+        return specs
 
     @field_validator("lora_target_modules")
     @classmethod

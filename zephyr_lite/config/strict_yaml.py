@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict) or not set(map(type, values)) <= {str}:
         raise UserError(
             f"{path}: expected `key: value` lines, found {short(values)}.",
             "Write `seed: 42`, for instance; put keys that YAML reads as values (on, off, yes, no, numbers) in quotes. A "

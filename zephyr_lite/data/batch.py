@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -71,11 +70,16 @@ class Batch:
         return self.tokens.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "streams", "target_rows", "target_ids", "group_sizes")
-        }
-        return replace(self, host_tokens=self.tokens if self.host_tokens is None else self.host_tokens, **moved)
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            streams=self.streams.to(device, non_blocking=True),
+            target_rows=self.target_rows.to(device, non_blocking=True),
+            target_ids=self.target_ids.to(device, non_blocking=True),
+            group_sizes=self.group_sizes.to(device, non_blocking=True),
+            host_tokens=self.tokens if self.host_tokens is None else self.host_tokens,
+        )
 
     def sum_by_group(self, values: Tensor) -> Tensor:
         """[N] values per target → [G] sums per response, in a fixed order (no atomics), differentiable."""
@@ -88,25 +92,29 @@ def collate_conversations(examples: Sequence[Example]) -> Batch:
 
     A token with its mask set is a target, except the first.
     """
-    segments, rows, ids, sizes = [], [], [], []
+    tokens, positions, streams, segments, rows, ids, sizes, indices = [], [], [], [], [], [], [], []
     offset = 0
     for example in examples:
         length = len(example.ids)
+        tokens.append(example.ids)
+        positions.append(np.arange(length))
+        streams.append(np.full(length, 2 * example.index))
         segments.append(Segment(offset, offset + length))
         targets = np.flatnonzero(example.mask[1:]) + 1
         rows.append(offset + targets - 1)
         ids.append(example.ids[targets])
         sizes.append(len(targets))
+        indices.append(example.index)
         offset += length
-    return _batch(
-        tokens=[e.ids for e in examples],
-        positions=[np.arange(len(e.ids)) for e in examples],
-        streams=[np.full(len(e.ids), 2 * e.index) for e in examples],
-        segments=segments,
-        target_rows=rows,
-        target_ids=ids,
-        sizes=sizes,
-        indices=[e.index for e in examples],
+    return Batch(
+        _flat(tokens),
+        _flat(positions),
+        _flat(streams),
+        tuple(segments),
+        _flat(rows),
+        _flat(ids),
+        torch.tensor(sizes, dtype=torch.int64),
+        tuple(indices),
     )
 
 
@@ -115,7 +123,7 @@ def collate_pairs(pairs: Sequence[PairExample]) -> Batch:
 
     The first token of both responses is predicted by the same hidden state, the prompt's last.
     """
-    tokens, positions, streams, segments, rows, ids, sizes = [], [], [], [], [], [], []
+    tokens, positions, streams, segments, rows, ids, sizes, indices = [], [], [], [], [], [], [], []
     offset = 0
     for pair in pairs:
         prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
@@ -134,35 +142,19 @@ def collate_pairs(pairs: Sequence[PairExample]) -> Batch:
             rows.append(np.where(targets == 0, last, start + targets - 1))
             ids.append(response[targets])
             sizes.append(len(targets))
+        indices.append(pair.index)
         offset = second + rejected
-    return _batch(tokens, positions, streams, segments, rows, ids, sizes, [p.index for p in pairs])
-
-
-def _batch(
-    tokens: list[np.ndarray],
-    positions: list[np.ndarray],
-    streams: list[np.ndarray],
-    segments: list[Segment],
-    target_rows: list[np.ndarray],
-    target_ids: list[np.ndarray],
-    sizes: list[int],
-    indices: list[int],
-) -> Batch:
-    def flat(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
     return Batch(
-        tokens=flat(tokens),
-        positions=flat(positions),
-        streams=flat(streams),
-        segments=tuple(segments),
-        target_rows=flat(target_rows),
-        target_ids=flat(target_ids),
-        group_sizes=torch.tensor(sizes, dtype=torch.int64),
-        indices=tuple(indices),
+        _flat(tokens),
+        _flat(positions),
+        _flat(streams),
+        tuple(segments),
+        _flat(rows),
+        _flat(ids),
+        torch.tensor(sizes, dtype=torch.int64),
+        tuple(indices),
     )
 
 
-def offsets(sizes: Sequence[int]) -> list[int]:
-    """Cumulative lengths with a leading zero."""
-    return list(accumulate(sizes, initial=0))
+def _flat(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -224,7 +225,7 @@ class ChatTemplate:
         ids = self.tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         if bos is not None and ids[0] != self.bos_token_id:  # the tokenizer leaves BOS to the template
             ids = [self.bos_token_id, *ids]
-        return self._checked_bos(np.asarray(ids, dtype=np.int32))
+        return np.asarray(ids, dtype=np.int32)
 
     def encode_pair(
         self,
@@ -310,7 +311,10 @@ class ChatTemplate:
                 part, part_starts, part_ends = self._offsets(text[first:end], continued=first > 0)
                 pieces.append((part, part_starts + first, part_ends + first))
             ids, starts, ends = map(np.concatenate, zip(*pieces))
-        return self._checked_bos(ids), starts, ends
+        bos = self.bos_token_id
+        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
+            raise RowError("the row does not begin with BOS, once")
+        return ids, starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The tokens of a text, perhaps ``continued`` from another one, without special tokens: the template writes BOS."""
@@ -331,12 +335,6 @@ class ChatTemplate:
             inside = ends > 1
             return ids[inside], starts[inside] - 1, ends[inside] - 1
         return ids, starts, ends
-
-    def _checked_bos(self, ids: np.ndarray) -> np.ndarray:
-        bos = self.bos_token_id
-        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
-            raise RowError("the row does not begin with BOS, once")
-        return ids
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -386,7 +384,7 @@ class ChatTemplate:
                 raise RowError(f"the chat template does not write the {role} turn")
             if role != "system":
                 position = rendered.text.index(said, position) + len(said)
-        roles = [message["role"] for message in messages]
+        roles = list(map(itemgetter("role"), messages))
         asked = "user" if "user" in roles else "system"
         for turn, role in enumerate(roles):
             if role == "assistant" and asked in roles[:turn]:
@@ -426,8 +424,9 @@ class ChatTemplate:
         for piece, tag in zip(pieces[:-1:2], pieces[1::2]):
             (reasoning if tag == "</think>" else others).append(piece)
         for what, parts in (("the reasoning", reasoning), ("all of the text", others)):
-            if any(part.strip() not in upto[start:] for part in parts):
-                rendered.notes.append(f"the chat template does not write {what} of {which} answer")
+            for part in parts:
+                if part.strip() not in upto[start:]:
+                    rendered.notes.append(f"the chat template does not write {what} of {which} answer")
         same = common_length(answer, text[found:]) if text.startswith(upto[:start]) else 0
         end = 0
         for match in self._control.finditer(answer, 0, same):
@@ -574,15 +573,16 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     path = Path(os.path.expanduser(choice))
+    name = choice
     if choice == "auto" and own:
         name, text = "the tokenizer's own", own
     elif choice == "auto" or choice in TEMPLATES:
-        name = choice if choice in TEMPLATES else "zephyr"
+        name = "zephyr" if choice == "auto" else choice
         text = TEMPLATES[name]
     elif "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
         name, text = "of the configuration", choice
     elif is_file(path):
-        name, text = choice, read_text(path, name=f"chat_template {choice}")
+        text = read_text(path, name=f"chat_template {choice}")
     else:
         raise UserError(
             f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
@@ -594,8 +594,7 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: the tokenizer ({type(tokenizer).__name__}) gives no character offsets, or has no eos token.",
             "Use a model folder with a tokenizer.json, whose tokenizer_config.json names an eos_token.",
         )
-    vocabulary = tokenizer.get_vocab()
-    if missing := [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]:
+    if missing := sorted(set(NEEDED_TOKENS.get(name, ())) - tokenizer.get_vocab().keys()):
         raise UserError(
             f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
             "Choose chat_template: zephyr, which needs no token but eos.",
@@ -621,11 +620,10 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
             template.text = tokenizer.chat_template = BOS + text
-            probe = bos + probe
             template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
-        if adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1):
-            template.bos_token_id = bos_id if bos_id != tokenizer.eos_token_id else None  # OPT has one token for both
+        if (adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1)) and bos_id != tokenizer.eos_token_id:
+            template.bos_token_id = bos_id  # OPT has one token for both
         ends = template.end_token_ids
     except RowError as error:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,13 @@ from .chat_template import ChatTemplate, Example, Pair, PairExample
 from .formats import Method
 from .load import load_rows, summarise
 from .messages import RowError
-from .packing import best_fit, cut_conversation, cut_pair
+from .packing import best_fit, cut_pair
 from .workers import map_rows
 
 _PLACES = 5
 
 # columns of arrays
+_COUNTS, _TEXTS = ("length", "supervised", "lost", "cut"), ("where", "fault", "note")
 _ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": Pair._fields}
 
 
@@ -51,9 +53,11 @@ class DataReport:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         pairs = self.fill is None
         unit = "pairs" if pairs else "conversations"
-        result = [f"{self.what} data: {note}" for note in self.notes]
+        result = []
+        for note in self.notes:
+            result.append(f"{self.what} data: {note}")
         result += self.dropped_lines(places)
-        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
+        for reason, where in sorted(self.changed.items(), key=_count):
             result.append(summarise({reason: where}, places))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
@@ -69,17 +73,23 @@ class DataReport:
 
     def dropped_lines(self, places: int | None = _PLACES) -> list[str]:
         """The reasons for which rows were left out, the most frequent first."""
-        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
-        return [f"left out, {summarise({reason: where}, places)}" for reason, where in dropped]
+        result = []
+        for reason, where in sorted(self.dropped.items(), key=_count):
+            result.append(f"left out, {summarise({reason: where}, places)}")
+        return result
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; places as a count and the first few."""
         values = dict(vars(self))
         for key in ("dropped", "changed"):
-            values[key] = {
-                reason: {"count": len(where), "first": where[:_PLACES]} for reason, where in values[key].items()
-            }
+            values[key] = {}
+            for reason, where in getattr(self, key).items():
+                values[key][reason] = {"count": len(where), "first": where[:_PLACES]}
         return values
+
+
+def _count(item: tuple[str, list[str]]) -> int:
+    return -len(item[1])
 
 
 class Examples(Sequence[Any]):
@@ -98,7 +108,9 @@ class Examples(Sequence[Any]):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
         row = self._table[position : position + 1]
-        arrays = {c: row.column(c).combine_chunks().flatten().to_numpy(zero_copy_only=False) for c in self._columns}
+        arrays = {}
+        for column in self._columns:
+            arrays[column] = row.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return self._kind(**arrays, where=row.column("where")[0].as_py(), index=position)
 
     def columns(self, *names: str) -> datasets.Dataset:
@@ -141,12 +153,10 @@ def prepare(
     report = DataReport(
         what, notes=[*rows.notes, *template.notes], read=rows.read, dropped=rows.dropped, changed=rows.changed
     )
-    arrays = {
-        name: datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
-        for name in _ARRAYS[method]
-    }
-    counts = dict.fromkeys(("length", "supervised", "lost", "cut"), datasets.Value("int32"))
-    texts = dict.fromkeys(("where", "fault", "note"), datasets.Value("string"))
+    features: dict[str, Any] = {}
+    for name in _ARRAYS[method]:
+        features[name] = datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
+    features |= dict.fromkeys(_COUNTS, datasets.Value("int32")) | dict.fromkeys(_TEXTS, datasets.Value("string"))
     options = {
         "method": method,
         "loss_on": config.loss_on,
@@ -157,30 +167,33 @@ def prepare(
     table = map_rows(
         rows.dataset,
         _encode,
-        datasets.Features({**arrays, **counts, **texts}),
+        datasets.Features(features),
         options={"template": template, **options},
         key={**options, "template": template.fingerprint, "versions": versions},
         batch_size=200,
         desc=f"tokenizing {what} data",
     )
-    stats = {name: np.asarray(table.with_format("numpy")[name][:]) for name in (*counts, "fault", "note")}
-    faulty, kept = np.flatnonzero(stats["fault"] != ""), np.flatnonzero(stats["fault"] == "")
-    noted = kept[stats["note"][kept] != ""]
-    for places, column, found in ((report.dropped, "fault", faulty), (report.changed, "note", noted)):
-        for index, where in zip(found, table.select(found)["where"] if len(found) else ()):
-            for text in str(stats[column][index]).split("\n"):
-                places.setdefault(text, []).append(where)
+    stats = table.select_columns([*_COUNTS, *_TEXTS]).with_format("numpy")[:]
+    for index in np.flatnonzero((stats["fault"] != "") | (stats["note"] != "")):
+        fault, where = str(stats["fault"][index]), str(stats["where"][index])
+        if fault:
+            report.dropped.setdefault(fault, []).append(where)
+            continue
+        for note in str(stats["note"][index]).split("\n"):
+            report.changed.setdefault(note, []).append(where)
+    kept = np.flatnonzero(stats["fault"] == "")
     if len(kept) == 0:
-        hint = "Correct the rows, or choose others or another chat_template."
-        if any("max_length" in reason or "budget" in reason for reason in report.dropped):
-            hint = f"Raise max_length ({config.max_length}), or lower max_prompt_length ({config.max_prompt_length})."
-        raise UserError(f"{what} data: no row is left to train on: {summarise(report.dropped)}.", hint)
-    if len(faulty):
+        raise UserError(
+            f"{what} data: no row is left to train on: {summarise(report.dropped)}.",
+            f"Raise max_length ({config.max_length}) or lower max_prompt_length ({config.max_prompt_length}) if they are "
+            "too long; otherwise correct the rows, or choose others or another chat_template.",
+        )
+    if len(kept) < len(table):
         table = table.select(kept)
     lengths = stats["length"][kept].astype(np.int64)
-    packed = best_fit(lengths, config.max_length) if method == "sft" else [[i] for i in range(len(kept))]
+    packed = best_fit(lengths, config.max_length) if method == "sft" else np.arange(len(kept))[:, None].tolist()
     report.kept, report.rows = len(kept), len(packed)
-    report.cut, report.prompts_cut = (int((stats["cut"][kept] > level).sum()) for level in (0, 1))
+    report.cut, report.prompts_cut = int((stats["cut"][kept] > 0).sum()), int((stats["cut"][kept] > 1).sum())
     report.supervised_lost = int(stats["lost"][kept].sum())
     report.tokens, report.supervised = int(lengths.sum()), int(stats["supervised"][kept].sum())
     report.fill = report.tokens / (len(packed) * config.max_length) if method == "sft" else None
@@ -198,54 +211,42 @@ def _encode(
     max_prompt_length: int,
 ) -> dict[str, list[Any]]:
     """A batch of normalised rows as arrays, counts and texts. ``cut`` is 1 for a cut example, 2 with a cut prompt."""
-    names = _ARRAYS[method]
-    masks = [place for place, name in enumerate(names) if name.endswith("mask")]
-    rows: list[dict[str, Any]] = []
+    columns: dict[str, list[Any]] = defaultdict(list)
+    no_ids, no_mask = np.zeros(0, np.int32), np.zeros(0, bool)
+    no_arrays = (no_ids, no_mask) if method == "sft" else Pair(no_ids, no_ids, no_mask, no_ids, no_mask)
     for where, text in zip(batch["where"], batch["row"]):
-        row, fault, lost, cut = json.loads(text), "", 0, 0
+        row, fault = json.loads(text), ""
         notes: list[str] = []
-        arrays: Any = [np.zeros(0, bool if name.endswith("mask") else np.int32) for name in names]
-        whole: Any
-        short: Any
+        arrays: tuple[np.ndarray, ...] = no_arrays
+        length = supervised = lost = cut = 0
         try:
             if method == "sft":
-                whole = ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
-                short = cut_conversation(ids, mask, max_length)[:2]
+                ids, mask = template.encode(row["messages"], loss_on, row.get("tools"), notes)
+                short: Any = ids[:max_length], mask[:max_length]
+                masks: tuple[np.ndarray, ...] = mask, short[1]
+                cut = int(len(ids) > max_length)
             else:
-                pair = row["prompt"], row["chosen"], row["rejected"]
-                whole = template.encode_pair(*pair, loss_on, row.get("tools"), notes)
-                short = cut_pair(whole, max_length, max_prompt_length, template.bos_token_id is not None)
-            supervised = [int(whole[place].sum()) for place in masks]
-            if not all(supervised):
+                turns = row["prompt"], row["chosen"], row["rejected"]
+                pair = template.encode_pair(*turns, loss_on, row.get("tools"), notes)
+                short = cut_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
+                masks = pair.chosen_mask, short.chosen_mask, pair.rejected_mask, short.rejected_mask
+                if short is not pair:
+                    cut = 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
+            counts = list(map(int, map(np.count_nonzero, masks)))  # of each response, before and after the cut
+            if not all(counts[::2]):
                 raise RowError("no supervised token")
-            if short is None:
-                raise RowError(
-                    f"the prompt is longer than the budget: max_prompt_length {max_prompt_length} leaves no room in "
-                    f"max_length {max_length}"
-                )
-            left = [int(short[place].sum()) for place in masks]
-            if not all(left):
+            if not all(counts[1::2]):
                 raise RowError(f"no supervised token within max_length {max_length}")
-            if method == "dpo" and np.array_equal(short.chosen_ids, short.rejected_ids):
+            if method == "dpo" and np.array_equal(short[1], short[3]):
                 raise RowError(f"chosen equals rejected within max_length {max_length}")
-            arrays, lost = short, sum(supervised) - sum(left)
-            if list(map(len, short)) != list(map(len, whole)):
-                cut = 2 if method == "dpo" and len(short[0]) < len(whole[0]) else 1
+            arrays, supervised, lost = short, sum(counts[1::2]), sum(counts[::2]) - sum(counts[1::2])
+            length = sum(map(len, short)) - sum(map(len, masks[1::2]))
         except RowError as error:
-            fault = str(error)
-        rows.append(
-            dict(zip(names, arrays))
-            | {
-                "length": sum(map(len, arrays)) - sum(len(arrays[place]) for place in masks),
-                "supervised": sum(int(arrays[place].sum()) for place in masks),
-                "lost": lost,
-                "cut": cut,
-                "where": where,
-                "fault": fault,
-                "note": "\n".join(dict.fromkeys(notes)),
-            }
-        )
-    return {name: [row[name] for row in rows] for name in rows[0]}
+            fault, cut = str(error), 0
+        values = (*arrays, length, supervised, lost, cut, where, fault, "\n".join(dict.fromkeys(notes)))
+        for name, value in zip((*_ARRAYS[method], *_COUNTS, *_TEXTS), values, strict=True):
+            columns[name].append(value)
+    return columns
 
 
 def _fingerprint(table: datasets.Dataset, method: Method, template: ChatTemplate) -> str:

@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import filterfalse
+from operator import itemgetter
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -63,13 +65,16 @@ class Row:
         self.kind = ""
         self.changes: list[str] = []
         self.unread_keys: list[str] = []
-        self.filled = {column: value for column, value in values.items() if has_value(value)}
+        self.filled: dict[str, Any] = {}
+        for column, value in values.items():
+            if has_value(value):
+                self.filled[column] = value
         self.read: set[str] = set()
 
     @property
     def unread_columns(self) -> list[str]:
         """Columns that have a value and were not read."""
-        return [column for column in self.filled if column not in self.read]
+        return list(filterfalse(self.read.__contains__, self.filled))
 
     def holds(self, *columns: str) -> str | None:
         """The first of these columns with a value."""
@@ -280,7 +285,9 @@ def _only_in_prompt(row: Row, turns: list[Message]) -> list[Message]:
 
 _FORMATS: dict[Method, list[tuple[set[str], str, Callable[[Row], dict[str, Any]]]]] = {
     "sft": [
-        *(({column}, name, partial(_read_messages, column=column)) for column, name in TURNS.items()),
+        ({"messages"}, TURNS["messages"], partial(_read_messages, column="messages")),
+        ({"conversations"}, TURNS["conversations"], partial(_read_messages, column="conversations")),
+        ({"conversation"}, TURNS["conversation"], partial(_read_messages, column="conversation")),
         ({"instruction", "output"}, "Alpaca", _read_alpaca),
         ({"prompt", "completion"}, "prompt and completion", _read_completion),
         ({"data"}, "raw UltraChat", _read_ultrachat),
@@ -345,7 +352,7 @@ def _with_system(row: Row, messages: list[Message], *more_columns: str) -> list[
         RowError: there is no answer, a turn is empty, or a system turn is not the first.
     """
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    roles = [m["role"] for m in messages]
+    roles = list(map(itemgetter("role"), messages))
     for column in ("system", "system_prompt", *more_columns):
         if "system" not in roles and (text := as_text(row.take(column), column)).strip():
             messages, roles = [message("system", text), *messages], ["system", *roles]

@@ -55,11 +55,9 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
         UserError: a source does not exist, cannot be read, is empty, lacks the split or a column, is of the wrong kind
             for the method, or has no usable row.
     """
-    rows = Rows(datasets.Dataset.from_dict({}))
-    parts = [
-        _load_source(spec, method, np.random.default_rng([seed, number]), system, rows)
-        for number, spec in enumerate(specs)
-    ]
+    rows, parts = Rows(datasets.Dataset.from_dict({})), []
+    for number, spec in enumerate(specs):
+        parts.append(_load_source(spec, method, np.random.default_rng([seed, number]), system, rows))
     rows.dataset = parts[0]
     if len(parts) > 1:  # the k-th of a source's n rows comes at (k + ½) / n of the way
         places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
@@ -95,8 +93,11 @@ def _load_source(
     options: dict[str, Any] = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only}
     options["numbers"] = None if len(numbers) == total else numbers
     mapped = map_rows(raw, _normalise, _NORMALISED, options, options, f"reading {label}", with_indices=True)
-    facts = [json.loads(text) for text in mapped["facts"]]
-    kinds = Counter(fact["kind"] for fact in facts if "kind" in fact)
+    facts = list(map(json.loads, mapped["facts"]))
+    kinds: Counter[str] = Counter()
+    for fact in facts:
+        kinds[fact.get("kind", "")] += 1
+    del kinds[""]
     not_read: dict[str, set[str]] = {"columns": set(), "message keys": set()}
     if not source.is_text:
         not_read["columns"] = set(source.columns) - {*COLUMNS, *mapping.values()}
@@ -123,7 +124,9 @@ def _load_source(
     for reason, where in dropped.items():
         rows.dropped.setdefault(reason, []).extend(where)
     rows.read += len(mapped)
-    known = " and ".join(name for name, _ in kinds.most_common() if name != PLAIN or len(kinds) == 1)
+    if len(kinds) > 1:
+        del kinds[PLAIN]
+    known = " and ".join(dict(kinds.most_common()))
     note = f"{label}: read as {known}, {len(mapped):,} rows" + (f" of {total:,}" if len(mapped) < total else "")
     note += f", {len(mapped) - len(good):,} left out" if len(good) < len(mapped) else ""
     rows.notes.append(note + (f", weight {spec.weight:g}" if spec.weight != 1 else ""))

@@ -1,4 +1,4 @@
-"""Cutting of examples to their budget, and packing of conversations into rows."""
+"""Packing of conversations into rows, and cutting of pairs to their budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .chat_template import Pair
+from .messages import RowError
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -45,22 +46,10 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
                 by_room[left] = []
                 insort(rooms, left)
             by_room[left].append(number)
-    return sorted((sorted(items) for items in bins), key=lambda items: items[0])
+    return sorted(map(sorted, bins))
 
 
-def cut_conversation(ids: np.ndarray, mask: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The first ``max_length`` tokens.
-
-    Args:
-        ids, mask: [T].
-
-    Returns:
-        ids and mask [≤ max_length], and the number of supervised tokens lost.
-    """
-    return ids[:max_length], mask[:max_length], int(mask[max_length:].sum())
-
-
-def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool) -> Pair | None:
+def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool) -> Pair:
     """A pair within the budget of prompt + one response.
 
     A pair that fits is not changed, however long its prompt. Otherwise the prompt is cut on its left to
@@ -73,19 +62,19 @@ def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: b
         max_prompt_length: tokens of a cut prompt.
         keeps_first: the prompt's first token is BOS.
 
-    Returns:
-        The pair, or None if the prompt leaves no room for a response.
+    Raises:
+        RowError: the prompt leaves no room for a response.
     """
     prompt, chosen, chosen_mask, rejected, rejected_mask = pair
     if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
         return pair
     if len(prompt) > max_prompt_length:
-        if keeps_first:
-            tail = prompt[len(prompt) - (max_prompt_length - 1) :]
-            prompt = np.concatenate([prompt[:1], tail])
-        else:
-            prompt = prompt[len(prompt) - max_prompt_length :]
+        first = prompt[: int(keeps_first)]
+        prompt = np.concatenate([first, prompt[len(prompt) - max_prompt_length + len(first) :]])
     room = max_length - len(prompt)
     if room < 1:
-        return None
+        raise RowError(
+            f"the prompt is longer than the budget: max_prompt_length {max_prompt_length} leaves no room in max_length "
+            f"{max_length}"
+        )
     return Pair(prompt, chosen[:room], chosen_mask[:room], rejected[:room], rejected_mask[:room])

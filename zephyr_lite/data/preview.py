@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,12 @@ class Token:
 
     id: int
     raw: bytes  # the bytes of a character may be in several tokens
+    special: bool  # a control token, or another added token
     position: int  # the model's, from 0 in each conversation; a response continues its prompt
     # of its turn, tags and end tokens included; ``template`` for the template's own text before the first turn; roles joined
     # by "+" if the template does not separate the turns
     role: str
     supervised: bool  # it is a target
-    special: bool  # a control token, or another added token
 
     @property
     def text(self) -> str:
@@ -76,16 +76,15 @@ def example_segments(
         tokens = _tokens(template, example.ids, example.mask, roles, 0)
         return [Segment("conversation", where, tokens, cut_right=len(ids) - len(example.ids))]
     before = len(template.encode_pair(row["prompt"], row["chosen"], row["rejected"], loss_on, tools).prompt_ids)
-    after, kept = len(example.prompt_ids), np.arange(before)
-    if after < before:  # cut on its left, except BOS
-        first = 1 if template.bos_token_id is not None else 0
-        kept = np.concatenate([kept[:first], kept[before - (after - first) :]])
+    after = len(example.prompt_ids)
+    first = int(template.bos_token_id is not None)  # a prompt is cut on its left, after BOS
     segments: list[Segment] = []
     for part in ("chosen", "rejected"):
         ids, roles = _ids_and_roles(template, [*row["prompt"], *row[part]], loss_on, tools, len(row["prompt"]))
         own_ids, mask = getattr(example, f"{part}_ids"), getattr(example, f"{part}_mask")
         if not segments:
-            tokens = _tokens(template, example.prompt_ids, np.zeros(after, bool), [roles[i] for i in kept], 0)
+            kept = roles[:first] + roles[before - after + first : before]
+            tokens = _tokens(template, example.prompt_ids, np.zeros(after, bool), kept, 0)
             segments.append(Segment("prompt", where, tokens, cut_left=before - after))
         tokens = _tokens(template, own_ids, mask, roles[before:], after)
         segments.append(Segment(part, where, tokens, cut_right=len(ids) - before - len(own_ids)))
@@ -93,11 +92,28 @@ def example_segments(
 
 
 def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Sequence[str], first: int) -> list[Token]:
-    read = token_reader(template.tokenizer)
+    """Tokens with their bytes, of which the first has the position ``first``.
+
+    A tokenizer that decodes tokens one by one loses SentencePiece's spaces and parts of characters. The bytes of a text's
+    tokens are the text, after a space that SentencePiece puts before the first word.
+    """
+    tokenizer = template.tokenizer
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoders = set(re.findall(r'"type":\s*"(\w+)"', json.dumps(backend.get("decoder"))))
+    by_char = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoders else {}
+    added = tokenizer.added_tokens_decoder
     tokens = []
-    for position, (token, target, role) in enumerate(zip(ids, mask, roles), first):
-        raw, special = read(int(token))
-        tokens.append(Token(int(token), raw, position, role, bool(target), special))
+    for position, (token, target, role) in enumerate(zip(ids.tolist(), mask.tolist(), roles), first):
+        piece, special = tokenizer.convert_ids_to_tokens(token), False
+        if token in added:
+            raw, special = piece.encode(), token in tokenizer.all_special_ids or added[token].special
+        elif by_char and all(char in by_char for char in piece):
+            raw = bytes(by_char[char] for char in piece)
+        elif "ByteFallback" in decoders and (match := _BYTE.fullmatch(piece)):
+            raw = bytes([int(match.group(1), 16)])
+        else:
+            raw = piece.replace("▁", " ").encode()
+        tokens.append(Token(token, raw, special, position, role, target))
     return tokens
 
 
@@ -145,37 +161,9 @@ def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> i
 # -- text ----------------------------------------------------------------------------------------------------------------
 
 
-def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
-    """A function from an id to its bytes, and whether it is special.
-
-    A tokenizer that decodes tokens one by one loses SentencePiece's spaces and parts of characters. The bytes of a text's
-    tokens are the text, after a space that SentencePiece puts before the first word.
-    """
-    backend = tokenizer.backend_tokenizer.to_str()
-    decoders = set(re.findall(r'"type":\s*"(\w+)"', json.dumps(json.loads(backend).get("decoder"))))
-    by_char = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoders else {}
-    added = tokenizer.added_tokens_decoder
-    special = set(tokenizer.all_special_ids)
-
-    def read(token: int) -> tuple[bytes, bool]:
-        if token in added:
-            return added[token].content.encode(), token in special or added[token].special
-        piece = tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return f"[{token}]".encode(), False
-        if by_char and all(char in by_char for char in piece):
-            return bytes(by_char[char] for char in piece), False
-        if "ByteFallback" in decoders and (match := _BYTE.fullmatch(piece)):
-            return bytes([int(match.group(1), 16)]), False
-        return piece.replace("▁", " ").encode(), False
-
-    return read
-
-
 def _visible(char: str) -> str:
-    if char in _SIGNS:
-        return _SIGNS[char]
-    # control and format characters would move the cursor or change the direction
-    if unicodedata.category(char)[0] in "CZ":
-        return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
+    if (
+        unicodedata.category(char)[0] in "CZ"
+    ):  # control and format characters would move the cursor or change the direction
+        return _SIGNS.get(char, f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
     return char

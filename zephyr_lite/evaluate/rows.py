@@ -88,12 +88,15 @@ def held_out(
     if split is not None and data is None:
         raise UserError("--split goes with --data.", "Name the data set with --data, or leave --split out.")
     stages = [] if chain is None else _stages(chain)
-    configs = [(each, stage_config(each)) for each in stages if (each.info() or {}).get("method") == method]
+    stages = [each for each in stages if (each.info() or {}).get("method") == method]
+    configs = [(each, RunConfig.model_validate(read_yaml(each.config))) for each in stages]
     stage, config = next((found for found in configs if found[1].eval_dataset or data is not None), (None, None))
     if data is not None:
-        origin, specs = data, [_spec(data, split)]
-        if config is not None and any(_same(specs[0], trained) for trained in config.dataset):
-            assert stage is not None
+        refuse_secrets({"--data": data, "--split": split or ""}, "the command line")
+        spec = validated(DatasetSpec, {"path": data, "split": split}, f"--data {short(data)}")
+        origin, specs, place = data, [spec], Path(spec.path).expanduser().resolve()
+        trained = [] if config is None else [(Path(each.path).resolve(), each.split) for each in config.dataset]
+        if stage is not None and (place, split) in trained:
             logger.info(f"{data}: are the rows that {stage.path} was trained on, not held-out ones")
     elif config is not None and stage is not None:
         origin, specs = f"{stage.path}'s eval_dataset", list(config.eval_dataset)
@@ -112,11 +115,6 @@ def held_out(
     return HeldOut(method, origin, specs, config, stage, prepared, data, limit)
 
 
-def stage_config(stage: StageDir) -> RunConfig:
-    """The configuration that a stage was trained with."""
-    return RunConfig.model_validate(read_yaml(stage.config))
-
-
 def _stages(chain: Chain) -> list[StageDir]:
     """The stages that a chain's adapters are in, the topmost first, then the other stages of its run."""
     own = [chain.run / chain.stage] if chain.run is not None and chain.stage is not None else []
@@ -126,14 +124,3 @@ def _stages(chain: Chain) -> list[StageDir]:
     for path in [*own, *below, *others]:
         unique.setdefault(path.resolve(), path)
     return [StageDir(path) for path in unique.values()]
-
-
-def _same(data: DatasetSpec, trained: DatasetSpec) -> bool:
-    """Whether both name the same rows: the same path or hub id, and the same split."""
-    one, other = (Path(spec.path).expanduser().resolve() for spec in (data, trained))
-    return one == other and data.split == trained.split
-
-
-def _spec(data: str, split: str | None) -> DatasetSpec:
-    refuse_secrets({"--data": data, "--split": split or ""}, "the command line")
-    return validated(DatasetSpec, {"path": data, "split": split}, f"--data {short(data)}")

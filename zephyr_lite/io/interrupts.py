@@ -23,7 +23,7 @@ _LAUNCHERS = (
     *("ACCELERATE_USE_PARALLELISM", "ACCELERATE_USE_TP"),
 )
 # Ctrl-C; sent by a batch system or a cloud before it kills; sent when a terminal or a connection is closed
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds within which a second signal is the launcher's copy of the first.
 ECHO = 5.0
 # A library that catches KeyboardInterrupt, during its import above all, fails of something else within this many seconds.

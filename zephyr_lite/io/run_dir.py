@@ -63,7 +63,7 @@ class StageDir:
             step = path.name.removeprefix("checkpoint-")
             if step.isdigit() and path.is_dir():
                 found[int(step)] = path
-        return [found[step] for step in sorted(found)]
+        return list(dict(sorted(found.items())).values())
 
     def claim(self) -> None:
         """Make the folder, and remove temporary files of killed processes from it.

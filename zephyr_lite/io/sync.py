@@ -272,9 +272,21 @@ def restore(sync: str, stage: StageDir) -> None:
     place, name = place_of(sync, stage.run), stage.run.resolve().name
     with alone(stage.run):
         sweep(stage.run)
+        here = [each for each in stages_of(stage.run) if each.complete() or each.checkpoints()]
+        is_here = stage.path in [each.path for each in here]
         try:
             with place.files([f"{name}/*/{STAGE_FILE}", f"{name}/*/{MANIFEST}"]) as there:
-                missing = _missing(place, there / name, stage)
+                copies = stages_of(there / name)
+                if here and copies and not _marks(here) & _marks(copies):
+                    raise UserError(
+                        f"sync {place.name}: holds another run named {name}, not {stage.run}.",
+                        "Choose another place or another output_dir; or move the one that is not wanted away.",
+                    )
+                missing = {copy.path.name: parts for copy in copies if (parts := _missing(copy, stage))}
+            if not copies and not is_here:  # also the case if a drive is not mounted
+                logger.info(
+                    f"sync: {place.name} has nothing of {name} yet, so it starts here. If it should, is that place mounted?"
+                )
             patterns = [f"{name}/{folder}/{file}" for folder in missing for file in (STAGE_FILE, *FILES)]
             patterns += [f"{name}/{folder}/{part}/*" for folder, parts in missing.items() for part in parts]
             if missing:
@@ -282,9 +294,26 @@ def restore(sync: str, stage: StageDir) -> None:
                     for folder, parts in missing.items():
                         _fetch(place, StageDir(there / name / folder), StageDir(stage.run / folder), parts)
         except (OSError, HTTPError) as error:
-            if not _worth_keeping(stage):
+            if not is_here:
                 raise _unreadable(place, error) from None
             logger.warning(f"sync: {place.name}: {_line(error)}; continuing with the files here")
+
+
+def _missing(copy: StageDir, stage: StageDir) -> list[str]:
+    """The folders to fetch of a stage at the place: its adapters, or, if it is ``stage`` and unfinished, its checkpoints, the
+    newest first. Of the copy's checkpoints only the manifests need to be there."""
+    here = StageDir(stage.run / copy.path.name)
+    if here.complete():
+        return []
+    if copy.complete():
+        return ["adapter", "delta"]
+    if here.path != stage.path:
+        return []
+    names, newest = [path.name for path in reversed(copy.checkpoints())], -1
+    for path in here.checkpoints():
+        if not (path / MANIFEST).is_file() or manifest_fault(path) is None:
+            newest = int(path.name.removeprefix("checkpoint-"))
+    return names if names and int(names[0].removeprefix("checkpoint-")) > newest else []
 
 
 def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
@@ -306,41 +335,6 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
     except (OSError, HTTPError) as error:
         raise _unreadable(place, error) from None
     return max(found)[1] if found else None
-
-
-def _missing(place: Place, there: Path, stage: StageDir) -> dict[str, list[str]]:
-    """Stages to fetch: name → their folders, of an unfinished one its checkpoints, the newest first.
-
-    Args:
-        there: the run at the place; of its checkpoints only the manifests need to be there.
-
-    Raises:
-        UserError: it is another run than the one here.
-    """
-    copies = stages_of(there)
-    kept = [each for each in stages_of(stage.run) if _worth_keeping(each)]
-    if not copies and not _worth_keeping(stage):  # also the case if a drive is not mounted
-        logger.info(
-            f"sync: {place.name} has nothing of {there.name} yet, so it starts here. If it should, is that place mounted?"
-        )
-    if kept and copies and not _marks(kept) & _marks(copies):
-        raise UserError(
-            f"sync {place.name}: holds another run named {there.name}, not {stage.run}.",
-            "Choose another place or another output_dir; or move the one that is not wanted away.",
-        )
-    found: dict[str, list[str]] = {}
-    for copy in copies:
-        here = StageDir(stage.run / copy.path.name)
-        if here.complete():
-            continue
-        if copy.complete():
-            found[copy.path.name] = ["adapter", "delta"]
-        elif copy.path.name == stage.path.name:
-            good = [p for p in here.checkpoints() if not (p / MANIFEST).is_file() or manifest_fault(p) is None]
-            names = [p.name for p in reversed(copy.checkpoints())]
-            if names and _step(names[0]) > max((_step(p.name) for p in good), default=-1):
-                found[copy.path.name] = names
-    return found
 
 
 def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> None:
@@ -370,15 +364,6 @@ def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> 
                 "Delete that folder there to start again or to continue with the files here, or leave sync out.",
             )
     logger.info(f"{here.path} was fetched from {place.name}, {'complete' if complete else f'at {brought[0]}'}")
-
-
-def _worth_keeping(stage: StageDir) -> bool:
-    """Whether a stage here has a checkpoint or is complete."""
-    return (stage.path / STAGE_FILE).is_file() and (bool(stage.checkpoints()) or stage.complete())
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("checkpoint-"))
 
 
 def _marks(stages: list[StageDir]) -> set[str]:

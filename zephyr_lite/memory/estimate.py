@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import product
 from typing import Literal
 
 from ..model.dequant_buffer import ScratchMode
@@ -32,6 +32,16 @@ SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
 
 # what a layer may keep, and whether that goes to the host
 Kind = tuple[Keep, bool]
+KEEPS: tuple[Keep, ...] = ("input", "attention", "all")
+# what is on the device at one moment of a step, beside what is resident
+TRANSIENT = (
+    "gradients",
+    "kept activations",
+    "reference's hidden states",
+    "a layer at work",
+    "the head at work",
+    "inputs",
+)
 # of a streamed base; in main memory, but not locked there (a tied one is the output head, which is locked)
 PAGED = "embedding"
 
@@ -44,7 +54,6 @@ class Device:
     workspace: int = CUBLAS_BYTES  # bytes that its matrix products keep
     # bytes that a process takes before its first tensor, where free memory was not measured without them
     context: int = 0
-    slack: bool = True  # whether an allocator rounds
 
     @classmethod
     def of(cls, capability: tuple[int, int], half: bool = True, *, context: int = CONTEXT_BYTES) -> Device:
@@ -60,7 +69,7 @@ class Device:
         return self.backend != "cpu"
 
 
-CPU = Device("cpu", 0, 0, slack=False)
+CPU = Device("cpu", 0)
 
 
 @dataclass(frozen=True)
@@ -91,27 +100,30 @@ def stored_bytes(job: Workload, projection: str) -> list[int]:
     return [packed, scales, code, 4, 4 * -(-scales // NESTED_BLOCK), 256 * 4]
 
 
+@lru_cache(maxsize=256)
 def slab_bytes(job: Workload) -> int:
     """A streamed layer's projections in one block, each tensor aligned."""
-    if "slab" not in job.memo:
-        aligned = (-(-n // ALIGNMENT) * ALIGNMENT for name in PROJECTIONS for n in stored_bytes(job, name))
-        job.memo["slab"] = sum(aligned)
-    return job.memo["slab"]
+    total = 0
+    for name in PROJECTIONS:
+        for size in stored_bytes(job, name):
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+    return total
 
 
 def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
     """The frozen base on the device."""
     s, size = job.shape, job.dtype.itemsize
-    biases = sum(s.matrices[name][0] for name in s.biases)
-    small = {"norms": size * (s.layers * (2 * s.hidden + biases) + s.hidden)}
+    layer = norms = 0
+    for name in PROJECTIONS:
+        layer += sum(stored_bytes(job, name))
+        norms += s.matrices[name][0] if name in s.biases else 0
+    norms = size * (s.layers * (2 * s.hidden + norms) + s.hidden)
     if stream:
-        return {"two layers' buffers": min(2, s.layers) * slab_bytes(job), **small}
-    layers = s.layers * sum(sum(stored_bytes(job, name)) for name in PROJECTIONS)
+        return {"two layers' buffers": min(2, s.layers) * slab_bytes(job), "norms": norms}
     head = {} if s.tied else {"output head": size * s.head_weights}
-    return {"decoder layers": layers, "embedding": size * s.head_weights, **head, **small}
+    return {"decoder layers": s.layers * layer, "embedding": size * s.head_weights, **head, "norms": norms}
 
 
-@lru_cache(maxsize=16)
 def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) -> tuple[int, int]:
     """(on the device, managed) bytes of the optimizer's state.
 
@@ -122,7 +134,7 @@ def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) 
         tensors: float32 numbers in each trained tensor.
     """
     if optim == "adamw_torch" or (optim == "paged_adamw_32bit" and not cuda):
-        return sum(8 * n + 4 for n in tensors), 0
+        return 8 * sum(tensors) + 4 * len(tensors), 0
     device = managed = 0
     for n in tensors:
         small = optim == "paged_adamw_32bit" or n < 4096
@@ -132,7 +144,7 @@ def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) 
             managed += states
         else:
             device += states
-    if optim != "paged_adamw_32bit" and any(n >= 4096 for n in tensors):
+    if optim != "paged_adamw_32bit" and max(tensors, default=0) >= 4096:
         device += 2 * 4 * 256  # the two codes, shared by all
     return device, managed
 
@@ -143,20 +155,25 @@ def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
     return itemsize * (attention + (3 if mode == "layer" else 1) * shape.hidden * shape.inner)
 
 
-def _resident(job: Workload, execution: ExecutionConfig, device: Device) -> tuple[dict[str, int], int, int]:
-    """(bytes by name, their sum, managed bytes)."""
-    on_device, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
-    scratch = 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, execution.scratch)
-    parts = {
-        **base_bytes(job, stream=execution.stream),
-        "dequantized weights": scratch,
-        "adapters": 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters),
-        "optimizer's state": on_device,
+@lru_cache(maxsize=256)
+def resident_bytes(job: Workload, stream: bool, scratch: ScratchMode, device: Device) -> tuple[dict[str, int], int]:
+    """(bytes by name on the device from the first step to the last; optimizer states that CUDA may move to the host)."""
+    optimizer, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
+    adapters = 0
+    for adapter in job.adapters:
+        adapters += 4 * sum(adapter.tensors(job.shape))
+    parts = base_bytes(job, stream=stream)
+    for name, size in (
+        ("dequantized weights", 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch)),
+        ("adapters", adapters),
+        ("optimizer's state", optimizer),
         # the forward pass has one, and the backward pass, which runs in autograd's thread, another
-        "matrix products' workspace": 2 * device.workspace,
-        "CUDA context" if device.cuda else "process": device.context,
-    }
-    return {name: n for name, n in parts.items() if n}, sum(parts.values()), managed
+        ("matrix products' workspace", 2 * device.workspace),
+        ("CUDA context" if device.cuda else "process", device.context),
+    ):
+        if size:
+            parts[name] = size
+    return parts, managed
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -179,27 +196,27 @@ def kept_bytes(shape: Shape, itemsize: int, keep: Keep, ranks: int = 0) -> int:
 
 def kept_per_token(job: Workload, keep: Sequence[Keep]) -> int:
     """Bytes a token that all layers keep, on the device or on the host."""
-    return sum(kept_bytes(job.shape, job.dtype.itemsize, each, r) for each, r in zip(keep, job.ranks, strict=True))
+    total = 0
+    for policy, ranks in zip(keep, job.ranks, strict=True):
+        total += kept_bytes(job.shape, job.dtype.itemsize, policy, ranks)
+    return total
 
 
-@dataclass(frozen=True)
-class LayerBytes:
-    """What one layer holds for a micro-batch."""
-
-    kept: dict[Keep, int]  # after its forward pass, by policy
-    # at the forward pass's peak, its input aside, what it keeps included; None: nothing is kept
-    forward: dict[Keep | None, int]
-    # at the backward pass's peak, by (policy, whether what was kept was on the host), the output's gradient aside,
-    # what was kept and the new gradients included
-    backward: dict[tuple[Keep, bool], int]
-
-
-def layer_bytes(job: Workload, tokens: int, tile: int | None, device: Device) -> LayerBytes:
-    """What a layer holds: the largest of its attention's, its MLP's and its projections' moments.
+@lru_cache(maxsize=1024)
+def layer_bytes(
+    job: Workload, tokens: int, tile: int | None, device: Device
+) -> tuple[dict[Keep, int], dict[Keep | None, int], dict[Kind, int]]:
+    """What one layer holds for a micro-batch: the largest of its attention's, its MLP's and its projections' moments.
 
     Args:
         tokens: of the micro-batch.
         tile: tokens that the MLP takes at a time; None: all.
+
+    Returns:
+        by policy, the bytes that it keeps after its forward pass;
+        by policy (None: nothing is kept), those at the forward pass's peak, its input aside, what it keeps included;
+        by (policy, whether what was kept was on the host), those at the backward pass's peak, the output's gradient aside,
+        what was kept and the new gradients included.
     """
     s, size = job.shape, job.dtype.itemsize
     wide = max(4, size)
@@ -256,11 +273,13 @@ def layer_bytes(job: Workload, tokens: int, tile: int | None, device: Device) ->
     of_down = gradients(down_trained, s.inner, s.hidden, 1)
     of_out = gradients(out_trained, s.queries, s.hidden, 1)
 
-    def forward(keep: Keep | None) -> int:
-        whole = keep == "all"
+    forward: dict[Keep | None, int] = {}
+    policies: tuple[Keep | None, ...] = (None, "input", "attention", "all")
+    for policy in policies:
+        whole = policy == "all"
         attention = of(s.hidden + qkv_rank + qkv) + attended + attention_forward
         held = of(qkv_rank + out_rank + s.hidden) + wide * tokens
-        held += attended * (keep in ("attention", "all")) + of(qkv) * whole
+        held += attended * (policy in ("attention", "all")) + of(qkv) * whole
         if tiles > 1:
             held += of(s.hidden) + of(s.hidden, rows)  # the output, and the residual of the tile before
             held += of(both + mlp_rank + down_rank) * whole
@@ -270,9 +289,13 @@ def layer_bytes(job: Workload, tokens: int, tile: int | None, device: Device) ->
         down = of(down_rank + max(s.inner * job.dropout, s.hidden * (tiles == 1)), rows)
         down = max(down, cast(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
-        return max(attention, held + max(activated + max(0, down), joined))
+        forward[policy] = max(attention, held + max(activated + max(0, down), joined))
 
-    def backward(keep: Keep, owned: bool) -> int:
+    kept: dict[Keep, int] = {}
+    backward: dict[Kind, int] = {}
+    kinds: tuple[Kind, ...] = tuple(product(KEEPS, (False, True)))
+    for keep, owned in kinds:
+        kept[keep] = tokens * kept_bytes(s, size, keep, max(job.ranks))
         whole = keep == "all"
         # after the recomputation the same activations are there under every policy
         there = of(2 * s.hidden + s.queries + qkv + qkv_rank + out_rank) + lse
@@ -280,37 +303,26 @@ def layer_bytes(job: Workload, tokens: int, tile: int | None, device: Device) ->
         recompute = 0
         if keep == "input":
             recompute = of(2 * s.hidden + qkv_rank + qkv) + attended + attention_forward
-        gate_up = of(both, rows) * (not (whole and owned)) + of(mlp_rank, rows) * (not whole)
-        tiled = 0
+        work = of(both, rows) * (not (whole and owned)) + of(mlp_rank, rows) * (not whole)
         if tiles > 1:  # the whole gradient, the one of the tile before, and its adapters' gradients and their sums
-            tiled = of(s.hidden) + of(s.hidden, rows) + min(2, tiles - 1) * (of_mlp + of_down)
+            work += of(s.hidden) + of(s.hidden, rows) + min(2, tiles - 1) * (of_mlp + of_down)
         down = of(down_rank + s.inner + down_rank * (not whole), rows)
         down += products(down_rank, down_trained, s.inner, s.hidden, 1, rows)
         up = of(mlp_rank + down_rank * (not whole) + 2 * s.hidden, rows) + of_down
         up += products(mlp_rank, mlp_trained, s.hidden, both, 2, rows)
-        mlp = there + gate_up + tiled + max(down, up)
+        mlp = there + work + max(down, up)
         after = there - of(s.hidden) * (owned or keep == "input") - of(both) * (owned and whole)
         after += of(s.hidden) + of_mlp + of_down
         out = of(out_rank + s.queries) + products(out_rank, out_trained, s.queries, s.hidden, 1, tokens)
         attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
         last = of(qkv + qkv_rank + s.hidden) + of_out
         last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, 3, tokens), of(2 * s.hidden))
-        return max(recompute, mlp, after + max(out, attention, last))
-
-    keeps: tuple[Keep, ...] = ("input", "attention", "all")
-    return LayerBytes(
-        {keep: tokens * kept_bytes(s, size, keep, max(job.ranks)) for keep in keeps},
-        {keep: forward(keep) for keep in (None, *keeps)},
-        {(keep, owned): backward(keep, owned) for keep in keeps for owned in (False, True)},
-    )
+        backward[keep, owned] = max(recompute, mlp, after + max(out, attention, last))
+    return kept, forward, backward
 
 
-def input_bytes(job: Workload, tokens: int) -> int:
-    """A micro-batch's ids, positions and streams; its rotary angles; rows and ids of its targets."""
-    return tokens * (3 * 8 + 2 * job.shape.head_dim * job.dtype.itemsize) + round(tokens * job.targets) * 16
-
-
-def head_bytes(job: Workload, tokens: int, *, stream: bool, together: bool, cuda: bool) -> tuple[int, str]:
+@lru_cache(maxsize=1024)
+def head_bytes(job: Workload, tokens: int, stream: bool, together: bool, cuda: bool) -> tuple[int, str]:
     """(bytes at most, where) of the final norm and the output head, beside what layers keep."""
     size, wide = job.dtype.itemsize, max(4, job.dtype.itemsize)
     s, targets = job.shape, round(tokens * job.targets)
@@ -329,73 +341,59 @@ def head_bytes(job: Workload, tokens: int, *, stream: bool, together: bool, cuda
     )
 
 
-@lru_cache(maxsize=4096)
-def segments(keep: tuple[Keep, ...], offload: int) -> list[tuple[Keep, bool, int, int]]:
-    """Runs of layers that keep alike: (policy, whether it is on the host, first layer, number of layers)."""
-    runs = groupby(range(len(keep)), key=lambda i: (keep[i], i < offload))
-    found = [(policy, away, list(layers)) for (policy, away), layers in runs]
-    return [(policy, away, layers[0], len(layers)) for policy, away, layers in found]
-
-
 def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, training: bool = True) -> MemoryBreakdown:
     """A run's memory.
 
     Args:
         training: with a backward pass; else an evaluation's.
     """
-    s, tokens = job.shape, max(execution.micro_tokens, job.longest)
+    s, size, tokens = job.shape, job.dtype.itemsize, max(execution.micro_tokens, job.longest)
     together = job.live_reference and execution.reference == "together"
-    # the planner asks for the same values thousands of times
-    memory = ("resident", execution.stream, execution.scratch, device)
-    if memory not in job.memo:
-        job.memo[memory] = _resident(job, execution, device)
-    resident, resident_sum, managed = job.memo[memory]
-    work = (tokens, execution.tile, execution.stream, together, device)
-    if work not in job.memo:
-        working = head_bytes(job, tokens, stream=execution.stream, together=together, cuda=device.cuda)
-        job.memo[work] = layer_bytes(job, tokens, execution.tile, device), *working
-    layer, head, head_at = job.memo[work]
-    gradients, x = 4 * job.parameters, tokens * s.hidden * job.dtype.itemsize
+    resident, managed = resident_bytes(job, execution.stream, execution.scratch, device)
+    kept_by, forward, backward = layer_bytes(job, tokens, execution.tile, device)
+    head, head_at = head_bytes(job, tokens, execution.stream, together, device.cuda)
+    gradients, x = 4 * job.parameters, tokens * s.hidden * size
+    beside = x * together
     # those of a step's earlier micro-batches are there from the start
     earlier = gradients if job.step_most is None or job.step_most > tokens else 0
-    # (where, gradients, kept, reference, layer, head) at every moment that may be the peak
-    moments: list[tuple[str, int, int, int, int, int]] = []
-    # kept by earlier layers; by the layer before, on its way to the host; on the host
+    # a micro-batch's ids, positions and streams; its rotary angles; rows and ids of its targets; its hidden states
+    inputs = tokens * (3 * 8 + 2 * s.head_dim * size) + round(tokens * job.targets) * 16
+    states = inputs + x
+    # (where, layer, bytes by the names below) at every moment that may be the peak
+    moments: list[tuple[str, int, tuple[int, ...]]] = []
+    # kept by earlier layers on the device; by the layer before, on its way to the host; on the host
     resting = moving = on_host = 0
-    for keep, away, first, count in segments(execution.keep, execution.offload) if training else ():
-        kept, backward = layer.kept[keep], layer.backward[keep, away]
-        for index in {0, 1, count - 1} & set(range(count)):
-            number, here = first + index + 1, 0 if away else resting + index * kept
-            there = here + (moving if index == 0 else kept if away else 0)
-            moments.append((f"forward pass of layer {number}", earlier, there, x * together, layer.forward[keep], 0))
-            if together:
-                at = f"reference's pass of layer {number}"
-                moments.append((at, earlier, here + kept, x, layer.forward[None], 0))
-            later = earlier or gradients * (s.layers - number) // s.layers
-            moments.append((f"backward pass of layer {number}", later, there, 0, backward, 0))
-        resting += 0 if away else count * kept
-        on_host += count * kept if away else 0
+    for index, keep in enumerate(execution.keep if training else ()):
+        away, kept, there = index < execution.offload, kept_by[keep], resting + moving
+        moments.append(("forward pass of layer", index, (earlier, there, beside, forward[keep], 0, states)))
+        if together:
+            found = (earlier, resting + kept, x, forward[None], 0, states)
+            moments.append(("reference's pass of layer", index, found))
+        later = earlier or gradients * (s.layers - index - 1) // s.layers
+        moments.append(("backward pass of layer", index, (later, there, 0, backward[keep, away], 0, states)))
         moving = kept if away else 0
+        on_host += moving
+        resting += kept - moving
     if training:
-        moments.append((head_at, earlier, resting, 0, 0, head))
-        moments.append(("optimizer's step", gradients, 0, 0, 0, 0))
+        moments.append((head_at, -1, (earlier, resting, 0, 0, head, inputs)))
+        moments.append(("optimizer's step", -1, (gradients, 0, 0, 0, 0, 0)))
     else:
-        moments.append(("evaluation", 0, 0, x * together, max(head, layer.forward[None]), 0))
-    at, *numbers = max(moments, key=lambda moment: sum(moment[1:]) + x * bool(moment[4]))
-    names = ("gradients", "kept activations", "reference's hidden states", "a layer at work", "the head at work")
-    transient = {name: n for name, n in zip(names, numbers) if n}
-    if at != "optimizer's step":
-        transient["inputs"] = input_bytes(job, tokens) + x * bool(numbers[3])
-    if device.slack:
-        passing = sum(transient.values()) - transient.get("gradients", 0)
-        transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * passing)
+        moments.append(("evaluation", -1, (0, 0, beside, max(head, forward[None]), 0, states)))
+    at, index, peak = max(moments, key=lambda moment: sum(moment[2]))
+    transient = {}
+    for name, n in zip(TRANSIENT, peak):
+        if n:
+            transient[name] = n
+    if device.cuda:
+        transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * sum(peak[1:]))
     host = {"kept activations": on_host} if on_host else {}
     if execution.stream:
-        copied = s.head_weights * job.dtype.itemsize
+        copied = s.head_weights * size
         host["streamed base"] = s.layers * slab_bytes(job) + copied
         if not s.tied:
             host[PAGED] = copied
-    return MemoryBreakdown(resident, transient, at, managed, host, resident_sum + sum(transient.values()))
+    total = sum(resident.values()) + sum(transient.values())
+    return MemoryBreakdown(resident, transient, at if index < 0 else f"{at} {index + 1}", managed, host, total)
 
 
 def in_words(size: int) -> str:

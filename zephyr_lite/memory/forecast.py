@@ -11,32 +11,29 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from ..config.load import Loaded, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..io.run_dir import StageDir
+from ..io.run_dir import StageDir, cache_dir
 from ..io.text import duration
 from ..model.adapters import check_targets
 from ..model.base import check_family, compute_device, compute_dtype, quantized_dir, read_model_config
 from ..model.chain import chain_of_run
-from ..model.execution import Keep
 from ..model.families import Shape
 from ..model.files import local_folder
 from ..model.peft_io import read_adapter
 from .estimate import GIB, MIB, PAGED, base_bytes, in_words, optimizer_bytes
 from .gpus import find_gpu, gpu_of_size
 from .machine import Machine, of_card, parse_size, this_machine
-from .plan import Limits, Plan, longest_context, make_plan
-from .speed import step_time
-from .workload import AdapterSpec, Workload, longest_of, make_workload, storage_of
+from .plan import Plan, longest_context, make_plan
+from .workload import AdapterSpec, Workload, longest_of, make_workload
 
 GB = 1e9
 WIDTH = 78
@@ -58,8 +55,7 @@ MISTRAL_SHAPE: Any = SimpleNamespace(
 )
 
 
-@dataclass(frozen=True)
-class KnownData:
+class KnownData(NamedTuple):
     """A data set of the recipe."""
 
     download: int  # bytes fetched (every split comes along), and in the cache once converted
@@ -78,22 +74,6 @@ KNOWN_DATA = {
 LADDER = (6, 8, 12, 16, 24)
 # The rank of stage 1's adapter, on every projection, where it is not known.
 RANK_BELOW = 16
-_LABELS = {
-    "decoder layers": "base: decoder layers",
-    "two layers' buffers": "base: two layers at a time",
-    "embedding": "base: embedding",
-    "output head": "base: output head",
-    "norms": "base: norms",
-    "dequantized weights": "one layer's weights, dequantized",
-    "adapters": "adapters (float32)",
-    "CUDA context": "CUDA context (estimate)",
-    "process": "this process: Python, libraries, rows",
-    "gradients": "gradients (float32)",
-    "kept activations": "activations kept for the backward pass",
-    "inputs": "inputs of a micro-batch",
-    "the head at work": "the output head at work",
-    "allocator's slack": "allocator's slack (estimate)",
-}
 
 
 # -- a plan ------------------------------------------------------------------------------------------------------------
@@ -107,48 +87,40 @@ def forecast_lines(
     Args:
         price: US dollars an hour; None: the card's usual one, where it has one.
     """
-    cpu, card, time = machine.kind == "cpu", machine.card, step_time(job, plan, machine.card)
+    cuda, card, context = machine.device.cuda, machine.card, machine.device.context
     storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
-    here = cpu or not machine.context
-    free = machine.free - (machine.context if here else 0)
+    here = not cuda or not context
     unit, unit_name = (GIB, "GiB") if plan.peak >= GIB / 2 else (MIB, "MiB")
     example = "row" if job.method == "sft" else "pair"
-    memory = [(f"  {_LABELS.get(name, name)}", n) for name, n in plan.account.items() if name != "peak"]
     lines = [
-        f"plan of {job.method} on {machine.name}, {free / GIB:.1f} GiB" + (" free" if here else ""),
+        f"plan of {job.method} on {machine.name}, {(machine.free - here * context) / GIB:.1f} GiB" + " free" * here,
         f"  {config.model_name_or_path} ({storage[job.storage]}), rank {config.lora_r}, {config.optim}",
         f"  longest {example} {job.longest:,} tokens" + (f", {job.step_tokens:,} a step" if job.step_tokens else ""),
         "",
         f"{'memory at the peak':<48}{unit_name:>9}",
-        *(f"{name:<48}{n / unit:>9.2f}" for name, n in memory),
+    ]
+    for name, size in plan.account.items():
+        if name != "peak":
+            lines.append(f"  {name:<46}{size / unit:>9.2f}")
+    lines += [
         f"{'  together':<48}{plan.peak / unit:>9.2f}  of {machine.free / unit:,.2f}",
         f"  the peak is in the {plan.at}",
         "",
         "what was chosen",
     ]
-    chosen = plan.lines()
-    if plan.micro_tokens < job.longest:
-        chosen.append(f"a {example} runs whole, so up to {job.longest:,} tokens are computed at once")
-    least: Keep = "input"
-    slower = step_time(job, replace(plan, keep=(least,) * len(plan.keep), offload=0), card).step / time.step
-    if slower > 1.005:
-        chosen.append(f"full recomputation would take {slower:.2f} times as long")
-    if not cpu and (plan.offload or plan.stream):
-        waits = time.waiting / time.step
-        cost = f"takes {waits:.0%} of a step" if waits >= 0.005 else "is hidden by computing"
-        chosen.append(f"waiting for copies between main memory and the card {cost}")
-    for line in chosen:
+    for line in plan.lines():
         lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    if plan.micro_tokens < job.longest:
+        lines.append(f"  a {example} runs whole, so up to {job.longest:,} tokens are computed at once")
     lines.append("")
-    paged = 0 if cpu else plan.host.get(PAGED, 0)
-    host = ", ".join(f"{name} {in_words(n)}" for name, n in plan.host.items() if not (paged and name == PAGED))
-    if host or not cpu:
-        lines.append(f"{'also in the same memory' if cpu else 'main memory, locked'}: {host or 'nothing'}")
-    if paged:
-        lines.append(f"main memory, not locked: {PAGED} {in_words(paged)}")
+    host = []
+    for name, size in plan.host.items():
+        host.append(f"{name} {in_words(size)}" + (" (not locked)" if cuda and name == PAGED else ""))
+    if host or cuda:
+        lines.append(f"{'main memory, locked' if cuda else 'also in the same memory'}: {', '.join(host) or 'nothing'}")
     if plan.managed:
         lines.append(f"optimizer states that move to main memory when the card is full: {in_words(plan.managed)}")
-    basis = f"from a short measurement of this {'CPU' if cpu else 'card'}" if card.measured else "from data sheets"
+    basis = f"from a short measurement of this {'card' if cuda else 'CPU'}" if card.measured else "from data sheets"
     lines.append(f"speed: about {plan.tokens_per_second:,.0f} tokens/s ({basis})")
     if job.run_tokens:
         seconds = job.run_tokens / max(plan.tokens_per_second, 1e-9)
@@ -156,9 +128,12 @@ def forecast_lines(
         money = f", ${seconds / 3600 * price:,.2f} at ${price:.2f} an hour" if price is not None else ""
         many = f"{job.run_tokens / 1e6:,.1f} M" if job.run_tokens >= 1e6 else f"{job.run_tokens:,}"
         lines.append(f"this recipe: {many} tokens, about {duration(seconds)} of steps, evaluations aside{money}")
-    if cpu:
+    if not cuda:
         lines.append("no GPU here; `zephyr-lite plan --gpu 3060` plans for a card")
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]]
+    wrapped = []
+    for line in lines:
+        wrapped += textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]
+    return wrapped
 
 
 def planned_lines(
@@ -178,18 +153,20 @@ def planned_lines(
     base = base_shape(config.model_name_or_path, config.model_revision)
     notes = [n for n in loaded.notes if n.startswith("continuing")]
     notes.append(f"assuming that all rows have max_length={config.max_length} tokens")
-    below, from_where = _below(method, config, Shape.of(base))
-    notes += from_where
+    below, about_below = _below(method, config, Shape.of(base))
+    notes += about_below
     here = compute_device()
-    memory = config.memory if vram is None else config.memory.model_copy(update={"vram": vram})
-    if gpu is None and (vram is None or here.type == "cuda"):  # whatever memory.vram says
+    memory = config.memory
+    if vram is not None:
+        parse_size(vram, "--vram")
+        memory = memory.model_copy(update={"vram": vram})
+    if gpu is None and (vram is None or here.type == "cuda"):
         dtype = compute_dtype(config.dtype, here)
         machine = this_machine(here, dtype, memory)
     else:
-        size = None if memory.vram is None else parse_size(memory.vram, "memory.vram" if vram is None else "--vram")
-        card = find_gpu(gpu) if gpu is not None else gpu_of_size((size or 0) / GIB)
+        card = find_gpu(gpu) if gpu is not None else gpu_of_size(parse_size(vram or "", "--vram") / GIB)
         dtype = card.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        machine = of_card(card, memory.vram)
+        machine = of_card(card, dtype, memory)
         if gpu is None:
             notes.append(f"no card is named: one of that size, as fast as a {card.name}")
         elif machine.free > card.memory * GIB:
@@ -198,34 +175,32 @@ def planned_lines(
             notes.append(f"a {card.name} emulates bfloat16 products: it is slower than the plan says")
     job = expected_job(method, config, base, dtype, below)
     plan = make_plan(job, machine, memory)
-    disk = [f"disk: {_decimal(n)} {what}" for what, n in disk_bytes(job, config).items()]
-    return [
-        *(f"note: {text}" for text in notes),
-        *forecast_lines(job, machine, plan, config, price=price),
-        *disk,
-        "",
-    ]
+    lines = [f"note: {note}" for note in notes]
+    lines += forecast_lines(job, machine, plan, config, price=price)
+    lines += [f"disk: {_decimal(size)} {what}" for what, size in disk_bytes(job, config).items()]
+    return [*lines, ""]
 
 
-def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[AdapterSpec] | None, list[str]]:
-    """(the adapters below, from folders and from the run's finished SFT stage, None: they are assumed; notes on them).
+def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
+    """(the adapters below, from folders and from the run's finished SFT stage, or assumed where they are not here; notes).
 
     Raises:
         UserError: an adapter's folder is missing, or holds no plain LoRA.
     """
+    assumed = AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules, trained=False)
     if config.adapters == "none" or (method == "sft" and not config.adapters):
         return [], []
-    if config.adapters:
-        found, notes = [], []
-        for name in config.adapters:
-            if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir():
-                found.append(_assumed_below(config, shape))
-                notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
-            else:
-                found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
+    found, notes = [], []
+    for name in config.adapters:
+        if _on_the_hub(name):
+            found.append(assumed)
+            notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
+        else:
+            found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
+    if found:
         return found, notes
     if not StageDir(Path(config.output_dir) / "sft").complete():
-        return None, [f"assuming rank {RANK_BELOW} for the SFT adapter below"]
+        return [assumed], [f"assuming rank {RANK_BELOW} for the SFT adapter below"]
     adapters = chain_of_run(config.output_dir, stage="sft").adapters
     return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
 
@@ -275,26 +250,28 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
         "| card | stage | tokens at once | layers keep | base | peak GiB | host GiB | longest row |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    methods: tuple[Method, ...] = ("sft", "dpo")
-    for size, method in product(LADDER, methods):
-        card = gpu_of_size(size)
-        machine = of_card(card, f"{size}GiB")
-        config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
-        job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
-        try:
-            plan = make_plan(job, machine, config.memory)
-        except UserError:
-            lines.append(f"| {size} GB | {method} | does not fit | | | | | |")
-            continue
-        longest = longest_context(job, Limits.of(job, machine, config.memory), config.memory) // 1024
-        kept = list(dict.fromkeys(plan.keep))
-        keep = " / ".join(f"{word} ×{plan.keep.count(word)}" for word in kept) if len(kept) > 1 else kept[0]
-        if plan.offload:
-            keep += f", {plan.offload} of {len(plan.keep)} on the host"
-        lines.append(
-            f"| {size} GB | {method} | {plan.micro_tokens:,} | {keep} | {'streamed' if plan.stream else 'resident'} "
-            f"| {plan.peak / GIB:.1f} | {sum(plan.host.values()) / GIB:.1f} | {f'{longest}k' if method == 'sft' else ''} |"
-        )
+    for size in LADDER:
+        for method in get_args(Method):
+            card = gpu_of_size(size)
+            config = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit", *words]).config
+            memory = config.memory.model_copy(update={"vram": f"{size}GiB"})
+            machine = of_card(card, card.dtype, memory)
+            job = expected_job(method, config, MISTRAL_SHAPE, card.dtype)
+            try:
+                plan = make_plan(job, machine, memory)
+            except UserError:
+                lines.append(f"| {size} GB | {method} | does not fit | | | | | |")
+                continue
+            longest = f"{longest_context(job, machine, memory) // 1024}k" if method == "sft" else ""
+            kept = list(dict.fromkeys(plan.keep))
+            keep = " / ".join(f"{word} ×{plan.keep.count(word)}" for word in kept) if len(kept) > 1 else kept[0]
+            if plan.offload:
+                keep += f", {plan.offload} of {len(plan.keep)} on the host"
+            host = sum(plan.host.values()) / GIB
+            lines.append(
+                f"| {size} GB | {method} | {plan.micro_tokens:,} | {keep} | {'streamed' if plan.stream else 'resident'} "
+                f"| {plan.peak / GIB:.1f} | {host:.1f} | {longest} |"
+            )
     return lines
 
 
@@ -307,36 +284,48 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
     Raises:
         UserError: the base is still to be downloaded, and the run will not fit this card.
     """
-    fetch, cached = _downloads(config)
+    import datasets
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    # downloads: name → size in words; (folder, what is written there, bytes)
+    fetch: dict[str, str] = {}
+    written: list[tuple[Path, str, int]] = []
+    name = config.model_name_or_path
+    if _on_the_hub(name):
+        weights = [try_to_load_from_cache(name, f"model.safetensors{end}") for end in ("", ".index.json")]
+        if not isinstance(weights[0] or weights[1], str):
+            fetch[name] = _decimal(MISTRAL_BYTES) if name == MISTRAL else "(size not known)"
+            written.append((Path(HF_HUB_CACHE), f"for {name}", MISTRAL_BYTES if name == MISTRAL else 0))
+    for spec in (*config.dataset, *config.eval_dataset):
+        known, converted = KNOWN_DATA.get(spec.path), Path(datasets.config.HF_DATASETS_CACHE)
+        if not _on_the_hub(spec.path) or spec.path in fetch or (converted / spec.path.replace("/", "___")).is_dir():
+            continue
+        fetch[spec.path] = "(size not known)" if known is None else _decimal(known.download)
+        written.append((converted, f"for {spec.path}", 0 if known is None else known.download + known.disk))
     lines = ["what this will take:"]
     lines.append("  download: " + (", ".join(f"{name} {size}" for name, size in fetch.items()) or "nothing"))
-    job, run = None, Path(config.output_dir)
-    device = compute_device()
+    job, device, run = None, compute_device(), Path(config.output_dir)
     dtype = compute_dtype(config.dtype, device)
-    name = config.model_name_or_path
     if config.engine == "fused" and (name == MISTRAL or (Path(name).expanduser() / "config.json").is_file()):
         with suppress(UserError, ValueError, KeyError, AttributeError):  # reported when the base is read
             job = expected_job(method, config, base_shape(name), dtype)
-    written = []
-    if cached:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        written.append((Path(HF_HUB_CACHE), "in the hub's cache", cached))
     if job is not None:
-        quantized = any(quantized_dir().glob(f"{glob.escape(Path(config.model_name_or_path).name)}-*"))
+        there = {
+            cache_dir(): any(quantized_dir().glob(f"{glob.escape(Path(name).name)}-*")),
+            run: (run / config.stage).is_dir(),
+        }
         for what, size in disk_bytes(job, config).items():
-            place, there = (quantized_dir(), quantized) if "quantized" in what else (run, (run / config.stage).is_dir())
-            if not there:
+            place = cache_dir() if "quantized" in what else run
+            if not there[place]:
                 written.append((place, what, size))
-    disks: dict[int, list[tuple[Path, str, int]]] = {}
-    for part in written:
-        disks.setdefault(_existing(part[0]).stat().st_dev, []).append(part)
-    for parts in disks.values():
-        free = shutil.disk_usage(_existing(parts[0][0])).free
-        short = " — NOT ENOUGH" if free < sum(size for *_, size in parts) else ""
-        sizes = ", ".join(f"{_decimal(size)} {what}" for _, what, size in parts)
-        places = ", ".join(dict.fromkeys(str(place) for place, *_ in parts))
-        lines.append(f"  disk: {sizes}; {free / GB:.0f} GB are free for {places}{short}")
+    left: dict[int, int] = {}  # device → bytes that are free once this is written
+    for place, what, size in written:
+        folder = next(path for path in (place, *place.absolute().parents) if path.exists())
+        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        left[disk] = left.get(disk, free) - size
+        short = " — NOT ENOUGH" if left[disk] < 0 else ""
+        lines.append(f"  disk: {_decimal(size)} {what} in {place} ({free / GB:.0f} GB are free){short}")
     if job is not None and name in fetch:
         # the plan is printed once the rows are there; but nothing is downloaded for a run that does not fit
         cpu = device.type == "cpu"
@@ -349,17 +338,13 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
     return lines
 
 
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
+def _on_the_hub(name: str) -> bool:
+    """Whether a name is that of a repository, not a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _decimal(size: int) -> str:
     return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
-
-
-def _assumed_below(config: RunConfig, shape: Shape) -> AdapterSpec:
-    """An adapter that is not here."""
-    return AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules, trained=False)
 
 
 def expected_job(
@@ -374,31 +359,33 @@ def expected_job(
     Args:
         below: the frozen adapters; None: they are not here, and their rank is assumed.
     """
-    longest = longest_of(config, method)
-    means = [known.tokens for spec in config.dataset if (known := KNOWN_DATA.get(spec.path))]
+    longest, size = longest_of(config, method), config.batch_size
+    means, run_tokens = [], 0.0
+    for spec in config.dataset:
+        if (known := KNOWN_DATA.get(spec.path)) is not None:
+            means.append(known.tokens)
+            run_tokens += (
+                min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens * config.num_train_epochs
+            )
     mean = sum(means) / len(means) if means else config.max_length
-    in_a_step = config.batch_size * (config.max_length if method == "sft" else min(mean, longest))
+    step_tokens = size * (config.max_length if method == "sft" else min(mean, longest))
     rows: dict[str, Any] = {
         "longest": longest,
         "segment": int(min(mean, config.max_length) if method == "sft" else mean / 2),
-        "step_tokens": int(in_a_step),
-        "step_most": config.batch_size * longest,
+        "step_tokens": int(step_tokens),
+        "step_most": size * longest,
     }
-    known_rows = [None if Path(spec.path).is_dir() else KNOWN_DATA.get(spec.path) for spec in config.dataset]
     if config.max_steps is not None:
-        rows["run_tokens"], rows["steps"] = int(config.max_steps * in_a_step), config.max_steps
-    elif all(known_rows):
-        pairs = [(spec, known) for spec, known in zip(config.dataset, known_rows) if known is not None]
-        tokens = sum(min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens for spec, known in pairs)
-        rows["run_tokens"] = int(tokens * config.num_train_epochs)
-        rows["steps"] = max(1, round(rows["run_tokens"] / in_a_step))
+        rows |= {"run_tokens": int(config.max_steps * step_tokens), "steps": config.max_steps}
+    elif len(means) == len(config.dataset):
+        rows |= {"run_tokens": int(run_tokens), "steps": max(1, round(int(run_tokens) / step_tokens))}
     if method == "dpo":
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
-    storage = storage_of(config, base_config, Path(config.model_name_or_path), dtype)
-    job = make_workload(config, method, base_config, dtype, storage=storage, **rows)
+    job = make_workload(config, method, base_config, dtype, **rows)
     if below is None:
+        assumed = AdapterSpec.fresh(job.shape, RANK_BELOW, config.lora_target_modules, trained=False)
         stacked = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
-        below = [_assumed_below(config, job.shape)] * ((len(config.adapters) or 1) if stacked else 0)
+        below = [assumed] * ((len(config.adapters) or 1) if stacked else 0)
     return replace(job, adapters=(*below, *job.adapters))
 
 
@@ -407,10 +394,12 @@ def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     found = {"for the quantized base in the cache": sum(base_bytes(job).values())} if config.load_in_4bit else {}
     weights = 4 * job.parameters
     checkpoint = weights + sum(optimizer_bytes(job.optim, job.trained_tensors))
-    every = [n for n in (config.save_steps, config.eval_steps) if n]
-    count = min(config.save_total_limit, (job.steps or 10**9) // min(every)) + 1 if every else 1
+    every = min(config.save_steps or 10**10, config.eval_steps or 10**10)
+    count = min(config.save_total_limit, (job.steps or 10**9) // every) + 1
     found["for checkpoints (save_total_limit and one more)"] = count * checkpoint
-    stack = 4 * sum(sum(a.tensors(job.shape)) for a in job.adapters)
+    stack = 0
+    for adapter in job.adapters:
+        stack += 4 * sum(adapter.tensors(job.shape))
     found["for the adapter"] = stack + weights * (len(job.adapters) > 1)
     return found
 
@@ -437,27 +426,3 @@ def base_shape(name: str, revision: str = "main") -> Any:
         ) from None
     check_family(config, f"{name}/config.json")
     return config
-
-
-def _downloads(config: RunConfig) -> tuple[dict[str, str], int]:
-    """(name → size in words of what is still to be fetched, its bytes on the disk)."""
-    import datasets
-    from huggingface_hub import try_to_load_from_cache
-
-    fetch: dict[str, str] = {}
-    keep, name = 0, config.model_name_or_path
-    if not Path(name).expanduser().is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        weights = [try_to_load_from_cache(name, f"model.safetensors{end}") for end in ("", ".index.json")]
-        if not any(isinstance(path, str) for path in weights):
-            fetch[name] = _decimal(MISTRAL_BYTES) if name == MISTRAL else "(size not known)"
-            keep += MISTRAL_BYTES if name == MISTRAL else 0
-    for path in dict.fromkeys(spec.path for spec in (*config.dataset, *config.eval_dataset)):
-        known = KNOWN_DATA.get(path)
-        if Path(path).expanduser().exists() or path.startswith((".", "/", "~")):
-            continue
-        if known is None and path.count("/") == 1:
-            fetch[path] = "(size not known)"
-        elif known is not None and not (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir():
-            fetch[path] = _decimal(known.download)
-            keep += known.download + known.disk
-    return fetch, keep

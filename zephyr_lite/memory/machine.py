@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
@@ -31,6 +30,10 @@ from .gpus import PROCESSOR, Gpu
 HOST_SHARE = 0.5
 # Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
 HOST_ELSEWHERE = 16 * GIB
+# Share of the free memory that a plan leaves alone: the prediction is meant to be right to 5 %.
+MARGIN = 0.03
+# Share of the free memory that is planned with on a CPU and for other engines, whose allocations are not counted exactly.
+SHARE = 0.7
 # of each measurement of speed, at least
 SECONDS, CALLS = 0.15, 25
 COPY_BYTES = 128 * 2**20
@@ -42,70 +45,84 @@ TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 class Machine:
     """The memory and speed that a run is planned with."""
 
-    kind: Literal["cuda", "cpu"]  # where it computes
     name: str  # of the device
     card: Gpu  # its speed
-    free: int  # bytes of the device's memory (a CPU: of main memory) for the run, ``context`` included
-    host: int  # bytes of main memory to spare
-    # what the process takes of `free` before its first tensor: a CUDA context, or on a CPU Python, libraries and
-    # rows; 0 where `free` was measured without it
-    context: int = 0
+    free: int  # bytes of the device's memory (a CPU: of main memory) for the run, ``device.context`` included
+    host: int  # bytes of main memory that may be locked
+    device: Device  # how it allocates
+    # the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
+    # that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits
+    exact: bool = True
 
-    def device(self, dtype: torch.dtype) -> Device:
-        """How it allocates, computing in a dtype."""
-        if self.kind == "cpu":
-            return replace(CPU, context=self.context)
-        return Device.of(self.card.capability, dtype.itemsize == 2, context=self.context)
-
-
-def of_card(card: Gpu, vram: str | None = None) -> Machine:
-    """A card that need not be here, with as much of its memory as `vram` says."""
-    memory = int(card.memory * GIB) if vram is None else parse_size(vram, "memory.vram")
-    return Machine("cuda", card.name, card, memory, HOST_ELSEWHERE, CONTEXT_BYTES)
+    @property
+    def budget(self) -> int:
+        """Bytes of the device's memory that a plan may take."""
+        if self.exact:
+            return int(self.free * (1 - MARGIN))
+        return self.device.context + int((self.free - self.device.context) * SHARE)
 
 
-def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *, measure: bool = True) -> Machine:
+def of_card(card: Gpu, dtype: torch.dtype, memory: MemorySpec) -> Machine:
+    """A card that need not be here, with the memory that ``memory.vram`` and ``memory.host`` say."""
+    free = int(card.memory * GIB) if memory.vram is None else parse_size(memory.vram, "memory.vram")
+    host = HOST_ELSEWHERE if memory.host is None else parse_size(memory.host, "memory.host")
+    return Machine(card.name, card, free, host, Device.of(card.capability, dtype.itemsize == 2, context=CONTEXT_BYTES))
+
+
+def this_machine(
+    device: torch.device, dtype: torch.dtype, memory: MemorySpec, *, engine: str = "fused", measure: bool = True
+) -> Machine:
     """The machine that this process runs on.
 
     Args:
         device: where the run computes.
         dtype: of the computation.
-        memory: ``vram`` caps the free memory to that of a card of this size (less its context; on a CPU as it is).
+        memory: ``vram`` caps the free memory to that of a card of this size (less its context; on a CPU as it is); ``host``
+            is the main memory that may be locked.
+        engine: that trains.
         measure: measure the speed; False: it does not matter.
 
     Raises:
-        UserError: ``vram`` is no size.
+        UserError: ``vram`` or ``host`` is no size.
     """
     vram = None if memory.vram is None else parse_size(memory.vram, "memory.vram")
-    host = int(main_memory() * HOST_SHARE)
+    host = None if memory.host is None else parse_size(memory.host, "memory.host")
     if device.type == "cpu":
         card = _processor(dtype, torch.get_num_threads()) if measure else PROCESSOR
         # the process is a part of the measured peak, so of the plan too; it has taken its memory already
         process = process_memory(device)
-        free = free_memory(device) if vram is None else min(free_memory(device), vram)
-        return Machine("cpu", "the CPU", card, free + process, host, process)
+        free = process + (free_memory(device) if vram is None else min(free_memory(device), vram))
+        # offloaded bytes are in the memory that is planned with
+        return Machine(
+            "the CPU", card, free, free if host is None else host, replace(CPU, context=process), exact=False
+        )
+    capability = torch.cuda.get_device_capability(device)
     if measure:
         card = _measured_card(device, dtype)  # first: the libraries that it loads take memory too
     else:
-        card = Gpu(torch.cuda.get_device_name(device), 0, 50, 500, 12, torch.cuda.get_device_capability(device))
-    if is_wsl():
-        host = lockable(host, device)
+        card = Gpu(torch.cuda.get_device_name(device), 0, 50, 500, 12, capability)
+    if host is None:
+        host = int(main_memory() * HOST_SHARE)
+        host = lockable(host, device) if is_wsl() else host
     free = free_memory(device)
-    return Machine("cuda", card.name, card, free if vram is None else min(free, vram - CONTEXT_BYTES), host)
+    free = free if vram is None else min(free, vram - CONTEXT_BYTES)
+    return Machine(
+        card.name, card, free, host, Device.of(capability, dtype.itemsize == 2, context=0), exact=engine == "fused"
+    )
 
 
 def _card_rates(device: torch.device, dtype: torch.dtype, free: int) -> tuple[float, float, float]:
-    """(operations of a product, bytes through the card's memory, bytes between it and locked memory) a second."""
+    """(10^12 operations of a product, 10^9 bytes through the card's memory, 10^9 between it and locked memory) a second."""
     rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
     a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(rows, rows, device=device, dtype=dtype)
     size = min(COPY_BYTES, free // 8)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     host, there = host_bytes(size // 2, device), source[: size // 2]
-    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width)
-    memory = _rate(device, lambda: target.copy_(source), 2 * size)
-    up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2)
-    down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2)
+    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width / 1e12)
+    memory = _rate(device, lambda: target.copy_(source), 2 * size / 1e9)
+    up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2 / 1e9)
+    down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2 / 1e9)
     return products, memory, min(up, down)
 
 
@@ -121,9 +138,9 @@ def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
     return Gpu(
         name=properties.name,
         memory=properties.total_memory / 2**30,
-        tflops=_rounded(products / 1e12),
-        bandwidth=_rounded(memory / 1e9),
-        pcie=_rounded(link / 1e9),
+        tflops=products,
+        bandwidth=memory,
+        pcie=link,
         capability=torch.cuda.get_device_capability(device),
         share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
         measured=True,
@@ -138,27 +155,28 @@ def _processor(dtype: torch.dtype, threads: int) -> Gpu:
     # no random numbers: the generators are the run's
     a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
     out = torch.empty(TOKENS, WIDTH, dtype=dtype)
-    products = _rate(cpu, lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH)
+    products = _rate(cpu, lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH / 1e12)
     # not a copy: what only moves bytes on a card is bound by its arithmetic here, SiLU and softmax most of all
     logits = torch.ones(ELEMENTS, dtype=dtype)
     weights = torch.empty_like(logits)
-    memory = _rate(cpu, lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize)
+    memory = _rate(cpu, lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize / 1e9)
     values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
     weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
     buffer = torch.empty(WIDTH, WIDTH, dtype=dtype)
-    unpacked = _rate(cpu, lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH)
+    unpacked = _rate(cpu, lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH / 1e9)
     return replace(
         PROCESSOR,
-        tflops=_rounded(products / 1e12),
-        bandwidth=_rounded(memory / 1e9),
-        pcie=_rounded(memory / 1e9),  # what is offloaded or streamed is a copy in the same memory
-        unpacking=_rounded(unpacked / 1e9),
+        tflops=products,
+        bandwidth=memory,
+        pcie=memory,  # what is offloaded or streamed is a copy in the same memory
+        unpacking=unpacked,
         measured=True,
     )
 
 
 def _rate(device: torch.device, run: Callable[[], object], amount: float) -> float:
-    """The amount that ``run`` does a second at its fastest: other processes only make it slower."""
+    """The amount that ``run`` does a second at its fastest (other processes only make it slower), to two digits, so that two
+    starts plan alike."""
     repeat = 4 if device.type == "cuda" else 1
     times: list[float] = []
     run()
@@ -170,12 +188,7 @@ def _rate(device: torch.device, run: Callable[[], object], amount: float) -> flo
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - started) / repeat)
-    return amount / min(times)
-
-
-def _rounded(value: float) -> float:
-    """To two digits, so that two starts plan alike."""
-    return float(f"{value:.2g}")
+    return float(f"{amount / min(times):.2g}")
 
 
 def free_memory(device: torch.device) -> int:
@@ -198,15 +211,14 @@ def cap_allocator(device: torch.device, memory: MemorySpec) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_allocated(device)) / total), device)
 
 
-def keep_freed_pages() -> bool:
+def keep_freed_pages() -> None:
     """Let glibc keep the pages that a step frees: returning them to the system and getting them back costs a CPU run a twentieth
-    of its time. Returns whether it was told to (False on other C libraries)."""
+    of its time."""
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    try:
+    with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(mmap_threshold, 32 * 2**20) and mallopt(trim_threshold, 2**31 - 1))
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def main_memory() -> int:
@@ -230,12 +242,15 @@ def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
         else:
             continue
         folder = top / path.strip("/")
-        # inside a container the path may be the host's, and the group itself is the top
-        for place in [p for p in (folder, *folder.parents) if p.is_relative_to(top)] if folder.is_dir() else [top]:
-            limit = place / files[0]
+        if not folder.is_dir():  # inside a container the path may be the host's, and the group itself is the top
+            folder = top
+        while folder.is_relative_to(top):
+            limit = folder / files[0]
             if limit.is_file() and (most := limit.read_text().strip()) != "max":
-                stat = dict(entry.split() for entry in (place / "memory.stat").read_text().splitlines())
-                rooms.append(int(most) - int((place / files[1]).read_text()) + int(stat.get(files[2], 0)))
+                stat = (folder / "memory.stat").read_text().split()
+                cached = int(stat[stat.index(files[2]) + 1]) if files[2] in stat else 0
+                rooms.append(int(most) - int((folder / files[1]).read_text()) + cached)
+            folder = folder.parent
     return max(0, min(rooms)) if rooms else None
 
 

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -15,9 +16,9 @@ from ..config.load import MemorySpec
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
-from .estimate import CONTEXT_BYTES, GIB, Device, MemoryBreakdown, estimate, in_words, kept_per_token
-from .gpus import PROCESSOR, Gpu
-from .machine import Machine, parse_size
+from .estimate import CONTEXT_BYTES, GIB, MemoryBreakdown, estimate, in_words, kept_per_token
+from .gpus import PROCESSOR
+from .machine import Machine
 from .speed import step_time
 from .workload import Workload
 
@@ -27,10 +28,6 @@ MIXTURES: tuple[tuple[Keep, Keep], ...] = (("all", "attention"), ("all", "input"
 WANTED_TOKENS, CPU_TOKENS = 16384, 2048
 # Tokens that the MLP takes at a time; a longer tile is the faster one.
 TILES = (8192, 2048, 512)
-# Share of the free memory that a plan leaves alone: the prediction is meant to be right to 5 %.
-MARGIN = 0.03
-# Share of the free memory that is planned with on a CPU and for other engines, whose allocations are not counted exactly.
-SHARE = 0.7
 # Settings whose speeds differ by no more than this are equally fast: the simpler one comes first.
 TIE = 0.002
 # How much faster a setting must be to be worth locking main memory: that slows the rest of the machine, and the cost model is
@@ -68,7 +65,7 @@ class Plan(ExecutionConfig):
     @property
     def recomputes(self) -> bool:
         """Whether any layer's matrix products are computed again in the backward pass."""
-        return any(keep != "all" for keep in self.keep)
+        return set(self.keep) != {"all"}
 
     @property
     def peak(self) -> int:
@@ -98,40 +95,12 @@ class Plan(ExecutionConfig):
         return said
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Memory and speed of the machine, as far as a run may use it."""
-
-    free: int  # bytes of the device's memory that the run may take, ``device.context`` included
-    host: int  # bytes of main memory that may be locked
-    card: Gpu  # its speed
-    device: Device  # how it allocates
-    # the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
-    # that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits
-    exact: bool = True
-
-    @classmethod
-    def of(cls, job: Workload, machine: Machine, memory: MemorySpec) -> Limits:
-        host = machine.host if memory.host is None else parse_size(memory.host, "memory.host")
-        device = machine.device(job.dtype)
-        if not device.cuda and memory.host is None:
-            host = machine.free  # offloaded bytes are in the memory that is planned with
-        return cls(machine.free, host, machine.card, device, device.cuda and job.engine == "fused")
-
-    @property
-    def budget(self) -> int:
-        """Bytes of the device's memory that a plan may take."""
-        if self.exact:
-            return int(self.free * (1 - MARGIN))
-        return self.device.context + int((self.free - self.device.context) * SHARE)
-
-
 Found = tuple[ExecutionConfig, MemoryBreakdown]
 
 
 def fitting(
     job: Workload,
-    limits: Limits,
+    machine: Machine,
     memory: MemorySpec,
     *,
     most: float | None = None,
@@ -143,135 +112,127 @@ def fitting(
 
     Args:
         memory: what the user fixed is the same in all of them.
-        most: bytes on the device at the peak; None: the budget.
+        most: bytes on the device at the peak; None: the machine's budget.
         least: only settings with the smallest peaks; if any setting fits, one of these does.
         training: a backward pass follows.
     """
-    fused, layers = job.engine == "fused", job.shape.layers
-    most = limits.budget if most is None else most
-    streams = (False, True) if memory.stream is None and limits.exact else (bool(memory.stream) and fused,)
+    fused, layers, exact = job.engine == "fused", job.shape.layers, machine.exact
+    most = machine.budget if most is None else most
+    streams = (False, True) if memory.stream is None and exact else (bool(memory.stream) and fused,)
     references: tuple[Reference, ...] = ("together", "own") if job.live_reference else ("together",)
     scratches: tuple[ScratchMode, ...] = ("layer",) if job.storage == "dense" else ("layer", "small")
+    keeps: tuple[Keep, ...] = ("input",) if least else ("all", "attention", "input")
     if least:
         references, scratches = references[-1:], scratches[-1:]
-    keeps: tuple[Keep, ...] = ("input",) if least else ("all", "attention", "input")
     if memory.keep is not None:
         keeps = (memory.keep,)
-    any_offload = memory.offload is None and limits.exact and limits.host > 0
-    fixed_offload = layers if memory.offload and fused else 0
     # (what the first n layers keep, what the others keep, whether the first n offload it, the fewest n, the most)
-    splits = [
-        (keep, keep, True, 0, layers) if any_offload else (keep, keep, True, fixed_offload, fixed_offload)
-        for keep in keeps
-    ]
-    if memory.keep is None and limits.exact and not memory.offload and not least:
+    splits: list[tuple[Keep, Keep, bool, int, int]] = []
+    any_offload = memory.offload is None and exact and machine.host > 0
+    fixed_offload = layers if memory.offload and fused else 0
+    for keep in keeps:
+        splits.append(
+            (keep, keep, True, 0, layers) if any_offload else (keep, keep, True, fixed_offload, fixed_offload)
+        )
+    if memory.keep is None and exact and not memory.offload and not least:
         for more, less in MIXTURES:
             splits.append((less, more, False, 1, layers - 1))  # the last layers' are there for a shorter time
             if any_offload:
                 splits.append((more, less, True, 1, layers - 1))
     threads = torch.get_num_threads()
-    for tokens, stream, scratch, reference in product(
-        _tokens(job, limits, memory, least), streams, scratches, references
-    ):
-        for tile in (None, *(t for t in TILES if fused and t < max(tokens, job.longest))):
-            setting = ExecutionConfig(tokens, (), 0, stream, tile, scratch, reference, threads)
-            for first, last, offloads, fewest, many in splits:
-                yield from _ends(job, limits, setting, first, last, offloads, fewest, many, most, training)
+
+    def found(setting: ExecutionConfig, first: Keep, last: Keep, offloads: bool, n: int) -> tuple[Found, bool, int]:
+        """(settings whose first n layers are different, and their memory; whether the device has that; bytes on the host)."""
+        setting = replace(setting, keep=(first,) * n + (last,) * (layers - n), offload=n * offloads)
+        taken = estimate(job, setting, machine.device, training=training)
+        host = sum(taken.host.values())
+        # main memory that offloaded bytes take is a CPU's own
+        return (setting, taken), taken.peak + (0 if machine.device.cuda else host) <= most, host
+
+    tokens = _tokens(job, machine, memory, least)
+    tiles = (None, *TILES) if fused else (None,)
+    for count, stream, scratch, reference, tile in product(tokens, streams, scratches, references, tiles):
+        if tile is not None and tile >= max(count, job.longest):
+            continue
+        setting = ExecutionConfig(count, (), 0, stream, tile, scratch, reference, threads)
+        for first, last, offloads, fewest, many in splits:
+            # more layers take less of the device and more of the host
+            of = partial(found, setting, first, last, offloads)
+            low, low_fits, low_host = of(fewest)
+            if low_host > machine.host:
+                continue
+            if many > fewest:
+                high, high_fits, high_host = of(many)
+                if high_host > machine.host:
+                    many = fewest + (machine.host - low_host) * (many - fewest) // (high_host - low_host)
+                    high, high_fits, _ = of(many)
+                if not high_fits:
+                    continue
+                if not low_fits:
+                    too_few, fewest = fewest, many
+                    while fewest - too_few > 1:
+                        middle = (too_few + fewest) // 2
+                        too_few, fewest = (too_few, middle) if of(middle)[1] else (middle, fewest)
+                    low, low_fits, _ = of(fewest)
+                if many > fewest:
+                    yield high
+            if low_fits:
+                yield low
 
 
-def _ends(
-    job: Workload,
-    limits: Limits,
-    setting: ExecutionConfig,
-    first: Keep,
-    last: Keep,
-    offloads: bool,
-    fewest: int,
-    many: int,
-    most: float,
-    training: bool,
-) -> Iterator[Found]:
-    """Of the numbers of first layers (see ``fitting``), the least and the largest that fit: more layers take less of the device
-    and more of the host."""
-    layers = job.shape.layers
-
-    def split(n: int) -> tuple[Found, bool, int]:
-        """(settings and memory, whether the device has that much, bytes on the host)."""
-        execution = replace(setting, keep=(first,) * n + (last,) * (layers - n), offload=n * offloads)
-        found = estimate(job, execution, limits.device, training=training)
-        host = sum(found.host.values())
-        return (execution, found), found.peak + (0 if limits.device.cuda else host) <= most, host
-
-    low, low_fits, low_host = split(fewest)
-    if low_host > limits.host:
-        return
-    if many > fewest:
-        high, high_fits, high_host = split(many)
-        if high_host > limits.host:
-            many = fewest + (limits.host - low_host) * (many - fewest) // (high_host - low_host)
-            high, high_fits, _ = split(many)
-        if not high_fits:
-            return
-        if not low_fits:
-            fewest = bisect_left(range(many), True, lo=fewest + 1, key=lambda n: split(n)[1])
-            low, low_fits, _ = split(fewest)
-        if many > fewest:
-            yield high
-    if low_fits:
-        yield low
-
-
-def _tokens(job: Workload, limits: Limits, memory: MemorySpec, least: bool) -> list[int]:
-    """Sizes of a micro-batch: the longest example at least, a whole step at most."""
+def _tokens(job: Workload, machine: Machine, memory: MemorySpec, least: bool) -> list[int]:
+    """Sizes of a micro-batch, largest first: the longest example at least, a whole step at most."""
     if memory.micro_tokens is not None:
         return [min(memory.micro_tokens, max(job.longest, job.step_most or memory.micro_tokens))]
     if least:
         # a step in one piece has its gradients come while activations go
-        whole = job.step_most if job.step_most is not None and job.longest < job.step_most < 2 * job.longest else None
-        return [job.longest] if whole is None else [job.longest, whole]
-    wanted = WANTED_TOKENS if limits.device.cuda else CPU_TOKENS
+        whole = job.step_most is not None and job.longest < job.step_most < 2 * job.longest
+        return [job.longest, job.step_most] if whole and job.step_most else [job.longest]
+    wanted = WANTED_TOKENS if machine.device.cuda else CPU_TOKENS
     most = max(job.longest, min(wanted, job.step_most or job.step_tokens or wanted))
-    sizes = (*(1 << k for k in range(8, 15)), *(job.longest * n for n in (2, 3, 4, 6, 8)))
-    return sorted({job.longest, most, *(n for n in sizes if job.longest < n <= most)}, reverse=True)
+    sizes = {job.longest, most}
+    sizes |= {256, 512, 1024, 2048, 4096, 8192, 16384}
+    for n in (2, 3, 4, 6, 8):
+        sizes.add(n * job.longest)
+    return sorted(sizes.intersection(range(job.longest, most + 1)), reverse=True)
 
 
-def _cost(job: Workload, execution: ExecutionConfig, limits: Limits) -> float:
+def _cost(job: Workload, execution: ExecutionConfig, machine: Machine) -> float:
     """Predicted seconds a token, with what makes the simpler of two settings the better one."""
     # a CPU's order does not depend on how busy it was while it was measured: the same run is split alike every time
-    card = limits.card if limits.device.cuda else PROCESSOR
+    card = machine.card if machine.device.cuda else PROCESSOR
     host = (execution.offload > 0) + execution.stream
     extra = execution.micro_tokens / WANTED_TOKENS + (execution.tile is not None)
     extra += execution.offload / job.shape.layers
-    return (1 + WORTH_THE_HOST * host + TIE * extra) / step_time(job, execution, card).tokens_per_second
+    return (1 + WORTH_THE_HOST * host + TIE * extra) / step_time(job, execution, card)[1]
 
 
-def feasible(job: Workload, limits: Limits, memory: MemorySpec) -> bool:
+def feasible(job: Workload, machine: Machine, memory: MemorySpec) -> bool:
     """Whether any settings fit."""
-    return any(True for _ in fitting(job, limits, memory, least=True))
+    return next(fitting(job, machine, memory, least=True), None) is not None
 
 
 def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
     """The fastest plan that fits.
 
     Args:
-        memory: the user's settings; ``host`` replaces the machine's.
+        memory: the user's settings.
 
     Raises:
         UserError: nothing fits; tells how much is missing, and what would help. (Only memory.host is refused on a CPU and for
             other engines.)
     """
-    limits = Limits.of(job, machine, memory)
-    fastest = min(fitting(job, limits, memory), key=lambda found: _cost(job, found[0], limits), default=None)
-    if fastest is None and not limits.exact:
-        smallest = fitting(job, limits, memory, most=math.inf, least=True)
+    fastest = min(fitting(job, machine, memory), key=lambda found: _cost(job, found[0], machine), default=None)
+    if fastest is None and not machine.exact:
+        smallest = fitting(job, machine, memory, most=math.inf, least=True)
         fastest = min(smallest, key=lambda found: found[1].peak, default=None)
     if fastest is None:
-        raise _refusal(job, limits, memory, machine.name)
-    return _plan(job, *fastest, limits)
+        raise _refusal(job, machine, memory)
+    return _plan(job, *fastest, machine)
 
 
 def smaller(
-    plan: Plan, job: Workload, limits: Limits, memory: MemorySpec, *, tokens: int, several: bool, training: bool
+    plan: Plan, job: Workload, machine: Machine, memory: MemorySpec, *, tokens: int, several: bool, training: bool
 ) -> Plan | None:
     """The next smaller plan after one that ran out of memory: the fastest that takes clearly less.
 
@@ -284,114 +245,125 @@ def smaller(
         None where nothing is left to try.
     """
     failed = replace(plan, micro_tokens=min(plan.micro_tokens, tokens))
-    now = estimate(job, failed, limits.device, training=training)
+    now = estimate(job, failed, machine.device, training=training)
     longest = max(failed.micro_tokens, job.longest)
     for most, least in ((now.peak - SAVING * sum(now.transient.values()), False), (now.peak - 1, True)):
         found = [
             (execution, account)
-            for execution, account in fitting(job, limits, memory, most=most, least=least, training=training)
+            for execution, account in fitting(job, machine, memory, most=most, least=least, training=training)
             # a streamed base does not come back
             if execution.micro_tokens <= longest and execution.stream >= plan.stream
         ]
         if found:
-            key = (lambda f: f[1].peak) if least else (lambda f: _cost(job, f[0], limits))
+            key = (lambda f: f[1].peak) if least else (lambda f: _cost(job, f[0], machine))
             execution, _ = min(found, key=key)
-            return _plan(job, execution, estimate(job, execution, limits.device), limits)
+            return _plan(job, execution, estimate(job, execution, machine.device), machine)
     return replace(plan, micro_tokens=1) if several and plan.micro_tokens > 1 else None
 
 
-def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, limits: Limits) -> Plan:
-    time, fused = step_time(job, execution, limits.card), job.engine == "fused"
+def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, machine: Machine) -> Plan:
+    seconds, tokens_per_second = step_time(job, execution, machine.card)
+    predicted: dict[str, Any] = {}
+    if job.engine == "fused":
+        predicted = {
+            "account": {**found.resident, **found.transient, "peak": found.peak},
+            "seconds_per_step": round(seconds, 4),
+            "tokens_per_second": round(tokens_per_second, 2),
+        }
     return Plan(
         **vars(execution),
         bytes_per_token=kept_per_token(job, execution.keep),
-        free_bytes=max(0, limits.free - sum(found.resident.values()) - 4 * job.parameters),
-        account={**found.resident, **found.transient, "peak": found.peak} if fused else {},
+        free_bytes=max(0, machine.free - sum(found.resident.values()) - 4 * job.parameters),
         host=found.host,
         managed=found.managed,
         at=found.at,
-        seconds_per_step=round(time.step, 4) if fused else 0.0,
-        tokens_per_second=round(time.tokens_per_second, 2) if fused else 0.0,
+        **predicted,
     )
 
 
 # -- where nothing fits ------------------------------------------------------------------------------------------------
 
 
-def longest_context(job: Workload, limits: Limits, memory: MemorySpec, *, step: int = 1024, most: int = 2**20) -> int:
+def longest_context(job: Workload, machine: Machine, memory: MemorySpec, *, step: int = 1024, most: int = 2**20) -> int:
     """The longest example that fits, in whole `step` tokens; 0: not even one step does."""
-    low, high = 0, most // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        tokens = middle * step
+
+    def too_long(n: int) -> bool:
+        tokens = (n + 1) * step
         segment = min(job.segment or tokens, tokens)
         longer = replace(job, longest=tokens, segment=segment, step_tokens=None, step_most=None)
-        low, high = (middle, high) if feasible(longer, limits, memory) else (low, middle - 1)
-    return low * step
+        return not feasible(longer, machine, memory)
+
+    return step * bisect_left(range(most // step), True, key=too_long)
 
 
-def _refusal(job: Workload, limits: Limits, memory: MemorySpec, name: str) -> UserError:
-    anything = list(fitting(job, replace(limits, host=2**62), memory, most=math.inf, least=True))
+def _refusal(job: Workload, machine: Machine, memory: MemorySpec) -> UserError:
+    anything = fitting(job, replace(machine, host=2**62), memory, most=math.inf, least=True)
     execution, found = min(anything, key=lambda pair: pair[1].peak)
     what = f"{'an example' if job.method == 'sft' else 'a pair'} of {job.longest:,} tokens"
     if execution.micro_tokens > job.longest:
         what = f"a micro-batch of {execution.micro_tokens:,} tokens"
-    host = _least_host(job, limits, memory)
+    host = _least_host(job, machine, memory)
     if host is None:
         parts = sorted(((n, part) for part, n in (found.resident | found.transient).items()), reverse=True)[:3]
         message = (
-            f"{name}: {in_words(found.peak - limits.budget)} are missing. The smallest plan for {what} takes "
+            f"{machine.name}: {in_words(found.peak - machine.budget)} are missing. The smallest plan for {what} takes "
             f"{in_words(found.peak)} of the card's memory ({', '.join(f'{part} {in_words(n)}' for n, part in parts)}); "
-            f"{in_words(limits.budget)} can be counted on of {in_words(limits.free)} free."
+            f"{in_words(machine.budget)} can be counted on of {in_words(machine.free)} free."
         )
     else:
         message = (
-            f"{name}: {what} fits only with {in_words(host)} in main memory, and the run may take {in_words(limits.host)} "
-            "of it."
+            f"{machine.name}: {what} fits only with {in_words(host)} in main memory, and the run may take "
+            f"{in_words(machine.host)} of it."
         )
-    helpful = suggestions(job, limits, memory)
+    helpful = suggestions(job, machine, memory)
+    if host is not None:
+        helpful.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")
     hint = f"Any one of these is enough: {'; '.join(helpful)}." if helpful else "No single change is enough."
     return UserError(message, hint)
 
 
-def _least_host(job: Workload, limits: Limits, memory: MemorySpec) -> int | None:
+def _least_host(job: Workload, machine: Machine, memory: MemorySpec) -> int | None:
     """Bytes of main memory with which it would fit; None: the device is too small with any."""
-    found = fitting(job, replace(limits, host=2**62), memory, least=True)
+    found = fitting(job, replace(machine, host=2**62), memory, least=True)
     return min((sum(account.host.values()) for _, account in found), default=None)
 
 
-def suggestions(job: Workload, limits: Limits, memory: MemorySpec) -> list[str]:
-    """Single changes with which it fits, each tried."""
-    same, per_example = (limits, memory), 1 if job.method == "sft" else 2
-    rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
-    context = limits.device.context or CONTEXT_BYTES
-    # of each group the first change that is enough
-    groups: list[list[tuple[str, Workload, Limits, MemorySpec]]] = [
-        [(f"memory.{key} left to the plan", job, limits, memory.model_copy(update={key: None}))]
-        for key, value in memory
-        if value is not None and key not in ("vram", "host")
-    ]
+def suggestions(job: Workload, machine: Machine, memory: MemorySpec) -> list[str]:
+    """Single changes with which it fits, each tried: of every kind the smallest change that is enough."""
+    found: dict[str, str] = {}
+
+    def attempt(
+        kind: str, text: str, job: Workload = job, machine: Machine = machine, memory: MemorySpec = memory
+    ) -> None:
+        if kind not in found and feasible(job, machine, memory):
+            found[kind] = text
+
+    for key in ("keep", "micro_tokens", "offload", "stream"):
+        if getattr(memory, key) is not None:
+            attempt(key, f"memory.{key} left to the plan", memory=memory.model_copy(update={key: None}))
     if job.optim in ("adamw_torch", "paged_adamw_32bit"):
-        groups.append([(f"optim={o}", replace(job, optim=o), *same) for o in ("adamw_8bit", "paged_adamw_8bit")])
+        for optim in ("adamw_8bit", "paged_adamw_8bit"):
+            attempt("optim", f"optim={optim}", replace(job, optim=optim))
     if job.storage == "dense":
-        groups.append([("load_in_4bit=true", replace(job, storage="nf4 nested"), *same)])
-    powers = [1 << k for k in range(20, 1, -1)]
-    groups.append([(f"lora_r={r}", with_rank(job, r), *same) for r in powers if r < rank])
-    lengths = [n for n in powers if 64 <= n < job.longest / per_example]
-    groups.append([(f"max_length={n}", replace(job, longest=n * per_example), *same) for n in lengths])
-    cards = [size for size in SIZES if limits.exact and size * GIB > limits.free]
-    larger = replace(limits, device=replace(limits.device, context=context))
-    groups.append([(f"a card of {size} GB", job, replace(larger, free=size * GIB), memory) for size in cards])
-    found = []
-    for group in groups:
-        found += next(([text] for text, changed, limited, spec in group if feasible(changed, limited, spec)), [])
-    host = _least_host(job, limits, memory)
-    if host is not None and host > limits.host:
-        found.append(f"memory.host={-(-host // GIB)}GiB (a machine with that much main memory to spare)")
-    return found
+        attempt("load_in_4bit", "load_in_4bit=true", replace(job, storage="nf4 nested"))
+    rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
+    per_example = 1 if job.method == "sft" else 2
+    for n in (1 << k for k in range(20, 1, -1)):
+        if n < rank:
+            attempt("lora_r", f"lora_r={n}", with_rank(job, n))
+        if 64 <= n < job.longest / per_example:
+            attempt("max_length", f"max_length={n}", replace(job, longest=n * per_example))
+    device = replace(machine.device, context=machine.device.context or CONTEXT_BYTES)
+    for size in SIZES if machine.exact else ():
+        if size * GIB > machine.free:
+            attempt("card", f"a card of {size} GB", machine=replace(machine, device=device, free=size * GIB))
+    return list(found.values())
 
 
 def with_rank(job: Workload, r: int) -> Workload:
     """The same workload with the trained adapter at another rank."""
-    ranks = [tuple(dict.fromkeys(layer, r) for layer in a.ranks) if a.trained else a.ranks for a in job.adapters]
-    return replace(job, adapters=tuple(replace(a, ranks=new) for a, new in zip(job.adapters, ranks)))
+    adapters = []
+    for adapter in job.adapters:
+        ranks = tuple(dict.fromkeys(layer, r) for layer in adapter.ranks) if adapter.trained else adapter.ranks
+        adapters.append(replace(adapter, ranks=ranks))
+    return replace(job, adapters=tuple(adapters))

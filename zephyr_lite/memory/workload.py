@@ -13,10 +13,10 @@ import torch
 
 from ..config.load import Method, RunConfig
 from ..model.base import quantization_of
-from ..model.families import ATTENTION, MLP, PROJECTIONS, SITES, Shape
+from ..model.families import ATTENTION, PROJECTIONS, SITES, Shape
+from ..model.peft_io import AdapterFile
 
 Storage = Literal["nf4", "nf4 nested", "dense"]
-PARENT = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class AdapterSpec:
         cls, shape: Shape, r: int, targets: Sequence[str] | str = "all-linear", *, trained: bool = True
     ) -> AdapterSpec:
         """An adapter as ``AdapterStack.add_trainable`` makes it."""
+        suffixes = tuple(map(".{}".format, PROJECTIONS if isinstance(targets, str) else targets))
         layers: list[dict[str, int]] = []
         for index in range(shape.layers):
-            full = {name: f".model.layers.{index}.{PARENT[name]}.{name}" for name in PROJECTIONS}
-            suffixes = tuple(f".{target}" for target in (PROJECTIONS if isinstance(targets, str) else targets))
-            layers.append({name: r for name, path in full.items() if path.endswith(suffixes)})
+            layers.append({})
+            for name in PROJECTIONS:
+                parent = "self_attn" if name in ATTENTION else "mlp"
+                if f".model.layers.{index}.{parent}.{name}".endswith(suffixes):
+                    layers[index][name] = r
         return cls(tuple(layers), trained)
 
     @classmethod
@@ -50,11 +53,15 @@ class AdapterSpec:
 
     def tensors(self, shape: Shape) -> list[int]:
         """Numbers in each A and B, layer by layer."""
-        sizes = [(r, shape.matrices[name]) for layer in self.ranks for name, r in layer.items()]
-        return [n for r, (out, width) in sizes for n in (r * width, out * r)]
+        found = []
+        for layer in self.ranks:
+            for name, r in layer.items():
+                out, width = shape.matrices[name]
+                found += [r * width, out * r]
+        return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: the planner's caches have it as a key
 class Workload:
     """What a stage computes."""
 
@@ -79,9 +86,13 @@ class Workload:
     @cached_property
     def trained_tensors(self) -> tuple[int, ...]:
         """Numbers in each trained tensor."""
-        return tuple(n for adapter in self.adapters if adapter.trained for n in adapter.tensors(self.shape))
+        found: list[int] = []
+        for adapter in self.adapters:
+            if adapter.trained:
+                found += adapter.tensors(self.shape)
+        return tuple(found)
 
-    @cached_property
+    @property
     def parameters(self) -> int:
         """Numbers under training."""
         return sum(self.trained_tensors)
@@ -89,24 +100,27 @@ class Workload:
     @cached_property
     def ranks(self) -> list[int]:
         """All adapters' ranks on all projections of each layer, summed."""
-        return [sum(sum(a.ranks[i].values()) for a in self.adapters) for i in range(self.shape.layers)]
+        found = [0] * self.shape.layers
+        for adapter in self.adapters:
+            for index, layer in enumerate(adapter.ranks):
+                found[index] += sum(layer.values())
+        return found
 
     @cached_property
     def site_ranks(self) -> list[tuple[int, int]]:
         """(rank of all adapters, rank of the trained one) on each site, of the layer that has most."""
         found = []
         for site in SITES:
-            of_layers = [
-                [sum(a.ranks[i].get(n, 0) for n in site) for a in self.adapters] for i in range(self.shape.layers)
-            ]
-            trained = [sum(r for r, a in zip(ranks, self.adapters) if a.trained) for ranks in of_layers]
-            found.append((max(map(sum, of_layers)), max(trained)))
+            most = most_trained = 0
+            for index in range(self.shape.layers):
+                ranks = trained = 0
+                for adapter in self.adapters:
+                    for name in site:
+                        r = adapter.ranks[index].get(name, 0)
+                        ranks, trained = ranks + r, trained + r * adapter.trained
+                most, most_trained = max(most, ranks), max(most_trained, trained)
+            found.append((most, most_trained))
         return found
-
-    @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """Values that were computed for this workload: the planner asks for the same ones thousands of times."""
-        return {}
 
 
 def make_workload(
@@ -115,51 +129,44 @@ def make_workload(
     base_config: Any,
     dtype: torch.dtype,
     *,
-    frozen: Sequence[Mapping[str, Any]] = (),
-    storage: Storage | None = None,
-    **rows: Any,
+    frozen: Sequence[AdapterFile] = (),
+    folder: Path | None = None,
+    **fields: Any,
 ) -> Workload:
     """The workload of a configuration.
 
     Args:
         base_config: the base's Hugging Face configuration.
         dtype: of the computation.
-        frozen: the modules of each frozen adapter below (see ``AdapterSpec.read``).
-        storage: of the base; None: as configured.
-        rows: fields of ``Workload`` that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
+        frozen: the adapters below.
+        folder: of the base, for messages.
+        fields: others of ``Workload``, most of all those that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
+
+    Raises:
+        UserError: the base is stored quantized in another way than NF4.
     """
     shape = Shape.of(base_config)
-    if storage is None:
-        nested = config.bnb_4bit_use_double_quant
-        storage = ("nf4 nested" if nested else "nf4") if config.load_in_4bit else "dense"
-    adapters = [AdapterSpec.read(shape, modules) for modules in frozen]
-    adapters.append(AdapterSpec.fresh(shape, config.lora_r, config.lora_target_modules))
-    rows.setdefault("longest", longest_of(config, method))
+    if "storage" not in fields:
+        stored = getattr(base_config, "quantization_config", None)
+        _, four_bit, nested = quantization_of(config, stored, folder or Path(config.model_name_or_path), dtype)
+        fields["storage"] = "dense" if not four_bit else "nf4 nested" if nested else "nf4"
+    adapters = [AdapterSpec.fresh(shape, config.lora_r, config.lora_target_modules)]
+    for adapter in reversed(frozen):
+        adapters.insert(0, AdapterSpec.read(shape, adapter.modules))
+    fields.setdefault("longest", longest_of(config, method))
     if method == "dpo":
-        rows.setdefault("keys", 4 / 3)  # a prompt as long as each response
+        fields.setdefault("keys", 4 / 3)  # a prompt as long as each response
     return Workload(
         shape=shape,
         dtype=dtype,
-        storage=storage,
         adapters=tuple(adapters),
         optim=config.optim,
         dropout=config.lora_dropout > 0,
         method=method,
         live_reference=method == "dpo" and not config.precompute_ref_log_probs,
         engine=config.engine,
-        **rows,
+        **fields,
     )
-
-
-def storage_of(config: RunConfig, base_config: Any, folder: Path, dtype: torch.dtype) -> Storage:
-    """How the base's projections are stored.
-
-    Raises:
-        UserError: the base is stored quantized in another way than NF4.
-    """
-    stored = getattr(base_config, "quantization_config", None)
-    _, four_bit, nested = quantization_of(config, stored, folder, dtype)
-    return "dense" if not four_bit else "nf4 nested" if nested else "nf4"
 
 
 def longest_of(config: RunConfig, method: Method) -> int:

@@ -147,7 +147,8 @@ class AdapterStack:
         result = {}
         for module, layer in self.lora_layers():
             if name in layer.lora_A:
-                a, b = (part[name].weight.detach().float().cpu().clone() for part in (layer.lora_A, layer.lora_B))
+                a = layer.lora_A[name].weight.detach().float().cpu().clone()
+                b = layer.lora_B[name].weight.detach().float().cpu().clone()
                 result[module] = LoraWeights(a, b, layer.scaling[name])
         return result
 
@@ -211,11 +212,14 @@ class AdapterStack:
             self._activate(self.names)
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
-        rank = max(ranks.values())
+        rank, others = max(ranks.values()), {}
+        for module, other in ranks.items():
+            if other != rank:
+                others[module] = other
         config = LoraConfig(
             r=rank,
             lora_alpha=rank,
-            rank_pattern={module: other for module, other in ranks.items() if other != rank},
+            rank_pattern=others,
             target_modules=sorted(ranks),
             lora_dropout=0.0,  # dropout is a hash inside the decoder; PEFT's would draw from the global generator
             task_type="CAUSAL_LM",
@@ -253,4 +257,4 @@ def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm over all tensors."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return torch.nn.utils.get_total_norm(tensors, foreach=False)  # one kernel a tensor: the same bits on every device

@@ -7,7 +7,7 @@ in the user's cache; later starts load that copy. Plain transformers loads it to
         config.json  model-00001-of-00008.safetensors …  zephyr_lite.json
 
 The environment variable ``ZEPHYR_LITE_CACHE`` replaces ``~/.cache/zephyr-lite``. A copy is used as long as the base's files
-have the names, sizes and modification times that they had when it was made.
+have the names, sizes and modification times that they had when it was made, and none of its own files is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -357,9 +358,11 @@ def _load_quantized(
             # the base may have had another name when it was made
             own = kept / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
             folder = min(kept.glob(f"[!.]*-{suffix}"), default=own)
-            if (read_json(folder / MANIFEST) or {}).get("sources") != sources:
+            told = read_json(folder / MANIFEST) or {}
+            complete = all(map(Path.is_file, map(folder.joinpath, told.get("files", ()))))
+            if told.get("sources") != sources or not complete:
                 if folder.exists():
-                    logger.warning(f"{folder}: made of other files of the base; it is made again")
+                    logger.warning(f"{folder}: incomplete, or made of other files of the base; it is made again")
                     remove_tree(folder)
                 logger.info(f"quantizing the base once; later starts read {folder}")
                 room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
@@ -368,7 +371,9 @@ def _load_quantized(
                 model = _from_pretrained(source, model_config, dtype, where, settings)
                 with folder_aside(folder) as aside:
                     model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
-                    write_json(aside / MANIFEST, {"format": FORMAT, "fingerprint": known, "sources": sources})
+                    files = sorted(map(attrgetter("name"), aside.glob("*.safetensors")))
+                    told = {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
+                    write_json(aside / MANIFEST, told)
                 model = None
     except (OSError, SafetensorError, NotImplementedError) as error:  # a file system without locks, too
         logger.warning(
@@ -432,7 +437,9 @@ def fingerprint(folder: Path) -> str:
         UserError: a file is missing or broken.
     """
     config = read_model_config(folder, any_family=True)
-    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
+    told: dict[str, Any] = {}
+    for key in _ARCHITECTURE:
+        told[key] = getattr(config, key, None)
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())

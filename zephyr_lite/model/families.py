@@ -158,7 +158,7 @@ class Shape:
     @property
     def layer_weights(self) -> int:
         """Numbers in a layer's projections."""
-        return sum(out * width for out, width in self.matrices.values())
+        return 2 * self.hidden * (self.queries + self.keys) + 3 * self.hidden * self.inner
 
     @property
     def head_weights(self) -> int:

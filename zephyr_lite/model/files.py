@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,9 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: there is neither; the index is broken, or names a file that is not in the folder.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if single.is_symlink() or single.exists():
+    if os.path.lexists(single):
         return [checked_place(single)]
-    if not index.is_symlink() and not index.exists():
+    if not os.path.lexists(index):
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} there (found {pickles(folder)}).", CONVERT)
     weight_map = read_object(checked_place(index), hint=again(index)).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -171,12 +172,10 @@ def check_config_file(folder: Path) -> dict[str, Any]:
             f"{folder}: holds adapter_config.json beside config.json; transformers would load that adapter too.",
             "Move adapter_config.json and its weights into a folder of their own, and name that one under adapters.",
         )
-    outside = [key for key in _KERNELS if "/" in str(found.get(key))]
-    outside += [key for key in ("transformers_weights",) if key in found]
-    if outside:
-        raise UserError(
-            f"{path}: {outside[0]} is {shown(found[outside[0]])}; only the weights in the folder are read, and no code of a "
-            "model is run.",
-            f"Remove {outside[0]} from the file.",
-        )
+    for key in (*_KERNELS, "transformers_weights"):
+        if key in found and (key not in _KERNELS or "/" in str(found[key])):
+            raise UserError(
+                f"{path}: {key} is {shown(found[key])}; only the weights in the folder are read, and no code of a model is run.",
+                f"Remove {key} from the file.",
+            )
     return found

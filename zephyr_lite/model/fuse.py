@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
@@ -56,16 +57,13 @@ def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer"
             f"keep is None or one of {', '.join(get_args(Keep))}; scratch is one of {', '.join(get_args(ScratchMode))}.",
         )
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hasattr(causal, "config"):
-        check_family(causal.config, "this model")
-    inner = getattr(causal, "model", None)
-    if not isinstance(inner, nn.Module) or not hasattr(causal, "config"):
+    if not isinstance(causal, PreTrainedModel) or not hasattr(causal, "lm_head"):
         raise UserError(
             f"fuse: expected a PeftModel or a causal language model of transformers, got a {type(model).__name__}.",
             "Load it with AutoModelForCausalLM.from_pretrained.",
         )
-    if isinstance(getattr(inner.forward, "__self__", None), _Fused):
-        raise UserError("fuse: this model is fused already.")
+    check_family(causal.config, "this model")
+    inner: Any = causal.model
     for module in inner.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weight in place at the first evaluation, and the layer would read noise
@@ -121,8 +119,6 @@ class _Fused:
                 x = x.detach()  # trainers let it require a gradient for checkpointing
         else:
             x = inputs_embeds
-        if x.device.type != inner.norm.weight.device.type or x.device != inner.layers[-1].mlp.down_proj.weight.device:
-            raise UserError("fuse: the model's layers are on more than one device.", 'Load it with device_map={"": 0}.')
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         windowed = any(window is not None for window in layer_windows(inner.config))

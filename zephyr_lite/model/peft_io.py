@@ -144,9 +144,11 @@ def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     config = read_object(checked_place(path), hint=_AGAIN)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only LORA is supported.", _AGAIN)
-    more = [key for key in UNSUPPORTED if config.get(key)]
-    if more or config.get("bias", "none") != "none":
-        what = more[0] if more else f"bias={config['bias']}"
+    if config.get("bias", "none") != "none":
+        what = f"bias={config['bias']}"
+    else:
+        what = next(filter(config.get, UNSUPPORTED), "")
+    if what:
         raise UserError(f"{path}: the adapter uses {shown(what)}, which cannot be stacked here.", _by_peft(folder))
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(RESIDUAL_INITS):

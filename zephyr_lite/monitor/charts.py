@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+
+import numpy as np
 
 if TYPE_CHECKING:
     from .report import StageRecord
 
-WIDTH, HEIGHT = 400, 215
+WIDTH = 400
 LEFT, RIGHT, TOP, BOTTOM = 46, 390, 8, 191  # edges of the plot
 POINTS = 240  # drawn of a curve at most
 DOTS = 24  # drawn of a held-out curve at most; more would hide the line
@@ -36,33 +38,29 @@ class Curve:
     dashed: bool = False
 
 
-class _Spec(NamedTuple):
-    title: str
-    unit: str
-    metrics: dict[str, str]  # name → label
-    smooth: bool = True
-    bounds: tuple[float, ...] = ()  # values that are always in view
-
-
-_SFT = (
-    _Spec("Loss", "nats a token", {"loss": "training"}),
-    _Spec("Token accuracy", "share of supervised tokens", {"mean_token_accuracy": "training"}),
-    _Spec("Entropy", "nats a token", {"entropy": "training"}),
-)
-_DPO = (
-    _Spec("Loss", "DPO loss", {"loss": "training"}),
-    _Spec("Preference accuracy", "share of pairs", {"rewards/accuracies": "training"}, bounds=(0.0, 1.0)),
-    _Spec("Reward margin", "chosen − rejected, β · nats", {"rewards/margins": "training"}),
-    _Spec("Rewards", "β · nats", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    _Spec("Log-probabilities", "nats a response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-)
-_BOTH = (
-    _Spec("Learning rate", "", {"learning_rate": "training"}, smooth=False),
-    _Spec("Gradient norm", "before clipping", {"grad_norm": "training"}),
-    _Spec("Throughput", "tokens a second", {"tokens_per_second": "training"}),
-    _Spec("Throughput", "pairs a second", {"pairs_per_second": "training"}),
-    _Spec("Memory", "GiB at the peak", {"peak_memory_gib": "measured"}, smooth=False, bounds=(0.0,)),
-)
+# title, unit, metric → label
+_Charts = list[tuple[str, str, dict[str, str]]]
+_SFT: _Charts = [
+    ("Loss", "nats a token", {"loss": "training"}),
+    ("Token accuracy", "share of supervised tokens", {"mean_token_accuracy": "training"}),
+    ("Entropy", "nats a token", {"entropy": "training"}),
+]
+_DPO: _Charts = [
+    ("Loss", "DPO loss", {"loss": "training"}),
+    ("Preference accuracy", "share of pairs", {"rewards/accuracies": "training"}),
+    ("Reward margin", "chosen − rejected, β · nats", {"rewards/margins": "training"}),
+    ("Rewards", "β · nats", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    ("Log-probabilities", "nats a response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+]
+_BOTH: _Charts = [
+    ("Learning rate", "", {"learning_rate": "training"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "training"}),
+    ("Throughput", "tokens a second", {"tokens_per_second": "training"}),
+    ("Throughput", "pairs a second", {"pairs_per_second": "training"}),
+    ("Memory", "GiB at the peak", {"peak_memory_gib": "measured"}),
+]
+_NOT_SMOOTHED = ("Learning rate", "Memory")
+_IN_VIEW: dict[str, tuple[float, ...]] = {"Preference accuracy": (0.0, 1.0), "Memory": (0.0,)}
 
 
 def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -72,20 +70,20 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
         labels: names of the two stages; [] for one.
     """
     charts = []
-    for spec in (_DPO if records[0].method == "dpo" else _SFT) + _BOTH:
+    for title, unit, metrics in (_DPO if records[0].method == "dpo" else _SFT) + _BOTH:
         curves: list[Curve] = []
         rules: dict[str, float] = {}
         marks: list[int] = []
-        several = len(spec.metrics) > 1
+        several = len(metrics) > 1
         for place, record in enumerate(records):
-            for index, (metric, label) in enumerate(spec.metrics.items()):
+            for index, (metric, label) in enumerate(metrics.items()):
                 # the color is the quantity of one run, or the run of two
                 hue, dashed = (place, index > 0) if labels else (index, False)
                 name = record.who + label if several or not labels else labels[place]
                 xs, ys = record.columns.get(metric, ([], []))
                 if not any(map(math.isfinite, ys)):
                     continue
-                if spec.smooth and len(xs) >= SMOOTHED:
+                if len(xs) >= SMOOTHED and title not in _NOT_SMOOTHED:
                     curves.append(Curve(f"{name}, each step", xs, ys, hue, "faint", dashed))
                     curves.append(Curve(name, xs, smoothed(ys), hue, "smooth", dashed))
                 else:
@@ -93,27 +91,22 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
                 xs, ys = record.columns.get(f"eval_{metric}", ([], []))
                 name = record.who + (f"held-out {label}" if several else "held-out")
                 curves.append(Curve(name, xs, ys, hue if labels or several else 1, "dots", dashed))
-            marks += [line["step"] for line in record.left_out]
-            rules |= _rules(spec.title, record)
+            for line in record.left_out:
+                marks.append(line["step"])
+            if title == "Loss" and record.method == "dpo" and record.config.get("loss_type", "sigmoid") == "sigmoid":
+                rules["start (ln 2)"] = math.log(2)
+            elif title == "Preference accuracy":
+                rules["chance"] = 0.5
+            elif title == "Reward margin":
+                rules["the reference"] = 0.0
+            elif title == "Gradient norm" and (limit := record.config.get("max_grad_norm")):
+                if max(record.values("grad_norm"), default=0) > limit / 3:  # far above the curve it would compress it
+                    rules["clipped above"] = limit
+            elif title == "Memory" and record.planned.get("peak"):
+                rules["planned"] = record.planned["peak"] / 2**30
         if curves:
-            charts.append(line_chart(spec.title, spec.unit, curves, rules, marks, spec.bounds))
+            charts.append(line_chart(title, unit, curves, rules, marks, _IN_VIEW.get(title, ())))
     return charts
-
-
-def _rules(title: str, record: StageRecord) -> dict[str, float]:
-    """Horizontal lines of a chart: label → value."""
-    if title == "Loss" and record.method == "dpo" and record.config.get("loss_type", "sigmoid") == "sigmoid":
-        return {"start (ln 2)": math.log(2)}
-    if title == "Preference accuracy":
-        return {"chance": 0.5}
-    if title == "Reward margin":
-        return {"the reference": 0.0}
-    if title == "Gradient norm" and is_number(limit := record.config.get("max_grad_norm")):
-        # far above the curve it would compress it
-        return {"clipped above": limit} if max(record.values("grad_norm"), default=0) > limit / 3 else {}
-    if title == "Memory" and record.planned.get("peak"):
-        return {"planned": record.planned["peak"] / 2**30}
-    return {}
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -143,89 +136,94 @@ def line_chart(
         bounds: values that are always in view.
         x_name: of the horizontal axis.
     """
-    curves = [_thinned(curve) for curve in curves if curve.xs]
-    xs = sorted(x for curve in curves for x in (curve.xs[0], curve.xs[-1]))
-    low_x, high_x = xs[0], xs[-1]
+    rules = rules or {}
+    thinned, xs, ys = [], [], [*bounds]
+    for curve in curves:
+        if not curve.xs:
+            continue
+        keep = np.linspace(0, len(curve.xs) - 1, min(len(curve.xs), POINTS)).round().astype(int)
+        at, values = np.asarray(curve.xs)[keep], np.asarray(curve.ys, dtype=float)[keep]
+        thinned.append((curve, at, values))
+        xs += [at[0].item(), at[-1].item()]
+        finite = values[np.isfinite(values)]
+        if curve.kind == "faint" and len(finite):  # its extremes would flatten the rest
+            ys += np.quantile(finite, [0.02, 0.98]).tolist()
+        elif curve.kind != "smooth":
+            ys += finite.tolist()
+    low_x, high_x = min(xs), max(xs)
     if low_x == high_x:
         low_x, high_x = low_x - 1, high_x + 1
-    rules = rules or {}
-    low, high = _range(curves, rules, bounds)
-    ticks = _ticks(low, high, 4)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - low_x) / (high_x - low_x) * (RIGHT - LEFT)
-        down = TOP + (high - y) / (high - low) * (BOTTOM - TOP)
-        return round(across, 1), round(min(max(down, TOP), BOTTOM), 1)
-
-    drawn, values, told = [], [], []
-    for curve in curves:
-        path, pen, points = "", "M", []
-        for x, y in zip(curve.xs, curve.ys):
-            if math.isfinite(y):
-                points.append(at(x, y))
-                path += f"{pen}{points[-1][0]} {points[-1][1]}"
-            pen = "L" if math.isfinite(y) else "M"  # interrupted where a value is not finite
-        dots = points if len(points) == 1 or (curve.kind == "dots" and len(points) <= DOTS) else []
-        style = f"{curve.kind} hue{curve.hue}{' dashed' if curve.dashed else ''}"
-        drawn.append({"label": curve.label, "kind": curve.kind, "hue": curve.hue, "style": style})
-        drawn[-1] |= {"path": path if len(points) > 1 else "", "dots": dots}
-        ys = [float(f"{y:.5g}") if math.isfinite(y) else None for y in curve.ys]
-        values.append({"n": curve.label, "h": curve.hue, "k": curve.kind, "x": curve.xs, "y": ys})
-        told.append(f"{curve.label} from {number(curve.ys[0])} to {number(curve.ys[-1])}")
-    below = []
-    for tick in _ticks(low_x, high_x, 5):
-        if low_x <= tick <= high_x and tick == int(tick):
-            text = number(int(tick))
-            below.append((min(at(tick, low)[0], round(WIDTH - 3.1 * len(text), 1)), text))  # 3.1: half a letter
-    return {
-        "title": title,
-        "unit": unit,
-        "grid": [(at(low_x, tick)[1], f"{tick:,.6g}") for tick in ticks],
-        "below": below,
-        "rules": [(at(low_x, value)[1], label) for label, value in rules.items() if low <= value <= high],
-        "marks": sorted({round(at(mark, low)[0]) for mark in marks if low_x <= mark <= high_x}),
-        "curves": drawn,
-        "told": "; ".join(told),
-        "data": {"name": x_name, "x": [low_x, high_x], "plot": [LEFT, RIGHT, WIDTH], "series": values},
-    }
-
-
-def _range(curves: Sequence[Curve], rules: dict[str, float], bounds: Sequence[float]) -> tuple[float, float]:
-    """(lowest, highest) value in view, without a faint curve's extremes, which would flatten the rest."""
-    values = [*bounds]
-    for curve in curves:
-        finite = sorted(filter(math.isfinite, curve.ys))
-        if curve.kind == "faint" and finite:
-            values += [finite[int(len(finite) * 0.02)], finite[int(len(finite) * 0.98)]]
-        elif curve.kind != "smooth":
-            values += finite
-    low, high = min(values), max(values)
+    low, high = min(ys), max(ys)
     for label, value in rules.items():
         near = (high - low) * 1.5 or abs(high) or 1
         if low - near <= value <= high + near or label == "planned":
             low, high = min(low, value), max(high, value)
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # rounding errors of a constant
         low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (-1.0, 1.0)
-    return low, high
+    ticks = _ticks(low, high, 4)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+
+    def across(x: Any) -> Any:
+        return np.round(LEFT + (np.asarray(x) - low_x) / (high_x - low_x) * (RIGHT - LEFT), 1).tolist()
+
+    def down(y: Any) -> Any:
+        return np.clip(TOP + (high - np.asarray(y)) / (high - low) * (BOTTOM - TOP), TOP, BOTTOM).round(1).tolist()
+
+    drawn, series, told = [], [], []
+    for curve, at, values in thinned:
+        path, pen, points, rounded = "", "M", [], []
+        for x, y, value in zip(across(at), down(values), values.tolist()):
+            finite = math.isfinite(value)
+            if finite:
+                path += f"{pen}{x} {y}"
+                points.append((x, y))
+            pen = "L" if finite else "M"  # interrupted where a value is not finite
+            rounded.append(float(f"{value:.5g}") if finite else None)
+        style = f"{curve.kind} hue{curve.hue}{' dashed' if curve.dashed else ''}"
+        dots = points if len(points) == 1 or (curve.kind == "dots" and len(points) <= DOTS) else []
+        path = path if len(points) > 1 else ""
+        drawn.append(
+            {"label": curve.label, "kind": curve.kind, "hue": curve.hue, "style": style, "path": path, "dots": dots}
+        )
+        series.append({"n": curve.label, "h": curve.hue, "k": curve.kind, "x": at.tolist(), "y": rounded})
+        told.append(f"{curve.label} from {number(values[0].item())} to {number(values[-1].item())}")
+    below = []
+    for tick in _ticks(low_x, high_x, 5):
+        if low_x <= tick <= high_x and tick == int(tick):
+            text = number(int(tick))
+            below.append((min(across(tick), round(WIDTH - 3.1 * len(text), 1)), text))  # 3.1: half a letter
+    grid, lines, crosses = [], [], set()
+    for tick in ticks:
+        grid.append((down(tick), f"{tick:,.6g}"))
+    for label, value in rules.items():
+        if low <= value <= high:
+            lines.append((down(value), label))
+    for mark in marks:
+        if low_x <= mark <= high_x:
+            crosses.add(round(across(mark)))
+    return {
+        "title": title,
+        "unit": unit,
+        "grid": grid,
+        "below": below,
+        "rules": lines,
+        "marks": sorted(crosses),
+        "curves": drawn,
+        "told": "; ".join(told),
+        "data": {"name": x_name, "x": [low_x, high_x], "plot": [LEFT, RIGHT, WIDTH], "series": series},
+    }
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
     """Round values around a range: the first at or below it, the last at or above."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = 10 * power
+    for factor in (5, 2, 1):
+        if factor * power >= rough * 0.999:
+            step = factor * power
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
-
-
-def _thinned(curve: Curve) -> Curve:
-    """At most ``POINTS`` points of a curve."""
-    count = len(curve.xs)
-    if count <= POINTS:
-        return curve
-    keep = [round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)]
-    return replace(curve, xs=[curve.xs[place] for place in keep], ys=[curve.ys[place] for place in keep])
+    return (np.arange(first, max(last, first + 1) + 1) * step).tolist()
 
 
 def is_number(value: Any) -> TypeGuard[float]:

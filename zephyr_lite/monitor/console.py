@@ -173,8 +173,13 @@ def metrics_line(step: int, total: int, metrics: Metrics, left: float | None = N
         if key in found:
             parts.append(f"{name} {found[key]:{form}}")
     for unit in ("tokens", "pairs"):
-        if (speed := found.get(f"{unit}_per_second")) is not None:
-            parts.append(f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s")
+        if f"{unit}_per_second" in found:
+            parts.append(rate(found[f"{unit}_per_second"], unit))
     if left is not None:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def rate(speed: float, unit: str) -> str:
+    """``1,234 tokens/s``, ``1.50 pairs/s``."""
+    return f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.2f} {unit}/s"

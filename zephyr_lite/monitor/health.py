@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..config.load import load_config
 from ..train.stage import Sample, Stage
+from .console import is_evaluation
 from .report import json_lines
 
 LN2 = math.log(2)
@@ -38,27 +37,11 @@ class Published:
 SFT = Published(loss=(0.944, 0.952))
 DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), at_100=(0.681, 0.688))
 # keys that must be the recipe's
-_KEYS = [
-    "model_name_or_path",
-    "load_in_4bit",
-    "dataset",
-    "eval_dataset",
-    "max_length",
-    "batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "loss_on",
-    "loss_type",
-    "label_smoothing",
-    "beta",
-    "max_prompt_length",
-]
+_KEYS = (
+    *("model_name_or_path", "load_in_4bit", "dataset", "eval_dataset", "max_length", "max_prompt_length", "batch_size"),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "loss_on", "loss_type", "label_smoothing"),
+    *("beta", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+)
 
 
 def published_of(stage: Stage) -> Published | None:
@@ -70,7 +53,7 @@ def published_of(stage: Stage) -> Published | None:
     same = all(getattr(stage.config, key) == getattr(recipe, key) for key in _KEYS)
     if not same or len(stage.frozen) != (stage.method == "dpo"):
         return None
-    return {"sft": SFT, "dpo": DPO}[stage.method]
+    return SFT if stage.method == "sft" else DPO
 
 
 class Progress:
@@ -78,64 +61,28 @@ class Progress:
 
     Attributes:
         stage: the stage; unit: "tokens" or "pairs"; total: number of steps; step: steps done.
-        last: the last step's metrics.
-        evaluations: all evaluations, with ``step``.
+        steps, evaluations: their metrics, with ``step``; a value that is not finite may be a word.
         sample: the last sample, or None.
-        losses, margins: one value a step.
-        recent: metrics of the last ``RECENT`` steps.
-        start: the loss of step 1, if it was logged.
-        at_100: the mean loss of the ``RECENT`` steps up to step 100.
-        lock: to be held while several of these are read.
+        begun: when this process began (time.monotonic()).
     """
 
     def __init__(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self.stage, self.unit, self.total, self.step = stage, unit, total, step
-        self.lock = threading.Lock()
-        self.last: Mapping[str, Any] = {}
+        self.steps: list[Mapping[str, Any]] = []
         self.evaluations: list[Mapping[str, Any]] = []
         self.sample: Sample | None = None
-        self.losses: list[float] = []
-        self.margins: list[float] = []
-        self.recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
-        self.start: float | None = None
-        self.at_100: float | None = None
         self.begun, self._first_step = time.monotonic(), step
         for record in json_lines(stage.dir.metrics) if step else []:
-            if record["step"] <= step and "eval_loss" in record:
-                self.evaluations.append(record)
-            elif record["step"] <= step:
-                self._add(record["step"], record)
+            if record["step"] <= step:
+                self.add(record["step"], record)
 
-    def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a step."""
-        with self.lock:
-            self.step = step
-            self._add(step, dict(metrics))
-
-    def _add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self.last = metrics
-        loss = metrics.get("loss")
-        if not isinstance(loss, float):  # "nan" in metrics.jsonl
-            return
-        self.recent.append(metrics)
-        self.losses.append(loss)
-        if step == 1:
-            self.start = loss
-        if step == 100:
-            self.at_100 = self.mean("loss")
-        if "rewards/margins" in metrics:
-            self.margins.append(float(metrics["rewards/margins"]))
-
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add an evaluation."""
-        with self.lock:
-            self.evaluations.append({"step": step, **metrics})
-
-    def mean(self, name: str) -> float | None:
-        """Mean over the recent steps; None if no step has the metric or a value is not finite."""
-        values = [float(metrics[name]) for metrics in self.recent if name in metrics]
-        mean = statistics.fmean(values) if values else math.nan
-        return mean if math.isfinite(mean) else None
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add a step or an evaluation."""
+        if is_evaluation(metrics):
+            self.evaluations.append({**metrics, "step": step})
+        else:
+            self.steps.append({**metrics, "step": step})
+            self.step = max(self.step, step)
 
     def seconds_left(self) -> float | None:
         """Seconds of the remaining steps at this process's speed, evaluations included; None if unknown."""
@@ -143,8 +90,13 @@ class Progress:
         return (time.monotonic() - self.begun) / done * left if done and left > 0 else None
 
 
-@dataclass(frozen=True)
-class Verdict:
+def mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a metric's finite values; None without any."""
+    values = [value for metrics in steps if math.isfinite(value := float(metrics.get(name, math.nan)))]
+    return statistics.fmean(values) if values else None
+
+
+class Verdict(NamedTuple):
     """``good``, ``bad``, or ``open`` if it is too early to tell, with a reason."""
 
     kind: Literal["good", "bad", "open"]
@@ -157,11 +109,12 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     Args:
         published: ranges of the published runs; None if this is another recipe.
     """
-    start, pairs, evaluations = progress.start, progress.unit == "pairs", progress.evaluations
-    if not math.isfinite(float(progress.last.get("loss", 0.0))):
+    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit == "pairs"
+    if steps and not math.isfinite(float(steps[-1]["loss"])):
         return Verdict("bad", "the last loss is not a finite number")
     # policy and reference are the same function before the first step
     starts_at_ln2 = pairs and progress.stage.config.loss_type in ("sigmoid", "robust")
+    start = float(steps[0]["loss"]) if steps and steps[0]["step"] == 1 else None
     if starts_at_ln2 and start is not None and abs(start - LN2) >= 5e-3:
         return Verdict(
             "bad", f"the first loss was {start:.4f} instead of ln 2 = 0.6931: the reference is not the policy"
@@ -169,39 +122,41 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     losses = [float(evaluation["eval_loss"]) for evaluation in evaluations]
     if losses and not math.isfinite(losses[-1]):
         return Verdict("bad", "the last held-out loss is not a finite number")
-    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    if len(losses) >= 3 and min(losses[-2:]) > min(losses) + OVERFIT and losses[-1] > losses[-2]:
-        where = evaluations[losses.index(min(losses))]["step"]
-        return Verdict("bad", f"the held-out loss rises; its lowest was {min(losses):.4f} at step {where:,}")
+    lowest = min(filter(math.isfinite, losses), default=math.inf)
+    if len(losses) >= 3 and min(losses[-2:]) > lowest + OVERFIT and losses[-1] > losses[-2]:
+        where = evaluations[losses.index(lowest)]["step"]
+        return Verdict("bad", f"the held-out loss rises; its lowest was {lowest:.4f} at step {where:,}")
     if published is not None and losses:
-        text, reached = f"held-out loss {losses[-1]:.3f}", _range(published.loss)
+        text = f"held-out loss {losses[-1]:.3f}"
         if progress.step < progress.total:
-            text += f" so far; published runs ended at {reached}"
+            text += f" so far; published runs ended at {_range(published.loss)}"
             return Verdict("good" if losses[-1] <= losses[0] else "open", text)
-        text += f"; published runs ended at {reached}"
-        if published.accuracy is not None and "eval_rewards/accuracies" in evaluations[-1]:
+        text += f"; published runs ended at {_range(published.loss)}"
+        if published.accuracy is not None:
             accuracy = float(evaluations[-1]["eval_rewards/accuracies"])
             text += f", accuracy {accuracy:.3f} ({_range(published.accuracy)})"
         return Verdict("good" if losses[-1] <= published.loss[1] else "bad", text)
-    if published is not None and progress.at_100 is not None and published.at_100 is not None:
-        text = f"the loss around step 100 was {progress.at_100:.3f}; published runs had {_range(published.at_100)}"
-        return Verdict("good" if progress.at_100 <= published.at_100[1] else "open", text)
-    now = progress.mean("loss")
-    too_early = progress.step < min(2 * RECENT, max(1, progress.total // 2)) or len(progress.recent) < 2
+    around_100 = mean([metrics for metrics in steps if 100 - RECENT < metrics["step"] <= 100], "loss")
+    if published is not None and published.at_100 is not None and around_100 is not None and progress.step >= 100:
+        text = f"the loss around step 100 was {around_100:.3f}; published runs had {_range(published.at_100)}"
+        return Verdict("good" if around_100 <= published.at_100[1] else "open", text)
+    recent = steps[-RECENT:]
+    now = mean(recent, "loss")
+    too_early = progress.step < min(2 * RECENT, max(1, progress.total // 2)) or len(recent) < 2
     if too_early and starts_at_ln2 and start is not None:
         return Verdict("good", f"healthy: the first loss is ln 2 ({start:.4f})")
-    if too_early or now is None:
+    first = mean(steps[:FIRST], "loss")
+    if too_early or now is None or first is None:
         return Verdict("open", "too early to say")
     if not pairs:
-        first = statistics.fmean(progress.losses[:FIRST])
         if now > first + RISEN:
             return Verdict("bad", f"the loss rose from {first:.3f} to {now:.3f}: a lower learning_rate may help")
         if now < first:
             return Verdict("good", f"healthy: the loss fell from {first:.3f} to {now:.3f}")
         return Verdict("open", f"the loss has not fallen yet: {first:.3f} at the start, {now:.3f} now")
-    accuracy, margin = progress.mean("rewards/accuracies") or 0.0, progress.mean("rewards/margins") or 0.0
+    accuracy, margin = mean(recent, "rewards/accuracies") or 0.0, mean(recent, "rewards/margins") or 0.0
     text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
-    count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in progress.recent)
+    count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in recent)
     chance = 1 / math.sqrt(max(count, 1.0))  # two standard errors of as many fair coin tosses
     if accuracy > 0.5 + chance and margin > 0:
         return Verdict("good", f"healthy: {text}")

@@ -21,8 +21,8 @@ from rich.text import Text
 
 from ..io.text import duration
 from ..train.stage import Outcome, Sample, Stage
-from .console import Console, Metrics, is_evaluation, visible
-from .health import Progress, Verdict, judge, published_of
+from .console import Console, Metrics, is_evaluation, rate, visible
+from .health import RECENT, Progress, Verdict, judge, mean, published_of
 from .screens import Screen
 
 WIDTH = 100  # columns at most
@@ -46,16 +46,14 @@ class LiveScreen(Screen):
         self._live: Live | None = None
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self.close()
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
 
         def panel() -> RenderableType:
             # the handler of a signal that asked the training loop to stop (``io.interrupts.StopRequest``) has a name
             request = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-            with progress.lock:
-                verdict = STOPPING if getattr(request, "name", None) else judge(progress, published)
-                return render(progress, verdict, self.console.out.width)
+            verdict = STOPPING if getattr(request, "name", None) else judge(progress, published)
+            return render(progress, verdict, self.console.out.width)
 
         self._live = Live(
             get_renderable=panel,
@@ -68,25 +66,25 @@ class LiveScreen(Screen):
         self._live.start()
 
     def on_step_end(self, step: int, metrics: Metrics) -> None:
-        if self.progress is not None:
-            self.progress.stepped(step, metrics)
+        assert self.progress is not None
+        self.progress.add(step, metrics)
 
     def on_evaluate(self, step: int, metrics: Metrics) -> None:
-        if self.progress is not None:
-            self.progress.evaluated(step, metrics)
+        assert self.progress is not None
+        self.progress.add(step, metrics)
 
     def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
-        if self.progress is not None:
-            self.progress.sample = samples[0]
-
-    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
-        self.close()
+        assert self.progress is not None
+        self.progress.sample = samples[0]
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         if self._live is None or is_evaluation(metrics):
             self.console.metrics(step, total, metrics)
 
-    def close(self, error: BaseException | None = None) -> None:
+    def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
+        self.__exit__()
+
+    def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
         """Draw the panel a last time and release the terminal."""
         live, self._live = self._live, None
         if live is not None:
@@ -98,7 +96,8 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
     """The panel, at most ``width`` columns wide."""
     width = max(12, min(width, WIDTH))
     room = max(8, width - 4 - LABEL)
-    last, mean = progress.last, progress.mean
+    steps, evaluations = list(progress.steps), list(progress.evaluations)  # the training thread appends to them
+    last, recent = steps[-1] if steps else {}, steps[-RECENT:]
     grid = Table.grid(expand=True)
     grid.add_column(width=LABEL, style="dim", no_wrap=True, overflow="crop")
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -113,33 +112,32 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
     )
     grid.add_row("step", line)
 
-    loss = Text(f"{float(last['loss']):.4f}" if "loss" in last else "–", style="bold")
-    text = Text.assemble(loss, "  ", (spark(progress.losses, CURVE), "cyan"))
-    if len(progress.recent) > 1 and (recent := mean("loss")) is not None:
-        text.append(f"  mean of {len(progress.recent)} steps {recent:.4f}", style="dim")
+    loss = Text(f"{float(last['loss']):.4f}" if last else "–", style="bold")
+    text = Text.assemble(loss, "  ", (spark([float(metrics["loss"]) for metrics in steps], CURVE), "cyan"))
+    if len(recent) > 1 and (average := mean(recent, "loss")) is not None:
+        text.append(f"  mean of {len(recent)} steps {average:.4f}", style="dim")
     grid.add_row("loss", text)
 
-    if progress.evaluations:
-        evaluation = progress.evaluations[-1]
+    if evaluations:
+        evaluation = evaluations[-1]
         text = Text(f"{float(evaluation['eval_loss']):.4f}", style="bold")
         for name, key in (("accuracy", "eval_rewards/accuracies"), ("margin", "eval_rewards/margins")):
             if key in evaluation:
-                text = Text.assemble(text, f"  {name} {float(evaluation[key]):.3f}")
+                text.append(f"  {name} {float(evaluation[key]):.3f}", style="not bold")
         ago = f"  at step {evaluation['step']:,}"
-        if len(progress.evaluations) > 1:
-            ago += f", before {float(progress.evaluations[-2]['eval_loss']):.4f}"
-        grid.add_row("held out", Text.assemble(text, (ago, "dim")))
+        if len(evaluations) > 1:
+            ago += f", before {float(evaluations[-2]['eval_loss']):.4f}"
+        grid.add_row("held out", text.append(ago, style="not bold dim"))
 
-    accuracy, margin = mean("rewards/accuracies"), mean("rewards/margins")
+    accuracy, margin = mean(recent, "rewards/accuracies"), mean(recent, "rewards/margins")
     if accuracy is not None and margin is not None:
-        curve = (spark(progress.margins, CURVE), "cyan")
-        grid.add_row("pairs", Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", curve))
+        curve = spark([float(metrics["rewards/margins"]) for metrics in steps], CURVE)
+        grid.add_row("pairs", Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", (curve, "cyan")))
 
     parts = []
-    seconds, done = mean("seconds"), mean(f"num_{progress.unit}")
+    seconds, done = mean(recent, "seconds"), mean(recent, f"num_{progress.unit}")
     if seconds and done:
-        speed = done / seconds
-        parts.append(f"{speed:,.0f} {progress.unit}/s" if speed >= 100 else f"{speed:.2f} {progress.unit}/s")
+        parts.append(rate(done / seconds, progress.unit))
     if "peak_memory_gib" in last:
         planned = progress.stage.plan.peak / 2**30
         of = f" of {planned:.1f} GiB planned" if planned else " GiB"

@@ -15,12 +15,12 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from .. import __version__
@@ -37,8 +37,10 @@ REPORT = "report.html"
 LENGTHS = "lengths.json"
 MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recognized
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
-_PARTS = ("base", "data", "eval_data", "machine", "own", "plan", "result", "versions")  # objects of stage.json
+# objects and lists of stage.json
+_PARTS = ("adapters", "base", "data", "eval_data", "machine", "own", "plan", "result", "resumed", "versions")
 SAMPLES = 6  # prompts that are shown
+LEFT_OUT = 20  # steps that are named
 Columns = dict[str, tuple[list[int], list[float]]]
 # an absolute path of two parts or more, and its last part
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+=-]+)+[/\\]([\w.@+=-]+)[/\\]?")
@@ -51,6 +53,7 @@ class StageRecord:
         folder: its path; name, run: the names of the stage's and of the run's folder.
         method: sft or dpo.
         info: stage.json; missing objects and lists are empty.
+        complete: the stage is finished.
         config: config.yaml, {} if there is none.
         columns: every number of metrics.jsonl, evaluations (``eval_…``) included: name → (steps, values).
         step: the last logged step; total: number of steps of the whole stage, None if unknown.
@@ -71,54 +74,53 @@ class StageRecord:
             raise UserError(
                 f"{folder}: is not a stage of a run (no {STAGE_FILE}).", "Give runs/NAME or runs/NAME/STAGE."
             )
-        checked(info, folder / STAGE_FILE)
-        files = {
-            "info": {key: value for key, value in info.items() if value is not None},
+        files: dict[str, Any] = {
+            "info": checked(info, folder / STAGE_FILE),
             "config": read_yaml(stage.config) if stage.config.is_file() else {},
             "metrics": json_lines(stage.metrics),
             "samples": json_lines(stage.samples),
             "left_out": json_lines(folder / "left_out.jsonl"),
             "lengths": read_json(folder / LENGTHS) or {},
-            "results": {path.stem: read_json(path) for path in sorted((folder / "eval").glob("*.json"))},
+            "results": {},
         }
+        for path in sorted((folder / "eval").glob("*.json")):
+            if "models" in (result := read_json(path) or {}):
+                files["results"][path.stem] = result
         files = json.loads(redact(json.dumps(files)))
         self.folder, self.name, self.run, self.who = folder, whole.name, whole.parent.name, ""
-        self.info: dict[str, Any] = {part: {} for part in _PARTS}
-        self.info |= {"adapters": [], "resumed": [], **files["info"]}
+        self.info: dict[str, Any] = files["info"]
+        for part in _PARTS:
+            if self.info.get(part) is None:
+                self.info[part] = [] if part in ("adapters", "resumed") else {}
+        self.complete = self.info.get("status") == "complete"
         self.method: str = self.info.get("method", "sft")
         self.planned: dict[str, float] = self.info["plan"].get("account") or {}
         self.config: dict[str, Any] = files["config"]
-        self.samples, self.left_out, self.lengths = files["samples"], files["left_out"], files["lengths"]
-        self.results = {kind: body for kind, body in files["results"].items() if "models" in body}
-        history: dict[int, dict[str, Any]] = {}
-        for line in files["metrics"]:
-            if isinstance(line.get("step"), int):
-                history.setdefault(line["step"], {}).update(line)
-        self.step = max(history, default=0)
+        self.samples, self.left_out = files["samples"], files["left_out"]
+        self.lengths, self.results = files["lengths"], files["results"]
+        self.step = 0
         self.columns: Columns = {}
-        for step, line in sorted(history.items()):
+        for line in files["metrics"]:
+            if not isinstance(line.get("step"), int):
+                continue
+            self.step = max(self.step, line["step"])
             for key, value in line.items():
                 if is_number(value):
                     steps, values = self.columns.setdefault(key, ([], []))
-                    steps.append(step)
+                    steps.append(line["step"])
                     values.append(float(value))
         self.total = self.info["result"].get("steps") or self.config.get("max_steps")
         rows, batch = self.info["data"].get("rows"), self.config.get("batch_size")
-        epochs = self.config.get("num_train_epochs")
-        if not self.total and rows and batch and epochs:
-            self.total = max(1, math.ceil(epochs * math.ceil(rows / batch)))
-        infos = {other.path.name: other.info() or {} for other in stages_of(whole.parent)}
-        self.own = {name: (info.get("own") or {}).get("sha256") for name, info in infos.items()}
-
-    @property
-    def complete(self) -> bool:
-        return self.info.get("status") == "complete"
+        if not self.total and rows and batch:
+            self.total = max(1, math.ceil(self.config["num_train_epochs"] * math.ceil(rows / batch)))
+        self.own = {}
+        for other in stages_of(whole.parent):
+            self.own[other.path.name] = ((other.info() or {}).get("own") or {}).get("sha256")
 
     def values(self, key: str) -> list[float]:
         """The finite values of a metric."""
         return list(filter(math.isfinite, self.columns.get(key, ((), ()))[1]))
 
-    @cached_property
     def facts(self) -> dict[str, str]:
         """The overview: name → value."""
         result, total, facts = self.info["result"], self.total, {}
@@ -126,9 +128,9 @@ class StageRecord:
         facts["steps"] = f"{number(self.step)} of {number(total)}" if running else number(self.step)
         held_out, losses = self.columns.get("eval_loss", ([], []))[1], self.values("loss")
         if held_out:
-            facts["held-out loss"] = " → ".join(number(loss) for loss in dict.fromkeys((held_out[0], held_out[-1])))
+            facts["held-out loss"] = " → ".join(map(number, dict.fromkeys((held_out[0], held_out[-1]))))
+        tenth = max(1, len(losses) // 10)
         if losses:
-            tenth = max(1, len(losses) // 10)
             first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
             facts["training loss, start → end"] = f"{number(first)} → {number(last)}"
         if len(held_out) > 2 and (best := result.get("best")):
@@ -141,16 +143,16 @@ class StageRecord:
             if values := self.values(f"eval_{key}"):
                 facts[f"{name}, held-out"] = form(values[-1])
             elif (values := self.values(key)) and self.method == "dpo":
-                facts[name] = form(statistics.fmean(values[-max(1, len(values) // 10) :]))
+                facts[name] = form(statistics.fmean(values[-tenth:]))
         for unit in ("tokens", "pairs"):
             if speeds := self.values(f"{unit}_per_second"):
                 facts[f"{unit} a second"] = number(float(f"{statistics.median(speeds):.3g}"))
-        if is_number(result.get("seconds")):
+        if "seconds" in result:
             facts["time, last start" if self.info["resumed"] else "time"] = duration(result["seconds"])
-        elif running and total is not None and (seconds := self.values("seconds")):
+        elif running and (seconds := self.values("seconds")):
             facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - self.step))
-        measured, planned = self.values("peak_memory_gib"), self.planned.get("peak")
-        peak = result.get("peak_memory_bytes") or (max(measured) * 2**30 if measured else None)
+        planned = self.planned.get("peak")
+        peak = result.get("peak_memory_bytes") or max(self.values("peak_memory_gib"), default=0) * 2**30
         if peak and planned:
             facts["memory, measured / planned"] = f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
         elif peak or planned:
@@ -158,6 +160,10 @@ class StageRecord:
         if left := result.get("steps_left_out", len(self.left_out)):
             facts["steps left out"] = number(left)
         return facts
+
+
+# the sections of a page: name, one stage or two of the same method, and the labels of two
+_Groups = list[tuple[str, Sequence[StageRecord], Sequence[str]]]
 
 
 def read_source(source: Path | None) -> list[StageRecord]:
@@ -176,7 +182,9 @@ def read_source(source: Path | None) -> list[StageRecord]:
         raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME) or a stage's (runs/NAME/STAGE).")
     if (path / STAGE_FILE).is_file():
         return [StageRecord(path)]
-    found = [StageRecord(stage.path) for stage in stages_of(path)]
+    found = []
+    for stage in stages_of(path):
+        found.append(StageRecord(stage.path))
     if not found:
         raise UserError(
             f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or in a subfolder).",
@@ -199,12 +207,6 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run_page(records: Sequence[StageRecord]) -> str:
-    """The page of one run's stages."""
-    title = records[0].run if len(records) > 1 else f"{records[0].run} / {records[0].name}"
-    return _page(title, [_section(record.name, [record]) for record in records])
-
-
 def side_by_side(first: Sequence[StageRecord], second: Sequence[StageRecord]) -> str:
     """The page of two runs, or of two stages: stages of one name side by side, then the others.
 
@@ -225,7 +227,7 @@ def side_by_side(first: Sequence[StageRecord], second: Sequence[StageRecord]) ->
         labels = [one.name, other.name]
         if one.name == other.name:
             labels = [f"{record.folder.absolute().parent.parent.name}/{record.run}" for record in pairs[0]]
-    sections = []
+    groups: _Groups = []
     for one, other in pairs:
         if one.method != other.method:
             raise UserError(
@@ -233,14 +235,22 @@ def side_by_side(first: Sequence[StageRecord], second: Sequence[StageRecord]) ->
                 "Name two stages of one method.",
             )
         one.who, other.who = (f"{label}: " for label in labels)
-        name = one.name if one.name == other.name else " and ".join(labels)
-        sections.append(_section(name, [one, other], labels))
+        groups.append((one.name if one.name == other.name else " and ".join(labels), [one, other], labels))
     for records, label in ((first, labels[0]), (second, labels[1])):
-        sections += [_section(f"{label} / {record.name}", [record]) for record in records if not record.who]
-    return _page(" and ".join(labels), sections)
+        groups += [(f"{label} / {record.name}", [record], []) for record in records if not record.who]
+    return _page(" and ".join(labels), groups)
 
 
-def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
+def run_page(records: Sequence[StageRecord]) -> str:
+    """The page of one run's stages."""
+    title = records[0].run if len(records) > 1 else f"{records[0].run} / {records[0].name}"
+    groups: _Groups = []
+    for record in records:
+        groups.append((record.name, [record], []))
+    return _page(title, groups)
+
+
+def _page(title: str, groups: _Groups) -> str:
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
@@ -250,7 +260,7 @@ def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
     page = environment.get_template("report.html.j2").render(
         mark=MARK,
         title=title,
-        stages=sections,
+        stages=list(starmap(_section, groups)),
         version=__version__,
         now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         script=Markup(script),
@@ -259,43 +269,61 @@ def _page(title: str, sections: Sequence[dict[str, Any]]) -> str:
     return visible(page) + "\n"
 
 
-def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = ()) -> dict[str, Any]:
+def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str]) -> dict[str, Any]:
     """What the page shows of a stage, or of the same stage of two runs."""
     first, last = records[0], records[-1]
     warnings: list[str] = []
     results: list[dict[str, Any]] = []
     samples: dict[str, dict[str, Any]] = {}
     notes: dict[str, None] = {}
+    facts: dict[StageRecord, dict[str, str]] = {}
+    lengths: list[dict[str, Any]] = []
+    same_rows = first.info["data"].get("fingerprint") == last.info["data"].get("fingerprint")
     for place, record in enumerate(records):
+        facts[record] = record.facts()
         for text in record.info["result"].get("warnings") or ():
             warnings.append(record.who + without_paths(text))
-        for line in record.left_out[:20]:
+        for line in record.left_out[:LEFT_OUT]:
             rows = ", ".join(map(without_paths, (line.get("rows") or [])[:3])) or "unknown"
             loss = f"loss {number(line.get('loss'))}, gradient norm {number(line.get('grad_norm'))}"
             warnings.append(f"{record.who}step {line.get('step')} was left out ({loss}); rows: {rows}")
-        if len(record.left_out) > 20:
-            warnings.append(f"{record.who}and {len(record.left_out) - 20:,} more steps were left out (left_out.jsonl)")
+        if len(record.left_out) > LEFT_OUT:
+            warnings.append(f"{record.who}more steps were left out; left_out.jsonl has them all")
         results += _results(record)
         for line in record.samples:
             sample = samples.setdefault(line["prompt"], {"prompt": line["prompt"], "answers": [{}, {}]})
             sample["answers"][place][line["step"]] = line["answer"]
             sample["reference"] = line.get("reference")
         notes |= dict.fromkeys(map(without_paths, record.info["data"].get("notes") or ()))
+        if place and same_rows:
+            continue
+        for part, key, quantity in (
+            ("training", "length", "Tokens"),
+            ("training", "supervised", "Supervised tokens"),
+            ("held-out", "length", "Tokens"),
+        ):
+            if counts := record.lengths.get(part, {}).get(key):
+                title = f"{'' if same_rows else record.who}{quantity} a {record.lengths['unit']}"
+                about = f"{part}; median {number(counts['median'])}, longest {number(counts['longest'])}"
+                edges = np.asarray(counts["edges"])
+                middles = ((edges[:-1] + edges[1:]) / 2).tolist()
+                curves = [Curve("complete", middles, counts["whole"])]
+                if any(counts["cut"]):
+                    curves.append(Curve("cut", middles, counts["cut"], hue=1))
+                lengths.append(line_chart(title, about, curves, bounds=(0,), x_name="tokens"))
     reasons = []
     for key, title in (("dropped", "left out"), ("changed", "changed")):
-        reasons.append(
-            (key, title, list({**(first.info["data"].get(key) or {}), **(last.info["data"].get(key) or {})}))
-        )
+        reasons.append((key, title, {**(first.info["data"].get(key) or {}), **(last.info["data"].get(key) or {})}))
     recipe = RunConfig.model_validate(DPO_DEFAULTS if first.method == "dpo" else {}).model_dump(mode="json")
+    other = last.config if labels else recipe
     keys, differences = [], []
     for key in {**first.config, **last.config}:
-        texts = [
-            value_text(side[key]) if key in side else "" for side in (first.config, last.config if labels else recipe)
-        ]
-        keys.append([key, *texts[: len(records)]])
+        here = value_text(first.config[key]) if key in first.config else ""
+        there = value_text(other[key]) if key in other else ""
+        keys.append([key, here, there] if labels else [key, here])
         # a key that an older version did not write has its default
-        if key not in ("output_dir", "stage") and all(texts) and texts[0] != texts[1]:
-            differences.append([key, *texts])
+        if key not in ("output_dir", "stage") and here and there and here != there:
+            differences.append([key, here, there])
     planned = {**last.planned, **first.planned}
     return {
         "name": name,
@@ -303,6 +331,7 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = 
         "labels": labels,
         "head": ["", *labels] if labels else [],
         "method": _METHODS[first.method],
+        "facts": facts,
         "warnings": warnings,
         "curves": charts_of(records, labels),
         "samples": list(samples.values())[:SAMPLES],
@@ -310,7 +339,7 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = 
         "results": results,
         "reasons": reasons,
         "data_notes": list(notes),
-        "lengths": list(_lengths(records)),
+        "lengths": lengths,
         "parts": sorted(planned, key=planned.__getitem__, reverse=True),
         "most": max(first.planned.get("peak", 0), last.planned.get("peak", 0)) or 1,
         "config": keys,
@@ -318,26 +347,6 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str] = 
         "below": max(len(first.info["adapters"]), len(last.info["adapters"])),
         "versions": list({**first.info["versions"], **last.info["versions"]}),
     }
-
-
-def _lengths(records: Sequence[StageRecord]) -> Iterator[dict[str, Any]]:
-    """Charts of the lengths of the rows; one stage's if both have the same rows."""
-    same = records[0].info["data"].get("fingerprint") == records[-1].info["data"].get("fingerprint")
-    for record in records[: 1 if same else None]:
-        unit = record.lengths.get("unit", "row")
-        for part, key, title in (
-            ("training", "length", f"Tokens a {unit}"),
-            ("training", "supervised", f"Supervised tokens a {unit}"),
-            ("held-out", "length", f"Tokens a {unit}"),
-        ):
-            if counts := record.lengths.get(part, {}).get(key):
-                about = f"{part}; median {number(counts['median'])}, longest {number(counts['longest'])}"
-                edges = counts["edges"]
-                middles = [(low + high) / 2 for low, high in pairwise(edges)]
-                curves = [Curve("complete", middles, counts["whole"])]
-                if any(counts["cut"]):
-                    curves.append(Curve("cut", middles, counts["cut"], hue=1))
-                yield line_chart(title if same else record.who + title, about, curves, bounds=(0,), x_name="tokens")
 
 
 def _results(record: StageRecord) -> Iterator[dict[str, Any]]:
@@ -367,15 +376,15 @@ def _results(record: StageRecord) -> Iterator[dict[str, Any]]:
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The numbers of a nested result as (path, text); a value with its interval or standard error is one."""
     for key, value in body.items():
-        if isinstance(value, dict) and is_number(value.get("value")):
-            low, high, error = value.get("low"), value.get("high"), value.get("stderr")
-            interval = f" ± {number(error)}" if is_number(error) else ""
-            interval = f" [{number(low)}, {number(high)}]" if is_number(low) and is_number(high) else interval
-            yield f"{prefix}{key}", number(value["value"]) + interval
+        if is_number(value):
+            yield f"{prefix}{key}", number(value)
+        elif isinstance(value, dict) and is_number(value.get("value")):
+            spread = f" ± {number(value['stderr'])}" if is_number(value.get("stderr")) else ""
+            if is_number(value.get("low")):
+                spread = f" [{number(value['low'])}, {number(value['high'])}]"
+            yield f"{prefix}{key}", number(value["value"]) + spread
         elif isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key} ")
-        elif is_number(value):
-            yield f"{prefix}{key}", number(value)
 
 
 # Filters of the template

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from typing import Any
 
 from ..errors import Interrupted, UserError
@@ -25,7 +25,7 @@ NOTEBOOKS = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE")
 NOTEBOOK_LINES = 50  # steps printed of a whole run in a notebook
 
 
-class Screen(Observer):
+class Screen(Observer, AbstractContextManager["Screen"]):
     """Plain lines. A context manager, so that subclasses can restore the terminal.
 
     Args:
@@ -35,22 +35,12 @@ class Screen(Observer):
     def __init__(self, console: Console, most: int | None = None) -> None:
         self.console, self.most = console, most
 
-    def __enter__(self) -> Screen:
-        return self
-
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close(error)
-
-    def close(self, error: BaseException | None = None) -> None:
         """Release the output; ``error`` ended the command."""
-
-    def say(self, text: str = "") -> None:
-        """Print a message."""
-        self.console.say(text)
 
     def log(self, record: logging.LogRecord) -> None:
         """Print a message of the package's logger."""
-        self.say(record.getMessage())
+        self.console.log(record)
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation."""
@@ -67,32 +57,27 @@ class QuietScreen(Screen):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._before: list[str] | None = []  # messages before training
+        self._before: list[logging.LogRecord] | None = []  # messages before training
 
-    def close(self, error: BaseException | None = None) -> None:
-        for text in self._before or () if error is None else ():
-            self.console.say(text)
-
-    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self._before = None
-
-    def say(self, text: str = "") -> None:
-        if self._before is None:
-            self.console.say(text)
-        else:
-            self._before.append(text)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for record in self._before or () if error is None else ():
+            self.console.log(record)
 
     def log(self, record: logging.LogRecord) -> None:
-        (self.console if record.levelno >= logging.WARNING else self).say(record.getMessage())
+        if self._before is None or record.levelno >= logging.WARNING:
+            self.console.log(record)
+        else:
+            self._before.append(record)
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         return None
 
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        self._before = None
+
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         """Print the adapter, the time and the held-out metrics in one line."""
-        text = f"{stage.dir.adapter}: {outcome.step:,} steps"
-        if outcome.seconds > 0:
-            text += f", {duration(outcome.seconds)}"
+        text = f"{stage.dir.adapter}: {outcome.step:,} steps, {duration(outcome.seconds)}"
         last = outcome.evaluations[-1] if outcome.evaluations else {}
         for name, key in (
             ("held-out loss", "eval_loss"),
@@ -118,30 +103,29 @@ class JsonScreen(Screen):
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         super().__init__(console)
-        self.quiet = quiet
-        self._redirected = redirect_stdout(sys.stderr)
+        self.quiet, self._redirected = quiet, redirect_stdout(sys.stderr)
 
     def __enter__(self) -> JsonScreen:
         self._out = self.console.out.file
         self._redirected.__enter__()
         return self
 
-    def close(self, error: BaseException | None = None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._redirected.__exit__(None, None, None)
         if error is None or isinstance(error, SystemExit | BrokenPipeError):
             return
-        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         # the exit code in a word; another process's error has that process's code
         code = error.code if isinstance(error, PeerEnded) else 2 if isinstance(error, UserError) else 1
         if code == 130 or isinstance(error, Interrupted | KeyboardInterrupt):
-            kind = "interrupted"
+            word = "interrupted"
         else:
-            kind = "user" if code == 2 else "failed"
+            word = "user" if code == 2 else "failed"
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            self._emit("error", kind=kind, message=message, hint=getattr(error, "hint", "") or "")
+            self._emit("error", kind=word, message=message, hint=getattr(error, "hint", "") or "")
 
-    def say(self, text: str = "") -> None:
-        self._emit("say", text=text)
+    def log(self, record: logging.LogRecord) -> None:
+        self._emit("say", text=record.getMessage())
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         if is_evaluation(metrics):
@@ -150,7 +134,7 @@ class JsonScreen(Screen):
             left = self.console.seconds_left(step, total, metrics)
             self._emit("step", step=step, total=total, seconds_left=left, **metrics)
 
-    # An observer must not end a run in the middle of a step: a closed pipe is raised by the next ``say`` or ``metrics``.
+    # An observer must not end a run in the middle of a step: a closed pipe is raised by the next ``log`` or ``metrics``.
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         with suppress(OSError):

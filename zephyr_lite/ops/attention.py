@@ -140,10 +140,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
             out[run.q] = found[0]
             lse[run.q] = _by_token(padded, run.queries)
     forward = _cpu_forward if kind == "cpu" else _plain_forward
-    for piece in _pieces(table, kind, q.shape[1]):
-        here = forward(_grouped(q, k, piece.q), _heads(k, piece.k), _heads(v, piece.k), piece, scale)
-        _grouped(out, k, piece.q).copy_(here[0])
-        _grouped(lse[..., None], k, piece.q)[..., 0].copy_(here[1])
+    for rows, keys, window in _pieces(table, kind, q.shape[1]):
+        here = forward(_grouped(q, k, rows), _heads(k, keys), _heads(v, keys), window, scale)
+        _grouped(out, k, rows).copy_(here[0])
+        _grouped(lse[..., None], k, rows)[..., 0].copy_(here[1])
     return out, lse
 
 
@@ -224,20 +224,20 @@ def attention_backward(
                 a[run.q] = gq[0]
                 b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
         backward = _cpu_backward if kind == "cpu" else _plain_backward
-        for piece in _pieces(table, kind, q.shape[1]):
+        for rows, keys, window in _pieces(table, kind, q.shape[1]):
             gq, gk, gv = backward(
-                _grouped(grad, k, piece.q),
-                _grouped(q, k, piece.q),
-                _heads(k, piece.k),
-                _heads(v, piece.k),
-                _grouped(out, k, piece.q),
-                _grouped(lse[..., None], k, piece.q)[..., 0],
-                piece,
+                _grouped(grad, k, rows),
+                _grouped(q, k, rows),
+                _heads(k, keys),
+                _heads(v, keys),
+                _grouped(out, k, rows),
+                _grouped(lse[..., None], k, rows)[..., 0],
+                window,
                 scale,
             )
-            _grouped(a, k, piece.q).copy_(gq)
-            b[piece.k] += gk.sum(1).transpose(0, 1)
-            c[piece.k] += gv.sum(1).transpose(0, 1)
+            _grouped(a, k, rows).copy_(gq)
+            b[keys] += gk.sum(1).transpose(0, 1)
+            c[keys] += gv.sum(1).transpose(0, 1)
         if direct:
             return
     for found, target in ((a, d_q), (_scattered(b, shape, table), d_k), (_scattered(c, shape, table), d_v)):
@@ -245,17 +245,9 @@ def attention_backward(
             target.copy_(found)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A segment's place, or that of some of its queries, among the queries and among the gathered keys."""
-
-    q: slice
-    k: slice
-    window: int | None
-
-
-def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
-    """The segments that no call over cumulative lengths computes. One whose mask (or scores) would be large goes in blocks of
+def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[tuple[slice, slice, int | None]]:
+    """The segments that no call over cumulative lengths computes: their place among the queries and among the gathered keys,
+    and the window. One whose mask (or scores) would be large goes in blocks of
     queries, each with the keys that it sees: 32 k tokens squared are 4 GB, a block of them under a window is a few MB."""
     at_once = _AT_ONCE if kind == "cpu" else _AT_ONCE // heads  # the CPU's kernel has one mask for all heads
     for i, ((first, last), (start, end)) in enumerate(zip(pairwise(table.query_starts), pairwise(table.key_starts))):
@@ -264,7 +256,7 @@ def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
         queries, keys, window = last - first, end - start, table.window
         windowed = window is not None and window < keys
         if (kind == "cpu" and queries == keys and not windowed) or queries * keys <= at_once:
-            yield _Piece(slice(first, last), slice(start, end), window)
+            yield slice(first, last), slice(start, end), window
             continue
         size = at_once // keys
         if window is not None:
@@ -275,7 +267,7 @@ def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[_Piece]:
             there = min(last, here + size)
             stop = end - (last - there)  # causal from the bottom right
             begin = start if window is None else max(start, stop - (there - here) - window + 1)
-            yield _Piece(slice(here, there), slice(begin, stop), window)
+            yield slice(here, there), slice(begin, stop), window
 
 
 @dataclass(frozen=True)
@@ -396,8 +388,8 @@ def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
-    mask = _mask(q, k, piece.window)
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    mask = _mask(q, k, window)
     k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
@@ -405,31 +397,31 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -
 
 
 def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(q, k, piece.window)
+    mask = _mask(q, k, window)
     k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=scale
     )
 
 
-def _scores(q: Tensor, k: Tensor, piece: _Piece, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, window: int | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
-    return scores.masked_fill_(_hidden(q.shape[-2], k.shape[-2], piece.window, q.device), -torch.inf)
+    return scores.masked_fill_(_hidden(q.shape[-2], k.shape[-2], window, q.device), -torch.inf)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, piece: _Piece, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, piece, scale)
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, window, scale)
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ v.to(scores.dtype)).to(q.dtype), lse
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = (_scores(q, k, piece, scale) - lse[..., None]).exp()
+    p = (_scores(q, k, window, scale) - lse[..., None]).exp()
     wide = grad.to(p.dtype)
     inner = (wide * out.to(p.dtype)).sum(-1, keepdim=True)
     ds = p * (wide @ v.to(p.dtype).transpose(-1, -2) - inner) * scale

@@ -12,14 +12,15 @@ def no_hub_kernels() -> Iterator[None]:
     """``import kernels`` fails within, installed or not.
 
     On a processor with AVX512-BF16 bitsandbytes asks it for a kernel while it is imported, and warns where it gets none.
-    Nothing here calls that kernel: it serves inference after repacking the weights, which model/load.py switches off.
+    Nothing here calls that kernel: it serves inference after repacking the weights, which model/base.py switches off.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     modules: dict[str, Any] = sys.modules
-    before = {name: modules[name] for name in ("kernels",) if name in modules}
+    imported, before = "kernels" in modules, modules.get("kernels")
     modules["kernels"] = None
     try:
         yield
     finally:
         del modules["kernels"]
-        modules.update(before)
+        if imported:
+            modules["kernels"] = before

@@ -44,10 +44,6 @@ class LoraPair:
     off: bool = False
     dropout: bool = False
 
-    @property
-    def trained(self) -> bool:
-        return (self.a.requires_grad or self.b.requires_grad) and not self.off
-
 
 @dataclass(frozen=True)
 class _Group:
@@ -56,6 +52,7 @@ class _Group:
     Attributes:
         dropout: of the input, or None.
         pairs: the adapters and their columns of the product, sorted by projection.
+        trained: those of them that are trained.
         blocks: (projection, its columns, its adapters), for each projection that an adapter reaches.
         rank: columns of the product.
         off: whether all adapters are switched off.
@@ -63,6 +60,7 @@ class _Group:
 
     dropout: DropoutKey | None
     pairs: list[tuple[LoraPair, slice]]
+    trained: list[tuple[LoraPair, slice]]
     blocks: list[tuple[int, slice, list[LoraPair]]]
     rank: int
     off: bool
@@ -96,6 +94,7 @@ class LinearGroup:
         found = []
         for key in (None,) if self.dropout is None else (None, self.dropout):
             pairs: list[tuple[LoraPair, slice]] = []
+            trained: list[tuple[LoraPair, slice]] = []
             blocks: list[tuple[int, slice, list[LoraPair]]] = []
             end, off = 0, True
             for projection in range(len(self.outs)):
@@ -106,12 +105,14 @@ class LinearGroup:
                     ):
                         columns = slice(end, end + pair.a.shape[0])
                         pairs.append((pair, columns))
+                        if (pair.a.requires_grad or pair.b.requires_grad) and not pair.off:
+                            trained.append((pair, columns))
                         of_projection.append(pair)
                         end, off = columns.stop, off and pair.off
                 if of_projection:
                     blocks.append((projection, slice(start, end), of_projection))
             if pairs:
-                found.append(_Group(key, pairs, blocks, end, off))
+                found.append(_Group(key, pairs, trained, blocks, end, off))
         return found
 
     @cached_property
@@ -132,9 +133,8 @@ class LinearGroup:
         """a and b of every trained pair, in the order in which ``grad_adapters`` returns their gradients."""
         found = []
         for group in self.groups:
-            for pair, _ in group.pairs:
-                if pair.trained:
-                    found += [pair.a, pair.b]
+            for pair, _ in group.trained:
+                found += [pair.a, pair.b]
         return found
 
 
@@ -206,7 +206,7 @@ def grad_low_rank(grad: Tensor, site: LinearGroup, *, need_all: bool = True) -> 
     """
     result = []
     for group in site.groups:
-        if group.off or not (need_all or any(pair.trained for pair, _ in group.pairs)):
+        if group.off or not (need_all or group.trained):
             result.append(grad.new_empty(0, group.rank))
             continue
         d_product = grad.new_empty(grad.shape[0], group.rank)
@@ -253,15 +253,14 @@ def grad_adapters(
     in float32 where x has 16 bits."""
     result: list[Tensor] = []
     for group, product, d_product in zip(site.groups, products, d_products):
-        trained = [(pair, columns) for pair, columns in group.pairs if pair.trained]
-        if not trained:
+        if not group.trained:
             continue
         source = x if group.dropout is None else drop(x, group.dropout)
-        if len(trained) < len(group.pairs):
-            d_product = torch.cat([d_product[:, columns] for _, columns in trained], dim=1)
+        if len(group.trained) < len(group.pairs):
+            d_product = torch.cat([d_product[:, columns] for _, columns in group.trained], dim=1)
         d_a = _wide_mm(d_product.T, source)
         start = 0
-        for pair, columns in trained:
+        for pair, columns in group.trained:
             rank = pair.a.shape[0]
             d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns]).mul_(pair.scale)
             result += [d_a[start : start + rank].to(pair.a.dtype), d_b.to(pair.b.dtype)]

@@ -14,7 +14,7 @@ from .hub_kernels import no_hub_kernels
 
 with compile_later(), no_hub_kernels():
     import bitsandbytes.functional as bnb
-    from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/load.py
+    from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/base.py
     from bitsandbytes.nn import Params4bit
 
 

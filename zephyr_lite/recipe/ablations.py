@@ -40,7 +40,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import load_rows
 from ..errors import UserError
-from ..evaluate.likelihood import Logps, chat_loss, row_logps
+from ..evaluate.likelihood import Logps, chat_loss, row_logps, scorer_of
 from ..io.atomic import alone, write_json, write_text
 from ..io.run_dir import StageDir
 from ..model.chain import chain_of_run
@@ -263,19 +263,19 @@ def _score(table: Table) -> Ablation:
     scores: dict[str, Score] = {}
     for arm, stages in table.arms.items():
         logger.info(f"scoring {arm}")
-        live = live_of(chain_of_run(table.run, stage=stages[-1].name))
+        live = live_of(chain_of_run(table.run, stage=stages[-1].name), dtype=stages[-1].loaded.config.dtype)
         if live.template.text not in rows:
             chats, pairs = _held_out(table, "sft", live.template), _held_out(table, "dpo", live.template)
-            rows[live.template.text] = chats, pairs, row_logps(live.decoder(BASE), pairs)
+            rows[live.template.text] = chats, pairs, row_logps(scorer_of(live, BASE), pairs)
         chats, pairs, reference = rows[live.template.text]
         if not scores:
-            scores[BASE] = Score(chat_loss(live.decoder(BASE), chats), _likelier(reference))
-        logps = row_logps(live.decoder(live.policy), pairs)
+            scores[BASE] = Score(chat_loss(scorer_of(live, BASE), chats), _likelier(reference))
+        logps = row_logps(scorer_of(live, live.policy), pairs)
         gained = logps.sums - reference.sums
         margins = gained[:, 0] - gained[:, 1]
         won = (margins > 0).double()
         scores[arm] = Score(
-            chat_loss=chat_loss(live.decoder(live.policy), chats),
+            chat_loss=chat_loss(scorer_of(live, live.policy), chats),
             likelier=_likelier(logps),
             accuracy=won.mean().item(),
             accuracy_error=_standard_error(won),

@@ -15,33 +15,40 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import __version__
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import Bound, Meter, prompt_bound
-from ..client.endpoints import EndpointSpec, Message
-from ..client.jobs import NotBlank, claim_folder, distinct_name, in_order, json_line, run_job, validated
+from ..client.cost import Bound, CostClient, Meter
+from ..client.endpoints import EndpointKey, EndpointSpec, Message
+from ..client.jobs import (
+    CONTINUES,
+    JobConfig,
+    NotBlank,
+    claim_folder,
+    distinct_name,
+    in_order,
+    json_line,
+    nothing_made,
+    run_job,
+    validated,
+)
 from ..client.request_log import Totals
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.atomic import file_aside, write_json
-from .feedback import CONTINUES, EndpointKey, ModelJobConfig, client_of, nothing_made
 from .prompts import Prompts, PromptsKey
 
 COMMAND = "distill"
 TRAIN, TEST, REPORT = "train_sft.jsonl", "test_sft.jsonl", "report.json"
 GRID = Path(__file__).parent / "grid.yaml"
 NEAR = "too near to an earlier opening or to a seed"
-NO_ANSWER = "no first answer"
-BUDGET = "the budget"
-SAMPLE = 2000  # openings whose length is measured for the upper bound
 QUESTION_TOKENS = 512  # of a user's message, at most
 MAX_CHARACTERS = 6000
 USER = (
@@ -51,7 +58,7 @@ USER = (
 )
 
 
-class DistillConfig(ModelJobConfig):
+class DistillConfig(JobConfig):
     """Dialogues written by a teacher: the keys of --config."""
 
     teacher: EndpointKey  # answers
@@ -86,60 +93,43 @@ class DistillConfig(ModelJobConfig):
 # -- the grid --------------------------------------------------------------------------------------------------------
 
 
-class Cell(NamedTuple):
-    """A topic, its parts, a kind of text, and the kind in words."""
-
-    topic: str
-    parts: list[str]
-    kind: str
-    meaning: str
-
-
-class Grid(NamedTuple):
-    """Cells in the order in which they are filled, ways to put an opening, and what a user does next."""
-
-    cells: list[Cell]
-    manners: list[str]
-    moves: list[str]
-
-    def cell(self, number: int) -> Cell:
-        """The cell of a dialogue: all cells in turn, so that their counts differ by one at most."""
-        return self.cells[number % len(self.cells)]
-
-
-class GridFile(BaseModel):
-    """The keys of a grid's YAML file: topics {name: parts} and kinds {name: meaning}, or lists of names."""
+class Grid(BaseModel):
+    """The keys of a grid's YAML file; its cells are all pairs of a topic and a kind, and each dialogue belongs to one."""
 
     model_config = ConfigDict(extra="forbid")
 
-    topics: dict[NotBlank, list[NotBlank] | None] = Field(min_length=1)
-    kinds: dict[NotBlank, str | None] = Field(min_length=1)
-    manners: list[NotBlank] = []
-    moves: list[NotBlank] = []
+    topics: dict[NotBlank, list[NotBlank] | None] = Field(min_length=1)  # {name: parts}, or a list of names
+    kinds: dict[NotBlank, str | None] = Field(min_length=1)  # of texts; {name: meaning}, or a list of names
+    manners: list[NotBlank] = []  # ways to put an opening
+    moves: list[NotBlank] = []  # what a user does next
 
     @field_validator("topics", "kinds", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         return dict.fromkeys(value) if isinstance(value, list) else value
 
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return len(self.topics) * len(self.kinds)
+
+    def cell(self, number: int) -> tuple[str, str]:
+        """(topic, kind) of a dialogue: all cells in turn, and every beginning has all topics about equally often, and all
+        kinds."""
+        place = number % self.size
+        turn = place // math.lcm(len(self.topics), len(self.kinds))
+        return list(self.topics)[place % len(self.topics)], list(self.kinds)[(place + turn) % len(self.kinds)]
+
 
 def read_grid(path: Path | None, seed: int) -> Grid:
-    """A grid from YAML, or the built-in one; manners and moves that it lacks are the built-in ones. ``seed``: of the order."""
-    own, built_in = (validated(GridFile, read_yaml(file), str(file)) for file in (path or GRID, GRID))
-    order = spread(list(own.topics), list(own.kinds), seed)
-    cells = [Cell(topic, own.topics[topic] or [], kind, own.kinds[kind] or kind) for topic, kind in order]
-    return Grid(cells, own.manners or built_in.manners, own.moves or built_in.moves)
-
-
-def spread(topics: list[str], kinds: list[str], seed: int) -> list[tuple[str, str]]:
-    """Every (topic, kind) once, in an order whose every beginning has all topics about equally often, and all kinds."""
+    """A grid from YAML, or the built-in one, in an order drawn by the seed; manners and moves that it lacks are the built-in
+    ones."""
+    grid, built_in = (validated(Grid, read_yaml(file), str(file)) for file in (path or GRID, GRID))
     rng = random.Random(f"cells {seed}")
-    topics, kinds = rng.sample(topics, len(topics)), rng.sample(kinds, len(kinds))
-    period = math.lcm(len(topics), len(kinds))
-    return [
-        (topics[place % len(topics)], kinds[(place + place // period) % len(kinds)])
-        for place in range(len(topics) * len(kinds))
-    ]
+    grid.topics = dict(rng.sample(list(grid.topics.items()), len(grid.topics)))
+    grid.kinds = dict(rng.sample(list(grid.kinds.items()), len(grid.kinds)))
+    grid.manners, grid.moves = grid.manners or built_in.manners, grid.moves or built_in.moves
+    return grid
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
@@ -156,19 +146,17 @@ def opening_request(
         examples: prompts that show what messages look like.
         avoid: an earlier opening that the last attempt was too similar to.
     """
-    cell, seed = grid.cell(number), config.seed
-    rng = random.Random(f"opening {seed} {number} {attempt}")
+    topic, kind = grid.cell(number)
     part = ""
-    if cell.parts:  # the parts of a topic take turns from one visit of the cell to the next
-        start = seed_of(seed, "part", number % len(grid.cells))
-        part = f", in particular {cell.parts[(start + number // len(grid.cells) + attempt) % len(cell.parts)]}"
+    if parts := grid.topics[topic]:  # the parts of a topic take turns from one visit of the cell to the next
+        start = seed_of(config.seed, "part", number % grid.size)
+        part = f", in particular {parts[(start + number // grid.size + attempt) % len(parts)]}"
     lines = [
         "Write one message to an assistant.",
-        f"It is about {cell.topic}{part}.",
-        f"What the person wants from the assistant is {cell.meaning}.",
+        f"It is about {topic}{part}.",
+        f"What the person wants from the assistant is {grid.kinds[kind] or kind}.",
+        random.Random(f"opening {config.seed} {number} {attempt}").choice(grid.manners),
     ]
-    if grid.manners:
-        lines.append(rng.choice(grid.manners))
     lines.append("Everything that the assistant needs for the task must stand in the message.")
     if examples:
         shown = "\n".join(f"<example>\n{text}\n</example>" for text in examples)
@@ -217,55 +205,47 @@ _REPEATED = 0.8  # of a message's shingles that an earlier turn has too
 _FEW_WORDS = 4
 
 
-class NotUsable(Exception):
-    """A text that is no message, or no whole answer; ``str(error)`` is the reason under which it is counted."""
-
-
-Problem = NotUsable | RequestFailed | BudgetSpent
-PROBLEMS = (NotUsable, RequestFailed, BudgetSpent)
-
-
-def reason_of(problem: Problem) -> str:
-    """The reason under which a problem is counted."""
-    if isinstance(problem, BudgetSpent):
-        return BUDGET
-    return problem.reason if isinstance(problem, RequestFailed) else str(problem)
-
-
 def read_message(text: str) -> str:
-    """The message in a reply, without reasoning, a label, a preamble or quotation marks around it. Raises NotUsable."""
+    """The message in a reply, without reasoning, a label, a preamble or quotation marks around it.
+
+    Raises:
+        RequestFailed: it holds no message, or one that is too long.
+    """
     text = text.rpartition("</think>")[2].strip()
     text = _PREAMBLE.sub("", text, count=1).strip()
     text = _LABEL.sub("", text, count=1).strip()
     if len(text) > 2 and _QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
         text = text[1:-1].strip()
     if sum(character.isalnum() for character in text) < 6:
-        raise NotUsable("a message of less than six letters")
+        raise RequestFailed("a message of less than six letters")
     if len(text) > MAX_CHARACTERS:
-        raise NotUsable(f"a message of more than {MAX_CHARACTERS:,} characters")
+        raise RequestFailed(f"a message of more than {MAX_CHARACTERS:,} characters")
     return text
 
 
 async def ask_message(
-    client: ModelClient, request: Request, quoted: Sequence[str] = (), turns: Sequence[str] = ()
+    client: ModelClient | CostClient, request: Request, quoted: Sequence[str] = (), turns: Sequence[str] = ()
 ) -> str:
-    """The user's message in the reply to a request. Raises NotUsable, RequestFailed, BudgetSpent.
+    """The user's message in the reply to a request.
 
     Args:
         quoted, turns: examples, which the message may repeat, and the dialogue so far, which it may quote. The rest of the
             request is instruction, of which it may hold no eight words in a row.
+
+    Raises:
+        RequestFailed, BudgetSpent: there is no reply, or it holds no usable message.
     """
     reply = await client.ask(request)
     if reply.finish_reason == "length":
-        raise NotUsable("a message cut at max_tokens")
+        raise RequestFailed("a message cut at max_tokens")
     text = read_message(reply.text)
     if any(repeats(text, turn) for turn in turns):
-        raise NotUsable("a message that repeats an earlier turn")
+        raise RequestFailed("a message that repeats an earlier turn")
     instruction = "\n".join(message["content"] for message in request.messages)
     for shown in filter(None, (*quoted, *turns)):
         instruction = instruction.replace(shown, "\n")
     if _runs(text) & _runs(instruction):
-        raise NotUsable("a message that hands its instructions back")
+        raise RequestFailed("a message that hands its instructions back")
     return text
 
 
@@ -321,53 +301,7 @@ class Openings:
         return None
 
 
-# -- one dialogue ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Dialogue:
-    """Turns from the user's first to the assistant's last whole answer."""
-
-    messages: list[Message] = field(default_factory=list)  # user and assistant in turn
-    ended: Problem | None = None  # why it has fewer rounds than were asked for
-
-    @property
-    def rounds(self) -> int:
-        return len(self.messages) // 2
-
-
-async def grow(
-    client: ModelClient, config: DistillConfig, grid: Grid, number: int, attempt: int, opening: str
-) -> Dialogue | Problem:
-    """A dialogue of up to ``config.rounds`` rounds. A failure ends it with its last whole answer; that of the first answer is
-    returned instead of a dialogue."""
-    dialogue = Dialogue()
-    question = opening
-    try:
-        while True:
-            turns = [*dialogue.messages, {"content": question, "role": "user"}]
-            key = ("answer", number, attempt, dialogue.rounds)
-            messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
-            reply = await client.ask(
-                Request("/".join(map(str, key)), config.teacher.name, messages, seed=seed_of(config.seed, *key))
-            )
-            if reply.finish_reason == "length":
-                raise NotUsable("an answer cut at max_tokens")
-            if not reply.text.strip():
-                raise NotUsable("an empty answer")
-            dialogue.messages = [*turns, {"content": reply.text.strip(), "role": "assistant"}]
-            if dialogue.rounds == config.rounds:
-                return dialogue
-            request = follow_up_request(config, grid, number, attempt, dialogue.messages)
-            question = await ask_message(client, request, turns=[turn["content"] for turn in dialogue.messages])
-    except PROBLEMS as problem:
-        if not dialogue.messages:
-            return problem if isinstance(problem, BudgetSpent) else NotUsable(f"{NO_ANSWER}: {reason_of(problem)}")
-        dialogue.ended = problem
-    return dialogue
-
-
-# -- all dialogues ---------------------------------------------------------------------------------------------------
+# -- dialogues -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -413,15 +347,17 @@ class Distilled:
         """The result, one fact a line."""
         test = f", {self.test:,} in {TEST}" if self.test else ""
         rounds = ", ".join(f"{count:,} of {n}" for n, count in sorted(self.rounds.items(), reverse=True))
-        result = [f"{self.out}: {self.made:,} of {self.wanted:,} dialogues: {self.train:,} in {TRAIN}{test}"]
-        result.append(f"questions and answers: {rounds}")
+        result = [
+            f"{self.out}: {self.made:,} of {self.wanted:,} dialogues: {self.train:,} in {TRAIN}{test}",
+            f"questions and answers: {rounds}",
+        ]
         for title, counts in (("openings turned down", self.turned_down), ("ended early", self.ended)):
             if counts:
                 result.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()))
         if self.budget_message:
+            shorter = self.ended[BudgetSpent.reason]
             result.append(
-                f"{self.unreached:,} dialogues are missing, {self.ended[BUDGET]:,} are shorter: {self.budget_message} "
-                + CONTINUES
+                f"{self.unreached:,} dialogues are missing, {shorter:,} are shorter: {self.budget_message} {CONTINUES}"
             )
         return result
 
@@ -430,158 +366,152 @@ def plan_distill(config: DistillConfig, seeds: Prompts | None) -> Distilled:
     """What a run is to make. Raises UserError if the grid cannot be read."""
     grid = read_grid(Path(config.grid) if config.grid else None, config.seed)
     most = len(seeds.prompts) if seeds is not None and config.openings == "seeds" else None
-    wanted = config.count or most or len(grid.cells)
+    wanted = config.count or most or grid.size
     return Distilled(Path(config.out), wanted if most is None else min(wanted, most), grid, seeds)
 
 
-def run_distill(config: DistillConfig, result: Distilled, meter: Meter, *, back_off: float = 1.0) -> Distilled:
+def run_distill(config: DistillConfig, result: Distilled, meter: Meter) -> Distilled:
     """Make the data set in ``config.out``: train_sft.jsonl, test_sft.jsonl, report.json, requests.sqlite, config.yaml.
 
     The columns are ultrachat_200k's (prompt, prompt_id, messages), and topic and kind.
 
     Args:
         result: of ``plan_distill``; filled in.
-        back_off: of ``ModelClient``.
 
     Raises:
         UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
     """
     claim_folder(result.out, COMMAND, config)
 
-    async def run() -> None:
-        async with client_of(config, meter, back_off) as client:
-            result.totals = client.totals
-            passes = _Passes(client, config, result)
-            missing = list(range(result.wanted))
-            for attempt in range(config.tries):
-                missing = await passes.run(missing, attempt, meter)
-                if not missing or result.budget_message:
-                    break
-            result.unreached = len(missing) if result.budget_message else 0
-            _write(config, result, passes.dialogues)
+    async def run() -> dict[int, list[Message]]:
+        async with config.client() as client:
+            result.totals = meter.totals = client.totals
+            return await make_dialogues(client, config, result, meter.advance)
 
-    run_job(run())
+    _write(config, result, run_job(run()))
     write_json(result.out / REPORT, result.report())
     return result
 
 
-class _Passes:
-    """Passes over the dialogues that are missing; ``dialogues``: those that were made, by number."""
+async def make_dialogues(
+    client: ModelClient | CostClient, config: DistillConfig, result: Distilled, on_dialogue: Callable[[], None]
+) -> dict[int, list[Message]]:
+    """{number: messages} of all dialogues, in up to ``config.tries`` passes over the missing ones; counts into ``result``."""
+    examples = [prompt.text for prompt in result.seeds.prompts] if result.seeds is not None else []
+    earlier = Openings(config.similarity)
+    missing = list(range(result.wanted))
+    if config.openings == "seeds":
+        missing = [number for number in missing if earlier.take(examples[number]) is None]
+        result.openings = near = result.wanted - len(missing)
+        result.turned_down.update([NEAR] * near)
+    else:
+        for text in examples:  # an example that is handed back is no opening
+            earlier.take(text)
+    dialogues: dict[int, list[Message]] = {}
+    avoid: dict[int, str] = {}  # number → the opening that its last one was too similar to
+    # a number waits for those before it: twice as many as can be asked at once
+    window = 2 * sum(spec.concurrency for spec in config.endpoints().values())
 
-    def __init__(self, client: ModelClient, config: DistillConfig, result: Distilled) -> None:
-        self.client, self.config, self.result = client, config, result
-        self.from_seeds = config.openings == "seeds"
-        self.examples = [prompt.text for prompt in result.seeds.prompts] if result.seeds is not None else []
-        self.dialogues: dict[int, Dialogue] = {}
-        self.avoid: dict[int, str] = {}  # the opening that a number's last one was too similar to
-        self.openings = Openings(config.similarity)
-        for text in [] if self.from_seeds else self.examples:  # an example that is handed back is no opening
-            self.openings.take(text)
+    async def opening_of(number: int, attempt: int) -> str:
+        if config.openings == "seeds":
+            return examples[number]
+        rng = random.Random(f"examples {config.seed} {number} {attempt}")
+        shown = rng.sample(examples, min(config.examples, len(examples)))
+        request = opening_request(config, result.grid, number, attempt, shown, avoid.get(number))
+        return await ask_message(client, request, quoted=[*shown, avoid.get(number, "")])
 
-    async def run(self, numbers: list[int], attempt: int, meter: Meter) -> list[int]:
-        """One pass; returns the numbers that need another."""
-        result = self.result
-        compared = [asyncio.Event() for _ in numbers]
+    async def one_pass(numbers: list[int], attempt: int) -> None:
+        """Try each number once."""
+        turns = [asyncio.Event() for _ in range(len(numbers) + 1)]
+        turns[0].set()
 
-        async def dialogue_of(place: int) -> Dialogue | Problem:
-            opening: str | Problem
+        async def dialogue_of(place: int) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
+            number, opening = numbers[place], ""
+            problem: RequestFailed | BudgetSpent | None = None
             try:
-                opening = await self._opening(numbers[place], attempt)
-            except PROBLEMS as problem:
-                opening = problem
-            if place:
-                await compared[place - 1].wait()
-            if isinstance(opening, str):
-                opening = self._compared(numbers[place], attempt, opening)
-            compared[place].set()
-            result.openings += not isinstance(opening, BudgetSpent)
-            if not isinstance(opening, str):
-                return opening
-            return await grow(self.client, self.config, result.grid, numbers[place], attempt, opening)
+                opening = await opening_of(number, attempt)
+            except (RequestFailed, BudgetSpent) as error:
+                problem = error
+            await turns[place].wait()
+            if opening and config.openings == "grid" and (near := earlier.take(opening)) is not None:
+                avoid[number], problem = near, RequestFailed(NEAR)
+            turns[place + 1].set()
+            if problem is not None:
+                raise problem
+            return await grow(client, config, result.grid, number, attempt, opening)
 
-        again = []
-        # a number waits for those before it: twice as many as can be asked at once
-        window = 2 * sum(spec.concurrency for spec in self.config.endpoints().values())
         async for place, found in in_order(range(len(numbers)), dialogue_of, window):
-            problem = found.ended if isinstance(found, Dialogue) else found
+            result.openings += not isinstance(found, BudgetSpent)
+            messages, problem = found if isinstance(found, tuple) else ([], found)
             if isinstance(problem, BudgetSpent):
                 result.budget_message = str(problem)
-            if isinstance(found, Dialogue):
-                self.dialogues[numbers[place]] = found
-                result.rounds[found.rounds] += 1
-                result.ended.update([reason_of(problem)] if problem else [])
-                meter.advance()
-                continue
-            result.turned_down.update([] if isinstance(found, BudgetSpent) else [reason_of(found)])
-            if not (self.from_seeds and str(found) == NEAR):  # another try would be the same seed
-                again.append(numbers[place])
-        return again
+            if messages:
+                dialogues[numbers[place]] = messages
+                result.rounds[len(messages) // 2] += 1
+                result.ended.update([problem.reason] if problem else [])
+                on_dialogue()
+            elif isinstance(problem, RequestFailed):
+                result.turned_down[problem.reason] += 1
 
-    async def _opening(self, number: int, attempt: int) -> str:
-        """Raises NotUsable, RequestFailed, BudgetSpent."""
-        config = self.config
-        if self.from_seeds:
-            return self.examples[number]
-        rng = random.Random(f"examples {config.seed} {number} {attempt}")
-        shown = rng.sample(self.examples, min(config.examples, len(self.examples)))
-        avoid = self.avoid.get(number)
-        request = opening_request(config, self.result.grid, number, attempt, shown, avoid)
-        return await ask_message(self.client, request, quoted=[*shown, avoid or ""])
-
-    def _compared(self, number: int, attempt: int, opening: str) -> str | NotUsable:
-        """The opening, if it is not too similar to an earlier one; a seed is compared in the first pass."""
-        earlier = None if self.from_seeds and attempt else self.openings.take(opening)
-        if earlier is None:
-            return opening
-        self.avoid[number] = earlier
-        return NotUsable(NEAR)
+    for attempt in range(config.tries):
+        await one_pass(missing, attempt)
+        missing = [number for number in missing if number not in dialogues]
+        if not missing or result.budget_message:
+            break
+    result.unreached = len(missing) if result.budget_message else 0
+    return dialogues
 
 
-def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, Dialogue]) -> None:
+async def grow(
+    client: ModelClient | CostClient, config: DistillConfig, grid: Grid, number: int, attempt: int, opening: str
+) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
+    """User and assistant in turn, up to ``config.rounds`` rounds; and why it has fewer, down to none."""
+    messages: list[Message] = []
+    question = opening
+    try:
+        for round_ in range(config.rounds):
+            if round_:
+                request = follow_up_request(config, grid, number, attempt, messages)
+                question = await ask_message(client, request, turns=[turn["content"] for turn in messages])
+            turns = [*messages, {"content": question, "role": "user"}]
+            key = ("answer", number, attempt, round_)
+            seed = seed_of(config.seed, *key)
+            reply = await client.ask(Request("/".join(map(str, key)), config.teacher.name, tuple(turns), seed=seed))
+            if reply.finish_reason == "length":
+                raise RequestFailed("an answer cut at max_tokens")
+            if not reply.text.strip():
+                raise RequestFailed("an empty answer")
+            messages = [*turns, {"content": reply.text.strip(), "role": "assistant"}]
+    except RequestFailed as error:
+        return messages, error if messages else RequestFailed(f"no first answer: {error.reason}")
+    except BudgetSpent as error:
+        return messages, error
+    return messages, None
+
+
+def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, list[Message]]) -> None:
+    """train_sft.jsonl and test_sft.jsonl; a split without rows has no file, since readers refuse one."""
     if not dialogues:
         down = ", ".join(f"{reason}: {n:,}" for reason, n in result.turned_down.most_common())
         what = f"dialogue came out of {result.wanted:,}"
-        raise nothing_made(result.out, what, [down, result.budget_message], bool(result.budget_message))
+        raise nothing_made(result.out, what, [down, result.budget_message])
     with file_aside(result.out / TRAIN) as train, file_aside(result.out / TEST) as test:
-        for number, dialogue in sorted(dialogues.items()):
-            prompt = dialogue.messages[0]["content"]
+        for number, messages in sorted(dialogues.items()):
+            prompt = messages[0]["content"]
             prompt_id = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
-            row = {"prompt": prompt, "prompt_id": prompt_id, "messages": dialogue.messages, "topic": "", "kind": ""}
-            if config.openings == "grid":
-                cell = result.grid.cell(number)
-                row |= {"topic": cell.topic, "kind": cell.kind}
+            topic, kind = result.grid.cell(number) if config.openings == "grid" else ("", "")
+            row = {"prompt": prompt, "prompt_id": prompt_id, "messages": messages, "topic": topic, "kind": kind}
             held_out = int(prompt_id[:8], 16) < config.test_share * 2**32
             (test if held_out else train).write(json_line(row))
             result.test += held_out
             result.train += not held_out
     for count, name in ((result.train, TRAIN), (result.test, TEST)):
-        if not count:  # readers refuse a file without rows
+        if not count:
             (result.out / name).unlink()
 
 
 def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
-    """{endpoint: upper bounds of what a job costs}, with all openings as long as the longest of the first ``SAMPLE``."""
-    teacher, user, grid = config.teacher, config.user_endpoint, plan.grid
-    bounds = {name: Bound() for name in config.endpoints()}
-    question = opening = min(QUESTION_TOKENS, user.max_tokens)
-    texts = sorted([] if plan.seeds is None else [prompt.text for prompt in plan.seeds.prompts], key=len)
-    if config.openings == "seeds":
-        opening = max(len(text.encode()) for text in texts)
-    else:
-        asked = max(
-            prompt_bound(user, opening_request(config, grid, number, 0, texts[-config.examples :], None).messages)
-            for number in range(min(plan.wanted, SAMPLE))
-        )
-        bounds[user.name].add(user, asked, question, times=plan.wanted)
-    for round_ in range(config.rounds):
-        # before this round's answer: the opening, and an answer and a question for each earlier round
-        said = opening + round_ * (teacher.max_tokens + question)
-        turns = [{"role": role, "content": ""} for role in (*("user", "assistant") * round_, "user")]
-        bounds[teacher.name].add(teacher, prompt_bound(teacher, turns, said), teacher.max_tokens, times=plan.wanted)
-        if round_:
-            request = follow_up_request(config, grid, 0, 0, turns[:-1])
-            longest = max(len(move.encode()) for move in grid.moves)  # whichever is drawn
-            bounds[user.name].add(
-                user, prompt_bound(user, request.messages, said - question + longest), question, times=plan.wanted
-            )
-    return bounds
+    """{endpoint: upper bounds of what a job costs, if every first opening can be used}; counts into ``plan``."""
+    client = CostClient(config.endpoints())
+    asyncio.run(make_dialogues(client, config, plan, lambda: None))
+    return client.bounds

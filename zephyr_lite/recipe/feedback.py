@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, RootModel, field_validator, model_validator
+from pydantic import BeforeValidator, Field, RootModel, model_validator
 
 from .. import __version__
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import Bound, Meter, prompt_bound
-from ..client.endpoints import EndpointSpec, Message, endpoint_spec
+from ..client.cost import Bound, CostClient, Meter
+from ..client.endpoints import EndpointKey, EndpointSpec, Message
 from ..client.jobs import (
+    CONTINUES,
     JobConfig,
     NotBlank,
     claim_folder,
     distinct_name,
     in_order,
     json_line,
+    nothing_made,
     refuse_equal_names,
     run_job,
-    together,
     validated,
 )
 from ..client.request_log import Totals
@@ -38,6 +42,7 @@ from .judge import (
     NOT_RATED,
     Aspect,
     Overall,
+    Rating,
     aspect_messages,
     overall_messages,
     parse_overall,
@@ -47,29 +52,23 @@ from .judge import (
 from .prompts import Prompt, Prompts, PromptsKey
 from .ultrafeedback import PairRules, make_pairs
 
+T = TypeVar("T")
 COMMAND = "feedback"
 ROWS, REPORT, PAIRS = "train.jsonl", "report.json", "pairs"
 PRINCIPLES = Path(__file__).parent / "principles.yaml"
 PARSED_TRIES = 3  # draws of a rating that cannot be parsed
 PLACES = 20  # of left out prompts, in the report
 
-EndpointKey = Annotated[EndpointSpec, BeforeValidator(lambda value, info: endpoint_spec(value, str(info.field_name)))]
 
-
-class ModelJobConfig(JobConfig):
-    """The configuration of a job whose fields name the endpoints that it asks."""
-
-    def endpoints(self) -> dict[str, EndpointSpec]:
-        """{name: endpoint}, every endpoint once."""
-        values = [value for _, field in self for value in (field if isinstance(field, list) else [field])]
-        return {value.name: value for value in values if isinstance(value, EndpointSpec)}
-
-
-class FeedbackConfig(ModelJobConfig):
+class FeedbackConfig(JobConfig):
     """Completions of several models, rated by a judge: the keys of --config."""
 
     prompts: PromptsKey
-    models: list[EndpointSpec] = Field(min_length=1)
+    models: Annotated[
+        list[EndpointKey],
+        Field(min_length=1),
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    ]
     judge: EndpointKey
     completions: int = Field(4, ge=2, le=16)  # for each prompt
     # system prompts that ask for one virtue. auto: where a server's model answers a prompt more than once (a local folder
@@ -77,12 +76,6 @@ class FeedbackConfig(ModelJobConfig):
     principles: Literal["auto", "all", "none"] = "auto"
     principles_file: str | None = None  # YAML, {name: [system prompts]}, instead of the built-in ones
     overall: bool = False  # a critique and a score from 1 to 10 for each completion: one more request for each
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _words(cls, value: Any) -> Any:
-        values = value if isinstance(value, list) else [value]
-        return [endpoint_spec(each, f"models[{number}]") for number, each in enumerate(values)]
 
     @model_validator(mode="after")
     def _named(self) -> FeedbackConfig:
@@ -153,12 +146,6 @@ def draw_slots(config: FeedbackConfig, principles: Mapping[str, Sequence[str]], 
     return slots
 
 
-def _judge_request(config: FeedbackConfig, key: str, messages: tuple[Message, ...], *seed: object) -> Request:
-    """A request to the judge, at temperature 0 unless the configuration sets another."""
-    temperature = None if "temperature" in config.judge.model_fields_set else 0.0
-    return Request(key, config.judge.name, messages, temperature, seed=seed_of(config.seed, *seed))
-
-
 # -- one prompt ------------------------------------------------------------------------------------------------------
 
 
@@ -174,9 +161,8 @@ class Feedback:
     budget_message: str = ""
     totals: Totals = field(default_factory=Totals)
     completions: Counter[str] = field(default_factory=Counter)  # by model
-    failed: Counter[str] = field(
-        default_factory=Counter
-    )  # missing completions by reason, the judge's ratings by aspect
+    # missing completions by reason, the judge's ratings by aspect
+    failed: Counter[str] = field(default_factory=Counter)
     # how often each rating was given, by (model, aspect)
     ratings: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -232,9 +218,6 @@ class Feedback:
         return header, [row for _, _, row in sorted(rows)]
 
 
-CONTINUES = "The same command with a larger budget continues the job and sends no answered request again."
-
-
 def _places(reasons: Mapping[str, list[str]]) -> dict[str, Any]:
     return {reason: {"count": len(where), "first": where[:PLACES]} for reason, where in reasons.items()}
 
@@ -251,80 +234,101 @@ def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
     return {"mean": None if mean is None else round(mean, 4), "counts": dict(sorted(ratings.items()))}
 
 
-class NoRow(Exception):
-    """A prompt from which no row comes; ``str(error)`` is the reason."""
+async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
+    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
+            raise each
+    return found  # type: ignore[return-value]
 
 
 async def rate_prompt(
-    client: ModelClient, config: FeedbackConfig, slots: Sequence[Slot], prompt: Prompt, result: Feedback
+    client: ModelClient | CostClient,
+    config: FeedbackConfig,
+    principles: Mapping[str, Sequence[str]],
+    result: Feedback,
+    prompt: Prompt,
 ) -> dict[str, Any]:
     """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
 
     Two completions are enough for a row. An aspect whose ratings cannot be parsed is "N/A" for all of them.
 
     Raises:
-        NoRow: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
+        RequestFailed: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
     """
-    answered: list[tuple[Slot, str]] = []
+    slots = draw_slots(config, principles, prompt.id)
+    answered: list[Slot] = []
+    completions: list[dict[str, Any]] = []
     for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
-        if isinstance(reply, RequestFailed):
-            result.failed[f"{slot.endpoint}: {reply.reason}"] += 1
-        elif not reply.text.strip():
-            result.failed[f"{slot.endpoint}: an empty answer"] += 1
-        else:
-            answered.append((slot, reply.text.strip()))
-    if len(answered) < 2:
-        raise NoRow("fewer than two completions")
-    texts = [text for _, text in answered]
-
-    async def rate(aspect: Aspect) -> list[dict[str, str]]:
-        """The ratings of all completions on one aspect, shown in a drawn order and returned in that of ``texts``."""
-        order = shown_order(prompt.id, aspect.name, len(texts), config.seed)
-        messages = aspect_messages(aspect, prompt.text, [texts[place] for place in order])
-        request = _judge_request(config, f"rating/{prompt.id[:16]}/{aspect.name}", messages, prompt.id, aspect.name)
-        na = bool(aspect.not_rated)
-        shown = await client.ask_parsed(request, lambda text: parse_ratings(text, len(texts), na), PARSED_TRIES)
-        by_place = dict(zip(order, shown))
-        found = [by_place[place] for place in range(len(texts))]
-        return [{"Rating": str(rating.rating), "Rationale": rating.rationale} for rating in found]
-
-    async def score(slot: Slot, text: str) -> Overall:
-        key = f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}"
-        messages = overall_messages(prompt.text, text)
-        request = _judge_request(config, key, messages, prompt.id, "overall", slot.number)
-        return await client.ask_parsed(request, parse_overall, PARSED_TRIES)
-
-    annotations: list[dict[str, dict[str, str]]] = [{} for _ in texts]
-    for aspect, rated in zip(ASPECTS, await together(rate(aspect) for aspect in ASPECTS)):
-        if isinstance(rated, RequestFailed):
-            result.failed[f"judge, {aspect.name}"] += 1
-            rated = [{"Rating": NOT_RATED, "Rationale": ""} for _ in texts]
-        for own, annotation in zip(annotations, rated):
-            own[aspect.name] = annotation
-    scores: Sequence[Overall | RequestFailed | None] = [None] * len(texts)
-    if config.overall:
-        scores = await together(score(slot, text) for slot, text in answered)
-        for failed in (each for each in scores if isinstance(each, RequestFailed)):
-            result.failed[f"judge, overall: {failed.reason}"] += 1
-    if all(annotation["Rating"] == NOT_RATED for own in annotations for annotation in own.values()):
-        raise NoRow("the judge rated nothing")
-    return {
-        "source": prompt.source,
-        "instruction": prompt.text,
-        "models": [slot.endpoint for slot, _ in answered],
-        "completions": [
+        text = "" if isinstance(reply, RequestFailed) else reply.text.strip()
+        if not text:
+            reason = reply.reason if isinstance(reply, RequestFailed) else "an empty answer"
+            result.failed[f"{slot.endpoint}: {reason}"] += 1
+            continue
+        answered.append(slot)
+        completions.append(
             {
-                "annotations": own,
+                "annotations": {},
                 "custom_system_prompt": slot.system,
                 "model": slot.endpoint,
                 "principle": slot.principle,
                 "response": text,
-                "critique": overall.critique if isinstance(overall, Overall) else "",
-                "overall_score": overall.overall_score if isinstance(overall, Overall) else None,
-                "fine-grained_score": _mean(Counter(annotation["Rating"] for annotation in own.values())),
+                "critique": "",
+                "overall_score": None,
             }
-            for (slot, text), own, overall in zip(answered, annotations, scores)
-        ],
+        )
+    if len(completions) < 2:
+        raise RequestFailed("fewer than two completions")
+    texts = [completion["response"] for completion in completions]
+
+    def judge_request(key: str, messages: tuple[Message, ...], *parts: object) -> Request:
+        """At temperature 0, unless the configuration sets another."""
+        temperature = None if "temperature" in config.judge.model_fields_set else 0.0
+        return Request(key, config.judge.name, messages, temperature, seed=seed_of(config.seed, prompt.id, *parts))
+
+    async def rate(aspect: Aspect) -> list[tuple[int, Rating]]:
+        """(place among the completions, rating) on one aspect; they are shown to the judge in a drawn order."""
+        order = shown_order(prompt.id, aspect.name, len(texts), config.seed)
+        messages = aspect_messages(aspect, prompt.text, [texts[place] for place in order])
+        request = judge_request(f"rating/{prompt.id[:16]}/{aspect.name}", messages, aspect.name)
+        na = bool(aspect.not_rated)
+        shown = await client.ask_parsed(request, lambda reply: parse_ratings(reply, len(texts), na), PARSED_TRIES)
+        return list(zip(order, shown))
+
+    async def score(slot: Slot, text: str) -> Overall:
+        key = f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}"
+        request = judge_request(key, overall_messages(prompt.text, text), "overall", slot.number)
+        return await client.ask_parsed(request, parse_overall, PARSED_TRIES)
+
+    rated_any = False
+    for aspect, rated in zip(ASPECTS, await together(rate(aspect) for aspect in ASPECTS)):
+        for completion in completions:
+            completion["annotations"][aspect.name] = {"Rating": NOT_RATED, "Rationale": ""}
+        if isinstance(rated, RequestFailed):
+            result.failed[f"judge, {aspect.name}"] += 1
+            continue
+        for place, rating in rated:
+            annotation = {"Rating": str(rating.rating), "Rationale": rating.rationale}
+            completions[place]["annotations"][aspect.name] = annotation
+            rated_any = rated_any or annotation["Rating"] != NOT_RATED
+    if config.overall:
+        scores = await together(score(slot, text) for slot, text in zip(answered, texts))
+        for completion, found in zip(completions, scores):
+            if isinstance(found, RequestFailed):
+                result.failed[f"judge, overall: {found.reason}"] += 1
+            else:
+                completion["critique"], completion["overall_score"] = found.critique, found.overall_score
+    if not rated_any:
+        raise RequestFailed("the judge rated nothing")
+    for completion in completions:
+        ratings = Counter(annotation["Rating"] for annotation in completion["annotations"].values())
+        completion["fine-grained_score"] = _mean(ratings)
+    return {
+        "source": prompt.source,
+        "instruction": prompt.text,
+        "models": [slot.endpoint for slot in answered],
+        "completions": completions,
         "correct_answers": prompt.correct,
         "incorrect_answers": prompt.incorrect,
     }
@@ -333,32 +337,11 @@ async def rate_prompt(
 # -- all prompts -----------------------------------------------------------------------------------------------------
 
 
-def client_of(config: ModelJobConfig, meter: Meter, back_off: float) -> ModelClient:
-    """The client of a job: its endpoints, budget and request log."""
-    return ModelClient(
-        list(config.endpoints().values()),
-        Path(config.out),
-        max_requests=config.budget.requests,
-        max_tokens=config.budget.tokens,
-        on_progress=meter.totals,
-        back_off=back_off,
-    )
-
-
-def nothing_made(out: Path, what: str, reasons: Iterable[str], budget_spent: bool) -> UserError:
-    """The error of a job without any row."""
-    hint = "Give a larger budget" if budget_spent else "Look at the reasons"
-    return UserError(
-        f"{out}: no {what}: {'; '.join(filter(None, reasons))}",
-        f"{hint}; the same command continues the job, and all replies so far are kept.",
-    )
-
-
-def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_off: float = 1.0) -> Feedback:
+def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter) -> Feedback:
     """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
 
     The rows are in the prompts' order, and the same however many requests run at once and however often the job was
-    interrupted, if the servers give the same replies. ``back_off``: of ``ModelClient``.
+    interrupted, if the servers give the same replies.
 
     Raises:
         UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
@@ -372,22 +355,16 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
     window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
 
     async def run() -> None:
-        async with client_of(config, meter, back_off) as client:
-            result.totals = client.totals
-
-            async def row_of(prompt: Prompt) -> dict[str, Any] | NoRow | BudgetSpent:
-                try:
-                    return await rate_prompt(client, config, draw_slots(config, principles, prompt.id), prompt, result)
-                except (NoRow, BudgetSpent) as reason:
-                    return reason
-
+        async with config.client() as client:
+            result.totals = meter.totals = client.totals
+            rate = partial(rate_prompt, client, config, principles, result)
             with file_aside(out / ROWS) as file:
-                async for prompt, row in in_order(read.prompts, row_of, window):
+                async for prompt, row in in_order(read.prompts, rate, window):
                     if isinstance(row, BudgetSpent):
                         result.unreached += 1
                         result.budget_message = str(row)
-                    elif isinstance(row, NoRow):
-                        result.dropped.setdefault(str(row), []).append(prompt.where)
+                    elif isinstance(row, RequestFailed):
+                        result.dropped.setdefault(row.reason, []).append(prompt.where)
                     else:
                         result.add(row)
                         file.write(json_line(row))
@@ -396,7 +373,7 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
                     failures = ", ".join(f"{reason}: {count:,}" for reason, count in result.failed.items())
                     reasons = [summarise(result.dropped), result.budget_message, failures]
                     what = f"row came out of {len(read.prompts):,} prompts"
-                    raise nothing_made(out, what, reasons, result.unreached > 0)
+                    raise nothing_made(out, what, reasons)
 
     run_job(run())
     write_json(out / REPORT, result.report())
@@ -406,26 +383,17 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter, *, back_of
 def feedback_bounds(
     config: FeedbackConfig, prompts: Iterable[Prompt], principles: Mapping[str, Sequence[str]]
 ) -> dict[str, Bound]:
-    """{endpoint: upper bounds of what a job costs}; the judge reads a completion as its ``max_tokens``."""
-    specs = config.endpoints()
-    bounds = {name: Bound() for name in specs}
-    judge = config.judge
+    """{endpoint: upper bounds of what a job costs}."""
+    client = CostClient(config.endpoints())
+    unused = Feedback(Path(config.out), Prompts(""))
 
-    def add_judged(messages: Sequence[Message], completion_tokens: int) -> None:
-        prompt_tokens = prompt_bound(judge, messages, completion_tokens)
-        bounds[judge.name].add(judge, prompt_tokens, judge.max_tokens)
+    async def ask_all() -> None:
+        for prompt in prompts:
+            with suppress(RequestFailed):  # nothing is rated
+                await rate_prompt(client, config, principles, unused, prompt)
 
-    for prompt in prompts:
-        slots = draw_slots(config, principles, prompt.id)
-        lengths = [specs[slot.endpoint].max_tokens for slot in slots]
-        for slot, length in zip(slots, lengths):
-            spec = specs[slot.endpoint]
-            bounds[spec.name].add(spec, prompt_bound(spec, slot.request(prompt).messages), length)
-            if config.overall:
-                add_judged(overall_messages(prompt.text, ""), length)
-        for aspect in ASPECTS:
-            add_judged(aspect_messages(aspect, prompt.text, [""] * len(slots)), sum(lengths))
-    return bounds
+    asyncio.run(ask_all())
+    return client.bounds
 
 
 def make_pair_folder(config: FeedbackConfig) -> list[str]:

@@ -25,6 +25,7 @@ from ..io.text import read_text, shown
 COLUMNS = ("prompt", "instruction", "messages", "conversations", "data", "question", "turns", "text")
 _CONVERSATIONS = ("messages", "conversations", "data", "turns")
 QUESTIONS = ("question", "instruction", "prompt", "turns", "text")  # that may hold a question to exclude
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BESIDE = ("input", "source", "correct_answers", "incorrect_answers")
 
 
@@ -49,11 +50,15 @@ class Prompt:
     """One prompt."""
 
     text: str
-    id: str  # SHA-256 of the text, in hex
     where: str  # "prompts.jsonl row 17", counted from 1
     source: str  # the row's ``source`` column, or the name of the file or split
     correct: list[str]  # reference answers that UltraFeedback's rows have for some questions
     incorrect: list[str]
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the text, in hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 @dataclass
@@ -98,17 +103,8 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
             found.dropped.setdefault(str(error), []).append(where)
             continue
         seen.add(text)
-        named = row.get("source")
-        found.prompts.append(
-            Prompt(
-                text,
-                hashlib.sha256(text.encode("utf-8")).hexdigest(),
-                where,
-                named if isinstance(named, str) and named else Path(label).stem,
-                _answers(row, "correct_answers"),
-                _answers(row, "incorrect_answers"),
-            )
-        )
+        answers = [row.get(name) or ["None"] for name in ("correct_answers", "incorrect_answers")]
+        found.prompts.append(Prompt(text, where, str(row.get("source") or Path(label).stem), *answers))
     if not found.prompts:
         raise UserError(
             f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.",
@@ -129,28 +125,18 @@ def column_of(columns: Sequence[str], wanted: Sequence[str], label: str, hint: s
 
 def _prompt_of(row: Mapping[str, Any], column: str) -> str:
     """Raises RowError."""
-    value = row.get(column)
-    if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
+    value = row.get(column) or ""
+    if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
         value = value[0]  # raw UltraChat, MT-Bench: turns without roles
-    elif column in _CONVERSATIONS or isinstance(value, (list, Mapping)):
+    elif column in _CONVERSATIONS or not isinstance(value, str):
         value = next((m["content"] for m in as_messages(value, column) if m["role"] == "user"), "")
-    if value is not None and not isinstance(value, str):
-        raise RowError(f"{column} is not text")
-    if not value or not value.strip():
+    if not value.strip():
         raise RowError("an empty prompt")
-    extra = row.get("input") if column == "instruction" else None
-    if isinstance(extra, str) and extra.strip():
-        value = f"{value}\n\n{extra}"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError("text that is not valid Unicode") from None
+    if column == "instruction" and row.get("input"):
+        value = f"{value}\n\n{row['input']}"
+    if _SURROGATE.search(value):
+        raise RowError("text that is not valid Unicode")
     return value.strip()
-
-
-def _answers(row: Mapping[str, Any], column: str) -> list[str]:
-    value = row.get(column)
-    return value if isinstance(value, list) and value and all(isinstance(v, str) for v in value) else ["None"]
 
 
 # -- excluded questions ------------------------------------------------------------------------------------------------

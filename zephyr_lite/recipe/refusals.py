@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 
-_NOT = r"(?:do not|don't|don’t|dont|cannot|can't|can’t|lack|am not able to|am unable to|am not capable of|never)"
+# patterns on lower-case text with straight apostrophes
+_NOT = r"(?:do not|don't|dont|cannot|can't|lack|am not able to|am unable to|am not capable of|never)"
 _HAVE = (
-    r"(?:(?:do not|don't|don’t|dont|cannot|can't|can’t|never|am unable to|am not able to)(?: (?:actually|really|truly|"
-    r"currently|personally))? (?:have|hold|possess|feel|experience|form|express)(?:ing)?|lack|"
+    r"(?:(?:do not|don't|dont|cannot|can't|never|am unable to|am not able to)(?: (?:actually|really|truly|currently|"
+    r"personally))? (?:have|hold|possess|feel|experience|form|express)(?:ing)?|lack|"
     r"am (?:incapable of|not capable of) (?:having|feeling|holding|experiencing|forming|expressing)|have no)"
 )
 _ANY = (
@@ -41,7 +42,10 @@ _ABLE = (
     r"(?! not|'t))"
 )
 
-# name → pattern on lower-case text
+_OR = r"(?:\w+ (?:or|and) )?"
+_LACK = rf"{_VOICE}i {_HAVE}{_ANY} {_OR}"
+
+# name → pattern
 REFUSALS = {
     "as_an_ai": (
         rf"{_VOICE}(?:(?:i'm |i am )?sorry,? (?:but )?)?(?:as|being|since i am|since i'm|because i am|"
@@ -50,27 +54,22 @@ REFUSALS = {
         rf"[^.!?\n]{{0,60}}?{_DENIAL}))|it(?: is|'s) (?:not|im)|there (?:is|are) no )|"
         rf"{_VOICE}i, (?:as|being) {_AI}[^.!?\n]{{0,60}}?,? (?:do|can|am|have|could|would)\b(?=.{{0,6}}{_DENIAL})"
     ),
-    "no_emotions": rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:emotions?|feelings?|emotional)\b",
+    "no_emotions": rf"{_LACK}(?:personal )?(?:emotions?|feelings?|emotional)\b",
     "no_opinions": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:personal )?(?:\w+ (?:or|and) )?(?:opinions?|beliefs?|"
-        rf"preferences?|viewpoints?|"
-        r"biases|favou?rites?|political views?|tastes?)\b"
+        rf"{_LACK}(?:personal )?{_OR}(?:opinions?|beliefs?|preferences?|viewpoints?|biases|favou?rites?|political views?|tastes?)\b"
     ),
     "no_experiences": (
-        rf"{_VOICE}i {_HAVE}{_ANY} (?:\w+ (?:or|and) )?(?:(?:personal|first-?hand|real-life|lived|human|own|"
-        rf"direct|physical) "
-        r"(?:\w+ (?:or|and) )?experiences?\b|(?:\w+ (?:or|and) )?experiences\b|(?:personal )?(?:memories\b|"
-        r"anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))"
+        rf"{_LACK}(?:(?:personal|first-?hand|real-life|lived|human|own|direct|physical) {_OR}experiences?\b|{_OR}experiences\b|"
+        r"(?:personal )?(?:memories\b|anecdotes?\b|a personal life\b|personal stories\b))(?! (?:in|with) (?:programming|python))"
     ),
     "cannot_as_machine": (
-        rf"{_VOICE}i(?:'m| am|’m) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|"
-        rf"which means)|;)[^.!?\n]{{0,40}}?"
-        rf"\b(?:{_NOT}|have no|not able)\b|"
+        rf"{_VOICE}i(?:'m| am) (?:just |only |simply |merely )?{_AI}[^.!?\n]{{0,50}}?(?:,? (?:and|so|but|which means)|;)"
+        rf"[^.!?\n]{{0,40}}?\b(?:{_NOT}|have no|not able)\b|"
         rf"{_VOICE}i (?:do not|don't|cannot|can't|have not|haven't|am not|am unable)\b[^.!?\n]{{0,60}}? (?:as|since|because) "
         rf"i(?:'m| am) (?:just |only )?{_AI}"
     ),
     "no_browsing": (
-        rf"{_VOICE}i(?:'m| am|’m)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|"
+        rf"{_VOICE}i(?:'m| am)? ?(?:{_NOT}) (?:have (?:access to|the ability to (?:access|browse|search))|"
         rf"access|browse|search|provide|offer)"
         r"[^.!?\n]{0,30}?(?:real-?time|current|up-to-date|live|the internet|the web|browse|external (?:link|site|web))"
     ),

@@ -282,16 +282,8 @@ def is_broken(turns: Sequence[str]) -> bool:
     A single fault suffices if it is half of all places that could have one ("Hello. how are you?"); of several, a fifth of
     the places. The first sentence of a turn does not count: it is correct in the fault that is looked for.
     """
-    suspects = [turn for turn in turns if _SUSPECT.search(turn)]
-    well = sum(len(_WELL.findall(turn)) for turn in turns) if suspects else 0
-    suspicious = sum(len(_SUSPECT.findall(turn)) for turn in suspects)
-    if suspicious * 2 < (suspicious + well) * _SHARE:  # with a margin, as some places match neither pattern
-        return False
-    lines = [line for turn in suspects if is_english(turn) for line in without_blocks(turn).split("\n")]
-    faults = sum(
-        change.rule in ("after_terminator", "lone_i")
-        for line in lines
-        if _SUSPECT.search(line)
-        for change in changes(line, None)
-    )
+    well = sum(len(_WELL.findall(turn)) for turn in turns)
+    suspects = [turn for turn in turns if _SUSPECT.search(turn) and is_english(turn)]
+    lines = [line for turn in suspects for line in without_blocks(turn).split("\n") if _SUSPECT.search(line)]
+    faults = sum(change.rule in ("after_terminator", "lone_i") for line in lines for change in changes(line, None))
     return faults >= max(1, (faults + well) * (_SHARE if faults > 1 else _SHARE_ONE))

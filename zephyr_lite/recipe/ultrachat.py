@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..config.load import DatasetSpec
 from ..data.formats import COLUMNS, PLAIN, detect, normalise
-from ..data.messages import RowError
+from ..data.messages import Message, RowError
 from ..data.sources import Source
 from ..data.workers import cores
 from ..errors import UserError
@@ -163,16 +163,14 @@ def clean_chat(
 class Dialogue:
     """The turns of one row up to its last answer."""
 
-    roles: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     fault: str = ""  # why the row is dropped
     detail: str = ""  # of the fault or the cut
     refusal: str = ""  # the rule by which it was cut
 
-    @property
-    def prompt(self) -> str:
-        """The first user turn."""
-        return self.texts[self.roles.index("user")]
+    def texts(self, *roles: str) -> list[str]:
+        """The turns of some roles."""
+        return [message["content"] for message in self.messages if message["role"] in roles]
 
 
 def open_raw(path: str, split: str | None = None) -> Source:
@@ -204,7 +202,7 @@ def dialogues(raw: Source, rows: slice | Sequence[int]) -> list[Dialogue]:
             roles = [message["role"] for message in messages]
             if "user" not in roles[:2]:
                 raise RowError("does not begin with the user" if "user" in roles else "the user says nothing")
-            found.append(Dialogue(roles, [message["content"] for message in messages]))
+            found.append(Dialogue(messages))
         except RowError as error:
             found.append(Dialogue(fault=str(error)))
     return found
@@ -219,15 +217,18 @@ def scan(raw: Source, options: Options, sets: EvalSets, block: range) -> tuple[p
     for dialogue in found:
         if options.refusals:
             _cut(dialogue)
-    bounds = np.cumsum([0, *(len(dialogue.texts) for dialogue in found)])
-    words = words_of([text for dialogue in found for text in dialogue.texts])
+    bounds = np.cumsum([0, *(len(dialogue.messages) for dialogue in found)])
+    words = words_of([message["content"] for dialogue in found for message in dialogue.messages])
     whole = words.joined(bounds)
+    marks = np.zeros((len(found), PERMUTATIONS), np.uint16) if options.near is None else signatures(whole)
     overlaps = sets.find(words)
-    broken = []
-    for dialogue, start, end, length in zip(found, bounds, bounds[1:], np.diff(whole.offsets)):
+    records = []
+    well: list[Dialogue] = []
+    for dialogue, start, end, length, mark in zip(found, bounds, bounds[1:], np.diff(whole.offsets), marks):
+        turns = dialogue.messages
+        overlap = next((overlaps[text] for text in range(start, end) if text in overlaps), None)
         if not dialogue.fault:
-            overlap = next((overlaps[text] for text in range(start, end) if text in overlaps), None)
-            if len(dialogue.texts) - (dialogue.roles[0] == "system") < options.min_turns:
+            if len(turns) - (turns[0]["role"] == "system") < options.min_turns:
                 dialogue.fault = f"fewer than {options.min_turns} turns"
             elif length < (options.min_words or 0):
                 dialogue.fault, dialogue.detail = f"shorter than {options.min_words} words", f"{length} words"
@@ -236,49 +237,47 @@ def scan(raw: Source, options: Options, sets: EvalSets, block: range) -> tuple[p
             elif overlap is not None:
                 dialogue.fault, dialogue.detail = f"overlaps with {overlap[0]}", overlap[1]
         sides = ["user", "assistant"] if options.truecase and not dialogue.fault else []
-        broken.append(" ".join(side for side in sides if is_broken(_turns(dialogue, side))))
+        broken = [side for side in sides if is_broken(dialogue.texts(side))]
+        if not dialogue.fault and not broken and is_english(turns[-1]["content"]):
+            well.append(dialogue)
+        content = [*(turn["role"] for turn in turns), *(turn["content"].strip().lower() for turn in turns)]
+        records.append(
+            {
+                "fault": dialogue.fault,
+                "detail": dialogue.detail,
+                "turns": len(turns),
+                "refusal": dialogue.refusal,
+                "broken": " ".join(broken),
+                "prompt": _hash("" if dialogue.fault else dialogue.texts("user")[0]),
+                "content": _hash("\0".join(content)),
+                "signature": mark,
+            }
+        )
     lexicon = Lexicon()
     every = -(-len(raw) // LEARN_ROWS)
     if options.truecase and options.lexicon is None and block.start // BLOCK % every == 0:
-        well = [d for d, sides in zip(found, broken) if not d.fault and not sides and is_english(d.texts[-1])]
-        lexicon.learn("\n".join(dialogue.texts) for dialogue in well)
-    near = options.near is not None
-    marks = signatures(whole) if near else np.zeros((len(found), PERMUTATIONS), np.uint16)
-    columns: dict[str, Any] = {
-        "fault": [dialogue.fault for dialogue in found],
-        "detail": [dialogue.detail for dialogue in found],
-        "turns": [len(dialogue.texts) for dialogue in found],
-        "refusal": [dialogue.refusal for dialogue in found],
-        "broken": broken,
-        "prompt": [_hash("" if dialogue.fault else dialogue.prompt) for dialogue in found],
-        "content": [_hash("\0".join([*d.roles, *(text.strip().lower() for text in d.texts)])) for d in found],
-        "signature": pa.FixedSizeListArray.from_arrays(pa.array(marks.ravel()), PERMUTATIONS),
-    }
-    return pa.table(columns, _SCANNED), lexicon
+        lexicon.learn("\n".join(dialogue.texts("system", "user", "assistant")) for dialogue in well)
+    return pa.Table.from_pylist(records, _SCANNED), lexicon
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _turns(dialogue: Dialogue, side: str) -> list[str]:
-    return [text for role, text in zip(dialogue.roles, dialogue.texts) if role == side]
-
-
 def _cut(dialogue: Dialogue) -> None:
     """Remove the first refusal with its question and all later turns."""
-    roles, texts = dialogue.roles, dialogue.texts
-    for place, role in enumerate(roles):
-        asked = texts[place - 1] if place and roles[place - 1] == "user" else ""
-        found = refusal(asked, texts[place]) if role == "assistant" else None
+    turns = dialogue.messages
+    for place, turn in enumerate(turns):
+        asked = turns[place - 1]["content"] if place and turns[place - 1]["role"] == "user" else ""
+        found = refusal(asked, turn["content"]) if turn["role"] == "assistant" else None
         if found is None:
             continue
         dialogue.refusal, start, end = found
-        dialogue.detail = " ".join(texts[place][max(0, start - 20) : end + 80].split())
-        while place and roles[place - 1] != "assistant":
+        dialogue.detail = " ".join(turn["content"][max(0, start - 20) : end + 80].split())
+        while place and turns[place - 1]["role"] != "assistant":
             place -= 1
-        dialogue.roles, dialogue.texts = roles[:place], texts[:place]
-        if "assistant" not in dialogue.roles:
+        dialogue.messages = turns[:place]
+        if not dialogue.texts("assistant"):
             dialogue.fault = f"begins with a refusal ({dialogue.refusal})"
         return
 
@@ -355,22 +354,23 @@ def write_shard(
         records = []
         found = dialogues(raw, numbers.tolist())
         for row, dialogue, values in zip(numbers.tolist(), found, scanned.take(pa.array(numbers)).to_pylist()):
-            sides = values["broken"].split()
+            dialogue.messages = dialogue.messages[: values["turns"]]
             before = words.total()
-            messages = []
-            for role, text in zip(dialogue.roles[: values["turns"]], dialogue.texts):
-                after, changes = restore(text, lexicon) if role in sides else (text, [])
+            for turn in dialogue.messages:
+                text = turn["content"]
+                turn["content"], changes = (
+                    restore(text, lexicon) if turn["role"] in values["broken"].split() else (text, [])
+                )
                 for start, rule, _ in changes:
                     words[rule] += 1
                     if words[rule] <= _EXAMPLES:
-                        around = slice(max(0, start - _CONTEXT), start + _CONTEXT)
-                        example = {"place": place_of(raw, row), "before": text[around], "after": after[around]}
+                        near = slice(max(0, start - _CONTEXT), start + _CONTEXT)
+                        example = {"place": place_of(raw, row), "before": text[near], "after": turn["content"][near]}
                         examples.setdefault(rule, []).append(example)
-                messages.append({"content": after, "role": role})
             restored += words.total() > before
-            prompt = next(message["content"] for message in messages if message["role"] == "user")
+            prompt = dialogue.texts("user")[0]
             prompt_id = hashlib.sha256(prompt.encode()).hexdigest()
-            records.append({"prompt": prompt, "prompt_id": prompt_id, "messages": messages})
+            records.append({"prompt": prompt, "prompt_id": prompt_id, "messages": dialogue.messages})
         tables.append(pa.Table.from_pylist(records, _ROW.arrow_schema))
     write_rows(folder / name, pa.concat_tables(tables))
     return restored, words, examples

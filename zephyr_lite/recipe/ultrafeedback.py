@@ -338,8 +338,8 @@ def make_pairs(
     report.train, report.test = int((~is_test).sum()), int(is_test.sum())
     if not report.train:
         raise UserError(
-            f"no pair is left of {report.rows:,} rows for training; {report.test:,} would be held out; left out: "
-            f"{summarise(report.dropped) or 'none'}.",
+            f"no pair is left of {report.rows:,} rows: {summarise(report.dropped) or 'none was left out'}; {report.test:,} "
+            "would be held out.",
             "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt, --test).",
         )
     report.score_chosen = float(table["score_chosen"].to_numpy().mean())

@@ -49,18 +49,20 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    tensors = {f"adapter.{name}": p.detach() for name, p in state.parameters.items()}
+    tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in state.parameters.items():
+        tensors[f"adapter.{name}"] = parameter.detach()
         for key, value in state.optimizer.state[parameter].items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{key}.{name}"] = value.detach()
             else:
                 plain.setdefault(key, {})[name] = value
-    # the largest items first, so that every tensor is aligned to its own
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header = {name: (DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in order}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    header = {}
+    for size in (8, 4, 2, 1):  # the largest items first, so that every tensor is aligned to its own
+        for name, tensor in tensors.items():
+            if tensor.dtype.itemsize == size:
+                header[name] = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
 
     def put(name: str, out: BinaryIO) -> None:
         out.write(tensor_bytes(tensors[name].cpu()))
@@ -71,7 +73,7 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
         content = {
             "step": state.step,
             **extra,
-            "optimizer": {"plain": plain, "param_groups": groups},
+            "optimizer": {"plain": plain, "param_groups": state.optimizer.state_dict()["param_groups"]},
             "scheduler": state.scheduler.state_dict(),
             "scaler": state.scaler.state_dict(),
         }
@@ -147,13 +149,14 @@ def save(state: TrainState, *, pending: bool = False) -> None:
 def prune(state: TrainState) -> None:
     """Delete the oldest checkpoints beyond ``save_total_limit``; never the last, the best, the one from before skipped steps, or
     one that is being copied."""
-    mirror, stage = state.stage.mirror, state.stage.dir
-    paths = stage.checkpoints()
-    kept = {path.name for path in paths[-1:]} | (mirror.busy() if mirror is not None else set())
-    kept |= {f"checkpoint-{step}" for step in (state.before_skips, state.best and state.best[1])}
-    spare = [path for path in paths if path.name not in kept]
-    for path in spare[: max(0, len(paths) - state.stage.config.save_total_limit)]:
-        remove_folder(path)
+    mirror, paths = state.stage.mirror, state.stage.dir.checkpoints()
+    spare = len(paths) - state.stage.config.save_total_limit
+    kept = {f"checkpoint-{state.before_skips}", f"checkpoint-{state.best and state.best[1]}"}
+    kept |= mirror.busy() if mirror is not None else set()
+    for path in paths[:-1]:
+        if spare > 0 and path.name not in kept:
+            remove_folder(path)
+            spare -= 1
 
 
 def resume(state: TrainState) -> bool:
@@ -176,7 +179,8 @@ def resume(state: TrainState) -> bool:
             prune(state)  # the last process may have been killed between a checkpoint and this
     pending = bool(content.get("pending"))
     state.skipped.log.truncate(state.step)
-    state.sampled = {record["step"] for record in state.sample_log.truncate(state.step)}
+    for record in state.sample_log.truncate(state.step):
+        state.sampled.add(record["step"])
     for record in state.log.truncate(state.step, pending=pending):
         if "eval_loss" in record:
             state.evaluations.append(record)
@@ -241,8 +245,11 @@ class MetricsLog:
             OSError: it cannot be written.
         """
         if self.writes:
-            finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            append_line(self.path, redact(json.dumps(finite)))
+            record = dict(record)
+            for key, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[key] = str(value)
+            append_line(self.path, redact(json.dumps(record)))
 
     def flush(self) -> None:
         """Write the records to the disk, so that a checkpoint written next knows of no step that the log may lose."""

@@ -73,7 +73,7 @@ class World:
         Raises:
             PeerEnded: the function failed there.
         """
-        return self.all_gather(self._call(work, self.is_main_process))[0]
+        return work() if self.size == 1 else self.all_gather(self._call(work, self.is_main_process))[0]
 
     def main_process_first(self, work: Callable[[], T]) -> T:
         """Call a function in rank 0, then in the first process of every other machine, then in the rest, so that they find
@@ -82,6 +82,8 @@ class World:
         Raises:
             PeerEnded: the function failed in another process.
         """
+        if self.size == 1:
+            return work()
         turn = 0 if self.is_main_process else 1 if self.local_rank == 0 else 2
         return [self._call(work, turn == now) for now in range(3)][turn]
 

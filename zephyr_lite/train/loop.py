@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +27,7 @@ from .checkpoint import MetricsLog, restore_best, resume, save
 from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
 from .optim import make_optimizer, make_scheduler
-from .stage import Metrics, Objective, Observer, Outcome, Stage
+from .stage import Metrics, Objective, Observer, Outcome, Sample, Stage
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,6 @@ class TrainState:
     ) -> None:
         self.stage, self.objective, self.observers = stage, objective, observers
         self.output = Output(on_metrics)
-        self.on_metrics = self.output.emit
         self.parameters = stage.stack.parameters()
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.optimizer = make_optimizer(stage.config, self.parameters)
@@ -154,7 +154,10 @@ def train(state: TrainState) -> Outcome:
 def examples_of_step(state: TrainState, step: int) -> list[int]:
     """Indices of the examples in a step's rows."""
     rows = state.objective.data.rows
-    return [i for row in rows_of_step(state.stage.config, len(rows), step) for i in rows[row]]
+    examples: list[int] = []
+    for row in rows_of_step(state.stage.config, len(rows), step):
+        examples += rows[row]
+    return examples
 
 
 def accumulate_gradients(state: TrainState, step: int) -> Metrics:
@@ -164,11 +167,10 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
     Returns:
         the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
     """
-    objective, here = state.objective, world()
-
+    objective, here, oom = state.objective, world(), state.objective.oom
     lengths, total = objective.data.lengths, 0
     sums: dict[str, Any] = {}
-    for attempt in objective.oom.attempts():
+    for attempt in oom.attempts():
         zero_gradients(state)
         sums.clear()
         with attempt:
@@ -177,11 +179,23 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
             for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
                 for name, value in forward_backward(state, group, step, total).items():
                     sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
-            sums = {name: float(value) for name, value in sums.items()}
+            for name, value in sums.items():
+                sums[name] = float(value)
     if state.gradients is not None:
         here.all_reduce(state.gradients)
     metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
-    metrics["grad_norm"] = clip_gradients(state)
+
+    # remove the loss scale, clip to max_grad_norm
+    for attempt in oom.attempts():
+        with attempt:
+            state.scaler.unscale_(state.optimizer)
+    grads = gradients_of(state)
+    for attempt in oom.attempts():
+        with attempt:
+            norm = total_norm(grads)
+            metrics["grad_norm"] = norm.item()
+            if math.isfinite(metrics["grad_norm"]):
+                torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
     metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
     return metrics
 
@@ -202,23 +216,6 @@ def forward_backward(state: TrainState, group: Sequence[int], step: int, total: 
     return {"loss": loss.detach(), **sums}
 
 
-def clip_gradients(state: TrainState) -> float:
-    """Remove the loss scale from the gradients and clip them to ``max_grad_norm``; returns their norm before."""
-
-    for attempt in state.objective.oom.attempts():
-        with attempt:
-            state.scaler.unscale_(state.optimizer)
-    grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-    found = math.nan
-    for attempt in state.objective.oom.attempts():
-        with attempt:
-            norm = total_norm(grads)
-            found = norm.item()
-            if math.isfinite(found):
-                torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
-    return found
-
-
 def update(state: TrainState, metrics: Metrics) -> bool:
     """Change the adapter, unless loss or gradients are not finite; returns whether it was changed. The schedule advances
     either way, because it follows the rows.
@@ -237,6 +234,10 @@ def update(state: TrainState, metrics: Metrics) -> bool:
     state.optimizer.zero_grad(set_to_none=True)
     state.scheduler.step()
     return applied
+
+
+def gradients_of(state: TrainState) -> list[Tensor]:
+    return [p.grad for p in state.parameters.values() if p.grad is not None]
 
 
 def zero_gradients(state: TrainState) -> None:
@@ -262,7 +263,6 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
     """
     objective = state.objective
     data, config = objective.data, state.stage.config
-
     groups: list[list[int]] = []
     for attempt in objective.oom.attempts():
         zero_gradients(state)
@@ -308,10 +308,10 @@ def _check_numbers(state: TrainState) -> None:
         )
     else:
         rows, alone = world().broadcast(lambda: _rows_not_finite(state))
-        kept = f"checkpoint-{state.before_skips} has the adapter from before."
-        error = skipped.add(
-            step, metrics, rows, kept if state.before_skips else "No step had been applied.", alone=alone
-        )
+        kept = "No step had been applied."
+        if state.before_skips:
+            kept = f"checkpoint-{state.before_skips} has the adapter from before."
+        error = skipped.add(step, metrics, rows, kept, alone=alone)
         if error is not None:
             raise everywhere(error)
 
@@ -320,23 +320,18 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
     objective, examples = state.objective, examples_of_step(state, state.step)
     total = objective.num_targets(examples)
-
     found: list[int] = []
     for attempt in objective.oom.attempts():
         found.clear()
         with attempt:
-            found += [example for example in examples if not _is_finite_alone(state, example, total)]
+            for example in examples:
+                zero_gradients(state)
+                loss, _ = objective.loss([example], state.step, total)
+                loss.backward()  # without the loss scale
+                if not (loss.isfinite() and total_norm(gradients_of(state)).isfinite()):
+                    found.append(example)
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
-
-
-def _is_finite_alone(state: TrainState, example: int, total: int) -> bool:
-    """Whether an example's own loss and gradients are finite, without the loss scale."""
-    zero_gradients(state)
-    loss, _ = state.objective.loss([example], state.step, total)
-    loss.backward()
-    norm = total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
-    return bool(torch.isfinite(loss.detach()) and torch.isfinite(norm))
 
 
 def _notify(state: TrainState, event: str, *values: Any) -> None:
@@ -347,7 +342,7 @@ def _notify(state: TrainState, event: str, *values: Any) -> None:
 def _log(state: TrainState, metrics: Metrics) -> None:
     state.log.append({"step": state.step, **metrics})
     _notify(state, "on_log", state.step, metrics)
-    state.on_metrics(state.step, state.total, metrics)
+    state.output.emit(state.step, state.total, metrics)
 
 
 def _evaluate(state: TrainState, stop: StopRequest) -> None:
@@ -359,14 +354,11 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
     step, every = state.step, state.stage.config.eval_steps
     if step != state.total and not (every and step % every == 0):
         return
-    sums: Metrics | None = None
-    try:
-        with stop.at_once():
-            sums = state.objective.evaluate()
-    except KeyboardInterrupt:
-        pass
-    parts = [part for part in world().all_gather(sums) if part is not None]
-    if len(parts) < world().size:
+    sums: Any = None
+    with suppress(KeyboardInterrupt), stop.at_once():
+        sums = state.objective.evaluate()
+    parts = world().all_gather(sums)
+    if None in parts:
         signal, _ = _asked_to_stop(state, stop)
         save(state, pending=True)
         raise interrupted(signal, state.stage.dir, step, state.total)
@@ -393,11 +385,11 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
         return
     from .samples import draw_samples  # the chat room, which a run without samples does not need
 
-    try:
-        with stop.at_once():
-            samples = draw_samples(stage, state.step)
-    except KeyboardInterrupt:
-        return  # ``stop`` remembers it
+    samples: list[Sample] | None = None
+    with suppress(KeyboardInterrupt), stop.at_once():  # ``stop`` remembers it
+        samples = draw_samples(stage, state.step)
+    if samples is None:
+        return
     for sample in samples:
         state.sample_log.append(asdict(sample))
     state.sampled.add(state.step)
@@ -408,8 +400,10 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
 def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, OSError | None]:
     """The signal that came to any process, and the error of any that cannot print any more. All processes call it at the same
     points, and get the same answer."""
-    found = world().all_gather((stop.name, state.output.fault or output_fault()))
-    return next((name for name, _ in found if name), None), next((fault for _, fault in found if fault), None)
+    signal, fault = None, None
+    for name, error in world().all_gather((stop.name, state.output.fault or output_fault())):
+        signal, fault = signal or name, fault or error
+    return signal, fault
 
 
 def _save_once(state: TrainState) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..memory.machine import this_machine
-from ..memory.plan import Limits, Plan, smaller
+from ..memory.machine import Machine, this_machine
+from ..memory.plan import Plan, smaller
 from ..model.activation_offload import LockRefused
 from .distributed import world
 from .stage import Stage
@@ -149,15 +149,14 @@ class OomRetry:
             link = link.__cause__ or link.__context__
         return failure
 
-    def _limits(self) -> Limits:
-        """The device's memory, and the main memory that may be locked, with what the current plan has locked."""
+    def _machine(self) -> Machine:
+        """The device's memory as it is now, and the main memory that may be locked, with what the current plan has locked."""
         stage, memory = self.stage, self.stage.config.memory
-        machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
-        limits = Limits.of(stage.workload, machine, memory)
+        machine = this_machine(stage.base.device, stage.base.dtype, memory, engine=stage.config.engine, measure=False)
         locked = sum(stage.plan.host.values())
         if not self._lockable:
-            return replace(limits, host=locked - stage.plan.host.get("kept activations", 0))
-        return limits if memory.host is not None else replace(limits, host=limits.host + locked)
+            return replace(machine, host=locked - stage.plan.host.get("kept activations", 0))
+        return machine if memory.host is not None else replace(machine, host=machine.host + locked)
 
     def _shrink(self, failure: str) -> None:
         """Free what can be freed, and follow the next smaller plan that can be followed.
@@ -175,7 +174,7 @@ class OomRetry:
             plan = smaller(
                 failed if lockable else replace(failed, offload=0),
                 stage.workload,
-                self._limits(),
+                self._machine(),
                 stage.config.memory,
                 tokens=tokens,
                 several=count > 1,

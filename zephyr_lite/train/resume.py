@@ -9,7 +9,6 @@ import datetime
 import logging
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,14 +44,8 @@ ALLOWED = {
     "sync",
     "memory",
 }
-# keys that name a place: key → the content that has to be the same
-PLACES = {
-    "model_name_or_path": "base",
-    "model_revision": "base",
-    "adapters": "adapters",
-    "dataset": "data",
-    "chat_template": "data",
-}
+# keys that name a place: what is there has to be the same
+PLACES = {"model_name_or_path", "model_revision", "adapters", "dataset", "chat_template"}
 # another version of these may sum in another order
 LIBRARIES = ("zephyr-lite", "python", "torch", "transformers", "peft", "bitsandbytes", "triton", "trl", "unsloth")
 # of the machine
@@ -65,8 +58,8 @@ class StageComplete(UserError):
     done = True
 
 
-def stage_complete(stage: StageDir, info: dict[str, Any]) -> StageComplete:
-    following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[info["method"]]
+def stage_complete(stage: StageDir, method: Method) -> StageComplete:
+    following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[method]
     return StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
 
 
@@ -75,160 +68,162 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> list[str]:
+def differences(what: str, then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """A line for every key whose values differ; a key that ``then`` has not is passed over."""
-
-    def shown(value: Any) -> Any:
-        return value[:12] if isinstance(value, str) and len(value) == 64 else value  # a hash
-
-    return [
-        f"{prefix}{key} {shown(then[key])} then, {shown(now.get(key, 'absent'))} now"
-        for key in keys
-        if key in then and then[key] != now.get(key, "absent")
-    ]
+    found = []
+    for key in keys:
+        values = [then.get(key), now.get(key, "absent")]
+        if key in then and values[0] != values[1]:
+            shown = [v[:12] if isinstance(v, str) and len(v) == 64 else v for v in values]  # a hash
+            found.append(f"{what}{key} {shown[0]} then, {shown[1]} now")
+    return found
 
 
-@dataclass
-class Changes:
-    """Differences between a stage and what would resume it, one line each.
+class Comparison:
+    """A stage on the disk, compared with what would resume it. Every difference is one line.
+
+    A stage without a checkpoint starts again, with any configuration. Processes other than rank 0 resume what that has
+    written just now, so their configuration is not compared.
 
     Attributes:
+        before: stage.json of a stage that can be resumed or is complete, or None.
         complete: the stage is finished.
-        allowed: the stage continues with them.
-        refused: it does not.
-        moved: changed paths, by the content that decides about them: base, adapters, data.
-    """
-
-    complete: bool = False
-    allowed: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    moved: dict[str, list[str]] = field(default_factory=dict)
-
-    def settle(self, content: str, found: list[str]) -> None:
-        """Decide about the changed paths of a content: allowed if it is the same.
-
-        Args:
-            found: how the content differs, one line each.
-        """
-        lines = self.moved.pop(content, [])
-        if found:
-            self.refused += [*lines, *found]
-        else:
-            self.allowed += [f"{line} (the same content)" for line in lines]
-
-    def refuse(self, stage: StageDir) -> None:
-        """Raises:
-        UserError: something was refused; the message has all of it.
-        """
-        if self.refused:
-            lines = [*self.refused, *(line for lines in self.moved.values() for line in lines)]
-            where = "" if world().is_main_process else f" ({platform.node()} has other files than the first process)"
-            raise UserError(
-                f"{stage.path}: was {'finished' if self.complete else 'started'} with another configuration or on other files "
-                f"than these{where}:\n  " + "\n  ".join(lines),
-                "Restore them, or choose another output_dir or stage.",
-            )
-
-
-def started_before(stage: StageDir, config: RunConfig, method: Method) -> tuple[dict[str, Any] | None, Changes]:
-    """stage.json of a stage that can be resumed or is complete, and the changes of its configuration. None for a stage
-    without a checkpoint: it starts again, with any configuration. Processes other than rank 0 resume what that has written
-    just now.
+        allowed: differences with which the stage continues.
+        moved: of these, the keys that name a place, whose content is compared (``model``, ``rows``).
+        refused: differences with which it does not.
 
     Raises:
-        UserError: it is a stage of another method, or the file is not one that a run writes.
+        UserError: it is a stage of another method, or stage.json is not one that a run writes.
     """
-    info = stage.info()
-    if info is None or not world().is_main_process:
-        return info, Changes()
-    changes = Changes(complete=info.get("status") == "complete")
-    if not changes.complete and not stage.checkpoints():
-        return None, changes
-    checked(info, stage.path / STAGE_FILE, needs=TO_GO_ON)
-    if info["method"] != method:
+
+    def __init__(self, stage: StageDir, config: RunConfig, method: Method) -> None:
+        self.stage, self.config = stage, config
+        self.before = stage.info()
+        self.complete, self.allowed, self.moved, self.refused = False, list[str](), list[str](), list[str]()
+        if self.before is None or not world().is_main_process:
+            return
+        self.complete = self.before.get("status") == "complete"
+        if not self.complete and not stage.checkpoints():
+            self.before = None
+            return
+        checked(self.before, stage.path / STAGE_FILE, needs=TO_GO_ON)
+        if self.before["method"] != method:
+            raise UserError(
+                f"{stage.path}: is a {self.before['method']} stage; this is {method}.",
+                "Choose another stage or output_dir.",
+            )
+        # an earlier version may not have had a key: it did what the default does
+        old = RunConfig.model_construct().model_dump(mode="json") | (DPO_DEFAULTS if method == "dpo" else {})
+        old, new = old | read_yaml(stage.config), config.model_dump(mode="json")
+        for key in ("dataset", "eval_dataset"):
+            defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
+            old[key] = [{**defaults, **spec} for spec in old[key] or []]
+        for key in {**new, **old}:
+            if key == "output_dir" or (key in new and old[key] == new[key]):
+                continue
+            line = f"{key}: {old[key]!r} then, {repr(new[key]) if key in new else 'no such key'} now"
+            if key in ALLOWED:
+                self.allowed.append(line)
+            elif key in PLACES and (key != "dataset" or _but_for_paths(old[key]) == _but_for_paths(new[key])):
+                self.allowed.append(line)
+                self.moved.append(line)
+            else:
+                self.refused.append(line)
+
+    def model(self, folder: Path, frozen: list[AdapterFile]) -> None:
+        """Compare the base's weights and the adapters below with those that the stage was started on.
+
+        Raises:
+            UserError: something differs; the message has all of it.
+        """
+        if self.before is None:
+            return
+        base = self.before["base"]
+        if not is_fingerprint_of(base["fingerprint"], folder):
+            then, now = {"weights": base["fingerprint"]}, {"weights": fingerprint(folder)}
+            self.refused += differences(f"base {base['name_or_path']}: ", then, now, now)
+        # engine trl lists the adapters that it trains on separately
+        links = (self.before.get("trl") or {}).get("continues") or self.before["adapters"]
+        if [link.get("sha256") for link in links] != [adapter.sha256 for adapter in frozen]:
+            told = [f"{link.get('path')} ({str(link.get('sha256'))[:12]})" for link in links]
+            found = [f"{adapter.path} ({adapter.sha256[:12]})" for adapter in frozen]
+            self.refused.append(f"adapters below: {', '.join(told) or 'none'} then, {', '.join(found) or 'none'} now")
+        self._refuse()
+
+    def rows(self, rows: dict[str, Any], held_out: dict[str, str] | None, told: dict[str, dict[str, Any]]) -> bool:
+        """Compare rows, machine and libraries, and print what has changed.
+
+        Args:
+            rows: stage.json's ``data``, as it would be now.
+            held_out: its ``eval_data``.
+            told: ``machine_now`` and ``versions``.
+
+        Returns:
+            whether the evaluations so far used other held-out rows.
+
+        Raises:
+            UserError: the rows differ.
+        """
+        if self.before is None:
+            return False
+        then = self.before["data"]
+        if then["fingerprint"] != rows["fingerprint"]:
+            counted = [key for key, value in then.items() if isinstance(value, int | str)]
+            self.refused += differences("data: ", then, rows, counted)
+        if not world().is_main_process:  # rank 0 has written stage.json just now
+            self.refused += differences("", self.before["machine"], told["machine"], ["dtype"])
+        self._refuse()
+        if self.complete:
+            return False
+        if self.allowed:
+            logger.warning(f"changed since this stage was last worked on: {'; '.join(self.allowed)}")
+        evaluated = self.before.get("eval_data")
+        if forget_best := bool(evaluated) and evaluated != held_out:
+            line = (
+                "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
+            )
+            self.allowed.append(line)
+            logger.warning(line)
+        rounding = differences("", _last(self.before, "versions"), told["versions"], LIBRARIES)
+        rounding += differences("", _last(self.before, "machine"), told["machine"], ROUNDS)
+        if rounding:
+            self.allowed += rounding
+            logger.warning(
+                f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
+            )
+        return forget_best
+
+    def _refuse(self) -> None:
+        if not self.refused:
+            return
+        began = "finished" if self.complete else "started"
+        where = "" if world().is_main_process else f" ({platform.node()} has other files than the first process)"
         raise UserError(
-            f"{stage.path}: is a {info['method']} stage; this is {method}.", "Choose another stage or output_dir."
+            f"{self.stage.path}: was {began} with another configuration or on other files than these{where}:\n  "
+            + "\n  ".join([*self.refused, *self.moved]),
+            "Restore them, or choose another output_dir or stage.",
         )
-    old, new = read_yaml(stage.config), config.model_dump(mode="json")
-    # an earlier version may not have had a key: it did what the default does
-    old = {**RunConfig.model_construct().model_dump(mode="json"), **(DPO_DEFAULTS if method == "dpo" else {}), **old}
-    for key in ("dataset", "eval_dataset"):
-        defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
-        old[key] = [{**defaults, **spec} for spec in old[key] or []]
-    for key in sorted(old.keys() - {"output_dir"}, key=[*new, *old].index):
-        if key in new and old[key] == new[key]:
-            continue
-        line = f"{key}: {old[key]!r} then, {repr(new[key]) if key in new else 'no such key'} now"
-        if key in ALLOWED:
-            changes.allowed.append(line)
-        elif key in PLACES and (key != "dataset" or _but_for_paths(old[key]) == _but_for_paths(new[key])):
-            changes.moved.setdefault(PLACES[key], []).append(line)
-        else:
-            changes.refused.append(line)
-    return info, changes
 
 
 def _but_for_paths(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in spec.items() if k not in ("path", "revision")} for spec in specs]
 
 
-def compare_model(changes: Changes, before: dict[str, Any], folder: Path, frozen: list[AdapterFile]) -> None:
-    """Compare the base's weights and the adapters below with those that the stage was started on."""
-    base = before["base"]
-    same = is_fingerprint_of(base["fingerprint"], folder)
-    weights = {} if same else {"weights": fingerprint(folder)}
-    changes.settle(
-        "base", differences({"weights": base["fingerprint"]}, weights, weights, f"base {base['name_or_path']}: ")
-    )
-    # engine trl lists the adapters that it trains on separately
-    links = (before.get("trl") or {}).get("continues") or before["adapters"]
-    then = [(str(link.get("path")), str(link.get("sha256"))) for link in links]
-    now = [(str(adapter.path), adapter.sha256) for adapter in frozen]
-    named = [", ".join(f"{path} ({sha[:12]})" for path, sha in adapters) or "none" for adapters in (then, now)]
-    differ = [sha for _, sha in then] != [sha for _, sha in now]
-    changes.settle("adapters", [f"adapters below: {named[0]} then, {named[1]} now"] if differ else [])
-
-
-def report_changes(
-    changes: Changes, before: dict[str, Any], libraries: dict[str, str], machine: dict[str, Any], eval_data: str | None
-) -> bool:
-    """Print what changed since the stage was last worked on, and add libraries and machine to ``changes.allowed``.
-
-    Args:
-        libraries, machine: ``versions`` and ``machine_now``.
-        eval_data: the fingerprint of the held-out rows.
-
-    Returns:
-        whether the evaluations so far used other held-out rows.
-    """
-    if changes.allowed:
-        logger.warning(f"changed since this stage was last worked on: {'; '.join(changes.allowed)}")
-    then = (before.get("eval_data") or {}).get("fingerprint")
-    if forget_best := then is not None and then != eval_data:
-        line = "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
-        changes.allowed.append(line)
-        logger.warning(line)
-    rounding = differences(_last(before, "versions"), libraries, LIBRARIES)
-    rounding += differences(_last(before, "machine"), machine, ROUNDS)
-    if rounding:
-        changes.allowed += rounding
-        logger.warning(
-            f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
-        )
-    return forget_best
-
-
-def kept_plan(
-    before: dict[str, Any], stage: StageDir, config: RunConfig, machine: dict[str, Any], layers: int
-) -> Plan | None:
+def kept_plan(compared: Comparison, machine: dict[str, Any], layers: int) -> Plan | None:
     """The plan in stage.json, which a resumed stage keeps: another split of its sums would change bits. None where the key
-    ``memory`` or the kind of device has changed.
+    ``memory`` or the kind of device has changed, and for a stage that begins.
 
     Raises:
         UserError: this version has no such plan, or it is for another number of layers.
     """
+    before, stage = compared.before, compared.stage
+    if before is None:
+        return None
     memory = MemorySpec.model_validate(read_yaml(stage.config).get("memory") or {})
-    if memory != config.memory or _last(before, "machine").get("device", machine["device"]) != machine["device"]:
+    if (
+        memory != compared.config.memory
+        or _last(before, "machine").get("device", machine["device"]) != machine["device"]
+    ):
         logger.info("memory or the kind of device has changed: a new plan splits sums, and rounds them, in another way")
         return None
     try:

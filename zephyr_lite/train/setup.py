@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -32,10 +33,11 @@ from ..io.run_dir import (
 )
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
-from ..memory.plan import make_plan
-from ..memory.workload import make_workload, storage_of
+from ..memory.plan import Plan, make_plan
+from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
 from ..model.base import (
+    Base,
     check_weights,
     compute_device,
     compute_dtype,
@@ -54,17 +56,7 @@ from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
 from .distributed import world
 from .optim import make_scheduler
-from .resume import (
-    compare_model,
-    differences,
-    kept_plan,
-    machine_now,
-    now,
-    report_changes,
-    stage_complete,
-    started_before,
-    versions,
-)
+from .resume import Comparison, kept_plan, machine_now, now, stage_complete, versions
 from .stage import Stage
 from .steps import step_schedule
 
@@ -88,46 +80,19 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     for note in loaded.notes:
         logger.info(note)
 
-    # the stage on the disk
+    # what is on the disk
     stage = StageDir(Path(config.output_dir) / config.stage)
-    before, changes = started_before(stage, config, method)
-    if before is not None and changes.complete and not (changes.refused or changes.moved):
-        raise stage_complete(stage, before)
-
-    # settings
-    if config.engine == "fused":
-        check_targets(config.lora_target_modules)
-    make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
-    if config.report_to:
-        from .callbacks import trackers
-
-        trackers(config)
-    if config.push_to_hub:
-        try:
-            validate_repo_id(config.push_to_hub)
-        except HFValidationError as error:
-            raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
-
-    # adapters below, base
+    compared = Comparison(stage, config, method)
+    before = compared.before
+    if compared.complete and not (compared.refused or compared.moved):
+        raise stage_complete(stage, method)
+    _check_settings(config)
     frozen = adapters_below(method, config, stage)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     check_weights(folder, base_config)
-    below: dict[str, Any] | None = None
-    for adapter in frozen:
-        parent = StageDir(adapter.path.parent)
-        below = parent.info() if adapter.path.name in ("adapter", "delta") else None
-        if below is None:  # of another tool
-            continue
-        checked(below, parent.path / STAGE_FILE, needs=("base.fingerprint",))
-        if not is_fingerprint_of(below["base"]["fingerprint"], folder):
-            raise UserError(
-                f"adapter {adapter.path}: was trained on another model than {folder}.",
-                "Give the folder of that model: model_name_or_path=FOLDER.",
-            )
-    if before is not None:
-        compare_model(changes, before, folder, frozen)
-        changes.refuse(stage)
+    below = _check_below(frozen, folder)
+    compared.model(folder, frozen)
 
     # tokenizer, template, rows
     template = template_of(config, folder, frozen, (before or {}).get("template_time"))
@@ -137,90 +102,42 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     data = prepare(config.dataset, method, config, template, what="training")
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     parts = [data] if eval_data is None else [data, eval_data]
-    context = getattr(base_config, "max_position_embeddings", None)
-    for part in parts:
-        dropped = part.report.dropped_lines()
-        for line in part.report.lines():
-            logger.log(logging.WARNING if line in dropped else logging.INFO, line)
-        # of a pair the length is that of both responses
-        longer = 0 if context is None else int((np.minimum(part.lengths, config.max_length) > context).sum())
-        if longer:
-            logger.warning(
-                f"{longer:,} rows are longer than the {context:,} tokens that the base was made for "
-                "(max_position_embeddings). Lower max_length to cut them."
-            )
+    _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
     rows = {
         **data.report.as_dict(),
         "fingerprint": data.fingerprint,
         "template_sha256": text_sha256(template.text),
         "tokenizer_sha256": tokenizer_sha256(template.tokenizer),
     }
-    eval_fingerprint = None if eval_data is None else eval_data.fingerprint
-    machine, libraries = machine_now(dtype), versions()
-    plan, forget_best = None, False
-    if before is not None:
-        counted = [key for key, value in before["data"].items() if isinstance(value, int | str)]
-        same = before["data"]["fingerprint"] == data.fingerprint
-        changes.settle("data", [] if same else differences(before["data"], rows, counted, "data: "))
-        if not world().is_main_process:  # rank 0 has written stage.json just now
-            changes.refused += differences(before["machine"], machine, ["dtype"])
-        changes.refuse(stage)
-        if changes.complete:
-            raise stage_complete(stage, before)
-        forget_best = report_changes(changes, before, libraries, machine, eval_fingerprint)
-        plan = kept_plan(before, stage, config, machine, base_config.num_hidden_layers)
+    held_out = None if eval_data is None else {"fingerprint": eval_data.fingerprint}
+    told = {"machine": machine_now(dtype), "versions": versions()}
+    forget_best = compared.rows(rows, held_out, told)
+    if compared.complete:
+        raise stage_complete(stage, method)
 
     # plan
-    workload = make_workload(
-        config,
-        method,
-        base_config,
-        dtype,
-        frozen=[adapter.modules for adapter in frozen],
-        storage=storage_of(config, base_config, folder, dtype),
-        **_row_sizes(method, config, parts),
-    )
+    sizes = _row_sizes(method, config, parts)
+    workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
+    plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
-        here = this_machine(device, dtype, config.memory, measure=config.engine == "fused")
-        plan = make_plan(workload, here, config.memory)
-        lines = forecast_lines(workload, here, plan, config) if config.engine == "fused" else plan.lines()
-        for line in lines:
+        fused = config.engine == "fused"
+        machine = this_machine(device, dtype, config.memory, engine=config.engine, measure=fused)
+        plan = make_plan(workload, machine, config.memory)
+        for line in forecast_lines(workload, machine, plan, config) if fused else plan.lines():
             logger.info(line)
     torch.set_num_threads(plan.threads)
 
     # base, adapters
     if writes:
         stage.claim()
-    logger.info(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
-    cap_allocator(device, config.memory)
-    if config.engine == "unsloth":
-        from ..engines.unsloth import load_unsloth
-
-        base = load_unsloth(config)
-    else:
-        base = load_base(config, stream=plan.stream)
-    stream = WeightStreamer(base.model, base.device) if base.streamed else None
-    stack = AdapterStack(base.model, base.device)
-    if config.engine == "fused":  # the other engines attach theirs, to any architecture
-        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
-            logger.info(note)
-        for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
-            stack.add_frozen(name, adapter)
-        stack.add_trainable(
-            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
-        )
-    if base.device.type == "cpu":
-        keep_freed_pages()
-    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
-    decoder.follow(plan)
+    base, decoder = _load(config, plan, frozen)
+    stack = decoder.stack
     per_epoch, total = step_schedule(config, len(data.rows))
-    parameters = sum(p.numel() for p in stack.parameters().values())
+    parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     logger.info(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
 
     # stage.json
-    links = [{"path": _relative_to_run(a.path, stage.run), "sha256": a.sha256} for a in frozen]
-    told = {"machine": machine, "versions": libraries}
     info: dict[str, Any]
     if before is None:
         info = {
@@ -233,33 +150,32 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
             "base": base.describe(),
             "chat_template": template.text,
             **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
-            "adapters": links,
             "data": rows,
             **told,
             "created": now(),
         }
     else:
-        # the paths of base and adapters are those of now
-        here_now = {key: base.describe()[key] for key in ("name_or_path", "revision")}
-        info = {**before, "format": FORMAT, "base": {**before["base"], **here_now}}
-        if (info.get("trl") or {}).get("continues"):
-            info["trl"] = {**info["trl"], "continues": links}
-        else:
-            info["adapters"] = links
         step = max((int(path.name.split("-")[1]) for path in stage.checkpoints()), default=0)
-        entry = {"step": step, "at": now(), **told, "changed": changes.allowed}
-        info["resumed"] = [*(before.get("resumed") or []), entry]
-    info["id"] = info.get("id") or _run_id(stage.run)
-    info["plan"] = plan.as_dict()
-    info["eval_data"] = None if eval_data is None else {"fingerprint": eval_fingerprint}
+        entry = {"step": step, "at": now(), **told, "changed": compared.allowed}
+        # the paths of base and adapters are those of now
+        places = {key: base.describe()[key] for key in ("name_or_path", "revision")}
+        resumed = [*(before.get("resumed") or []), entry]
+        info = {**before, "format": FORMAT, "base": {**before["base"], **places}, "resumed": resumed}
+    links = [{"path": _relative_to_run(adapter.path, stage.run), "sha256": adapter.sha256} for adapter in frozen]
+    if (info.get("trl") or {}).get("continues"):  # engine trl lists the adapters that it trains on separately
+        info["trl"] = {**info["trl"], "continues": links}
+    else:
+        info["adapters"] = links
+    info["id"] = info["id"] if info.get("id") else _run_id(stage.run)
+    info |= {"plan": plan.as_dict(), "eval_data": held_out}
+    mirror = None
     if writes:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
-    mirror = None
-    if writes and config.sync is not None:
-        from ..io.sync import Mirror
+        if config.sync is not None:
+            from ..io.sync import Mirror
 
-        mirror = Mirror(config.sync, stage)
+            mirror = Mirror(config.sync, stage)
     return Stage(
         method=method,
         config=config,
@@ -278,6 +194,22 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         forget_best=forget_best,
         writes=writes,
     )
+
+
+def _check_settings(config: RunConfig) -> None:
+    """Refuse what can be known to be wrong before anything is read."""
+    if config.engine == "fused":
+        check_targets(config.lora_target_modules)
+    make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
+    if config.report_to:
+        from .callbacks import trackers
+
+        trackers(config)
+    if config.push_to_hub:
+        try:
+            validate_repo_id(config.push_to_hub)
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
 
 
 def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[AdapterFile]:
@@ -302,6 +234,27 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[A
     return adapters
 
 
+def _check_below(frozen: list[AdapterFile], folder: Path) -> dict[str, Any] | None:
+    """stage.json of the stage that trained the last adapter; None where that is another tool's.
+
+    Raises:
+        UserError: an adapter was trained on another base than the one in ``folder``.
+    """
+    below = None
+    for adapter in frozen:
+        parent = StageDir(adapter.path.parent)
+        below = parent.info() if adapter.path.name in ("adapter", "delta") else None
+        if below is None:
+            continue
+        checked(below, parent.path / STAGE_FILE, needs=("base.fingerprint",))
+        if not is_fingerprint_of(below["base"]["fingerprint"], folder):
+            raise UserError(
+                f"adapter {adapter.path}: was trained on another model than {folder}.",
+                "Give the folder of that model: model_name_or_path=FOLDER.",
+            )
+    return below
+
+
 def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:
     """The chat template of a run. ``auto`` is that of the adapter below if it was saved with one, else the base's.
 
@@ -318,6 +271,79 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
     return resolve_template(config.chat_template, load_tokenizer(folder), now)
 
 
+def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | None) -> None:
+    """Print what was read, and warn of what was dropped and of rows beyond the base's ``context`` in tokens."""
+    for part in parts:
+        dropped = part.report.dropped_lines()
+        for line in part.report.lines():
+            logger.log(logging.WARNING if line in dropped else logging.INFO, line)
+        # of a pair the length is that of both responses
+        longer = 0 if context is None else int((np.minimum(part.lengths, config.max_length) > context).sum())
+        if longer:
+            logger.warning(
+                f"{longer:,} rows are longer than the {context:,} tokens that the base was made for "
+                "(max_position_embeddings). Lower max_length to cut them."
+            )
+
+
+def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset]) -> dict[str, Any]:
+    """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
+    data = parts[0]
+    rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
+    _, steps = step_schedule(config, len(rows))
+    in_a_step = min(config.batch_size, len(rows)) * rows.mean()
+    columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids"]
+    table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
+    lengths = np.concatenate([part.lengths for part in parts])
+    found: dict[str, Any] = {
+        "longest": int(lengths.max()),
+        "step_tokens": int(np.ceil(in_a_step)),
+        "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
+        "run_tokens": int(steps * in_a_step),
+        "steps": steps,
+        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else 2))),
+        "targets": _largest_share(table["supervised"].to_numpy(), lengths),
+    }
+    if method == "dpo":
+        # a prompt's keys are gathered twice
+        found["keys"] = 1 + _largest_share(pc.list_value_length(table["prompt_ids"]).to_numpy(), lengths)
+    return found
+
+
+def _largest_share(counted: np.ndarray, lengths: np.ndarray) -> float:
+    """The share of a micro-batch's tokens that is counted: of all examples together, or of a long one, which may run alone,
+    whichever is larger."""
+    long = lengths >= 0.75 * lengths.max()
+    return float(max((counted[long] / lengths[long]).max(), counted.sum() / lengths.sum()))
+
+
+def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Base, Decoder]:
+    """Load the base, attach the adapters, and follow the plan."""
+    logger.info(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
+    cap_allocator(compute_device(), config.memory)
+    if config.engine == "unsloth":
+        from ..engines.unsloth import load_unsloth
+
+        base = load_unsloth(config)
+    else:
+        base = load_base(config, stream=plan.stream)
+    stream = WeightStreamer(base.model, base.device) if base.streamed else None
+    stack = AdapterStack(base.model, base.device)
+    if config.engine == "fused":  # the other engines attach theirs, to any architecture
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
+            logger.info(note)
+        for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
+            stack.add_frozen(name, adapter)
+        stack.add_trainable(
+            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
+        )
+    if base.device.type == "cpu":
+        keep_freed_pages()
+    decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
+    decoder.follow(plan)
+    return base, decoder
+
+
 def _run_id(run: Path) -> str:
     """The id that a run's stages share."""
     for stage in stages_of(run):
@@ -330,34 +356,3 @@ def _run_id(run: Path) -> str:
 def _relative_to_run(path: Path, run: Path) -> str:
     path, run = path.resolve(), run.resolve()
     return str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
-
-
-def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset]) -> dict[str, Any]:
-    """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
-    data = parts[0]
-    rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
-    _, steps = step_schedule(config, len(rows))
-    in_a_step = min(config.batch_size, len(rows)) * rows.mean()
-    lengths = np.concatenate([part.lengths for part in parts])
-    columns = [part.examples.columns("supervised", *(["prompt_ids"] if method == "dpo" else []))[:] for part in parts]
-
-    def share(counts: list[Any]) -> float:
-        """The share of a micro-batch's tokens that is counted: of all examples together, or of a long one, which may run
-        alone, whichever is larger."""
-        counted = np.concatenate(counts)
-        long = lengths >= 0.75 * lengths.max()
-        return float(max((counted[long] / lengths[long]).max(), counted.sum() / lengths.sum()))
-
-    found: dict[str, Any] = {
-        "longest": int(lengths.max()),
-        "step_tokens": int(np.ceil(in_a_step)),
-        "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
-        "run_tokens": int(steps * in_a_step),
-        "steps": steps,
-        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else 2))),
-        "targets": share([table.column("supervised").to_numpy() for table in columns]),
-    }
-    if method == "dpo":
-        # a prompt's keys are gathered twice
-        found["keys"] = 1 + share([pc.list_value_length(table.column("prompt_ids")).to_numpy() for table in columns])
-    return found

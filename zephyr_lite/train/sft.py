@@ -38,7 +38,10 @@ class SftObjective:
         self.oom = OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> int:
-        return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)
+        total = 0
+        for i in examples:
+            total += int(self.data.examples[i].mask[1:].sum())
+        return total
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
@@ -53,8 +56,13 @@ class SftObjective:
         }
 
     def metrics(self, sums: Metrics, total: int) -> Metrics:
-        means = {name: sums[name] / total for name in ("entropy", "mean_token_accuracy")}
-        return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_targets": float(total)}
+        return {
+            "loss": sums["loss"],
+            "entropy": sums["entropy"] / total,
+            "mean_token_accuracy": sums["mean_token_accuracy"] / total,
+            "num_tokens": sums["num_tokens"],
+            "num_targets": float(total),
+        }
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
@@ -74,11 +82,13 @@ class SftObjective:
         return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items() if name != "targets"}
-        return {**means, "eval_targets": sums["targets"]} if sums else {}
+        if not sums:
+            return {}
+        means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items()}
+        return {**means, "eval_targets": sums["targets"]}
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
-        return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)
+        return collate_conversations(list(map(data.examples.__getitem__, examples))).to(self.decoder.device)
 
 
 # Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``).

@@ -31,8 +31,9 @@ def rows_of_step(config: RunConfig, rows: int, step: int) -> list[int]:
 
 def micro_batches(examples: Sequence[int], lengths: Lengths, tokens: int) -> list[list[int]]:
     """Split a step's examples into groups of at most ``tokens`` tokens (an example longer than that runs alone)."""
-    sizes = [min(int(lengths[i]), tokens) for i in examples]
-    return [[examples[place] for place in group] for group in best_fit(sizes, tokens)]
+    places = np.asarray(examples, dtype=np.int64)
+    sizes = np.minimum(np.asarray(lengths)[places], tokens)
+    return [places[group].tolist() for group in best_fit(sizes, tokens)]
 
 
 def largest_micro_batches(lengths: Lengths, tokens: int) -> list[list[int]]:
