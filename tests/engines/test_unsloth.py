@@ -75,7 +75,7 @@ def test_it_does_not_start(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "set, so that it is put back")
 
     def fail(name):
-        raise NotImplementedError("You need\n a GPU.")
+        raise NotImplementedError("You need a GPU.")
 
     monkeypatch.setattr(early.importlib, "import_module", fail)
     with pytest.raises(UserError) as found:

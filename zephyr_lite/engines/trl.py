@@ -81,7 +81,7 @@ def train_on_trl(
     micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
 
     Raises:
-        UserError: Unsloth cannot load the base, or loss or gradients are not finite three steps in a row.
+        UserError: Unsloth would load another model, or loss or gradients are not finite three steps in a row.
         Interrupted: a signal came; there is a checkpoint.
     """
     torch.set_num_threads(stage.plan.threads)
