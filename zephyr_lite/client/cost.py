@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from ..io.text import duration
 from .client import Request, RequestFailed, prompt_token_bound
-from .endpoints import EndpointSpec, Message
+from .endpoints import EndpointSpec
 from .jobs import Budget
 from .request_log import NAME, Reply, Totals
 
@@ -33,17 +33,11 @@ class Bound:
     tokens: int = 0
     dollars: float = 0.0
 
-    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int, times: int = 1) -> None:
-        """Add ``times`` requests of this size."""
-        self.requests += times
-        self.tokens += times * (prompt_tokens + reply_tokens)
-        self.dollars += times * spec.dollars(prompt_tokens, reply_tokens)
-
-
-def prompt_bound(spec: EndpointSpec, messages: Sequence[Message], more_tokens: int = 0) -> int:
-    """Upper bound of a conversation's tokens, with the endpoint's own system turn."""
-    system = [] if spec.system is None or messages[0]["role"] == "system" else [{"content": spec.system}]
-    return prompt_token_bound([*system, *messages]) + more_tokens
+    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int) -> None:
+        """Add a request of this size."""
+        self.requests += 1
+        self.tokens += prompt_tokens + reply_tokens
+        self.dollars += spec.dollars(prompt_tokens, reply_tokens)
 
 
 class CostClient:
