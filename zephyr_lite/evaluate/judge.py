@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import statistics
@@ -18,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import Field, field_validator
 
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import Bound, Meter, bound_lines, prompt_bound
+from ..client.cost import CostClient, Meter, bound_lines
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
 from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
 from ..client.local_model import Weights
@@ -281,22 +282,16 @@ class Benchmark(ABC, Generic[T]):
 
     def dry_run_lines(self) -> list[str]:
         """Upper bounds of what the job costs, with every answer of ``max_tokens``."""
-        bounds = {spec.name: Bound() for spec in self.answering.endpoints()}
-        judge = self.answering.judge
-        for model in self.models():
-            spec = self.answering.specs.get(model)
-            length = spec.max_tokens if spec is not None else 0
-            for item in self.items:
-                said: list[Message] = []
-                given = "" if spec is not None else self.outputs[model][item.key]
-                for n, text in enumerate(item.turns):
-                    said.append({"role": "user", "content": text})
-                    if spec is not None:
-                        bounds[model].add(spec, prompt_bound(spec, said, n * length), length)
-                    said.append({"role": "assistant", "content": ""})
-                    messages = self.judge_messages(item, [given] * (n + 1))
-                    bounds[judge.name].add(judge, prompt_bound(judge, messages, (n + 1) * length), judge.max_tokens)
-        return bound_lines(bounds, self.answering.endpoints())
+        specs = {spec.name: spec for spec in self.answering.endpoints()}
+        client = CostClient(specs)
+
+        async def main() -> None:
+            for model in self.models():
+                for item in self.items:
+                    await self._outcome(client, model, item)
+
+        asyncio.run(main())
+        return bound_lines(client.bounds, specs.values())
 
     def run(self, meter: Meter) -> Judged:
         """Ask models and judge, and write the result and all texts; the result only if the budget reached all items.
@@ -318,20 +313,13 @@ class Benchmark(ABC, Generic[T]):
                 weights={answering.weights.source: answering.weights} if answering.weights else {},
                 max_requests=config.budget.requests,
                 max_tokens=config.budget.tokens,
-                on_progress=meter.totals,
             ) as client:
-
-                async def ask(pair: tuple[str, T]) -> Outcome[T] | BudgetSpent:
-                    try:
-                        return await self._outcome(client, *pair)
-                    except BudgetSpent as error:
-                        return error
-
+                meter.totals = client.totals
                 pairs = [(model, item) for model in outcomes for item in self.items]
-                async for (model, _), found in in_order(pairs, ask, window):
+                async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
                     if isinstance(found, BudgetSpent):
                         spent.append(str(found))
-                    else:
+                    elif isinstance(found, Outcome):
                         outcomes[model].append(found)
                     meter.advance()
                 return client.totals.as_dict()
@@ -381,7 +369,7 @@ class Benchmark(ABC, Generic[T]):
             return Judged(body, unfinished)
         return Judged(body, files=[write_result(self.folder, self.kind + ending, body, answering.head)])
 
-    async def _outcome(self, client: ModelClient, model: str, item: T) -> Outcome[T]:
+    async def _outcome(self, client: ModelClient | CostClient, model: str, item: T) -> Outcome[T]:
         """All turns of an item, then the verdicts on them. Raises BudgetSpent."""
         outcome, said, lost = Outcome(item), list[Message](), ""
         # the turn's number is part of a request's name where there are several

@@ -246,12 +246,15 @@ def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
         else:
             continue
         folder = top / path.strip("/")
-        # inside a container the path may be the host's, and the group itself is the top
-        for place in [p for p in (folder, *folder.parents) if p.is_relative_to(top)] if folder.is_dir() else [top]:
-            limit = place / files[0]
+        if not folder.is_dir():  # inside a container the path may be the host's, and the group itself is the top
+            folder = top
+        while folder.is_relative_to(top):
+            limit = folder / files[0]
             if limit.is_file() and (most := limit.read_text().strip()) != "max":
-                stat = dict(entry.split() for entry in (place / "memory.stat").read_text().splitlines())
-                rooms.append(int(most) - int((place / files[1]).read_text()) + int(stat.get(files[2], 0)))
+                stat = (folder / "memory.stat").read_text().split()
+                cached = int(stat[stat.index(files[2]) + 1]) if files[2] in stat else 0
+                rooms.append(int(most) - int((folder / files[1]).read_text()) + cached)
+            folder = folder.parent
     return max(0, min(rooms)) if rooms else None
 
 

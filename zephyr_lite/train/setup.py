@@ -114,9 +114,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         raise stage_complete(stage, method)
 
     # plan
-    modules = [adapter.modules for adapter in frozen]
     sizes = _row_sizes(method, config, parts)
-    workload = make_workload(config, method, base_config, dtype, frozen=modules, folder=folder, **sizes)
+    workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
     plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
         fused = config.engine == "fused"
@@ -132,7 +131,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     base, decoder = _load(config, plan, frozen)
     stack = decoder.stack
     per_epoch, total = step_schedule(config, len(data.rows))
-    parameters = sum(p.numel() for p in stack.parameters().values())
+    parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     logger.info(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
 
