@@ -282,14 +282,6 @@ def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     assert [slab.numel() for slab in WeightStreamer(model, torch.device("cpu")).slabs] == [slab_bytes(job)] * 2
 
 
-def test_a_tied_head_counts_once_and_biases_count():
-    config = tiny_config("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    job = make_workload(RunConfig(load_in_4bit=False), "sft", config, torch.float32)
-    model = make_model("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())
-    assert "dequantized weights" not in estimate(job, ExecutionConfig(64, ("all",) * 2), CPU).resident
-
-
 def test_what_lies_on_the_host():
     """Offloaded activations less two layers', a streamed base with its embedding and head."""
     job = tiny_job(torch.bfloat16, False, storage="nf4 nested")

@@ -16,9 +16,8 @@ import torch
 from tests.conftest import tiny_config
 from tests.messages import messages_to
 from zephyr_lite.cli import app as cli
-from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
+from zephyr_lite.config.load import MemorySpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory import forecast
 from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.memory.estimate import CONTEXT_BYTES, CPU, GIB, estimate
@@ -48,7 +47,7 @@ from zephyr_lite.memory.plan import (
 from zephyr_lite.memory.speed import step_time
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model.families import Shape
-from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
+from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
@@ -155,14 +154,6 @@ def test_examples_that_do_not_fit_beside_each_other_run_alone():
     assert smaller(alone, job, machine, FREE, tokens=1000, several=False, training=True) is None
 
 
-def test_an_evaluation_that_does_not_fit_keeps_what_training_keeps():
-    """Nothing is kept without a backward pass: fewer tokens at once, and no recomputation."""
-    job, machine = mistral(), card("h100")
-    plan = make_plan(job, machine, FREE)
-    found = smaller(plan, job, machine, FREE, tokens=plan.micro_tokens, several=True, training=False)
-    assert found.keep == plan.keep and not found.offload and found.micro_tokens <= plan.micro_tokens
-
-
 # -- what the user fixed -----------------------------------------------------------------------------------------------
 
 
@@ -265,16 +256,6 @@ def test_a_cpu_keeps_all_and_runs_2048_tokens(monkeypatch, length):
     assert (plan.offload, plan.stream, plan.tile, plan.reference) == (0, False, None, "together")
 
 
-def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
-    class Strange:
-        hidden_size, num_hidden_layers, num_attention_heads = 64, 3, 4
-
-    config = RunConfig(engine="trl", lora_target_modules=["query_key_value"])
-    job = make_workload(config, "sft", Strange(), torch.float32)
-    plan = make_plan(job, this_machine(torch.device("cpu"), job.dtype, config.memory, engine="trl"), config.memory)
-    assert len(plan.keep) == 3 and plan.bytes_per_token > 0 and plan.free_bytes > 0
-
-
 # -- cards -------------------------------------------------------------------------------------------------------------
 
 
@@ -294,12 +275,6 @@ def test_a_configuration_that_lacks_names_is_planned_for_other_engines():
 )
 def test_cards_are_found_as_people_spell_them(said, name):
     assert find_gpu(said).name == name
-
-
-def test_an_unknown_card_lists_the_known_ones():
-    with pytest.raises(UserError) as caught:
-        find_gpu("tnt2")
-    assert all(name in caught.value.hint for name in CARDS)
 
 
 @pytest.fixture
@@ -396,23 +371,6 @@ def test_plan_prints_a_table_for_a_card(said):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_its_rows_add_up(said):
-    _, out, _ = said("sft", "--vram", "8GiB")
-    numbers = [
-        float(line.split()[-1])
-        for line in out.splitlines()
-        if len(line) == 57 and "together" not in line and re.search(r"\d\.\d\d$", line)
-    ]
-    assert len(numbers) > 8
-    (total,) = re.findall(r"together +(\d+\.\d+)  of 8\.00", out)
-    assert sum(numbers) == pytest.approx(float(total), abs=0.005 * (len(numbers) + 1))
-
-
-def test_one_stage_on_this_machine_from_a_folder(said, tiny_base):
-    code, out, _ = said("dpo", f"model_name_or_path={tiny_base}", "max_length=64")
-    assert code == 0 and "plan of dpo on the CPU" in out and "plan of sft" not in out and "--gpu 3060" in out
-
-
 def test_dpo_is_planned_on_the_adapter_that_it_will_stand_on(said, tmp_path):
     """Of a run's finished SFT stage, or of a folder; a folder that is not there is refused."""
     shape = Shape.of(MISTRAL_SHAPE)
@@ -435,31 +393,6 @@ def test_dpo_is_planned_on_the_adapter_that_it_will_stand_on(said, tmp_path):
     assert code == 0 and "some/body is not downloaded: assuming rank 16" in out
     code, out, _ = said("dpo", "--gpu", "3060", f"output_dir={tmp_path / 'run'}")
     assert code == 0 and "assuming rank 16 for the SFT adapter below" in out
-
-
-def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
-    """The finished stage's base and its adapter's rank."""
-    stage = StageDir(tmp_path / "run" / "sft")
-    config = RunConfig(model_name_or_path=str(tiny_base), output_dir=str(tmp_path / "run"))
-    stage.path.mkdir(parents=True)
-    stage.config.write_text(dump_config(config))
-    modules = {"model.layers.1.mlp.up_proj": LoraWeights(torch.zeros(5, 64), torch.zeros(128, 5), 1.0)}
-    write_adapter(stage.adapter, modules, base_model_name=str(tiny_base))
-    info = {
-        "status": "complete",
-        "method": "sft",
-        "adapters": [],
-        "base": {"name_or_path": str(tiny_base)},
-        "own": {"path": "adapter", "sha256": adapter_sha256(stage.adapter)},
-    }
-    (stage.path / "stage.json").write_text(json.dumps(info))
-    seen = []
-    real = forecast.make_plan
-    monkeypatch.setattr(forecast, "make_plan", lambda job, *rest: seen.append(job) or real(job, *rest))
-    code, out, err = said("dpo", f"output_dir={tmp_path / 'run'}", "max_length=64")
-    assert code == 0, err
-    assert str(tiny_base) in out.replace("\n    ", "") and "assuming rank" not in out
-    assert [dict(r) for r in seen[0].adapters[0].ranks] == [{}, {"up_proj": 5}] and seen[0].shape.hidden == 64
 
 
 @pytest.mark.parametrize(
@@ -493,28 +426,10 @@ def test_a_word_that_is_no_stage(said):
     assert "sft, dpo or both" in caught.value.hint
 
 
-def test_a_file_is_planned_for_the_stage_that_it_is_for(tmp_path):
-    assert forecast.stages_of([], "zephyr-7b/paper-dpo")[0] == ("dpo",)
-    assert forecast.stages_of([], "zephyr-7b/sft")[0] == ("sft",)
-    own = tmp_path / "mine.yaml"
-    own.write_text("beta: 0.1\n")
-    assert forecast.stages_of([], str(own))[0] == ("dpo",)
-    own.write_text("lora_r: 8\n")
-    assert forecast.stages_of([], str(own))[0] == ("sft", "dpo")
-
-
 @pytest.mark.parametrize("words", [["--gpu", "3060"], ["-c", "zephyr-7b/sft"], ["engine=trl"], ["sft"]])
 def test_what_the_ladder_fixes_is_refused(capsys, words):
     assert cli.run(["plan", *words, "--ladder"]) == 2
     assert "cannot be set" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("engine", ["trl", "unsloth"])
-@pytest.mark.parametrize("word", ["stream=true", "offload=false", "host=1GiB", "vram=8GiB"])
-def test_what_another_engine_does_not_read_is_refused(engine, word):
-    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
-        load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
-    load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
 
 
 def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):
@@ -541,31 +456,6 @@ def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_b
     with pytest.raises(UserError, match="iB are missing"), messages_to(lines.append):
         setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]))
     assert not (tmp_path / "r").exists()
-
-
-def test_the_plans_parameters_are_the_stages(tiny_base, chat_rows, tmp_path):
-    """Counted from the configuration, equal to what is attached; so is a frozen adapter's rank."""
-    from zephyr_lite.train.setup import setup_stage
-
-    for targets in ("all-linear", ["q_proj", "model.layers.1.mlp.down_proj"]):
-        config = load_config(
-            "sft",
-            None,
-            [
-                f"model_name_or_path={tiny_base}",
-                f"dataset={chat_rows}",
-                "max_length=128",
-                f"output_dir={tmp_path / 'r'}",
-                "chat_template=zephyr",
-            ],
-        )
-        config.config = config.config.model_copy(update={"lora_target_modules": targets})
-        stage = setup_stage("sft", config, claim=False)
-        job = make_workload(config.config, "sft", stage.base.model.config, stage.base.dtype)
-        assert job.parameters == sum(p.numel() for p in stage.stack.parameters().values())
-        layers = stage.base.model.model.layers
-        adapters = [[m.weight for n, m in layer.named_modules() if n.endswith("lora_A.sft")] for layer in layers]
-        assert max(job.ranks) == max(sum(a.shape[0] for a in of_layer) for of_layer in adapters)
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -43,9 +43,6 @@ ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
 class NoMeter:
     """Shows nothing."""
 
-    def totals(self, totals: Any) -> None:
-        pass
-
     def advance(self) -> None:
         pass
 

@@ -63,7 +63,7 @@ def test_prompts_that_cannot_be_used_are_counted_with_their_places(tmp_path: Pat
     for place, column, message in (
         (empty, None, "no prompt in 1 rows: an empty prompt: 1"),
         (own, None, "no column holds prompts"),
-        (own, "nope", "no column 'nope'"),
+        (own, "nope", "looked for nope"),
     ):
         with pytest.raises(UserError, match=message):
             read_prompts(PromptsSpec(path=place, column=column), seed=1)

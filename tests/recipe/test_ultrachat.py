@@ -158,7 +158,7 @@ def test_other_sets_of_conversations(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = clean_chat(str(tmp_path / "set.jsonl"), tmp_path / "out", Options(test=0))
     assert report["dropped"] == {"the user says nothing": 1, "no assistant turn": 1}
-    row = rows_of(tmp_path / "out")[0]
+    (row,) = rows_of(tmp_path / "out")
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
     assert row["prompt"] == row["messages"][1]["content"] == "Hello. How do I get to ouagadougou? Is it far?"
 

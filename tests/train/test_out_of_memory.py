@@ -173,21 +173,6 @@ def test_whichever_allocation_of_a_step_fails_the_step_is_the_same(opened, at_on
     assert not unhurt.failed and again.state.stage.plan == again.plan
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_what_fails_again_gets_ever_smaller_and_drops_the_same(opened, at_once, method):
-    """Dropout is a function of the step's number; NF4's scratch is emptied on the way."""
-    settings = {"lora_dropout": 0.2, "load_in_4bit": "true", "batch_size": 3, "lora_target_modules": "[v_proj]"}
-    again = Again(opened(method, 250, ("all", "all"), **settings))
-    count = Fails()
-    wanted = again.run(count)
-    other = accumulate_gradients(again.state, STEP + 1)["loss"]
-    assert other != pytest.approx(wanted[0]["loss"], rel=1e-3)
-    for n in range(5, count.count, count.count // 5):
-        fails = Fails(n, times=4)
-        assert_equal(again.run(fails), wanted)
-        assert fails.failed == 4, n
-
-
 @pytest.mark.parametrize(("load_in_4bit", "plan"), [("false", {"offload": 2, "tile": 16}), ("true", {"stream": True})])
 def test_transfers_from_and_to_the_host_are_redone_too(opened, at_once, load_in_4bit, plan):
     """A pass that failed leaves layers' tensors on their way, and weights in half of a buffer; the next must not meet them."""
@@ -332,22 +317,6 @@ def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened,
         assert len(tried) - len(stage.eval_data.lengths) <= 3  # one group, and no other, ran twice
     task.oom.follow(replace(plan, reference="own"))
     assert task.evaluate() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-
-
-def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_once):
-    state = opened("dpo", 250, ("all", "all"))
-    stage, task, plan = state.stage, state.objective, state.stage.plan
-    stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
-    stage.workload = replace(stage.workload, live_reference=False)
-    with Fails() as count:
-        cache = task._fill_cache()
-    for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
-        cache.path.unlink()
-        task.oom.follow(plan)
-        with Fails(n) as fails:
-            again = task._fill_cache()
-        assert fails.failed and stage.plan.micro_tokens < plan.micro_tokens and stage.plan.reference == "together"
-        assert (again.sums - cache.sums).norm() <= 1e-5 * cache.sums.norm(), n
 
 
 def test_the_warmup_is_retried_too_and_has_the_gradients_of_a_later_micro_batch(opened):

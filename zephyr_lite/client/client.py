@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from .endpoints import EndpointSpec, Message
-from .request_log import Reply, RequestLog, Totals
+from .request_log import Reply, RequestLog
 
 if TYPE_CHECKING:
     from .local_model import LocalModel, Weights
@@ -104,7 +104,6 @@ class ModelClient:
         weights: ``path`` of an endpoint → its weights, where they are open already.
         max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
             The upper bound of a request's tokens is reserved while it is in flight.
-        on_progress: called with the totals whenever they change.
 
     Attributes:
         totals: what the job has spent, live.
@@ -121,7 +120,6 @@ class ModelClient:
         weights: Mapping[str, Weights] | None = None,
         max_requests: int | None = None,
         max_tokens: int | None = None,
-        on_progress: Callable[[Totals], None] = lambda totals: None,
     ) -> None:
         from .local_model import open_local_models
         from .openai_client import OpenAIModel
@@ -132,7 +130,6 @@ class ModelClient:
         self._endpoints = {m.spec.name: _Endpoint(m, m.spec.name in self._log.answered) for m in models}
         self.totals = self._log.totals
         self._max_requests, self._max_tokens = max_requests, max_tokens
-        self._on_progress = on_progress
         self._in_flight: set[asyncio.Task[Reply | RequestFailed]] = set()
 
     async def __aenter__(self) -> ModelClient:
@@ -168,7 +165,6 @@ class ModelClient:
         digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         if (reply := self._log.reply(digest)) is not None:
             self.totals.from_log += 1
-            self._on_progress(self.totals)
             return reply
         prompt = prompt_token_bound(body["messages"])
         bound, dollars = prompt + body["max_tokens"], spec.dollars(prompt, body["max_tokens"])
@@ -177,7 +173,6 @@ class ModelClient:
             while True:
                 await self._wait_for_turn(endpoint, bound)
                 number = self._log.sent(digest, request.key, spec.name, bound, dollars)
-                self._on_progress(self.totals)
                 task = asyncio.create_task(self._try(endpoint, number, body))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
@@ -251,7 +246,6 @@ class ModelClient:
         else:
             self._log.replied(number, outcome, endpoint.spec.dollars(outcome.prompt_tokens, outcome.completion_tokens))
             endpoint.answered, endpoint.failed_in_a_row = True, 0
-        self._on_progress(self.totals)
         return outcome
 
     def _final_error(self, endpoint: _Endpoint, error: RequestFailed) -> Exception:

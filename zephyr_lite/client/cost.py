@@ -33,12 +33,6 @@ class Bound:
     tokens: int = 0
     dollars: float = 0.0
 
-    def add(self, spec: EndpointSpec, prompt_tokens: int, reply_tokens: int) -> None:
-        """Add a request of this size."""
-        self.requests += 1
-        self.tokens += prompt_tokens + reply_tokens
-        self.dollars += spec.dollars(prompt_tokens, reply_tokens)
-
 
 class CostClient:
     """Takes the place of a ``ModelClient`` to learn what a job costs at most: sends nothing and adds up its requests.
@@ -57,7 +51,10 @@ class CostClient:
         spec = self._specs[request.endpoint]
         body = request.body(spec)
         prompt, length = prompt_token_bound(body["messages"]), body["max_tokens"]
-        self.bounds[spec.name].add(spec, prompt, length)
+        bound = self.bounds[spec.name]
+        bound.requests += 1
+        bound.tokens += prompt + length
+        bound.dollars += spec.dollars(prompt, length)
         name = hashlib.sha256(request.key.encode()).hexdigest()
         return Reply((name * (length // len(name) + 1))[:length], "stop", prompt, length)
 
@@ -102,11 +99,14 @@ class Meter:
         total: number of items.
         unit: their name: "prompts".
         priced: whether dollars are shown.
+
+    Attributes:
+        totals: what is shown as spent; of the job's ``ModelClient``.
     """
 
     def __init__(self, console: Console, total: int, unit: str, priced: bool) -> None:
+        self.totals = Totals()
         self._console, self._unit, self._priced = console, unit, priced
-        self._totals = Totals()
         self._last_line = time.monotonic()
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[spent]}")
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -119,28 +119,16 @@ class Meter:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def totals(self, totals: Totals) -> None:
-        """Show what has been spent; ``on_progress`` of ``ModelClient``."""
-        self._totals = totals
-        self._show(0)
-
     def advance(self) -> None:
-        """Count one more item as done."""
-        self._show(1)
-
-    def spent(self) -> str:
-        """``412 requests  98,313 tokens  $0.0421  12 min left``."""
-        totals = self._totals
+        """Count one more item as done, and show ``412 requests  98,313 tokens  $0.0421  12 min left``."""
+        totals, task = self.totals, self._progress.tasks[self._task]
         parts = [f"{totals.requests:,} requests", f"{totals.tokens - totals.held:,} tokens"]
         if self._priced:
             parts.append(f"${totals.dollars + totals.lost_dollars:,.4f}")
-        if left := self._progress.tasks[self._task].time_remaining:
+        if left := task.time_remaining:
             parts.append(f"{duration(left)} left")
-        return "  ".join(parts)
-
-    def _show(self, steps: int) -> None:
-        self._progress.update(self._task, advance=steps, spent=self.spent())
+        spent = "  ".join(parts)
+        self._progress.update(self._task, advance=1, spent=spent)
         if not self._console.is_terminal and time.monotonic() - self._last_line >= PIPE_SECONDS:
             self._last_line = time.monotonic()
-            task = self._progress.tasks[self._task]
-            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {self.spent()}")
+            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {spent}")

@@ -18,7 +18,6 @@ from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
 from .client import BudgetSpent, ModelClient, RequestFailed
 from .endpoints import EndpointSpec, validated
-from .request_log import Totals
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,14 +50,13 @@ class JobConfig(BaseModel):
         values = [value for _, field in self for value in (field if isinstance(field, list) else [field])]
         return {value.name: value for value in values if isinstance(value, EndpointSpec)}
 
-    def client(self, on_progress: Callable[[Totals], None]) -> ModelClient:
+    def client(self) -> ModelClient:
         """The client of a job that runs in ``out``."""
         return ModelClient(
             list(self.endpoints().values()),
             Path(self.out),
             max_requests=self.budget.requests,
             max_tokens=self.budget.tokens,
-            on_progress=on_progress,
         )
 
 
@@ -168,15 +166,6 @@ async def in_order(
         for _, task in tasks:
             task.cancel()
         await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
-
-
-async def together(work: Iterable[Awaitable[R]]) -> list[R | RequestFailed]:
-    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    for each in found:
-        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
-            raise each
-    return found  # type: ignore[return-value]
 
 
 def run_job(main: Coroutine[Any, Any, R]) -> R:

@@ -68,7 +68,7 @@ def demo_base() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    # Imported here: torch and transformers take seconds, and a finished conversion needs neither.
+    # torch and transformers take seconds to import, and a finished conversion needs neither
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 

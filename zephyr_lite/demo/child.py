@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child process ended."""
+    """How a child process ended: its exit code, or minus the number of the signal that ended it."""
 
-    code: int  # its exit code; negative: the number of the signal that ended it
-    killed: bool = False  # whether ``kill_when`` was true, and it was killed
+    code: int
 
 
 def child(
@@ -43,30 +41,27 @@ def child(
         KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
     """
     with ExitStack() as files:
-        stdin = files.enter_context(asked.open("rb")) if asked else subprocess.DEVNULL
         stderr = files.enter_context(log.open("ab")) if log else None
-        stdout = files.enter_context(answer.open("wb")) if answer else stderr
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "zephyr_lite", *words],
-            stdin=stdin,
-            stdout=stdout,
+            stdin=files.enter_context(asked.open("rb")) if asked else subprocess.DEVNULL,
+            stdout=files.enter_context(answer.open("wb")) if answer else stderr,
             stderr=stderr,
             start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},  # the log of a killed process would lack what it had buffered
         )
-        interrupted = killed = False
+        interrupted = False
         while process.poll() is None:
             try:
-                if kill_when is None or killed:
-                    process.wait()
-                elif kill_when():
+                if kill_when is not None and kill_when():
                     os.killpg(process.pid, signal.SIGKILL)
-                    killed = True
-                else:
-                    time.sleep(POLL_SECONDS)
+                    kill_when = None
+                process.wait(None if kill_when is None else POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)
     if interrupted:
         raise KeyboardInterrupt
-    return Ended(process.returncode, killed and process.returncode == -signal.SIGKILL)
+    return Ended(process.returncode)

@@ -20,6 +20,7 @@ from ..data.sources import open_source
 from ..errors import Interrupted, UserError
 from ..io.atomic import write_json
 from ..io.run_dir import StageDir, read_json
+from ..merge.weights import MARK
 from ..model.chain import chain_of_run
 from ..monitor.report import StageRecord
 from .child import Ended, child
@@ -41,7 +42,6 @@ HEADER = (
 )
 RULE = "|" + "---|" * (HEADER.count("|") - 1)
 STAGES: tuple[Method, ...] = ("sft", "dpo")
-KEYS_NAMED = 4  # number of changed keys that the row names
 
 
 @dataclass
@@ -51,9 +51,7 @@ class Reproduction:
     recipe: str  # its name in ``RECIPES``
     run: Path
     configs: dict[Method, RunConfig]  # by stage
-    changed: dict[
-        str, Any
-    ]  # keys that differ from the recipe's, with their values; those of one stage as ``STAGE.key``
+    changed: dict[str, Any]  # keys that differ from the recipe's → values; those of one stage as ``STAGE.key``
     commands: list[tuple[str, list[str]]]  # (part, command) in the order of their execution
     who: str  # for the row
 
@@ -148,20 +146,20 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
 
 def done(chosen: Reproduction, part: str) -> str | None:
     """Why a part has nothing to do, or None. The commands of the stages check by themselves whether they are complete."""
+    merged = chosen.run / "merged"
     if part in ("loss", "preference", "mt-bench"):
         return f"{part} is done already" if evaluation(StageRecord(chosen.run / "dpo"), part) else None
     if part != "merge":
         return None
-    merged = chosen.run / "merged"
     if merged_from(merged, chosen.run):
         return f"{merged} is done already"
     size, free = merged_bytes(chosen.configs["sft"]), shutil.disk_usage(chosen.run).free
-    if free < size + DISK_RESERVE:
-        return (
-            f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
-            f"{chosen.run / 'dpo' / 'adapter'} is the whole chain as one adapter"
-        )
-    return None
+    if free >= size + DISK_RESERVE:
+        return None
+    return (
+        f"left out: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free for {merged}; "
+        f"{chosen.run / 'dpo' / 'adapter'} is the whole chain as one adapter"
+    )
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -219,22 +217,19 @@ def results(chosen: Reproduction) -> dict[str, Any]:
 def evaluation(record: StageRecord, kind: str) -> dict[str, Any]:
     """The result of ``zephyr-lite eval KIND`` on a stage; {} if there is none, or one of another adapter."""
     found = record.results.get(kind) or {}
-    adapters = found.get("adapters") or [{}]
-    return found if adapters[-1].get("sha256") == record.info["own"].get("sha256", "") else {}
+    of_this = found and found["adapters"][-1]["sha256"] == record.info["own"].get("sha256")
+    return found if of_this else {}
 
 
 def row(found: dict[str, Any]) -> str:
     """The line for the table in docs/recipe.md."""
     hours = [found[name]["step_hours"] for name in STAGES]
-    recipe, changed = found["recipe"], list(found["changed"])
-    if changed:
-        more = f" and {len(changed) - KEYS_NAMED} more" if len(changed) > KEYS_NAMED else ""
-        recipe += f", but {', '.join(changed[:KEYS_NAMED])}{more}"
+    changed = ", ".join(found["changed"])
     cells = [
         found["who"],
         " + ".join(found["machines"]),
         found["base"]["name_or_path"].rstrip("/").rsplit("/", 1)[-1],
-        recipe,
+        found["recipe"] + (f", but {changed}" if changed else ""),
         " + ".join(f"{value:.1f}" if value >= 0.95 else f"{value:.2f}" for value in hours),
         f"{found['sft']['tokens_per_second']:,.0f}",
         f"{found['dpo']['pairs_per_second']:,.2f}",
@@ -249,8 +244,8 @@ def row(found: dict[str, Any]) -> str:
 
 def merged_from(folder: Path, run: Path) -> bool:
     """Whether a folder holds the merged model of the run as it is now."""
-    mark = read_json(folder / "zephyr_lite.json")
-    if mark is None or not StageDir(run / "dpo").complete() or not any(folder.glob("*.safetensors")):
+    mark = read_json(folder / MARK)
+    if mark is None or not StageDir(run / "dpo").complete():
         return False
     adapters = chain_of_run(run, stage="dpo").adapters
-    return [adapter.sha256 for adapter in adapters] == [adapter["sha256"] for adapter in mark.get("adapters", [])]
+    return [adapter.sha256 for adapter in adapters] == [adapter["sha256"] for adapter in mark["adapters"]]

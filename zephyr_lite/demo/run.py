@@ -151,15 +151,12 @@ def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
 
 def print_standings(console: Console, standings: Mapping[str, Standing]) -> None:
     """Print each model's answers and scores in columns."""
-    table = Table(show_lines=True, expand=True)
-    for name in ("", *standings):
-        table.add_column(name, ratio=1)
+    table, found = Table("", *standings, show_lines=True, expand=True), standings.values()
+    for column in table.columns:
+        column.ratio = 1
     for place, question in enumerate(QUESTIONS):
-        table.add_row(Text(question, style="bold"), *(Text(s.answers[place]) for s in standings.values()))
-    for title, name, form in (
-        ("held-out loss", "loss", ".3f"),
-        ("better answer likelier", "preference_accuracy", ".0%"),
-        ("dodging answers", "dodging", ".0%"),
-    ):
-        table.add_row(Text(title), *(Text(format(getattr(s, name), form)) for s in standings.values()))
+        table.add_row(Text(question, style="bold"), *(Text(one.answers[place]) for one in found))
+    table.add_row("held-out loss", *(f"{one.loss:.3f}" for one in found))
+    table.add_row("better answer likelier", *(f"{one.preference_accuracy:.0%}" for one in found))
+    table.add_row("dodging answers", *(f"{one.dodging:.0%}" for one in found))
     console.out.print(table, soft_wrap=False)

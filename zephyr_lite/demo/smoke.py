@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +92,7 @@ def claim(folder: Path) -> None:
     inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
     if inside and not (folder / MARK).is_file():
         raise UserError(
-            f"{folder} exists and is not a smoke test (it holds {', '.join(sorted(p.name for p in inside)[:3])}).",
+            f"{folder} exists and is not a smoke test (it holds {min(inside).name}).",
             "Move it away, or give another output_dir: the smoke test writes to NAME-smoke beside it.",
         )
     for path in inside:
@@ -101,45 +102,43 @@ def claim(folder: Path) -> None:
 
 
 def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> list[Part]:
-    begun, out = time.monotonic(), folder / "run"
+    begun, out, parts = time.monotonic(), folder / "run", list[Part]()
     config = on_sft(loaded.config) if method == "dpo" else loaded.config
     stage, merged = StageDir(out / method), folder / "merged"
-    asked, answer = folder / "asked.txt", folder / "answer.txt"
-    # (name, command, how it is run, its result in words)
-    commands: list[tuple[str, list[str], dict[str, Any], Callable[[], str]]] = []
-    write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
-    words = [method, "--config", str(folder / f"{method}.yaml")]
-    kill = {"kill_when": (stage.path / f"checkpoint-{KILLED_AFTER}").is_dir}
-    commands.append((f"train, {KILLED_AFTER} steps", words, kill, lambda: "killed there (SIGKILL), as by a power cut"))
-    commands.append((f"resume to step {STEPS}", words, {}, lambda: _resumed(stage.path, method, config)))
-    size, free = merged_bytes(config), shutil.disk_usage(folder).free
-    said = f"{size / 1e9:.1f} GB, removed again"
-    rows = ["--rows", "2"]
-    if free < size + DISK_RESERVE:
-        said = f"the adapter only: {free / 1e9:.1f} GB are free for {merged}, and the model takes {size / 1e9:.1f} GB"
-        rows = ["--adapter-only"]
-    words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *rows]
-    commands.append(("merge", words, {}, lambda: said))
-    write_text(asked, QUESTIONS[0])
-    words = ["chat", str(stage.path), "--temperature", "0", "--max-new-tokens", "48"]
-    commands.append(("answer", words, {"asked": asked, "answer": answer}, lambda: _shown(answer)))
 
-    parts: list[Part] = []
-    for number, (name, words, how, found) in enumerate(commands, 1):
-        log = folder / "logs" / f"{number}-{name.split(',')[0].replace(' ', '-')}.log"
+    def part(name: str, words: list[str], found: Callable[[], str], **how: Any) -> None:
+        """Run a command, check how it ended, and add its result in words."""
+        log = folder / "logs" / f"{len(parts) + 1}-{name.split(',')[0].replace(' ', '-')}.log"
         started = time.monotonic()
         try:
-            ended = run(words, log=log, **how)
-            if not (ended.killed if "kill_when" in how else ended.code == 0):
-                code = f"exit code {ended.code}" if ended.code >= 0 else f"signal {-ended.code}"
+            code = run(words, log=log, **how).code
+            if code != (-signal.SIGKILL if "kill_when" in how else 0):
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-                raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with {code}", *lines]))
+                raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with exit code {code}", *lines]))
             parts.append(Part(name, round(time.monotonic() - started, 1), found()))
-            logger.info(f"  {name:<17}  {parts[-1].seconds:6.0f} s  {parts[-1].found}")
         except UserError as error:
             write_json(folder / MARK, {"status": "failed", "at": name, "why": error.message})
             message = f"the smoke test failed at: {name}. {error.message}"
             raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
+        logger.info(f"  {name:<17}  {parts[-1].seconds:6.0f} s  {parts[-1].found}")
+
+    write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
+    train = [method, "--config", str(folder / f"{method}.yaml")]
+    checkpoint = stage.path / f"checkpoint-{KILLED_AFTER}"
+    part(f"train, {KILLED_AFTER} steps", train, lambda: "killed there (SIGKILL)", kill_when=checkpoint.is_dir)
+    part(f"resume to step {STEPS}", train, lambda: _resumed(stage.path, method, config))
+    size, free = merged_bytes(config), shutil.disk_usage(folder).free
+    said, rows = f"{size / 1e9:.1f} GB, removed again", ["--rows", "2"]
+    if free < size + DISK_RESERVE:
+        said = f"the adapter only: {free / 1e9:.1f} GB are free for {merged}, and the model takes {size / 1e9:.1f} GB"
+        rows = ["--adapter-only"]
+    words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *rows]
+    part("merge", words, lambda: said)
+    asked, answer = folder / "asked.txt", folder / "answer.txt"
+    write_text(asked, QUESTIONS[0])
+    words = ["chat", str(stage.path), "--temperature", "0", "--max-new-tokens", "48"]
+    part("answer", words, lambda: _shown(answer), asked=asked, answer=answer)
+
     took = duration(time.monotonic() - begun)
     verdict = [f"smoke test passed in {took}: everything works", *outlook(config, StageRecord(stage.path))]
     told = {"method": method, "parts": [asdict(part) for part in parts], "verdict": verdict}
@@ -221,8 +220,7 @@ def on_sft(config: RunConfig) -> RunConfig:
 
 def merged_bytes(config: RunConfig) -> int:
     """Bytes of the merged model on the disk."""
-    files = BaseFiles(config.model_name_or_path, fetch_base(config.model_name_or_path, config.model_revision))
-    return sum(entry.nbytes for entry in files.entries.values())
+    return BaseFiles(config.model_name_or_path, fetch_base(config.model_name_or_path, config.model_revision)).nbytes
 
 
 def outlook(config: RunConfig, small: StageRecord) -> list[str]:
@@ -231,30 +229,26 @@ def outlook(config: RunConfig, small: StageRecord) -> list[str]:
     Args:
         config: the real stage's; small: the small stage.
     """
-    lines = []
-    if peaks := small.values("peak_memory_gib"):
-        lines.append(f"memory: {max(peaks):.1f} GiB at most")
     rate, unit = speed(small.columns, [0, *(start["step"] for start in small.info["resumed"])])
-    if rate:
-        steps, seconds = whole_stage(config, small.info["data"], rate, unit)
-        lines.append(
-            f"speed: {rate:,.{0 if unit == 'tokens' else 2}f} {unit}/s measured, so the real {config.stage} of about "
-            f"{steps:,} steps takes about {duration(seconds)}, evaluations not counted"
-        )
-    return lines
+    steps, seconds = whole_stage(config, small.info["data"], rate, unit)
+    return [
+        f"memory: {max(small.values('peak_memory_gib')):.1f} GiB at most",
+        f"speed: {rate:,.{0 if unit == 'tokens' else 2}f} {unit}/s measured, so the real {config.stage} of about {steps:,} "
+        f"steps takes about {duration(seconds)}, evaluations not counted",
+    ]
 
 
 def speed(columns: Columns, began: Sequence[int] = ()) -> tuple[float, str]:
-    """(rate, ``tokens`` or ``pairs``) per second over the steps; 0 if none was measured.
+    """(rate, ``tokens`` or ``pairs``) per second over the steps.
 
     Args:
         columns: of ``metrics.jsonl``.
         began: steps after which a process began; the first step of a process is slow and not counted.
     """
     unit = "pairs" if "num_pairs" in columns else "tokens"
-    done = dict(zip(*columns.get(f"num_{unit}", ([], []))))
-    seconds = {step: value for step, value in zip(*columns.get("seconds", ([], []))) if step - 1 not in began}
-    return sum(done.get(step, 0.0) for step in seconds) / (sum(seconds.values()) or math.inf), unit
+    done = dict(zip(*columns[f"num_{unit}"]))
+    seconds = {step: value for step, value in zip(*columns["seconds"]) if step - 1 not in began}
+    return sum(done[step] for step in seconds) / sum(seconds.values()), unit
 
 
 def whole_stage(config: RunConfig, data: dict[str, Any], rate: float, unit: str) -> tuple[int, float]:

@@ -312,8 +312,8 @@ class Benchmark(ABC, Generic[T]):
                 weights={answering.weights.source: answering.weights} if answering.weights else {},
                 max_requests=config.budget.requests,
                 max_tokens=config.budget.tokens,
-                on_progress=meter.totals,
             ) as client:
+                meter.totals = client.totals
                 pairs = [(model, item) for model in outcomes for item in self.items]
                 async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
                     if isinstance(found, Outcome):

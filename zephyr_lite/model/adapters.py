@@ -212,11 +212,14 @@ class AdapterStack:
             self._activate(self.names)
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
-        rank = max(ranks.values())
+        rank, others = max(ranks.values()), {}
+        for module, other in ranks.items():
+            if other != rank:
+                others[module] = other
         config = LoraConfig(
             r=rank,
             lora_alpha=rank,
-            rank_pattern={module: other for module, other in ranks.items() if other != rank},
+            rank_pattern=others,
             target_modules=sorted(ranks),
             lora_dropout=0.0,  # dropout is a hash inside the decoder; PEFT's would draw from the global generator
             task_type="CAUSAL_LM",
@@ -254,4 +257,4 @@ def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm over all tensors."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return torch.nn.utils.get_total_norm(tensors, foreach=False)  # one kernel a tensor: the same bits on every device

@@ -19,6 +19,7 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,8 @@ def _load_quantized(
             own = kept / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
             folder = min(kept.glob(f"[!.]*-{suffix}"), default=own)
             told = read_json(folder / MANIFEST) or {}
-            if told.get("sources") != sources or sorted(told["files"]) != _shards(folder):
+            complete = all(map(Path.is_file, map(folder.joinpath, told.get("files", ()))))
+            if told.get("sources") != sources or not complete:
                 if folder.exists():
                     logger.warning(f"{folder}: incomplete, or made of other files of the base; it is made again")
                     remove_tree(folder)
@@ -369,8 +371,9 @@ def _load_quantized(
                 model = _from_pretrained(source, model_config, dtype, where, settings)
                 with folder_aside(folder) as aside:
                     model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
-                    manifest = {"format": FORMAT, "fingerprint": known, "files": _shards(aside), "sources": sources}
-                    write_json(aside / MANIFEST, manifest)
+                    files = sorted(map(attrgetter("name"), aside.glob("*.safetensors")))
+                    told = {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
+                    write_json(aside / MANIFEST, told)
                 model = None
     except (OSError, SafetensorError, NotImplementedError) as error:  # a file system without locks, too
         logger.warning(
@@ -382,10 +385,6 @@ def _load_quantized(
     quantized = copy.deepcopy(model_config)
     quantized.quantization_config = settings.to_dict()
     return _from_pretrained(folder, quantized, dtype, place, None)
-
-
-def _shards(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def quantized_dir() -> Path:

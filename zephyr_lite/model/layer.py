@@ -75,7 +75,22 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:  # type: ignore[override]
         y, acts = _forward(x, layer, state, scratch, keep)
         ctx.layer, ctx.state, ctx.scratch = layer, state, scratch
-        _save(ctx, acts, keep)
+        tensors, ctx.counts, ctx.away = [acts.x], [], None
+        if keep != "input":
+            tensors += [acts.attn_out, acts.lse, acts.residual]
+        if keep == "all":
+            tensors += [acts.qkv, acts.gate_up]
+            for of_site in acts.lora:
+                assert of_site is not None
+                ctx.counts.append(len(of_site))
+                tensors += of_site
+        offload = state.offload
+        if offload is not None and layer.index < offload.layers:
+            ctx.away = offload.put(layer.index, tensors)
+            return y
+        if offload is not None:
+            offload.wait_pending()
+        ctx.save_for_backward(*tensors)
         return y
 
     @staticmethod
@@ -100,27 +115,8 @@ class _Layer(torch.autograd.Function):
         return (d_x, None, None, None, None, *grads)
 
 
-def _save(ctx: Any, acts: _Activations, keep: Keep) -> None:
-    """Give the kept tensors to autograd, or to the activation offload."""
-    tensors, ctx.counts, ctx.away = [acts.x], [], None
-    if keep != "input":
-        tensors += [acts.attn_out, acts.lse, acts.residual]
-    if keep == "all":
-        tensors += [acts.qkv, acts.gate_up]
-        for of_site in acts.lora:
-            assert of_site is not None
-            ctx.counts.append(len(of_site))
-            tensors += of_site
-    offload = ctx.state.offload
-    if offload is not None and ctx.layer.index < offload.layers:
-        ctx.away = offload.put(ctx.layer.index, tensors)
-        return
-    if offload is not None:
-        offload.wait_pending()
-    ctx.save_for_backward(*tensors)
-
-
 def _restore(ctx: Any) -> _Activations:
+    """What the forward pass kept, from autograd or from the activation offload."""
     tensors = ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.layer.index, ctx.away)
     acts = _Activations(tensors[0])
     if len(tensors) > 1:

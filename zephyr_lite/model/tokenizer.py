@@ -62,7 +62,11 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
     Raises:
         UserError: names the tokens without an embedding.
     """
-    above = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
+    above = []
+    for token, index in tokenizer.get_vocab().items():
+        if index >= vocab_size:
+            above.append((index, token))
+    above.sort()
     added = tokenizer.added_tokens_decoder
     written = f"{tokenizer.chat_template or ''} {tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.unk_token}"
     for index, token in above:

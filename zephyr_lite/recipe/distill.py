@@ -384,8 +384,8 @@ def run_distill(config: DistillConfig, result: Distilled, meter: Meter) -> Disti
     claim_folder(result.out, COMMAND, config)
 
     async def run() -> dict[int, list[Message]]:
-        async with config.client(meter.totals) as client:
-            result.totals = client.totals
+        async with config.client() as client:
+            result.totals = meter.totals = client.totals
             return await make_dialogues(client, config, result, meter.advance)
 
     _write(config, result, run_job(run()))

@@ -6,12 +6,12 @@ import asyncio
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, RootModel, model_validator
 
@@ -30,7 +30,6 @@ from ..client.jobs import (
     nothing_made,
     refuse_equal_names,
     run_job,
-    together,
     validated,
 )
 from ..client.request_log import Totals
@@ -53,6 +52,7 @@ from .judge import (
 from .prompts import Prompt, Prompts, PromptsKey
 from .ultrafeedback import PairRules, make_pairs
 
+T = TypeVar("T")
 COMMAND = "feedback"
 ROWS, REPORT, PAIRS = "train.jsonl", "report.json", "pairs"
 PRINCIPLES = Path(__file__).parent / "principles.yaml"
@@ -234,6 +234,15 @@ def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
     return {"mean": None if mean is None else round(mean, 4), "counts": dict(sorted(ratings.items()))}
 
 
+async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
+    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
+            raise each
+    return found  # type: ignore[return-value]
+
+
 async def rate_prompt(
     client: ModelClient | CostClient,
     config: FeedbackConfig,
@@ -346,8 +355,8 @@ def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter) -> Feedbac
     window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
 
     async def run() -> None:
-        async with config.client(meter.totals) as client:
-            result.totals = client.totals
+        async with config.client() as client:
+            result.totals = meter.totals = client.totals
             rate = partial(rate_prompt, client, config, principles, result)
             with file_aside(out / ROWS) as file:
                 async for prompt, row in in_order(read.prompts, rate, window):

@@ -104,7 +104,7 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
             continue
         seen.add(text)
         answers = [row.get(name) or ["None"] for name in ("correct_answers", "incorrect_answers")]
-        found.prompts.append(Prompt(text, where, row.get("source") or Path(label).stem, *answers))
+        found.prompts.append(Prompt(text, where, str(row.get("source") or Path(label).stem), *answers))
     if not found.prompts:
         raise UserError(
             f"{label}: no prompt in {found.read:,} rows: {summarise(found.dropped)}.",
