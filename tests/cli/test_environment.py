@@ -15,6 +15,7 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import MemorySpec
 from zephyr_lite.errors import UserError
 from zephyr_lite.memory import machine as machine_file
+from zephyr_lite.model import activation_offload
 from zephyr_lite.model.allocator import is_wsl, set_allocator
 from zephyr_lite.model.base import compute_device
 
@@ -133,7 +134,7 @@ def test_under_wsl_the_plan_has_what_can_be_locked_and_the_allocator_no_more_tha
     device, gib = torch.device("cuda", 0), 2**30
     for module, name, value in (
         (machine_file, "main_memory", 32 * gib),
-        (machine_file, "lockable", 3 * gib),
+        (activation_offload, "lockable", 3 * gib),
         (machine_file, "is_wsl", True),
         (machine_file, "free_memory", 10 * gib),
         (torch.cuda, "get_device_capability", (8, 6)),
