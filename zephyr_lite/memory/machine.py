@@ -20,7 +20,6 @@ from bitsandbytes.nn import Params4bit
 
 from ..config.load import MemorySpec
 from ..errors import UserError
-from ..model.activation_offload import host_bytes, lockable
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
 from .estimate import CONTEXT_BYTES, CPU, GIB, Device
@@ -103,7 +102,10 @@ def this_machine(
         card = Gpu(torch.cuda.get_device_name(device), 0, 50, 500, 12, capability)
     if host is None:
         host = int(main_memory() * HOST_SHARE)
-        host = lockable(host, device) if is_wsl() else host
+        if is_wsl():
+            from ..model.activation_offload import lockable
+
+            host = lockable(host, device)
     free = free_memory(device)
     free = free if vram is None else min(free, vram - CONTEXT_BYTES)
     return Machine(
@@ -113,6 +115,8 @@ def this_machine(
 
 def _card_rates(device: torch.device, dtype: torch.dtype, free: int) -> tuple[float, float, float]:
     """(10^12 operations of a product, 10^9 bytes through the card's memory, 10^9 between it and locked memory) a second."""
+    from ..model.activation_offload import host_bytes
+
     rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
     a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(rows, rows, device=device, dtype=dtype)

@@ -47,12 +47,10 @@ from ..model.base import (
     load_tokenizer,
     read_model_config,
 )
-from ..model.chain import chain_of_run, check_stack
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
-from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
 from .distributed import world
 from .optim import make_scheduler
@@ -216,13 +214,15 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[A
     """The adapters below this stage, read and verified: those of the key ``adapters``, or dpo's stage sft."""
     if config.adapters == "none":
         return []
+    if not config.adapters and method == "sft":
+        return []
+    from ..model.chain import chain_of_run, check_stack
+
     if config.adapters:
         adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
         for note in check_stack(adapters, config.model_name_or_path):
             logger.warning(note)
         return adapters
-    if method == "sft":
-        return []
     if not StageDir(stage.run / "sft").complete():
         raise UserError(
             f"{stage.run}: has no finished stage sft, so there is nothing for dpo to start from.",
@@ -327,7 +327,11 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         base = load_unsloth(config)
     else:
         base = load_base(config, stream=plan.stream)
-    stream = WeightStreamer(base.model, base.device) if base.streamed else None
+    stream = None
+    if base.streamed:
+        from ..model.weight_streaming import WeightStreamer
+
+        stream = WeightStreamer(base.model, base.device)
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the other engines attach theirs, to any architecture
         for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
