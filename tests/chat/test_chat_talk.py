@@ -259,11 +259,3 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, name, content, match):
     with pytest.raises(UserError, match=match):
         check_file(path, "chosen", "--vote")
     assert content is None or path.stat().st_size == len(content)
-
-
-def test_the_bench_measures_equal_work(talk_run):
-    from bench.chat import measure
-
-    found = measure(str(talk_run), None, tokens=6, repeats=1, turns=2)
-    assert set(found["tokens_per_second"]) == {"generate", "stream", "compare", "one by one"}
-    assert found["first_token"][0]["reused"] == 0 and found["first_token"][1]["reused"] > 20

@@ -90,17 +90,16 @@ def test_rows_of_ones_own_are_not_evaluated_on_the_recipes():
 
 def test_several_data_sets(tmp_path):
     file = write(tmp_path, "dataset:\n- a.jsonl\n- {path: b.jsonl, weight: 0.5}\n")
-    config = load(file=file).config
-    assert [(spec.path, spec.weight) for spec in config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
+    assert [(spec.path, spec.weight) for spec in load(file=file).config.dataset] == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
     with pytest.raises(UserError, match="2 entries"):
         load("dataset.limit=3", file=file)
 
 
-def test_adapters_none_is_not_adapters_empty():
-    assert load("adapters=none", method="dpo").config.adapters == "none"
-    assert load("adapters=some/folder", method="dpo").config.adapters == ["some/folder"]
-    assert load("adapters=[a, b]", method="dpo").config.adapters == ["a", "b"]
-    assert load(method="dpo").config.adapters == []
+@pytest.mark.parametrize(
+    ("word", "value"), [("none", "none"), ("some/folder", ["some/folder"]), ("[a, b]", ["a", "b"])]
+)
+def test_adapters(word, value):
+    assert load(f"adapters={word}", method="dpo").config.adapters == value
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

@@ -66,15 +66,6 @@ def test_the_table_has_the_ids_mask_and_positions_that_training_gets(show, no_we
         assert example.where in out
 
 
-def test_a_plain_text_is_shown_as_one(show, tmp_path):
-    (tmp_path / "texts.jsonl").write_text('{"text": "Name three rivers."}\n')
-    code, out, err = show("sft", "dataset=texts.jsonl", "--table")
-    assert code == 0, err
-    tokens = table(out)
-    assert {t["role"] for t in tokens} == {"text"} and "".join(t["text"] for t in tokens) == "Name␣three␣rivers.</s>"
-    assert [t["supervised"] for t in tokens] == ["no", *["yes"] * (len(tokens) - 1)]
-
-
 def test_roles_follow_the_turns(show, chat_rows):
     code, out, err = show("sft", f"dataset={chat_rows}", "--from", "2", "--table")
     assert code == 0, err

@@ -29,7 +29,6 @@ SNIPPETS = [
     "\ud800",
     "e\u0301",
     "👩\u200d🚀",
-    "\r\n",
     "",
 ]
 TEXT = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=6)), max_size=4).map("".join)

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data import workers
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
@@ -45,26 +44,17 @@ def messages(rows) -> list[list[dict[str, str]]]:
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
-        ({"messages": turns("Hi", "Hello")}, "messages"),
         ({"prompt": "Hi", "prompt_id": "x", "messages": turns("Hi", "Hello")}, "messages"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, "ShareGPT"),
-        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]}, "ShareGPT"),
-        ({"instruction": "Hi", "input": "", "output": "Hello"}, "Alpaca"),
         ({"instruction": "Hi", "output": "Hello"}, "Alpaca"),
-        ({"prompt": "Hi", "completion": "Hello"}, "prompt and completion"),
-        ({"id": "0", "data": ["Hi", "Hello"]}, "raw UltraChat"),
         ({"prompt": turns("Hi"), "completion": turns("", "Hello")[1:]}, "prompt and completion"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, *turns("", "Hello")[1:]]},
-            "messages",
-        ),
+        ({"id": "0", "data": ["Hi", "Hello"]}, "raw UltraChat"),
     ],
 )
 def test_conversation_formats(tmp_path, row, kind):
     rows = load(write(tmp_path / "a.jsonl", [row, row]))
     assert messages(rows) == [turns("Hi", "Hello")] * 2
-    assert rows.dataset["where"][1] == f"{tmp_path}/a.jsonl row 2"
-    assert f"read as {kind}, 2 rows" in rows.notes[0] and not rows.dropped
+    assert rows.dataset["where"][1] == f"{tmp_path}/a.jsonl row 2" and f"read as {kind}, 2 rows" in rows.notes[0]
 
 
 def test_plain_text(tmp_path):
@@ -81,45 +71,32 @@ def test_plain_text(tmp_path):
         load(named, "dpo", columns={"text": "story"})
 
 
-def test_faulty_rows_are_dropped_counted_and_named(tmp_path):
-    good = {"messages": turns("Hi", "Hello")}
-    bad = [
-        {"messages": turns("Hi")},
-        {"messages": turns("Hi", " ")},
-        {"messages": [{"role": "wizard", "content": "Hi"}, *turns("", "Hello")[1:]]},
-        {"messages": None},
-        {"messages": []},
-        {"messages": [*turns("Hi", "Hello"), {"role": "system", "content": "late"}, *turns("", "x")[1:]]},
-    ]
-    rows = load(write(tmp_path / "a.jsonl", [good, *bad, good]))
-    assert len(rows.dataset) == 2 and rows.read == 8
-    place = f"{tmp_path}/a.jsonl row "
-    assert rows.dropped == {
-        "no assistant turn": [place + "2"],
-        "a turn without content": [place + "3"],
-        "unknown role 'wizard'": [place + "4"],
-        "messages is empty": [place + "5", place + "6"],
-        "a system turn that is not the first": [place + "7"],
-    }
-    assert rows.dataset["where"][1] == place + "8"
+SFT, DPO = {"messages": turns("Hi", "Hello")}, {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")}
 
 
-def test_pairs_that_teach_nothing_are_dropped(tmp_path):
-    pairs = [
-        {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "a")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("Ho", "b")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "")},
-        {"chosen": turns("Hi", "a"), "rejected": turns("", "b")[1:]},
-    ]
-    rows = load(write(tmp_path / "a.jsonl", pairs), "dpo")
-    assert len(rows.dataset) == 1
-    assert list(rows.dropped) == [
-        "chosen equals rejected",
-        "chosen and rejected answer different prompts",
-        "a turn without content",
-        "one of chosen and rejected repeats the prompt, the other does not",
-    ]
+@pytest.mark.parametrize(
+    ("method", "row", "reason"),
+    [
+        ("sft", {"messages": turns("Hi")}, "no assistant turn"),
+        ("sft", {"messages": turns("Hi", " ")}, "a turn without content"),
+        ("sft", {"messages": [{"role": "wizard", "content": "Hi"}]}, "unknown role 'wizard'"),
+        ("sft", {"messages": []}, "messages is empty"),
+        ("sft", {"messages": [*turns("Hi", "a"), *turns("b", "c", system="s")]}, "a system turn that is not the first"),
+        ("dpo", {**DPO, "rejected": DPO["chosen"]}, "chosen equals rejected"),
+        ("dpo", {**DPO, "rejected": turns("Ho", "b")}, "chosen and rejected answer different prompts"),
+        (
+            "dpo",
+            {**DPO, "rejected": turns("", "b")[1:]},
+            "one of chosen and rejected repeats the prompt, the other does not",
+        ),
+    ],
+)
+def test_faulty_rows_are_dropped_counted_and_named(tmp_path, method, row, reason):
+    good = SFT if method == "sft" else DPO
+    rows = load(write(tmp_path / "a.jsonl", [good, row, good]), method)
+    assert len(rows.dataset) == 2 and rows.read == 3
+    assert rows.dropped == {reason: [f"{tmp_path}/a.jsonl row 2"]}
+    assert rows.dataset["where"][1].endswith("row 3")
 
 
 @pytest.mark.parametrize(
@@ -156,9 +133,6 @@ def test_the_hubs_errors_are_explained(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=r"org/set: .*Should be one of \['train_sft', 'test_sft'\]"):
         load("org/set", split="train")
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *args, **options: ["a", "b"])
-    with pytest.raises(UserError, match="org/set: which split"):
-        load("org/set")
 
 
 def numbered(tmp_path, count: int, name: str = "n", tag: str = "") -> str:
@@ -196,21 +170,12 @@ def test_sources_are_spread_through_each_other(tmp_path):
     assert all(4 <= sum(word[0] == "a" for word in said[at : at + 10]) <= 6 for at in range(0, 40, 10))
 
 
-def test_several_processes_read_the_same(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", f"{i}") if i % 7 else turns("Hi")} for i in range(60)])
-    one = load(path)
-    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(workers, "cache_key", lambda *args: "several")
-    two = load(path)
-    assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
-
-
 # -- names that a stranger chose -------------------------------------------------------------------------------------------
 
 LINE = json.dumps({"prompt": "Name a river.", "completion": "The Rhine."}) + "\n"
 
 
-@pytest.mark.parametrize("name", ["my-chats", "[train]", "\x1b[31mx", "*", "{a}", "a b", "train#1?", "%2e", "tr\nain"])
+@pytest.mark.parametrize("name", ["[train]", "\x1b[31mx", "*", "{a}", "a b", "train#1?", "%2e", "tr\nain"])
 def test_a_folder_with_one_file_of_any_name_is_read(tmp_path, name):
     (tmp_path / f"{name}.jsonl").write_text(LINE * 3)
     assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3

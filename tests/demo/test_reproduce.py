@@ -10,16 +10,8 @@ from tests.demo.test_smoke import forked
 from tests.messages import messages_to
 from tests.train.test_train import metrics
 from zephyr_lite.cli.app import run as cli_run
-from zephyr_lite.config.load import words_by_scope
 from zephyr_lite.demo.child import Ended
-from zephyr_lite.demo.reproduce import (
-    HEADER,
-    RECIPES,
-    RULE,
-    plan_reproduction,
-    row,
-    run_reproduction,
-)
+from zephyr_lite.demo.reproduce import HEADER, RECIPES, RULE, plan_reproduction, run_reproduction
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 
@@ -94,15 +86,6 @@ def test_a_part_that_fails_or_is_interrupted_is_named(reproduced):
         run_reproduction(chosen, run=stopped)
 
 
-def test_keys_go_to_both_stages_or_to_one():
-    words = ["seed=3", "--lora-r", "8", "dpo.beta=0.2", "sft.dataset.path=a.b=c", "dataset.limit=5"]
-    assert words_by_scope(words) == {
-        "": ["seed=3", "lora-r=8", "dataset.limit=5"],
-        "sft": ["dataset.path=a.b=c"],
-        "dpo": ["beta=0.2"],
-    }
-
-
 def test_wrong_words_are_refused():
     for word in ("output_dir=x", "dpo.adapters=none", "--stage=x"):
         with pytest.raises(UserError, match="is set by this command"):
@@ -125,26 +108,6 @@ def test_what_differs_from_the_recipe_is_named(recipe):
     words = ["lora_r=8", "dpo.beta=0.2", "sync=somewhere", "model_name_or_path=some/base"]
     changed = plan_reproduction(recipe, words).changed
     assert changed == {"model_name_or_path": "some/base", "lora_r": 8, "dpo.beta": 0.2}
-
-
-def test_a_row_of_a_night_on_one_card():
-    stage = {"peak_gib": 10.24, "tokens_per_second": 1040.2, "pairs_per_second": 1.234}
-    found = {
-        "who": "me",
-        "machines": ["NVIDIA GeForce RTX 3060"],
-        "base": {"name_or_path": "mistralai/Mistral-7B-v0.1"},
-        "recipe": "overnight",
-        "changed": {},
-        "versions": {"zephyr-lite": "1.0"},
-        "sft": {**stage, "step_hours": 4.96},
-        "dpo": {**stage, "step_hours": 0.061, "peak_gib": 11.1},
-        "eval_loss": {"models": {"base": {"value": 1.4}, "sft": {"value": 1.1}, "dpo": {"value": 1.15}}},
-        "preference": {"accuracy": {"value": 0.72}},
-    }
-    assert row(found) == (
-        "| me | NVIDIA GeForce RTX 3060 | Mistral-7B-v0.1 | overnight | 5.0 + 0.06 | 1,040 | 1.23 | 11.1 "
-        "| 1.400 → 1.100 → 1.150 | 0.720 | 1.0 |"
-    )
 
 
 def test_the_command_line_prints_its_commands(capsys):

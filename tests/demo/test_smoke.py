@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -26,16 +25,7 @@ from tests.train.test_train import dpo_words, words
 from zephyr_lite.__main__ import main
 from zephyr_lite.config.load import load_config
 from zephyr_lite.demo.child import Ended, child
-from zephyr_lite.demo.smoke import (
-    MARK,
-    STEPS,
-    claim,
-    run_smoke,
-    small_stage,
-    smoke_folder,
-    speed,
-    whole_stage,
-)
+from zephyr_lite.demo.smoke import MARK, STEPS, claim, run_smoke, small_stage, smoke_folder, speed, whole_stage
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 
@@ -165,13 +155,3 @@ def test_a_child_is_killed_with_a_real_signal_and_logs_what_it_says(tmp_path):
     log = tmp_path / "log"
     assert child(["--version"], log=log).code == 0 and log.read_text().startswith("zephyr-lite ")
     assert child(["sft", "--help"], log=log, kill_when=lambda: True).code == -signal.SIGKILL
-
-
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
-def test_a_signal_reaches_the_child_and_then_ends_the_command(tmp_path):
-    log = tmp_path / "log"
-    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        child(["env"], log=log)
-    timer.join()

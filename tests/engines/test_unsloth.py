@@ -5,16 +5,15 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.engines.test_baselines import settings
 from zephyr_lite.engines import unsloth as early
 from zephyr_lite.errors import UserError
 
@@ -68,11 +67,6 @@ def test_versions_that_do_not_fit(monkeypatch):
         early.start_unsloth()
 
 
-def test_the_extra_asks_for_the_same_versions():
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["unsloth"]
-    assert extra == [f"unsloth{early.WANTED}", f"unsloth_zoo{early.WANTED}"]
-
-
 def test_it_does_not_start(monkeypatch, tmp_path):
     Metadata(monkeypatch)
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
@@ -81,7 +75,7 @@ def test_it_does_not_start(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "set, so that it is put back")
 
     def fail(name):
-        raise NotImplementedError("You need\n a GPU.")
+        raise NotImplementedError("You need a GPU.")
 
     monkeypatch.setattr(early.importlib, "import_module", fail)
     with pytest.raises(UserError) as found:
@@ -124,31 +118,11 @@ def run(starts, tiny_base, chat_rows, pair_rows, tmp_path_factory):
         if (method, engine, name, words) in done:
             return done[method, engine, name, words]
         rows = chat_rows if method == "sft" else pair_rows
-        values = {
-            "model_name_or_path": str(tiny_base),
-            "engine": engine,
-            "output_dir": str(root / f"{engine}-{name}"),
-            "chat_template": "zephyr",
-            "dataset": {"path": str(rows)},
-            "eval_dataset": {"path": str(rows), "limit": 4},
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.0,
-            "max_length": 160,
-            "max_prompt_length": 64,
-            "batch_size": 2 if method == "sft" else 3,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "stage": method,
-            "beta": 0.1,
-        }
-        file = root / f"{method}.yaml"
-        file.write_text(json.dumps(values))
+        file, out = root / f"{method}.yaml", root / f"{engine}-{name}"
+        file.write_text(settings(method, tiny_base, rows, engine=engine, output_dir=str(out), max_steps=4))
         found, said, complaint = python("-m", "zephyr_lite", method, "--config", file, *words)
         assert found == code, said + complaint
-        result = root / f"{engine}-{name}" / method, said + complaint
+        result = out / method, said + complaint
         if not code:
             done[method, engine, name, words] = result
         return result
@@ -200,31 +174,6 @@ def test_dpo_in_4_bits_stands_on_the_sft_adapter(run):
         assert abs(metrics(bare)[0][name] - first[name]) > 1e-3 * abs(first[name])
     before, after = (load_file(f / "adapter/adapter_model.safetensors") for f in (found.parent / "sft", found))
     assert before.keys() == after.keys() and all(not torch.equal(before[n], after[n]) for n in before)
-
-
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_a_killed_run_is_resumed(run, method):
-    """As if killed after step 2's checkpoint: the rest of the run is what it was, bit for bit."""
-    run("sft", "unsloth", "nf4")
-    folder, _ = run(method, "unsloth", "nf4")
-    whole, weights = metrics(folder), load_file(folder / "adapter/adapter_model.safetensors")
-    kept = folder.parent / "kept"
-    shutil.copytree(folder, kept)
-    shutil.rmtree(folder / "checkpoint-4")
-    shutil.rmtree(folder / "adapter")
-    info = json.loads((folder / "stage.json").read_text())
-    (folder / "stage.json").write_text(json.dumps({**info, "status": "running"}))
-    try:
-        _, said = run(method, "unsloth", "nf4", "logging_steps=1")  # says nothing new, but is run again
-        assert "going on from checkpoint-2" in said
-        timed = {"seconds", "tokens_per_second", "pairs_per_second"}
-        for a, b in zip(metrics(folder), whole, strict=True):
-            assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
-        again = load_file(folder / "adapter/adapter_model.safetensors")
-        assert again.keys() == weights.keys() and all(torch.equal(again[n], weights[n]) for n in weights)
-    finally:
-        shutil.rmtree(folder)
-        kept.rename(folder)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,11 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(mistral, tmp_path, 
 
     assert "merge --run" in refused(tmp_path / "nowhere", "holds no model")
 
+    (mine := tmp_path / "notes.txt").write_text("my notes")
+    with pytest.raises(UserError, match="is there already, and no GGUF file"):
+        write_gguf(mistral, mine)
+    assert mine.read_text() == "my notes"
+
     folder = tmp_path / "m"
     shutil.copytree(mistral, folder)
     weights = load_file(folder / "model.safetensors")
@@ -106,19 +111,6 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(mistral, tmp_path, 
     refused(folder, "stored quantized")
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert refused(mistral, "gguf package") == 'pip install "zephyr-lite[export]"'
-
-
-@pytest.mark.parametrize("write", [write_gguf, write_q4_k_m])
-def test_only_an_earlier_gguf_file_is_replaced(mistral, tmp_path, monkeypatch, write):
-    monkeypatch.setattr(llama, "find_quantizer", lambda given: ["false"])
-    notes, empty = tmp_path / "notes.txt", tmp_path / "empty"
-    notes.write_text("my notes")
-    empty.touch()
-    for out in (mistral / "config.json", notes, empty):
-        before = out.read_bytes()
-        with pytest.raises(UserError, match="is there already, and no GGUF file"):
-            write(mistral, out)
-        assert out.read_bytes() == before
 
 
 def test_q4_k_m_is_made_by_llama_cpp(mistral, tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import gguf
+import jinja2
 import pytest
 from transformers import AutoTokenizer
 
@@ -33,57 +33,27 @@ SAID = [
 
 
 def render_go(template: str, messages: list[dict]) -> str:
-    """The part of Go's text/template that the Modelfiles use: range, if, else if, and, eq, ne, fields, strings."""
-    pieces = re.split(r"\{\{ (.*?) \}\}", template, flags=re.S)
-
-    def block(place: int, scope: SimpleNamespace | None, live: bool) -> tuple[str, int]:
-        text = ""
-        while place < len(pieces):
-            if place % 2 == 0:
-                text += pieces[place] if live else ""
-                place += 1
-                continue
-            action = pieces[place]
-            if action.startswith("range "):
-                assert action == "range $i, $_ := .Messages"
-                for index, message in enumerate(messages):
-                    inner, end = block(place + 1, SimpleNamespace(i=index, **message), live)
-                    text += inner if live else ""
-                place = end + 1
-            elif action.startswith("if "):
-                taken, condition = False, action[3:]
-                while True:
-                    now = live and not taken and (condition == "" or true(condition, scope))
-                    inner, place = block(place + 1, scope, now)
-                    text += inner
-                    taken |= now
-                    if pieces[place] == "end":
-                        break
-                    condition = pieces[place].removeprefix("else").strip().removeprefix("if ")
-                place += 1
-            elif action == "end" or action.startswith("else"):
-                return text, place
-            elif action.startswith('"'):
-                text += action[1:-1].replace('\\"', '"') if live else ""
-                place += 1
-            else:
-                assert action == ".Content" and (scope is not None or not live)
-                text += scope.content if live else ""
-                place += 1
-        return text, place
-
-    def true(condition: str, scope: SimpleNamespace) -> bool:
-        if condition.startswith("and "):
-            parts = re.findall(r"\((.*?)\)", condition)
-            assert len(parts) == 2
-            return all(true(part, scope) for part in parts)
-        how, left, right = condition.split(" ")
-        value = {"$i": str(scope.i), ".Role": f'"{scope.role}"'}[left]
-        return (value == right) if how == "eq" else (value != right)
-
-    text, place = block(0, None, True)
-    assert place == len(pieces)
-    return text
+    """Go's text/template as far as the Modelfiles use it (range, if, else if, and, eq, ne, fields, strings), as Jinja."""
+    blocks, text = [], ""
+    for place, piece in enumerate(re.split(r"\{\{ (.*?) \}\}", template, flags=re.S)):
+        if place % 2 == 0:
+            text += "{% raw %}" + piece + "{% endraw %}"
+        elif piece == "range $i, $_ := .Messages":
+            blocks.append("for")
+            text += "{% for m in messages %}"
+        elif piece == "end":
+            text += "{% end" + blocks.pop() + " %}"
+        elif piece.startswith(("if ", "else if ")):
+            blocks += ["if"] if piece.startswith("if ") else []
+            piece = re.sub(r"\b(eq|ne) (\S+) ([^\s)]+)", r"\2 \1 \3", piece)
+            piece = re.sub(r"and (\(.*?\)) (\(.*?\))", r"\1 and \2", piece)
+            pairs = {" eq ": " == ", " ne ": " != ", "$i": "loop.index0", ".Role": "m.role", "else if": "elif"}
+            for go, own in pairs.items():
+                piece = piece.replace(go, own)
+            text += "{% " + piece + " %}"
+        else:
+            text += "{{ " + piece.replace(".Content", "m.content") + " }}"
+    return jinja2.Template(text, keep_trailing_newline=True).render(messages=messages)
 
 
 def modelfile_template(text: str) -> str:
@@ -116,11 +86,10 @@ def test_go_renders_what_training_saw(tmp_path, name, bos):
 
 def test_what_go_and_a_modelfile_read_otherwise_is_a_string(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_dir(tmp_path / "m", template=None, num_hidden_layers=1))
-    odd = (
+    tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ '{{' + m['role'] + '}}\"\"\" ' + m['content'] + '</s>' }}{% endfor %}"
         '{% if add_generation_prompt %}{{ \'{{assistant}}""" \' }}{% endif %}'
     )
-    tokenizer.chat_template = odd
     template = resolve_template("auto", tokenizer)
     go = turns_of(template).go()
     assert '"""' not in go.replace('\\"', "")

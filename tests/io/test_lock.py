@@ -38,9 +38,6 @@ def test_the_same_process_may_enter_again_and_nothing_is_left(tmp_path):
             pass
         assert (tmp_path / "a" / "run" / ".lock").is_file()
     assert not (tmp_path / "a").exists()
-
-
-def test_a_folder_that_was_filled_stays(tmp_path):
     with alone(tmp_path / "run"):
         (tmp_path / "run" / "x").write_text("1")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["x"]

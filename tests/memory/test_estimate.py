@@ -254,6 +254,14 @@ def test_optimizer_states(optim, r):
     assert (found, managed) == (sum(tensors.values()), 0)
 
 
+def test_paged_states_are_managed():
+    """Each moment of a tensor from 100,000 numbers on; the scales stay on the device."""
+    tensors = (99_999, 100_000)
+    assert optimizer_bytes("paged_adamw_32bit", tensors) == (8 * 99_999, 8 * 100_000)
+    codes, scales = 2 * 4 * 256, 8 * (391 + 391)
+    assert optimizer_bytes("paged_adamw_8bit", tensors) == (2 * 99_999 + codes + scales, 2 * 100_000)
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_base_as_bitsandbytes_stores_it(tiny_base, nested):
     config = RunConfig(model_name_or_path=str(tiny_base), bnb_4bit_use_double_quant=nested)

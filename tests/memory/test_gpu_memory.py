@@ -285,7 +285,7 @@ def test_the_peak_is_the_plans_to_a_twentieth(growing, wide_base, long_rows, tmp
     before = emptied()
     fixed = {f"memory.{k}": v for k, v in MEMORIES[memory].items()}
     stage, state = opened(method, wide_base, long_rows, tmp_path / "r", optim="adamw_8bit", **fixed)
-    plan, told = stage.plan, predicted(stage.plan)
+    plan, told = stage.plan, predicted(stage.plan.as_dict())
     emptied()
     torch.cuda.reset_peak_memory_stats()
     warmup_largest_batch(state)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.contract.test_merged import (
     distance,
@@ -49,9 +48,6 @@ def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"thesis\.tex"):
         merge(base, chain, foreign, overwrite=True)
     assert (foreign / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(UserError, match="holds other things"):
-        merge(base, chain, base, overwrite=True)
-
     out = tmp_path / "out"
     merge(base, chain, out)
     with pytest.raises(UserError, match="earlier merge") as caught:
@@ -93,15 +89,6 @@ def test_a_weight_that_overflows_is_named_and_nothing_is_left(tmp_path: Path) ->
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_base(tmp_path / "base")
-    chain = read(make_chain(base, tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match="are free"):
-        merge(base, chain, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-
-
 def test_killed_in_the_middle_there_is_no_folder(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", sharded=True)
     chain = make_chain(base, tmp_path)
@@ -133,13 +120,7 @@ def make_run(run: Path, base: Path) -> list[Path]:
     sft = make_adapter(base, run / "sft" / "adapter", 1)
     delta = make_adapter(base, run / "dpo" / "delta", 2, r=8)
     write_adapter(run / "dpo" / "adapter", compose(read([sft, delta])), base_model_name=str(base))
-    about = {
-        "name_or_path": str(base),
-        "revision": "main",
-        "load_in_4bit": False,
-        "double_quant": True,
-        "dtype": "float32",
-    }
+    about = {"name_or_path": str(base), "load_in_4bit": False, "dtype": "float32"}
     for stage, own, below in (("sft", "adapter", []), ("dpo", "delta", [("sft/adapter", sft)])):
         save_tokenizer(run / stage / "adapter", template=True)
         info = {
@@ -183,40 +164,17 @@ def test_newest_run_and_its_last_stage(tmp_path: Path, monkeypatch: pytest.Monke
     assert chain_of_run(tmp_path / "runs" / "new").stage == "sft"
 
 
-@pytest.mark.parametrize("which", ["sft/adapter", "dpo/delta"])
-def test_a_chain_whose_hash_does_not_match_is_refused(tmp_path: Path, which: str) -> None:
-    base = make_base(tmp_path / "base")
-    run = tmp_path / "runs" / "one"
-    make_run(run, base)
-    info = json.loads((run / "dpo" / "stage.json").read_text())
-    trained_on = (info["adapters"][0] if which == "sft/adapter" else info["own"])["sha256"]
-    weights = run / which / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    next(iter(tensors.values()))[0, 0] += 1e-3
-    save_file(tensors, weights)
-    with pytest.raises(UserError, match=trained_on[:12]) as caught:
-        chain_of_run(run)
-    assert which in caught.value.message and read_adapter(run / which).sha256[:12] in caught.value.message
-    assert caught.value.hint
-
-
-def test_missing_runs_stages_and_adapters_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_base(tmp_path / "base")
+def test_missing_runs_and_stages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run there has a complete stage"):
         chain_of_run()
-    with pytest.raises(UserError, match="no such folder"):
-        chain_of_run("runs/nothing")
     run = tmp_path / "runs" / "one"
-    make_run(run, base)
+    make_run(run, make_base(tmp_path / "base"))
     (tmp_path / "runs" / "other" / "sft").mkdir(parents=True)
     (tmp_path / "runs" / "other" / "sft" / "stage.json").write_text("{")
     assert chain_of_run().run == Path("runs/one")  # a broken stage.json of another run does not matter
     with pytest.raises(UserError, match="no complete stage third"):
         chain_of_run(run, stage="third")
-    for folder in (run / "sft" / "adapter", tmp_path / "runs"):
-        with pytest.raises(UserError, match="no complete stage in it"):
-            chain_of_run(folder)
     shutil.rmtree(run / "sft" / "adapter")
     with pytest.raises(UserError, match=r"sft/adapter: no adapter_config\.json there"):
         chain_of_run(run)

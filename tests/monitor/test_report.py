@@ -213,19 +213,12 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     folder = a_stage(tmp_path / "old", complete=False, plan={}, data={}, machine=None, versions={})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": NaN, "grad_norm": Infinity}\n[1]\n{"step": "x"}\n{"step": 14, "lo')
-    (folder / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "answer": "b"}\n{"step": 1, "prompt": 3, "ans')
-    for config in (None, "seed: 1\n"):
-        if config is None:
-            (folder / "config.yaml").unlink()
-        else:
-            (folder / "config.yaml").write_text(config)
-        page = Page(run_page([StageRecord(folder)]))
-        assert page.charts()[0]["series"][0]["y"][-1] is None  # as JSON has no NaN
-        assert "13" in page.text
+    (folder / "config.yaml").unlink()
+    page = Page(run_page([StageRecord(folder)]))
+    assert page.charts()[0]["series"][0]["y"][-1] is None  # as JSON has no NaN
     (folder / "metrics.jsonl").unlink()
-    assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "sft"}')
-    Page(run_page([StageRecord(folder)]))
+    assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
     with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
         StageRecord(folder)
@@ -241,18 +234,11 @@ def test_two_runs_side_by_side(run, tmp_path):
     told = text[text.index("What differs between them") : text.index("Every key")]
     assert re.findall(r"<th scope=row>(\w+)", told) == ["learning_rate"]
     assert "mine / dpo" in page.text  # which only one of them has
-    # two stages are compared whatever their names; what means different things is not
-    a_stage(other, "again", steps=3)
-    assert "own-again" in side_by_side(read_source(run / "sft"), read_source(other / "again"))
     with pytest.raises(UserError, match="their metrics cannot be compared"):
         side_by_side(read_source(run / "dpo"), read_source(other / "sft"))
     a_stage(tmp_path / "third", "else")
     with pytest.raises(UserError, match="no stage in common"):
         side_by_side(read_source(run), read_source(tmp_path / "third"))
-    twin = tmp_path / "elsewhere" / "mine"
-    a_stage(twin)
-    labels = [s["n"] for s in Page(side_by_side(read_source(run), read_source(twin))).charts()[0]["series"]]
-    assert labels[0] == "runs/mine" and labels[2] == "elsewhere/mine"
 
 
 def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch, capsys):
@@ -350,22 +336,19 @@ def test_lengths_are_counted(trained):
 
 
 def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch, caplog):
-    now, writer, page = [0.5], ReportWriter(), run / "sft" / "report.html"
-    writer.folder, writer.due = run / "sft", 1.0
-    monkeypatch.setattr(report_writer.time, "monotonic", lambda: now[0])
+    writer, page = ReportWriter(), run / "sft" / "report.html"
+    writer.folder, writer.due = run / "sft", math.inf
     writer.on_step_end(3, {})
     assert not page.exists()
-    now[0] = 2.0  # the last report is too old
+    writer.due = 0.0  # the last report is too old
     writer.on_step_end(4, {})
-    before = page.read_text()
+    assert page.exists()
 
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(report_writer, "write_text", full)
-        writer.on_evaluate(4, {})
-        writer.on_sample(4, [])
-    assert page.read_text() == before
+    monkeypatch.setattr(report_writer, "write_text", full)
+    writer.on_evaluate(4, {})
+    writer.on_sample(4, [])
     (message,) = caplog.messages
     assert "No space left on device" in message and "training continues" in message

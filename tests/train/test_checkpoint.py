@@ -244,15 +244,3 @@ def test_an_interrupted_reference_continues_where_it_was(tmp_path, computed):
     again = ReferenceCache(tmp_path, 6, rows="k")
     assert again.load() and torch.equal(again.sums, whole.sums)
     assert ReferenceCache(tmp_path, 6, rows="l").path != cache.path
-
-
-@pytest.mark.parametrize("keep", [slice(0, 0), slice(0, -1), slice(0, -8)])
-def test_a_damaged_reference_is_computed_again(tmp_path, computed, keep, said):
-    fill(ReferenceCache(tmp_path, 6, rows="k"))
-    cache = ReferenceCache(tmp_path, 6, rows="k")
-    data = cache.path.read_bytes()
-    cache.path.write_bytes(data[keep] + bytes(len(data) - len(data[keep])) if keep.stop else b"")
-    assert not cache.load() and cache.missing == 6
-    assert said[-1] == f"{cache.path}: is damaged, or of other pairs; it is computed again"
-    fill(cache)
-    assert ReferenceCache(tmp_path, 6, rows="k").load()

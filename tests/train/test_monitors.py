@@ -230,6 +230,20 @@ def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loa
     assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
 
 
+def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
+    """The demo and ablate would go on with the next stage."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+
+    def late(step, total, logged):
+        if step == 6 and "eval_loss" in logged:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
+        run_sft(loaded(), on_metrics=late)
+    assert StageDir(tmp_path / "run/sft").complete()
+
+
 def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said):
     def load(name):
         return load_config(

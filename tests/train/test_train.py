@@ -88,14 +88,11 @@ def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_row
         run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)))
 
 
-def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path, said):
+def test_a_reference_cache_of_other_adapters_is_not_used(tiny_base, run, pair_rows, tmp_path, said):
     loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
     stage = setup_stage("dpo", loaded)
     first = DpoObjective(stage).cache
     assert DpoObjective(stage).cache.path == first.path and "read from" in said[-1]
-    first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
-    DpoObjective(stage)
-    assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
     assert DpoObjective(stage).cache.path != first.path
 

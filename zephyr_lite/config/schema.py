@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..io.text import place
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
 
 class DatasetSpec(BaseModel):
     """A source of rows: a hub id, a local folder in the hub's layout, or a file (JSONL, JSON, CSV, Parquet)."""
@@ -111,7 +113,7 @@ class RunConfig(BaseModel):
     )
     load_in_4bit: bool = Field(True, description="the base in NF4; false: in 16 or 32 bits")
     bnb_4bit_use_double_quant: bool = Field(True, description="NF4's scales in 8 bits")
-    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = Field(
+    dtype: Dtype = Field(
         "auto",
         description="the compute dtype; auto: bfloat16 from compute capability 8.0, float16 below, float32 on a CPU",
     )

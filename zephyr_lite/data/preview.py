@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +92,29 @@ def example_segments(
 
 
 def _tokens(template: ChatTemplate, ids: np.ndarray, mask: np.ndarray, roles: Sequence[str], first: int) -> list[Token]:
-    read = token_reader(template.tokenizer)
-    return [
-        Token(token, *read(token), position, role, target)
-        for position, (token, target, role) in enumerate(zip(ids.tolist(), mask.tolist(), roles), first)
-    ]
+    """Tokens with their bytes, of which the first has the position ``first``.
+
+    A tokenizer that decodes tokens one by one loses SentencePiece's spaces and parts of characters. The bytes of a text's
+    tokens are the text, after a space that SentencePiece puts before the first word.
+    """
+    tokenizer = template.tokenizer
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoders = set(re.findall(r'"type":\s*"(\w+)"', json.dumps(backend.get("decoder"))))
+    by_char = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoders else {}
+    added = tokenizer.added_tokens_decoder
+    tokens = []
+    for position, (token, target, role) in enumerate(zip(ids.tolist(), mask.tolist(), roles), first):
+        piece, special = tokenizer.convert_ids_to_tokens(token), False
+        if token in added:
+            raw, special = piece.encode(), token in tokenizer.all_special_ids or added[token].special
+        elif by_char and all(char in by_char for char in piece):
+            raw = bytes(by_char[char] for char in piece)
+        elif "ByteFallback" in decoders and (match := _BYTE.fullmatch(piece)):
+            raw = bytes([int(match.group(1), 16)])
+        else:
+            raw = piece.replace("▁", " ").encode()
+        tokens.append(Token(token, raw, special, position, role, target))
+    return tokens
 
 
 # -- roles ---------------------------------------------------------------------------------------------------------------
@@ -141,33 +159,6 @@ def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> i
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------
-
-
-def token_reader(tokenizer: Any) -> Callable[[int], tuple[bytes, bool]]:
-    """A function from an id to its bytes, and whether it is special.
-
-    A tokenizer that decodes tokens one by one loses SentencePiece's spaces and parts of characters. The bytes of a text's
-    tokens are the text, after a space that SentencePiece puts before the first word.
-    """
-    backend = tokenizer.backend_tokenizer.to_str()
-    decoders = set(re.findall(r'"type":\s*"(\w+)"', json.dumps(json.loads(backend).get("decoder"))))
-    by_char = {char: byte for byte, char in bytes_to_unicode().items()} if "ByteLevel" in decoders else {}
-    added = tokenizer.added_tokens_decoder
-    special = set(tokenizer.all_special_ids)
-
-    def read(token: int) -> tuple[bytes, bool]:
-        if token in added:
-            return added[token].content.encode(), token in special or added[token].special
-        piece = tokenizer.convert_ids_to_tokens(token)
-        if piece is None:
-            return f"[{token}]".encode(), False
-        if by_char and all(char in by_char for char in piece):
-            return bytes(by_char[char] for char in piece), False
-        if "ByteFallback" in decoders and (match := _BYTE.fullmatch(piece)):
-            return bytes([int(match.group(1), 16)]), False
-        return piece.replace("▁", " ").encode(), False
-
-    return read
 
 
 def _visible(char: str) -> str:

@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -80,7 +81,7 @@ def train_on_trl(
     micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
 
     Raises:
-        UserError: Unsloth cannot load the base, or loss or gradients are not finite three steps in a row.
+        UserError: Unsloth would load another model, or loss or gradients are not finite three steps in a row.
         Interrupted: a signal came; there is a checkpoint.
     """
     torch.set_num_threads(stage.plan.threads)
@@ -99,12 +100,10 @@ def train_on_trl(
     started = time.perf_counter()
     with StopRequest("finishing the step and writing a checkpoint") as stop:
         recorder.stop = stop
-        state = None if found is None else TrainerState.load_from_json(str(found / "trainer_state.json"))
-        if state is not None and (state.global_step >= recorder.total or _stops_early(state, stage.config)):
+        if found is not None and _is_finished(trainer, found, stage.config.early_stopping_patience):
             # nothing is left to be trained, and transformers would make one more step
-            trainer.state = state
             trainer._load_from_checkpoint(str(found))
-            if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
                 trainer._load_best_model()
         else:
             trainer.train(resume_from_checkpoint=str(found) if found else None)
@@ -130,10 +129,12 @@ def train_on_trl(
     return outcome, AdapterStack(trainer.model).weights(ADAPTER)
 
 
-def _stops_early(state: TrainerState, config: RunConfig) -> bool:
-    stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+def _is_finished(trainer: Any, checkpoint: Path, patience: int | None) -> bool:
+    """Load the trainer's state of a checkpoint; whether training ended there."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    stopping = trainer.state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
     waited = stopping.get("early_stopping_patience_counter", 0)
-    return bool(waited >= (config.early_stopping_patience or math.inf))
+    return trainer.state.global_step >= trainer.args.max_steps or waited >= (patience or math.inf)
 
 
 def make_trainer(stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Observer] = ()) -> tuple[Any, Recorder]:

@@ -52,7 +52,7 @@ def start_unsloth() -> None:
         importlib.import_module("unsloth")
     except Exception as error:
         raise UserError(
-            f"engine unsloth: unsloth {version('unsloth')} does not start here: {_named(error)}",
+            f"engine unsloth: unsloth {version('unsloth')} does not start here: {type(error).__name__}: {error}",
             f"It needs a GPU that it knows, and the versions of its extra: {INSTALL}. Or set engine=trl.",
         ) from error
 
@@ -71,18 +71,13 @@ def unsloth_conflicts() -> list[str]:
     return result
 
 
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-
-
 def load_unsloth(config: RunConfig) -> Base:
     """The base through ``FastLanguageModel.from_pretrained``, frozen, from the folder that the other engines read.
 
     Raises:
-        UserError: Unsloth cannot load it, or loads something else than the configuration says.
+        UserError: Unsloth would load something else than the configuration says.
     """
     start_unsloth()
-    import torch
     from transformers.utils import logging
     from unsloth import FastLanguageModel
 
@@ -102,24 +97,16 @@ def load_unsloth(config: RunConfig) -> Base:
     own_length = getattr(model_config, "max_position_embeddings", None) or config.max_length
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # in a log file it is noise
-    try:
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder),
-            max_seq_length=min(config.max_length, own_length),  # beyond its own it would stretch the positions
-            dtype=dtype,
-            load_in_4bit=four_bit,
-            load_in_16bit=not four_bit,
-            device_map={"": str(device)},
-            use_exact_model_name=True,
-            random_state=config.seed,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{folder}: Unsloth {version('unsloth')} cannot load it: {_named(error)}",
-            "Set engine=trl, which takes any architecture, or engine=fused.",
-        ) from error
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=min(config.max_length, own_length),  # beyond its own it would stretch the positions
+        dtype=dtype,
+        load_in_4bit=four_bit,
+        load_in_16bit=not four_bit,
+        device_map={"": str(device)},
+        use_exact_model_name=True,
+        random_state=config.seed,
+    )
     embedding = model.get_input_embeddings().weight
     found = {
         "load_in_4bit": (any(getattr(p, "quant_state", None) is not None for p in model.parameters()), four_bit),

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 import statistics
@@ -18,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field, field_validator
 
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
+from ..client.client import ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import CostClient, Meter, bound_lines
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
 from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
@@ -285,12 +284,12 @@ class Benchmark(ABC, Generic[T]):
         specs = {spec.name: spec for spec in self.answering.endpoints()}
         client = CostClient(specs)
 
-        async def main() -> None:
+        async def ask_all() -> None:
             for model in self.models():
                 for item in self.items:
                     await self._outcome(client, model, item)
 
-        asyncio.run(main())
+        run_job(ask_all())
         return bound_lines(client.bounds, specs.values())
 
     def run(self, meter: Meter) -> Judged:
@@ -317,10 +316,10 @@ class Benchmark(ABC, Generic[T]):
                 meter.totals = client.totals
                 pairs = [(model, item) for model in outcomes for item in self.items]
                 async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
-                    if isinstance(found, BudgetSpent):
-                        spent.append(str(found))
-                    elif isinstance(found, Outcome):
+                    if isinstance(found, Outcome):
                         outcomes[model].append(found)
+                    else:
+                        spent.append(str(found))
                     meter.advance()
                 return client.totals.as_dict()
 

@@ -79,11 +79,6 @@ def read_object(path: Path, *, strict: bool = True, hint: str = AGAIN) -> dict[s
     return value
 
 
-def is_whole(value: object) -> bool:
-    """Whether a value is an integer, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):

@@ -25,7 +25,6 @@ from ..io.run_dir import StageDir, cache_dir
 from ..io.text import duration
 from ..model.adapters import check_targets
 from ..model.base import check_family, compute_device, compute_dtype, quantized_dir, read_model_config
-from ..model.chain import chain_of_run
 from ..model.families import Shape
 from ..model.files import local_folder
 from ..model.peft_io import read_adapter
@@ -201,6 +200,8 @@ def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[Adapte
         return found, notes
     if not StageDir(Path(config.output_dir) / "sft").complete():
         return [assumed], [f"assuming rank {RANK_BELOW} for the SFT adapter below"]
+    from ..model.chain import chain_of_run
+
     adapters = chain_of_run(config.output_dir, stage="sft").adapters
     return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
 

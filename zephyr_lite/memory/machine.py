@@ -20,7 +20,6 @@ from bitsandbytes.nn import Params4bit
 
 from ..config.load import MemorySpec
 from ..errors import UserError
-from ..model.activation_offload import host_bytes, lockable
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
 from .estimate import CONTEXT_BYTES, CPU, GIB, Device
@@ -103,7 +102,10 @@ def this_machine(
         card = Gpu(torch.cuda.get_device_name(device), 0, 50, 500, 12, capability)
     if host is None:
         host = int(main_memory() * HOST_SHARE)
-        host = lockable(host, device) if is_wsl() else host
+        if is_wsl():
+            from ..model.activation_offload import lockable
+
+            host = lockable(host, device)
     free = free_memory(device)
     free = free if vram is None else min(free, vram - CONTEXT_BYTES)
     return Machine(
@@ -113,6 +115,8 @@ def this_machine(
 
 def _card_rates(device: torch.device, dtype: torch.dtype, free: int) -> tuple[float, float, float]:
     """(10^12 operations of a product, 10^9 bytes through the card's memory, 10^9 between it and locked memory) a second."""
+    from ..model.activation_offload import host_bytes
+
     rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
     a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(rows, rows, device=device, dtype=dtype)
@@ -242,12 +246,15 @@ def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
         else:
             continue
         folder = top / path.strip("/")
-        # inside a container the path may be the host's, and the group itself is the top
-        for place in [p for p in (folder, *folder.parents) if p.is_relative_to(top)] if folder.is_dir() else [top]:
-            limit = place / files[0]
+        if not folder.is_dir():  # inside a container the path may be the host's, and the group itself is the top
+            folder = top
+        while folder.is_relative_to(top):
+            limit = folder / files[0]
             if limit.is_file() and (most := limit.read_text().strip()) != "max":
-                stat = dict(entry.split() for entry in (place / "memory.stat").read_text().splitlines())
-                rooms.append(int(most) - int((place / files[1]).read_text()) + int(stat.get(files[2], 0)))
+                stat = (folder / "memory.stat").read_text().split()
+                cached = int(stat[stat.index(files[2]) + 1]) if files[2] in stat else 0
+                rooms.append(int(most) - int((folder / files[1]).read_text()) + cached)
+            folder = folder.parent
     return max(0, min(rooms)) if rooms else None
 
 

@@ -191,10 +191,10 @@ def _tokens(job: Workload, machine: Machine, memory: MemorySpec, least: bool) ->
     wanted = WANTED_TOKENS if machine.device.cuda else CPU_TOKENS
     most = max(job.longest, min(wanted, job.step_most or job.step_tokens or wanted))
     sizes = {job.longest, most}
-    for size in (256, 512, 1024, 2048, 4096, 8192, 16384, *(job.longest * n for n in (2, 3, 4, 6, 8))):
-        if job.longest < size <= most:
-            sizes.add(size)
-    return sorted(sizes, reverse=True)
+    sizes |= {256, 512, 1024, 2048, 4096, 8192, 16384}
+    for n in (2, 3, 4, 6, 8):
+        sizes.add(n * job.longest)
+    return sorted(sizes.intersection(range(job.longest, most + 1)), reverse=True)
 
 
 def _cost(job: Workload, execution: ExecutionConfig, machine: Machine) -> float:

@@ -14,6 +14,7 @@ import torch
 from ..config.load import Method, RunConfig
 from ..model.base import quantization_of
 from ..model.families import ATTENTION, PROJECTIONS, SITES, Shape
+from ..model.peft_io import AdapterFile
 
 Storage = Literal["nf4", "nf4 nested", "dense"]
 
@@ -128,7 +129,7 @@ def make_workload(
     base_config: Any,
     dtype: torch.dtype,
     *,
-    frozen: Sequence[Mapping[str, Any]] = (),
+    frozen: Sequence[AdapterFile] = (),
     folder: Path | None = None,
     **fields: Any,
 ) -> Workload:
@@ -137,7 +138,7 @@ def make_workload(
     Args:
         base_config: the base's Hugging Face configuration.
         dtype: of the computation.
-        frozen: the modules of each frozen adapter below (see ``AdapterSpec.read``).
+        frozen: the adapters below.
         folder: of the base, for messages.
         fields: others of ``Workload``, most of all those that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
 
@@ -150,8 +151,8 @@ def make_workload(
         _, four_bit, nested = quantization_of(config, stored, folder or Path(config.model_name_or_path), dtype)
         fields["storage"] = "dense" if not four_bit else "nf4 nested" if nested else "nf4"
     adapters = [AdapterSpec.fresh(shape, config.lora_r, config.lora_target_modules)]
-    for modules in reversed(frozen):
-        adapters.insert(0, AdapterSpec.read(shape, modules))
+    for adapter in reversed(frozen):
+        adapters.insert(0, AdapterSpec.read(shape, adapter.modules))
     fields.setdefault("longest", longest_of(config, method))
     if method == "dpo":
         fields.setdefault("keys", 4 / 3)  # a prompt as long as each response

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,13 +18,15 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
-from .activation_offload import ActivationOffload
 from .adapters import AdapterStack
 from .dequant_buffer import DequantBuffer, ScratchMode
 from .execution import ExecutionConfig, ForwardContext, Keep, layer_of
 from .families import layer_windows
 from .layer import run_layer
-from .weight_streaming import WeightStreamer
+
+if TYPE_CHECKING:
+    from .activation_offload import ActivationOffload
+    from .weight_streaming import WeightStreamer
 
 Keeps = Keep | Sequence[Keep]
 
@@ -84,6 +86,8 @@ class Decoder:
         if execution.stream and self.stream is None:
             device = self.device
             self.scratch.free()
+            from .weight_streaming import WeightStreamer
+
             self.stream = WeightStreamer(self.stack.base, device)
         if self.scratch.mode != execution.scratch:
             self.scratch = DequantBuffer(execution.scratch)
@@ -91,7 +95,11 @@ class Decoder:
         if self.offload is not None:
             self.offload.clear()
         if self.offload is None or self.offload.layers != execution.offload:
-            self.offload = ActivationOffload(self.device, execution.offload) if execution.offload else None
+            self.offload = None
+            if execution.offload:
+                from .activation_offload import ActivationOffload
+
+                self.offload = ActivationOffload(self.device, execution.offload)
 
     def release(self) -> None:
         """Free the dequantization buffer and what a failed pass left behind."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LinearGroup, LoraPair
-from .activation_offload import ActivationOffload
 from .dequant_buffer import ScratchMode
-from .weight_streaming import WeightStreamer
+
+if TYPE_CHECKING:
+    from .activation_offload import ActivationOffload
+    from .weight_streaming import WeightStreamer
 
 Keep = Literal["input", "attention", "all"]
 Reference = Literal["together", "own"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..config.load import RunConfig
+from ..config.schema import Dtype
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, check_rendering
@@ -125,8 +126,13 @@ def find_chain(
     return chain_of_run(path, stage=stage, base=base)
 
 
-def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
+def live_of(chain: Chain, *, chat_template: str | None = None, dtype: Dtype = "auto") -> LoadedModel:
     """Load the base of a chain as its stage trained on it, and put every adapter on it, frozen.
+
+    Args:
+        chain: base and adapters.
+        chat_template: see ``open_live``.
+        dtype: the compute dtype, as the configuration's key.
 
     Raises:
         UserError: the base's files changed since the stage was trained; an adapter does not fit it.
@@ -139,6 +145,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None) -> LoadedModel:
         model_revision=described.get("revision", "main"),
         load_in_4bit=described.get("load_in_4bit", True),
         bnb_4bit_use_double_quant=described.get("double_quant", True),
+        dtype=dtype,
         engine=chain.info.get("engine", "fused"),  # which decides what architectures are known
     )
     base = load_base(config)

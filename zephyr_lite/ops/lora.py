@@ -92,7 +92,7 @@ class LinearGroup:
     def groups(self) -> list[_Group]:
         """The adapters without dropout and those with it, where there are any."""
         found = []
-        for key in (None,) if self.dropout is None else (None, self.dropout):
+        for dropped in (False, True):
             pairs: list[tuple[LoraPair, slice]] = []
             trained: list[tuple[LoraPair, slice]] = []
             blocks: list[tuple[int, slice, list[LoraPair]]] = []
@@ -100,19 +100,18 @@ class LinearGroup:
             for projection in range(len(self.outs)):
                 start, of_projection = end, []
                 for pair in self.stack:
-                    if pair.projection == projection and (pair.dropout and self.dropout is not None) == (
-                        key is not None
-                    ):
-                        columns = slice(end, end + pair.a.shape[0])
-                        pairs.append((pair, columns))
-                        if (pair.a.requires_grad or pair.b.requires_grad) and not pair.off:
-                            trained.append((pair, columns))
-                        of_projection.append(pair)
-                        end, off = columns.stop, off and pair.off
+                    if pair.projection != projection or (pair.dropout and self.dropout is not None) != dropped:
+                        continue
+                    columns = slice(end, end + pair.a.shape[0])
+                    pairs.append((pair, columns))
+                    if (pair.a.requires_grad or pair.b.requires_grad) and not pair.off:
+                        trained.append((pair, columns))
+                    of_projection.append(pair)
+                    end, off = columns.stop, off and pair.off
                 if of_projection:
                     blocks.append((projection, slice(start, end), of_projection))
             if pairs:
-                found.append(_Group(key, pairs, trained, blocks, end, off))
+                found.append(_Group(self.dropout if dropped else None, pairs, trained, blocks, end, off))
         return found
 
     @cached_property

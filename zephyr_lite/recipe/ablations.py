@@ -263,7 +263,7 @@ def _score(table: Table) -> Ablation:
     scores: dict[str, Score] = {}
     for arm, stages in table.arms.items():
         logger.info(f"scoring {arm}")
-        live = live_of(chain_of_run(table.run, stage=stages[-1].name))
+        live = live_of(chain_of_run(table.run, stage=stages[-1].name), dtype=stages[-1].loaded.config.dtype)
         if live.template.text not in rows:
             chats, pairs = _held_out(table, "sft", live.template), _held_out(table, "dpo", live.template)
             rows[live.template.text] = chats, pairs, row_logps(scorer_of(live, BASE), pairs)

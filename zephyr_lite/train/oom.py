@@ -20,7 +20,6 @@ from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..memory.machine import Machine, this_machine
 from ..memory.plan import Plan, smaller
-from ..model.activation_offload import LockRefused
 from .distributed import world
 from .stage import Stage
 from .steps import micro_batches
@@ -138,6 +137,8 @@ class OomRetry:
         The error's traceback holds the frames of what failed, and those its graph: they are cleared, so that the memory is
         free before the next attempt.
         """
+        from ..model.activation_offload import LockRefused
+
         if isinstance(error, LockRefused) and not self.stage.config.memory.offload:
             self._lockable = False
         elif isinstance(error, LockRefused) or not is_out_of_memory(error):

@@ -99,7 +99,10 @@ class Comparison:
     def __init__(self, stage: StageDir, config: RunConfig, method: Method) -> None:
         self.stage, self.config = stage, config
         self.before = stage.info()
-        self.complete, self.allowed, self.moved, self.refused = False, list[str](), list[str](), list[str]()
+        self.complete = False
+        self.allowed: list[str] = []
+        self.moved: list[str] = []
+        self.refused: list[str] = []
         if self.before is None or not world().is_main_process:
             return
         self.complete = self.before.get("status") == "complete"

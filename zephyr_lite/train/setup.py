@@ -47,12 +47,10 @@ from ..model.base import (
     load_tokenizer,
     read_model_config,
 )
-from ..model.chain import chain_of_run, check_stack
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
-from ..model.weight_streaming import WeightStreamer
 from ..ops.dispatch import check_kernels
 from .distributed import world
 from .optim import make_scheduler
@@ -116,9 +114,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         raise stage_complete(stage, method)
 
     # plan
-    modules = [adapter.modules for adapter in frozen]
     sizes = _row_sizes(method, config, parts)
-    workload = make_workload(config, method, base_config, dtype, frozen=modules, folder=folder, **sizes)
+    workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
     plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
         fused = config.engine == "fused"
@@ -134,7 +131,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     base, decoder = _load(config, plan, frozen)
     stack = decoder.stack
     per_epoch, total = step_schedule(config, len(data.rows))
-    parameters = sum(p.numel() for p in stack.parameters().values())
+    parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     logger.info(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
 
@@ -217,13 +214,15 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[A
     """The adapters below this stage, read and verified: those of the key ``adapters``, or dpo's stage sft."""
     if config.adapters == "none":
         return []
+    if not config.adapters and method == "sft":
+        return []
+    from ..model.chain import chain_of_run, check_stack
+
     if config.adapters:
         adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
         for note in check_stack(adapters, config.model_name_or_path):
             logger.warning(note)
         return adapters
-    if method == "sft":
-        return []
     if not StageDir(stage.run / "sft").complete():
         raise UserError(
             f"{stage.run}: has no finished stage sft, so there is nothing for dpo to start from.",
@@ -328,7 +327,11 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         base = load_unsloth(config)
     else:
         base = load_base(config, stream=plan.stream)
-    stream = WeightStreamer(base.model, base.device) if base.streamed else None
+    stream = None
+    if base.streamed:
+        from ..model.weight_streaming import WeightStreamer
+
+        stream = WeightStreamer(base.model, base.device)
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the other engines attach theirs, to any architecture
         for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
