@@ -160,11 +160,20 @@ def test_where_the_cache_cannot_be_written_the_base_is_quantized_in_memory(base,
     assert "No space left" in said[-1] and "ZEPHYR_LITE_CACHE" in said[-1] and "in memory" in said[-1]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", load.MANIFEST])
-def test_an_incomplete_folder_is_made_again(base, cache, name):
+def inverted(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 255
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("model.safetensors", inverted), ("model.safetensors", Path.unlink), (load.MANIFEST, Path.unlink)],
+)
+def test_an_incomplete_or_damaged_folder_is_made_again(base, cache, name, damage):
     load_base(config(base))
     (kept,) = entries(cache)
-    (kept / name).unlink()
+    damage(kept / name)
     assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
     assert entries(cache) == [kept] and (kept / name).is_file()
 
@@ -181,9 +190,7 @@ def test_a_base_that_was_changed_in_place_is_quantized_again(base, cache, monkey
     said: list[str] = []
     with messages_to(said.append):
         assert_same(load_base(config(base)).model, reference(base, torch.float32, True))
-    assert (
-        f"{kept}: incomplete, or made of other files of the base" in said[0] and "quantizing the base once" in said[1]
-    )
+    assert f"{kept}: damaged, or made of other files of the base" in said[0] and "quantizing the base once" in said[1]
     said.clear()
     with messages_to(said.append):
         load_base(config(base.rename(base.parent / "moved")))

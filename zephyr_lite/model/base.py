@@ -7,7 +7,7 @@ in the user's cache; later starts load that copy. Plain transformers loads it to
         config.json  model-00001-of-00008.safetensors …  zephyr_lite.json
 
 The environment variable ``ZEPHYR_LITE_CACHE`` replaces ``~/.cache/zephyr-lite``. A copy is used as long as the base's files
-have the names, sizes and modification times that they had when it was made, and none of its own files is missing.
+have the names, sizes and modification times that they had when it was made, and its own files the hashes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import logging
 import re
 import sys
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -347,10 +347,15 @@ def _load_quantized(
     known = fingerprint(source)
     double = "-double" if settings.bnb_4bit_use_double_quant else ""
     suffix = f"{known[:16]}-nf4{double}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
-    sources, size = {}, 0
-    for path in weight_files(source):
-        sources[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
-        size += path.stat().st_size
+    sources = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in weight_files(source)}
+
+    def manifest(folder: Path) -> dict[str, Any]:
+        files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:  # training with one flipped bit would not fail, only be wrong
+                files[path.name] = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
+
     kept, model = quantized_dir(), None
     try:
         make_folder(kept)
@@ -358,22 +363,18 @@ def _load_quantized(
             # the base may have had another name when it was made
             own = kept / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
             folder = min(kept.glob(f"[!.]*-{suffix}"), default=own)
-            told = read_json(folder / MANIFEST) or {}
-            complete = all(map(Path.is_file, map(folder.joinpath, told.get("files", ()))))
-            if told.get("sources") != sources or not complete:
+            if read_json(folder / MANIFEST) != manifest(folder):
                 if folder.exists():
-                    logger.warning(f"{folder}: incomplete, or made of other files of the base; it is made again")
+                    logger.warning(f"{folder}: damaged, or made of other files of the base; it is made again")
                     remove_tree(folder)
                 logger.info(f"quantizing the base once; later starts read {folder}")
                 room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
                 # for a streamed base, too: a card takes seconds, a CPU minutes
-                where = device if room > size / 2 else place
+                where = device if room > sum(size for size, _ in sources.values()) / 2 else place
                 model = _from_pretrained(source, model_config, dtype, where, settings)
                 with folder_aside(folder) as aside:
                     model.save_pretrained(aside, max_shard_size=SHARD_SIZE)
-                    files = sorted(map(attrgetter("name"), aside.glob("*.safetensors")))
-                    told = {"format": FORMAT, "fingerprint": known, "files": files, "sources": sources}
-                    write_json(aside / MANIFEST, told)
+                    write_json(aside / MANIFEST, manifest(aside))
                 model = None
     except (OSError, SafetensorError, NotImplementedError) as error:  # a file system without locks, too
         logger.warning(

@@ -119,6 +119,8 @@ class _Fused:
                 x = x.detach()  # trainers let it require a gradient for checkpointing
         else:
             x = inputs_embeds
+        if x.device.type != inner.norm.weight.device.type or x.device != inner.layers[-1].mlp.down_proj.weight.device:
+            raise UserError("fuse: the model's layers are on more than one device.", 'Load it with device_map={"": 0}.')
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         windowed = any(window is not None for window in layer_windows(inner.config))
