@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise, product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -384,7 +383,7 @@ class ChatTemplate:
                 raise RowError(f"the chat template does not write the {role} turn")
             if role != "system":
                 position = rendered.text.index(said, position) + len(said)
-        roles = list(map(itemgetter("role"), messages))
+        roles = [turn["role"] for turn in messages]
         asked = "user" if "user" in roles else "system"
         for turn, role in enumerate(roles):
             if role == "assistant" and asked in roles[:turn]:

@@ -53,9 +53,7 @@ class DataReport:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         pairs = self.fill is None
         unit = "pairs" if pairs else "conversations"
-        result = []
-        for note in self.notes:
-            result.append(f"{self.what} data: {note}")
+        result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
         for reason, where in sorted(self.changed.items(), key=_count):
             result.append(summarise({reason: where}, places))
@@ -232,7 +230,7 @@ def _encode(
                 masks = pair.chosen_mask, short.chosen_mask, pair.rejected_mask, short.rejected_mask
                 if short is not pair:
                     cut = 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
-            counts = list(map(int, map(np.count_nonzero, masks)))  # of each response, before and after the cut
+            counts = [int(mask.sum()) for mask in masks]  # of each response, before and after the cut
             if not all(counts[::2]):
                 raise RowError("no supervised token")
             if not all(counts[1::2]):

@@ -10,8 +10,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import filterfalse
-from operator import itemgetter
 from typing import Any, Literal
 
 from ..errors import UserError
@@ -74,7 +72,7 @@ class Row:
     @property
     def unread_columns(self) -> list[str]:
         """Columns that have a value and were not read."""
-        return list(filterfalse(self.read.__contains__, self.filled))
+        return [column for column in self.filled if column not in self.read]
 
     def holds(self, *columns: str) -> str | None:
         """The first of these columns with a value."""
@@ -352,7 +350,7 @@ def _with_system(row: Row, messages: list[Message], *more_columns: str) -> list[
         RowError: there is no answer, a turn is empty, or a system turn is not the first.
     """
     messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-    roles = list(map(itemgetter("role"), messages))
+    roles = [turn["role"] for turn in messages]
     for column in ("system", "system_prompt", *more_columns):
         if "system" not in roles and (text := as_text(row.take(column), column)).strip():
             messages, roles = [message("system", text), *messages], ["system", *roles]

@@ -93,7 +93,7 @@ def _load_source(
     options: dict[str, Any] = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only}
     options["numbers"] = None if len(numbers) == total else numbers
     mapped = map_rows(raw, _normalise, _NORMALISED, options, options, f"reading {label}", with_indices=True)
-    facts = list(map(json.loads, mapped["facts"]))
+    facts = [json.loads(text) for text in mapped["facts"]]
     kinds: Counter[str] = Counter()
     for fact in facts:
         kinds[fact.get("kind", "")] += 1

@@ -305,10 +305,11 @@ def _data_files(files: Iterable[Path]) -> list[Path]:
     def key(file: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(file))]
 
-    found = []
-    for file in files:
-        if not file.name.startswith(".") and file.stem not in _NO_DATA and _kind_and_stem(file)[0] and file.is_file():
-            found.append(file)
+    found = [
+        file
+        for file in files
+        if not file.name.startswith(".") and file.stem not in _NO_DATA and _kind_and_stem(file)[0] and file.is_file()
+    ]
     return sorted(found, key=key)
 
 

@@ -267,10 +267,8 @@ def alone(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock, or the folder cannot be made or locked.
     """
     folder = Path(os.path.abspath(folder))
-    path, made = folder / LOCK_FILE, []
-    for each in (folder, *folder.parents):
-        if not each.exists():
-            made.append(each)
+    path = folder / LOCK_FILE
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)

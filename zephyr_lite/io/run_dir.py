@@ -101,11 +101,8 @@ def newest_run(root: Path, *, stage: str | None = None, complete: bool = False) 
 
 def stages_of(run: Path) -> list[StageDir]:
     """A run's stages, by name, without the temporary folders of killed processes (``.NAME.xxxxxxxx``)."""
-    found = []
-    for file in sorted(run.glob(f"*/{STAGE_FILE}")):
-        if not file.parent.name.startswith("."):
-            found.append(StageDir(file.parent))
-    return found
+    files = sorted(run.glob(f"*/{STAGE_FILE}"))
+    return [StageDir(file.parent) for file in files if not file.parent.name.startswith(".")]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

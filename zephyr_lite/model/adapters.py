@@ -212,10 +212,8 @@ class AdapterStack:
             self._activate(self.names)
 
     def _add(self, name: str, ranks: dict[str, int]) -> None:
-        rank, others = max(ranks.values()), {}
-        for module, other in ranks.items():
-            if other != rank:
-                others[module] = other
+        rank = max(ranks.values())
+        others = {module: other for module, other in ranks.items() if other != rank}
         config = LoraConfig(
             r=rank,
             lora_alpha=rank,

@@ -33,7 +33,7 @@ from ..config.load import RunConfig
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
-from ..io.safetensors import SafetensorsFile, tensor_bytes
+from ..io.safetensors import tensor_bytes
 from ..io.text import shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
 from .families import FAMILIES, NAMES, head_width, layer_windows
@@ -187,9 +187,7 @@ def check_weights(folder: Path, config: Any) -> None:
     Raises:
         UserError: a file is broken; the model has no place for a tensor, or one of another shape.
     """
-    holds: dict[str, SafetensorsFile] = {}
-    for file in open_shards(folder).values():
-        holds |= dict.fromkeys(file.entries, file)
+    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     if config.model_type not in FAMILIES:
         return
     layers = 0
@@ -438,15 +436,11 @@ def fingerprint(folder: Path) -> str:
         UserError: a file is missing or broken.
     """
     config = read_model_config(folder, any_family=True)
-    told: dict[str, Any] = {}
-    for key in _ARCHITECTURE:
-        told[key] = getattr(config, key, None)
+    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    holds: dict[str, SafetensorsFile] = {}
-    for file in open_shards(folder).values():
-        holds |= dict.fromkeys(file.entries, file)
+    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     for name in sorted(holds):
         entry, data = holds[name].entries[name], tensor_bytes(holds[name].tensor(name))
         digest.update(repr((name, entry.dtype, entry.shape)).encode())

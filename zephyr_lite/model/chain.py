@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def chain_of_run(run: str | Path | None = None, stage: str | None = None, base: 
             "Give a run's folder (runs/NAME), not a stage's or an adapter's; a stage that is not finished is resumed by the "
             "command that started it.",
         )
-    _, _, chosen, info = max(stages, key=itemgetter(0, 1))
+    _, _, chosen, info = max(stages, key=lambda stage: stage[:2])
     adapters = []
     for link in (*info["adapters"], info["own"]):
         path = chosen.path / link["path"] if link is info["own"] else _resolve(folder, link["path"])

@@ -81,9 +81,7 @@ class DequantBuffer:
 
 def scratch_elements(sites: Sequence[LinearGroup], mode: ScratchMode) -> list[int]:
     """The size of each buffer, in elements."""
-    sizes = []
-    for site in sites:
-        sizes.append(sum(site.outs) * _width(site))
+    sizes = [sum(site.outs) * _width(site) for site in sites]
     if mode == "layer":
         return [sum(sizes)]
     return [sizes[0] + sizes[1], max(out * _width(site) for site in sites[2:] for out in site.outs)]

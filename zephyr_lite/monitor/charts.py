@@ -91,8 +91,7 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
                 xs, ys = record.columns.get(f"eval_{metric}", ([], []))
                 name = record.who + (f"held-out {label}" if several else "held-out")
                 curves.append(Curve(name, xs, ys, hue if labels or several else 1, "dots", dashed))
-            for line in record.left_out:
-                marks.append(line["step"])
+            marks.extend(line["step"] for line in record.left_out)
             if title == "Loss" and record.method == "dpo" and record.config.get("loss_type", "sigmoid") == "sigmoid":
                 rules["start (ln 2)"] = math.log(2)
             elif title == "Preference accuracy":
@@ -192,9 +191,8 @@ def line_chart(
         if low_x <= tick <= high_x and tick == int(tick):
             text = number(int(tick))
             below.append((min(across(tick), round(WIDTH - 3.1 * len(text), 1)), text))  # 3.1: half a letter
-    grid, lines, crosses = [], [], set()
-    for tick in ticks:
-        grid.append((down(tick), f"{tick:,.6g}"))
+    grid = [(down(tick), f"{tick:,.6g}") for tick in ticks]
+    lines, crosses = [], set()
     for label, value in rules.items():
         if low <= value <= high:
             lines.append((down(value), label))

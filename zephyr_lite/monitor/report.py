@@ -15,7 +15,6 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +181,7 @@ def read_source(source: Path | None) -> list[StageRecord]:
         raise UserError(f"{path}: no such folder.", "Give a run's folder (runs/NAME) or a stage's (runs/NAME/STAGE).")
     if (path / STAGE_FILE).is_file():
         return [StageRecord(path)]
-    found = []
-    for stage in stages_of(path):
-        found.append(StageRecord(stage.path))
+    found = [StageRecord(stage.path) for stage in stages_of(path)]
     if not found:
         raise UserError(
             f"{path}: is neither a run's folder nor a stage's (no {STAGE_FILE} in it or in a subfolder).",
@@ -260,7 +257,7 @@ def _page(title: str, groups: _Groups) -> str:
     page = environment.get_template("report.html.j2").render(
         mark=MARK,
         title=title,
-        stages=list(starmap(_section, groups)),
+        stages=[_section(*group) for group in groups],
         version=__version__,
         now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         script=Markup(script),
@@ -281,8 +278,7 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str]) -
     same_rows = first.info["data"].get("fingerprint") == last.info["data"].get("fingerprint")
     for place, record in enumerate(records):
         facts[record] = record.facts()
-        for text in record.info["result"].get("warnings") or ():
-            warnings.append(record.who + without_paths(text))
+        warnings.extend(record.who + without_paths(text) for text in record.info["result"].get("warnings") or ())
         for line in record.left_out[:LEFT_OUT]:
             rows = ", ".join(map(without_paths, (line.get("rows") or [])[:3])) or "unknown"
             loss = f"loss {number(line.get('loss'))}, gradient norm {number(line.get('grad_norm'))}"

@@ -87,9 +87,7 @@ def _twin(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk:
     rows = logits.shape[0]
     if logits.device.type == "cpu":
         rows = max(1, min(rows, _CACHED_BYTES // (logits.shape[1] * _wide(logits.dtype).itemsize)))
-    pieces = []
-    for piece in zip(logits.split(rows), targets.split(rows)):
-        pieces.append(_twin_rows(*piece, stats, write))
+    pieces = [_twin_rows(*piece, stats, write) for piece in zip(logits.split(rows), targets.split(rows))]
     logps, entropy, correct, divisor = zip(*pieces)
     return _Chunk(
         torch.cat(logps),
