@@ -112,7 +112,7 @@ class Chat:
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
         return [
-            answer.text for answer in self.sample(list(map(self.prompt_ids, conversations)), rows, adapters=adapters)
+            answer.text for answer in self.sample([self.prompt_ids(c) for c in conversations], rows, adapters=adapters)
         ]
 
     def prompt_ids(self, messages: list[Message]) -> np.ndarray:

@@ -380,10 +380,7 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     else:
         moments.append(("evaluation", -1, (0, 0, beside, max(head, forward[None]), 0, states)))
     at, index, peak = max(moments, key=lambda moment: sum(moment[2]))
-    transient = {}
-    for name, n in zip(TRANSIENT, peak):
-        if n:
-            transient[name] = n
+    transient = {name: n for name, n in zip(TRANSIENT, peak) if n}
     if device.cuda:
         transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * sum(peak[1:]))
     host = {"kept activations": on_host} if on_host else {}

@@ -53,8 +53,8 @@ def is_english(text: str) -> bool:
     if not text.isascii() and len(_NOT_LATIN.findall(text)) * 20 > len(text):
         return False
     words = _LETTERS.findall(text[:_LOOK].lower())
-    ours = sum(map(_ENGLISH.__contains__, words))
-    theirs = sum(map(_FOREIGN.__contains__, words))
+    ours = sum(word in _ENGLISH for word in words)
+    theirs = sum(word in _FOREIGN for word in words)
     if ours == theirs:
         return text.isascii()
     return ours > theirs

@@ -88,7 +88,7 @@ class SftObjective:
         return {**means, "eval_targets": sums["targets"]}
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
-        return collate_conversations(list(map(data.examples.__getitem__, examples))).to(self.decoder.device)
+        return collate_conversations([data.examples[i] for i in examples]).to(self.decoder.device)
 
 
 # Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``).
