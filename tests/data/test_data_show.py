@@ -190,3 +190,12 @@ def test_a_template_that_refuses_a_system_turn_alone_joins_it_with_the_user(tmp_
     template = resolve_template(text, make_tokenizer(tmp_path))
     turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
     assert list(dict.fromkeys(t.role for t in tokens_of(template, turns))) == ["system+user", "assistant"]
+
+
+def test_a_plain_text_is_shown_as_one(show, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "Name three rivers."}\n')
+    code, out, err = show("sft", "dataset=texts.jsonl", "--table")
+    assert code == 0, err
+    tokens = table(out)
+    assert {t["role"] for t in tokens} == {"text"} and "".join(t["text"] for t in tokens) == "Name␣three␣rivers.</s>"
+    assert [t["supervised"] for t in tokens] == ["no", *["yes"] * (len(tokens) - 1)]

@@ -98,3 +98,33 @@ def test_the_command(capsys, tmp_path, monkeypatch, tiny_base, long_rows, chat_r
     assert code == 2 and "no row is left to train on" in err and "Raise max_length" in err
     code, _, err = run(f"dataset={chat_rows}")
     assert code == 2 and "which stage's rows?" in err
+
+
+def test_sources_are_counted_apart(tiny_base, long_rows, chat_rows, tmp_path, plain):
+    config = tmp_path / "mix.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny_base}\nmax_length: 128\n"
+        f"dataset:\n- path: {long_rows}\n- {{path: {chat_rows}, weight: 2}}\n"
+    )
+    rows = open_rows("sft", str(config), [])
+    text, report = plain(rows), rows.data.report
+    counts = []
+    for path, start in ((long_rows, f"10 +{report.cut}"), (chat_rows, f"{2 * len(CONVERSATIONS)} +0")):
+        tokens, supervised = re.search(rf"{re.escape(str(path))} +{start} +([\d,]+) +([\d,]+) ", text).groups()
+        counts.append((int(tokens.replace(",", "")), int(supervised.replace(",", ""))))
+    assert [sum(column) for column in zip(*counts)] == [report.tokens, report.supervised]
+
+
+def test_pairs(tiny_base, pair_rows, plain):
+    rows = opened("dpo", tiny_base, f"dataset={pair_rows}", "max_length=60", "max_prompt_length=30", "batch_size=3")
+    whole, prompt, chosen, rejected = lengths_of(uncut_rows(rows)).values()
+    examples = list(opened("dpo", tiny_base, f"dataset={pair_rows}").data.examples)
+    assert prompt.tolist() == [len(e.prompt_ids) for e in examples]
+    assert chosen.tolist() == [len(e.chosen_ids) for e in examples]
+    assert rejected.tolist() == [len(e.rejected_ids) for e in examples]
+    bounded = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in examples]
+    assert whole.tolist() == bounded and max(bounded) > 60
+    text = plain(rows)
+    assert f"cut to max_length 60: {sum(b > 60 for b in bounded)} (" in text and "on the prompt's left" in text
+    assert f"the longer one in {(chosen > rejected).mean():.1%}" in text
+    assert "3 steps of 3 pairs" in text and "packed" not in text

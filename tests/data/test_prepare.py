@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.config.load import DatasetSpec, RunConfig
-from zephyr_lite.data.chat_template import Example, resolve_template
+from zephyr_lite.data import workers
+from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
 from zephyr_lite.data.dataset import prepare
 
 
@@ -120,3 +121,28 @@ def test_other_rows_under_the_old_name_size_and_time_are_read(tmp_path, template
         return template.tokenizer.decode(data.examples[0].ids[data.examples[0].mask])
 
     assert [answer("cat"), answer("dog")] == ["cat</s>", "dog</s>"]
+
+
+def test_several_processes_give_the_same_examples(chat_rows, template, monkeypatch):
+    specs, config = [DatasetSpec(path=str(chat_rows), weight=4)], RunConfig(max_length=512)
+    one = prepare(specs, "sft", config, template)
+    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
+    monkeypatch.setattr(workers, "cache_key", lambda table, key: f"several-{'template' in key}")
+    two = prepare(specs, "sft", config, template)
+    assert two.fingerprint == one.fingerprint and two.rows == one.rows and two.report == one.report
+
+
+def test_pairs(pair_rows, template):
+    data = prepare([DatasetSpec(path=str(pair_rows))], "dpo", RunConfig(max_length=512), template, what="evaluation")
+    assert data.rows == [[i] for i in range(8)]
+    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    for index, example in enumerate(data.examples):
+        assert isinstance(example, PairExample) and example.index == index
+        chosen, _ = template.encode(rows[index]["chosen"])
+        assert np.concatenate([example.prompt_ids, example.chosen_ids]).tolist() == chosen.tolist()
+        assert data.lengths[index] == sum(
+            len(a) for a in (example.prompt_ids, example.chosen_ids, example.rejected_ids)
+        )
+        assert example.chosen_mask.any() and example.rejected_mask.any()
+    assert any(line.startswith("evaluation data: ") for line in data.report.lines())
+    assert data.report.fill is None and "8 pairs" in data.report.lines()[-1]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from zephyr_lite.config.load import DatasetSpec
+from zephyr_lite.data import workers
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
@@ -209,3 +210,57 @@ def test_json_arrays(tmp_path, text, rows):
     else:
         with pytest.raises(UserError, match=rows):
             open_source(DatasetSpec(path=str(tmp_path / "a.json")))
+
+
+def test_columns_are_renamed(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"q": "Hi", "a": "Hello", "prompt": "x"}])
+    assert messages(load(path, columns={"prompt": "q", "completion": "a"})) == [turns("Hi", "Hello")]
+    with pytest.raises(UserError, match=r"no column 'r'(.|\n)*There are q, a, prompt"):
+        load(path, columns={"prompt": "r"})
+    with pytest.raises(UserError, match="'colour' is not a column here"):
+        load(path, columns={"colour": "q"})
+
+
+def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
+    own = {"messages": turns("Hi", "Hello", system="own"), "system": "column"}
+    column = {"messages": turns("Hi", "Hello"), "system": "column"}
+    neither = {"messages": turns("Hi", "Hello"), "system": None}
+    path = write(tmp_path / "a.jsonl", [own, column, neither])
+    assert [m[0]["content"] for m in messages(load(path, system="default"))] == ["own", "column", "default"]
+    assert messages(load(path))[2] == turns("Hi", "Hello")
+
+
+def test_one_response_may_be_the_others_beginning(tmp_path):
+    row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
+    (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
+    assert found["prompt"] == turns("One") and found["rejected"] == turns("One", "1", "Two", "2")[1:]
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = numbered(tmp_path, 3)
+    assert answers(load(path)) == ["0", "1", "2"]
+    numbered(tmp_path, 4, tag="new")
+    assert answers(load(path)) == ["new0", "new1", "new2", "new3"]
+
+
+def test_several_processes_read_the_same(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", f"{i}") if i % 7 else turns("Hi")} for i in range(60)])
+    one = load(path)
+    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
+    monkeypatch.setattr(workers, "cache_key", lambda *args: "several")
+    two = load(path)
+    assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
+
+
+@pytest.mark.parametrize(("split", "rows"), [("my-chats", 4), ("my-chats[:2]", 2), ("train[:50%]", 4), ("[x]", 1)])
+def test_one_of_several_files_is_named_by_split_and_cut(tmp_path, split, rows):
+    for name, count in (("my-chats", 4), ("train", 8), ("[x]", 1)):
+        (tmp_path / f"{name}.jsonl").write_text(LINE * count)
+    assert len(open_source(DatasetSpec(path=str(tmp_path), split=split))) == rows
+
+
+def test_a_shard_may_be_named_by_itself(tmp_path):
+    for number in range(2):
+        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(LINE * (number + 1))
+    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
+    assert len(open_source(DatasetSpec(path=str(tmp_path), split="train-00001-of-00002"))) == 2

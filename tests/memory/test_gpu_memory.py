@@ -15,16 +15,19 @@ from bench.memory_parts import predicted
 from tests.conftest import TEXT, make_model, make_tokenizer
 from tests.contract.test_streaming import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
 from tests.messages import messages_to
-from tests.numeric import apart, live_stack
+from tests.numeric import apart, conversation, live_stack
 from tests.train.test_optim import KINDS, tensors
-from tests.train.test_train import metrics, words
+from tests.train.test_train import killed_at, metrics, words
 from zephyr_lite.config.load import RunConfig, load_config
+from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.model import activation_offload as offload_file
 from zephyr_lite.model import weight_streaming as stream_file
 from zephyr_lite.model.activation_offload import SideStream, host_bytes
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.model.weight_streaming import WeightStreamer
+from zephyr_lite.ops.nf4 import stored_tensors
 from zephyr_lite.train.dpo import DpoObjective
 from zephyr_lite.train.loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from zephyr_lite.train.optim import make_optimizer, restore_state
@@ -136,9 +139,6 @@ def test_the_processor_does_not_wait_for_a_copy_from_or_to_locked_memory():
         side.finish()
         assert bool((target == 7).all())
         there.fill_(7)
-
-
-# -- quantization ------------------------------------------------------------------------------------------------------
 
 
 # -- the optimizer's state ---------------------------------------------------------------------------------------------
@@ -333,3 +333,61 @@ def test_a_whole_run_goes_on_under_a_cap(growing, wide_base, long_rows, tmp_path
     assert any("memory ran out" in line for line in said)
     assert all(map(math.isfinite, metrics(tmp_path / "r" / "sft")))
     assert (tmp_path / "r" / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("storage", [{"bnb_4bit_use_double_quant": False}, {"load_in_4bit": False}], ids=str)
+def test_other_storages_stream(copies, deep_base, storage):
+    want = sft_steps(decoder_over(deep_base, **storage), "input", None)
+    assert_bits(sft_steps(decoder_over(deep_base, stream=True, **storage), "input", None), want)
+
+
+def test_a_layer_and_a_pass_do_not_wait_for_the_card(deep_base):
+    """Nothing between the first layer and the end of the backward pass makes the processor wait."""
+    decoder = decoder_over(deep_base, stream=True, plan=plan_of(offload=LAYERS)).decoder
+    batch = collate_conversations([conversation(0, 33)]).to(CUDA)
+    decoder.token_logps(batch, keep="input").sum().backward()  # compiles, makes room
+    x = decoder._embedded(batch)
+    decoder._embedded = lambda batch: x  # an embedding on the host waits, once a pass
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder.token_logps(batch, keep="input").sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_kept_base_is_what_transformers_quantizes_on_the_card(deep_base):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    for double in (True, False):
+        config = RunConfig(model_name_or_path=str(deep_base), bnb_4bit_use_double_quant=double)
+        ours = load_base(config, device=CUDA)
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=ours.dtype,
+        )
+        theirs = AutoModelForCausalLM.from_pretrained(
+            deep_base, dtype=ours.dtype, quantization_config=settings, device_map={"": str(CUDA)}
+        )
+        compared = 0
+        for (name, mine), other in zip(ours.model.named_parameters(), theirs.parameters(), strict=True):
+            for part, tensor in stored_tensors(mine).items():
+                assert torch.equal(tensor, stored_tensors(other)[part]), (name, part)
+                compared += bool(part)
+        assert compared == 7 * LAYERS * (5 if double else 2)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit"])
+def test_a_killed_run_with_a_paged_state_goes_on(deep_base, chat_rows, tmp_path, optim):
+    settings = {"optim": optim, "batch_size": 1, "num_train_epochs": 1, "lora_r": 1600}  # 1600 · 64 numbers are paged
+    run_sft(load_config("sft", None, words(deep_base, tmp_path / "whole", chat_rows, **settings)))
+    loaded = load_config("sft", None, words(deep_base, tmp_path / "killed", chat_rows, **settings))
+    with killed_at(3):
+        run_sft(loaded)
+    run_sft(loaded)
+    whole, killed = (read_adapter(tmp_path / n / "sft" / "adapter") for n in ("whole", "killed"))
+    for name, weights in whole.modules.items():
+        assert apart(killed.modules[name].a, weights.a) < 1e-2 and apart(killed.modules[name].b, weights.b) < 1e-2
+    assert metrics(tmp_path / "killed" / "sft") == pytest.approx(metrics(tmp_path / "whole" / "sft"), rel=1e-2)

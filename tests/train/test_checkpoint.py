@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults import faulty
 from tests.train.test_optim import KINDS, parameters, train
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
@@ -244,3 +245,38 @@ def test_an_interrupted_reference_continues_where_it_was(tmp_path, computed):
     again = ReferenceCache(tmp_path, 6, rows="k")
     assert again.load() and torch.equal(again.sums, whole.sums)
     assert ReferenceCache(tmp_path, 6, rows="l").path != cache.path
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_manifest(stage):
+    (stage.path / "checkpoint-12" / MANIFEST).unlink()
+    assert resume_point(stage).name == "checkpoint-12"
+
+
+def test_nothing_is_deleted_before_the_new_one_is_on_the_disk(stage):
+    with faulty() as disk:
+        state = made(stage.path, step=16, limit=1)
+        write_checkpoint(state, EXTRA)
+        prune(state)
+    calls = [name for name, _ in disk.calls]
+    place = max(i for i, (name, path) in enumerate(disk.calls) if name == "replace" and path.endswith("checkpoint-16"))
+    assert calls[place + 1] == "fsync" and calls.index("replace", place + 1) > place + 1
+
+
+@pytest.mark.parametrize("keep", [slice(0, 0), slice(0, -1), slice(0, -8)])
+def test_a_damaged_reference_is_computed_again(tmp_path, computed, keep, said):
+    fill(ReferenceCache(tmp_path, 6, rows="k"))
+    cache = ReferenceCache(tmp_path, 6, rows="k")
+    data = cache.path.read_bytes()
+    cache.path.write_bytes(data[keep] + bytes(len(data) - len(data[keep])) if keep.stop else b"")
+    assert not cache.load() and cache.missing == 6
+    assert said[-1] == f"{cache.path}: is damaged, or of other pairs; it is computed again"
+    fill(cache)
+    assert ReferenceCache(tmp_path, 6, rows="k").load()
+
+
+def test_the_references_progress_is_written_every_minute(tmp_path, computed, monkeypatch):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(reference.time, "monotonic", lambda: float(next(clock)))
+    with faulty() as disk:
+        fill(ReferenceCache(tmp_path, 6, rows="k"))
+    assert sum(name == "replace" for name, _ in disk.calls) == 2  # after the third group, and at the end

@@ -261,3 +261,21 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
     run_sft(load("other"))
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
+
+
+def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
+    from zephyr_lite.engines import trl
+
+    plain = trl.Sft.compute_loss
+
+    def loss(self, model, inputs, *args, **kwargs):
+        found = plain(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 1 and model.training:
+            return (found[0] * float("nan"), *found[1:]) if isinstance(found, tuple) else found * float("nan")
+        return found
+
+    monkeypatch.setattr(trl.Sft, "compute_loss", loss)
+    settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
+    outcome = run_sft(load_config("sft", None, settings))
+    assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]
+    assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "r/sft/adapter").modules.values())

@@ -94,3 +94,29 @@ def test_a_state_that_is_put_back_goes_into_the_place_that_is_there(kind):
     train(optimizer, named, 2, seed=5)
     train(fresh, again, 2, seed=5)
     assert all(torch.equal(named[n], again[n]) for n in named)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_allocating_ahead_changes_no_bit(kind):
+    """Against the same optimizer whose first step makes its own state."""
+    ours, theirs = parameters(), parameters()
+    first = make_optimizer(RunConfig(optim=kind, learning_rate=1e-2), ours)
+    second = make_optimizer(RunConfig(optim=kind, learning_rate=1e-2), theirs)
+    second.state.clear()
+    for optimizer, named in ((first, ours), (second, theirs)):
+        train(optimizer, named, 3)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    for mine, other in zip(first.state.values(), second.state.values()):
+        assert mine.keys() == other.keys()
+        for key, value in mine.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+def test_a_parameter_that_a_checkpoint_does_not_have_keeps_its_fresh_state():
+    """An adapter's side that no gradient reached had no state before it was allocated ahead."""
+    named = parameters()
+    optimizer = make_optimizer(RunConfig(), named)
+    saved = [{k: v.clone() + 1 for k, v in optimizer.state[p].items()} for p in named.values()]
+    restore_state(optimizer, [saved[0], {}, *saved[2:]], optimizer.state_dict()["param_groups"])
+    steps = [state["step"].item() for state in optimizer.state.values()]
+    assert steps == [1, 0, 1, 1]

@@ -411,3 +411,34 @@ def test_what_is_out_of_memory(monkeypatch):
     for free, expected in ((100 * 2**20, True), (2**32, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**34))
         assert is_out_of_memory(no_handle) is expected
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_what_fails_again_gets_ever_smaller_and_drops_the_same(opened, at_once, method):
+    """Dropout is a function of the step's number; NF4's scratch is emptied on the way."""
+    settings = {"lora_dropout": 0.2, "load_in_4bit": "true", "batch_size": 3, "lora_target_modules": "[v_proj]"}
+    again = Again(opened(method, 250, ("all", "all"), **settings))
+    count = Fails()
+    wanted = again.run(count)
+    other = accumulate_gradients(again.state, STEP + 1)["loss"]
+    assert other != pytest.approx(wanted[0]["loss"], rel=1e-3)
+    for n in range(5, count.count, count.count // 5):
+        fails = Fails(n, times=4)
+        assert_equal(again.run(fails), wanted)
+        assert fails.failed == 4, n
+
+
+def test_a_reference_that_does_not_fit_is_computed_in_smaller_groups(opened, at_once):
+    state = opened("dpo", 250, ("all", "all"))
+    stage, task, plan = state.stage, state.objective, state.stage.plan
+    stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": True})
+    stage.workload = replace(stage.workload, live_reference=False)
+    with Fails() as count:
+        cache = task._fill_cache()
+    for n in range(2, count.count, count.count // 8):  # the first is the result's own, on the host
+        cache.path.unlink()
+        task.oom.follow(plan)
+        with Fails(n) as fails:
+            again = task._fill_cache()
+        assert fails.failed and stage.plan.micro_tokens < plan.micro_tokens and stage.plan.reference == "together"
+        assert (again.sums - cache.sums).norm() <= 1e-5 * cache.sums.norm(), n

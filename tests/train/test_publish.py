@@ -1,5 +1,7 @@
 """``push_to_hub``: a failed upload loses nothing, and the same command makes it again."""
 
+import re
+
 import pytest
 from huggingface_hub import RepoUrl
 
@@ -40,3 +42,11 @@ def test_a_failed_push_is_made_again_by_the_same_command(tiny_base, chat_rows, t
             run_sft(loaded)
     assert len(hub.uploads) == 1 and hub.uploads[0][0] == "me/model" and hub.private is True
     assert {"adapter_model.safetensors", "tokenizer.json"} <= set(hub.uploads[0][1])
+
+
+@pytest.mark.parametrize("name", ["a/b/c/d", "me/", "me/a--b", "me/model.git", "a b/c", "me/" + "x" * 100])
+def test_a_name_that_no_repository_has_is_refused_before_training(tiny_base, chat_rows, tmp_path, name):
+    given = words(tiny_base, tmp_path / "r", chat_rows, max_steps=1, push_to_hub=name)
+    with pytest.raises(UserError, match=f"push_to_hub {re.escape(name)}: "):
+        run_sft(load_config("sft", None, given))
+    assert not list((tmp_path / "r").rglob("*.safetensors"))

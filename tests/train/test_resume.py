@@ -14,6 +14,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.data.chat_template import TEMPLATES
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model import base as load
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import resume, setup
@@ -132,6 +133,8 @@ def test_a_key_of_another_version(place):
     [
         ("base", None, "has no 'base.name_or_path'"),
         ("adapters", ["x"], "'adapters.0' is 'x': Input should be a valid dictionary"),
+        ("data", {}, "has no 'data.fingerprint'"),
+        ("method", "ppo", "'method' is 'ppo': Input should be 'sft' or 'dpo'"),
         ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
         ("format", 2, "has format 2; this version reads formats up to 1 (written by zephyr-lite"),
     ],
@@ -226,12 +229,23 @@ def test_a_stage_of_an_earlier_version_is_resumed(place):
     assert info["format"] == 1 and len(info["id"]) == 32
 
 
-def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows):
-    """Its template is a file beside its adapter, and may be damaged so that it can still be read."""
-    file = place / "finished" / "sft" / "adapter" / "chat_template.jinja"
-    file.write_text(file.read_text().replace("|>", ">"))
+@pytest.mark.parametrize("what", ["chat template", "tokenizer"])
+def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
+    """Its template and its tokenizer are files beside its adapter, and may be damaged so that they can still be read."""
+    adapter = place / "finished" / "sft" / "adapter"
+    if what == "tokenizer":
+        file = adapter / "tokenizer.json"
+        told = json.loads(file.read_text())
+        told["model"]["merges"].pop()
+        file.write_text(json.dumps(told))
+    else:
+        file = adapter / "chat_template.jinja"
+        file.write_text(file.read_text().replace("|>", ">"))
+    message = f"{re.escape(str(adapter))}: the {what} there is not the one that sft was trained with"
+    with pytest.raises(UserError, match=message):
+        run_merge(place / "out", run=place / "finished", check=False)
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
-    with pytest.raises(UserError, match="the chat template there is not the one that sft was trained with"):
+    with pytest.raises(UserError, match=message):
         setup.setup_stage("dpo", loaded)
 
 
@@ -245,3 +259,8 @@ def test_what_is_wrong_is_said_before_the_base_is_read_and_does_not_bind_the_nex
     with pytest.raises(UserError, match=next(iter(wrong))):
         run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **wrong)))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_stage_without_its_configuration_is_refused(place):
+    (place / "run" / "sft" / "config.yaml").unlink()
+    assert "config.yaml: cannot be read" in refused(place)

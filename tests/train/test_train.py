@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from zephyr_lite.config.load import RunConfig, load_config
+from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
+from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
@@ -88,11 +89,14 @@ def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_row
         run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)))
 
 
-def test_a_reference_cache_of_other_adapters_is_not_used(tiny_base, run, pair_rows, tmp_path, said):
+def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path, said):
     loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
     stage = setup_stage("dpo", loaded)
     first = DpoObjective(stage).cache
     assert DpoObjective(stage).cache.path == first.path and "read from" in said[-1]
+    first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
+    DpoObjective(stage)
+    assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
     assert DpoObjective(stage).cache.path != first.path
 
@@ -243,3 +247,27 @@ def test_a_folder_that_is_no_stage_is_refused(tiny_base, chat_rows, tmp_path):
     with pytest.raises(UserError, match="is not a stage of a run"):
         run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)))
     assert [p.name for p in (tmp_path / "r" / "sft").iterdir()] == ["thesis.tex"]
+
+
+def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pair_rows, tmp_path):
+    """The handbook's QLoRA recipe for DPO names the SFT adapter as its model."""
+    adapter = run / "sft" / "adapter"
+    (tmp_path / "theirs.yaml").write_text(
+        f"model_name_or_path: {adapter}\nuse_peft: true\ndataset: {pair_rows}\noutput_dir: {tmp_path / 'r'}\n"
+    )
+    loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
+    assert (loaded.config.model_name_or_path, loaded.config.adapters) == (str(tiny_base), [str(adapter)])
+    assert any(f"{adapter} is an adapter" in note for note in loaded.notes)
+    ours = f"model_name_or_path: {tiny_base}\noutput_dir: {tmp_path / 'r'}\n"
+    (tmp_path / "theirs.yaml").write_text(ours)
+    assert resolve_run("dpo", str(tmp_path / "theirs.yaml"), []).config.adapters == []
+    (tmp_path / "theirs.yaml").write_text(ours + "per_device_train_batch_size: 2\n")
+    loaded = resolve_run("dpo", str(tmp_path / "theirs.yaml"), [])
+    assert loaded.config.adapters == "none" and any("adapters: none" in note for note in loaded.notes)
+
+
+def test_dpo_continues_the_newest_run_and_inherits(tiny_base, run, pair_rows):
+    loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}"], runs_root=run.parent)
+    assert loaded.config.output_dir == str(run) and loaded.config.model_name_or_path == str(tiny_base)
+    assert any("continuing" in note for note in loaded.notes)
+    assert loaded.config.lora_r == DPO_DEFAULTS["lora_r"]

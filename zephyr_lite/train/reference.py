@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.batch import Batch, collate_pairs
@@ -19,6 +21,8 @@ from ..io.safetensors import tensor_bytes, write_stream
 from ..model.decoder import Decoder
 from .distributed import world
 from .oom import OomRetry
+
+logger = logging.getLogger(__name__)
 
 # the file is written so often
 SAVE_SECONDS = 60.0
@@ -30,9 +34,9 @@ def pair_sums(decoder: Decoder, batch: Batch, **options: Any) -> Tensor:
 
 
 class ReferenceCache:
-    """Reference log-probabilities of all pairs, kept in a file that is named after what they depend on.
+    """Reference log-probabilities of all pairs, kept in a file.
 
-    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet).
+    The file holds ``sums`` (float64 [pairs, 2], NaN where not computed yet), the key, and the hash of both.
 
     Args:
         folder: the file's folder.
@@ -49,12 +53,25 @@ class ReferenceCache:
     @property
     def missing(self) -> int:
         """Pairs that have no sums yet."""
-        return int(self.sums.isnan().any(dim=1).sum())
+        return int(np.isnan(self.sums.numpy()).any(axis=1).sum())
 
     def load(self) -> bool:
         """Read the file, in one process for all; returns whether every pair has its sums."""
-        self.sums = world().broadcast(lambda: load_file(self.path)["sums"] if self.path.exists() else self.sums)
+        self.sums = world().broadcast(self._read)
         return not self.missing
+
+    def _read(self) -> Tensor:
+        if not self.path.exists():
+            return self.sums
+        try:
+            with safe_open(self.path, "pt") as file:
+                metadata, sums = file.metadata(), file.get_tensor("sums")
+            if metadata == self._metadata(sums) and sums.shape == self.sums.shape:
+                return sums
+        except (OSError, SafetensorError) as error:
+            logger.warning(f"{self.path}: {error}")
+        logger.warning(f"{self.path}: is damaged, or of other pairs; it is computed again")
+        return self.sums
 
     def compute(self, decoder: Decoder, data: TokenizedDataset, oom: OomRetry) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
@@ -86,7 +103,10 @@ class ReferenceCache:
         def write(name: str, out: BinaryIO) -> None:
             out.write(tensor_bytes(self.sums))
 
-        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, {"key": self.key})
+        write_stream(self.path, {"sums": ("F64", (self.pairs, 2))}, write, self._metadata(self.sums))
+
+    def _metadata(self, sums: Tensor) -> dict[str, str]:
+        return {"key": self.key, "sha256": hashlib.sha256(self.key.encode() + tensor_bytes(sums)).hexdigest()}
 
     def __call__(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """[P, 2] float64 for these pairs."""
