@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from contextlib import redirect_stdout
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
 
@@ -15,6 +16,9 @@ from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
 from .options import StageConfig, console
+
+if TYPE_CHECKING:
+    from ..config.load import Method, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +95,23 @@ def train(
                     run_dry(method, loaded, show=console.row)
                     return
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
-                logger.info("Next: zephyr-lite dpo" if method == "sft" else "Next: zephyr-lite merge --out model/")
             except StageComplete as done:
-                logger.info("%s %s", done.message, done.hint)
+                logger.info(done.message)
+            logger.info("Next: zephyr-lite %s", _next_command(method, config, loaded.config))
+
+
+def _next_command(method: Method, file: str | None, config: RunConfig) -> str:
+    """The command that usually follows a finished stage."""
+    from ..config.load import preset_configs
+    from ..config.schema import SFT_DATA
+
+    if method == "dpo":
+        return "merge --out model/"
+    if config.dataset[0].path != SFT_DATA:
+        return f"chat {shlex.quote(config.output_dir)}"
+    if (following := (file or "").removesuffix("sft") + "dpo") in preset_configs():
+        return f"dpo --config {following}"
+    return "dpo"
 
 
 def plan(

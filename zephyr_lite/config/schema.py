@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ..io.text import place
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+# the rows of the recipe's SFT
+SFT_DATA = "HuggingFaceH4/ultrachat_200k"
 
 
 class DatasetSpec(BaseModel):
@@ -81,11 +83,11 @@ class RunConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**31, description="of the order of rows, the adapter's initial values and dropout")
     # rows
     dataset: list[DatasetSpec] = Field(
-        [DatasetSpec(path="HuggingFaceH4/ultrachat_200k", split="train_sft")],
+        [DatasetSpec(path=SFT_DATA, split="train_sft")],
         description="a path, or the keys [of a data set](#a-data-set); or a list of these, which is a mixture",
     )
     eval_dataset: list[DatasetSpec] = Field(
-        [DatasetSpec(path="HuggingFaceH4/ultrachat_200k", split="test_sft")],
+        [DatasetSpec(path=SFT_DATA, split="test_sft")],
         description="held-out rows, written as `dataset` is; null: none. Setting `dataset` alone sets it to null",
     )
     chat_template: str = Field(

@@ -58,11 +58,6 @@ class StageComplete(UserError):
     done = True
 
 
-def stage_complete(stage: StageDir, method: Method) -> StageComplete:
-    following = {"sft": "zephyr-lite dpo", "dpo": "zephyr-lite merge --out model/"}[method]
-    return StageComplete(f"{stage.path} is complete already.", f"Next: {following}")
-
-
 def now() -> str:
     """UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -54,7 +54,7 @@ from ..model.tokenizer import check_vocabulary
 from ..ops.dispatch import check_kernels
 from .distributed import world
 from .optim import make_scheduler
-from .resume import Comparison, kept_plan, machine_now, now, stage_complete, versions
+from .resume import Comparison, StageComplete, kept_plan, machine_now, now, versions
 from .stage import Stage
 from .steps import step_schedule
 
@@ -83,7 +83,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     compared = Comparison(stage, config, method)
     before = compared.before
     if compared.complete and not (compared.refused or compared.moved):
-        raise stage_complete(stage, method)
+        raise StageComplete(f"{stage.path} is complete already.")
     _check_settings(config)
     frozen = adapters_below(method, config, stage)
     folder = fetch_base(config.model_name_or_path, config.model_revision)
@@ -111,7 +111,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     told = {"machine": machine_now(dtype), "versions": versions()}
     forget_best = compared.rows(rows, held_out, told)
     if compared.complete:
-        raise stage_complete(stage, method)
+        raise StageComplete(f"{stage.path} is complete already.")
 
     # plan
     sizes = _row_sizes(method, config, parts)
@@ -133,7 +133,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
-    logger.info(f"{len(data.rows):,} rows, {per_epoch:,} steps an epoch, {total:,} in all{trained}")
+    an_epoch = f"{per_epoch:,} step{'s' * (per_epoch != 1)} an epoch"
+    logger.info(f"{len(data.rows):,} row{'s' * (len(data.rows) != 1)}, {an_epoch}, {total:,} in all{trained}")
 
     # stage.json
     info: dict[str, Any]
