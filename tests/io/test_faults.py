@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -149,3 +150,17 @@ def test_a_run_whose_disk_fails_ends_alike_when_it_is_started_again(tiny_base, c
         code, said = run(words)
         assert code == 0, said
         assert standing(out) == right
+
+
+def test_links_and_modes(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "f").symlink_to("elsewhere")
+    mask = os.umask(0o027)
+    try:
+        folder(tmp_path)
+        text(tmp_path)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "f").is_dir() and not (tmp_path / "f").is_symlink() and (tmp_path / "elsewhere").is_dir()
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o750 and (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+    assert left_aside(tmp_path) == []

@@ -8,9 +8,11 @@ import pytest
 
 from tests.contract.test_safety import SECRETS, STORED, leaks
 from zephyr_lite.cli import app as cli
+from zephyr_lite.errors import UserError
 from zephyr_lite.io import redact
 from zephyr_lite.io.atomic import write_json
 from zephyr_lite.io.redact import HIDDEN
+from zephyr_lite.monitor.console import Console
 
 
 @pytest.fixture
@@ -101,3 +103,38 @@ def test_a_secret_in_what_a_command_writes_down_is_refused(words, monkeypatch, t
     assert "holds the value of the environment variable MY_TOKEN" in said.err
     assert "x0123456789" not in said.err + said.out
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_everything_that_is_printed_is_searched(secrets, capsys):
+    value = secrets["HF_TOKEN"]
+    console = Console()
+    console.say(value)
+    console.heading(value)
+    console.row(value, [(value, True)])
+    console.table([value], [[value]])
+    console.plan([value])
+    console.user_error(UserError(value, value))
+    console.failure(RuntimeError(value))
+    console.traceback(RuntimeError(value))
+    console.complain(value)
+    out, err = capsys.readouterr()
+    assert not leaks((out + err).encode(), secrets)
+    assert out.count(HIDDEN) == 7 and err.count(HIDDEN) == 5
+
+
+def test_a_run_goes_on_whose_words_are_somebodys_password(monkeypatch, tmp_path, tiny_base, chat_rows, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HF_TOKEN", "assistant"), ("DB_PASSWORD", "20260101"), ("PAD_TOKEN", "learning_rate")):
+        monkeypatch.setenv(name, value)
+    words = ["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", "max_length=64", "seed=20260101"]
+    words += ["load_in_4bit=false", "max_steps=1", "lora_r=2", "batch_size=1"]
+    assert cli.run(words) == 0
+    capsys.readouterr()
+    assert cli.run(words) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+def test_the_name_of_the_file_that_holds_a_key_is_none(monkeypatch, tmp_path):
+    (tmp_path / "key-4711.json").write_text("{}")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key-4711.json"))
+    assert redact.redact(str(tmp_path / "key-4711.json")) == str(tmp_path / "key-4711.json")

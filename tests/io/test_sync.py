@@ -4,6 +4,7 @@ import errno
 import inspect
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,58 @@ def test_the_calls_are_those_of_the_real_hub():
     for name in ("create_repo", "repo_info", "snapshot_download", "upload_folder", "super_squash_history"):
         ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Api, HfApi))
         assert set(ours) - {"repo"} < set(theirs)
+
+
+def test_an_old_copy_is_deleted_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    stage = AStage(tmp_path / "a")
+    mirror = mirror_of(tmp_path / "drive", stage)
+    seen, plain = [], sync_file.remove_folder
+
+    def watched(path):
+        seen.append((path.name, manifest_fault(path.parent / "checkpoint-4")))
+        plain(path)
+
+    monkeypatch.setattr(sync_file, "remove_folder", watched)
+    checkpointed(mirror, stage, 2, 4)
+    assert seen == [("checkpoint-2", None)]
+
+
+def test_the_history_is_squashed_now_and_then(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(sync_file, "SQUASH_EVERY", 2)
+    stage = AStage(tmp_path / "a")
+    mirror = mirror_of("hub:me/copies", stage)
+    assert all(mirror.finish(10) for _ in range(4))
+    assert hub.squashed == 2 and len(hub.repos["me/copies"]) == 1 and "a/sft/stage.json" in hub.tree("me/copies")
+
+
+def test_a_new_machine_and_the_hub_away(tmp_path, hub):
+    hub.faults = [http_error(503)]
+    with pytest.raises(UserError, match=r"503 of the server. Whether it has the run is not known"):
+        restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"))
+    restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"))  # no such repository yet
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_a_token_or_offline_it_is_refused_at_the_start(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(sync_file, "get_token", lambda: None)
+    with pytest.raises(UserError, match="no token of the hub"):
+        place_of("hub:me/copies", tmp_path / "a")
+    monkeypatch.setattr(sync_file.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        place_of("hub:me/copies", tmp_path / "a")
+
+
+def test_the_end_of_a_run_waits_only_so_long(tmp_path, monkeypatch):
+    stage = AStage(tmp_path / "a")
+    mirror = mirror_of(tmp_path / "drive", stage)
+    go = threading.Event()
+    monkeypatch.setattr(mirror.place, "push", lambda *given: go.wait(10))
+    started = time.monotonic()
+    assert not mirror.finish(0.1) and time.monotonic() - started < 5
+    go.set()
+
+
+def test_a_place_that_has_nothing_is_reported(tmp_path, brought):
+    """A drive that is not mounted looks like one that is new."""
+    (line,) = brought()
+    assert line.startswith(f"sync: {tmp_path / 'drive'} has nothing of a yet, so it starts here") and "mounted" in line
