@@ -348,3 +348,11 @@ def test_the_peak_of_a_whole_micro_batch(monkeypatch, method, keeps, offload, ti
     assert alive.peak - host == pytest.approx(
         sum(counted.transient.values()) - ids, rel=0.03 if method == "sft" else 0.06
     )
+
+
+def test_a_tied_head_counts_once_and_biases_count():
+    config = tiny_config("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    job = make_workload(RunConfig(load_in_4bit=False), "sft", config, torch.float32)
+    model = make_model("llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())
+    assert "dequantized weights" not in estimate(job, ExecutionConfig(64, ("all",) * 2), CPU).resident

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.contract.test_merged import (
     distance,
@@ -178,3 +179,29 @@ def test_missing_runs_and_stages_are_named(tmp_path: Path, monkeypatch: pytest.M
     shutil.rmtree(run / "sft" / "adapter")
     with pytest.raises(UserError, match=r"sft/adapter: no adapter_config\.json there"):
         chain_of_run(run)
+
+
+@pytest.mark.parametrize("which", ["sft/adapter", "dpo/delta"])
+def test_a_chain_whose_hash_does_not_match_is_refused(tmp_path: Path, which: str) -> None:
+    base = make_base(tmp_path / "base")
+    run = tmp_path / "runs" / "one"
+    make_run(run, base)
+    info = json.loads((run / "dpo" / "stage.json").read_text())
+    trained_on = (info["adapters"][0] if which == "sft/adapter" else info["own"])["sha256"]
+    weights = run / which / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] += 1e-3
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=trained_on[:12]) as caught:
+        chain_of_run(run)
+    assert which in caught.value.message and read_adapter(run / which).sha256[:12] in caught.value.message
+    assert caught.value.hint
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base")
+    chain = read(make_chain(base, tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="are free"):
+        merge(base, chain, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

@@ -13,7 +13,7 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.likelihood import chat_loss
 from zephyr_lite.evaluate.rows import held_out
-from zephyr_lite.merge import chain_of_run
+from zephyr_lite.merge import chain_of_run, command
 from zephyr_lite.merge import measure as measuring
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.merge.measure import measure
@@ -128,3 +128,18 @@ def test_measuring_needs_a_merged_model(trained, tmp_path, options, asked):
     with pytest.raises(UserError, match="--measure and --rows are for the comparison"):
         run_merge(tmp_path / "m", run=trained, **asked, **options)
     assert not (tmp_path / "m").exists()
+
+
+def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
+    def no_room(*words, onto, **settings):
+        if onto == "nf4":
+            raise UserError("/there: 0.1 GB are free, the result takes 14.5 GB.")
+        return merge(*words, onto=onto, **settings)
+
+    merge = command.merge
+    monkeypatch.setattr(command, "merge", no_room)
+    found = run_merge(tmp_path / "m", run=trained, both=True, rows=2)
+    assert list(found.ways) == ["base"]
+    assert found.missing == {"nf4": "/there: 0.1 GB are free, the result takes 14.5 GB."}
+    assert any("nf4: not measured" in line for line in found.lines())
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

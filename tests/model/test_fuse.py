@@ -52,8 +52,9 @@ IA3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_mo
         (peft_model, lambda m: m.eval(), {"adapter_names": ["default", "__base__", "default"]}, "adapter_names"),
         (lambda: peft_model(sliding_window=4), None, {"attention_mask": HOLES}, "holes"),
         (peft_model, None, {"attention_mask": torch.ones(3, 1, 12, 12)}, r"\[3, 1, 12, 12\] for tokens of \[3, 12\]"),
+        (peft_model, None, {"attention_mask": torch.ones(3, 11)}, r"\[3, 11\] for tokens of \[3, 12\]"),
     ],
-    ids=["dora", "ia3", "full", "dropouts", "int8", "hook", "merged", "names", "holes", "mask"],
+    ids=["dora", "ia3", "full", "dropouts", "int8", "hook", "merged", "names", "holes", "mask", "short"],
 )
 def test_what_it_would_compute_wrongly_is_refused(make, change, inputs, match):
     model = make()

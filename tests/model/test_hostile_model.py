@@ -19,7 +19,7 @@ from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import read_model_config
 from zephyr_lite.model.files import SINGLE, fetch_base
 from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
-from zephyr_lite.model.tokenizer import load_tokenizer
+from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 
 
 @pytest.fixture
@@ -111,3 +111,14 @@ def test_a_tokenizer_that_is_cut_short_is_refused(base):
     (base / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(UserError, match=f"{base}: no tokenizer can be built from it"):
         load_tokenizer(base)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(base):
+    tokenizer = load_tokenizer(base)
+    check_vocabulary(tokenizer, 420, base)
+    with pytest.raises(UserError, match="embeddings for 400 tokens"):
+        check_vocabulary(tokenizer, 400, base)
+    tokenizer.add_tokens([f"<extra{n}>" for n in range(40)])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match=r"<extra28> \(id 448\), .* and 9 more, and the model has embeddings for 448"):
+        loaded(base)

@@ -204,3 +204,13 @@ def test_the_cache_has_a_variable_and_the_survey_names_it(base, tmp_path, cache,
     assert len(entries(tmp_path / "mine" / "quantized")) == 1 and entries(cache) == []
     (finding,) = [f for f in survey() if f.name == "quantized"]
     assert "of quantized bases" in finding.found and str(tmp_path / "mine") in finding.found
+
+
+def test_what_it_depends_on_is_in_its_name(base, cache):
+    load_base(config(base))
+    load_base(config(base, dtype="bfloat16", bnb_4bit_use_double_quant=False))
+    other = make_base(base.parent / "other" / "base", seed=1)
+    load_base(config(other))
+    assert len(entries(cache)) == 3
+    (own,) = [path for path in entries(cache) if load.fingerprint(other)[:16] in path.name]
+    assert own.name.startswith("base-")

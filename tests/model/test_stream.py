@@ -1,10 +1,12 @@
 """Weight streaming and activation offload beyond tests/contract/test_streaming.py: memory, failed passes, locked memory."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.conftest import make_model
 from tests.contract import test_streaming
 from tests.contract.test_counts import kept
 from tests.contract.test_streaming import (
@@ -12,12 +14,14 @@ from tests.contract.test_streaming import (
     LAYERS,
     assert_bits,
     decoder_over,
+    dpo_steps,
     plan_of,
     quantized,
     sft_steps,
 )
-from tests.numeric import conversation
+from tests.numeric import apart, conversation
 from zephyr_lite.data.batch import collate_conversations
+from zephyr_lite.data.chat_template import Example
 from zephyr_lite.model import activation_offload as offload_file
 from zephyr_lite.model.activation_offload import ActivationOffload
 from zephyr_lite.model.weight_streaming import WeightStreamer
@@ -125,3 +129,33 @@ def test_what_can_be_locked_is_found_out_and_released(runtime, budget, expected)
     assert offload_file.lockable(5500, CUDA) == expected
     gc.collect()
     assert not runtime.locked and not runtime.pending
+
+
+def test_a_row_of_32k_tokens_trains_and_its_window_is_honoured():
+    """Streamed, offloaded, the MLP in tiles: the last tokens' figures are those of the last tokens alone."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = make_model(num_hidden_layers=2, sliding_window=64, max_position_embeddings=2**15, **shape)
+    decoder = decoder_over(model, stream=True, plan=plan_of(offload=2, tile=4096))
+    count, tail = 2**15, 300
+    example = conversation(0, count)
+    example.mask[:-100] = False
+    batch = collate_conversations([example])
+    logps = decoder.token_logps(batch, keep="input")
+    logps.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.stack.parameters().values())
+    short = collate_conversations([Example(example.ids[-tail:], example.mask[-tail:], "", 0)])
+    short = replace(short, positions=batch.positions[-tail:], streams=batch.streams[-tail:])
+    with torch.no_grad():
+        assert apart(logps.detach(), decoder.token_logps(short)) < 1e-5
+
+
+def test_a_base_that_was_resident_may_be_streamed_from_then_on(copies, deep_base):
+    resident = decoder_over(quantized(deep_base))
+    want = [sft_steps(resident, "input", None), dpo_steps(resident, "input", None)]
+    decoder = decoder_over(quantized(deep_base))
+    got = [sft_steps(decoder, "input", None)]
+    decoder.follow(plan_of(stream=True, offload=LAYERS))
+    got.append(dpo_steps(decoder, "input", None))
+    assert decoder.stream is not None and len(decoder.stream.slabs) == LAYERS
+    for a, b in zip(got, want):
+        assert_bits(a, b)
