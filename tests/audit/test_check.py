@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -292,3 +293,10 @@ def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, t
     assert told["verdict"] == "sound" and told["numbers"]["pairs"]["start"]["pairs"] == 8
     assert cli.run(["check", str(run / "dpo"), *given, "--reference", "base"]) == 2
     assert "verdict: WRONG (reference)" in capsys.readouterr().out
+
+
+def test_bos_is_counted_exactly():
+    example = Example(np.array([1, 5, 6, 7], dtype=np.int32), np.array([False, False, True, True]), "", 0)
+    for count in (0, 1, 2):
+        changed = with_bos(example, 1, count)
+        assert changed.ids.tolist() == [1] * count + [5, 6, 7] and changed.ids[changed.mask].tolist() == [6, 7]

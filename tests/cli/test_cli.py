@@ -185,3 +185,15 @@ def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(tiny_base, chat_r
     process.stdout.close()
     said = process.stderr.read().decode()
     assert process.wait() == 141 and said == "", said
+
+
+def test_a_dry_run_beside_a_finished_run_changes_nothing(invoke, dpo_words, runs):
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*")}
+    words = [w for w in dpo_words if not w.startswith("model_name")]
+    assert invoke(*words, "stage=again", "--dry-run")[0] == 0
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+
+
+def test_a_finished_stage_says_what_comes_next(invoke, sft_words, runs):
+    code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2")
+    assert code == 0 and "complete already" in out and "zephyr-lite dpo" in out

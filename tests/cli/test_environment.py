@@ -155,3 +155,12 @@ def test_under_wsl_the_plan_has_what_can_be_locked_and_the_allocator_no_more_tha
     machine_file.cap_allocator(device, MemorySpec())
     machine_file.cap_allocator(torch.device("cpu"), MemorySpec())
     assert len(fractions) == 2
+
+
+def test_env_names_wsl_and_says_what_is_off_there(kernel):
+    kernel(WSL)
+    found = environment.system().found
+    assert "(WSL2)" in found and "expandable_segments is off" in found
+    kernel(LINUX)
+    found = environment.system().found
+    assert "WSL" not in found and "expandable_segments" not in found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from zephyr_lite.config.load import RunConfig, dump_config, load_config
+from zephyr_lite.config.load import RunConfig, dump_config, load_config, preset_configs
 from zephyr_lite.errors import UserError
 
 
@@ -169,3 +169,17 @@ def test_a_text_that_reads_as_a_number_is_a_text_and_a_tilde_is_the_home(monkeyp
 def test_another_stages_file_is_refused():
     with pytest.raises(UserError, match="this file is for zephyr-lite dpo, and not for sft"):
         load_config("sft", "zephyr-7b/dpo")
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path):
+    file = write(tmp_path, "lora_rr: 8\n")
+    with pytest.raises(UserError, match=r"run\.yaml.*lora_r'"):
+        load(file=file)
+    with pytest.raises(UserError, match=r"dataset\.0\.pathh|pathh"):
+        load(file=write(tmp_path, "dataset: {path: a, pathh: b}\n"))
+
+
+def test_a_file_that_is_not_there_lists_the_shipped_ones():
+    with pytest.raises(UserError, match="zephyr-7b/sft"):
+        load(file="zephyr-7b/stf")
+    assert set(preset_configs()) >= {"zephyr-7b/sft", "zephyr-7b/dpo"}

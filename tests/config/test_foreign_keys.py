@@ -335,3 +335,10 @@ def test_rows_that_are_held_out_are_not_trained_on(tmp_path):
     every = load_config("sft", None, [f"dataset={rows}", "test_split_size=40"]).config
     with pytest.raises(UserError, match="test_size 40 holds out 40 of 40 rows"):
         load_rows(every.dataset, "sft", seed=0)
+
+
+def test_a_file_for_full_fine_tuning_is_told_that_an_adapter_is_trained(tmp_path):
+    full = "per_device_train_batch_size: 4\nlearning_rate: 2.0e-5\n"
+    assert any("full fine-tuning" in note for note in load(tmp_path, full).notes)
+    assert not any("full fine-tuning" in note for note in load(tmp_path, full + "use_peft: true\n").notes)
+    assert not any("TRL" in note for note in load(tmp_path, "learning_rate: 2.0e-5\n").notes)

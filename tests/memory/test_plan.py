@@ -16,8 +16,9 @@ import torch
 from tests.conftest import tiny_config
 from tests.messages import messages_to
 from zephyr_lite.cli import app as cli
-from zephyr_lite.config.load import MemorySpec, RunConfig, load_config
+from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory import forecast
 from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.memory.estimate import CONTEXT_BYTES, CPU, GIB, estimate
@@ -47,7 +48,7 @@ from zephyr_lite.memory.plan import (
 from zephyr_lite.memory.speed import step_time
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model.families import Shape
-from zephyr_lite.model.peft_io import LoraWeights, write_adapter
+from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
@@ -487,3 +488,46 @@ def test_a_containers_limit_counts(tmp_path, place):
     write(tmp_path / "memory" / "box" / "run", 700, 500, 50, old)
     group.write_text("5:cpu,cpuacct:/\n4:memory:/box/run\n")
     assert machine_file.container_room(group, tmp_path) == 250
+
+
+def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
+    """The finished stage's base and its adapter's rank."""
+    stage = StageDir(tmp_path / "run" / "sft")
+    config = RunConfig(model_name_or_path=str(tiny_base), output_dir=str(tmp_path / "run"))
+    stage.path.mkdir(parents=True)
+    stage.config.write_text(dump_config(config))
+    modules = {"model.layers.1.mlp.up_proj": LoraWeights(torch.zeros(5, 64), torch.zeros(128, 5), 1.0)}
+    write_adapter(stage.adapter, modules, base_model_name=str(tiny_base))
+    info = {
+        "status": "complete",
+        "method": "sft",
+        "adapters": [],
+        "base": {"name_or_path": str(tiny_base)},
+        "own": {"path": "adapter", "sha256": adapter_sha256(stage.adapter)},
+    }
+    (stage.path / "stage.json").write_text(json.dumps(info))
+    seen = []
+    real = forecast.make_plan
+    monkeypatch.setattr(forecast, "make_plan", lambda job, *rest: seen.append(job) or real(job, *rest))
+    code, out, err = said("dpo", f"output_dir={tmp_path / 'run'}", "max_length=64")
+    assert code == 0, err
+    assert str(tiny_base) in out.replace("\n    ", "") and "assuming rank" not in out
+    assert [dict(r) for r in seen[0].adapters[0].ranks] == [{}, {"up_proj": 5}] and seen[0].shape.hidden == 64
+
+
+def test_a_file_is_planned_for_the_stage_that_it_is_for(tmp_path):
+    assert forecast.stages_of([], "zephyr-7b/paper-dpo")[0] == ("dpo",)
+    assert forecast.stages_of([], "zephyr-7b/sft")[0] == ("sft",)
+    own = tmp_path / "mine.yaml"
+    own.write_text("beta: 0.1\n")
+    assert forecast.stages_of([], str(own))[0] == ("dpo",)
+    own.write_text("lora_r: 8\n")
+    assert forecast.stages_of([], str(own))[0] == ("sft", "dpo")
+
+
+@pytest.mark.parametrize("engine", ["trl", "unsloth"])
+@pytest.mark.parametrize("word", ["stream=true", "offload=false", "host=1GiB", "vram=8GiB"])
+def test_what_another_engine_does_not_read_is_refused(engine, word):
+    with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
+        load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
+    load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])

@@ -21,6 +21,7 @@ from zephyr_lite.monitor.charts import (
     POINTS,
     RIGHT,
     TOP,
+    WIDTH,
     Curve,
     line_chart,
     smoothed,
@@ -352,3 +353,32 @@ def test_a_report_that_cannot_be_written_ends_nothing(run, monkeypatch, caplog):
     writer.on_sample(4, [])
     (message,) = caplog.messages
     assert "No space left on device" in message and "training continues" in message
+
+
+def test_a_long_run_stays_small(tmp_path):
+    folder = a_stage(tmp_path / "long", "dpo", "dpo", 8_000)
+    text = run_page([StageRecord(folder)])
+    assert len(text) < 250_000
+    for chart_data in Page(text).charts():
+        assert all(len(s["x"]) <= POINTS and s["x"][-1] == 8_000 for s in chart_data["series"] if s["k"] != "faint")
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "last"),
+    [
+        ([0.0], "-1", "1"),
+        ([5.0, 5.0], "4.5", "5.5"),
+        ([-3e7, *[4e7] * 999], "-4e+07", "4e+07"),
+        ([0.6, *[0.6 + 2e-13] * 999], "0.5", "0.7"),
+        ([0.6, *[0.6004] * 999], "0.6", "0.6004"),
+        ([0.1] * 99 + [1e6], None, None),
+    ],
+)
+def test_every_range_is_drawn_and_its_labels_differ(values, first, last):
+    steps = list(range(100, 100 * len(values) + 1, 100))
+    drawn = line_chart("t", "", [Curve("s", steps, values, kind="faint" if first is None else "line")], marks=steps)
+    numbers = [float(n) for n in re.findall(r"[\d.]+", drawn["curves"][0]["path"])]
+    assert all(0 <= n <= WIDTH for n in numbers) and len(drawn["marks"]) < WIDTH
+    labels = [text for _, text in drawn["grid"]]
+    assert len(set(labels)) == len(labels) and (first is None or (labels[0], labels[-1]) == (first, last))
+    assert all(x + 3 * len(text) <= WIDTH for x, text in drawn["below"])  # not cut off

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import signal
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from rich.cells import cell_len
 
 from zephyr_lite.config.load import DatasetSpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.interrupts import StopRequest
 from zephyr_lite.io.logging import messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
@@ -297,3 +299,22 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
             raise PeerEnded("process 1 ended: a row", code)
         error = json.loads(capsys.readouterr().out)
         assert (error["kind"], error["message"]) == (kind, "process 1 ended: a row")
+
+
+def test_a_notebook_is_not_flooded(tmp_path):
+    out = io.StringIO()
+    screen = screens.Screen(Console(out=out), most=screens.NOTEBOOK_LINES)
+    for step in range(1, 1001):
+        screen.metrics(step, 1000, STEP)
+    screen.metrics(1000, 1000, {"eval_loss": 1.0})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 + screens.NOTEBOOK_LINES + 1
+    assert lines[0].startswith("step    1/1000") and lines[-1].startswith("step 1000/1000  held-out")
+
+
+def test_an_interrupt_is_shown(terminal, tmp_path):
+    with LiveScreen(Console(out=terminal)) as screen, StopRequest(None):
+        ran(screen, stage_of(tmp_path))
+        signal.raise_signal(signal.SIGINT)
+        screen._live.refresh()
+        assert "stopping after this step" in terminal.text

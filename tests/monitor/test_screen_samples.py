@@ -1,5 +1,6 @@
 """Samples change nothing of training and come from the policy; trackers get our metrics; screens in real places."""
 
+import importlib.util
 import json
 
 import pytest
@@ -11,8 +12,9 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train import callbacks
+from zephyr_lite.train import callbacks, samples
 from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
 from zephyr_lite.train.stage import Observer
 
@@ -98,3 +100,34 @@ def test_the_command_line_keeps_json_clean(tmp_path, capsys):
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.out.splitlines()]
     assert code == 2 and events[-1]["event"] == "error" and events[-1]["message"] in captured.err
+
+
+def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, monkeypatch, said):
+    given = words(tiny_base, tmp_path / "r", chat_rows, samples=1, loss_on="all", sample_tokens=3)
+    stage = setup_stage("sft", load_config("sft", None, given))
+    model = stage.stack.model
+    model.train()
+    before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    (sample,) = samples.draw_samples(stage, 3)
+    assert sample.prompt.endswith("<|assistant|>\n") and sample.reference.startswith("Tomato")  # loss_on all: no mask
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(samples, "_answers", full)
+    said.clear()
+    assert samples.draw_samples(stage, 4) == [] and samples.draw_samples(stage, 5) == []
+    assert said == ["no samples are drawn: the card's memory does not suffice for them. Training is not affected."]
+
+
+def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
+    (tmp_path / "no_such_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(callbacks.EXTRAS, "tensorboard", ("trackers", ("no_such_tracker",)))
+    assert importlib.util.find_spec("no_such_tracker") is not None
+    with pytest.raises(UserError, match="is not installed"):
+        callbacks.trackers(RunConfig(report_to=["tensorboard"]))

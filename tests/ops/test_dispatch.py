@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -149,3 +150,14 @@ def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, t
     assert given == [
         Widths(shape.hidden_size, shape.intermediate_size, queries, rotated, shape.head_dim, shape.vocab_size)
     ]
+
+
+def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested():
+    """A kernel that nobody added to the comparisons above would go unnoticed."""
+    kernels = {
+        name
+        for module in (dropout, nf4, rms_norm, rope, swiglu, token_logps)
+        for name, value in vars(module).items()
+        if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
+    }
+    assert kernels == {"_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax", "_mix32"}

@@ -387,3 +387,18 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], given: str, message: str) -> None:
     assert cli.run(["distill", *given.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_dialogue_without_a_first_answer_begins_anew(tmp_path: Path) -> None:
+    refused: set[str] = set()
+
+    def moody(seen: Seen) -> Act:
+        if role_of(seen) == "answer" and len(seen.body["messages"]) == 1 and len(refused) < 3:
+            refused.add(seen.question)
+            return error(400, "not this one")
+        return teacher(seen)
+
+    with ChatServer(moody) as server:
+        result = run(tmp_path, server.url)
+    assert result.made == 12 and result.turned_down == {"no first answer: HTTP 400": 3}
+    assert not refused & {row["prompt"] for row in rows_of(result)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -332,3 +333,26 @@ def test_mistakes_are_named_before_anything_is_asked(
     (tmp_path / "p.txt").write_text("Why?\n")
     assert cli.run(["feedback", *given.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    after = 17
+    with ChatServer(script) as server:
+        whole = settings(tmp_path, server.url, "whole")
+        run(whole)
+        server.seen.clear()
+        config = settings(tmp_path, server.url)
+        server.script = lambda seen: script(seen) if seen.number < after else error(401, "who are you?")
+        with pytest.raises(UserError, match=r"401|key"):
+            run(config)
+        gc.collect()
+        assert "never retrieved" not in caplog.text  # asyncio's tracebacks of errors beside the one that is said
+        asked = [json.dumps(seen.body, sort_keys=True) for seen in server.seen[:after]]
+        server.seen.clear()
+        server.script = script
+        run(config)
+        again = [json.dumps(seen.body, sort_keys=True) for seen in server.seen]
+    assert not set(asked) & set(again) and len(asked) + len(again) == 48
+    assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()

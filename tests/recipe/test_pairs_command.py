@@ -13,7 +13,7 @@ from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
-from zephyr_lite.data.sources import Source
+from zephyr_lite.data.sources import Source, open_source
 from zephyr_lite.recipe.prompts import read_questions
 from zephyr_lite.recipe.ultrafeedback import SCHEMA, make_pairs
 
@@ -203,3 +203,24 @@ def test_wrong_arguments_and_inputs(invoke, tmp_path, words, says):
     write(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "completions": []}\n{"instruction"\n')
     assert says in invoke(f"{words} --out out", fails=True)
+
+
+def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.SHARD_ROWS", 20)
+    report = make_pairs([str(write(tmp_path / "raw.jsonl", raw_rows(60)))], tmp_path / "out", test=0)
+    assert report.files == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
+    back = open_source(DatasetSpec(path=str(tmp_path / "out"), split="train_prefs"))
+    numbers = [int(row["prompt"].split()[1][:-1]) for row in back]
+    assert numbers == sorted(numbers) and len(numbers) == report.train
+
+
+def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
+    source = write(tmp_path / "raw.jsonl", raw_rows(10))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.write_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs([str(source)], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]

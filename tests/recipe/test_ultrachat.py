@@ -243,3 +243,21 @@ def test_ctrl_c_among_workers(tmp_path: Path) -> None:
     assert running.returncode == 130, said
     assert "interrupted" in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]
+
+
+def test_an_interruption_leaves_the_earlier_result(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    clean_chat(str(raw), out, Options())
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ultrachat, "markdown", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            clean_chat(str(raw), out, Options(), overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            clean_chat(str(raw), tmp_path / "new", Options())
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
