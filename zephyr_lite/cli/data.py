@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Context, Option
 
+from ..errors import UserError
 from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, console, say_all
 
 
@@ -41,6 +42,8 @@ def chat(
     from ..io.redact import refuse_secrets
     from ..recipe.ultrachat import Options, clean_chat, report_lines
 
+    if lexicon is not None and not truecase:
+        raise UserError("--lexicon has no effect with --no-truecase.", "Leave one of the two options out.")
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": source, "--decontaminate": decontaminate or []}, "the command line")
     values = {**{key: context.params[key] for key in Options.model_fields}, "near": near or None}
@@ -86,7 +89,6 @@ def pairs(
     overwrite: Replace = False,
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
-    from ..errors import UserError
     from ..io.redact import refuse_secrets
     from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs
 
