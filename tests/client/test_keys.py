@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chat_server import Act, ChatServer, error, ok
+from tests.chat_server import Act, ChatServer, answer_json, error, ok
 from tests.client.test_client import ask_all, run, spec
 from zephyr_lite.client.client import Request, RequestFailed
 from zephyr_lite.client.endpoints import EndpointSpec, endpoint_spec
@@ -41,6 +41,7 @@ ECHOES = {
     "quoted": lambda: error(400, f"header 'Bearer {KEY}' and again {KEY}"),
     "long": lambda: error(500, "x" * 280 + KEY),
     "not JSON": lambda: Act(body=f'{{"key": "{KEY}'.encode()),
+    "no answer": lambda: answer_json({"echo": {"authorization": f"Bearer {KEY}"}}),
     "redirect": lambda: Act(307, headers={"Location": f"http://localhost:1/?key={KEY}"}),
     "reply": lambda: ok(f"Your key is {KEY}, is it not?"),
 }

@@ -240,7 +240,7 @@ class ModelClient:
         try:
             outcome = await endpoint.model.ask(body)
         except RequestFailed as error:
-            outcome = error
+            outcome = error.with_traceback(None)  # whose variables hold the server's words, which may repeat the key
             self._log.failed(number, error.reason, error.detail, charged=error.charged)
         else:
             self._log.replied(number, outcome, endpoint.spec.dollars(outcome.prompt_tokens, outcome.completion_tokens))
