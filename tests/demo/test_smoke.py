@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -155,3 +156,12 @@ def test_a_child_is_killed_with_a_real_signal_and_logs_what_it_says(tmp_path):
     log = tmp_path / "log"
     assert child(["--version"], log=log).code == 0 and log.read_text().startswith("zephyr-lite ")
     assert child(["sft", "--help"], log=log, kill_when=lambda: True).code == -signal.SIGKILL
+
+
+def test_a_signal_reaches_the_child_and_then_ends_the_command(tmp_path):
+    log = tmp_path / "log"
+    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        child(["env"], log=log)
+    timer.join()
