@@ -106,7 +106,7 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "have_matplotlib", lambda: False)
     text = write_card(model).read_text()
     assert "## Training" not in text and "its run is not here" in text and mark["adapters"][0]["sha256"] in text
-    assert "Nothing was measured on held-out rows." in text and "![" not in text
+    assert "Only the merge was measured on held-out rows" in text and "![" not in text
     # --run says where it went; neither an evaluation of other adapters nor a trial is this model's result
     folder = moved / "dpo" / "eval"
     told = json.loads((folder / "loss-chat.json").read_text())

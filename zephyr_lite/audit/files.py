@@ -195,7 +195,10 @@ def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: Adapter
     """
     modules = list(evidence.adapter.modules.values())
     untrained = sum(not bool(weights.b.any()) for weights in modules)
-    facts = f"{len(modules)} modules, {untrained} with a B of zeros, sha256 {evidence.adapter.sha256[:12]}"
+    ranks = ", ".join(map(str, sorted({weights.rank for weights in modules})))
+    scales = ", ".join(f"{scale:g}" for scale in sorted({round(weights.scale, 6) for weights in modules}))
+    facts = f"{len(modules)} modules, {untrained} with a B of zeros, rank {ranks}, scale {scales}"
+    facts += f", sha256 {evidence.adapter.sha256[:12]}"
     if untrained == len(modules):
         text = "every B is zero: the adapter was never trained and changes nothing"
         audit.wrong("weights", text, facts, advice="Take another checkpoint of it.")
@@ -263,15 +266,18 @@ def _check_log(evidence: Evidence, audit: Audit) -> None:
         audit.note("reference", "its folder has no training log, so its first loss is unknown")
         return
     loss, at_first = float(first["loss"]), first.get("step") in (0, 1)
-    facts = f"loss at step {first.get('step', '?')} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"
+    facts = [f"loss at step {first.get('step', '?')} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
+    for key in ("rewards/margins", "rewards/accuracies"):
+        if is_number(first.get(key)):
+            facts.append(f"{key} {first[key]:.4g} there")
     if abs(loss - LN2) <= (FIRST_STEP if at_first else FIRST_STEPS):
-        audit.right("reference", "its log starts at ln 2: training started from its reference", facts)
+        audit.right("reference", "its log starts at ln 2: training started from its reference", *facts)
         return
     audit.add(
         Level.wrong if at_first else Level.doubtful,
         "reference",
         "its log does not start at ln 2: training did not start from its reference (often the bare base, with the SFT "
         "adapter only in the policy)",
-        facts,
+        *facts,
         advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",
     )

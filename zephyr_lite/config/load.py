@@ -57,15 +57,17 @@ def find_config(name: str, kind: str = "stages") -> Path:
     Raises:
         UserError: neither exists; the message lists the shipped names.
     """
-    refuse_special(Path(name), name)
-    root = CONFIGS if kind == "stages" else CONFIGS / kind
-    for path in (Path(name), root / f"{name.removesuffix('.yaml')}.yaml"):
-        if is_file(path):
-            return path
-    raise UserError(
-        f"{'table' if kind == 'tables' else 'configuration'} {name[:300]}: there is no such file.",
-        f"Give a YAML file, or a shipped one: {', '.join(preset_configs(kind))}.",
-    )
+    path = Path(name)
+    refuse_special(path, name)
+    if is_file(path):
+        return path
+    shipped = preset_configs(kind)
+    if name.removesuffix(".yaml") not in shipped:
+        raise UserError(
+            f"{'table' if kind == 'tables' else 'configuration'} {name[:300]}: there is no such file.",
+            f"Give a YAML file, or a shipped one: {', '.join(shipped)}.",
+        )
+    return shipped[name.removesuffix(".yaml")]
 
 
 def preset_configs(kind: str = "stages") -> dict[str, Path]:

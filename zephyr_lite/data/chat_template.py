@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -165,6 +165,7 @@ class ChatTemplate:
         self.bos_token_id: int | None = None
         self.content_parts = False
         self.notes: list[str] = []
+        self._special_tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
 
     @property
     def reads_clock(self) -> bool:
@@ -180,10 +181,11 @@ class ChatTemplate:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the template and the tokenizer; equal fingerprints give equal ids."""
-        time = self.now.isoformat() if self.reads_clock else ""
-        special = sorted(self.tokenizer.special_tokens_map.items())
-        parts = (self.text, self.tokenizer.backend_tokenizer.to_str(), self.bos_token_id, special, time)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        parts = [self.text, self.tokenizer.backend_tokenizer.to_str(), str(self.bos_token_id)]
+        parts += [f"{key}={value}" for key, value in sorted(self.tokenizer.special_tokens_map.items())]
+        if self.reads_clock:
+            parts.append(self.now.isoformat())
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     # -- ids ---------------------------------------------------------------------------------------------------------
 
@@ -224,7 +226,7 @@ class ChatTemplate:
         ids = self.tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         if bos is not None and ids[0] != self.bos_token_id:  # the tokenizer leaves BOS to the template
             ids = [self.bos_token_id, *ids]
-        return np.asarray(ids, dtype=np.int32)
+        return self._checked_bos(np.asarray(ids, dtype=np.int32))
 
     def encode_pair(
         self,
@@ -258,22 +260,22 @@ class ChatTemplate:
         rendered = self.render(messages, tools)
         if notes is not None:
             notes += rendered.notes
-        first, supervised, last = 0, [], max(rendered.spans, default=0)
-        for turn, span in rendered.spans.items():
+        first, last = 0, max(rendered.spans, default=0)
+        for turn, span in list(rendered.spans.items()):
             if turn >= prompt:
                 first = first or span.start
-                if messages[turn].get("train", True) and (loss_on != "last" or turn == last):
-                    supervised.append(span)
+            if turn < prompt or not messages[turn].get("train", True) or (loss_on == "last" and turn != last):
+                del rendered.spans[turn]
         if prompt and not first:
             raise RowError("no supervised token")
-        ids, starts, ends = self._tokenize(rendered.text, supervised)
+        ids, starts, ends = self._tokenize(rendered)
         mask = np.full(len(ids), loss_on == "all")
-        for span in supervised:
+        for span in rendered.spans.values():
             mask |= (starts >= span.start) & (starts < span.end)
         for turn, message in enumerate(messages):
             if loss_on == "all" and not message.get("train", True):
-                begin = common_length(rendered.text, self.text_of(messages[:turn], tools=tools))
-                end = common_length(rendered.text, self.text_of(messages[: turn + 1], tools=tools))
+                texts = [self.text_of(messages[:count], tools=tools) for count in (turn, turn + 1)]
+                begin, end = (common_length(rendered.text, text) for text in texts)
                 mask[(starts >= begin) & (starts < end)] = False
         mask &= starts >= first if prompt else np.arange(len(ids)) > 0  # nothing predicts the first token
         return Encoding(rendered.text, ids, mask, starts, ends, first)
@@ -281,7 +283,7 @@ class ChatTemplate:
     def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
         """The ids of the turns and the generation prompt, [P] int32."""
         self._refuse_control_tokens(messages)
-        return self._tokenize(self.text_of(messages, True, tools), [])[0]
+        return self._tokenize(Rendered(self.text_of(messages, True, tools)))[0]
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -289,31 +291,30 @@ class ChatTemplate:
             if match := self._control.search(f"{message['content']}\0{message.get('reasoning_content', '')}\0{calls}"):
                 raise RowError(f"a turn's text contains the control token {match.group()}")
 
-    def _tokenize(self, text: str, answers: list[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _tokenize(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids [T] int32 and the characters [T] at which each token starts and ends.
 
         The prompt of each answer has the same ids as at inference: a token over its end and the answer's beginning (a
         space and a word) is split.
         """
+        text = rendered.text
         ids, starts, ends = self._offsets(text)
-        crossed = [0]
-        for border, _ in answers:
+        crossed = []
+        for border, _ in rendered.spans.values():
             crosses = bool(((starts < border) & (ends > border)).any())
             if not crosses and text[border - 1 : border] == " ":
                 # byte-level tokenizers may join a space to a word without showing it in the offsets
                 crosses = not np.array_equal(self._offsets(text[:border])[0], ids[ends <= border])
             if crosses:
                 crossed.append(border)
-        if len(crossed) > 1:
-            pieces = []
-            for first, end in pairwise([*crossed, len(text)]):
-                part, part_starts, part_ends = self._offsets(text[first:end], continued=first > 0)
-                pieces.append((part, part_starts + first, part_ends + first))
-            ids, starts, ends = map(np.concatenate, zip(*pieces))
-        bos = self.bos_token_id
-        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
-            raise RowError("the row does not begin with BOS, once")
-        return ids, starts, ends
+        if crossed:
+            borders = list(pairwise([0, *crossed, len(text)]))
+            pieces = [self._offsets(text[first:last], continued=first > 0) for first, last in borders]
+            ids = np.concatenate([piece[0] for piece in pieces])
+            starts, ends = (
+                np.concatenate([piece[i] + first for (first, _), piece in zip(borders, pieces)]) for i in (1, 2)
+            )
+        return self._checked_bos(ids), starts, ends
 
     def _offsets(self, text: str, continued: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The tokens of a text, perhaps ``continued`` from another one, without special tokens: the template writes BOS."""
@@ -323,7 +324,7 @@ class ChatTemplate:
             # a panic in Rust is not an Exception: a regular expression of tokenizer.json that backtracks too far
             if type(error).__name__ != "PanicException":
                 raise
-            raise RowError(f"the tokenizer fails on it: {shown(error, 200)}") from None
+            raise RowError(f"the tokenizer fails on it: {' '.join(str(error).split())[:200]}") from None
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         # three times as fast as an array of the pairs
         offsets = np.fromiter(chain.from_iterable(encoding["offset_mapping"]), dtype=np.int64, count=2 * len(ids))
@@ -335,16 +336,21 @@ class ChatTemplate:
             return ids[inside], starts[inside] - 1, ends[inside] - 1
         return ids, starts, ends
 
+    def _checked_bos(self, ids: np.ndarray) -> np.ndarray:
+        bos = self.bos_token_id
+        if bos is not None and (len(ids) == 0 or ids[0] != bos or (ids[:2] == bos).all()):
+            raise RowError("the row does not begin with BOS, once")
+        return ids
+
     # -- text --------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """Texts that the tokenizer reads as control tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
         scaffold = self.text_of(PROBE)
         words = set(self.tokenizer.all_special_tokens)
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special or token.content in scaffold:
-                words.add(token.content)
+        words |= {token.content for token in added if token.special or token.content in scaffold}
         words -= {"<think>", "</think>", ""}  # rows write them themselves
         return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
 
@@ -354,7 +360,7 @@ class ChatTemplate:
         """The template's text of the turns, equal to transformers' ``apply_chat_template``.
 
         Raises:
-            RowError: the template refuses the turns, or does not write their tool calls.
+            RowError: the template refuses the turns.
         """
         return self._render(self._form(messages, tools), add_generation_prompt, tools)
 
@@ -372,21 +378,21 @@ class ChatTemplate:
         """
         form = self._form(messages, tools)
         rendered = Rendered(self._render(form, False, tools))
-        # templates omit roles and tools that they do not know
+        # templates omit roles, tools and calls that they do not know
         if tools and not self._differs(form, rendered.text, None):
             raise RowError("the chat template does not write the tools")
-        position = 0
-        for message in messages:
-            role = message["role"]
+        if not self._writes_calls(form, rendered.text, tools):
+            raise RowError("the chat template does not write the tool calls")
+        roles, position = [message["role"] for message in messages], 0
+        for message, role in zip(messages, roles):
             said = _written(message, rendered.text, 0 if role == "system" else position)
             if said is None:
                 raise RowError(f"the chat template does not write the {role} turn")
             if role != "system":
                 position = rendered.text.index(said, position) + len(said)
-        roles = [turn["role"] for turn in messages]
-        asked = "user" if "user" in roles else "system"
-        for turn, role in enumerate(roles):
-            if role == "assistant" and asked in roles[:turn]:
+        first = roles.index("user") if "user" in roles else roles.index("system") if "system" in roles else len(roles)
+        for turn in range(first, len(messages)):
+            if roles[turn] == "assistant":
                 self._find_answer(messages, form, turn, tools, rendered)
         rendered.notes = list(dict.fromkeys(rendered.notes))
         return rendered
@@ -398,38 +404,34 @@ class ChatTemplate:
         text, last = rendered.text, turn == len(messages) - 1
         before = self._render(form[:turn], True, tools)
         upto = text if last else self._render(form[: turn + 1], False, tools)
+        content = _written(messages[turn], upto) or ""
         start = common_length(before, upto)
         if start < len(before):  # the generation prompt ends in a text that does not come before an answer
             history = common_length(before, self._render(form[:turn], False, tools))
             if start < history:
                 raise RowError("the chat template rewrites earlier turns when an answer is added")
-            # characters that are equal by chance belong to the answer: "<" of <think> and of <b>
-            for edge in re.finditer(rf"\s|{self._control.pattern}", upto[:start]):
-                history = max(history, edge.end())
-            start = history
+            tags = list(self._control.finditer(upto, history))
+            # equal characters may belong to the answer or to its first control token
+            begins = [start, *(tag.start() for tag in tags if tag.start() < start < tag.end())]
+            # search behind control tokens: "A" is also a part of <|Assistant|>
+            place = upto.find(content, max([history, *(tag.end() for tag in tags if tag.end() <= start)]))
+            start = min([*begins, *([place] if content and place >= 0 else [])])
             rendered.notes.append(
                 f"the generation prompt ends in {before[start:]!r}, which the template does not write before an answer"
             )
         # an empty block of reasoning is the template's, unless the row has one that the template always writes
-        written = _written(messages[turn], upto) or ""
-        content = written[_after_empty_thinking(written, 0) :].strip()
-        begin, found = _after_empty_thinking(upto, start), _after_empty_thinking(text, start)
-        if content != written and found > start and upto[start:].lstrip().startswith(written):
-            begin = found = start
-        answer = upto[begin:]
-        which = "the last" if last else "an earlier"
-        pieces = _TAG.split(messages[turn]["content"])  # texts and tags in turn
-        reasoning, others = [messages[turn].get("reasoning_content", "")], [pieces[-1]]
-        for piece, tag in zip(pieces[:-1:2], pieces[1::2]):
-            (reasoning if tag == "</think>" else others).append(piece)
-        for what, parts in (("the reasoning", reasoning), ("all of the text", others)):
-            for part in parts:
-                if part.strip() not in upto[start:]:
-                    rendered.notes.append(f"the chat template does not write {what} of {which} answer")
+        skipped, found, own = (_after_empty_thinking(*at) for at in ((upto, start), (text, start), (content, 0)))
+        if own and found > start and upto[start:].lstrip().startswith(content):
+            skipped = found = start
+        elif own and not upto.startswith(content, skipped):
+            content = content[own:].strip()
+        answer = upto[skipped:]
+        for what, parts in zip(("the reasoning", "all of the text"), _parts(messages[turn])):
+            if any(part not in upto[start:] for part in parts):
+                which = "the last" if last else "an earlier"
+                rendered.notes.append(f"the chat template does not write {what} of {which} answer")
         same = common_length(answer, text[found:]) if text.startswith(upto[:start]) else 0
-        end = 0
-        for match in self._control.finditer(answer, 0, same):
-            end = match.end()
+        end = max((match.end() for match in self._control.finditer(answer) if match.end() <= same), default=0)
         if end and content in answer[:end] and not self._control.sub("", answer[end:]).strip():
             rendered.spans[turn] = Span(found, found + end)
         elif (
@@ -438,12 +440,10 @@ class ChatTemplate:
             # as in GLM's templates
             rendered.text += tag if last else ""
             rendered.spans[turn] = Span(found, found + same + len(tag))
+        elif last and content not in answer:
+            raise RowError("the chat template does not write the last answer after the generation prompt")
         elif last:
-            raise RowError(
-                "the chat template writes no end token after an answer"
-                if content in answer
-                else "the chat template does not write the last answer after the generation prompt"
-            )
+            raise RowError("the chat template writes no end token after an answer")
         else:
             system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
             rendered.notes.append(
@@ -461,8 +461,8 @@ class ChatTemplate:
         match = self._control.match(following, end) if following.startswith(text) else None
         if match is None and last:  # a following turn removes the answer's reasoning: search after its last line
             line = text[text.rfind("\n") + 1 :]
-            for tag in self._control.finditer(following) if line else ():
-                match = tag if following[: tag.start()].endswith(line) else match
+            tags = [m for m in self._control.finditer(following) if following[: m.start()].endswith(line)]
+            match = tags[-1] if line and tags else None
         return match.group() if match else ""
 
     def _form(self, messages: Sequence[Message], tools: list[Any] | None) -> list[Any]:
@@ -481,17 +481,22 @@ class ChatTemplate:
             form.append(turn)
         if not has_calls:
             return form
-        without = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in form]
-        refusals = []
-        for as_text, empty in product((False, True), ("", None)):
-            tried = [_call_form(turn, empty, as_text) for turn in form]
-            try:
-                if self._differs(without, self._render(tried, False, tools), tools):
+        for as_text in (False, True):
+            for empty in ("", None):
+                tried = [_call_form(turn, empty, as_text) for turn in form]
+                try:
+                    text = self._render(tried, False, tools)
+                except RowError:
+                    continue
+                if self._writes_calls(tried, text, tools):
                     return tried
-                refusals.append(RowError("the chat template does not write the tool calls"))
-            except RowError as error:
-                refusals.append(error)
-        raise refusals[0]
+        return form
+
+    def _writes_calls(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
+        if not any("tool_calls" in turn for turn in form):
+            return True
+        without = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in form]
+        return self._differs(without, text, tools)
 
     def _differs(self, form: list[Any], text: str, tools: list[Any] | None) -> bool:
         """Whether the template writes another text for ``form``, from which something was left out."""
@@ -508,7 +513,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=self.now.strftime,
-                **self.tokenizer.special_tokens_map,
+                **self._special_tokens,
             )
         except Exception as error:  # a template's own errors, or of an expression in it
             line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
@@ -528,12 +533,24 @@ def _call_form(turn: dict[str, Any], empty: str | None, as_text: bool) -> dict[s
 def _written(message: Message, text: str, position: int = 0) -> str | None:
     """The turn's content as it occurs in a text from ``position`` on: trimmed, or without its reasoning; or None."""
     whole = message["content"].strip()
-    if whole in text[position:]:
+    if text.find(whole, position) >= 0:
         return whole
     forms = [_THINKING.sub("", whole).strip(), whole.split("</think>")[-1].strip()]
     if message["role"] == "tool":  # templates reformat its JSON
         forms = [max(re.findall(r"\w+", whole), key=len, default=whole)]
-    return next((form for form in forms if form in text[position:]), None)
+    for form in forms:
+        if text.find(form, position) >= 0:
+            return form
+    return None
+
+
+def _parts(message: Message) -> tuple[list[str], list[str]]:
+    """The texts of an answer's reasoning, and the others."""
+    texts = _TAG.split(message["content"])
+    reasoning, rest = [message.get("reasoning_content", "").strip()], [texts[-1].strip()]
+    for text, tag in zip(texts[:-1:2], texts[1::2]):
+        (reasoning if tag == "</think>" else rest).append(text.strip())
+    return reasoning, rest
 
 
 def _after_empty_thinking(text: str, position: int) -> int:
@@ -572,16 +589,15 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     path = Path(os.path.expanduser(choice))
-    name = choice
     if choice == "auto" and own:
         name, text = "the tokenizer's own", own
     elif choice == "auto" or choice in TEMPLATES:
-        name = "zephyr" if choice == "auto" else choice
+        name = choice if choice in TEMPLATES else "zephyr"
         text = TEMPLATES[name]
     elif "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
         name, text = "of the configuration", choice
     elif is_file(path):
-        text = read_text(path, name=f"chat_template {choice}")
+        name, text = choice, read_text(path, name=f"chat_template {choice}")
     else:
         raise UserError(
             f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
@@ -593,7 +609,8 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             f"{what}: the tokenizer ({type(tokenizer).__name__}) gives no character offsets, or has no eos token.",
             "Use a model folder with a tokenizer.json, whose tokenizer_config.json names an eos_token.",
         )
-    if missing := sorted(set(NEEDED_TOKENS.get(name, ())) - tokenizer.get_vocab().keys()):
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in NEEDED_TOKENS.get(name, ()) if token not in vocabulary]:
         raise UserError(
             f"{what}: the tokenizer does not know {', '.join(missing)} as one token.",
             "Choose chat_template: zephyr, which needs no token but eos.",
@@ -619,10 +636,11 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
             template.text = tokenizer.chat_template = BOS + text
+            probe = bos + probe
             template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag
-        if (adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1)) and bos_id != tokenizer.eos_token_id:
-            template.bos_token_id = bos_id  # OPT has one token for both
+        if adds_bos or (bos and probe.startswith(bos) and probe.count(bos) == 1):
+            template.bos_token_id = bos_id if bos_id != tokenizer.eos_token_id else None  # OPT has one token for both
         ends = template.end_token_ids
     except RowError as error:
         raise UserError(

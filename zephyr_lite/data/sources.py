@@ -461,7 +461,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
     first = next(_lines(file), "")
     delimiter = "\t" if _kind_and_stem(file)[0] == "tsv" else ","
     for other in (";", "\t"):
-        if other in first and "," not in first:
+        if delimiter == "," and other in first and "," not in first:
             delimiter = other
     reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     start = 1

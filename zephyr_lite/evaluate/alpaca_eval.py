@@ -27,7 +27,7 @@ from ..client.endpoints import Message
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
 from ..io.text import is_file, read_text
-from .judge import Benchmark, Item, JudgedConfig, Outcome, mean, read_rows, who_answers
+from .judge import Benchmark, Item, JudgedConfig, Outcome, judge_of, mean, read_rows, who_answers
 from .win_rate import TIE, length_controlled, win_rate
 
 KIND = "alpaca"
@@ -272,6 +272,7 @@ class AlpacaEval(Benchmark[Output]):
         if config.outputs is not None and (config.models or config.source or config.stage or config.adapters):
             message = "--outputs are a model's answers; a source or --model would answer again."
             raise UserError(message, "Give one of them.")
+        judge_of(config)  # before anything is fetched
         items, path = read_outputs(config.instructions or INSTRUCTIONS)
         answering = who_answers(config, config.temperature, existing=config.outputs is not None)
         whole, outputs = len(items), {}

@@ -67,6 +67,16 @@ class Answering:
         return [*self.specs.values(), self.judge]
 
 
+def judge_of(config: JudgedConfig) -> EndpointSpec:
+    """The judge. Raises UserError if none is given."""
+    if config.judge is None:
+        raise UserError(
+            "no judge is given.",
+            "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
+        )
+    return config.judge
+
+
 def who_answers(config: JudgedConfig, temperature: float, existing: bool = False) -> Answering:
     """The models that answer, and the judge; nothing is loaded yet. A name of the source's models takes precedence over a
     folder.
@@ -78,12 +88,7 @@ def who_answers(config: JudgedConfig, temperature: float, existing: bool = False
     Raises:
         UserError: there is no judge, no such model, or no chat template.
     """
-    judge = config.judge
-    if judge is None:
-        raise UserError(
-            "no judge is given.",
-            "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
-        )
+    judge = judge_of(config)
     if "max_tokens" not in judge.model_fields_set:
         judge = judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
     words, own = config.models, list[str]()
