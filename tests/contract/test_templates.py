@@ -104,6 +104,29 @@ def supervised(template: ChatTemplate, messages, tools=None, loss_on="assistant"
     return [template.tokenizer.decode(ids[first:end]) for first, end in zip(edges[::2], edges[1::2])]
 
 
+@pytest.mark.parametrize("name", ["llama3", "llama3_training", "lfm2", "lfm2_training", "gemma", "gemma_training"])
+def test_calls_that_a_template_does_not_write_are_refused(template_of, name):
+    """Such a template renders a call's empty content; a content of None would be supervised as the word None."""
+    with pytest.raises(RowError, match="does not write the tool calls"):
+        template_of(TRL[name].read_text()).encode([*CALLED[:2], CALLED[0], CALLED[3]])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_nothink", "qwen3_5_nothink_training"])
+def test_reasoning_after_a_prompt_that_ends_in_empty_reasoning(template_of, name):
+    row = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "<think>\nreason\n</think>\n\nyes"}]
+    assert [text.strip() for text in supervised(template_of(TRL[name].read_text()), row)] == [
+        "<think>\nreason\n</think>\n\nyes<|im_end|>"
+    ]
+
+
+def test_a_plain_text_begins_with_bos_once(template_of):
+    template = template_of(ZEPHYR)
+    template.bos_token_id = template.tokenizer.bos_token_id
+    assert template.text_ids("<s>hello").tolist() == template.text_ids("hello").tolist()
+    with pytest.raises(RowError, match="BOS, once"):
+        template.text_ids("<s><s>hello")
+
+
 @pytest.mark.parametrize("name", sorted(TRL))
 def test_every_template_of_trl_is_trained(template_of, name):
     template = template_of(TRL[name].read_text())
