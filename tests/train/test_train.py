@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tests.messages import messages_to
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
@@ -66,6 +67,14 @@ def run(sft_run, tmp_path):
     """A copy of it, to go on with."""
     shutil.copytree(sft_run, tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_a_run_of_few_steps_is_warned_of(tiny_base, chat_rows, tmp_path):
+    for changes, warned in (({"num_train_epochs": 1}, 1), ({"num_train_epochs": 60}, 0), ({"max_steps": 2}, 0)):
+        said: list[str] = []
+        with messages_to(said.append):
+            setup_stage("sft", load_config("sft", None, words(tiny_base, tmp_path, chat_rows, **changes)), claim=False)
+        assert sum("raise num_train_epochs (it is 1)" in line for line in said) == warned
 
 
 def test_sft_learns_and_leaves_a_complete_stage(sft_run):

@@ -84,7 +84,7 @@ def gpu() -> Finding:
     dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
     if not torch.cuda.is_available():
         threads = torch.get_num_threads()
-        found = f"none that torch {torch.__version__} can use; computes in {dtype} on {threads} CPU threads"
+        found = f"none that torch {torch.__version__} can use; computes in {dtype} on {threads} CPU thread{'s' * (threads != 1)}"
         if shutil.which("nvidia-smi"):
             cure = "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build."
         else:

@@ -59,6 +59,8 @@ from .stage import Stage
 from .steps import step_schedule
 
 logger = logging.getLogger(__name__)
+# a run of fewer is warned of
+FEW_STEPS = 30
 
 
 def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
@@ -135,6 +137,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     an_epoch = f"{per_epoch:,} step{'s' * (per_epoch != 1)} an epoch"
     logger.info(f"{len(data.rows):,} row{'s' * (len(data.rows) != 1)}, {an_epoch}, {total:,} in all{trained}")
+    if total < FEW_STEPS and config.max_steps is None:
+        logger.warning(
+            f"The model can learn little in so few steps: raise num_train_epochs (it is {config.num_train_epochs:g}), or lower "
+            f"batch_size ({config.batch_size}) or max_length ({config.max_length})."
+        )
 
     # stage.json
     info: dict[str, Any]
