@@ -196,4 +196,4 @@ def test_a_dry_run_beside_a_finished_run_changes_nothing(invoke, dpo_words, runs
 
 def test_a_finished_stage_says_what_comes_next(invoke, sft_words, runs):
     code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2")
-    assert code == 0 and "complete already" in out and "zephyr-lite dpo" in out
+    assert code == 0 and "complete already" in out and "Next: zephyr-lite chat runs/t" in out
