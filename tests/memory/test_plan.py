@@ -280,7 +280,7 @@ def test_cards_are_found_as_people_spell_them(said, name):
 
 @pytest.fixture
 def processor(monkeypatch):
-    """Measures a CPU anew, at rates (of products, exponentials and dequantized numbers) that are given."""
+    """Replaces the measurement of a CPU by given rates: of products, exponentials and dequantized numbers."""
     rates = iter((0.2, 20.0, 3.0))
     monkeypatch.setattr(machine_file, "_rate", lambda device, run, amount: run() is None or next(rates))
     machine_file._processor.cache_clear()

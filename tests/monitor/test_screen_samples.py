@@ -95,7 +95,7 @@ def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):
 
 
 def test_the_command_line_keeps_json_clean(tmp_path, capsys):
-    """What ends a command is an event too, and standard output holds nothing else."""
+    """The error that ends a command is an event, too; standard output holds only events."""
     code = run(["sft", "--json", f"output_dir={tmp_path / 'r'}", f"dataset.path={tmp_path / 'none.jsonl'}"])
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.out.splitlines()]

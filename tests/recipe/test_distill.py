@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, error, ok
-from tests.recipe.test_feedback import NoMeter
+from tests.recipe.test_feedback import hidden_meter
 from zephyr_lite.cli import app as cli
 from zephyr_lite.client.client import RequestFailed
 from zephyr_lite.client.jobs import load_settings
@@ -152,7 +152,7 @@ def plan(folder: Path, url: str, out: str = "out", **changes: Any) -> tuple[Dist
 
 def run(folder: Path, url: str, out: str = "out", **changes: Any) -> Distilled:
     config, result = plan(folder, url, out, **changes)
-    return run_distill(config, result, NoMeter())  # type: ignore[arg-type]
+    return run_distill(config, result, hidden_meter())
 
 
 def rows_of(result: Distilled, split: str = "train_sft") -> list[dict[str, Any]]:

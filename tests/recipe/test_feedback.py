@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.chat_server import Act, ChatServer, Seen, by_hash, error, ok
 from tests.client.test_client import records
 from tests.conftest import make_model, make_tokenizer
 from zephyr_lite.cli import app as cli
+from zephyr_lite.client.cost import Meter
 from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
@@ -41,11 +44,9 @@ COMPLETION.append("fine-grained_score")
 ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
 
 
-class NoMeter:
-    """Shows nothing."""
-
-    def advance(self) -> None:
-        pass
+def hidden_meter() -> Meter:
+    """A meter whose output is not shown."""
+    return Meter(Console(file=io.StringIO()), 1, "prompts", priced=False)
 
 
 def is_judge(seen: Seen) -> bool:
@@ -92,7 +93,7 @@ def settings(folder: Path, url: str, out: str = "out", count: int = 6, **changes
 
 def run(config: FeedbackConfig) -> Any:
     read = read_prompts(config.prompts, seed=config.seed)
-    return run_feedback(config, read, NoMeter())  # type: ignore[arg-type]
+    return run_feedback(config, read, hidden_meter())
 
 
 def rows_of(config: FeedbackConfig) -> list[dict[str, Any]]:

@@ -70,16 +70,11 @@ class Batch:
         return self.tokens.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            streams=self.streams.to(device, non_blocking=True),
-            target_rows=self.target_rows.to(device, non_blocking=True),
-            target_ids=self.target_ids.to(device, non_blocking=True),
-            group_sizes=self.group_sizes.to(device, non_blocking=True),
-            host_tokens=self.tokens if self.host_tokens is None else self.host_tokens,
-        )
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "positions", "streams", "target_rows", "target_ids", "group_sizes")
+        }
+        return replace(self, host_tokens=self.tokens if self.host_tokens is None else self.host_tokens, **moved)
 
     def sum_by_group(self, values: Tensor) -> Tensor:
         """[N] values per target → [G] sums per response, in a fixed order (no atomics), differentiable."""
@@ -106,16 +101,7 @@ def collate_conversations(examples: Sequence[Example]) -> Batch:
         sizes.append(len(targets))
         indices.append(example.index)
         offset += length
-    return Batch(
-        _flat(tokens),
-        _flat(positions),
-        _flat(streams),
-        tuple(segments),
-        _flat(rows),
-        _flat(ids),
-        torch.tensor(sizes, dtype=torch.int64),
-        tuple(indices),
-    )
+    return _batch(tokens, positions, streams, segments, rows, ids, sizes, indices)
 
 
 def collate_pairs(pairs: Sequence[PairExample]) -> Batch:
@@ -144,17 +130,29 @@ def collate_pairs(pairs: Sequence[PairExample]) -> Batch:
             sizes.append(len(targets))
         indices.append(pair.index)
         offset = second + rejected
+    return _batch(tokens, positions, streams, segments, rows, ids, sizes, indices)
+
+
+def _batch(
+    tokens: list[np.ndarray],
+    positions: list[np.ndarray],
+    streams: list[np.ndarray],
+    segments: list[Segment],
+    target_rows: list[np.ndarray],
+    target_ids: list[np.ndarray],
+    sizes: list[int],
+    indices: list[int],
+) -> Batch:
+    def flat(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
     return Batch(
-        _flat(tokens),
-        _flat(positions),
-        _flat(streams),
-        tuple(segments),
-        _flat(rows),
-        _flat(ids),
-        torch.tensor(sizes, dtype=torch.int64),
-        tuple(indices),
+        tokens=flat(tokens),
+        positions=flat(positions),
+        streams=flat(streams),
+        segments=tuple(segments),
+        target_rows=flat(target_rows),
+        target_ids=flat(target_ids),
+        group_sizes=torch.tensor(sizes, dtype=torch.int64),
+        indices=tuple(indices),
     )
-
-
-def _flat(parts: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -125,7 +125,7 @@ def read_questions(config: MtBenchConfig) -> Questions:
         carried = [] if package is None else package.rglob(PROMPTS)
         found = [file for file in (beside / PROMPTS, beside.parent / PROMPTS, *carried) if is_file(file)]
         if not found:
-            raise UserError(f"{source}: no {PROMPTS} with the judge's prompts beside it.", GET)
+            raise UserError(f"{source}: the folder has no {PROMPTS}, the file of the judge's prompts.", GET)
         prompts = str(found[0])
     answers: dict[str, tuple[str, ...]] = {}
     if references is not None:

@@ -69,7 +69,7 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int, ends: list[int]) 
         tokens[index], types[index] = added["content"], CONTROL if added["special"] else USER_DEFINED
         # BOS is first anyway, so its flags have no effect
         if (added["lstrip"] or added["rstrip"] or added["single_word"]) and index != tokenizer.bos_token_id:
-            notes.append(f"{added['content']} takes the white space beside it; in llama.cpp it does not")
+            notes.append(f"{added['content']} also matches the white space around it; in llama.cpp it does not")
     if by_bytes and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = UNKNOWN
 

@@ -236,11 +236,12 @@ def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
 
 async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
     """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    for each in found:
-        if isinstance(each, BaseException) and not isinstance(each, RequestFailed):
-            raise each
-    return found  # type: ignore[return-value]
+    results: list[T | RequestFailed] = []
+    for found in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(found, BaseException) and not isinstance(found, RequestFailed):
+            raise found
+        results.append(found)
+    return results
 
 
 async def rate_prompt(
