@@ -174,6 +174,11 @@ def test_folders_of_save_to_disk(tmp_path):
             {},
             "which configuration. There are de, en(.|\n)*dataset.name=de",
         ),
+        (
+            {"x.jsonl": A, "README.md": README.format(DEFAULT.format("/abs/*.jsonl"))},
+            {},
+            r"README\.md: data_files: Non-rel",
+        ),
         ({"x.jsonl": packed(A)[:-12]}, {"file": "x.jsonl"}, r"x\.jsonl: cannot be read"),
         ({"x.csv": b"a,a\n1,2\n"}, {"file": "x.csv"}, "two columns are called 'a'"),
         ({"x.csv": b'prompt,completion\nq,a\nq,"b\n'}, {"file": "x.csv"}, r"x\.csv line 3: not readable as CSV"),

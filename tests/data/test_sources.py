@@ -201,6 +201,7 @@ def test_a_column_that_is_named_twice_and_text_that_is_not_utf_8(tmp_path):
         ("[{0}", r"a\.json line 1: broken JSON"),
         ("[{0}] {0}", r"a\.json line 1: broken JSON"),
         ("[" * 100_000, r"a\.json: broken JSON"),
+        ('[{"text": ' + "1" * 5000 + "}]", r"a\.json: broken JSON"),  # more digits than Python reads
     ],
 )
 def test_json_arrays(tmp_path, text, rows):

@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..io.text import shown
 from .formats import COLUMNS, PLAIN, TEXT, TURNS, Method, detect, mapping_hint, normalise
 from .messages import RowError, message
-from .sources import open_source, raw_rows
+from .row_files import raw_rows
+from .sources import open_source
 from .workers import map_rows
 
 # a normalised row: its JSON ("" if it was left out), its place, and {"fault"} or {"kind", "changes", …} as JSON

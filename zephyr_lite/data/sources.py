@@ -1,18 +1,14 @@
 """A data set's ``path`` (a file, a folder in one of several layouts, or a hub id) → its raw rows.
 
-Text files become rows of JSON text: no types are inferred from values, so a date, a ZIP code or an answer that is JSON
-stays a text, and keys may differ from row to row. No code that comes with a data set is ever run.
+Text files become rows of JSON text (``row_files``). No code that comes with a data set is ever run.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..config.load import DatasetSpec
 from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
 from ..io.text import is_file, is_folder, refuse_special, shown
-from .formats import COLUMNS
+from . import row_files
+from .row_files import COMPRESSED, KINDS, TEXT_ROWS, kind_and_stem, raw_rows, read_rows
 from .workers import interruptible
 
-KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
-# a row of a text file: its JSON, and its place for messages ("rows.jsonl line 3")
-_TEXT_ROWS = datasets.Features({"json": datasets.Value("large_string"), "place": datasets.Value("string")})
 _SAMPLE = 1000  # rows whose keys are a text file's columns
 _QUIET_BYTES = 50e6
 _SPLIT = re.compile(r"(.*?)(\[[^\[\]]*:[^\[\]]*\])?", re.DOTALL)  # train[:10%] → train, [:10%]
@@ -49,7 +40,7 @@ _NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "report", 
 class Source:
     """The raw rows of one data set."""
 
-    table: datasets.Dataset  # with columns ``_TEXT_ROWS`` for text files; for others the file's own
+    table: datasets.Dataset  # with columns ``TEXT_ROWS`` for text files; for others the file's own
     label: str  # in front of ``row N`` in messages
 
     def __len__(self) -> int:
@@ -65,7 +56,7 @@ class Source:
 
     @property
     def is_text(self) -> bool:
-        return self.table.column_names == list(_TEXT_ROWS)
+        return self.table.column_names == list(TEXT_ROWS)
 
     @cached_property
     def columns(self) -> list[str]:
@@ -81,48 +72,6 @@ class Source:
         return Source(self.table.select_columns([c for c in self.table.column_names if c in columns]), self.label)
 
 
-def raw_rows(batch: Mapping[str, Sequence[Any]], label: str) -> list[dict[str, Any]]:
-    """The rows of a batch of a source's table.
-
-    Raises:
-        UserError: a row is not a JSON object (names its place), or text is not UTF-8.
-    """
-    if list(batch) != list(_TEXT_ROWS):
-        try:
-            columns = {name: batch[name] for name in batch}
-        except UnicodeDecodeError:  # Arrow does not check text
-            raise UserError(f"{label}: text that is not UTF-8.", "Make the file again, in UTF-8.") from None
-        return [{name: _without_nulls(value) for name, value in zip(columns, row)} for row in zip(*columns.values())]
-    rows = []
-    for text, place in zip(batch["json"], batch["place"]):
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{place}: broken JSON: {getattr(error, 'msg', error)}: {text[:60]!r}.",
-                "Correct the line, or remove it; each line holds one row.",
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object {{…}}, found {text[:60]!r}.", "Each row is one object.")
-        rows.append(row)
-    return rows
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the nulls in its objects: Arrow gives every object the keys of all others."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _kind_and_stem(path: Path) -> tuple[str | None, str]:
-    """A file's kind by its suffixes (json, csv, tsv or parquet; None: it is not read), and its name without them."""
-    compressed = path.suffix.lower() in COMPRESSED
-    inner = Path(path.stem) if compressed else path
-    kind = KINDS.get(inner.suffix.lower())
-    return None if compressed and kind == "parquet" else kind, inner.stem
-
-
 def open_source(spec: DatasetSpec) -> Source:
     """The raw rows of a file (by its suffix), of a folder (saved by ``save_to_disk``, or with files, folders or a README
     that name the splits), or of a hub id.
@@ -132,7 +81,7 @@ def open_source(spec: DatasetSpec) -> Source:
     """
     path = Path(spec.path).expanduser()
     refuse_special(path, spec.path)
-    kind = _kind_and_stem(path)[0]
+    kind = kind_and_stem(path)[0]
     if is_folder(path):
         splits = _splits_of_folder(path, spec)
     elif is_file(path):
@@ -149,7 +98,7 @@ def open_source(spec: DatasetSpec) -> Source:
     wanted, part = _split_and_part(spec)
     if wanted is not None and wanted not in splits:
         for file in list(chain.from_iterable(splits.values())):
-            if _kind_and_stem(file)[1] == wanted:  # a shard named by itself
+            if kind_and_stem(file)[1] == wanted:  # a shard named by itself
                 splits[wanted] = [file]
     split = _choose_split(spec, wanted, list(splits))
     files = splits[split]
@@ -161,7 +110,7 @@ def open_source(spec: DatasetSpec) -> Source:
         label = spec.path
     elif len(files) == 1 and files[0].name != "state.json":
         label = str(Path(spec.path) / files[0].relative_to(path))
-    shards = _SHARD.search(_kind_and_stem(files[0])[1])
+    shards = _SHARD.search(kind_and_stem(files[0])[1])
     if shards is not None and len(files) < int(shards[1]):
         label += f" ({len(files)} of {int(shards[1])} shards)"
     table = _read_files(files, label)
@@ -270,10 +219,13 @@ def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
     base = folder / str(config.get("data_dir", ""))
     if not config.get("data_files"):
         return _splits_by_name([base], spec)
-    found = {
-        split: [file for pattern in patterns for file in _data_files(base.glob(str(pattern)))]
-        for split, patterns in datasets.data_files.sanitize_patterns(config["data_files"]).items()
-    }
+    try:
+        found = {
+            split: [file for pattern in patterns for file in _data_files(base.glob(str(pattern)))]
+            for split, patterns in datasets.data_files.sanitize_patterns(config["data_files"]).items()
+        }
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"{readme}: data_files: {error}.", "Name files below the folder, as in data/*.jsonl.") from None
     return {split: files for split, files in found.items() if files}
 
 
@@ -286,7 +238,7 @@ def _splits_by_name(places: list[Path], spec: DatasetSpec) -> dict[str, list[Pat
     for place in places:
         named: dict[str, list[Path]] = {}
         for file in _data_files(place.glob("*")):
-            named.setdefault(_SHARD.sub("", _kind_and_stem(file)[1]), []).append(file)
+            named.setdefault(_SHARD.sub("", kind_and_stem(file)[1]), []).append(file)
         bases = {stem: found[1] or "train" for stem in named if (found := _NUMBERED.fullmatch(stem))}
         several = {base for base, count in Counter(bases.values()).items() if count > 1}
         for stem, files in named.items():
@@ -308,7 +260,7 @@ def _data_files(files: Iterable[Path]) -> list[Path]:
     found = [
         file
         for file in files
-        if not file.name.startswith(".") and file.stem not in _NO_DATA and _kind_and_stem(file)[0] and file.is_file()
+        if not file.name.startswith(".") and file.stem not in _NO_DATA and kind_and_stem(file)[0] and file.is_file()
     ]
     return sorted(found, key=key)
 
@@ -320,7 +272,7 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
     """The files' rows as one table, cached by datasets under the files' names, sizes and times."""
     if files[0].name == "state.json":
         return datasets.load_from_disk(str(files[0].parent)).with_format(None)
-    kind = _kind_and_stem(files[0])[0]
+    kind = kind_and_stem(files[0])[0]
     states, size = [], 0
     for file in files:
         stat = file.stat()
@@ -328,15 +280,15 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
         # the inode's time too, because cp -p, rsync -t and archives set the other
         states.append((str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     # the code too: datasets would not notice other code under the same name
-    fingerprint = hashlib.sha256(repr((kind, states)).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(repr((kind, states)).encode() + Path(row_files.__file__).read_bytes()).hexdigest()[:32]
     try:
         with interruptible(quiet=size < _QUIET_BYTES):
             if kind == "parquet" and len({str(pq.read_schema(file)) for file in files}) == 1:
                 escaped = [re.sub(r"([*?\[])", r"[\1]", str(file)) for file in files]  # datasets' wildcards
                 return datasets.load_dataset(kind, fingerprint, data_files={"train": escaped}, split="train")
             return datasets.Dataset.from_generator(
-                _read_rows,
-                _TEXT_ROWS,
+                read_rows,
+                TEXT_ROWS,
                 gen_kwargs={"files": tuple(map(str, files)), "kind": kind},
                 fingerprint=fingerprint,
             )
@@ -350,146 +302,3 @@ def _read_files(files: list[Path], label: str) -> datasets.Dataset:
             f"{label}: cannot be read: {shown(f'{type(root).__name__}: {root}'.rstrip('.'), 300)}.",
             "The file is damaged, was cut off or is a Git LFS pointer: make it or fetch it again.",
         ) from None
-
-
-def _read_rows(files: tuple[str, ...], kind: str) -> Iterator[dict[str, str]]:
-    """The rows of files of one kind (json, csv, tsv or parquet) as ``_TEXT_ROWS``. Whether a JSONL's lines are JSON is seen
-    when they are used.
-
-    Raises:
-        UserError: a file cannot be read; names the file and the line.
-    """
-    read = {"json": _json_rows, "parquet": _parquet_rows}.get(kind, _csv_rows)
-    for file in map(Path, files):
-        try:
-            for place, text in read(file):
-                yield {"json": text, "place": f"{file} {place}"}
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror or error}.", "Fetch the file again.") from None
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, decompressed if its content is compressed, whatever its name."""
-    with file.open("rb") as opened:
-        start = opened.read(4)
-    compression = None
-    for magic, name in _MAGIC.items():
-        compression = name if start.startswith(magic) else compression
-    with io.BufferedReader(pa.input_stream(str(file), compression=compression), 2**20) as opened:
-        for number, line in enumerate(opened, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file} line {number}: not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x}).",
-                    "Save the file as UTF-8.",
-                ) from None
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """A row a line; or, if the first line is not a row, the values of one array, or objects over several lines."""
-    is_first = True
-    for number, line in enumerate(_lines(file), 1):
-        text = line.strip()
-        if text and is_first:
-            try:
-                is_document = text.startswith("[") or _wrapped_rows(json.loads(text)) is not None
-            except (ValueError, RecursionError):
-                is_document = True
-            if is_document:
-                yield from _document_rows(file)
-                return
-            is_first = False
-        if text:
-            yield f"line {number}", text
-
-
-def _wrapped_rows(value: Any) -> list[Any] | None:
-    """The rows of ``{"version": 1, "data": [{…}, …]}``; None for any other value."""
-    if not isinstance(value, dict) or set(value) & (set(COLUMNS) - {"data"}):
-        return None
-    lists = [item for item in value.values() if isinstance(item, list)]
-    if len(lists) != 1 or not lists[0]:
-        return None
-    for row in lists[0]:  # turns are no rows
-        if not isinstance(row, dict) or {"role", "from"} & set(row) or set(row) == {"input", "output"}:
-            return None
-    return lists[0]
-
-
-def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """The rows of a JSON array, or of JSON values one after another."""
-    text = "".join(_lines(file))
-    start = len(text) - len(text.lstrip())
-    is_array = text.startswith("[", start)
-    decoder, gap = json.JSONDecoder(), re.compile(r"\s*,\s*" if is_array else r"\s*")
-    position, number = len(text) - len(text[start + is_array :].lstrip()), 0
-    try:
-        while position < len(text) and not (is_array and text.startswith("]", position)):
-            value, end = decoder.raw_decode(text, position)
-            if number == 0 and not text[end:].strip() and (rows := _wrapped_rows(value)) is not None:
-                yield from ((f"row {place}", json.dumps(row, ensure_ascii=False)) for place, row in enumerate(rows, 1))
-                return
-            number += 1
-            yield f"row {number}", text[position:end]
-            found = gap.match(text, end)
-            position = end if found is None else found.end()
-            if found is None:
-                break
-        if text[position:].strip() != ("]" if is_array else ""):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file} line {error.lineno}: broken JSON: {error.msg}: {text[error.pos : error.pos + 60]!r}.",
-            "Correct the line, or remove it.",
-        ) from None
-    except RecursionError as error:
-        raise UserError(f"{file}: broken JSON: {error}.", "Its brackets are nested too deeply.") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, str]]:
-    batches = pq.ParquetFile(file).iter_batches(_SAMPLE)
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-        # a date or bytes become objects, which are not mistaken for text
-        text = json.dumps(_without_nulls(row), ensure_ascii=False, default=lambda v: {type(v).__name__: str(v)})
-        yield f"row {number}", text
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """Every cell is text, except lists of turns, which a CSV can only hold as JSON."""
-    csv.field_size_limit(2**31 - 1)
-    first = next(_lines(file), "")
-    delimiter = "\t" if _kind_and_stem(file)[0] == "tsv" else ","
-    for other in (";", "\t"):
-        if delimiter == "," and other in first and "," not in first:
-            delimiter = other
-    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
-    start = 1
-    try:
-        header = [name or f"unnamed {place}" for place, name in enumerate(next(reader, []), 1)]
-        if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise csv.Error(f"two columns are called {shown(twice[0])!r}")
-        start = reader.line_num + 1
-        for cells in reader:
-            if len(cells) > len(header):
-                raise csv.Error(f"expected {len(header)} cells, found {len(cells)}")
-            if cells:
-                row = {name: _cell(cell) for name, cell in zip(header, cells)}
-                yield f"line {start}", json.dumps(row, ensure_ascii=False)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{file} line {start}: not readable as CSV: {error}.",
-            "Every row has as many cells as the header; a cell with separators, quotes or newlines is in double quotes.",
-        ) from None
-
-
-def _cell(text: str) -> Any:
-    if not text.lstrip().startswith("["):
-        return text
-    try:
-        turns = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    are_turns = turns and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns)
-    return turns if are_turns else text
