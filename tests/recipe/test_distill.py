@@ -25,14 +25,13 @@ from zephyr_lite.recipe.distill import (
     DistillConfig,
     Distilled,
     Grid,
-    Openings,
     distill_bounds,
     plan_distill,
     read_grid,
-    read_message,
     run_distill,
 )
 from zephyr_lite.recipe.prompts import read_prompts
+from zephyr_lite.recipe.user_messages import Openings, read_message
 
 GRID = """
 topics: {tides: [spring tides, neap tides], bread: [sourdough], clocks: []}
