@@ -63,7 +63,7 @@ def train(
     else:
         set_allocator()
     from ..config.resolve import resolve_run
-    from ..memory.forecast import needs_lines
+    from ..memory.needs import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
     from ..train.resume import StageComplete

@@ -5,12 +5,9 @@ Sizes of models and data sets are those of the hub's pages.
 
 from __future__ import annotations
 
-import glob
 import math
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +18,11 @@ import torch
 from ..config.load import Loaded, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..io.run_dir import StageDir, cache_dir
+from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..model.adapters import check_targets
-from ..model.base import check_family, compute_device, compute_dtype, quantized_dir, read_model_config
+from ..model.base import compute_device, compute_dtype
+from ..model.base_folder import check_family, read_model_config
 from ..model.families import Shape
 from ..model.files import local_folder
 from ..model.peft_io import read_adapter
@@ -176,7 +174,7 @@ def planned_lines(
     plan = make_plan(job, machine, memory)
     lines = [f"note: {note}" for note in notes]
     lines += forecast_lines(job, machine, plan, config, price=price)
-    lines += [f"disk: {_decimal(size)} {what}" for what, size in disk_bytes(job, config).items()]
+    lines += [f"disk: {decimal(size)} {what}" for what, size in disk_bytes(job, config).items()]
     return [*lines, ""]
 
 
@@ -191,7 +189,7 @@ def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[Adapte
         return [], []
     found, notes = [], []
     for name in config.adapters:
-        if _on_the_hub(name):
+        if on_the_hub(name):
             found.append(assumed)
             notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
         else:
@@ -279,72 +277,13 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
 # -- a run whose models and data may not be here yet -------------------------------------------------------------------
 
 
-def needs_lines(method: Method, config: RunConfig) -> list[str]:
-    """What a run takes, before anything is downloaded: download and disk, and without a GPU memory and time.
-
-    Raises:
-        UserError: the base is still to be downloaded, and the run will not fit this card.
-    """
-    import datasets
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    # downloads: name → size in words; (folder, what is written there, bytes)
-    fetch: dict[str, str] = {}
-    written: list[tuple[Path, str, int]] = []
-    name = config.model_name_or_path
-    if _on_the_hub(name):
-        weights = [try_to_load_from_cache(name, f"model.safetensors{end}") for end in ("", ".index.json")]
-        if not isinstance(weights[0] or weights[1], str):
-            fetch[name] = _decimal(MISTRAL_BYTES) if name == MISTRAL else "(size not known)"
-            written.append((Path(HF_HUB_CACHE), f"for {name}", MISTRAL_BYTES if name == MISTRAL else 0))
-    for spec in (*config.dataset, *config.eval_dataset):
-        known, converted = KNOWN_DATA.get(spec.path), Path(datasets.config.HF_DATASETS_CACHE)
-        if not _on_the_hub(spec.path) or spec.path in fetch or (converted / spec.path.replace("/", "___")).is_dir():
-            continue
-        fetch[spec.path] = "(size not known)" if known is None else _decimal(known.download)
-        written.append((converted, f"for {spec.path}", 0 if known is None else known.download + known.disk))
-    lines = ["what this will take:"]
-    lines.append("  download: " + (", ".join(f"{name} {size}" for name, size in fetch.items()) or "nothing"))
-    job, device, run = None, compute_device(), Path(config.output_dir)
-    dtype = compute_dtype(config.dtype, device)
-    if config.engine == "fused" and (name == MISTRAL or (Path(name).expanduser() / "config.json").is_file()):
-        with suppress(UserError, ValueError, KeyError, AttributeError):  # reported when the base is read
-            job = expected_job(method, config, base_shape(name), dtype)
-    if job is not None:
-        there = {
-            cache_dir(): any(quantized_dir().glob(f"{glob.escape(Path(name).name)}-*")),
-            run: (run / config.stage).is_dir(),
-        }
-        for what, size in disk_bytes(job, config).items():
-            place = cache_dir() if "quantized" in what else run
-            if not there[place]:
-                written.append((place, what, size))
-    left: dict[int, int] = {}  # device → bytes that are free once this is written
-    for place, what, size in written:
-        folder = next(path for path in (place, *place.absolute().parents) if path.exists())
-        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
-        left[disk] = left.get(disk, free) - size
-        short = " — NOT ENOUGH" if left[disk] < 0 else ""
-        lines.append(f"  disk: {_decimal(size)} {what} in {place} ({free / GB:.0f} GB are free){short}")
-    if job is not None and name in fetch:
-        # the plan is printed once the rows are there; but nothing is downloaded for a run that does not fit
-        cpu = device.type == "cpu"
-        plan = make_plan(job, this_machine(device, dtype, config.memory, measure=cpu), config.memory)
-        if cpu:
-            lines.append(f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)")
-            if job.run_tokens:
-                lines.append(f"  time: about {duration(job.run_tokens / plan.tokens_per_second)} on this CPU")
-            lines.append("  `zephyr-lite plan --gpu 3060` estimates it for a card; `zephyr-lite demo` is a small run")
-    return lines
-
-
-def _on_the_hub(name: str) -> bool:
+def on_the_hub(name: str) -> bool:
     """Whether a name is that of a repository, not a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def _decimal(size: int) -> str:
+def decimal(size: int) -> str:
+    """Bytes in decimal units, as disks and downloads are given."""
     return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
 
 
