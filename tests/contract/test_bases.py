@@ -14,7 +14,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model import files as fetch
-from zephyr_lite.model.base import fingerprint
+from zephyr_lite.model.base_folder import fingerprint
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft

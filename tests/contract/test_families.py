@@ -28,7 +28,8 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf import write_gguf
 from zephyr_lite.export.gguf_vocab import _QWEN2
 from zephyr_lite.merge import chain_of_run, merge
-from zephyr_lite.model.base import load_base, read_model_config
+from zephyr_lite.model.base import load_base
+from zephyr_lite.model.base_folder import read_model_config
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.families import FAMILIES, layer_windows
 from zephyr_lite.model.sampling import Sampling

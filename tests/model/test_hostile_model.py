@@ -16,7 +16,7 @@ from tests.malformed_weights import MODULE, make_adapter
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack
-from zephyr_lite.model.base import read_model_config
+from zephyr_lite.model.base_folder import read_model_config
 from zephyr_lite.model.files import SINGLE, fetch_base
 from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer

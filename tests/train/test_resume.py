@@ -15,7 +15,7 @@ from zephyr_lite.data.chat_template import TEMPLATES
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge.command import run_merge
-from zephyr_lite.model import base as load
+from zephyr_lite.model.base_folder import _fingerprint_of_files
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import resume, setup
 from zephyr_lite.train.distributed import World
@@ -222,7 +222,7 @@ def test_a_stage_of_an_earlier_version_is_resumed(place):
     for key in ("format", "id", "machine", "eval_data"):
         told.pop(key)
     told["data"] = {k: v for k, v in told["data"].items() if not k.endswith("sha256")}
-    told["base"]["fingerprint"] = load._fingerprint_of_files(place / "base")
+    told["base"]["fingerprint"] = _fingerprint_of_files(place / "base")
     file.write_text(json.dumps(told))
     opened(place)
     info = StageDir(place / "run" / "sft").info()

@@ -13,7 +13,8 @@ from ..data.load import load_rows
 from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..model.adapters import AdapterStack
-from ..model.base import Base, is_fingerprint_of, load_base, load_tokenizer
+from ..model.base import Base, load_base, load_tokenizer
+from ..model.base_folder import is_fingerprint_of
 from ..model.chain import chain_of_run
 from ..model.families import FAMILIES, NAMES
 from ..model.loaded import LoadedModel

@@ -22,7 +22,8 @@ from ..data.preview import Segment, Token, example_segments
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..memory.forecast import stages_of
-from ..model.base import fetch_base, read_model_config
+from ..model.base import fetch_base
+from ..model.base_folder import read_model_config
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary
 from ..train.setup import adapters_below, template_of

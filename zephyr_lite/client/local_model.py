@@ -44,7 +44,7 @@ class Weights:
         chat_template: str | None = "auto",
     ) -> None:
         from ..model.adapters import resolve_frozen_names
-        from ..model.base import fingerprint
+        from ..model.base_folder import fingerprint
         from ..model.loaded import BASE, WHOLE, find_chain
 
         self.path = None if path is None else Path(path).expanduser()

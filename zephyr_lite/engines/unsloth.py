@@ -81,7 +81,8 @@ def load_unsloth(config: RunConfig) -> Base:
     from transformers.utils import logging
     from unsloth import FastLanguageModel
 
-    from ..model.base import compute_device, compute_dtype, fetch_base, frozen_base, quantization_of, read_model_config
+    from ..model.base import compute_device, compute_dtype, fetch_base, frozen_base, quantization_of
+    from ..model.base_folder import read_model_config
 
     folder = fetch_base(config.model_name_or_path, config.model_revision)
     model_config: Any = read_model_config(folder, any_family=True)

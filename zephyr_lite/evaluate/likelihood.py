@@ -20,8 +20,8 @@ from ..data.dataset import TokenizedDataset
 from ..data.packing import best_fit
 from ..io.text import duration
 from ..model.adapters import AdapterStack
-from ..model.base import FAMILIES
 from ..model.decoder import Decoder
+from ..model.families import FAMILIES
 from ..model.loaded import LoadedModel
 from .bootstrap import Bootstrap, Ratio
 from .rows import HeldOut

@@ -23,7 +23,7 @@ from ..io.atomic import bytes_aside, make_folder
 from ..io.safetensors import row_blocks
 from ..io.text import read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
-from ..model.base import check_weights, empty_model, read_model_config
+from ..model.base_folder import check_weights, empty_model, read_model_config
 from ..model.families import FAMILIES, head_width, layer_windows
 from .gguf_vocab import add_vocabulary
 

@@ -19,7 +19,7 @@ from ..evaluate.results import have_matplotlib
 from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, read_json
 from ..merge.weights import COMPOSED, MARK
-from ..model.base import fingerprint
+from ..model.base_folder import fingerprint
 from ..model.files import local_folder
 from ..model.peft_io import read_adapter
 from ..monitor.charts import number

@@ -21,7 +21,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.messages import Message, RowError
 from ..errors import UserError
 from ..io.atomic import make_folder, write_text
-from ..model.base import read_model_config
+from ..model.base_folder import read_model_config
 from ..model.loaded import template_of_folder
 from ..model.tokenizer import load_tokenizer
 from .gguf import end_ids, gguf_package, model_folder

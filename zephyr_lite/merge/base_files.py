@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..io.atomic import copy_file, write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
 from ..io.text import read_object
-from ..model.base import NF4_STATE, empty_model, read_model_config, stored_settings
+from ..model.base_folder import NF4_STATE, empty_model, read_model_config, stored_settings
 from ..model.files import INDEX, SINGLE, again, check_config_file, open_shards
 from ..model.tokenizer import check_vocabulary, copy_files, load_tokenizer, save_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored

@@ -14,7 +14,8 @@ from ..data.chat_template import resolve_template
 from ..errors import UserError
 from ..io.atomic import remove_tree, sweep, write_json
 from ..io.run_dir import check_rendering, read_json, stages_of
-from ..model.base import check_fingerprint, compute_device, compute_dtype, fingerprint
+from ..model.base import compute_device, compute_dtype
+from ..model.base_folder import check_fingerprint, fingerprint
 from ..model.chain import Chain
 from ..model.files import fetch_base
 from ..model.loaded import find_chain

@@ -1,4 +1,4 @@
-"""The base model: found, checked, loaded once, frozen, in NF4, and told apart from other bases.
+"""The base model: loaded once, frozen, in NF4.
 
 The first start quantizes a 16-bit base with transformers and bitsandbytes and saves the 4-bit model with ``save_pretrained``
 in the user's cache; later starts load that copy. Plain transformers loads it too.
@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,37 +24,28 @@ import torch
 import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ..config.load import RunConfig
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
-from ..io.safetensors import tensor_bytes
 from ..io.text import shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
-from .families import FAMILIES, NAMES, head_width, layer_windows
-from .files import again, check_config_file, fetch_base, open_shards, weight_files
+from .base_folder import (
+    OTHER_MODEL,
+    check_weights,
+    fingerprint,
+    read_model_config,
+    stored_settings,
+)
+from .families import FAMILIES
+from .files import fetch_base, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows
-_ARCHITECTURE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-)
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_OTHER_MODEL = "The files belong to different models; fetch the model again."
-NF4_STATE = ".quant_state.bitsandbytes__nf4"
 # of a quantized copy
 FORMAT = 2  # part of the folder's name: a copy of another format is made again
 MANIFEST = "zephyr_lite.json"
@@ -125,122 +114,6 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
-    """The model's configuration.
-
-    Args:
-        any_family: accept families and variants that the fused engine does not know.
-
-    Raises:
-        UserError: the file is broken, needs code of its own, or is of a family or variant that is not accepted.
-    """
-    path = folder / "config.json"
-    told = check_config_file(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each model's own checks raise what they like
-        if "auto_map" in told and "trust_remote_code" in str(error):
-            raise UserError(
-                f"{path}: needs code of its own (auto_map: {shown(told['auto_map'])}), which is never run.",
-                "Use a model of a family that transformers knows by itself.",
-            ) from error
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
-        ) from error
-    if not any_family:
-        check_family(config, str(path))
-    return config
-
-
-def check_family(config: Any, where: str) -> None:
-    """Refuse models that the decoder layer would compute wrongly.
-
-    Raises:
-        UserError: another family, or a variant of the family that the fused engine does not know.
-    """
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    problem, hint = "", "Set engine=trl, which trains any architecture."
-    if config.model_type not in FAMILIES:
-        problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
-        hint += " docs/extending.md shows how a family is added."
-    elif rope in ("dynamic", "longrope"):
-        problem = f"rotary embeddings of type {rope}, which depend on the length of a sequence"
-    elif config.hidden_act != "silu":
-        problem = f"hidden_act {config.hidden_act!r}; the fused engine knows silu"
-    else:
-        try:
-            layer_windows(config)
-        except ValueError as error:
-            problem = str(error)
-    if problem:
-        raise UserError(f"{where}: {problem}.", hint)
-
-
-def check_weights(folder: Path, config: Any) -> None:
-    """Check every file of the weights; for the fused engine's families, compare tensor names and shapes with the model.
-
-    Tensors that the files lack are reported on loading.
-
-    Raises:
-        UserError: a file is broken; the model has no place for a tensor, or one of another shape.
-    """
-    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
-    if config.model_type not in FAMILIES:
-        return
-    layers = 0
-    for name in holds:
-        if match := _LAYER.match(name):
-            layers = max(layers, 1 + int(match[1]))
-    if layers not in (0, config.num_hidden_layers):
-        raise UserError(
-            f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {layers}.", _OTHER_MODEL
-        )
-    places = empty_model(folder, config).state_dict()
-    for name, file in holds.items():
-        weight = name.partition(".weight.")[0].removesuffix(".weight") + ".weight"
-        if weight + NF4_STATE in holds or name.endswith("rotary_emb.inv_freq"):
-            continue  # bitsandbytes' parts of an NF4 weight; what transformers computes and old checkpoints hold
-        shape, wanted = file.entries[name].shape, places.get(name, places.get(f"model.{name}"))
-        if wanted is None:
-            problem = "for which the model of config.json has no place"
-        elif wanted.shape != shape:
-            problem = f"which is {list(shape)}; by config.json it is {list(wanted.shape)}"
-        else:
-            continue
-        raise UserError(f"{file.path}: holds tensor {shown(name)}, {problem}.", _OTHER_MODEL)
-
-
-def empty_model(folder: Path, config: Any) -> Any:
-    """The model of a configuration, on the meta device.
-
-    Raises:
-        UserError: transformers cannot build it.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except Exception as error:  # each model's own checks raise what they like
-        path = folder / "config.json"
-        raise UserError(f"{path}: not a model that transformers builds: {shown(error, 300)}.", again(path)) from error
-
-
-def stored_settings(stored: Any, folder: Path) -> BitsAndBytesConfig:
-    """The quantization settings of a base that is stored quantized.
-
-    Raises:
-        UserError: it is stored in another format than bitsandbytes' NF4.
-    """
-    told = stored if isinstance(stored, dict) else stored.to_dict()
-    if not told.get("load_in_4bit") or told.get("bnb_4bit_quant_type") != "nf4":
-        raise UserError(
-            f"{folder}/config.json: the base is stored quantized as {shown(told.get('quant_method'))}"
-            f"/{shown(told.get('bnb_4bit_quant_type', 'other'))}; only bitsandbytes' NF4 can be trained on.",
-            "Use the 16-bit base, or one quantized to NF4.",
-        )
-    return BitsAndBytesConfig.from_dict(told)
 
 
 def quantization_of(config: RunConfig, stored: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool, bool]:
@@ -325,7 +198,7 @@ def _from_pretrained(
     ):
         if names := sorted(loaded[key]):
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", _OTHER_MODEL)
+            raise UserError(f"{source}: {what.format(shown(names[0]) + more)}.", OTHER_MODEL)
     return model
 
 
@@ -424,66 +297,3 @@ def frozen_base(
         double_quant=double_quant,
         streamed=streamed,
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash that tells bases apart in milliseconds: the configuration that the output depends on, and of every tensor its
-    name, dtype, shape and 4 KiB at 4 places.
-
-    Files that transformers does not read, how tensors are split into files, and keys such as use_cache do not count.
-
-    Raises:
-        UserError: a file is missing or broken.
-    """
-    config = read_model_config(folder, any_family=True)
-    told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
-    if config.model_type in FAMILIES:
-        told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    holds = {name: file for file in open_shards(folder).values() for name in file.entries}
-    for name in sorted(holds):
-        entry, data = holds[name].entries[name], tensor_bytes(holds[name].tensor(name))
-        digest.update(repr((name, entry.dtype, entry.shape)).encode())
-        for place in range(4):
-            start = len(data) * place // 4
-            digest.update(data[start : start + 2**12])
-    return digest.hexdigest()
-
-
-def is_fingerprint_of(known: str, folder: Path) -> bool:
-    """Whether a fingerprint in a stage.json, of this version or of an earlier one, is the folder's."""
-    return known in (fingerprint(folder), _fingerprint_of_files(folder))
-
-
-def check_fingerprint(known: str | None, folder: Path, trained: str) -> None:
-    """Refuse a folder that is not the base that something was trained on.
-
-    Args:
-        known: the base's fingerprint in stage.json; None: unknown, nothing is compared.
-        trained: what was trained on the base, for the message.
-
-    Raises:
-        UserError: the fingerprints differ.
-    """
-    if known is not None and not is_fingerprint_of(known, folder):
-        raise UserError(
-            f"{folder}: is not the model that {trained} was trained on (its files changed since, or it is another one).",
-            "Restore it, or give the folder of that model with --base.",
-        )
-
-
-def _fingerprint_of_files(folder: Path) -> str:
-    """The fingerprint of earlier versions: config.json, and of every safetensors file 1 MiB and 64 KiB at 16 places."""
-    config = check_config_file(folder)
-    for key in ("_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(min(size, 2**20)))
-            for place in range(16):
-                file.seek(size * place // 16)
-                digest.update(file.read(2**16))
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
-from .base import check_family
+from .base_folder import check_family
 from .dequant_buffer import DequantBuffer, ScratchMode
 from .execution import ForwardContext, Keep, layer_of
 from .families import Shape, layer_windows

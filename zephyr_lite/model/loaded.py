@@ -16,7 +16,8 @@ from ..data.chat_template import ChatTemplate, resolve_template
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, check_rendering
 from .adapters import AdapterStack, resolve_frozen_names
-from .base import Base, check_fingerprint, load_base, load_tokenizer
+from .base import Base, load_base, load_tokenizer
+from .base_folder import check_fingerprint
 from .chain import Chain, chain_of_adapters, chain_of_run
 from .decoder import Decoder
 from .tokenizer import check_vocabulary

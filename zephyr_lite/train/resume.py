@@ -21,7 +21,8 @@ from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, TO_GO_ON, StageDir, checked
 from ..memory.plan import Plan
-from ..model.base import compute_device, fingerprint, is_fingerprint_of
+from ..model.base import compute_device
+from ..model.base_folder import fingerprint, is_fingerprint_of
 from ..model.peft_io import AdapterFile
 from .distributed import world
 

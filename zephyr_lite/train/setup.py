@@ -36,17 +36,8 @@ from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.plan import Plan, make_plan
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
-from ..model.base import (
-    Base,
-    check_weights,
-    compute_device,
-    compute_dtype,
-    fetch_base,
-    is_fingerprint_of,
-    load_base,
-    load_tokenizer,
-    read_model_config,
-)
+from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base, load_tokenizer
+from ..model.base_folder import check_weights, is_fingerprint_of, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
