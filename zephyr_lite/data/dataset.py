@@ -71,10 +71,8 @@ class DataReport:
 
     def dropped_lines(self, places: int | None = _PLACES) -> list[str]:
         """The reasons for which rows were left out, the most frequent first."""
-        result = []
-        for reason, where in sorted(self.dropped.items(), key=_count):
-            result.append(f"left out, {summarise({reason: where}, places)}")
-        return result
+        dropped = sorted(self.dropped.items(), key=_count)
+        return [f"left out, {summarise({reason: where}, places)}" for reason, where in dropped]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; places as a count and the first few."""
@@ -106,9 +104,10 @@ class Examples(Sequence[Any]):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
         row = self._table[position : position + 1]
-        arrays = {}
-        for column in self._columns:
-            arrays[column] = row.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        arrays = {
+            column: row.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            for column in self._columns
+        }
         return self._kind(**arrays, where=row.column("where")[0].as_py(), index=position)
 
     def columns(self, *names: str) -> datasets.Dataset:

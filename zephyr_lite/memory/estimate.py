@@ -103,11 +103,8 @@ def stored_bytes(job: Workload, projection: str) -> list[int]:
 @lru_cache(maxsize=256)
 def slab_bytes(job: Workload) -> int:
     """A streamed layer's projections in one block, each tensor aligned."""
-    total = 0
-    for name in PROJECTIONS:
-        for size in stored_bytes(job, name):
-            total += -(-size // ALIGNMENT) * ALIGNMENT
-    return total
+    sizes = [size for name in PROJECTIONS for size in stored_bytes(job, name)]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
@@ -159,9 +156,7 @@ def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
 def resident_bytes(job: Workload, stream: bool, scratch: ScratchMode, device: Device) -> tuple[dict[str, int], int]:
     """(bytes by name on the device from the first step to the last; optimizer states that CUDA may move to the host)."""
     optimizer, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
-    adapters = 0
-    for adapter in job.adapters:
-        adapters += 4 * sum(adapter.tensors(job.shape))
+    adapters = sum(4 * sum(adapter.tensors(job.shape)) for adapter in job.adapters)
     parts = base_bytes(job, stream=stream)
     for name, size in (
         ("dequantized weights", 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch)),
@@ -196,10 +191,8 @@ def kept_bytes(shape: Shape, itemsize: int, keep: Keep, ranks: int = 0) -> int:
 
 def kept_per_token(job: Workload, keep: Sequence[Keep]) -> int:
     """Bytes a token that all layers keep, on the device or on the host."""
-    total = 0
-    for policy, ranks in zip(keep, job.ranks, strict=True):
-        total += kept_bytes(job.shape, job.dtype.itemsize, policy, ranks)
-    return total
+    layers = zip(keep, job.ranks, strict=True)
+    return sum(kept_bytes(job.shape, job.dtype.itemsize, policy, ranks) for policy, ranks in layers)
 
 
 @lru_cache(maxsize=1024)

@@ -110,9 +110,10 @@ def forecast_lines(
     if plan.micro_tokens < job.longest:
         lines.append(f"  a {example} runs whole, so up to {job.longest:,} tokens are computed at once")
     lines.append("")
-    host = []
-    for name, size in plan.host.items():
-        host.append(f"{name} {in_words(size)}" + (" (not locked)" if cuda and name == PAGED else ""))
+    host = [
+        f"{name} {in_words(size)}" + (" (not locked)" if cuda and name == PAGED else "")
+        for name, size in plan.host.items()
+    ]
     if host or cuda:
         lines.append(f"{'main memory, locked' if cuda else 'also in the same memory'}: {', '.join(host) or 'nothing'}")
     if plan.managed:
@@ -337,9 +338,7 @@ def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     every = min(config.save_steps or 10**10, config.eval_steps or 10**10)
     count = min(config.save_total_limit, (job.steps or 10**9) // every) + 1
     found["for checkpoints (save_total_limit and one more)"] = count * checkpoint
-    stack = 0
-    for adapter in job.adapters:
-        stack += 4 * sum(adapter.tensors(job.shape))
+    stack = sum(4 * sum(adapter.tensors(job.shape)) for adapter in job.adapters)
     found["for the adapter"] = stack + weights * (len(job.adapters) > 1)
     return found
 

@@ -20,7 +20,7 @@ from .estimate import CONTEXT_BYTES, GIB, MemoryBreakdown, estimate, in_words, k
 from .gpus import PROCESSOR
 from .machine import Machine
 from .speed import step_time
-from .workload import Workload
+from .workload import AdapterSpec, Workload
 
 # (more, less): what layers keep where they do not keep alike
 MIXTURES: tuple[tuple[Keep, Keep], ...] = (("all", "attention"), ("all", "input"), ("attention", "input"))
@@ -362,8 +362,8 @@ def suggestions(job: Workload, machine: Machine, memory: MemorySpec) -> list[str
 
 def with_rank(job: Workload, r: int) -> Workload:
     """The same workload with the trained adapter at another rank."""
-    adapters = []
-    for adapter in job.adapters:
-        ranks = tuple(dict.fromkeys(layer, r) for layer in adapter.ranks) if adapter.trained else adapter.ranks
-        adapters.append(replace(adapter, ranks=ranks))
-    return replace(job, adapters=tuple(adapters))
+
+    def at_rank(adapter: AdapterSpec) -> AdapterSpec:
+        return replace(adapter, ranks=tuple(dict.fromkeys(layer, r) for layer in adapter.ranks))
+
+    return replace(job, adapters=tuple(at_rank(a) if a.trained else a for a in job.adapters))

@@ -124,9 +124,7 @@ def _seconds(
             repeated = (tiles - 1) * unpacked * share * small
             forward += forward_operations * slower + launched + repeated
             backward += backward_operations * slower + 2 * launched + repeated * 5 / 3
-        kept = 0
-        for ranks in job.ranks:
-            kept += kept_bytes(s, size, keep, ranks)
+        kept = sum(kept_bytes(s, size, keep, ranks) for ranks in job.ranks)
         for leaves in (False, True):
             away = leaves * tokens * kept / s.layers / link
             # copies to the host and from the host run beside each other, those that go the same way do not

@@ -86,11 +86,7 @@ class Workload:
     @cached_property
     def trained_tensors(self) -> tuple[int, ...]:
         """Numbers in each trained tensor."""
-        found: list[int] = []
-        for adapter in self.adapters:
-            if adapter.trained:
-                found += adapter.tensors(self.shape)
-        return tuple(found)
+        return tuple(size for adapter in self.adapters if adapter.trained for size in adapter.tensors(self.shape))
 
     @property
     def parameters(self) -> int:
@@ -100,11 +96,9 @@ class Workload:
     @cached_property
     def ranks(self) -> list[int]:
         """All adapters' ranks on all projections of each layer, summed."""
-        found = [0] * self.shape.layers
-        for adapter in self.adapters:
-            for index, layer in enumerate(adapter.ranks):
-                found[index] += sum(layer.values())
-        return found
+        return [
+            sum(sum(adapter.ranks[index].values()) for adapter in self.adapters) for index in range(self.shape.layers)
+        ]
 
     @cached_property
     def site_ranks(self) -> list[tuple[int, int]]:

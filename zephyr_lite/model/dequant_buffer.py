@@ -51,9 +51,7 @@ class DequantBuffer:
             sizes = scratch_elements(sites, self.mode)
             self._buffers = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
         if self.mode == "layer" or index < 2:
-            start = 0
-            for other in sites[:index]:
-                start += sum(other.outs) * _width(other)
+            start = sum(sum(other.outs) * _width(other) for other in sites[:index])
             yield 0, self._fill(0, start, site, range(len(site.weights)), dtype)
             return
         for projection, columns in enumerate(site.slices):

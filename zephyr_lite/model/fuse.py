@@ -143,9 +143,9 @@ class _Fused:
         windows = layer_windows(config)
         cos, sin = inner.rotary_emb(x, positions[None])
         cos, sin = cos[0].to(x.dtype), sin[0].to(x.dtype)
-        contexts = {}
-        for window in set(windows):
-            contexts[window] = ForwardContext(SegmentTable.build(segments, window, x.device), cos, sin)
+        contexts = {
+            window: ForwardContext(SegmentTable.build(segments, window, x.device), cos, sin) for window in set(windows)
+        }
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):

@@ -38,9 +38,7 @@ def run_layer(x: Tensor, layer: Layer, state: ForwardContext, scratch: DequantBu
     Returns:
         [T, D]
     """
-    trained = []
-    for site in layer.sites:
-        trained += site.trained
+    trained = [parameter for site in layer.sites for parameter in site.trained]
     if torch.is_grad_enabled() and (trained or x.requires_grad):
         return _Layer.apply(x, layer, state, scratch, keep, *trained)
     return _forward(x, layer, state, scratch, None)[0]

@@ -307,9 +307,10 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str]) -
                 if any(counts["cut"]):
                     curves.append(Curve("cut", middles, counts["cut"], hue=1))
                 lengths.append(line_chart(title, about, curves, bounds=(0,), x_name="tokens"))
-    reasons = []
-    for key, title in (("dropped", "left out"), ("changed", "changed")):
-        reasons.append((key, title, {**(first.info["data"].get(key) or {}), **(last.info["data"].get(key) or {})}))
+    reasons = [
+        (key, title, {**(first.info["data"].get(key) or {}), **(last.info["data"].get(key) or {})})
+        for key, title in (("dropped", "left out"), ("changed", "changed"))
+    ]
     recipe = RunConfig.model_validate(DPO_DEFAULTS if first.method == "dpo" else {}).model_dump(mode="json")
     other = last.config if labels else recipe
     keys, differences = [], []

@@ -38,10 +38,7 @@ class SftObjective:
         self.oom = OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> int:
-        total = 0
-        for i in examples:
-            total += int(self.data.examples[i].mask[1:].sum())
-        return total
+        return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)
 
     def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
