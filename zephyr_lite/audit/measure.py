@@ -282,10 +282,8 @@ def _check_end(sums: dict[str, RowSums], template: ChatTemplate, found: Audit) -
         return
     level = Level.doubtful if policy >= NEVER else Level.wrong
     text = "it has hardly learned to end an answer: generation runs until it is cut off"
-    advice = (
-        "Does an adapter belong below it (--below)? Else train again with the end token supervised; a collator that "
-    )
-    advice += "masks the pad token masks every end if that is the pad token."
+    advice = "Was it trained for a few steps only, or does an adapter belong below it (--below)? Else train again with the end "
+    advice += "token supervised; a collator that masks the pad token masks every end if that is the pad token."
     found.add(level, "end", text, facts, advice=advice)
 
 
