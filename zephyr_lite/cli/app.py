@@ -168,14 +168,18 @@ def _ending(error: BaseException, arguments: list[str]) -> tuple[int, str | User
 
 def interrupted_line(arguments: list[str]) -> str:
     if arguments[:1] and arguments[0] in _TRAINS and "--dry-run" not in arguments:
-        return "interrupted; the same command resumes: from the last checkpoint, finished stages are not run again"
+        return "interrupted; the same command resumes from the last checkpoint, or starts anew if there is none yet"
     return "interrupted"
 
 
 def machine_error(error: BaseException | None, arguments: list[str]) -> UserError | None:
     """The user's message for errors of the machine (memory, disk, permissions) among an error and its causes; None: there is
     none."""
-    again = "The same command resumes from the last checkpoint." if arguments[:1] and arguments[0] in _TRAINS else ""
+    again = (
+        "The same command resumes from the last checkpoint, if there is one."
+        if arguments[:1] and arguments[0] in _TRAINS
+        else ""
+    )
     while error is not None:
         text = " ".join(str(error).split())[:300]
         if type(error).__name__ == "OutOfMemoryError":

@@ -14,7 +14,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "plan": ("plan", "plan dpo --gpu 3060 --price 0.2 optim=adamw_8bit"),
     "keys": ("keys", "keys learning_rate", "keys per_device_train_batch_size"),
     "merge": ("merge --out model/", "merge --run runs/mine --stage sft --out model-sft/"),
-    "demo": ("demo --out runs/demo",),
+    "demo": ("demo", "demo --out my-demo"),
     "env": ("env",),
     "ablate": ("ablate recipe --dry-run", "ablate recipe --only dsft --out runs/ablate max_steps=200 dpo.beta=0.1"),
     "feedback": (

@@ -48,6 +48,7 @@ class Loaded:
     given: set[str]  # the keys that the file or the command line set; the others are defaults
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
     foreign: bool = False  # the file is another tool's
+    announce: bool = False  # print what the run downloads and writes, before it does
 
 
 def find_config(name: str, kind: str = "stages") -> Path:

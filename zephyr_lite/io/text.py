@@ -125,6 +125,11 @@ def place(value: str) -> str:
     return os.path.expanduser(value) if value.startswith("~/") else value
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
+    return name.startswith((".", "/", "~", "\\", "runs/")) or name.count("/") > 1
+
+
 def refuse_special(path: Path, name: str) -> None:
     """Raise a UserError if a path exists and is neither a file nor a folder: reading a device or pipe may never end.
 
