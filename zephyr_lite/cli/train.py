@@ -1,4 +1,4 @@
-"""``zephyr-lite sft``, ``dpo``, ``plan`` and ``env``."""
+"""``zephyr-lite sft``, ``dpo``, ``plan``, ``keys`` and ``env``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Context, Option
+from typer import Argument, Context, Option
 
 from ..errors import UserError
 from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, console
+from .options import StageConfig, console, say_all
 
 if TYPE_CHECKING:
     from ..config.load import Method, RunConfig
@@ -134,6 +134,17 @@ def plan(
         console.plan(
             planned_lines(method, resolve_run(method, config, words, runs_root=None), gpu=gpu, vram=vram, price=price)
         )
+
+
+def keys(
+    word: Annotated[
+        str | None, Argument(metavar="[WORD]", help="Only keys with this word in their name or description.")
+    ] = None,
+) -> None:
+    """Every key of the configuration: values, default and meaning; with WORD also other tools' keys."""
+    from ..config.keys import keys_as_lines
+
+    say_all(keys_as_lines(word, min(80, console.out.width)))
 
 
 def env() -> None:
