@@ -22,6 +22,8 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     sft_words,
     tiny_base,
 )
+from zephyr_lite.cli.train import _next_commands
+from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.monitor.console import Console, duration, metrics_line
 
@@ -192,6 +194,35 @@ def test_a_dry_run_beside_a_finished_run_changes_nothing(invoke, dpo_words, runs
     words = [w for w in dpo_words if not w.startswith("model_name")]
     assert invoke(*words, "stage=again", "--dry-run")[0] == 0
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("method", "file", "words", "commands"),
+    [
+        ("sft", None, [], ["dpo output_dir=runs/zephyr-7b"]),
+        (
+            "sft",
+            "zephyr-7b/overnight-sft",
+            ["output_dir=my runs/a"],
+            ["dpo --config zephyr-7b/overnight-dpo output_dir='my runs/a'"],
+        ),
+        (
+            "sft",
+            None,
+            ["dataset=my.jsonl", "eval_dataset=[]", "output_dir=runs/mine"],
+            ["chat runs/mine --compare", "merge --run runs/mine --out model/"],
+        ),
+        (
+            "dpo",
+            "zephyr-7b/overnight-dpo",
+            ["output_dir=/data/a"],
+            ["chat /data/a --compare", "eval preference /data/a", "merge --run /data/a --out model/"],
+        ),
+    ],
+)
+def test_what_comes_next_fits_what_was_run(method, file, words, commands):
+    config = load_config(method, file or f"zephyr-7b/{method}", words).config
+    assert _next_commands(method, file, config) == commands
 
 
 def test_a_finished_stage_says_what_comes_next(invoke, sft_words, runs):
