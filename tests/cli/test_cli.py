@@ -22,6 +22,7 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     sft_words,
     tiny_base,
 )
+from zephyr_lite.cli.options import next_lines
 from zephyr_lite.cli.train import _next_commands
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
@@ -67,7 +68,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
     assert invoke("env")[::2] == (130, "interrupted\n")
     monkeypatch.setattr("zephyr_lite.config.load.load_config", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
-    assert code == 130 and "resumes: from the last checkpoint" in err
+    assert code == 130 and "resumes from the last checkpoint, or starts anew if there is none yet" in err
 
 
 # -- what goes well ----------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
 def test_a_dry_run_shows_the_plan_a_row_and_a_step_and_leaves_nothing(invoke, sft_words, dpo_words, tmp_path):
     code, out, err = invoke(*sft_words, "--dry-run")
     assert code == 0, err
-    for text in ("lora_r: 4", "tokens at once", "⟦", "</s>⟧", "first step: loss", "nothing was written"):
+    for text in ("tokens at once", "⟦", "</s>⟧", "first step: loss", "nothing was written"):
         assert text in out
     code, out, err = invoke(*dpo_words, "adapters=none", "precompute_ref_log_probs=true", "--dry-run")
     assert code == 0, err
@@ -96,8 +97,8 @@ def test_dpo_continues_the_newest_run(invoke, runs, pair_rows):
         "samples=0",
         "batch_size=4",
     )
-    assert code == 0, err
-    assert "continuing runs/t" in out and "step 1/1  loss 0.6931" in out and "zephyr-lite merge" in out
+    assert code == 0 and err == "runs/t, the newest run; output_dir=runs/NAME chooses another\n", err
+    assert "step 1/1  loss 0.6931" in out and "zephyr-lite merge" in out
     assert (runs / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -105,6 +106,7 @@ def test_dpo_continues_the_newest_run(invoke, runs, pair_rows):
 def test_merge_compares_with_the_live_stack(invoke, runs, onto):
     code, out, err = invoke("merge", "--out", "model", "--onto", onto)
     assert code == 0 and "runs/t, stage dpo" in out, err
+    assert err == "runs/t, the newest run; --run runs/NAME chooses another\n"
     mean = float(out.split("mean |Δ log p| ")[1].split(",")[0])
     # onto what training saw, only float32 sums in another order remain; the 16-bit base differs by NF4's rounding
     assert mean < 1e-4 if onto == "nf4" else mean > 1e-3
@@ -225,6 +227,41 @@ def test_what_comes_next_fits_what_was_run(method, file, words, commands):
     assert _next_commands(method, file, config) == commands
 
 
-def test_a_finished_stage_says_what_comes_next(invoke, sft_words, runs):
-    code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2")
-    assert code == 0 and "complete already" in out and "Next: zephyr-lite chat runs/t" in out
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_a_finished_stage_says_what_comes_next_and_nothing_else(invoke, sft_words, runs, quiet):
+    code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2", *quiet)
+    after = ["chat runs/t --compare", "merge --run runs/t --out model/"]
+    assert code == 0 and out == f"runs/t/sft is complete already.\n{next_lines(after)}\n"
+
+
+def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, runs, dpo_words):
+    shutil.copytree(runs, runs.parent / "other")
+    dpo = [word for word in dpo_words if not word.startswith("model_name")]
+    commands = {"--run ": ["merge", "--out", "m"], "": ["eval", "loss"], "output_dir=": dpo}
+    for option, words in commands.items():
+        code, out, err = invoke(*words)
+        assert (code, out) == (2, "") and err.startswith("error: which run? These 2 changed within a day:\n"), words
+        assert f"  {option}runs/t  changed " in err and f"  {option}runs/other  changed " in err, words
+        assert err.endswith(("runs/t.\n", "runs/other.\n"))
+    assert invoke("report")[0] == 2
+    code, out, err = invoke("report", "runs/other")
+    assert code == 0 and err == ""
+
+
+def test_a_plan_looks_at_no_run_that_is_not_named(invoke, runs, tiny_base):
+    code, out, err = invoke("plan", "--gpu", "4090")
+    assert code == 0 and err == "" and out.count("mistralai/Mistral-7B-v0.1") == 2 and "runs/t" not in out
+    code, out, err = invoke("plan", "dpo", "output_dir=runs/t", "--gpu", "4090")
+    assert code == 0 and str(tiny_base) in out and "on runs/t/sft/adapter" in out
+
+
+@pytest.mark.parametrize("wrong", ["dataset=data/chats.jsonl", "eval_dataset=mine.csv", "adapters=runs/x/sft/adapter"])
+def test_a_path_that_leads_nowhere_is_all_that_is_said(invoke, wrong):
+    code, out, err = invoke("sft", wrong)
+    path = wrong.split("=")[1]
+    assert (code, out) == (2, "") and path in err and "there is no such f" in err and len(err.splitlines()) == 2, err
+
+
+def test_a_run_that_is_not_there_is_no_hub_id(invoke):
+    code, _, err = invoke("check", "runs/nope")
+    assert code == 2 and err.splitlines()[0] == "error: adapter runs/nope: there is no such folder."

@@ -13,7 +13,7 @@ from tests.conftest import CONVERSATIONS
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.options import console
 from zephyr_lite.cli.row_stats import lengths_of, print_stats, uncut_rows
-from zephyr_lite.cli.rows import TrainedRows, open_rows
+from zephyr_lite.monitor.rows import TrainedRows, open_rows
 from zephyr_lite.train.steps import step_schedule
 
 

@@ -133,7 +133,7 @@ def show(
 ) -> None:
     """A row as training sees it, token by token; needs the base's tokenizer and config.json, no weights."""
     from ..errors import UserError
-    from .rows import open_rows, segments_from, segments_of_row, stage_of_words, table_lines, view_lines
+    from ..monitor.rows import open_rows, segments_from, segments_of_row, stage_of_words, table_lines, view_lines
 
     if row is not None and place is not None:
         raise UserError("--row and --from: both name a row.", "Leave one out.")
@@ -160,7 +160,7 @@ def stats(
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
     from .row_stats import print_stats
-    from .rows import open_rows, stage_of_words
+    from ..monitor.rows import open_rows, stage_of_words
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from ..data.load import summarise
 from ..train.steps import step_schedule
 from .options import console, say_all
-from .rows import TrainedRows
+from ..monitor.rows import TrainedRows
 
 _UNCUT = 2**30  # longer than any example
 

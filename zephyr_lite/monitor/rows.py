@@ -117,7 +117,7 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     if not 1 <= number <= count:
         what = "packed row" if rows.method == "sft" else "pair"
         raise UserError(f"row {number}: the number of {what}s is {count:,}.", f"Give --row 1 to --row {count}.")
-    return [s for index in rows.data.rows[number - 1] for s in _segments(rows, index)]
+    return [s for index in rows.data.rows[number - 1] for s in segments_of_example(rows, index)]
 
 
 def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
@@ -151,10 +151,11 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
         )
     (index,) = found.values()
     number = next(place for place, row in enumerate(rows.data.rows, 1) if index in row)
-    return number, _segments(rows, index)
+    return number, segments_of_example(rows, index)
 
 
-def _segments(rows: TrainedRows, index: int) -> list[Segment]:
+def segments_of_example(rows: TrainedRows, index: int) -> list[Segment]:
+    """The segments of example ``index`` (from 0): its conversation, or a pair's prompt and responses."""
     example = rows.data.examples[index]
     raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
     places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
