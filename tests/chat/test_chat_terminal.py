@@ -85,6 +85,7 @@ def test_ctrl_c_at_the_prompt(typed):
     assert typed(interrupt, "Hi", interrupt)[0] == 0
     code, out, err = typed("Hi", interrupt, interrupt, "never asked")
     assert code == 130 and "Ctrl-C once more" in out and err.strip() == "interrupted"
+    assert [typed(word, "never asked")[0] for word in ("exit", "quit", "/exit")] == [0, 0, 0]
 
 
 def test_a_full_disk_does_not_end_a_session(typed, monkeypatch, tmp_path):

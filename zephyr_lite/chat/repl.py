@@ -41,7 +41,7 @@ HELP = (
     ("/history", "the conversation so far"),
     ("/save FILE", "add the conversation to a JSONL file, as `sft` reads it"),
     ("/model NAME", "continue with another model of the run"),
-    ("/exit", "end, as Ctrl-D does"),
+    ("/exit, exit, quit", "end, as Ctrl-D does"),
     ("Ctrl-C", "end an answer; twice: the session"),
     (BLOCK, "begins and ends a question of several lines"),
 )
@@ -122,6 +122,8 @@ class Repl:
 
     def _handle(self, line: str) -> bool:
         """Ask a question or run a command; False: it ends the session. Errors are printed and do not end it."""
+        if line in ("exit", "quit"):  # as in other programs' prompts
+            return False
         try:
             if line.startswith("/") and not line.startswith("//"):
                 return self._command(line)

@@ -16,7 +16,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "merge": ("merge --out model/", "merge --run runs/mine --stage sft --out model-sft/"),
     "demo": ("demo", "demo --out my-demo"),
     "env": ("env",),
-    "ablate": ("ablate recipe --dry-run", "ablate recipe --only dsft --out runs/ablate max_steps=200 dpo.beta=0.1"),
+    "ablate": ("ablate recipe --dry-run", "ablate recipe --only dSFT-1 --only dSFT-2 max_steps=200"),
     "feedback": (
         "feedback --config on-policy --model runs/mine/sft --dry-run",
         "feedback --config local --prompts my/questions.txt --out data/rated",
