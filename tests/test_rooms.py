@@ -106,6 +106,8 @@ OPTIONAL = (
     "gguf",
     "matplotlib",
     "openai",
+    "fastapi",
+    "uvicorn",
     "sentencepiece",
     "lm_eval",
     "unsloth",

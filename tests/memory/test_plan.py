@@ -444,8 +444,8 @@ def test_dpo_is_planned_on_the_adapter_that_it_will_stand_on(said, tmp_path):
         for i, r in ranks.items()
     }
     write_adapter(tmp_path / "own", modules, base_model_name="x")
-    config = load_config("dpo", None, [f"adapters={tmp_path / 'own'}"]).config
-    below, notes = forecast._below("dpo", config, shape)
+    loaded = load_config("dpo", None, [f"adapters={tmp_path / 'own'}"])
+    below, notes = forecast._below("dpo", loaded, shape)
     assert [dict(below[0].ranks[i]) for i in (0, 1, 5)] == [{"q_proj": 3}, {}, {"q_proj": 7}] and not notes
     code, out, _ = said("dpo", "--gpu", "3060", f"adapters={tmp_path / 'own'}", "optim=adamw_8bit")
     assert code == 0 and "assuming rank" not in out

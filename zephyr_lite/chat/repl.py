@@ -22,9 +22,9 @@ from rich.panel import Panel
 from ..errors import Interrupted, UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
-from .generate import Drawn
+from .generate import MAKE_ROOM, Drawn
 from .rows import append_rows, check_file, vote_rows
-from .session import MAKE_ROOM, Session
+from .session import Session
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines
