@@ -25,7 +25,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "distill --config distill --dry-run",
         "distill --teacher http://localhost:8000/v1#teacher --count 1000 --out data/grown",
     ),
-    "chat": ("chat", "chat runs/mine --compare --vote votes.jsonl"),
+    "chat": ("chat", "chat runs/mine --compare", "chat runs/mine --vote votes.jsonl"),
     "serve": ("serve", "serve model/ --port 8080"),
     "report": ("report", "report runs/mine runs/other --out compared.html"),
     "reproduce": ("reproduce overnight", "reproduce overnight sft.optim=adamw_8bit dpo.beta=0.1"),

@@ -33,6 +33,7 @@ MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
 BLOCK_BYTES = 64 * 2**20  # of float32 rows; larger blocks are no faster
 
 Modules = Mapping[str, LoraWeights]
+Way = Literal["base", "nf4"]
 
 
 @dataclass
@@ -57,7 +58,7 @@ def merge(
     adapters: Sequence[AdapterFile | Modules],
     out: str | Path,
     *,
-    onto: Literal["base", "nf4"] = "base",
+    onto: Way = "base",
     double_quant: bool = True,
     quant_dtype: torch.dtype = torch.bfloat16,
     tokenizer_from: str | Path | None = None,

@@ -116,11 +116,11 @@ class Console:
         )
 
     def plan(self, lines: Sequence[str]) -> None:
-        """Print a plan: headings bold, estimates dim."""
+        """Print a plan: headings bold, notes dim."""
         for line in lines:
             heading = bool(line) and not line.startswith((" ", "|"))
-            style = "bold" if heading else "dim" if "estimate" in line or "not measured" in line else ""
-            self.out.print(Text(line, style=style))
+            dim = line.startswith(("  note", "details"))
+            self.out.print(Text(line, style="dim" if dim else "bold" if heading else ""))
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation as one line."""
