@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from typer import Argument, Context, Option
 
 from ..errors import UserError
-from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, say_all
+from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, next_lines, say_all
 
 Model = Annotated[Path, Argument(metavar="MODEL", help="The model's folder, as merge made it.")]
 
@@ -73,6 +73,9 @@ def merge(
         chosen = prepare(out, push_to_hub)
         say_all(chosen.lines())
         upload(chosen, private=private)
+    folder = shlex.quote(str(out))
+    then = [f"chat --adapter {folder}"] if adapter_only else [f"chat {folder}", f"export gguf {folder} --type q8_0"]
+    console.say(next_lines(then))
 
 
 def gguf(
