@@ -15,7 +15,7 @@ from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, console, say_all
+from .options import StageConfig, console, next_lines, say_all
 
 if TYPE_CHECKING:
     from ..config.load import Method, RunConfig
@@ -93,21 +93,21 @@ def train(
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
             except StageComplete as done:
                 logger.info(done.message)
-            logger.info("Next: zephyr-lite %s", _next_command(method, config, loaded.config))
+            logger.info(next_lines(_next_commands(method, config, loaded.config)))
 
 
-def _next_command(method: Method, file: str | None, config: RunConfig) -> str:
-    """The command that usually follows a finished stage."""
+def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[str]:
+    """The commands that usually follow a finished stage: stage 2 of the recipe, or the use of the model."""
     from ..config.load import preset_configs
     from ..config.schema import SFT_DATA
 
-    if method == "dpo":
-        return "merge --out model/"
-    if config.dataset[0].path != SFT_DATA:
-        return f"chat {shlex.quote(config.output_dir)}"
-    if (following := (file or "").removesuffix("sft") + "dpo") in preset_configs():
-        return f"dpo --config {following}"
-    return "dpo"
+    run = shlex.quote(config.output_dir)
+    if method == "sft" and config.dataset[0].path == SFT_DATA:
+        following = (file or "").removesuffix("sft") + "dpo"
+        preset = [f"--config {following}"] if following in preset_configs() else []
+        return [" ".join(["dpo", *preset, f"output_dir={run}"])]
+    evaluation = [f"eval {'loss' if method == 'sft' else 'preference'} {run}"] if config.eval_dataset else []
+    return [f"chat {run} --compare", *evaluation, f"merge --run {run} --out model/"]
 
 
 def plan(

@@ -75,6 +75,7 @@ class Console:
             self.out.width = PIPE_WIDTH
         self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True, force_jupyter=False)
         self._seconds: deque[float] = deque(maxlen=20)
+        self._step = 0
 
     def say(self, text: str = "") -> None:
         """Print plain text."""
@@ -129,6 +130,9 @@ class Console:
 
     def seconds_left(self, step: int, total: int, metrics: Metrics) -> float | None:
         """Seconds of the remaining steps at the speed of the last ones, ``step`` included; None if unknown."""
+        if step < self._step:  # another stage
+            self._seconds.clear()
+        self._step = step
         if "seconds" in metrics and not is_evaluation(metrics):
             self._seconds.append(metrics["seconds"])
         return sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds else None

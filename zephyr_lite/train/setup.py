@@ -82,7 +82,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     for note in loaded.notes:
         logger.info(note)
     frozen = adapters_below(method, config, stage)
-    if loaded.announce and world().is_main_process:
+    if loaded.announce and not compared.refused and world().is_main_process:
         for line in needs_lines(method, config):
             logger.info(line)
 
