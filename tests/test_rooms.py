@@ -29,6 +29,7 @@ ROOMS = (
     "recipe",
     "demo",
     "audit",
+    "ui",
     "cli",
 )
 # imports that run upwards, to be removed: (room, room)

@@ -25,6 +25,7 @@ from .examples import add_examples
 from .options import console
 from .talk import chat
 from .train import env, plan, train
+from .ui import ui
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -94,6 +95,7 @@ app.add_typer(eval_app, name="eval")
 for evaluation in (eval.loss, eval.preference, eval.mt_bench, eval.alpaca, eval.harness):
     eval_app.command()(evaluation)
 app.command()(chat)
+app.command()(ui)
 app.command()(model.report)
 app.command(**_keys("[RECIPE] [OPTIONS] [KEY=VALUE]..."))(recipe.reproduce)
 app.command(no_args_is_help=True)(model.check)

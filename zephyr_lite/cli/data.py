@@ -159,8 +159,8 @@ def stats(
     places: Annotated[int, Option(min=0, help="Rows to name for each reason to leave out or cut; 0: all.")] = 5,
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
-    from .row_stats import print_stats
     from ..monitor.rows import open_rows, stage_of_words
+    from .row_stats import print_stats
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)

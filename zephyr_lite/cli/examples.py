@@ -25,6 +25,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "distill --teacher http://localhost:8000/v1#teacher --count 1000 --out data/grown",
     ),
     "chat": ("chat", "chat runs/mine --compare --vote votes.jsonl"),
+    "ui": ("ui",),
     "report": ("report", "report runs/mine runs/other --out compared.html"),
     "reproduce": ("reproduce overnight", "reproduce overnight sft.optim=adamw_8bit dpo.beta=0.1"),
     "check": ("check runs/mine/dpo", "check their-dpo --below their-sft --pairs my/pairs.jsonl"),

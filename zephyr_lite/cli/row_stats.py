@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..data.load import summarise
+from ..monitor.rows import TrainedRows
 from ..train.steps import step_schedule
 from .options import console, say_all
-from ..monitor.rows import TrainedRows
 
 _UNCUT = 2**30  # longer than any example
 
