@@ -41,6 +41,15 @@ class FakeHub:
     def __call__(self):
         return Api(self)
 
+    def snapshots(self, cache):
+        """``huggingface_hub.snapshot_download`` with this folder as its cache."""
+
+        def download(repo, *, revision=None, allow_patterns, ignore_patterns=()):
+            Api(self).snapshot_download(repo, allow_patterns=allow_patterns, local_dir=cache / repo)
+            return str(cache / repo)
+
+        return download
+
 
 class Api:
     def __init__(self, hub):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.malformed import Case, Fixtures, dpo, row, sft, show
+from zephyr_lite.config.load import LIST_KEYS
 
 Make = Callable[[Path, Fixtures], list[str]]
 GOOD = row("a", "b")
@@ -161,10 +162,12 @@ CASES = [
         "place: control characters in output_dir",
         keys(output_dir="runs/\x1b[2J\x07"),
         "the command line: output_dir: holds a control character, or bytes that are no UTF-8 (found 'runs/\\x1b[2J\\x07').",
+        LIST_KEYS,
     ),
     Case(
         "place: an empty model name",
         keys(model_name_or_path='" "'),
         "the command line: model_name_or_path: is empty (found ' ').",
+        LIST_KEYS,
     ),
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.malformed import Case, Fixtures
-from zephyr_lite.config.load import preset_configs
+from zephyr_lite.config.load import LIST_KEYS, preset_configs
 
 Make = Callable[[Path, Fixtures], list[str]]
 UTF8 = "Save the file as UTF-8."
@@ -107,7 +107,7 @@ CASES = [
     Case(
         "yaml: a table without arms",
         table_of("arms: 5\n"),
-        "table.yaml: arms: Input should be a valid dictionary (found '5').",
+        "table.yaml: arms: expected keys and values (found '5').",
     ),
     Case(
         "yaml: a job with an unknown key",
@@ -132,22 +132,35 @@ CASES = [
     Case(
         "words: not a number",
         words("sft", "learning_rate=.nan"),
-        "the command line: learning_rate: Input should be a finite number (found nan).",
+        "the command line: learning_rate: expected a finite number (found nan).",
+        LIST_KEYS,
+    ),
+    Case(
+        "words: faults of a file and of the words",
+        lambda tmp, fixtures: [*config_of("lora_rr: 8\nengine: magic\n")(tmp, fixtures), "learning_rate=fast", "sed=1"],
+        "run.yaml: there is no key 'lora_rr'. Did you mean 'lora_r'?\n"
+        "run.yaml: engine: expected 'fused', 'trl' or 'unsloth' (found 'magic').\n"
+        "the command line: there is no key 'sed'. Did you mean 'seed'?\n"
+        "the command line: learning_rate: expected a number, without a unit (found 'fast').",
+        LIST_KEYS,
     ),
     Case(
         "words: a stage outside of the run",
         words("sft", "stage=../../etc"),
-        "the command line: stage: String should match pattern '^[\\w-]+$' (found '../../etc').",
+        "the command line: stage: expected one word of letters, digits, _ and - (found '../../etc').",
+        LIST_KEYS,
     ),
     Case(
         "words: a regular expression for modules",
         words("sft", "lora_target_modules=(q|k)_proj.*"),
         "the command line: lora_target_modules: expected module names such as q_proj; regular expressions are not read (found '(q|k)_proj.*').",
+        LIST_KEYS,
     ),
     Case(
         "words: a nested key that is none",
         words("sft", "dataset.pth=x"),
         "the command line: there is no key 'dataset.pth'. Did you mean 'dataset.path'?",
+        LIST_KEYS,
     ),
     Case(
         "words: no such configuration",

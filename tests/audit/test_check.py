@@ -109,6 +109,9 @@ def test_a_delta_needs_the_adapters_below_it(run, chat_rows, tmp_path):
     for file in (run / "sft" / "adapter").iterdir():
         if not file.name.startswith("adapter_"):
             shutil.copy(file, tmp_path / "copy")
+    bare = audit(str(tmp_path / "copy"), files_only=True)
+    assert bare.verdict() == "no fault found in the files"
+    assert bare.not_checked == ["base", "below", "bos", "end", "template"]
     lone = audit(str(tmp_path / "copy"), rows=str(chat_rows), below=[str(run / "sft")], load_in_4bit=False)
     assert any(f.level == Level.right and "are likelier on the adapters below it" in f.text for f in lone.findings)
     assert lone.numbers["rows"]["policy"]["loss"] == pytest.approx(rows["policy"]["loss"], rel=1e-6)
@@ -287,8 +290,13 @@ def test_a_missing_base_is_a_finding_and_another_base_is_wrong(run, tmp_path):
 
 def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, tmp_path, capsys):
     given = ["--rows", str(chat_rows), "--pairs", str(pair_rows), "--out", str(tmp_path / "sub/check.json")]
+    assert cli.run(["check", str(run / "dpo/delta"), "--files-only"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "not checked: base, below, bos, end, template\nverdict: no fault found in the files\n"
+    )
     assert cli.run(["check", str(run / "dpo"), *given]) == 0
-    assert "verdict: sound" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "verdict: sound" in out and "not checked" not in out
     told = json.loads((tmp_path / "sub/check.json").read_text())
     assert told["verdict"] == "sound" and told["numbers"]["pairs"]["start"]["pairs"] == 8
     assert cli.run(["check", str(run / "dpo"), *given, "--reference", "base"]) == 2

@@ -148,7 +148,7 @@ def test_transformers_switch_and_name_are_one_key(tmp_path):
             "alone is read: mistralai/Mistral-7B-v0.1",
         ),
         (["dataset=https://hf.co/datasets/me/rows"], "alone is read: me/rows"),
-        (["dataset=[1]"], "Input should be a path, or keys and values"),
+        (["dataset=[1]"], "expected a path, or keys and values"),
     ],
 )
 def test_slips_on_the_command_line_are_told_what_was_meant(words, says):
@@ -164,6 +164,18 @@ def test_a_text_that_reads_as_a_number_is_a_text_and_a_tilde_is_the_home(monkeyp
     assert config.dataset[0].path == f"{tmp_path}/rows.jsonl"
     (tmp_path / "run.yaml").write_text("output_dir: ~/runs/mine\n")
     assert load_config("sft", str(tmp_path / "run.yaml")).config.output_dir == f"{tmp_path}/runs/mine"
+
+
+def test_lists_with_commas_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["target_modules=q_proj,v_proj", "report_to=tensorboard, wandb", "dataset=a.jsonl,b.jsonl"]
+    config = load(*words, "adapters=one,two", method="dpo").config
+    assert (config.lora_target_modules, config.report_to) == (["q_proj", "v_proj"], ["tensorboard", "wandb"])
+    assert config.adapters == ["one", "two"]
+    assert load("dataset.columns=messages,tools").config.dataset[0].columns == ["messages", "tools"]
+    assert [spec.path for spec in load(words[2]).config.dataset] == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "a.jsonl,b.jsonl").touch()
+    assert [spec.path for spec in load(words[2]).config.dataset] == ["a.jsonl,b.jsonl"]
 
 
 def test_another_stages_file_is_refused():

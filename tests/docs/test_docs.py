@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -101,6 +102,8 @@ def test_the_citation_is_of_this_version_and_licence():
 def afterwards(talk_run, chat_rows, pair_rows, tmp_path, monkeypatch):
     shutil.copytree(talk_run, tmp_path / "runs/zephyr-7b")
     shutil.copytree(talk_run, tmp_path / "runs/mine")
+    for stage in tmp_path.glob("runs/mine/*/stage.json"):
+        os.utime(stage, (0, 0))
     (tmp_path / "my").mkdir()
     shutil.copy(chat_rows, tmp_path / "my/chats.jsonl")
     monkeypatch.chdir(tmp_path)

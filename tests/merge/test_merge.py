@@ -1,6 +1,7 @@
 """Merging: the folder is the live stack, whatever the base looks like, and nothing is half-written."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import adapter_only, chain_of_run, merge
 from zephyr_lite.merge import weights as merging
 from zephyr_lite.model.compose import compose
+from zephyr_lite.model.loaded import find_chain
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 
 
@@ -140,8 +142,10 @@ def test_newest_run_and_its_last_stage(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     base = make_base(tmp_path / "base")
     make_run(tmp_path / "runs" / "old", base)
+    for stage in Path("runs/old").glob("*/stage.json"):
+        os.utime(stage, (0, 0))
     folders = make_run(tmp_path / "runs" / "new", base)
-    chain = chain_of_run()
+    chain = find_chain(None)
     assert (chain.run, chain.stage) == (Path("runs") / "new", "dpo")
     assert [tmp_path / a.path for a in chain.adapters] == folders
     merge(
@@ -168,12 +172,12 @@ def test_newest_run_and_its_last_stage(tmp_path: Path, monkeypatch: pytest.Monke
 def test_missing_runs_and_stages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run there has a complete stage"):
-        chain_of_run()
+        find_chain(None)
     run = tmp_path / "runs" / "one"
     make_run(run, make_base(tmp_path / "base"))
     (tmp_path / "runs" / "other" / "sft").mkdir(parents=True)
     (tmp_path / "runs" / "other" / "sft" / "stage.json").write_text("{")
-    assert chain_of_run().run == Path("runs/one")  # a broken stage.json of another run does not matter
+    assert find_chain(None).run == Path("runs/one")  # a broken stage.json of another run does not matter
     with pytest.raises(UserError, match="no complete stage third"):
         chain_of_run(run, stage="third")
     shutil.rmtree(run / "sft" / "adapter")

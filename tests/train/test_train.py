@@ -275,8 +275,8 @@ def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pai
     assert loaded.config.adapters == "none" and any("adapters: none" in note for note in loaded.notes)
 
 
-def test_dpo_continues_the_newest_run_and_inherits(tiny_base, run, pair_rows):
+def test_dpo_continues_the_newest_run_and_inherits(tiny_base, run, pair_rows, said):
     loaded = resolve_run("dpo", None, [f"dataset.path={pair_rows}"], runs_root=run.parent)
     assert loaded.config.output_dir == str(run) and loaded.config.model_name_or_path == str(tiny_base)
-    assert any("continuing" in note for note in loaded.notes)
+    assert said == [f"{run}, the newest run; output_dir=runs/NAME chooses another"]
     assert loaded.config.lora_r == DPO_DEFAULTS["lora_r"]

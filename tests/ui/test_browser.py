@@ -55,7 +55,7 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", pairs)
     server, address = open_page(free_port(), browser=False)
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(90_000)
     hosts = set()
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
 
@@ -78,7 +78,7 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
 
     def upload(file: Path) -> None:
         page.locator("input[type=file]").first.set_input_files(file)
-        data = page.get_by_label("Data", exact=True).last.element_handle()
+        data = page.get_by_placeholder("the recipe's data").element_handle()
         page.wait_for_function("([box, name]) => box.value == `data/${name}`", arg=[data, file.name])
 
     page.goto(address)

@@ -30,6 +30,7 @@ FIRST_STEP, FIRST_STEPS = 0.02, 0.1
 LOG = "trainer_state.json"
 # files of a hub adapter that are fetched in addition to its weights and configuration
 BESIDE = [CARD, LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
+TOPICS = ("weights", "base", "below", "reference", "bos", "end", "template")
 _PREFERENCE = {"dpo", "orpo", "kto", "ipo", "cpo", "simpo"}
 
 
@@ -47,7 +48,7 @@ class Finding:
     """The answer to one question.
 
     Attributes:
-        topic: weights, base, below, reference, bos, end or template.
+        topic: one of ``TOPICS``.
         evidence: numbers and files that it follows from.
         advice: what to do.
     """
@@ -86,14 +87,24 @@ class Audit:
     def level(self) -> Level:
         return max((finding.level for finding in self.findings), default=Level.right)
 
+    @property
+    def not_checked(self) -> list[str]:
+        """The topics that have no finding, or only notes; an SFT adapter has no reference."""
+        seen = {finding.topic for finding in self.findings if finding.level != Level.note}
+        return [topic for topic in TOPICS if topic not in seen and (topic != "reference" or self.method == "dpo")]
+
     def verdict(self) -> str:
-        """One line."""
+        """One line. Sound is only what was checked in every topic."""
         topics = ", ".join(dict.fromkeys(f.topic for f in self.findings if f.level == self.level))
-        return {Level.wrong: f"WRONG ({topics})", Level.doubtful: f"doubtful ({topics})"}.get(self.level, "sound")
+        if self.level >= Level.doubtful:
+            return f"{'WRONG' if self.level == Level.wrong else 'doubtful'} ({topics})"
+        if "rows" not in self.numbers:
+            return "no fault found in the files"
+        return "no fault found" if self.not_checked else "sound"
 
     def as_dict(self) -> dict[str, Any]:
         findings = [{**asdict(finding), "level": finding.level.name} for finding in self.findings]
-        return {**vars(self), "verdict": self.verdict(), "findings": findings}
+        return {**vars(self), "verdict": self.verdict(), "not_checked": self.not_checked, "findings": findings}
 
 
 @dataclass

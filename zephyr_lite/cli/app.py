@@ -24,7 +24,7 @@ from . import data, eval, model, recipe
 from .examples import add_examples
 from .options import console
 from .talk import chat
-from .train import env, plan, train
+from .train import env, keys, plan, train
 from .ui import ui
 
 app = typer.Typer(
@@ -45,7 +45,9 @@ _QUIET = {
     "HF_HUB_VERBOSITY": "error",  # each of its retries would be a line
     "TOKENIZERS_PARALLELISM": "false",  # a fork after tokenizing would warn
 }
-_KEYS = "Any key of the configuration may follow, as key=value, --key value or --key=value; docs/configuration.md lists them."
+_KEYS = (
+    "Any key of the configuration may follow, as key=value, --key value or --key=value; `zephyr-lite keys` lists them."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -80,6 +82,7 @@ _DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments
 app.command("sft", help=_SFT, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
 app.command("dpo", help=_DPO, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
 app.command(**_keys("[sft|dpo|both] [OPTIONS] [KEY=VALUE]..."))(plan)
+app.command()(keys)
 app.command()(recipe.demo)
 app.command()(env)
 app.command()(model.merge)
@@ -167,14 +170,18 @@ def _ending(error: BaseException, arguments: list[str]) -> tuple[int, str | User
 
 def interrupted_line(arguments: list[str]) -> str:
     if arguments[:1] and arguments[0] in _TRAINS and "--dry-run" not in arguments:
-        return "interrupted; the same command resumes: from the last checkpoint, finished stages are not run again"
+        return "interrupted; the same command resumes from the last checkpoint, or starts anew if there is none yet"
     return "interrupted"
 
 
 def machine_error(error: BaseException | None, arguments: list[str]) -> UserError | None:
     """The user's message for errors of the machine (memory, disk, permissions) among an error and its causes; None: there is
     none."""
-    again = "The same command resumes from the last checkpoint." if arguments[:1] and arguments[0] in _TRAINS else ""
+    again = (
+        "The same command resumes from the last checkpoint, if there is one."
+        if arguments[:1] and arguments[0] in _TRAINS
+        else ""
+    )
     while error is not None:
         text = " ".join(str(error).split())[:300]
         if type(error).__name__ == "OutOfMemoryError":

@@ -197,6 +197,8 @@ def check(
         say_all(f"{'':>10}{line}" for line in finding.evidence)
         if finding.advice:
             console.say(f"{'':>10}→ {finding.advice}")
+    if found.not_checked:
+        console.say(f"not checked: {', '.join(found.not_checked)}")
     console.say(f"verdict: {found.verdict()}")
     if out is not None:
         write_json(out, found.as_dict())

@@ -32,7 +32,7 @@ ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings m
 
 
 def demo(
-    out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("runs/demo"),
+    out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("demo"),
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
     from ..demo.run import print_standings, run_demo

@@ -1,4 +1,4 @@
-"""``zephyr-lite sft``, ``dpo``, ``plan`` and ``env``."""
+"""``zephyr-lite sft``, ``dpo``, ``plan``, ``keys`` and ``env``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Context, Option
+from typer import Argument, Context, Option
 
 from ..errors import UserError
 from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, console
+from .options import StageConfig, console, say_all
 
 if TYPE_CHECKING:
     from ..config.load import Method, RunConfig
@@ -51,6 +51,7 @@ def train(
         given = load_config(method, config or f"zephyr-7b/{method}", context.args)
     except UserError as error:
         raise everywhere(error, machine=True) from None
+    given.announce = True
     if smoke:
         from ..demo.smoke import run_smoke
 
@@ -63,7 +64,6 @@ def train(
     else:
         set_allocator()
     from ..config.resolve import resolve_run
-    from ..memory.needs import needs_lines
     from ..monitor.report_writer import ReportWriter
     from ..monitor.screens import open_screen
     from ..train.resume import StageComplete
@@ -74,12 +74,6 @@ def train(
     else:
         from ..train.dpo import run_dpo as run
 
-    def resolve() -> Any:
-        found = resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
-        for line in needs_lines(method, found.config):
-            logger.info(line)
-        return found
-
     with joined() as here:
         if not here.is_main_process:
             # libraries' output must not mix with the events of --json
@@ -88,7 +82,9 @@ def train(
             return
         with open_screen(console, quiet=quiet, as_json=as_json) as screen, messages_to(screen.log):
             try:
-                loaded = here.broadcast(resolve)
+                loaded = here.broadcast(
+                    lambda: resolve_run(method, config, context.args, loaded=given, fetch=not dry_run)
+                )
                 if dry_run:
                     from ..train.dry_run import run_dry
 
@@ -135,7 +131,20 @@ def plan(
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
-        console.plan(planned_lines(method, resolve_run(method, config, words), gpu=gpu, vram=vram, price=price))
+        console.plan(
+            planned_lines(method, resolve_run(method, config, words, runs_root=None), gpu=gpu, vram=vram, price=price)
+        )
+
+
+def keys(
+    word: Annotated[
+        str | None, Argument(metavar="[WORD]", help="Only keys with this word in their name or description.")
+    ] = None,
+) -> None:
+    """Every key of the configuration: values, default and meaning; with WORD also other tools' keys."""
+    from ..config.keys import keys_as_lines
+
+    say_all(keys_as_lines(word, min(80, console.out.width)))
 
 
 def env() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UserError
+from ..io.text import expected
 
 Message = dict[str, str]
 Model = TypeVar("Model", bound=BaseModel)
@@ -131,7 +132,7 @@ def validated(kind: type[Model], values: Any, where: str) -> Model:
                 near = difflib.get_close_matches(place, kind.model_fields, n=1)
                 problems.append(f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
                 continue
-            message = item["msg"].removeprefix("Value error, ")
+            message = expected(item)
             if not kind.model_config.get("hide_input_in_errors"):
                 message += f" (found {str(item['input'])[:60]!r})"
             problems.append(f"{place}: {message}." if place else f"{message}.")

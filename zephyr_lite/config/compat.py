@@ -12,7 +12,6 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from ..errors import UserError
 from ..io.text import short
 
 # other tools' name -> ours, the value as it is
@@ -179,29 +178,30 @@ BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def rename(
-    values: dict[str, Any], where: str, own: Collection[str], notes: list[str], *, file: bool = False, dpo: bool = False
+    values: dict[str, Any],
+    own: Collection[str],
+    notes: list[str],
+    faults: list[str],
+    *,
+    file: bool = False,
+    dpo: bool = False,
 ) -> dict[str, Any]:
     """Other tools' keys as this project's; combinations first (micro-batch × accumulation, data-set mixtures).
 
     Args:
         values: keys and values of a file or of the command line.
-        where: the file, or "the command line", for messages.
         own: the keys of the schema.
         notes: one line is added for each key that was renamed or has no effect.
+        faults: one line is added for each key that is unknown or refused, or has a value that cannot be translated;
+            these keys are left out of the result.
         file: the values are a whole file, so TRL's defaults for missing keys count too.
         dpo: the stage is dpo.
-
-    Raises:
-        UserError: unknown or refused keys, or values that cannot be translated; all of them in one message.
     """
-    faults = []
+    taken = dict(values)
     for kind, (what, keys) in _TYPES.items():
         for key in keys.split():
             if not isinstance(values.get(key), (kind, type(None))):
-                faults.append(f"{key}: {short(values[key])} is not {what}.")
-    if faults:
-        raise UserError(f"{where}: " + "\n".join(faults))
-    taken = dict(values)
+                faults.append(f"{key}: {short(taken.pop(key))} is not {what}.")
     for key in ("model_init_kwargs", "dataset_kwargs"):
         taken = {**(taken.pop(key, None) or {}), **taken}
     theirs = of_others(taken)
@@ -234,7 +234,7 @@ def rename(
     if isinstance(loss, list):
         if len(loss) != 1:
             faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
-        taken["loss_type"] = loss = loss[0] if loss else None
+        taken["loss_type"] = loss = loss[0] if loss else "sigmoid"
     if not dpo and loss in ("nll", "chunked_nll"):
         del taken["loss_type"]
     hub_id = taken.pop("hub_model_id", None)
@@ -260,8 +260,6 @@ def rename(
                 faults.append(f"{key}: {short(value)}: {why}. Remove the key{instead}.")
         else:
             faults.append(unknown_key(key, own))
-    if faults:
-        raise UserError(f"{where}: " + "\n".join(faults))
     for key, table in _VALUES.items():
         if key in result and isinstance(result[key], str | int | None):
             result[key] = table.get(result[key], result[key])
@@ -275,7 +273,7 @@ def rename(
         notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")
         result["lora_dropout"] = 0
     if file and theirs:
-        notes.append("keys that are not in the file have the defaults of docs/configuration.md, not TRL's")
+        notes.append("keys that are not in the file have the defaults of `zephyr-lite keys`, not TRL's")
         if not values.get("use_peft"):
             notes.append(
                 "the file is for full fine-tuning (no use_peft); a LoRA adapter is trained here, which usually takes ten "
@@ -409,5 +407,4 @@ def unknown_key(key: str, own: Collection[str]) -> str:
     if not near:
         known = [*own, *([] if "." in key else [*ALIASES, *TRANSLATED])]
         near = [repr(name) for name in difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)]
-    hint = f"Did you mean {near[0]}?" if near else "See docs/configuration.md for all keys."
-    return f"there is no key {short(key)}. {hint}"
+    return f"there is no key {short(key)}.{f' Did you mean {near[0]}?' if near else ''}"

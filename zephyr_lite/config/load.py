@@ -1,11 +1,12 @@
 """The configuration of a run: one flat set of keys for both stages (``schema``), YAML files, ``key=value`` overrides.
 
 Keys have the names of TRL, PEFT and transformers. A YAML file written for TRL or for the alignment handbook runs
-unchanged (``compat``). Unknown keys are refused, with the nearest known one.
+unchanged (``compat``). Unknown keys are refused, with the nearest known one. All faults are reported at once.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..io.redact import refuse_secrets
-from ..io.text import is_file, refuse_special, short
+from ..io.text import expected, is_file, refuse_special, short
 from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
@@ -24,17 +25,18 @@ Method = Literal["sft", "dpo"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NOT_HELD_OUT = "no eval_dataset is set with this dataset: the held-out loss will not be computed"
 PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
+WORDS = "the command line"  # the place of faults in key=value words
+LIST_KEYS = "`zephyr-lite keys` lists all keys and their values."
+LISTS = ("dataset", "dataset.columns", "eval_dataset", "adapters", "lora_target_modules", "report_to")
 
-# replaces pydantic's own wording, by the error's type or the key
-_MESSAGES = {
-    "string_type": "Input should be a text; quote one that YAML reads as another type, as in \"'2024'\"",
-    "int_parsing": "Input should be a whole number, without a unit",
-    "int_from_float": "Input should be a whole number",
-    "bool_parsing": "Input should be true or false",
-    "model_type": "Input should be a path, or keys and values such as {path: rows.jsonl, split: train}",
-    "memory.vram": "Input should be a size with its unit, such as 8GiB",
-    "memory.host": "Input should be a size with its unit, such as 8GiB",
-    "memory": "Input should be auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}",
+# what is expected, where the type says too little
+_EXPECTED = {
+    "stage": "expected one word of letters, digits, _ and -",
+    "memory.vram": "expected a size with its unit, such as 8GiB",
+    "memory.host": "expected a size with its unit, such as 8GiB",
+    "memory": "expected auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}",
+    "dataset": "expected a path, or keys and values such as {path: rows.jsonl, split: train}",
+    "eval_dataset": "expected a path, or keys and values such as {path: rows.jsonl, split: train}",
 }
 
 
@@ -46,6 +48,7 @@ class Loaded:
     given: set[str]  # the keys that the file or the command line set; the others are defaults
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
     foreign: bool = False  # the file is another tool's
+    announce: bool = False  # print what the run downloads and writes, before it does
 
 
 def find_config(name: str, kind: str = "stages") -> Path:
@@ -99,13 +102,14 @@ def load_config(
     """
     path = find_config(file) if file else None
     notes: list[str] = []
+    faults: dict[str, list[str]] = {str(path): [], WORDS: []}
     given: dict[str, Any] = {}
     written: dict[str, Any] = {}
     own = RunConfig.model_fields
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
         written = read_yaml(path)
-        given = rename(written, str(path), own, notes, file=True, dpo=method == "dpo")
+        given = rename(written, own, notes, faults[str(path)], file=True, dpo=method == "dpo")
         if "dataset" in given and "eval_dataset" not in given:
             given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
             notes.append(NOT_HELD_OUT)
@@ -118,22 +122,29 @@ def load_config(
     nested: list[tuple[str, Any]] = []
     for key, text in _split_words(overrides or []):
         key = key.replace("-", "_")
-        field = own.get(ALIASES.get(key, key))
-        value = read_word(text, numbers=field is None or field.annotation not in (str, str | None))
+        ours = ALIASES.get(key, key)
+        try:
+            value = read_word(text, numbers=ours not in own or own[ours].annotation not in (str, str | None))
+        except ValueError as error:
+            faults[WORDS].append(f"{key}: {error}.")
+            continue
+        if ours in LISTS and isinstance(value, str) and "," in value and not os.path.exists(os.path.expanduser(value)):
+            value = [part.strip() for part in value.split(",")]
         if "." in key:
             nested.append((key, value))
         else:
             flat[key] = value
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
-    said = rename(flat, "the command line", own, notes, dpo=method == "dpo")
+    said = rename(flat, own, notes, faults[WORDS], dpo=method == "dpo")
     if "warmup_ratio" in said:  # the file's warmup_steps would override it
         given.pop("warmup_steps", None)
     given.update(said)
     typed, replaced = set(said), "dataset" in said
     # dataset.path resets the data set, so it is applied before its other keys, in any order of words
     for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
-        _set_nested(given, key, value, defaults)
+        if fault := _set_nested(given, key, value, defaults):
+            faults[WORDS].append(fault)
         typed.add(key.partition(".")[0])
         replaced = replaced or key == "dataset.path"
     if replaced and "eval_dataset" not in typed:
@@ -143,9 +154,14 @@ def load_config(
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        keys = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
-        by_words = path is None or (typed and keys <= typed)
-        raise UserError(_explain(error, "the command line" if by_words else str(path), values)) from None
+        for place, fault in _explain(error, values).items():
+            key = place.partition(".")[0]
+            if key or not any(faults.values()):  # keys that do not go together may be a consequence of another fault
+                by_words = path is None or key in typed or (not key and typed)
+                faults[WORDS if by_words else str(path)].append(fault)
+    if any(faults.values()):
+        lines = [f"{where}: {fault}" for where, found in faults.items() for fault in found]
+        raise UserError("\n".join(lines), LIST_KEYS)
     refuse_secrets(config.model_dump(mode="json"), "the configuration")
     for spec in config.eval_dataset:
         if spec in config.dataset:
@@ -190,7 +206,7 @@ def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
         head, dot, tail = key.partition(".")
         scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
         key = tail if scope else key
-        refuse_placed([key.partition(".")[0].replace("-", "_")], "the command line")
+        refuse_placed([key.partition(".")[0].replace("-", "_")], WORDS)
         scoped.setdefault(scope, []).append(f"{key}={text}")
     return scoped
 
@@ -201,21 +217,22 @@ def refuse_placed(keys: Iterable[str], where: str) -> None:
         raise UserError(f"{where}: {placed[0]} is set by this command.", "Choose the folder with --out.")
 
 
-def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> None:
-    """Set ``dataset.split`` or ``memory.keep`` in place, or ``dataset.columns.prompt`` in the map of columns."""
+def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> str | None:
+    """Set ``dataset.split`` or ``memory.keep`` in place, or ``dataset.columns.prompt`` in the map of columns; returns what
+    is wrong with the key."""
     head, _, rest = key.partition(".")
     if head not in ("dataset", "eval_dataset", "memory"):
-        raise UserError(f"the command line: {unknown_key(key, RunConfig.model_fields)}")
+        return unknown_key(key, RunConfig.model_fields)
     current = target.get(head, defaults.get(head))
     if head != "memory" and head not in target and head not in defaults:
         current = [spec.model_dump(exclude_defaults=True) for spec in RunConfig.model_fields[head].default]
     if isinstance(current, list):
         if len(current) > 1:
-            raise UserError(f"the command line: {key}: {head} has {len(current)} entries; change them in the file.")
+            return f"{key}: {head} has {len(current)} entries; change them in the file."
         current = current[0] if current else {}
-    if isinstance(current, str):
-        current = {"path": current} if head != "memory" else {}
-    current = dict(current or {})
+    if isinstance(current, str) and head != "memory":
+        current = {"path": current}
+    current = dict(current) if isinstance(current, dict) else {}
     if rest == "path":
         current = {"path": value}  # split, limit and columns were of the other path
     elif rest.startswith("columns."):
@@ -224,11 +241,12 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
     else:
         current[rest] = value
     target[head] = current
+    return None
 
 
-def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
-    """All faults of a configuration, one a line."""
-    lines = []
+def _explain(error: ValidationError, values: dict[str, Any]) -> dict[str, str]:
+    """{place: what is wrong there}; "" is the place of keys that do not go together."""
+    found: dict[str, str] = {}
     for item in error.errors():
         parts = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
         several = values.get(str(parts[0])) if parts else None
@@ -238,9 +256,13 @@ def _explain(error: ValidationError, where: str, values: dict[str, Any]) -> str:
         if item["type"] == "extra_forbidden":
             fields = MemorySpec.model_fields if parts[0] == "memory" else DatasetSpec.model_fields
             known = [".".join(map(str, [*parts[:-1], key])) for key in fields]
-            lines.append(unknown_key(place, known if len(parts) > 1 else RunConfig.model_fields))
-            continue
-        message = _MESSAGES.get(place) or _MESSAGES.get(item["type"], item["msg"].removeprefix("Value error, "))
-        found = "" if item["type"] == "missing" or not place else f" (found {short(item['input'])})"
-        lines.append(f"{place + ': ' if place else ''}{message}{found}.")
-    return f"{where}: " + "\n".join(dict.fromkeys(lines))
+            found[place] = unknown_key(place, known if len(parts) > 1 else RunConfig.model_fields)
+        elif place in found:  # a value of several types is wrong for each
+            what = expected(item).replace("expected ", "")
+            if what not in found[place]:
+                found[place] = found[place].replace("expected ", f"expected {what} or ", 1)
+        else:
+            what = _EXPECTED.get(place) or expected(item)
+            value = f" (found {short(item['input'])})" if place and item["type"] != "missing" else ""
+            found[place] = f"{place}: {what}{value}." if place else f"{what}."
+    return found

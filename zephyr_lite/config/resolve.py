@@ -30,7 +30,7 @@ def resolve_run(
     overrides: list[str],
     *,
     loaded: Loaded | None = None,
-    runs_root: Path = Path("runs"),
+    runs_root: Path | None = Path("runs"),
     fetch: bool = False,
 ) -> Loaded:
     """The configuration of a stage: the recipe's where no file is named, on top of the stage before.
@@ -41,21 +41,23 @@ def resolve_run(
         file: of the configuration.
         overrides: ``key=value`` words.
         loaded: what ``load_config`` made of these, if it was called before; it is changed.
+        runs_root: the folder of the runs; None: only a run that the file or the words name is looked at.
         fetch: first copy what ``sync`` has of the run (see ``sync.restore``).
     """
     loaded = loaded or load_config(method, file or f"zephyr-7b/{method}", overrides)
     named = {word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides}
-    if method == "dpo" and "output_dir" not in named and not (file and "output_dir" in loaded.given):
-        run, where = newest_run(runs_root, stage="sft", complete=True), ""
+    if method == "dpo" and "output_dir" not in loaded.given and runs_root is not None:
+        run = newest_run(runs_root, stage="sft", option="output_dir=")
         if run is None and fetch and loaded.config.sync is not None:
             from ..io.sync import newest_there
 
             name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
-            run, where = (runs_root / name if name else None), f" in {loaded.config.sync}"
+            run = runs_root / name if name else None
+            if run is not None:
+                loaded.notes.append(f"continuing {run}, the newest run in {loaded.config.sync}")
         if run is not None:
             _set(loaded, output_dir=str(run))
             loaded.given.add("output_dir")
-            loaded.notes.append(f"continuing {run}, the newest run{where} whose stage sft is complete")
     if fetch and loaded.config.sync is not None:
         from ..io.sync import restore
 
@@ -63,7 +65,7 @@ def resolve_run(
     if method == "sft" or loaded.config.adapters != []:
         return loaded
     below = StageDir(Path(loaded.config.output_dir) / "sft")
-    if below.complete():
+    if "output_dir" in loaded.given and below.complete():
         inherited = read_yaml(below.config)  # the defaults would be another base
         # without a file the recipe's values are no choice of the user
         own = loaded.given if file else loaded.given & named

@@ -1,6 +1,6 @@
 """The schema of a run: every key with its type, default, limits and description.
 
-``docs/list_keys.py`` makes ``docs/configuration.md`` of the descriptions, which are Markdown.
+``keys`` makes docs/configuration.md and ``zephyr-lite keys`` of the descriptions, which are Markdown.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class RunConfig(BaseModel):
         "fused",
         description="`fused` is this project's; `trl` TRL's own trainers; `unsloth` Unsloth's kernels under them",
     )
-    seed: int = Field(42, ge=0, lt=2**31, description="of the order of rows, the adapter's initial values and dropout")
+    seed: int = Field(
+        42, ge=0, lt=2**31, description="random seed of the order of rows, the adapter's initial values and dropout"
+    )
     # rows
     dataset: list[DatasetSpec] = Field(
         [DatasetSpec(path=SFT_DATA, split="train_sft")],
@@ -135,7 +137,7 @@ class RunConfig(BaseModel):
     )
     num_train_epochs: float = Field(1, gt=0, le=10**6, description="passes over the rows; 0.5: half of the rows, once")
     max_steps: int | None = Field(None, ge=1, lt=2**31, description="the number of optimizer steps, instead of epochs")
-    learning_rate: float = Field(2.0e-4, gt=0, le=1000, description="after the warm-up")
+    learning_rate: float = Field(2.0e-4, gt=0, le=1000, description="the highest one, reached after the warm-up")
     lr_scheduler_type: str = Field(
         "cosine",
         description="also linear, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt",
@@ -145,7 +147,7 @@ class RunConfig(BaseModel):
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
         "adamw_torch", description="8bit: a quarter of the optimizer's memory; paged: it may move to RAM"
     )
-    weight_decay: float = Field(0.0, ge=0, le=1000, description="AdamW's")
+    weight_decay: float = Field(0.0, ge=0, le=1000, description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="the norm that larger gradients are scaled to")
     # preference optimization
     beta: float = Field(0.01, gt=0, le=1000, description="dpo: KL strength; higher stays closer to the reference")

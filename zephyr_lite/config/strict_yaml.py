@@ -101,7 +101,7 @@ def read_word(text: str, *, numbers: bool = True) -> Any:
         numbers: False for a key with a text value: a folder called 2024, a revision called 0012345.
 
     Raises:
-        UserError: a number of base 8 or 60.
+        ValueError: a number of base 8 or 60.
     """
     if not text.strip():
         return None
@@ -109,7 +109,7 @@ def read_word(text: str, *, numbers: bool = True) -> Any:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if numbers and isinstance(error, _BaseError):
-            raise UserError(f"the command line: {error.problem}.") from None
+            raise ValueError(error.problem) from None
         value = text
     if not numbers and not isinstance(value, bool | str | None):
         return text

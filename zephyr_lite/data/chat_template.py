@@ -572,6 +572,32 @@ def common_length(a: str, b: str) -> int:
 # -- choosing a template -------------------------------------------------------------------------------------------------
 
 
+def find_template(choice: str, own: str | None = None) -> tuple[str, str]:
+    """(a name for messages, the text) of the chat template that ``choice`` means (see ``resolve_template``).
+
+    Args:
+        own: the tokenizer's own.
+
+    Raises:
+        UserError: no such template.
+    """
+    path = Path(os.path.expanduser(choice))
+    if choice == "auto" and own:
+        return "the tokenizer's own", own
+    if choice == "auto":
+        return "zephyr", TEMPLATES["zephyr"]
+    if choice in TEMPLATES:
+        return choice, TEMPLATES[choice]
+    if "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
+        return "of the configuration", choice
+    if is_file(path):
+        return choice, read_text(path, name=f"chat_template {choice}")
+    raise UserError(
+        f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
+        f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
+    )
+
+
 def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None = None) -> ChatTemplate:
     """Choose a chat template, set it on the tokenizer, and check that it can be trained on.
 
@@ -587,22 +613,7 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             twice at the beginning.
     """
     own = tokenizer.chat_template
-    own = own.get("default") if isinstance(own, dict) else own
-    path = Path(os.path.expanduser(choice))
-    if choice == "auto" and own:
-        name, text = "the tokenizer's own", own
-    elif choice == "auto" or choice in TEMPLATES:
-        name = choice if choice in TEMPLATES else "zephyr"
-        text = TEMPLATES[name]
-    elif "{%" in choice or "{{" in choice:  # in the alignment handbook's YAML files
-        name, text = "of the configuration", choice
-    elif is_file(path):
-        name, text = choice, read_text(path, name=f"chat_template {choice}")
-    else:
-        raise UserError(
-            f"chat_template {shown(repr(choice), 200)}: neither a template's name nor a file.",
-            f"Choose auto, {', '.join(TEMPLATES)}, or a .jinja file.",
-        )
+    name, text = find_template(choice, own.get("default") if isinstance(own, dict) else own)
     what = f"chat template {name}"
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise UserError(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ..config.load import DatasetSpec
 from ..config.strict_yaml import read_front_matter
 from ..errors import UserError
-from ..io.text import is_file, is_folder, refuse_special, shown
+from ..io.text import is_file, is_folder, looks_local, refuse_special, shown
 from . import row_files
 from .row_files import COMPRESSED, KINDS, TEXT_ROWS, kind_and_stem, raw_rows, read_rows
 from .workers import interruptible
@@ -72,6 +72,27 @@ class Source:
         return Source(self.table.select_columns([c for c in self.table.column_names if c in columns]), self.label)
 
 
+def local_path(spec: DatasetSpec) -> Path | None:
+    """The file or folder that ``spec.path`` names; None: it is a hub id.
+
+    Raises:
+        UserError: there is no such file or folder, or it is a file of a kind that is not read.
+    """
+    path = Path(spec.path).expanduser()
+    refuse_special(path, spec.path)
+    kind = kind_and_stem(path)[0]
+    if is_file(path) and kind is None:
+        raise UserError(
+            f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
+            f"Give one of {', '.join(KINDS)}; text may be compressed ({', '.join(COMPRESSED)}).",
+        )
+    if is_file(path) or is_folder(path):
+        return path
+    if kind or looks_local(spec.path):
+        raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
+    return None
+
+
 def open_source(spec: DatasetSpec) -> Source:
     """The raw rows of a file (by its suffix), of a folder (saved by ``save_to_disk``, or with files, folders or a README
     that name the splits), or of a hub id.
@@ -79,22 +100,10 @@ def open_source(spec: DatasetSpec) -> Source:
     Raises:
         UserError: it does not exist, cannot be read, or has no such split.
     """
-    path = Path(spec.path).expanduser()
-    refuse_special(path, spec.path)
-    kind = kind_and_stem(path)[0]
-    if is_folder(path):
-        splits = _splits_of_folder(path, spec)
-    elif is_file(path):
-        splits = {"train": [path]}
-        if kind is None:
-            raise UserError(
-                f"{spec.path}: {path.suffix or 'a file without suffix'} is not read.",
-                f"Give one of {', '.join(KINDS)}; text may be compressed ({', '.join(COMPRESSED)}).",
-            )
-    elif kind or spec.path.startswith((".", "/", "~", "\\")) or spec.path.count("/") > 1:
-        raise UserError(f"{spec.path}: there is no such file or folder.", f"The working directory is {Path.cwd()}.")
-    else:
+    path = local_path(spec)
+    if path is None:
         return _open_hub(spec)
+    splits = _splits_of_folder(path, spec) if is_folder(path) else {"train": [path]}
     wanted, part = _split_and_part(spec)
     if wanted is not None and wanted not in splits:
         for file in list(chain.from_iterable(splits.values())):

@@ -9,7 +9,9 @@ one PEFT adapter, and ``delta/`` is the stage's own part; otherwise it is the st
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +21,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from .atomic import sweep, write_json
-from .text import read_object, short
+from .text import duration, read_object, short
+
+logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
 # of stage.json's layout; files of a later format are refused
 FORMAT = 1
+# seconds before the newest run within which another one may be meant as well
+RECENT = 86400.0
 # keys without which a stage cannot be resumed
 TO_GO_ON = ("method", "base.name_or_path", "base.fingerprint", "adapters", "data.fingerprint")
 
@@ -84,19 +90,39 @@ class StageDir:
             raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
 
 
-def newest_run(root: Path, *, stage: str | None = None, complete: bool = False) -> Path | None:
-    """The run under ``root`` with the stage that changed last.
+def newest_run(
+    root: Path = Path("runs"), *, stage: str | None = None, complete: bool = True, option: str = ""
+) -> Path | None:
+    """The run under ``root`` with the stage that changed last, for a command that names none; prints which one it is.
 
     Args:
         stage: only stages of this name.
         complete: only complete stages.
+        option: what the command's words for a run begin with: ``--run ``, ``output_dir=``, or nothing.
+
+    Returns:
+        the run's folder; None: there is none.
+
+    Raises:
+        UserError: another run changed within a day of it.
     """
-    candidates = []
+    changed: dict[Path, float] = {}
     for found in (each for run in root.glob("*") for each in stages_of(run) if stage in (None, each.path.name)):
         with suppress(UserError, OSError):  # a broken stage.json of another run
             if not complete or found.complete():
-                candidates.append(((found.path / STAGE_FILE).stat().st_mtime_ns, found.run))
-    return max(candidates)[1] if candidates else None
+                at = (found.path / STAGE_FILE).stat().st_mtime
+                changed[found.run] = max(at, changed.get(found.run, at))
+    recent = sorted((run for run in changed if changed[run] > max(changed.values()) - RECENT), key=changed.__getitem__)
+    if len(recent) > 1:
+        now = time.time()
+        lines = [f"  {option}{run}  changed {duration(now - changed[run])} ago" for run in reversed(recent[-9:])]
+        raise UserError(
+            f"which run? These {len(recent)} changed within a day:\n" + "\n".join(lines),
+            f"Add one to the command, such as {option}{recent[-1]}.",
+        )
+    if recent:
+        logger.warning(f"{recent[0]}, the newest run; {option}runs/NAME chooses another", extra={"stderr": True})
+    return recent[0] if recent else None
 
 
 def stages_of(run: Path) -> list[StageDir]:

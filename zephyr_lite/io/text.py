@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from ..errors import UserError
 AGAIN = "Copy the file again from where it came from."
 TEXT_BYTES = 64 * 2**20
 is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for names that no file can have (too long)
+# pydantic's errors, where its own sentences are no plain English
+_EXPECTED = {
+    "missing": "is missing",
+    "string_type": "expected a text (in quotes, where YAML reads another type)",
+    "int_parsing": "expected a whole number, without a unit",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number, without a unit",
+    "float_type": "expected a number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "list_type": "expected a list",
+    "dict_type": "expected keys and values",
+    "model_type": "expected keys and values",
+}
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
@@ -39,6 +55,13 @@ def shown(text: object, limit: int = 80) -> str:
     line = str(text)
     line = line if line.isprintable() else line.encode("unicode_escape", "backslashreplace").decode("ascii")
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def expected(fault: Mapping[str, Any]) -> str:
+    """What is wrong with a value, from an item of pydantic's ``ValidationError.errors()``."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    bound = "a number " if fault["type"].startswith(("greater", "less")) else ""
+    return _EXPECTED.get(fault["type"], message.replace("Input should be ", f"expected {bound}"))
 
 
 def parse(raw: bytes, *, strict: bool = True) -> Any:
@@ -100,6 +123,11 @@ def place(value: str) -> str:
     if (page := _PAGE.match(value)) is not None:
         raise ValueError(f"is a page's address; the hub's id alone is read: {page[1]}")
     return os.path.expanduser(value) if value.startswith("~/") else value
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
+    return name.startswith((".", "/", "~", "\\", "runs/")) or name.count("/") > 1
 
 
 def refuse_special(path: Path, name: str) -> None:

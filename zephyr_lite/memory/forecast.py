@@ -19,7 +19,7 @@ from ..config.load import Loaded, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..io.text import duration
+from ..io.text import duration, looks_local
 from ..model.adapters import check_targets
 from ..model.base import compute_device, compute_dtype
 from ..model.base_folder import check_family, read_model_config
@@ -149,9 +149,8 @@ def planned_lines(
         raise UserError(f"--price {price}: is not a price.", "Give US dollars an hour.")
     check_targets(config.lora_target_modules)
     base = base_shape(config.model_name_or_path, config.model_revision)
-    notes = [n for n in loaded.notes if n.startswith("continuing")]
-    notes.append(f"assuming that all rows have max_length={config.max_length} tokens")
-    below, about_below = _below(method, config, Shape.of(base))
+    notes = [f"assuming that all rows have max_length={config.max_length} tokens"]
+    below, about_below = _below(method, loaded, Shape.of(base))
     notes += about_below
     here = compute_device()
     memory = config.memory
@@ -179,12 +178,14 @@ def planned_lines(
     return [*lines, ""]
 
 
-def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
-    """(the adapters below, from folders and from the run's finished SFT stage, or assumed where they are not here; notes).
+def _below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
+    """(the adapters below, from folders and from the finished SFT stage of a run that was named, or assumed where they are not
+    here; notes).
 
     Raises:
         UserError: an adapter's folder is missing, or holds no plain LoRA.
     """
+    config = loaded.config
     assumed = AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules, trained=False)
     if config.adapters == "none" or (method == "sft" and not config.adapters):
         return [], []
@@ -197,7 +198,7 @@ def _below(method: Method, config: RunConfig, shape: Shape) -> tuple[list[Adapte
             found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
     if found:
         return found, notes
-    if not StageDir(Path(config.output_dir) / "sft").complete():
+    if "output_dir" not in loaded.given or not StageDir(Path(config.output_dir) / "sft").complete():
         return [assumed], [f"assuming rank {RANK_BELOW} for the SFT adapter below"]
     from ..model.chain import chain_of_run
 
@@ -280,7 +281,7 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
 
 def on_the_hub(name: str) -> bool:
     """Whether a name is that of a repository, not a path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return name.count("/") == 1 and not looks_local(name) and not Path(name).exists()
 
 
 def decimal(size: int) -> str:

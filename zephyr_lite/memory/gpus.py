@@ -43,25 +43,47 @@ class Gpu:
         return torch.bfloat16 if self.capability >= (8, 0) else torch.float16
 
 
-# PCIe 3.0 x16 reaches 12, 4.0 x16 24, 4.0 x8 12, 5.0 x16 50 (10^9 bytes a second). A T4 cannot hold its clock.
+# PCIe 3.0 x16 reaches 12, 4.0 x16 24, 4.0 x8 12, 5.0 x8 24, 5.0 x16 50 (10^9 bytes a second).
+# A GeForce card's rate with 32-bit sums is half of the one with 16-bit sums, so that it can keep it up. Others are limited by
+# their power, a T4 (70 W) most of all. Before capability 8.0 there is no FlashAttention and no bfloat16 either: a T4 trains at
+# about two thirds of a 3060's speed.
 _CARDS = (
     #    name               GiB  TFLOP/s   GB/s  PCIe  capability  $/h
-    Gpu("rtx2060", 6, 26, 336, 12, (7, 5), tflops32=6.5),
-    Gpu("laptop", 8, 35, 256, 12, (8, 9), tflops32=15.1),  # a mobile 4060
-    Gpu("3060", 12, 25.5, 360, 12, (8, 6), 0.10, tflops32=12.7),
+    Gpu("rtx2060", 6, 26, 336, 12, (7, 5), share=0.45, tflops32=6.5),
+    Gpu("2080ti", 11, 53.8, 616, 12, (7, 5), share=0.45, tflops32=13.4),
+    Gpu("3060", 12, 25.5, 360, 24, (8, 6), 0.10, tflops32=12.7),
     Gpu("3060ti", 8, 32.5, 448, 24, (8, 6), 0.10, tflops32=16.2),
+    Gpu("3070", 8, 40.6, 448, 24, (8, 6), tflops32=20.3),
+    Gpu("3080", 10, 59.5, 760, 24, (8, 6), tflops32=29.8),
+    Gpu("3090", 24, 71, 936, 24, (8, 6), 0.22, tflops32=35.6),
+    Gpu("laptop", 8, 30, 256, 12, (8, 9), tflops32=15.1),  # a mobile 4060
+    Gpu("4060", 8, 30, 272, 12, (8, 9), tflops32=15.1),
+    Gpu("4060ti-8", 8, 44, 288, 12, (8, 9), tflops32=22.1),
     Gpu("4060ti-16", 16, 44, 288, 12, (8, 9), 0.12, tflops32=22.1),
     Gpu("4070", 12, 58, 504, 24, (8, 9), 0.15, tflops32=29.1),
-    Gpu("3090", 24, 71, 936, 24, (8, 6), 0.22, tflops32=35.6),
+    Gpu("4070super", 12, 71, 504, 24, (8, 9), tflops32=35.5),
+    Gpu("4070ti", 12, 80, 504, 24, (8, 9), tflops32=40.1),
+    Gpu("4070tisuper", 16, 88, 672, 24, (8, 9), tflops32=44.1),
     Gpu("4080", 16, 97.5, 717, 24, (8, 9), 0.25, tflops32=48.7),
+    Gpu("4080super", 16, 104, 736, 24, (8, 9), tflops32=52.2),
     Gpu("4090", 24, 165, 1008, 24, (8, 9), 0.40, tflops32=82.6),
+    Gpu("5060ti", 16, 47.4, 448, 24, (12, 0), tflops32=23.7),
+    Gpu("5070", 12, 61.7, 672, 50, (12, 0), tflops32=30.9),
+    Gpu("5070ti", 16, 87.9, 896, 50, (12, 0), tflops32=43.9),
+    Gpu("5080", 16, 112.6, 960, 50, (12, 0), tflops32=56.3),
     Gpu("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
-    Gpu("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.3, tflops32=8.1),
+    Gpu("a4000", 16, 76.7, 448, 24, (8, 6), share=0.35, tflops32=19.2),
+    Gpu("a6000", 48, 154.8, 768, 24, (8, 6), 0.45, share=0.4, tflops32=38.7),
+    Gpu("6000ada", 48, 364, 960, 24, (8, 9), 0.75, share=0.35, tflops32=91.1),
+    # it shares 128 GB with its processor, and there is nothing to copy between them
+    Gpu("gb10", 121.7, 62.5, 273, 50, (12, 1), tflops32=31),
+    Gpu("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.16, tflops32=8.1),
     Gpu("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
     # only torch's CUDA 12.6 builds have code for capability 7.0 (``zephyr-lite env`` says so)
     Gpu("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
     Gpu("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
     Gpu("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),
+    Gpu("l40s", 45, 362, 864, 24, (8, 9), 0.85, share=0.35, tflops32=91.6),
     Gpu("a100-40", 40, 312, 1555, 24, (8, 0), 1.20, tflops32=19.5),
     Gpu("a100-80", 80, 312, 2039, 24, (8, 0), 1.60, tflops32=19.5),
     Gpu("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
@@ -87,8 +109,9 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         UserError: it is not known; the message lists those that are.
     """
-    plain = "".join(c for c in name.lower() if c.isalnum()).replace("nvidia", "").replace("geforce", "")
-    plain = plain.removesuffix("gb").removesuffix("gib")
+    plain = "".join(c for c in name.lower() if c.isalnum()).removesuffix("gb").removesuffix("gib")
+    for word, known_as in (("nvidia", ""), ("geforce", ""), ("tesla", ""), ("generation", ""), ("dgxspark", "gb10")):
+        plain = plain.replace(word, known_as)
     known: dict[str, Gpu] = {}
     for card in _CARDS:
         whole = card.name.replace("-", "")
@@ -100,7 +123,10 @@ def find_gpu(name: str) -> Gpu:
             return known[alias]
     near = difflib.get_close_matches(plain, known, n=1)
     hint = f"Did you mean {known[near[0]].name}? " if near else ""
-    raise UserError(f"--gpu {name}: no card of that name is known.", f"{hint}Known are: {', '.join(CARDS)}.")
+    raise UserError(
+        f"--gpu {name}: no card of that name is known.",
+        f"{hint}Known are: {', '.join(CARDS)}. For any other card give its memory: --vram 16GiB.",
+    )
 
 
 def gpu_of_size(gib: float) -> Gpu:

@@ -67,7 +67,7 @@ def run_merge(
             "--measure and --rows are for the comparison, which --adapter-only and --no-check leave out.",
             "Give one or the other.",
         )
-    chain = find_chain(run, stage=stage, adapters=adapters, base=base)
+    chain = find_chain(run, stage=stage, adapters=adapters, base=base, option="--run ")
     if chain is None:
         raise UserError(f"{run}: is a model's folder, without adapters to merge.", "Give a run's folder (runs/NAME).")
     _report_chain(chain, stage is None)

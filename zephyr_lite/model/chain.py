@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, StageDir, checked, newest_run, stages_of
+from ..io.run_dir import STAGE_FILE, StageDir, checked, stages_of
 from ..io.text import shown
 from .peft_io import CARD, AdapterFile, fetch_adapter, other_base, read_adapter
 
@@ -49,23 +49,17 @@ class Chain:
         return told | {"adapters": [{"path": str(a.path), "sha256": a.sha256} for a in self.adapters]}
 
 
-def chain_of_run(run: str | Path | None = None, stage: str | None = None, base: str | None = None) -> Chain:
+def chain_of_run(run: str | Path, stage: str | None = None, base: str | None = None) -> Chain:
     """The chain of a run's last complete stage.
 
     Args:
-        run: a run's folder; None for the one under ``runs/`` whose stage was completed last.
+        run: a run's folder.
         stage: a stage's name; None for the complete stage with the longest chain, the latest of those.
         base: where its base is now, if it was moved; the caller compares the fingerprint.
 
     Raises:
         UserError: no such run or complete stage, or an adapter is missing or has changed since the stage was trained.
     """
-    if run is None:
-        run = newest_run(Path("runs"), complete=True)
-        if run is None:
-            raise UserError(
-                "runs: no run there has a complete stage.", "Train one first, or name a run's folder (--run)."
-            )
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.", "Give a run's folder (runs/NAME), a stage's, or a model's.")

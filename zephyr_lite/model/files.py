@@ -9,10 +9,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
 from ..io.safetensors import SafetensorsFile
-from ..io.text import read_object, shown
+from ..io.text import looks_local, read_object, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -34,6 +35,36 @@ def local_folder(name: str) -> Path | None:
         return None
 
 
+def named_folder(kind: str, name: str) -> Path | None:
+    """The folder of that name; None: it is a hub id.
+
+    Args:
+        kind: model or adapter, for messages.
+
+    Raises:
+        UserError: there is no such folder, and the name is no hub id.
+    """
+    if (folder := local_folder(name)) is not None:
+        return folder
+    try:
+        validate_repo_id(name)
+        is_id = name.count("/") == 1 and not looks_local(name)
+    except HFValidationError:
+        is_id = False
+    if is_id:
+        return None
+    raise UserError(
+        f"{kind} {shown(name)}: there is no such folder"
+        + ("." if looks_local(name) else ", and it is no hub id (OWNER/NAME)."),
+        f"The working directory is {Path.cwd()}."
+        + (
+            " If the base was moved: model_name_or_path=FOLDER in training, --base FOLDER elsewhere."
+            if kind == "model"
+            else ""
+        ),
+    )
+
+
 def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = True) -> Path:
     """The folder of a base: a local one as it is, or a snapshot downloaded from the hub.
 
@@ -43,7 +74,7 @@ def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = Tru
     Raises:
         UserError: neither exists, it has no safetensors on the hub, or the hub does not give it.
     """
-    if (folder := local_folder(name_or_path)) is not None:
+    if (folder := named_folder("model", name_or_path)) is not None:
         return folder
     patterns = [pattern for pattern in PATTERNS if weights or "safetensors" not in pattern]
     folder = download("model", name_or_path, revision, patterns)
@@ -62,18 +93,10 @@ def download(kind: str, name: str, revision: str | None, patterns: Sequence[str]
         kind: model or adapter, for messages.
 
     Raises:
-        UserError: the name is no hub id, or the hub does not give the repository.
+        UserError: the hub does not give the repository.
     """
-    no_id = UserError(
-        f"{kind} {shown(name)}: there is no such folder, and it is no hub id (OWNER/NAME).",
-        "If it was moved, give its new folder (a base: model_name_or_path=FOLDER in training, --base FOLDER elsewhere).",
-    )
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise no_id
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=IGNORED))
-    except HFValidationError:
-        raise no_id from None
     except GatedRepoError:
         raise UserError(
             f"{kind} {name}: its owner asks you to accept terms first.",

@@ -14,7 +14,7 @@ from ..config.load import RunConfig
 from ..config.schema import Dtype
 from ..data.chat_template import ChatTemplate, resolve_template
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, check_rendering
+from ..io.run_dir import STAGE_FILE, check_rendering, newest_run
 from .adapters import AdapterStack, resolve_frozen_names
 from .base import Base, load_base, load_tokenizer
 from .base_folder import check_fingerprint
@@ -82,7 +82,7 @@ def open_live(
     """Load a run's folder (its last complete stage), a stage's folder, a model's folder, or explicit adapters.
 
     Args:
-        source: the folder; None: the newest run under ``runs/`` that has a complete stage.
+        source: the folder; None: the newest run under ``runs/`` that has a complete stage (see ``newest_run``).
         stage: of a run's folder.
         adapters: instead of a source: PEFT adapters from the bottom up.
         base: the adapters' base; for a run, where its base is now.
@@ -102,9 +102,15 @@ def open_live(
 
 
 def find_chain(
-    source: str | Path | None, *, stage: str | None = None, adapters: Sequence[str] = (), base: str | None = None
+    source: str | Path | None,
+    *,
+    stage: str | None = None,
+    adapters: Sequence[str] = (),
+    base: str | None = None,
+    option: str = "",
 ) -> Chain | None:
-    """The adapters of a source, not yet loaded; None for a model's folder. Arguments and errors as of ``open_live``."""
+    """The adapters of a source, not yet loaded; None for a model's folder. Arguments and errors as of ``open_live``; for
+    ``option`` see ``newest_run``."""
     if adapters:
         if source is not None or stage is not None:
             raise UserError(
@@ -112,7 +118,9 @@ def find_chain(
             )
         return chain_of_adapters(list(adapters), base)
     if source is None:
-        return chain_of_run(stage=stage, base=base)
+        source = newest_run(stage=stage, option=option)
+        if source is None:
+            raise UserError("runs: no run there has a complete stage.", "Train one first, or name a run's folder.")
     path = Path(source).expanduser()
     if (path / "config.json").is_file():
         if stage is not None or base is not None:

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
 from ..io.text import read_object, shown
-from .files import checked_place, download, local_folder, pickles
+from .files import checked_place, download, named_folder, pickles
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -351,6 +351,6 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, besi
     Raises:
         UserError: there is no such folder, and no such adapter on the hub, or no access to it.
     """
-    if (local := local_folder(str(name_or_path))) is not None:
+    if (local := named_folder("adapter", str(name_or_path))) is not None:
         return local
     return download("adapter", str(name_or_path), revision, [CONFIG_NAME, WEIGHTS_NAME, *beside])

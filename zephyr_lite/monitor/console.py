@@ -81,8 +81,8 @@ class Console:
         self.out.print(Text(visible(text)))
 
     def log(self, record: logging.LogRecord) -> None:
-        """Print a message of the package's logger."""
-        self.say(record.getMessage())
+        """Print a message of the package's logger; one with ``stderr`` set goes to standard error."""
+        (self.complain if getattr(record, "stderr", False) else self.say)(record.getMessage())
 
     def text(self, text: str, style: str = "") -> Text:
         """Text for rich, with control characters escaped."""

@@ -174,7 +174,7 @@ def read_source(source: Path | None) -> list[StageRecord]:
     Raises:
         UserError: there is none.
     """
-    path = newest_run(Path("runs")) if source is None else source.expanduser()
+    path = newest_run(complete=False) if source is None else source.expanduser()
     if path is None:
         raise UserError("there is no run under runs/.", "Run `zephyr-lite sft` first, or name a run's folder.")
     if not path.is_dir():

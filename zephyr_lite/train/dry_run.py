@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..config.load import Loaded, Method, dump_config
+from ..config.load import Loaded, Method
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import DpoObjective
@@ -27,7 +27,7 @@ SHOWN_TOKENS = 400
 
 
 def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None]) -> None:
-    """Print the resolved configuration, the plan, the first row with what is supervised, and the first step's time.
+    """Print the plan, the first row with what is supervised, and the first step's time.
 
     Nothing is written but the libraries' caches: no run folder, no reference file, no tracker's run.
 
@@ -42,8 +42,6 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
             f"--dry-run plans the fused engine; this configuration asks for engine {loaded.config.engine}.",
             "Add engine=fused to look at the rows, or run it with max_steps=1 in an output_dir of its own.",
         )
-    for line in dump_config(loaded.config).splitlines():
-        logger.info(f"  {line}")
     # the reference would be written to the stage's folder, and a tracker would start a run
     loaded.config = loaded.config.model_copy(update={"precompute_ref_log_probs": False, "report_to": []})
     stage = setup_stage(method, loaded, claim=False)

@@ -147,7 +147,7 @@ class Comparison:
             told = [f"{link.get('path')} ({str(link.get('sha256'))[:12]})" for link in links]
             found = [f"{adapter.path} ({adapter.sha256[:12]})" for adapter in frozen]
             self.refused.append(f"adapters below: {', '.join(told) or 'none'} then, {', '.join(found) or 'none'} now")
-        self._refuse()
+        self.refuse()
 
     def rows(self, rows: dict[str, Any], held_out: dict[str, str] | None, told: dict[str, dict[str, Any]]) -> bool:
         """Compare rows, machine and libraries, and print what has changed.
@@ -171,7 +171,7 @@ class Comparison:
             self.refused += differences("data: ", then, rows, counted)
         if not world().is_main_process:  # rank 0 has written stage.json just now
             self.refused += differences("", self.before["machine"], told["machine"], ["dtype"])
-        self._refuse()
+        self.refuse()
         if self.complete:
             return False
         if self.allowed:
@@ -192,7 +192,8 @@ class Comparison:
             )
         return forget_best
 
-    def _refuse(self) -> None:
+    def refuse(self) -> None:
+        """Raise a UserError with all differences of ``refused``, if there are any."""
         if not self.refused:
             return
         began = "finished" if self.complete else "started"

@@ -17,8 +17,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
-from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.chat_template import ChatTemplate, find_template, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
+from ..data.sources import local_path
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.run_dir import (
@@ -33,6 +34,7 @@ from ..io.run_dir import (
 )
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
+from ..memory.needs import needs_lines
 from ..memory.plan import Plan, make_plan
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
@@ -40,6 +42,7 @@ from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_b
 from ..model.base_folder import check_weights, is_fingerprint_of, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
+from ..model.files import named_folder
 from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
 from ..ops.dispatch import check_kernels
@@ -68,8 +71,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     config, writes = loaded.config, claim and world().is_main_process
     device = compute_device()
     dtype = compute_dtype(config.dtype, device)
-    for note in loaded.notes:
-        logger.info(note)
 
     # what is on the disk
     stage = StageDir(Path(config.output_dir) / config.stage)
@@ -78,12 +79,29 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     if compared.complete and not (compared.refused or compared.moved):
         raise StageComplete(f"{stage.path} is complete already.")
     _check_settings(config)
+    for note in loaded.notes:
+        logger.info(note)
     frozen = adapters_below(method, config, stage)
-    folder = fetch_base(config.model_name_or_path, config.model_revision)
+    if loaded.announce and world().is_main_process:
+        for line in needs_lines(method, config):
+            logger.info(line)
+
+    # of a base on the hub first the small files: nothing large is downloaded for rows that cannot be used
+    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
-    check_weights(folder, base_config)
-    below = _check_below(frozen, folder)
-    compared.model(folder, frozen)
+    stages = [_stage_of(adapter) for adapter in frozen]
+    below = stages[-1] if stages else None
+
+    def check_base() -> None:
+        fetch_base(config.model_name_or_path, config.model_revision)
+        check_weights(folder, base_config)
+        _check_trained_on(folder, frozen, stages)
+        compared.model(folder, frozen)
+
+    if weights_are_here := any(folder.glob("*.safetensors")):
+        check_base()
+    else:
+        compared.refuse()
 
     # tokenizer, template, rows
     template = template_of(config, folder, frozen, (before or {}).get("template_time"))
@@ -94,6 +112,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     parts = [data] if eval_data is None else [data, eval_data]
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
+    if not weights_are_here:
+        check_base()
     rows = {
         **data.report.as_dict(),
         "fingerprint": data.fingerprint,
@@ -194,7 +214,13 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
 
 
 def _check_settings(config: RunConfig) -> None:
-    """Refuse what can be known to be wrong before anything is read."""
+    """Refuse what can be known to be wrong before anything is read, downloaded or printed: paths and values."""
+    for spec in (*config.dataset, *config.eval_dataset):
+        local_path(spec)
+    named_folder("model", config.model_name_or_path)
+    for name in () if config.adapters == "none" else config.adapters:
+        named_folder("adapter", name)
+    find_template(config.chat_template)
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
@@ -233,25 +259,21 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[A
     return adapters
 
 
-def _check_below(frozen: list[AdapterFile], folder: Path) -> dict[str, Any] | None:
-    """stage.json of the stage that trained the last adapter; None where that is another tool's.
+def _stage_of(adapter: AdapterFile) -> dict[str, Any] | None:
+    """stage.json of the stage that trained an adapter; None where that is another tool's."""
+    stage = StageDir(adapter.path.parent)
+    info = stage.info() if adapter.path.name in ("adapter", "delta") else None
+    return None if info is None else checked(info, stage.path / STAGE_FILE, needs=("base.fingerprint",))
 
-    Raises:
-        UserError: an adapter was trained on another base than the one in ``folder``.
-    """
-    below = None
-    for adapter in frozen:
-        parent = StageDir(adapter.path.parent)
-        below = parent.info() if adapter.path.name in ("adapter", "delta") else None
-        if below is None:
-            continue
-        checked(below, parent.path / STAGE_FILE, needs=("base.fingerprint",))
-        if not is_fingerprint_of(below["base"]["fingerprint"], folder):
+
+def _check_trained_on(folder: Path, frozen: list[AdapterFile], stages: list[dict[str, Any] | None]) -> None:
+    """Raise a UserError if an adapter was trained on another base than the one in ``folder``."""
+    for adapter, info in zip(frozen, stages):
+        if info is not None and not is_fingerprint_of(info["base"]["fingerprint"], folder):
             raise UserError(
                 f"adapter {adapter.path}: was trained on another model than {folder}.",
                 "Give the folder of that model: model_name_or_path=FOLDER.",
             )
-    return below
 
 
 def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:

@@ -1,0 +1,43 @@
+"""The reference of all keys, as ``zephyr-lite keys`` prints it. (docs/configuration.md: ``tests/docs``.)"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from zephyr_lite.cli import app as cli
+from zephyr_lite.config.compat import ACCEPTED, REFUSED, TRANSLATED
+from zephyr_lite.config.load import LIST_KEYS, RunConfig
+
+
+def keys(capsys, *words: str) -> str:
+    assert cli.run(["keys", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_key_is_listed_in_80_columns_without_markdown(capsys):
+    out = keys(capsys)
+    assert all(f"  {name}: " in out for name in [*RunConfig.model_fields, "dataset.split", "memory.keep"])
+    assert max(map(len, out.splitlines())) <= 80 and "](#" not in out
+    assert "  batch_size: whole number ≥ 1; default 8 (dpo: 16)\n" in out and "dataset.path: text; required\n" in out
+
+
+def test_a_word_filters_by_name_and_description_and_finds_other_tools_keys(capsys):
+    out = keys(capsys, "Warm-up")
+    assert "  warmup_ratio: " not in out and "  learning_rate: " in out and "warm-up" in out
+    assert [line.split(":")[0] for line in keys(capsys, "lora-r").splitlines()[1:]] == [
+        "  lora_r",
+        "      the adapter's rank",
+    ]
+    for name in [*TRANSLATED, *ACCEPTED, *REFUSED]:
+        assert f"\n  {name}: " in keys(capsys, name)
+    assert cli.run(["keys", "learnign_rate"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: there is no key 'learnign_rate'. Did you mean 'learning_rate'?\n{LIST_KEYS}\n"
+    )
+
+
+def test_it_imports_nothing_heavy():
+    code = "import sys, zephyr_lite.cli.app as c; c.run(['keys', 'seed']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "seed: " in out and out.endswith("False\n")
