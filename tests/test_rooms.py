@@ -41,6 +41,7 @@ ONLY_IN = {
     "triton": {"ops/", "cli/environment.py"},
     "trl": {"engines/"},
     "unsloth": {"engines/"},
+    "gradio": {"ui/"},
 }
 
 
@@ -111,6 +112,7 @@ OPTIONAL = (
     "lm_eval",
     "unsloth",
     "tensorboard",
+    "gradio",
 )
 
 

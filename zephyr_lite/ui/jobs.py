@@ -18,9 +18,9 @@ from ..config.resolve import resolve_run
 from ..errors import UserError
 from ..io.atomic import LOCK_FILE, make_folder
 from ..io.run_dir import StageDir
-from ..monitor.report import REPORT, StageRecord, number
+from ..monitor.report import REPORT, Columns, StageRecord, number
 
-LOG_BYTES = 8192  # of a log that are shown
+LINES = 14  # of a log that are shown
 _PROGRAM = (sys.executable, "-m", "zephyr_lite")
 # run → the process that this server started for it
 _children: dict[Path, subprocess.Popen[bytes]] = {}
@@ -130,26 +130,27 @@ def failure_of(folder: Path) -> UserError | None:
     return None if child.returncode in (0, 130) else _failure(log_text(folder))
 
 
-def state_of(folder: Path) -> tuple[str, StageRecord | None]:
-    """(where a stage's training stands, as Markdown; its record, or None before the first one is written)."""
+def state_of(folder: Path) -> tuple[str, Columns]:
+    """(where a stage's training stands, as Markdown; the columns of its metrics)."""
     stage, process = StageDir(folder), process_of(folder.parent)
     if stage.info() is None:
-        return f"**{folder}** {'is starting.' if process else 'was not begun; the log says why.'}", None
+        return f"**{folder}** {'is starting.' if process else 'was not begun; the output below says why.'}", {}
     record = StageRecord(folder)
-    of = "" if record.total is None else f" of {number(record.total)}"
+    at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
     if record.complete:
         text = f"**{folder}** is complete."
     elif process:
-        text = f"**{folder}** is in training: step {number(record.step)}{of}."
+        text = f"**{folder}** is in training, {at}."
     else:
         kept = [path.name for path in stage.checkpoints()[-1:]]
         after = (
             f"Resume continues from {kept[0]}." if kept else "There is no checkpoint yet: Resume begins at the start."
         )
-        text = f"**{folder}** was stopped at step {number(record.step)}{of}. {after}"
+        text = f"**{folder}** was stopped {at}. {after}"
+    if (folder / REPORT).is_file():
+        text += f" [Open the report](/report?stage={folder})"
     facts = "; ".join(f"{name} {value}" for name, value in record.facts().items() if name != "steps")
-    link = f" [Open the report](/report?stage={folder})" if (folder / REPORT).is_file() else ""
-    return f"{text}{link}\n\n{facts}", record
+    return f"{text}\n\n{facts}", record.columns
 
 
 def log_of(folder: Path) -> Path:
@@ -158,14 +159,9 @@ def log_of(folder: Path) -> Path:
 
 
 def log_text(folder: Path) -> str:
-    """The end of a stage's log; "" if it was started in a terminal."""
+    """The last lines of a stage's output; "" if it was started in a terminal."""
     path = log_of(folder)
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - LOG_BYTES))
-        lines = file.read().splitlines(keepends=True)
-    return "".join(map(_shown, lines[-200:]))
+    return "".join(map(_shown, path.read_bytes().splitlines(keepends=True)[-LINES:])) if path.is_file() else ""
 
 
 def _unbuffered() -> dict[str, str]:

@@ -82,10 +82,10 @@ def words_of(
         "output_dir": run,
     }
     try:
-        others = shlex.split(more)
+        others = shlex.split(more or "")
     except ValueError as error:
         raise UserError(f"other keys: {error}.", "Write key=value, and quote a value with spaces.") from None
-    return [f"{key}={value.strip()}" for key, value in values.items() if value.strip()] + others
+    return [f"{key}={value.strip()}" for key, value in values.items() if value and value.strip()] + others
 
 
 def upload(file: str) -> str:
@@ -134,28 +134,27 @@ def runs() -> list[str]:
 
 
 def look(folder: str | None) -> tuple[Any, ...]:
-    """What the tab Train shows of a stage: its state, the charts, the log, and whether to look again."""
+    """What the tab Train shows of a stage: its state, the charts, the end of its output, and whether to look again."""
     with errors_on_page():
         if not folder:
-            return "Nothing was trained here yet.", *[None] * len(CHARTS), "", gr.Timer(active=False)
+            return "Nothing was trained here yet.", *map(chart, [{}] * len(CHARTS)), "", gr.Timer(active=False)
         path = Path(folder)
         if error := jobs.failure_of(path):
             raise error
-        text, record = jobs.state_of(path)
-        charts = [None if record is None else points(record, names) for names in CHARTS.values()]
-        return text, *charts, jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
+        text, columns = jobs.state_of(path)
+        curves = ({name: columns[key] for key, name in names.items() if key in columns} for names in CHARTS.values())
+        return text, *map(chart, curves), jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
 
 
-def points(record: StageRecord, names: dict[str, str]) -> pd.DataFrame:
-    """The points of a chart's curves."""
-    found: dict[str, list[Any]] = {"step": [], "value": [], "curve": []}
-    for metric, name in names.items():
-        steps, values = record.columns.get(metric, ([], []))
-        every = -(-len(steps) // POINTS) or 1
-        found["step"] += steps[::every]
-        found["value"] += values[::every]
-        found["curve"] += [name] * len(steps[::every])
-    return pd.DataFrame(found)
+def chart(curves: dict[str, tuple[list[int], list[float]]]) -> Any:
+    """A chart of curves {name: (steps, values)}; hidden if there are none."""
+    points = [
+        (step, value, name)
+        for name, (steps, values) in curves.items()
+        for step, value in list(zip(steps, values))[:: -(-len(steps) // POINTS)]
+    ]
+    frame = pd.DataFrame(points, columns=["step", "value", "curve"]) if points else None
+    return gr.LinePlot(frame, visible=frame is not None)
 
 
 def build(talk: Talk) -> gr.Blocks:
@@ -289,10 +288,17 @@ def build(talk: Talk) -> gr.Blocks:
                 with gr.Row():
                     for title in titles:
                         plot = gr.LinePlot(
-                            x="step", y="value", color="curve", title=title, y_title=" ", color_title=" ", height=220
+                            x="step",
+                            y="value",
+                            color="curve",
+                            title=title,
+                            y_title=" ",
+                            color_title=" ",
+                            height=220,
+                            visible=False,
                         )
                         charts.append(plot)
-            log = gr.Textbox(label="Output", lines=10, max_lines=10, **text_box)
+            log = gr.Textbox(label="Output", lines=jobs.LINES, max_lines=jobs.LINES, **text_box)
         with gr.Tab("Chat") as chat_tab:
             gr.Markdown("Ask the base model and the trained ones the same questions. Votes become pairs for DPO.")
             with gr.Row():
