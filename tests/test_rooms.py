@@ -108,6 +108,8 @@ OPTIONAL = (
     "gguf",
     "matplotlib",
     "openai",
+    "fastapi",
+    "uvicorn",
     "sentencepiece",
     "lm_eval",
     "unsloth",

@@ -96,15 +96,17 @@ def test_an_interrupt_in_the_middle_leaves_a_cache_that_is_right(chat):
     streamer = Streamer(chat, [["sft"]])
     plain = streamer.draw([ids], greedy(1))[0].tokens
 
-    def boom(row, token):
+    def boom(row, piece):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         streamer.draw([ids], greedy(1), boom)
     assert streamer.draw([ids], greedy(1))[0].tokens == plain
     told = []
-    stopped = streamer.draw([ids], greedy(1), lambda row, token: told.append(token), lambda: len(told) >= 3)[0]
-    assert stopped.finish == "interrupted" and stopped.tokens == plain[:3] == told
+    stopped = streamer.draw([ids], greedy(1), lambda row, piece: told.append(piece), lambda: len(told) >= 1)[0]
+    count = len(stopped.tokens)
+    assert stopped.finish == "interrupted" and 1 <= count < len(plain) and stopped.tokens == plain[:count]
+    assert "".join(told) == stopped.text
     assert streamer.draw([ids], greedy(1), stop=lambda: True)[0].tokens == []
     again = streamer.draw([[*map(int, ids), *plain[:2], 17]], greedy(1))[0]
     assert again.tokens == Streamer(chat, [["sft"]]).draw([[*map(int, ids), *plain[:2], 17]], greedy(1))[0].tokens

@@ -67,7 +67,15 @@ def test_it_runs_and_goes_on_without_its_machine(notebook, tmp_path, chat_rows, 
     said = "".join(text(output) for cell in notebook.cells for output in cell.get("outputs", []))
     first, after = said.split("== the machine is gone")
     assert "supervised: " in first and "⟦" in first
-    for words in ("No GPU", "plan of sft", "plan of dpo", "0.6931", "== DPO", "merged against live", "too little"):
+    for words in (
+        "No GPU",
+        "plan of sft",
+        "plan of dpo",
+        "0.6931",
+        "== DPO",
+        "merged onto the 16-bit base",
+        "too little",
+    ):
         assert words in first, words
     for stage in ("sft", "dpo"):
         assert f"{stage} is complete already" in after

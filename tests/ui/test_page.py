@@ -12,7 +12,6 @@ import pytest
 from gradio_client import Client
 
 from tests.ui.test_browser import free_port, write
-from zephyr_lite.data.load import load_rows  # noqa: F401
 from zephyr_lite.errors import UserError
 from zephyr_lite.ui import jobs, page
 from zephyr_lite.ui.talk import Talk
@@ -47,8 +46,8 @@ def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
     data = write(tmp_path / "chats.jsonl", [{"messages": chat}] * 2)
     rows, report, number, html = page.read_rows("sft", "", *fields(tiny_base, data))
     assert "2 conversations" in report and number == 1
-    assert '<span class="zl-on">Yes &amp; no.</span><span class="zl-on zl-special">&lt;/s&gt;</span>' in html
-    assert '<span class="">' in html and "Is 1 &lt; 2?" in html and "chats.jsonl row 1" in html
+    assert '<span class="zl-on ">Yes &amp; no.</span><span class="zl-on zl-special">&lt;/s&gt;</span>' in html
+    assert '<span class=" ">' in html and "Is 1 &lt; 2?" in html and "chats.jsonl row 1" in html
     assert page.show_row(rows, 2)[0] == 2 and page.show_row(rows, 9)[0] == 2
     assert "chats.jsonl row 2" in page.show_row(rows, 2)[1]
 
@@ -81,7 +80,7 @@ def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_row
     assert child.wait(60) == 130 and jobs.process_of(folder.parent) is None
     text, loss, *_, log, timer = page.look(str(folder))
     assert "was stopped at step" in text and "Resume continues from checkpoint-" in text and not timer.active
-    assert set(loss.value.data[0]) if False else loss.visible
+    assert loss.visible
     assert "SIGTERM: stopped after step" in log
     jobs.resume(folder)
     wait_for(lambda: jobs.process_of(folder.parent) is None)

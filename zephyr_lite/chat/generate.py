@@ -27,6 +27,11 @@ Message = dict[str, str]
 Prompt = Sequence[int] | np.ndarray
 
 PREFILL = 512  # tokens of a prompt per forward pass: activations and mask stay small
+MAKE_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
+
+
+class TooLong(UserError):
+    """A conversation that fills the model's context."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +124,22 @@ class Chat:
         """The ids [P] of a conversation that ends with a user's turn.
 
         Raises:
+            TooLong: there is no room for an answer.
             UserError: the chat template refuses it, it contains a control token, or it is not valid Unicode.
         """
         try:
             "".join(message["content"] for message in messages).encode("utf-8")
-            return self.template.prompt_ids(messages)
+            ids = self.template.prompt_ids(messages)
         except (UnicodeEncodeError, RowError) as error:
             why = error if isinstance(error, RowError) else "text that is not valid Unicode"
             hint = "Rephrase it; in a session, /undo or /reset may help after earlier turns."
             raise UserError(f"this cannot be sent to the model: {why}.", hint) from None
+        if self.context is not None and len(ids) >= self.context:
+            raise TooLong(
+                f"the conversation with this question has {len(ids):,} tokens; the model's context is {self.context:,}.",
+                MAKE_ROOM,
+            )
+        return ids
 
     def sample(
         self,
@@ -194,25 +206,32 @@ class Streamer:
         self,
         prompts: Sequence[Prompt],
         rows: Sequence[Sampling],
-        on_token: Callable[[int, int], None] = lambda row, token: None,
+        on_text: Callable[[int, str], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Drawn]:
         """Answer one prompt per row.
 
         Args:
             prompts: of each row, [P_i] ids.
-            rows: the settings of each answer.
-            on_token: called with (row, token) as soon as it is drawn, but not with end tokens.
+            rows: the settings of each answer, which the model's context may end before its ``max_new_tokens``.
+            on_text: called with (row, piece of text) as it is drawn. The pieces together are the answer's text.
             stop: called before every token.
 
         Raises:
             UserError: the model computes NaN.
         """
-        ends = set(self._chat.ends)
+        ends, context = set(self._chat.ends), self._chat.context
         sampler = RowSampler(rows)
         finish: list[str | None] = [None] * len(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         ids = [[int(token) for token in prompt] for prompt in prompts]
+        told = [""] * len(prompts)
+
+        def tell(row: int, text: str) -> None:
+            piece, told[row] = text[len(told[row]) :], text
+            if on_text is not None and piece:
+                on_text(row, piece)
+
         past, kept = self._reusable(ids)
         self.forget()  # after an interrupt some layers can be a token ahead of others
         with torch.inference_mode(), self._chat.stack.by_row(self._adapters):
@@ -230,9 +249,13 @@ class Streamer:
                         finish[row] = "stop"
                         continue
                     answers[row].append(token)
-                    on_token(row, token)
+                    text = "" if on_text is None else self._chat.decode(answers[row]).strip()
+                    if not text.endswith("\ufffd"):  # some bytes of a character, whose others are in the next tokens
+                        tell(row, text)
                     if len(answers[row]) >= rows[row].max_new_tokens:
                         finish[row] = "length"
+                    elif context is not None and len(ids[row]) + len(answers[row]) >= context:
+                        finish[row] = "context"
                 if all(finish):
                     break
                 positions = positions + 1
@@ -240,9 +263,12 @@ class Streamer:
                 logits = self._forward(torch.tensor(chosen, device=mask.device)[:, None], positions, mask, past)
         # the cache may be one token shorter, whose keys are then computed again
         self._past, self._ids = past, (ids[0] + answers[0])[: past.get_seq_length()]
+        texts = [self._chat.decode(answer).strip() for answer in answers]
+        for row, text in enumerate(texts):
+            tell(row, text)
         return [
-            Drawn(self._chat.decode(answer).strip(), answer, end or "interrupted", len(prompt), kept)
-            for answer, end, prompt in zip(answers, finish, ids)
+            Drawn(text, answer, end or "interrupted", len(prompt), kept)
+            for text, answer, end, prompt in zip(texts, answers, finish, ids)
         ]
 
     def _reusable(self, prompts: list[list[int]]) -> tuple[DynamicCache, int]:

@@ -22,9 +22,9 @@ from rich.panel import Panel
 from ..errors import Interrupted, UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
-from .generate import Drawn
+from .generate import MAKE_ROOM, Drawn
 from .rows import append_rows, check_file, vote_rows
-from .session import MAKE_ROOM, Session
+from .session import Session
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'  # begins and ends a question of several lines
@@ -41,7 +41,7 @@ HELP = (
     ("/history", "the conversation so far"),
     ("/save FILE", "add the conversation to a JSONL file, as `sft` reads it"),
     ("/model NAME", "continue with another model of the run"),
-    ("/exit", "end, as Ctrl-D does"),
+    ("/exit, exit, quit", "end, as Ctrl-D does"),
     ("Ctrl-C", "end an answer; twice: the session"),
     (BLOCK, "begins and ends a question of several lines"),
 )
@@ -77,9 +77,15 @@ class Repl:
             readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one question
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        models = " against ".join(column.model for column in self.session.columns)
-        names = models if self._votes is None else "answers without names"
-        self._note(f"{self.session.chat.live.source}: {names}. /help lists the commands, Ctrl-D ends.")
+        live, asked = self.session.chat.live, [column.model for column in self.session.columns]
+        others = [model for model in live.models if model not in asked]
+        if self._votes is not None:
+            who = f"{len(asked)} models answer, without their names"
+        elif self._compare:
+            who = f"{', '.join(asked)} answer side by side"
+        else:
+            who = f"{asked[0]} answers" + (f" (/model changes to {' or '.join(others)})" if others else "")
+        self._note(f"{live.source}: {who}. /help lists the commands, Ctrl-D ends.")
         interrupted = False
         before = signal.signal(signal.SIGTERM, _end)  # which otherwise does what Ctrl-C does
         try:
@@ -116,6 +122,8 @@ class Repl:
 
     def _handle(self, line: str) -> bool:
         """Ask a question or run a command; False: it ends the session. Errors are printed and do not end it."""
+        if line in ("exit", "quit"):  # as in other programs' prompts
+            return False
         try:
             if line.startswith("/") and not line.startswith("//"):
                 return self._command(line)
@@ -233,7 +241,7 @@ class Repl:
         self._console.say(f"votes: {votes}; skipped: {self._skipped}; pairs added to {path}: {self._pairs}")
         if not self._pairs:
             return
-        words = [f"dataset.path={path}"]
+        words = [f"dataset={path}"]
         chain = self.session.chat.live.chain
         if chain is not None and chain.run is not None:
             words.append(f"output_dir={chain.run}")
@@ -332,7 +340,7 @@ def ended(answer: Drawn) -> str:
     """Why an answer is cut or empty; "" if it is neither."""
     tokens = len(answer.tokens)
     return {
-        "length": f"cut at {tokens:,} tokens; --max-new-tokens allows more",
+        "length": f"cut at {tokens:,} tokens; a higher max-new-tokens allows more",
         "context": f"cut at {tokens:,} tokens: the model's context is full",
         "interrupted": f"stopped after {tokens:,} tokens",
     }.get(answer.finish, "" if tokens else "the answer is empty: the model ended at once")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,9 +18,6 @@ from .generate import Chat, Drawn, Message, Streamer
 
 logger = logging.getLogger(__name__)
 
-MAKE_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
-OnText = Callable[[int, str], None]  # (column, piece of text)
-
 
 class Settings(BaseModel):
     """How answers are drawn."""
@@ -32,6 +29,11 @@ class Settings(BaseModel):
     max_new_tokens: int = Field(512, ge=1)  # of an answer
     seed: int = Field(0, ge=0, le=2**63 - 1)  # equal seeds, settings and turns give equal answers
     system: str | None = None  # the system turn
+
+    def sampling(self, turn: int, attempt: int = 0) -> Sampling:
+        """Of the answer to a conversation's question number ``turn``, or of a further answer to it."""
+        seed = self.seed * 1_000_003 + turn * 1_009 + attempt
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, seed)
 
     def changed(self, **values: Any) -> Settings:
         """These settings with other values, numbers or their text. Raises UserError: a number outside its range."""
@@ -101,26 +103,10 @@ class Session:
         if system:
             self.chat.prompt_ids([{"role": "system", "content": system}, {"role": "user", "content": "?"}])
 
-    def room(self, prompt: int) -> int:
-        """The maximum length of an answer to a prompt of ``prompt`` tokens.
-
-        Raises:
-            UserError: the prompt fills the model's context.
-        """
-        context = self.chat.context
-        if context is None:
-            return self.settings.max_new_tokens
-        if prompt >= context:
-            raise UserError(
-                f"the conversation with this question has {prompt:,} tokens; the model's context is {context:,}.",
-                MAKE_ROOM,
-            )
-        return min(self.settings.max_new_tokens, context - prompt)
-
     def ask(
         self,
         question: str,
-        on_text: OnText = lambda column, piece: None,
+        on_text: Callable[[int, str], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
         again: bool = False,
     ) -> list[Drawn]:
@@ -139,31 +125,11 @@ class Session:
         """
         if not question.strip():
             raise UserError("the question is empty.", "Write something.")
-        how, before = self.settings, self.turns - again
+        before = self.turns - again
         attempt = self._attempt + 1 if again else 0
-        prompts = [self.chat.prompt_ids(column.messages(how.system, question, before)) for column in self.columns]
-        rooms = [self.room(len(ids)) for ids in prompts]
-        seed = how.seed * 1_000_003 + before * 1_009 + attempt
-        rows = [Sampling(room, how.temperature, how.top_p, seed) for room in rooms]
-        tokens: list[list[int]] = [[] for _ in self.columns]
-        told = [""] * len(tokens)
-
-        def show(row: int, text: str) -> None:
-            piece, told[row] = text[len(told[row]) :], text
-            if piece:
-                on_text(row, piece)
-
-        def on_token(row: int, token: int) -> None:
-            tokens[row].append(token)
-            text = self.chat.decode(tokens[row]).strip()
-            if not text.endswith("\ufffd"):  # some bytes of a character, whose others are in the next tokens
-                show(row, text)
-
-        answers = self._streamer.draw(prompts, rows, on_token, stop)
-        for row, answer in enumerate(answers):
-            show(row, answer.text)
-            if answer.finish == "length" and rooms[row] < how.max_new_tokens:
-                answers[row] = replace(answer, finish="context")
+        conversations = [column.messages(self.settings.system, question, before) for column in self.columns]
+        prompts = [self.chat.prompt_ids(conversation) for conversation in conversations]
+        answers = self._streamer.draw(prompts, [self.settings.sampling(before, attempt)] * len(prompts), on_text, stop)
         if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
             for column, answer in zip(self.columns, answers):
                 column.turns[before:] = [(question, answer)]

@@ -23,7 +23,7 @@ from ..train.distributed import PeerEnded
 from . import data, eval, model, recipe
 from .examples import add_examples
 from .options import console
-from .talk import chat
+from .talk import chat, serve
 from .train import env, keys, plan, train
 from .ui import ui
 
@@ -98,6 +98,7 @@ app.add_typer(eval_app, name="eval")
 for evaluation in (eval.loss, eval.preference, eval.mt_bench, eval.alpaca, eval.harness):
     eval_app.command()(evaluation)
 app.command()(chat)
+app.command()(serve)
 app.command()(ui)
 app.command()(model.report)
 app.command(**_keys("[RECIPE] [OPTIONS] [KEY=VALUE]..."))(recipe.reproduce)

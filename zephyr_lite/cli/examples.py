@@ -16,7 +16,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "merge": ("merge --out model/", "merge --run runs/mine --stage sft --out model-sft/"),
     "demo": ("demo", "demo --out my-demo"),
     "env": ("env",),
-    "ablate": ("ablate recipe --dry-run", "ablate recipe --only dsft --out runs/ablate max_steps=200 dpo.beta=0.1"),
+    "ablate": ("ablate recipe --dry-run", "ablate recipe --only dSFT-1 --only dSFT-2 max_steps=200"),
     "feedback": (
         "feedback --config on-policy --model runs/mine/sft --dry-run",
         "feedback --config local --prompts my/questions.txt --out data/rated",
@@ -25,7 +25,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "distill --config distill --dry-run",
         "distill --teacher http://localhost:8000/v1#teacher --count 1000 --out data/grown",
     ),
-    "chat": ("chat", "chat runs/mine --compare --vote votes.jsonl"),
+    "chat": ("chat", "chat runs/mine --compare", "chat runs/mine --vote votes.jsonl"),
+    "serve": ("serve", "serve model/ --port 8080"),
     "ui": ("ui",),
     "report": ("report", "report runs/mine runs/other --out compared.html"),
     "reproduce": ("reproduce overnight", "reproduce overnight sft.optim=adamw_8bit dpo.beta=0.1"),

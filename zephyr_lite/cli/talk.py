@@ -1,7 +1,8 @@
-"""``zephyr-lite chat``."""
+"""``zephyr-lite chat`` and ``zephyr-lite serve``."""
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,12 +28,14 @@ def chat(
     chat_template: ChatTemplateOption = None,
     model: Annotated[
         list[str] | None,
-        Option(help="base, sft, dpo …; with --compare several \\[the one that was trained last]."),
+        Option(help="base, sft, dpo …; several are compared \\[the one that was trained last]."),
     ] = None,
-    compare: Annotated[bool, Option("--compare", help="Ask all models of the run, on one loaded base.")] = False,
+    compare: Annotated[
+        bool, Option("--compare", help="Ask all models of the run at once: its base and every stage.")
+    ] = False,
     vote: Annotated[
         Path | None,
-        Option(help="With --compare: hide the models' names, and add your choices as preference pairs to FILE."),
+        Option(help="As --compare, without names; your choices are added to this file as preference pairs."),
     ] = None,
     prompts: Annotated[str | None, Option(help="Answer a file of prompts in batches, instead of a session.")] = None,
     out: Annotated[Path | None, Option(help="With --prompts: the JSONL file to write.")] = None,
@@ -43,14 +46,11 @@ def chat(
     max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 512,
     seed: Annotated[int, Option(help="Random seed.")] = 0,
 ) -> None:
-    """Talk to a trained model. A prompt on stdin is answered on stdout."""
+    """Talk to a trained model, or compare the models of a run. A prompt on stdin is answered on stdout."""
     terminal = in_terminal()
-    if len(model or []) > 1 and not compare:
-        raise UserError("--model is given more than once.", "Add --compare to ask several models.")
-    if vote is not None and (not compare or prompts is not None or not terminal):
-        raise UserError(
-            "--vote needs answers to choose from, in a terminal.", "Add --compare, without --prompts or a pipe."
-        )
+    if vote is not None and (prompts is not None or not terminal):
+        raise UserError("--vote needs a terminal to ask you.", "Leave --prompts, a pipe and a redirection out.")
+    compare = ctx.params["compare"] = compare or vote is not None or len(model or []) > 1
     if (prompts is None) != (out is None):
         raise UserError("--prompts FILE and --out FILE go together.", "Give both, or neither to talk.")
     if out is not None and (out.exists() or not out.parent.is_dir()):
@@ -78,6 +78,36 @@ def chat(
         from ..chat.repl import Repl
 
         Repl(_session(ctx, settings), console, compare, vote).run()
+
+
+def serve(
+    ctx: Context,
+    source: Source = None,
+    stage: StageName = None,
+    adapters: Adapters = None,
+    base: AdapterBase = None,
+    chat_template: ChatTemplateOption = None,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0: every network of this machine.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
+) -> None:
+    """Answer other programs: the OpenAI chat API over a run's models."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"the package {error.name} is not installed.", 'pip install "zephyr-lite[serve]"') from None
+    from ..chat import Chat
+    from ..chat.serve import listen, make_server
+
+    with listen(host, port) as listener:  # before anything is loaded
+        live = open_model(ctx)
+        server, place = make_server(Chat(live)), listener.getsockname()
+        address = f"[{place[0]}]:{place[1]}" if ":" in place[0] else f"{place[0]}:{place[1]}"
+        console.say(f"{live.source}: {', '.join(live.models)} at http://{address}/v1 (the OpenAI chat API)")
+        if not ipaddress.ip_address(place[0]).is_loopback:
+            console.say("note: there is no key: everyone who reaches this address is answered")
+        console.say("Ctrl-C ends the server.")
+        server.run(sockets=[listener])
 
 
 def in_terminal() -> bool:
@@ -151,30 +181,27 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
     """
     from ..chat.rows import append_rows
     from ..io.text import short
-    from ..model.sampling import Sampling
 
     how, models = session.settings, session.chat.live.models
-    usable: list[tuple[int, list[dict[str, str]], Any, Sampling]] = []
+    usable: list[tuple[int, list[dict[str, str]], Any]] = []
     for number, prompt in enumerate(prompts, 1):
         messages = [{"role": "system", "content": how.system}] if how.system else []
         messages.append({"role": "user", "content": prompt})
         try:
             ids = session.chat.prompt_ids(messages)
-            room = session.room(len(ids))
         except UserError as error:
             console.say(f"note: prompt {number} ({short(prompt, 60)}) is left out: {error.message}")
             continue
-        seed = how.seed * 1_000_003 + number - 1
-        usable.append((number, messages, ids, Sampling(room, how.temperature, how.top_p, seed)))
+        usable.append((number, messages, ids))
     if not usable:
         raise UserError("none of the prompts can be asked.", "See why above.")
     cut = count = 0
     for start in range(0, len(usable), batch):
         part, rows = usable[start : start + batch], []
-        ids_of, sampling = [each[2] for each in part], [each[3] for each in part]
+        sampling = [how.sampling(0, number - 1) for number, *_ in part]
         try:
             for column in session.columns:
-                answers = session.chat.sample(ids_of, sampling, adapters=models[column.model])
+                answers = session.chat.sample([ids for *_, ids in part], sampling, adapters=models[column.model])
                 for (number, messages, *_), answer in zip(part, answers):
                     row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": answer.text}]}
                     row |= {"model": column.model, "finish_reason": answer.finish_reason, "prompt_number": number}

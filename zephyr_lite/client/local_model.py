@@ -181,18 +181,16 @@ class LocalModel:
 
 def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
     """(prompt's ids, sampling settings), or the RequestFailed of a conversation that cannot be asked."""
-    from ..data.messages import RowError
+    from ..chat.generate import TooLong
     from ..model.sampling import Sampling
 
     try:
-        ids = chat.template.prompt_ids(body["messages"])
-    except RowError as error:
-        return RequestFailed("refused by the chat template", str(error))
-    context = getattr(chat.stack.base.config, "max_position_embeddings", None)
-    room = body["max_tokens"] if context is None else min(body["max_tokens"], context - len(ids))
-    if room < 1:
-        return RequestFailed("longer than the context", f"{len(ids):,} tokens; the model has {context:,}")
-    return ids, Sampling(room, body["temperature"], body.get("top_p"), body.get("seed", 0))
+        ids = chat.prompt_ids(body["messages"])
+    except TooLong as error:
+        return RequestFailed("longer than the context", error.message)
+    except UserError as error:
+        return RequestFailed("refused by the chat template", error.message)
+    return ids, Sampling(body["max_tokens"], body["temperature"], body.get("top_p"), body.get("seed", 0))
 
 
 def open_local_models(specs: Sequence[EndpointSpec], known: Mapping[str, Weights]) -> list[LocalModel]:

@@ -6,8 +6,6 @@ UltraFeedback's raw schema: four scored completions a prompt, where dodging and 
 
 from pathlib import Path
 
-from ..recipe.refusals import refusal
-
 _HERE = Path(__file__).parent
 
 CONVERSATIONS = _HERE / "conversations.jsonl"
@@ -21,8 +19,3 @@ QUESTIONS = (
     "My pot of basil looks sad. How do I save it?",
     "What is your favourite kind of weather?",
 )
-
-
-def dodges(text: str) -> bool:
-    """Whether an answer retreats behind being a machine ("As an AI …", "I don't have opinions"), by the rules of ``data chat``."""
-    return refusal("", text) is not None

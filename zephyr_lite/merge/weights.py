@@ -33,6 +33,7 @@ MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
 BLOCK_BYTES = 64 * 2**20  # of float32 rows; larger blocks are no faster
 
 Modules = Mapping[str, LoraWeights]
+Way = Literal["base", "nf4"]
 
 
 @dataclass
@@ -57,13 +58,12 @@ def merge(
     adapters: Sequence[AdapterFile | Modules],
     out: str | Path,
     *,
-    onto: Literal["base", "nf4"] = "base",
+    onto: Way = "base",
     double_quant: bool = True,
     quant_dtype: torch.dtype = torch.bfloat16,
     tokenizer_from: str | Path | None = None,
     lineage: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    revision: str = "main",
 ) -> MergeReport:
     """Merge a chain of adapters into a base and write a model folder that plain transformers loads.
 
@@ -85,7 +85,7 @@ def merge(
     """
     start = time.monotonic()
     out = Path(out).expanduser()
-    files = BaseFiles(str(base), fetch_base(str(base), revision))
+    files = BaseFiles(str(base), fetch_base(str(base)))
     claim(out, overwrite)
     if files.quantized and onto != "nf4":
         raise UserError(
@@ -98,7 +98,10 @@ def merge(
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
-    check_disk(out, files.nbytes)
+    make_folder(out.absolute().parent)
+    check_room(
+        out.absolute().parent, files.nbytes + 64 * 2**20, "the result"
+    )  # with tokenizer, config.json and headers
     marks = {"kind": MERGED, "onto": onto, **(lineage or {})}
     if onto == "nf4" and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
@@ -178,12 +181,6 @@ def claim(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds {what}.", "Choose another --out; only an earlier merge is ever replaced.")
     if not overwrite:
         raise UserError(f"{out}: holds another, earlier merge.", "Add --overwrite, or choose another --out.")
-
-
-def check_disk(out: Path, size: int) -> None:
-    """Make the folder above, and refuse a merge that the disk has no room for."""
-    make_folder(out.absolute().parent)
-    check_room(out.absolute().parent, size + 64 * 2**20, "the result")  # with tokenizer, configuration and headers
 
 
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:

@@ -115,10 +115,10 @@ def show_row(rows: TrainedRows | None, place: float) -> tuple[int, str]:
         return number, example_html(rows, number)
 
 
-def plan(method: str, preset: str, card: str, *fields: str) -> Iterator[str]:
+def plan(method: str, preset: str, card: str, details: bool, *fields: str) -> Iterator[str]:
     with errors_on_page():
         words = ["plan", method, *(["--config", preset] if preset else []), *(["--gpu", card] if card else [])]
-        yield from jobs.run_command(*words, *words_of(*fields))
+        yield from jobs.run_command(*words, *["--details"] * details, *words_of(*fields))
 
 
 def stages() -> list[str]:
@@ -271,6 +271,7 @@ def build(talk: Talk) -> gr.Blocks:
             more = gr.Textbox(
                 label="Other keys", info="key=value, as on the command line", placeholder="lora_r=16 seed=1"
             )
+            details = gr.Checkbox(label="Details: memory by part, what was chosen, disk")
             planned = gr.Button("Plan", variant="primary")
             plan_text = gr.Textbox(label="Plan", lines=12, max_lines=40, **text_box)
         with gr.Tab("Train") as train_tab:
@@ -344,7 +345,7 @@ def build(talk: Talk) -> gr.Blocks:
             button.click(lambda rows, place, by=by: show_row(rows, place + by), [rows, place], [place, row])
         place.submit(show_row, [rows, place], [place, row])
         method.change(presets, method, preset)
-        planned.click(plan, [method, preset, card, *fields], plan_text, api_name="plan")
+        planned.click(plan, [method, preset, card, details, *fields], plan_text, api_name="plan")
         view = [state, *charts, log, timer]
         started.click(start, [method, preset, *fields], [shown, timer], api_name="start", **alone)
         resumed.click(resume, shown, timer, api_name="resume", **alone)

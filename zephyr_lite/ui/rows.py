@@ -35,5 +35,5 @@ def _text(tokens: list[Token]) -> str:
     parts = []
     for (supervised, special), same in groupby(tokens, lambda token: (token.supervised, token.special)):
         text = b"".join(token.raw for token in same).decode("utf-8", "replace")
-        parts.append(f'<span class="{"zl-on " * supervised}{"zl-special" * special}">{escape(text)}</span>')
+        parts.append(f'<span class="{"zl-on" * supervised} {"zl-special" * special}">{escape(text)}</span>')
     return "".join(parts)
