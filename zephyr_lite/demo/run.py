@@ -172,8 +172,12 @@ def print_standings(console: Console, standings: Mapping[str, Standing]) -> None
     scores.add_row("held-out loss, nats a token", *(f"{one.loss:.3f}" for one in found))
     scores.add_row("better answers preferred", *(f"{one.preference_accuracy:.0%}" for one in found))
     console.out.print(scores, soft_wrap=False, width=width)
-    before, after = (standings[name].preference_accuracy for name in ("SFT", "DPO"))
-    text = f"The DPO model prefers the better answer in {after:.0%} of the held-out pairs; before DPO it was {before:.0%}. "
+    before, after = (f"{standings[name].preference_accuracy:.0%}" for name in ("SFT", "DPO"))
+    console.say()
+    say = textwrap.TextWrapper(width, break_on_hyphens=False)
     console.say(
-        "\n" + textwrap.fill(text + "An answer is preferred if its tokens have the higher mean log-probability.", width)
+        say.fill(
+            f"The DPO model prefers the better answer in {after} of the held-out pairs; before DPO it was {before}. "
+            "An answer is preferred if its tokens have the higher mean log-probability."
+        )
     )

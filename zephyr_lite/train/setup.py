@@ -131,10 +131,9 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
     plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
-        fused = config.engine == "fused"
-        machine = this_machine(device, dtype, config.memory, engine=config.engine, measure=fused)
+        machine = this_machine(device, dtype, config.memory)
         plan = make_plan(workload, machine, config.memory)
-        for line in forecast_lines(workload, machine, plan, config) if fused else plan.lines():
+        for line in forecast_lines(workload, machine, plan, config):
             logger.info(line)
     torch.set_num_threads(plan.threads)
 
@@ -317,7 +316,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
     table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
     found: dict[str, Any] = {
-        "longest": int(lengths.max()),
+        "longest": int(max(lengths.max(), 0 if config.engine == "fused" else rows.max())),  # TRL takes whole rows
         "step_tokens": int(np.ceil(in_a_step)),
         "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
         "run_tokens": int(steps * in_a_step),
