@@ -246,7 +246,7 @@ def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, r
     for option, words in commands.items():
         code, out, err = invoke(*words)
         assert (code, out) == (2, "") and err.startswith("error: which run? These 2 changed within a day:\n"), words
-        assert f"  {option}runs/t  changed " in err and f"  {option}runs/other  changed " in err, words
+        assert f"  {option}runs/t      changed " in err and f"  {option}runs/other  changed " in err, words
         assert err.endswith(("runs/t.\n", "runs/other.\n"))
     assert invoke("report")[0] == 2
     code, out, err = invoke("report", "runs/other")
