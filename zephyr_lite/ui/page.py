@@ -53,7 +53,10 @@ CSS = """
 .zl-asked {background: rgba(128, 128, 128, .15); border-radius: 8px; padding: .4em .7em; margin: .6em 0 .3em}
 .zl-answer {padding: .2em .7em}
 .zl-text textarea {font: 12px/1.45 ui-monospace, monospace; white-space: pre; overflow-x: auto}
-@media (max-width: 600px) {.zl-turn {grid-template-columns: 1fr; gap: 0}}
+@media (max-width: 600px) {
+  .zl-turn {grid-template-columns: 1fr; gap: 0}
+  .form > * {min-width: 100% !important}
+}
 """
 
 
