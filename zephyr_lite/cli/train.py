@@ -128,7 +128,14 @@ def plan(
     methods, words = stages_of(list(context.args), config)
     if ladder:
         stage = None if words == context.args else context.args[0]
-        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, "--details": details or None, f"a stage ({stage})": stage}
+        others = {
+            "--gpu": gpu,
+            "--vram": vram,
+            "--price": price,
+            "--config": config,
+            "--details": details or None,
+            f"a stage ({stage})": stage,
+        }
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
