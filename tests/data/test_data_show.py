@@ -133,7 +133,7 @@ def test_a_packed_row_shows_two_conversations_in_80_columns_and_all_with_all(sho
     titles = [line for line in whole.splitlines() if line.startswith("── segment")]
     assert len(titles) > 3 and all(len(line) == 80 for line in titles if len(line.rstrip("─")) < 78)
     assert [line for line in short.splitlines() if line.startswith("──")] == titles[:2]
-    assert f"\n… and {len(titles) - 2} more: --all shows all of this row" in short and "more:" not in whole
+    assert f"\n… {len(titles) - 2} more conversations: --all shows them" in short and "… " not in whole
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def merge(
     onto: Annotated[
         Literal["base", "nf4"] | None,
         Option(
-            help="base: the 16-bit weights. nf4: the 4-bit weights of training, dequantized. "
-            "By default the better one by the loss on the run's held-out rows."
+            help="base: the 16-bit weights. nf4: the 4-bit weights of training, dequantized "
+            "\\[the better one on the run's held-out rows]."
         ),
     ] = None,
     adapter: Adapters = None,

@@ -126,7 +126,7 @@ def run_merge(
             make(out, way)
             found.add(way, out)
     logger.info(found.line(way) + verdict)
-    if stored_in_4bit and onto is None:
+    if onto is None and stored_in_4bit:
         logger.info("The base is stored in NF4, without 16-bit weights to merge onto.")
     elif onto is None and not two_ways:
         logger.info("Training used the base in 16 bits, so there is no other way to merge.")

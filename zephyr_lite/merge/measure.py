@@ -48,10 +48,6 @@ class LogpDifference:
     max: float
     tokens: int
 
-    def line(self) -> str:
-        """For the console."""
-        return f"merged against live, {self.tokens} tokens: mean |Δ log p| {self.mean:.2e}, largest {self.max:.2e}"
-
 
 def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDifference:
     """The difference of two lists of per-token log-probabilities, row by row of the same shape [T - 1].
@@ -119,13 +115,12 @@ class MergeMeasure:
         with open_folder(folder, self._device, self._dtype) as model:
             found = _compare(self._live, _states(model, self._examples, self._device), self._targets)
             del model
-        kl, same, live, merged = (np.array([float(t.sum()) for t in values]) for values in found)
+        kl, same, live, merged = torch.stack([values.sum(1) for values in found], dim=1).numpy()
         self._sums |= {("live", "loss"): -live, (way, "kl"): kl, (way, "top1_agreement"): same}
         self._sums |= {(way, "loss"): -merged, (way, "loss_minus_live"): live - merged}
-        self.logps[way] = compare_logps(found[2], found[3])
+        self.logps[way] = compare_logps([values[2] for values in found], [values[3] for values in found])
         if len(self.logps) == 2:
-            gap = self._sums["base", "loss"] - self._sums["nf4", "loss"]
-            self._sums["base_minus_nf4", "loss"] = gap
+            self._sums["base_minus_nf4", "loss"] = self._sums["base", "loss"] - self._sums["nf4", "loss"]
         intervals = Bootstrap().intervals({key: (total, self._counts) for key, total in self._sums.items()})
         self.numbers = {}
         for (name, key), interval in intervals.items():
@@ -144,7 +139,9 @@ class MergeMeasure:
     def live_line(self) -> str:
         """The live stack's loss, for the console."""
         loss = self.numbers["live"]["loss"].value
-        return f"loss as trained: {loss:.3f}, on {self.rows} held-out conversations ({self.origin})"
+        return (
+            f"loss as trained: {loss:.3f}, on {self.rows} held-out conversation{'s' * (self.rows > 1)} ({self.origin})"
+        )
 
     def line(self, way: Way) -> str:
         """A folder's loss, for the console."""
@@ -153,11 +150,8 @@ class MergeMeasure:
 
     def closeness(self, way: Way) -> str:
         """How close a folder is to the live stack, for the console."""
-        numbers = self.numbers[way]
-        return (
-            f"--onto {way}: KL(live ‖ merged) {numbers['kl'].value:.2e} nats a token, the same top token at "
-            f"{numbers['top1_agreement'].value:.2%}; {self.logps[way].line()}"
-        )
+        gap, kl, same = self.logps[way].mean, self.numbers[way]["kl"].value, self.numbers[way]["top1_agreement"].value
+        return f"--onto {way}: mean |Δ log p| {gap:.2e}, KL {kl:.2e} nats, same top token {same:.2%}"
 
 
 # the states [N_i, D] on the CPU that each example's targets are predicted from, and the head: [n, D] → logits [n, V]
@@ -188,27 +182,17 @@ def _states(model: Any, examples: list[Example], device: torch.device) -> States
     return result, lambda states: head(states.to(device))
 
 
-def _compare(live: States, merged: States, targets: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """Per token, of each example [N_i] float64: KL; 1 where the top token is the same; log p of the target, live and merged."""
+def _compare(live: States, merged: States, targets: list[Tensor]) -> list[Tensor]:
+    """Of each example [4, N_i] float64: KL; 1 where the top token is the same; log p of the target, live and merged."""
     found = []
     for *states, ids in zip(live[0], merged[0], targets):
         parts = []
         for one, other, at in zip(*(tensor.split(CHUNK) for tensor in (*states, ids[:, None]))):
-            p, q = live[1](one).float().log_softmax(-1), merged[1](other).float().log_softmax(-1)
-            at = at.to(p.device)
-            values = (_kl(p, q), p.argmax(-1) == q.argmax(-1), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
-            parts.append([value.double().cpu() for value in values])
-        found.append([torch.cat(values) for values in zip(*parts)])
-    return tuple(map(list, zip(*found)))
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """[n] from log-probabilities [n, V]: Σ p (log p - log q) - p + q, the same sum with no term below zero, so that rounding
-    does not give a negative divergence where the two are nearly equal."""
-    gap, weight = p - q, p.exp()
-    near = weight * (gap + torch.expm1(-gap.clamp(-1, 1)))
-    terms = torch.where(gap.abs() < 0.1, near, weight * gap - weight + q.exp())
-    return terms.clamp_min(0).sum(-1)
+            p, q = live[1](one).double().log_softmax(-1), merged[1](other).double().log_softmax(-1)
+            kl, same, at = (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1), at.to(p.device)
+            parts.append(torch.stack([kl, same.double(), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0]]).cpu())
+        found.append(torch.cat(parts, dim=1))
+    return found
 
 
 @contextmanager

@@ -64,7 +64,6 @@ def merge(
     tokenizer_from: str | Path | None = None,
     lineage: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    revision: str = "main",
 ) -> MergeReport:
     """Merge a chain of adapters into a base and write a model folder that plain transformers loads.
 
@@ -86,7 +85,7 @@ def merge(
     """
     start = time.monotonic()
     out = Path(out).expanduser()
-    files = BaseFiles(str(base), fetch_base(str(base), revision))
+    files = BaseFiles(str(base), fetch_base(str(base)))
     claim(out, overwrite)
     if files.quantized and onto != "nf4":
         raise UserError(
@@ -99,7 +98,10 @@ def merge(
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
     through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
-    check_disk(out, files.nbytes)
+    make_folder(out.absolute().parent)
+    check_room(
+        out.absolute().parent, files.nbytes + 64 * 2**20, "the result"
+    )  # with tokenizer, config.json and headers
     marks = {"kind": MERGED, "onto": onto, **(lineage or {})}
     if onto == "nf4" and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
@@ -179,12 +181,6 @@ def claim(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds {what}.", "Choose another --out; only an earlier merge is ever replaced.")
     if not overwrite:
         raise UserError(f"{out}: holds another, earlier merge.", "Add --overwrite, or choose another --out.")
-
-
-def check_disk(out: Path, size: int) -> None:
-    """Make the folder above, and refuse a merge that the disk has no room for."""
-    make_folder(out.absolute().parent)
-    check_room(out.absolute().parent, size + 64 * 2**20, "the result")  # with tokenizer, configuration and headers
 
 
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:

@@ -200,9 +200,7 @@ def view_lines(
             yield from _interlinear(line, role if role != shown else "")
             shown = role
     if most and (left := len(segments) - most) > 0:
-        yield Text(
-            f"\n… and {left} more: --all shows all of this row, --from N the conversation in row N of the source."
-        )
+        yield Text(f"\n… {left} more conversations: --all shows them, --from N only that of row N.")
 
 
 def table_lines(rows: TrainedRows, number: int, segments: list[Segment]) -> Iterator[Text]:
