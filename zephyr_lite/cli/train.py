@@ -128,7 +128,8 @@ def plan(
     methods, words = stages_of(list(context.args), config)
     if ladder:
         stage = None if words == context.args else context.args[0]
-        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, "--details": details or None, f"a stage ({stage})": stage}
+        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
+        others["--details"] = details or None
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
@@ -154,4 +155,4 @@ def env() -> None:
     from .environment import survey
 
     for finding in survey():
-        console.say(finding.line())
+        console.say(finding.line(min(80, console.out.width)))
