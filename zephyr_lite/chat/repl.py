@@ -83,7 +83,7 @@ class Repl:
             who = f"{', '.join(asked)} answer side by side"
         else:
             who = f"{asked[0]} answers" + (f" (/model changes to {' or '.join(others)})" if others else "")
-        self._note(f"{live.source}: {who}. /help lists the commands, Ctrl-D ends.")
+        self._note(f"{live.source}: {who}. /help lists the commands, /exit ends.")
         interrupted = False
         try:
             while True:
@@ -137,7 +137,7 @@ class Repl:
 
     def _note(self, text: str) -> None:
         """Print something about the conversation that is not part of it."""
-        self._console.out.print(self._console.text(text, "dim"))
+        self._console.out.print(self._console.text(text, "dim"), soft_wrap=False)
 
     def _ask(self, question: str, again: bool = False) -> None:
         """Ask a question, or the last one again, and print the answers while they are drawn."""
