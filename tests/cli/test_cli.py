@@ -128,6 +128,11 @@ def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
     for name in ("system:", "packages:", "GPU:", "kernels:", "hub token:", "disk:", "extras:"):
         assert name in out
     assert "secret" not in out and "there is one" in out
+    assert all(len(line) <= 80 or " " not in line.strip() for line in out.splitlines())
+    assert (
+        "base:        mistralai/Mistral-7B-v0.1 is not in the hub's cache, and\n             HF_HUB_OFFLINE is set"
+        in out
+    )
 
 
 def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
@@ -241,7 +246,7 @@ def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, r
     for option, words in commands.items():
         code, out, err = invoke(*words)
         assert (code, out) == (2, "") and err.startswith("error: which run? These 2 changed within a day:\n"), words
-        assert f"  {option}runs/t  changed " in err and f"  {option}runs/other  changed " in err, words
+        assert f"  {option}runs/t      changed " in err and f"  {option}runs/other  changed " in err, words
         assert err.endswith(("runs/t.\n", "runs/other.\n"))
     assert invoke("report")[0] == 2
     code, out, err = invoke("report", "runs/other")

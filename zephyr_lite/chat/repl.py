@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from rich.columns import Columns
 from rich.live import Live
 from rich.panel import Panel
 
-from ..errors import Interrupted, UserError
+from ..errors import UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
 from .generate import MAKE_ROOM, Drawn
@@ -68,7 +67,6 @@ class Repl:
         """Run until Ctrl-D, /exit, or Ctrl-C twice.
 
         Raises:
-            Interrupted: SIGTERM.
             KeyboardInterrupt: Ctrl-C twice.
         """
         with suppress(ImportError):
@@ -85,9 +83,8 @@ class Repl:
             who = f"{', '.join(asked)} answer side by side"
         else:
             who = f"{asked[0]} answers" + (f" (/model changes to {' or '.join(others)})" if others else "")
-        self._note(f"{live.source}: {who}. /help lists the commands, Ctrl-D ends.")
+        self._note(f"{live.source}: {who}. /help lists the commands, /exit ends.")
         interrupted = False
-        before = signal.signal(signal.SIGTERM, _end)  # which otherwise does what Ctrl-C does
         try:
             while True:
                 try:
@@ -106,7 +103,6 @@ class Repl:
                 if not self._handle(line):
                     break
         finally:
-            signal.signal(signal.SIGTERM, before)
             if self._votes is not None:
                 self._show_votes(self._votes)
 
@@ -141,7 +137,7 @@ class Repl:
 
     def _note(self, text: str) -> None:
         """Print something about the conversation that is not part of it."""
-        self._console.out.print(self._console.text(text, "dim"))
+        self._console.out.print(self._console.text(text, "dim"), soft_wrap=False)
 
     def _ask(self, question: str, again: bool = False) -> None:
         """Ask a question, or the last one again, and print the answers while they are drawn."""
@@ -169,18 +165,14 @@ class Repl:
         # the first Ctrl-C ends the answer, a second one the session
         with StopRequest(None) as stop, live if self._compare else nullcontext():
             answers = session.ask(question, on_text, lambda: stop.name is not None, again)
-        if not self._compare:
-            out.print()
         if self._compare:
-            whole = [answers[place].text for place in order]
-            notes = [ended(answers[place]) for place in order]
-            cells = [f"{text}\n({note})".strip() if note else text for text, note in zip(whole, notes)]
+            notes = [f"\n({note})" if (note := ended(answers[place])) else "" for place in order]
+            cells = [(answers[place].text + note).strip() for place, note in zip(order, notes)]
             out.print(side_by_side(console, titles, cells), soft_wrap=False)
         else:
+            out.print()
             tokens, seconds = len(answers[0].tokens), time.monotonic() - started
             self._note(ended(answers[0]) or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
-        if stop.name not in (None, "SIGINT"):
-            raise Interrupted(f"{stop.name}: the session ended")
         kept = bool(session.turns) and session.columns[0].turns[-1][1] is answers[0]
         if self._votes is not None and any(answer.finish == "interrupted" for answer in answers):
             if kept:
@@ -344,7 +336,3 @@ def ended(answer: Drawn) -> str:
         "context": f"cut at {tokens:,} tokens: the model's context is full",
         "interrupted": f"stopped after {tokens:,} tokens",
     }.get(answer.finish, "" if tokens else "the answer is empty: the model ended at once")
-
-
-def _end(number: int, frame: Any) -> None:
-    raise Interrupted("SIGTERM: the session ended")

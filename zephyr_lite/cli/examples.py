@@ -27,6 +27,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "chat": ("chat", "chat runs/mine --compare", "chat runs/mine --vote votes.jsonl"),
     "serve": ("serve", "serve model/ --port 8080"),
+    "ui": ("ui",),
     "report": ("report", "report runs/mine runs/other --out compared.html"),
     "reproduce": ("reproduce overnight", "reproduce overnight sft.optim=adamw_8bit dpo.beta=0.1"),
     "check": ("check runs/mine/dpo", "check their-dpo --below their-sft --pairs my/pairs.jsonl"),

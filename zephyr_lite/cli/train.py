@@ -155,4 +155,4 @@ def env() -> None:
     from .environment import survey
 
     for finding in survey():
-        console.say(finding.line())
+        console.say(finding.line(min(80, console.out.width)))
