@@ -317,7 +317,9 @@ def build(talk: Talk) -> gr.Blocks:
             conversation = gr.HTML()
             choice = gr.Radio([], label="Which answer is best?", visible=False)
             note = gr.Markdown()
-            question = gr.Textbox(label="Question", lines=2, submit_btn="Ask")
+            question = gr.Textbox(
+                label="Question", placeholder="Ask all models", lines=1, max_lines=8, submit_btn="Ask"
+            )
             with gr.Row():
                 halt = gr.Button("Stop the answer")
                 fresh = gr.Button("New conversation")
