@@ -38,13 +38,13 @@ def demo(
     out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("demo"),
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo.run import print_standings, run_demo
+    from ..demo.run import print_result, run_demo
     from ..monitor.report import REPORT
     from ..monitor.screens import open_screen
 
     with open_screen(console) as screen, messages_to(screen.log):
-        standings = run_demo(out, on_metrics=screen.metrics, observers=[screen])
-    print_standings(console, standings)
+        result = run_demo(out, on_metrics=screen.metrics, observers=[screen])
+    print_result(console, result)
     say_all(
         [
             "",

@@ -222,7 +222,7 @@ def on_sft(config: RunConfig) -> RunConfig:
 
 def base_files(config: RunConfig) -> BaseFiles:
     """The base's weights on the disk, which are as large as the merged model's."""
-    return BaseFiles(config.model_name_or_path, fetch_base(config.model_name_or_path, config.model_revision))
+    return BaseFiles(fetch_base(config.model_name_or_path, config.model_revision))
 
 
 def outlook(config: RunConfig, small: StageRecord) -> list[str]:

@@ -70,6 +70,8 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
                 written.append((place, what, size))
     left: dict[int, int] = {}  # device → bytes that are free once this is written
     for place, what, size in written:
+        if size < 1e6:  # or not known
+            continue
         folder = next(path for path in (place, *place.absolute().parents) if path.exists())
         disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
         left[disk] = left.get(disk, free) - size

@@ -185,7 +185,7 @@ def build(talk: Talk) -> gr.Blocks:
         with errors_on_page():
             for html in talk.ask(source or "", *settings):
                 yield html, gr.Radio(visible=False), ""
-        count = talk.waits_for_vote
+        count = len(talk.answers)
         choices = [*(str(place + 1) for place in range(count)), "tie", "skip"]
         yield talk.html(), gr.Radio(choices=choices, value=None, visible=count > 0), ""
 
@@ -358,7 +358,7 @@ def build(talk: Talk) -> gr.Blocks:
         settings = [source, mode, question, votes, temperature, longest, stream]
         answered = question.submit(ask, settings, [conversation, choice, note], api_name="ask", **alone)
         answered.success(lambda: "", None, question)
-        halt.click(talk.stop)
+        halt.click(talk.stop.set)
         fresh.click(lambda: (talk.reset(), gr.Radio(visible=False), ""), None, [conversation, choice, note], **alone)
         choice.input(vote, [choice, votes], [conversation, choice, note], api_name="vote", **alone)
         merged.click(merge, [merged_run, out, again], [output, result], api_name="merge", **alone)

@@ -25,15 +25,20 @@ REFRESH = 0.3  # seconds between two updates of growing answers
 
 
 class Talk:
-    """The conversation that the page shows. The model is loaded at the first question, and one is loaded at a time."""
+    """The conversation that the page shows. The model is loaded at the first question, and one is loaded at a time.
+
+    Attributes:
+        answers: of the models, while they wait for a vote.
+        stop: ends the answers that are being drawn.
+    """
 
     def __init__(self) -> None:
         self._source: str | None = None
         self._session: Session | None = None
         self._mode: Mode | None = None
         self._order: list[int] = []  # the columns as they are shown
-        self._answers: list[Drawn] = []  # of the columns, until the vote
-        self._stop = threading.Event()
+        self.answers: list[Drawn] = []
+        self.stop = threading.Event()
 
     def ask(
         self, source: str, mode: Mode, question: str, votes: str, temperature: float, length: int, stream: bool
@@ -56,30 +61,30 @@ class Talk:
         if self._session is None or source != self._source:
             yield "<p>Loading the model …</p>"
         session = self._open(source, mode)
-        if self._answers:
+        if self.answers:
             raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
         session.settings = session.settings.changed(temperature=temperature, max_new_tokens=length)
         texts = [""] * len(session.columns)
         self._order = session.shown_order(question) if mode == "vote" else list(range(len(texts)))
-        self._stop.clear()
+        self.stop.clear()
 
         def on_text(column: int, piece: str) -> None:
             texts[column] += piece
 
         with ThreadPoolExecutor(1) as pool:
             try:
-                answering = pool.submit(session.ask, question, on_text, self._stop.is_set)
+                answering = pool.submit(session.ask, question, on_text, self.stop.is_set)
                 while stream and not answering.done():
                     yield self.html(question, texts)
                     wait([answering], REFRESH)
                 answers = answering.result()
             finally:
-                self._stop.set()  # also when the page was closed
+                self.stop.set()  # also when the page was closed
         if mode == "vote" and any(answer.finish == "interrupted" for answer in answers):
             if session.holds(answers):
                 session.undo()
         elif mode == "vote":
-            self._answers = answers
+            self.answers = answers
         yield self.html()
 
     def _open(self, source: str, mode: Mode) -> Session:
@@ -95,28 +100,19 @@ class Talk:
             raise UserError(f"{live.source} is one model; there is nothing to compare it with.", "Choose a run.")
         models = [live.policy] if mode == "one" else list(live.models)
         self._session = Session(chat, models, Settings().changed(system=trained_system(chat)))
-        self._source, self._mode, self._answers = source, mode, []
+        self._source, self._mode, self.answers = source, mode, []
         return self._session
-
-    @property
-    def waits_for_vote(self) -> int:
-        """The number of answers that wait for a vote."""
-        return len(self._answers)
-
-    def stop(self) -> None:
-        """End the answers that are being drawn."""
-        self._stop.set()
 
     def reset(self) -> str:
         """Begin a new conversation with the same model."""
         if self._session is not None:
             self._session.reset()
-        self._answers = []
+        self.answers = []
         return self.html()
 
     def unload(self) -> None:
         """Free the model's memory."""
-        self._session, self._answers = None, []
+        self._session, self.answers = None, []
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -127,9 +123,9 @@ class Talk:
         Args:
             choice: the number of an answer as it is shown, tie or skip.
         """
-        if self._session is None or not self._answers:
+        if self._session is None or not self.answers:
             raise UserError("there are no answers to vote on.", "Ask a question first.")
-        session, answers, self._answers = self._session, self._answers, []
+        session, answers, self.answers = self._session, self.answers, []
         models = [column.model for column in session.columns]
         shown = ", ".join(f"{place} was {models[column]}" for place, column in enumerate(self._order, 1))
         if choice == "skip":
@@ -151,7 +147,7 @@ class Talk:
             return ""
         columns, common = self._session.columns, 0
         if self._mode == "vote":
-            common = self._session.turns - bool(self._answers)
+            common = self._session.turns - bool(self.answers)
         sections = ""
         for place, index in enumerate(self._order, 1):
             title = f"Answer {place}" if self._mode == "vote" else columns[index].model
