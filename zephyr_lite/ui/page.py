@@ -305,7 +305,7 @@ def build(talk: Talk) -> gr.Blocks:
             with gr.Row():
                 source = gr.Dropdown([], label="Run, or folder of a model", allow_custom_value=True)
                 mode = gr.Radio(
-                    [("the last model", "one"), ("all models", "compare"), ("vote, names hidden", "vote")],
+                    [("last model", "one"), ("all models", "compare"), ("blind vote", "vote")],
                     value="compare",
                     label="Who answers",
                 )
@@ -318,7 +318,7 @@ def build(talk: Talk) -> gr.Blocks:
             choice = gr.Radio([], label="Which answer is best?", visible=False)
             note = gr.Markdown()
             question = gr.Textbox(
-                label="Question", placeholder="Ask all models", lines=1, max_lines=8, submit_btn="Ask"
+                label="Question", placeholder="Write a question", lines=1, max_lines=8, submit_btn="Ask"
             )
             with gr.Row():
                 halt = gr.Button("Stop the answer")
