@@ -180,19 +180,17 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
         Interrupted: Ctrl-C; the answers so far are in the file.
     """
     from ..chat.rows import append_rows
+    from ..chat.session import Column
     from ..io.text import short
 
     how, models = session.settings, session.chat.live.models
     usable: list[tuple[int, list[dict[str, str]], Any]] = []
     for number, prompt in enumerate(prompts, 1):
-        messages = [{"role": "system", "content": how.system}] if how.system else []
-        messages.append({"role": "user", "content": prompt})
+        messages = Column("").messages(how.system, prompt)
         try:
-            ids = session.chat.prompt_ids(messages)
+            usable.append((number, messages, session.chat.prompt_ids(messages)))
         except UserError as error:
             console.say(f"note: prompt {number} ({short(prompt, 60)}) is left out: {error.message}")
-            continue
-        usable.append((number, messages, ids))
     if not usable:
         raise UserError("none of the prompts can be asked.", "See why above.")
     cut = count = 0
