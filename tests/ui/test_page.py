@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def test_an_uploaded_file_stays_and_replaces_no_other(tmp_path):
 
 
 def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_rows):
-    more = "load_in_4bit=false max_length=64 max_steps=150 lora_r=4 batch_size=2"
+    more = "load_in_4bit=false max_length=64 max_steps=60 lora_r=4 batch_size=2"
     folder = jobs.start("sft", None, page.words_of(*fields(tiny_base, chat_rows, more)))
     assert folder == Path("runs/t/sft") and page.look(str(folder))[0] == "**runs/t/sft** is starting."
     with pytest.raises(UserError, match="runs/t is being trained"):
@@ -88,10 +90,13 @@ def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_row
     assert jobs.log_of(folder).read_text().count("$ zephyr-lite sft ") == 2 and page.runs() == ["runs/t"]
 
 
-def test_what_ends_training_is_shown_once(tiny_base):
-    folder = jobs.start("sft", None, page.words_of(*fields(tiny_base, "nothing.jsonl")))
+def test_what_ends_training_is_shown_once():
+    folder = Path("runs/t/sft")
+    folder.parent.mkdir(parents=True)
+    jobs.log_of(folder).write_text("$ zephyr-lite sft\nerror: no.jsonl: no such file.\nGive a path.\n")
+    jobs._children[folder.parent] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
     wait_for(lambda: jobs.process_of(folder.parent) is None)
-    with pytest.raises(gr.Error, match=r"nothing\.jsonl"):
+    with pytest.raises(gr.Error, match=r"no\.jsonl: no such file\.<br>Give a path"):
         page.look(str(folder))
     assert "was not begun" in page.look(str(folder))[0]
     with pytest.raises(UserError, match="nothing was trained yet"):
@@ -102,11 +107,11 @@ def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
     talk = Talk()
     *growing, html = talk.ask(str(talk_run), "compare", "Who are you?", "votes.jsonl", 0.0, 6, True)
     assert "Loading the model" in growing[0] and all(f"<h4>{name}</h4>" in html for name in ("base", "sft", "dpo"))
-    assert html.count("Who are you?") == 3 and not talk.waits_for_vote and not Path("votes.jsonl").exists()
+    assert html.count("Who are you?") == 3 and not talk.answers and not Path("votes.jsonl").exists()
 
     ask = (str(talk_run), "vote", "Name three rivers.", "votes.jsonl", 0.0, 6, False)
     *_, html = talk.ask(*ask)
-    assert talk.waits_for_vote == 3 and "<h4>Answer 3</h4>" in html and "<h4>sft</h4>" not in html
+    assert len(talk.answers) == 3 and "<h4>Answer 3</h4>" in html and "<h4>sft</h4>" not in html
     with pytest.raises(UserError, match="wait for your vote"):
         list(talk.ask(*ask))
     assert "Pairs added to votes.jsonl: " in talk.vote("2", "votes.jsonl")

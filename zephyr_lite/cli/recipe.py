@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,19 +37,19 @@ def demo(
     out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("demo"),
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo.run import print_standings, run_demo
+    from ..demo.run import print_result, run_demo
     from ..monitor.report import REPORT
     from ..monitor.screens import open_screen
 
     with open_screen(console) as screen, messages_to(screen.log):
-        standings = run_demo(out, on_metrics=screen.metrics, observers=[screen])
-    print_standings(console, standings)
+        result = run_demo(out, on_metrics=screen.metrics, observers=[screen])
+    print_result(console, result)
     say_all(
         [
             "",
             f"report: {out / REPORT} (open it in a browser)",
             f"model: {out / 'merged'} (for transformers' AutoModelForCausalLM)",
-            next_lines([f"chat {shlex.quote(str(out))} --compare"]),
+            next_lines(["chat", str(out), "--compare"]),
         ]
     )
 
@@ -156,7 +155,7 @@ def distill(
         result = run_distill(settings, plan, meter)
     say_all(result.lines())
     if result.train:
-        console.say(f"Next: zephyr-lite sft dataset.path={plan.out / TRAIN}")
+        console.say(next_lines(["sft", f"dataset.path={plan.out / TRAIN}"]))
 
 
 def ablate(

@@ -6,20 +6,20 @@ import gc
 import json
 import logging
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Column, Table
-from rich.text import Text
 
 from ..chat import load_chat
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
-from ..data.dataset import TokenizedDataset, prepare
+from ..data.dataset import prepare
 from ..errors import UserError
-from ..evaluate.likelihood import chat_loss, row_logps
+from ..evaluate.likelihood import chat_loss
 from ..io.atomic import alone, file_aside, make_folder, sweep, write_json
+from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
@@ -40,20 +40,24 @@ logger = logging.getLogger(__name__)
 
 WIDTH = 80  # columns at most
 TOKENS = 48  # of an answer at most
-FILES = {
-    "sft": "sft",
-    "dpo": "prefs",
-}  # method → end of the names of its files, as of the splits of the hub's data sets
+# method → end of the names of its files, as of the splits of the hub's data sets
+FILES = {"sft": "sft", "dpo": "prefs"}
 
 
 @dataclass
 class Standing:
-    """Scores of one of the three models on the held-out rows."""
+    """One of the three models: its loss on the held-out conversations, and its answers."""
 
     loss: float  # mean over the assistant's tokens of the conversations
-    # share of pairs whose better answer has the higher mean log-probability per token (the sum would favour the shorter one)
-    preference_accuracy: float
     answers: list[str]  # to ``QUESTIONS``; one that was cut off ends in …
+
+
+@dataclass
+class DemoResult:
+    """Scores of each model, and the share of the held-out pairs in which DPO raised the better answer over the worse one."""
+
+    standings: dict[str, Standing]
+    reward_accuracy: float
 
 
 def run_demo(
@@ -63,7 +67,7 @@ def run_demo(
     observers: Sequence[Observer] = (),
     base: Path | None = None,
     overrides: Sequence[str] = (),
-) -> dict[str, Standing]:
+) -> DemoResult:
     """dSFT, dDPO, merge, and the scores of the three models, which are also written to ``out/demo.json``.
 
     Args:
@@ -109,11 +113,11 @@ def run_demo(
             lineage=chain.lineage(),
             overwrite=True,
         )
-        logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
-        standings = _standings(out)
-        models = {name: asdict(standing) for name, standing in standings.items()}
-        write_json(out / "demo.json", {"standings": models, "questions": list(QUESTIONS)})
-    return standings
+        logger.info("[4/4] held-out rows and answers: base, SFT, DPO")
+        info = StageDir(out / "dpo").info() or {}
+        result = DemoResult(_standings(out), info["result"]["evaluations"][-1]["eval_rewards/accuracies"])
+        write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
+    return result
 
 
 def _write_data(folder: Path) -> None:
@@ -125,7 +129,7 @@ def _write_data(folder: Path) -> None:
         logger.info(f"{part}_prefs: {counts['pairs']} pairs of {counts['rows']} scored prompts")
         for method, rows, columns in (
             ("sft", json_lines(chats), ["messages"]),
-            ("dpo", pairs, ["prompt", "chosen", "rejected"]),
+            ("dpo", pairs, ["chosen", "rejected"]),
         ):
             with file_aside(folder / f"{part}_{FILES[method]}.jsonl") as file:
                 file.writelines(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)
@@ -134,50 +138,33 @@ def _write_data(folder: Path) -> None:
 def _standings(out: Path) -> dict[str, Standing]:
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
-    config = RunConfig(max_length=1024)
-
-    def rows(method: Method) -> TokenizedDataset:
-        spec = DatasetSpec(path=str(out / "data" / f"test_{FILES[method]}.jsonl"))
-        return prepare([spec], method, config, chat.template, what="held-out")
-
-    conversations, pairs = rows("sft"), rows("dpo")
+    rows = [DatasetSpec(path=str(out / "data" / f"test_{FILES['sft']}.jsonl"))]
+    conversations = prepare(rows, "sft", RunConfig(max_length=1024), chat.template, what="held-out")
     prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
     greedy = [Sampling(TOKENS, temperature=0.0)] * len(prompts)
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
-        decoder = Decoder(chat.stack, chat.dtype, adapters)
-        means = row_logps(decoder, pairs).means()
         drawn = chat.sample(prompts, greedy, adapters=adapters)
         result[name] = Standing(
-            loss=chat_loss(decoder, conversations),
-            preference_accuracy=(means[:, 0] > means[:, 1]).double().mean().item(),
+            loss=chat_loss(Decoder(chat.stack, chat.dtype, adapters), conversations),
             answers=[one.text + (" …" if one.finish == "length" else "") for one in drawn],
         )
     return result
 
 
-def print_standings(console: Console, standings: Mapping[str, Standing]) -> None:
-    """Print the models' answers below each question, and their scores in columns."""
+def print_result(console: Console, result: DemoResult) -> None:
+    """Print the models' answers below each question, then their scores."""
     width = min(WIDTH, console.out.width)
     for place, question in enumerate(QUESTIONS):
         console.heading(f"\n{question}")
         answers = Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2))
-        for name, one in standings.items():
+        for name, one in result.standings.items():
             answers.add_row(f"  {name}", console.text(" ".join(one.answers[place].split())))
         console.out.print(answers, soft_wrap=False, width=width)
-    console.say()
-    found = standings.values()
-    scores = Table.grid(Column(), *(Column(justify="right") for _ in found), padding=(0, 2))
-    scores.add_row("", *(Text(name, style="bold") for name in standings))
-    scores.add_row("held-out loss, nats a token", *(f"{one.loss:.3f}" for one in found))
-    scores.add_row("better answers preferred", *(f"{one.preference_accuracy:.0%}" for one in found))
-    console.out.print(scores, soft_wrap=False, width=width)
-    before, after = (f"{standings[name].preference_accuracy:.0%}" for name in ("SFT", "DPO"))
-    console.say()
-    say = textwrap.TextWrapper(width, break_on_hyphens=False)
-    console.say(
-        say.fill(
-            f"The DPO model prefers the better answer in {after} of the held-out pairs; before DPO it was {before}. "
-            "An answer is preferred if its tokens have the higher mean log-probability."
-        )
-    )
+    losses = ", ".join(f"{one.loss:.3f} ({name})" for name, one in result.standings.items())
+    for text in (
+        f"Loss on held-out conversations: {losses}; lower is better.",
+        f"DPO: against the SFT model, the better answer became likelier than the worse one in {result.reward_accuracy:.0%} "
+        "of the held-out pairs; by chance it would be 50%.",
+    ):
+        console.say("\n" + textwrap.fill(text, width, break_on_hyphens=False))

@@ -37,9 +37,9 @@ from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.needs import needs_lines
 from ..memory.plan import Plan, make_plan
 from ..memory.workload import make_workload
-from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
+from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base, load_tokenizer
-from ..model.base_folder import check_weights, is_fingerprint_of, read_model_config
+from ..model.base_folder import check_weights, empty_model, is_fingerprint_of, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.files import named_folder
@@ -86,7 +86,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         for line in needs_lines(method, config):
             logger.info(line)
 
-    # of a base on the hub first the small files: nothing large is downloaded for rows that cannot be used
+    # of a base on the hub first the small files: its weights are not downloaded for what is refused without them
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     stages = [_stage_of(adapter) for adapter in frozen]
@@ -98,10 +98,13 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         _check_trained_on(folder, frozen, stages)
         compared.model(folder, frozen)
 
-    if weights_are_here := any(folder.glob("*.safetensors")):
-        check_base()
-    else:
+    here = any(folder.glob("*.safetensors"))
+    if not here:
         compared.refuse()
+        for adapter in frozen if config.engine == "fused" else ():
+            check_shapes(adapter, empty_model(folder, base_config))
+    if weights_first := here or before is not None:
+        check_base()
 
     # tokenizer, template, rows
     template = template_of(config, folder, frozen, (before or {}).get("template_time"))
@@ -112,8 +115,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     parts = [data] if eval_data is None else [data, eval_data]
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
-    if not weights_are_here:
-        check_base()
     rows = {
         **data.report.as_dict(),
         "fingerprint": data.fingerprint,
@@ -136,6 +137,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         for line in forecast_lines(workload, machine, plan, config):
             logger.info(line)
     torch.set_num_threads(plan.threads)
+    if not weights_first:
+        check_base()
 
     # base, adapters
     if writes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +14,7 @@ import torch
 
 from ..chat import Chat
 from ..chat.generate import Drawn
-from ..chat.rows import append_rows, check_file, vote_rows
+from ..chat.rows import check_file
 from ..chat.session import Column, Session, Settings, trained_system
 from ..errors import UserError
 from ..model.loaded import open_live
@@ -26,15 +25,20 @@ REFRESH = 0.3  # seconds between two updates of growing answers
 
 
 class Talk:
-    """The conversation that the page shows. The model is loaded at the first question, and one is loaded at a time."""
+    """The conversation that the page shows. The model is loaded at the first question, and one is loaded at a time.
+
+    Attributes:
+        answers: of the models, while they wait for a vote.
+        stop: ends the answers that are being drawn.
+    """
 
     def __init__(self) -> None:
         self._source: str | None = None
         self._session: Session | None = None
         self._mode: Mode | None = None
         self._order: list[int] = []  # the columns as they are shown
-        self._answers: list[Drawn] = []  # of the columns, until the vote
-        self._stop = threading.Event()
+        self.answers: list[Drawn] = []
+        self.stop = threading.Event()
 
     def ask(
         self, source: str, mode: Mode, question: str, votes: str, temperature: float, length: int, stream: bool
@@ -57,31 +61,30 @@ class Talk:
         if self._session is None or source != self._source:
             yield "<p>Loading the model …</p>"
         session = self._open(source, mode)
-        if self._answers:
+        if self.answers:
             raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
         session.settings = session.settings.changed(temperature=temperature, max_new_tokens=length)
-        self._order, texts = list(range(len(session.columns))), [""] * len(session.columns)
-        if mode == "vote":
-            random.Random(f"{session.settings.seed} {session.turns} {question}").shuffle(self._order)
-        self._stop.clear()
+        texts = [""] * len(session.columns)
+        self._order = session.shown_order(question) if mode == "vote" else list(range(len(texts)))
+        self.stop.clear()
 
         def on_text(column: int, piece: str) -> None:
             texts[column] += piece
 
         with ThreadPoolExecutor(1) as pool:
             try:
-                answering = pool.submit(session.ask, question, on_text, self._stop.is_set)
+                answering = pool.submit(session.ask, question, on_text, self.stop.is_set)
                 while stream and not answering.done():
                     yield self.html(question, texts)
                     wait([answering], REFRESH)
                 answers = answering.result()
             finally:
-                self._stop.set()  # also when the page was closed
+                self.stop.set()  # also when the page was closed
         if mode == "vote" and any(answer.finish == "interrupted" for answer in answers):
-            if session.turns and session.columns[0].turns[-1][1] is answers[0]:
+            if session.holds(answers):
                 session.undo()
         elif mode == "vote":
-            self._answers = answers
+            self.answers = answers
         yield self.html()
 
     def _open(self, source: str, mode: Mode) -> Session:
@@ -97,28 +100,19 @@ class Talk:
             raise UserError(f"{live.source} is one model; there is nothing to compare it with.", "Choose a run.")
         models = [live.policy] if mode == "one" else list(live.models)
         self._session = Session(chat, models, Settings().changed(system=trained_system(chat)))
-        self._source, self._mode, self._answers = source, mode, []
+        self._source, self._mode, self.answers = source, mode, []
         return self._session
-
-    @property
-    def waits_for_vote(self) -> int:
-        """The number of answers that wait for a vote."""
-        return len(self._answers)
-
-    def stop(self) -> None:
-        """End the answers that are being drawn."""
-        self._stop.set()
 
     def reset(self) -> str:
         """Begin a new conversation with the same model."""
         if self._session is not None:
             self._session.reset()
-        self._answers = []
+        self.answers = []
         return self.html()
 
     def unload(self) -> None:
         """Free the model's memory."""
-        self._session, self._answers = None, []
+        self._session, self.answers = None, []
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -129,24 +123,19 @@ class Talk:
         Args:
             choice: the number of an answer as it is shown, tie or skip.
         """
-        if self._session is None or not self._answers:
+        if self._session is None or not self.answers:
             raise UserError("there are no answers to vote on.", "Ask a question first.")
-        session, answers, self._answers = self._session, self._answers, []
+        session, answers, self.answers = self._session, self.answers, []
         models = [column.model for column in session.columns]
-        prompt = session.columns[0].messages(session.settings.system)[:-1]
-        question = session.undo()
         shown = ", ".join(f"{place} was {models[column]}" for place, column in enumerate(self._order, 1))
         if choice == "skip":
+            session.settle(answers, None)
             return f"Skipped; the question is taken back. Answer {shown}."
         if choice == "tie":
-            session.agree(question, answers[self._order[0]])
+            session.settle(answers, self._order[0])
             return f"A tie makes no pair; the conversation continues from answer 1. Answer {shown}."
-        liked = self._order[int(choice) - 1]
-        pairs = vote_rows(prompt, models, answers, liked, session.chat.live.source)
-        if pairs:
-            append_rows(Path(votes), pairs)
-        session.agree(question, answers[liked])
-        return f"Pairs added to {votes}: {len(pairs)}; the conversation continues from answer {choice}. Answer {shown}."
+        pairs = session.settle(answers, self._order[int(choice) - 1], Path(votes))
+        return f"Pairs added to {votes}: {pairs}; the conversation continues from answer {choice}. Answer {shown}."
 
     def html(self, question: str = "", texts: Sequence[str] = ()) -> str:
         """The conversation: while votes are given the turns that all models have in common; then a column for each model.
@@ -158,7 +147,7 @@ class Talk:
             return ""
         columns, common = self._session.columns, 0
         if self._mode == "vote":
-            common = self._session.turns - bool(self._answers)
+            common = self._session.turns - bool(self.answers)
         sections = ""
         for place, index in enumerate(self._order, 1):
             title = f"Answer {place}" if self._mode == "vote" else columns[index].model
