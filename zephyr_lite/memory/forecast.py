@@ -19,12 +19,12 @@ from ..config.load import Loaded, MemorySpec, Method, RunConfig, find_config, lo
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..io.text import duration, looks_local
+from ..io.text import duration
 from ..model.adapters import check_targets
 from ..model.base import compute_device, compute_dtype
 from ..model.base_folder import check_family, read_model_config
 from ..model.families import Shape
-from ..model.files import local_folder
+from ..model.files import named_folder
 from ..model.peft_io import read_adapter
 from .estimate import GIB, MIB, PAGED, base_bytes, in_words, optimizer_bytes
 from .gpus import find_gpu, gpu_of_size
@@ -232,11 +232,11 @@ def _below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSp
         return [], []
     found, notes = [], []
     for name in config.adapters:
-        if on_the_hub(name):
+        if (folder := named_folder("adapter", name)) is None:
             found.append(assumed)
             notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
         else:
-            found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
+            found.append(AdapterSpec.read(shape, read_adapter(folder).modules))
     if found:
         return found, notes
     if "output_dir" not in loaded.given or not StageDir(Path(config.output_dir) / "sft").complete():
@@ -320,11 +320,6 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
 # -- a run whose models and data may not be here yet -------------------------------------------------------------------
 
 
-def on_the_hub(name: str) -> bool:
-    """Whether a name is that of a repository, not a path."""
-    return name.count("/") == 1 and not looks_local(name) and not Path(name).exists()
-
-
 def decimal(size: int) -> str:
     """Bytes in decimal units, as disks and downloads are given."""
     return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
@@ -394,7 +389,7 @@ def base_shape(name: str, revision: str = "main", *, any_family: bool = False) -
     Raises:
         UserError: there is none, the hub cannot be reached, or the fused engine does not know its family.
     """
-    if (folder := local_folder(name)) is not None:
+    if (folder := named_folder("model", name)) is not None:
         return read_model_config(folder, any_family=any_family)
     if name == MISTRAL:
         return MISTRAL_SHAPE

@@ -137,10 +137,10 @@ def state_of(folder: Path) -> tuple[str, Columns]:
         return f"**{folder}** {'is starting.' if process else 'was not begun; the output below says why.'}", {}
     record = StageRecord(folder)
     at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
-    if record.complete:
-        text = f"**{folder}** is complete."
-    elif process:
+    if process:
         text = f"**{folder}** is in training, {at}."
+    elif record.complete:
+        text = f"**{folder}** is complete."
     else:
         kept = [path.name for path in stage.checkpoints()[-1:]]
         after = (
