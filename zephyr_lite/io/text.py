@@ -127,7 +127,8 @@ def place(value: str) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
-    return name.startswith((".", "/", "~", "\\", "runs/")) or name.count("/") > 1
+    begins, ends = (".", "/", "~", "\\", "runs/"), (".safetensors", ".gguf", ".bin")
+    return name.startswith(begins) or name.endswith(ends) or name.count("/") > 1
 
 
 def refuse_special(path: Path, name: str) -> None:
