@@ -6,7 +6,6 @@ unchanged (``compat``). Unknown keys are refused, with the nearest known one. Al
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..io.redact import refuse_secrets
-from ..io.text import expected, is_file, refuse_special, short
+from ..io.text import comma_list, expected, is_file, refuse_special, short
 from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
@@ -27,7 +26,6 @@ NOT_HELD_OUT = "no eval_dataset is set with this dataset: the held-out loss will
 PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
 WORDS = "the command line"  # the place of faults in key=value words
 LIST_KEYS = "`zephyr-lite keys` lists all keys and their values."
-LISTS = ("dataset", "dataset.columns", "eval_dataset", "adapters", "lora_target_modules", "report_to")
 
 # what is expected, where the type says too little
 _EXPECTED = {
@@ -98,7 +96,7 @@ def load_config(
         base: settings inherited from the stage before; they do not count as given.
 
     Raises:
-        UserError: a file that cannot be read, unknown keys, or invalid values; all of a file's in one message.
+        UserError: a file or words that cannot be read; or unknown keys and invalid values, all of them in one message.
     """
     path = find_config(file) if file else None
     notes: list[str] = []
@@ -118,22 +116,8 @@ def load_config(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
             )
-    flat: dict[str, Any] = {}
-    nested: list[tuple[str, Any]] = []
-    for key, text in _split_words(overrides or []):
-        key = key.replace("-", "_")
-        ours = ALIASES.get(key, key)
-        try:
-            value = read_word(text, numbers=ours not in own or own[ours].annotation not in (str, str | None))
-        except ValueError as error:
-            faults[WORDS].append(f"{key}: {error}.")
-            continue
-        if ours in LISTS and isinstance(value, str) and "," in value and not os.path.exists(os.path.expanduser(value)):
-            value = [part.strip() for part in value.split(",")]
-        if "." in key:
-            nested.append((key, value))
-        else:
-            flat[key] = value
+    words = _read_words(overrides or [], faults[WORDS])
+    flat = {key: value for key, value in words if "." not in key}
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
     said = rename(flat, own, notes, faults[WORDS], dpo=method == "dpo")
@@ -142,7 +126,9 @@ def load_config(
     given.update(said)
     typed, replaced = set(said), "dataset" in said
     # dataset.path resets the data set, so it is applied before its other keys, in any order of words
-    for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
+    for key, value in sorted(words, key=lambda word: not word[0].endswith(".path")):
+        if "." not in key:
+            continue
         if fault := _set_nested(given, key, value, defaults):
             faults[WORDS].append(fault)
         typed.add(key.partition(".")[0])
@@ -195,6 +181,21 @@ def _split_words(words: Iterable[str]) -> list[tuple[str, str]]:
     return result
 
 
+def _read_words(words: Iterable[str], faults: list[str]) -> list[tuple[str, Any]]:
+    """(key, value) of each override; a line in ``faults`` for each value that cannot be read."""
+    result = []
+    for key, text in _split_words(words):
+        key = key.replace("-", "_")
+        field = RunConfig.model_fields.get(ALIASES.get(key, key))
+        try:
+            value = read_word(text, numbers=field is None or field.annotation not in (str, str | None))
+        except ValueError as error:
+            faults.append(f"{key}: {error}.")
+        else:
+            result.append((key, value))
+    return result
+
+
 def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
     """The words of a command that runs several stages: ``key=value`` for all of them, under "", and ``SCOPE.key=value``.
 
@@ -239,7 +240,7 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
         named = current.get("columns")
         current["columns"] = {**(named if isinstance(named, dict) else {}), rest.removeprefix("columns."): value}
     else:
-        current[rest] = value
+        current[rest] = comma_list(value) if rest == "columns" else value
     target[head] = current
     return None
 

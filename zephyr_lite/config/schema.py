@@ -216,11 +216,8 @@ class RunConfig(BaseModel):
             case "lora_target_modules":
                 return [value] if isinstance(value, str) and value != "all-linear" else value
         entries = [] if value is None else value if isinstance(value, list) else [value]
-        specs = []
-        for entry in entries:
-            is_path = isinstance(entry, str) and info.field_name in ("dataset", "eval_dataset")
-            specs.append({"path": entry} if is_path else entry)
-        return specs
+        are_sets = info.field_name in ("dataset", "eval_dataset")
+        return [{"path": entry} if are_sets and isinstance(entry, str) else entry for entry in entries]
 
     @field_validator("lora_target_modules")
     @classmethod

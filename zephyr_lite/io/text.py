@@ -131,6 +131,13 @@ def looks_local(name: str) -> bool:
     return name.startswith(begins) or name.endswith(ends) or name.count("/") > 1
 
 
+def comma_list(value: Any) -> Any:
+    """``a,b`` as a list; any other value, and the path of a file or folder with a comma, as it is."""
+    if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
+        return value
+    return [part.strip() for part in value.split(",")]
+
+
 def refuse_special(path: Path, name: str) -> None:
     """Raise a UserError if a path exists and is neither a file nor a folder: reading a device or pipe may never end.
 
