@@ -18,7 +18,7 @@ is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for n
 # pydantic's errors, where its own sentences are no plain English
 _EXPECTED = {
     "missing": "is missing",
-    "string_type": "expected a text (in quotes, where YAML reads another type)",
+    "string_type": "expected a text in quotes",
     "int_parsing": "expected a whole number, without a unit",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
