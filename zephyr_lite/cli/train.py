@@ -140,7 +140,7 @@ def plan(
 
 def keys(
     word: Annotated[
-        str | None, Argument(metavar="[WORD]", help="Only keys with this word in their name or description.")
+        str | None, Argument(metavar="WORD", help="Only keys with this word in their name or description.")
     ] = None,
 ) -> None:
     """Every key of the configuration: values, default and meaning; with WORD also other tools' keys."""
