@@ -39,6 +39,7 @@ CHARTS: dict[str, dict[str, str]] = {
     "Learning rate": {"learning_rate": "training"},
     "Tokens or pairs a second": {"tokens_per_second": "training", "pairs_per_second": "training"},
 }
+COLORS = {"training": "#10b981", "held-out": "#f59e0b"}
 CSS = """
 .zl-on {background: rgba(34, 197, 94, .28); border-radius: 2px}
 .zl-special {outline: 1px solid rgba(128, 128, 128, .6); border-radius: 2px; font-size: .85em}
@@ -82,7 +83,8 @@ def chart(curves: dict[str, tuple[list[int], list[float]]]) -> Any:
         for step, value in list(zip(steps, values))[:: -(-len(steps) // POINTS)]
     ]
     frame = pd.DataFrame(points, columns=["step", "value", "curve"]) if points else None
-    return gr.LinePlot(frame, visible=frame is not None)
+    # gradio draws a curve that was not there before only when this map changes
+    return gr.LinePlot(frame, color_map={name: COLORS[name] for name in curves}, visible=frame is not None)
 
 
 def build(talk: Talk) -> gr.Blocks:
