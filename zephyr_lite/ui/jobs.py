@@ -167,13 +167,16 @@ def state_of(folder: Path) -> tuple[str, Columns]:
     """(where a stage's training stands, as Markdown; the columns of its metrics)."""
     stage, process = StageDir(folder), process_of(folder.parent)
     if stage.info() is None:
-        return f"**{folder}** {'is starting.' if process else 'was not begun; the output below says why.'}", {}
+        if process:
+            return f"**{folder}** is starting.", {}
+        begun = log_of(folder).is_file()
+        return f"**{folder}** {'was not begun; the output below says why.' if begun else 'is no stage of a run.'}", {}
     record = StageRecord(folder)
     at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
-    if process:
+    if record.complete:
+        text = f"**{folder}** is complete{'; a process still works on its run.' if process else '.'}"
+    elif process:
         text = f"**{folder}** is in training, {at}."
-    elif record.complete:
-        text = f"**{folder}** is complete."
     else:
         kept = [path.name for path in stage.checkpoints()[-1:]]
         after = (
@@ -194,7 +197,7 @@ def stages() -> list[str]:
 
 def runs() -> list[str]:
     """The runs with a finished stage, the one that changed last first."""
-    finished = [Path(path).parent for path in stages() if StageRecord(Path(path)).complete]
+    finished = [Path(path).parent for path in stages() if StageDir(Path(path)).complete()]
     return list(dict.fromkeys(map(str, finished)))
 
 

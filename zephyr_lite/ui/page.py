@@ -146,7 +146,8 @@ def build(talk: Talk) -> gr.Blocks:
 
     def lists(shown: str | None, source: str | None, merged: str | None) -> tuple[Any, ...]:
         """The lists of runs again; what was chosen stays."""
-        found, complete = jobs.stages(), jobs.runs()
+        with errors_on_page():
+            found, complete = jobs.stages(), jobs.runs()
         if shown and shown not in found:
             found.insert(0, shown)  # it is starting
         return (
