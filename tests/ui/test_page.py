@@ -60,13 +60,10 @@ def test_a_users_mistake_is_shown_with_what_to_do(tiny_base):
     assert "&lt;no&gt;.jsonl" in error.value.message and "<br>" in error.value.message
 
 
-def test_an_uploaded_file_stays_and_replaces_no_other(tmp_path):
-    file = write(tmp_path / "chats.jsonl", [{"text": "a"}])
-    assert rows.upload(str(file)) == rows.upload(str(file)) == "data/chats.jsonl"
-    write(file, [{"text": "b"}])
-    with pytest.raises(gr.Error, match="another file of this name"):
-        rows.upload(str(file))
-    assert json.loads(Path("data/chats.jsonl").read_text()) == {"text": "a"}
+def test_an_uploaded_file_stays_until_it_is_uploaded_again(tmp_path):
+    for text in ("a", "b"):
+        assert rows.upload(str(write(tmp_path / "chats.jsonl", [{"text": text}]))) == "uploads/chats.jsonl"
+        assert json.loads(Path("uploads/chats.jsonl").read_text()) == {"text": text}
 
 
 def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_rows):

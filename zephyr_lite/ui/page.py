@@ -87,6 +87,14 @@ def chart(curves: dict[str, tuple[list[int], list[float]]]) -> Any:
     return gr.LinePlot(frame, color_map={name: COLORS[name] for name in curves}, visible=frame is not None)
 
 
+def presets(method: str) -> Any:
+    """The list of a method's presets."""
+    names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
+    return gr.Dropdown(
+        choices=[("none", ""), *names], value="", label="Preset", info="none: your own data, or the recipe"
+    )
+
+
 def build(talk: Talk) -> gr.Blocks:
     """The page.
 
@@ -155,10 +163,6 @@ def build(talk: Talk) -> gr.Blocks:
             *(gr.Dropdown(choices=complete, value=old or next(iter(complete), None)) for old in (source, merged)),
         )
 
-    def presets(method: str) -> Any:
-        names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
-        return gr.Dropdown(choices=[("none", ""), *names], value="")
-
     text_box: dict[str, Any] = {"elem_classes": "zl-text", "interactive": False, "buttons": ["copy"]}
     default = "default"
     with gr.Blocks(title="zephyr-lite", analytics_enabled=False) as page:
@@ -192,9 +196,7 @@ def build(talk: Talk) -> gr.Blocks:
         with gr.Tab("Plan"):
             gr.Markdown("See memory and time before the start. An empty field has its default.")
             with gr.Row():
-                preset = gr.Dropdown(
-                    [("none", "")], value="", label="Preset", info="none: your own data, or the recipe"
-                )
+                preset = presets("sft")
                 card = gr.Dropdown([("this machine", ""), *CARDS], value="", label="Graphics card")
             with gr.Row():
                 rate = gr.Textbox(label="learning_rate", placeholder=default)
@@ -289,7 +291,6 @@ def build(talk: Talk) -> gr.Blocks:
             event(look, shown, view, show_progress="hidden", api_name="look")
         for load in (page.load, train_tab.select, chat_tab.select, merge_tab.select):
             load(lists, [shown, source, merged_run], [shown, source, merged_run], show_progress="hidden")
-        page.load(presets, method, preset, show_progress="hidden")
         settings = [source, mode, question, votes, temperature, longest, stream]
         answered = question.submit(ask, settings, [conversation, choice, note], api_name="ask", **alone)
         answered.success(lambda: "", None, question)

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..monitor.rows import TrainedRows, open_rows, segments_of_example
 from .jobs import errors_on_page, words_of
 
-UPLOADS = Path("data")
+UPLOADS = Path("uploads")
 LEGEND = (
     '<p><span class="zl-on">trained on</span> &nbsp; <span>context</span> &nbsp; '
     '<span class="zl-special">control token</span></p>'
@@ -21,13 +21,10 @@ LEGEND = (
 
 
 def upload(file: str) -> str:
-    """Copy an uploaded file to data/, where it stays; returns its path there."""
-    source, target = Path(file), UPLOADS / Path(file).name
-    with errors_on_page():
-        if target.exists() and target.read_bytes() != source.read_bytes():
-            raise UserError(f"{target}: there is another file of this name.", "Rename yours, or remove that one.")
+    """Copy an uploaded file to uploads/, where it stays, in place of an earlier one of its name; returns its path."""
+    target = UPLOADS / Path(file).name
     UPLOADS.mkdir(exist_ok=True)
-    shutil.copyfile(source, target)
+    shutil.copyfile(file, target)
     return str(target)
 
 
