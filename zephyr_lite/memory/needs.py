@@ -11,18 +11,8 @@ from ..config.load import Method, RunConfig
 from ..errors import UserError
 from ..io.run_dir import cache_dir
 from ..model.base import compute_device, compute_dtype, quantized_dir
-from .forecast import (
-    GB,
-    KNOWN_DATA,
-    MISTRAL,
-    MISTRAL_BYTES,
-    base_shape,
-    decimal,
-    disk_bytes,
-    expected_job,
-    forecast_lines,
-    on_the_hub,
-)
+from .expected import GB, KNOWN_DATA, MISTRAL, MISTRAL_BYTES, base_shape, decimal, disk_bytes, expected_job, on_the_hub
+from .forecast import forecast_lines
 from .machine import this_machine
 from .plan import make_plan
 
