@@ -188,7 +188,7 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         "before training",
         "step 12",
         "in between",
-        "2.00 GiB measured, 1.00 GiB planned",
+        "2.00 GiB, planned 1.00 GiB",
         "8 of 2",
         "unchanged in this run",
         "1.542 → 0.875",

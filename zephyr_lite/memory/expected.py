@@ -16,12 +16,12 @@ import torch
 
 from ..config.load import Loaded, Method, RunConfig
 from ..data.load import load_rows
+from ..data.sources import local_path
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..io.text import looks_local
 from ..model.base_folder import check_family, read_model_config
 from ..model.families import Shape
-from ..model.files import local_folder
+from ..model.files import named_folder
 from ..model.peft_io import read_adapter
 from .estimate import base_bytes, optimizer_bytes
 from .workload import AdapterSpec, Workload, longest_of, make_workload
@@ -66,11 +66,6 @@ CHARACTERS = 3
 RANK_BELOW = 16
 
 
-def on_the_hub(name: str) -> bool:
-    """Whether a name is that of a repository, not a path."""
-    return name.count("/") == 1 and not looks_local(name) and not Path(name).exists()
-
-
 def decimal(size: int) -> str:
     """Bytes in decimal units, as disks and downloads are given."""
     return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
@@ -86,7 +81,7 @@ def counted_rows(method: Method, config: RunConfig) -> list[KnownData | None]:
     found = []
     for spec in config.dataset:
         known = KNOWN_DATA.get(spec.path)
-        if known is None and not on_the_hub(spec.path):
+        if known is None and local_path(spec) is not None:
             whole = spec.model_copy(update={"limit": None, "weight": 1.0})
             rows = load_rows([whole], method, seed=config.seed).dataset["row"]
             known = KnownData(0, 0, len(rows), math.ceil(sum(map(len, rows)) / len(rows) / CHARACTERS))
@@ -154,11 +149,11 @@ def adapters_below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[A
         return [], []
     found, notes = [], []
     for name in config.adapters:
-        if on_the_hub(name):
+        if (folder := named_folder("adapter", name)) is None:
             found.append(assumed)
             notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
         else:
-            found.append(AdapterSpec.read(shape, read_adapter(Path(name).expanduser()).modules))
+            found.append(AdapterSpec.read(shape, read_adapter(folder).modules))
     if found:
         return found, notes
     if "output_dir" not in loaded.given or not StageDir(Path(config.output_dir) / "sft").complete():
@@ -191,7 +186,7 @@ def base_shape(name: str, revision: str = "main", *, any_family: bool = False) -
     Raises:
         UserError: there is none, the hub cannot be reached, or the fused engine does not know its family.
     """
-    if (folder := local_folder(name)) is not None:
+    if (folder := named_folder("model", name)) is not None:
         return read_model_config(folder, any_family=any_family)
     if name == MISTRAL:
         return MISTRAL_SHAPE

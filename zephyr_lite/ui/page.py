@@ -53,7 +53,10 @@ CSS = """
 .zl-asked {background: rgba(128, 128, 128, .15); border-radius: 8px; padding: .4em .7em; margin: .6em 0 .3em}
 .zl-answer {padding: .2em .7em}
 .zl-text textarea {font: 12px/1.45 ui-monospace, monospace; white-space: pre; overflow-x: auto}
-@media (max-width: 600px) {.zl-turn {grid-template-columns: 1fr; gap: 0}}
+@media (max-width: 600px) {
+  .zl-turn {grid-template-columns: 1fr; gap: 0}
+  .form > * {min-width: 100% !important}
+}
 """
 
 
@@ -305,7 +308,7 @@ def build(talk: Talk) -> gr.Blocks:
             with gr.Row():
                 source = gr.Dropdown([], label="Run, or folder of a model", allow_custom_value=True)
                 mode = gr.Radio(
-                    [("the last model", "one"), ("all models", "compare"), ("vote, names hidden", "vote")],
+                    [("last model", "one"), ("all models", "compare"), ("blind vote", "vote")],
                     value="compare",
                     label="Who answers",
                 )
@@ -317,7 +320,9 @@ def build(talk: Talk) -> gr.Blocks:
             conversation = gr.HTML()
             choice = gr.Radio([], label="Which answer is best?", visible=False)
             note = gr.Markdown()
-            question = gr.Textbox(label="Question", lines=2, submit_btn="Ask")
+            question = gr.Textbox(
+                label="Question", placeholder="Write a question", lines=1, max_lines=8, submit_btn="Ask"
+            )
             with gr.Row():
                 halt = gr.Button("Stop the answer")
                 fresh = gr.Button("New conversation")
