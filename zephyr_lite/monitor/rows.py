@@ -26,7 +26,7 @@ from ..model.base import fetch_base
 from ..model.base_folder import read_model_config
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary
-from ..train.setup import adapters_below, template_of
+from ..train.setup import adapters_below, check_paths, template_of
 
 # columns left of a line of tokens: the turn's role, and the position of the line's first token
 _ROLE, _POSITION = 11, 6
@@ -90,6 +90,7 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
     config, notes = loaded.config, list(loaded.notes)
     if held_out and not config.eval_dataset:
         raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
+    check_paths(config)
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config: Any = read_model_config(folder, any_family=True)
     stage = StageDir(Path(config.output_dir) / config.stage)
