@@ -18,7 +18,7 @@ from ..config.load import preset_configs
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE
 from ..memory.gpus import CARDS
-from ..monitor.report import REPORT
+from ..monitor.report import REPORT, Columns
 from . import jobs
 from .jobs import errors_on_page, words_of
 from .rows import read_rows, show_row, upload
@@ -66,25 +66,31 @@ def look(folder: str | None) -> tuple[Any, ...]:
     """What the tab Train shows of a stage: its state, the charts, the end of its output, and whether to look again."""
     with errors_on_page():
         if not folder:
-            return "Nothing was trained here yet.", *map(chart, [{}] * len(CHARTS)), "", gr.Timer(active=False)
+            return (
+                "Nothing was trained here yet.",
+                *(chart(names, {}) for names in CHARTS.values()),
+                "",
+                gr.Timer(active=False),
+            )
         path = Path(folder)
         if error := jobs.failure_of(path):
             raise error
         text, columns = jobs.state_of(path)
-        curves = ({name: columns[key] for key, name in names.items() if key in columns} for names in CHARTS.values())
-        return text, *map(chart, curves), jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
+        charts = [chart(names, columns) for names in CHARTS.values()]
+        return text, *charts, jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
 
 
-def chart(curves: dict[str, tuple[list[int], list[float]]]) -> Any:
-    """A chart of curves {name: (steps, values)}; hidden if there are none."""
-    points = [
-        (step, value, name)
-        for name, (steps, values) in curves.items()
-        for step, value in list(zip(steps, values))[:: -(-len(steps) // POINTS)]
-    ]
-    frame = pd.DataFrame(points, columns=["step", "value", "curve"]) if points else None
-    # gradio draws a curve that was not there before only when this map changes
-    return gr.LinePlot(frame, color_map={name: COLORS[name] for name in curves}, visible=frame is not None)
+def chart(names: dict[str, str], columns: Columns) -> Any:
+    """A chart of metrics {metric: the curve's name}; hidden while there are none."""
+    # gradio draws only the curves that it knows when a chart is first shown
+    points: list[tuple[int | None, float | None, str]] = [(None, None, name) for name in dict.fromkeys(names.values())]
+    empty = len(points)
+    for metric, name in names.items():
+        steps, values = columns.get(metric, ([], []))
+        every = -(-len(steps) // POINTS) or 1
+        points += [(step, value, name) for step, value in list(zip(steps, values))[::every]]
+    found = len(points) > empty
+    return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "curve"]) if found else None, visible=found)
 
 
 def presets(method: str) -> Any:
@@ -227,6 +233,7 @@ def build(talk: Talk) -> gr.Blocks:
                             x="step",
                             y="value",
                             color="curve",
+                            color_map=COLORS,
                             title=title,
                             y_title=" ",
                             color_title=" ",
