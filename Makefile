@@ -2,6 +2,7 @@
 # make test    the tests
 # make test-compat   whether transformers 4 loads what a merge and a stage write
 # make lint    ruff and mypy
+# make wheel   dist/zephyr_lite-*.whl, to install on another machine
 #
 # Variables: PYTHON (3.11 or newer), VENV, TORCH_INDEX (an index to take torch from first), CONSTRAINTS.
 
@@ -18,7 +19,7 @@ endif
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-compat lint format setup clean
+.PHONY: demo test test-compat lint format wheel setup clean
 
 demo: setup
 	$(RUN)/zephyr-lite demo
@@ -42,6 +43,11 @@ lint: setup
 format: setup
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+# without what an earlier build left: setuptools would pack that too
+wheel:
+	rm -rf build
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 setup: $(STAMP)
 

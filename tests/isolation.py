@@ -23,6 +23,7 @@ INHERITED = (
     "OPENBLAS_",
     "OMP_",
     "FUZZ_",
+    "CHROMIUM",
 )
 ROOT = Path(__file__).parent.parent
 HOME = Path(tempfile.mkdtemp(prefix="zephyr-lite-home-"))

@@ -29,6 +29,7 @@ ROOMS = (
     "recipe",
     "demo",
     "audit",
+    "ui",
     "cli",
 )
 # imports that run upwards, to be removed: (room, room)
@@ -40,6 +41,7 @@ ONLY_IN = {
     "triton": {"ops/", "cli/environment.py"},
     "trl": {"engines/"},
     "unsloth": {"engines/"},
+    "gradio": {"ui/"},
 }
 
 
@@ -112,6 +114,7 @@ OPTIONAL = (
     "lm_eval",
     "unsloth",
     "tensorboard",
+    "gradio",
 )
 
 

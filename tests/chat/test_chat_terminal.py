@@ -85,6 +85,7 @@ def test_ctrl_c_at_the_prompt(typed):
     assert typed(interrupt, "Hi", interrupt)[0] == 0
     code, out, err = typed("Hi", interrupt, interrupt, "never asked")
     assert code == 130 and "Ctrl-C once more" in out and err.strip() == "interrupted"
+    assert [typed(word, "never asked")[0] for word in ("exit", "quit", "/exit")] == [0, 0, 0]
 
 
 def test_a_full_disk_does_not_end_a_session(typed, monkeypatch, tmp_path):
@@ -109,7 +110,7 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Session, "ask", named)
     file, saved = tmp_path / "votes.jsonl", tmp_path / "mine.jsonl"
-    options = ["--compare", "--vote", str(file)]
+    options = ["--vote", str(file)]
     lines = [
         "Who?",
         "4",
@@ -135,9 +136,9 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
     assert {row["vote"]["rejected_model"] for row in rows[:2]} == {"base", "sft", "dpo"} - {shown[0][0]}
     assert all(row["chosen"][-1]["content"] == f"[I am {row['vote']['chosen_model']}]" for row in rows)
     assert "'x' is none of these" in body and "the answers are all the same" in body
-    assert not re.search(r"\b(base|sft|dpo)\b", re.sub(r"\[I am \w+\]|/dpo: answers", "", body))
+    assert not re.search(r"\b(base|sft|dpo)\b", re.sub(r"\[I am \w+\]|/dpo: 3 models", "", body))
     assert "votes: 3; skipped: 2; pairs added to" in end and "(ties)" in end
-    assert re.search(r"Next: zephyr-lite dpo dataset.path=\S+votes.jsonl output_dir=\S+ stage=voted\n", end)
+    assert re.search(r"Next: zephyr-lite dpo dataset=\S+votes.jsonl output_dir=\S+ stage=voted\n", end)
     # one conversation of the answers that were liked; '' is no system turn, as with --system
     (row,) = [json.loads(line) for line in saved.read_text().splitlines()]
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] and "model" not in row
@@ -148,12 +149,12 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--vote", "v.jsonl"], "--vote needs answers"),
-        (["--model", "sft", "--model", "dpo"], "more than once"),
+        (["--vote", "v.jsonl", "--prompts", "p.txt"], "--vote needs a terminal"),
+        (["--model", "sft", "--model", "rlhf"], "no model 'rlhf'"),
         (["--model", "rlhf"], "no model 'rlhf'"),
         (["--compare", "--model", "sft"], "is one model, sft"),
         (["--prompts", "p.txt"], "go together"),
-        (["--compare", "--vote", "v.txt"], ".jsonl file"),
+        (["--vote", "v.txt"], ".jsonl file"),
         (["--top-p", "0"], "top-p 0.0"),
         (["--temperature", "nan"], "temperature nan"),
         (["--system", "<s>"], "control token"),
@@ -183,7 +184,7 @@ def test_a_prompt_on_stdin_is_answered_on_stdout(talk_run, monkeypatch, capsys):
     code, out, err = piped(b"Who\nare you?", "--compare")
     assert out == "".join(f"## {name}\n\n{text}\n\n" for name, text in expected.items())
     assert [piped(given)[0] for given in (b"", b" \n", b"\xff\xfe", None)] == [2] * 4
-    assert piped(b"Hi", "--compare", "--vote", "v.jsonl")[0] == 2
+    assert piped(b"Hi", "--vote", "v.jsonl")[0] == 2
     code, out, err = piped(b"word " * 300)
     assert code == 2 and out == "" and "the model's context is 256" in err
 

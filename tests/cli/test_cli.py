@@ -22,6 +22,9 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     sft_words,
     tiny_base,
 )
+from zephyr_lite.cli.options import next_lines
+from zephyr_lite.cli.train import _next_commands
+from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.monitor.console import Console, duration, metrics_line
 
@@ -125,6 +128,11 @@ def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
     for name in ("system:", "packages:", "GPU:", "kernels:", "hub token:", "disk:", "extras:"):
         assert name in out
     assert "secret" not in out and "there is one" in out
+    assert all(len(line) <= 80 or " " not in line.strip() for line in out.splitlines())
+    assert (
+        "base:        mistralai/Mistral-7B-v0.1 is not in the hub's cache, and\n             HF_HUB_OFFLINE is set"
+        in out
+    )
 
 
 def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
@@ -134,7 +142,7 @@ def test_what_the_recipe_will_take_is_said_first(invoke, monkeypatch, tmp_path):
     for text in (
         "download: mistralai/Mistral-7B-v0.1 14.5 GB",
         "disk:",
-        "memory: about",
+        "plan of sft on the CPU: mistralai/Mistral-7B-v0.1",
         "plan --gpu",
     ):
         assert text in out
@@ -195,10 +203,40 @@ def test_a_dry_run_beside_a_finished_run_changes_nothing(invoke, dpo_words, runs
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("method", "file", "words", "commands"),
+    [
+        ("sft", None, [], ["dpo output_dir=runs/zephyr-7b"]),
+        (
+            "sft",
+            "zephyr-7b/overnight-sft",
+            ["output_dir=my runs/a"],
+            ["dpo --config zephyr-7b/overnight-dpo output_dir='my runs/a'"],
+        ),
+        (
+            "sft",
+            None,
+            ["dataset=my.jsonl", "eval_dataset=[]", "output_dir=runs/mine"],
+            ["chat runs/mine --compare", "merge --run runs/mine --out model/"],
+        ),
+        (
+            "dpo",
+            "zephyr-7b/overnight-dpo",
+            ["output_dir=/data/a"],
+            ["chat /data/a --compare", "eval preference /data/a", "merge --run /data/a --out model/"],
+        ),
+    ],
+)
+def test_what_comes_next_fits_what_was_run(method, file, words, commands):
+    config = load_config(method, file or f"zephyr-7b/{method}", words).config
+    assert _next_commands(method, file, config) == commands
+
+
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
 def test_a_finished_stage_says_what_comes_next_and_nothing_else(invoke, sft_words, runs, quiet):
     code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2", *quiet)
-    assert code == 0 and out == "runs/t/sft is complete already.\nNext: zephyr-lite chat runs/t\n"
+    after = ["chat runs/t --compare", "merge --run runs/t --out model/"]
+    assert code == 0 and out == f"runs/t/sft is complete already.\n{next_lines(after)}\n"
 
 
 def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, runs, dpo_words):
@@ -208,7 +246,7 @@ def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, r
     for option, words in commands.items():
         code, out, err = invoke(*words)
         assert (code, out) == (2, "") and err.startswith("error: which run? These 2 changed within a day:\n"), words
-        assert f"  {option}runs/t  changed " in err and f"  {option}runs/other  changed " in err, words
+        assert f"  {option}runs/t      changed " in err and f"  {option}runs/other  changed " in err, words
         assert err.endswith(("runs/t.\n", "runs/other.\n"))
     assert invoke("report")[0] == 2
     code, out, err = invoke("report", "runs/other")

@@ -83,6 +83,7 @@ CELLS = [json.dumps(row(text)["messages"]).replace('"', '""') for text in "ab"]
         ("x.csv", "prompt,completion\nq,a\n\nq,b\n"),
         ("x.csv", "prompt;completion\nq;a\nq;b\n"),
         ("x.csv", "\ufeffprompt,completion\r\nq,a\r\nq,b\r\n"),
+        ("x.csv", "\ufeffprompt\tcompletion\r\nq\ta\r\nq\tb\r\n"),
         ("x.csv", "prompt,completion,,\nq,a,,\nq,b,,\n"),
         ("x.tsv", "prompt\tcompletion\nq\ta\nq\tb\n"),
         ("x.tsv.gz", packed(b"prompt\tcompletion\nq\ta\nq\tb\n")),

@@ -128,6 +128,15 @@ def test_the_view_has_every_token_above_its_id_and_brackets_around_what_is_super
     assert inside == "".join(t["text"] for t in tokens if t["supervised"] == "yes")
 
 
+def test_a_packed_row_shows_two_conversations_in_80_columns_and_all_with_all(show, chat_rows):
+    words = ("sft", f"dataset={chat_rows}", "max_length=512")
+    short, whole = show(*words)[1], show(*words, "--all")[1]
+    titles = [line for line in whole.splitlines() if line.startswith("── segment")]
+    assert len(titles) > 3 and all(len(line) == 80 for line in titles if len(line.rstrip("─")) < 78)
+    assert [line for line in short.splitlines() if line.startswith("──")] == titles[:2]
+    assert f"\n… {len(titles) - 2} more conversations: --all shows them" in short and "… " not in whole
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from zephyr_lite import demo
 from zephyr_lite.demo import base
+from zephyr_lite.recipe.refusals import refusal
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -39,7 +40,7 @@ def test_conversations_schema() -> None:
         turns = [m for m in row["messages"] if m["role"] != "system"]
         assert row["messages"][-len(turns) :] == turns and turns[0]["content"] == row["prompt"]
         assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
-        assert not any(demo.dodges(m["content"]) for m in turns if m["role"] == "assistant")
+        assert not any(refusal("", m["content"]) for m in turns if m["role"] == "assistant")
 
 
 def test_the_best_completion_does_not_dodge() -> None:
@@ -48,8 +49,8 @@ def test_the_best_completion_does_not_dodge() -> None:
         assert len({c["response"] for c in row["completions"]}) == 4
         for score in ("overall_score", "fine-grained_score"):
             top = max(c[score] for c in row["completions"])
-            assert not any(demo.dodges(c["response"]) for c in row["completions"] if c[score] == top)
-            assert all(c[score] < top - 1 for c in row["completions"] if demo.dodges(c["response"]))
+            assert not any(refusal("", c["response"]) for c in row["completions"] if c[score] == top)
+            assert all(c[score] < top - 1 for c in row["completions"] if refusal("", c["response"]))
 
 
 def test_nothing_held_out_is_trained_on() -> None:

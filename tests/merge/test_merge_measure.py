@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.contract.test_merged import in_4bit, make_adapter, make_base, save_tokenizer
 from tests.messages import messages_to
 from zephyr_lite.cli.app import run
 from zephyr_lite.errors import UserError
@@ -16,7 +17,7 @@ from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.merge import chain_of_run, command
 from zephyr_lite.merge import measure as measuring
 from zephyr_lite.merge.command import run_merge
-from zephyr_lite.merge.measure import measure
+from zephyr_lite.merge.measure import MergeMeasure
 from zephyr_lite.model.loaded import open_live
 
 SMALL = ["max_steps=3", "lora_r=4", "batch_size=4", "learning_rate=1e-2", "max_length=96"]
@@ -39,7 +40,7 @@ def merged(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("merged") / "model"
     lines: list[str] = []
     with messages_to(lines.append):
-        found = run_merge(out, run=trained, both=True)
+        found = run_merge(out, run=trained, onto="base", both=True)
     return out, found, lines
 
 
@@ -60,26 +61,28 @@ def test_the_numbers_are_those_of_whole_distributions(trained, merged):
             sums["loss"] -= q.gather(1, at).sum().item()
             sums["live"] -= p.gather(1, at).sum().item()
             tokens += len(at)
-    way = found.ways["base"]
+    way = found.numbers["base"]
+    loss = found.numbers["live"]["loss"].value
     assert (found.rows, found.tokens) == (len(data.lengths), tokens)
     assert way["kl"].value == pytest.approx(sums["kl"] / tokens, rel=1e-4)
     assert way["top1_agreement"].value == pytest.approx(sums["same"] / tokens, abs=1e-9)
     assert way["loss"].value == pytest.approx(sums["loss"] / tokens, rel=1e-6)
-    assert found.live.value == pytest.approx(sums["live"] / tokens, rel=1e-6)
+    assert loss == pytest.approx(sums["live"] / tokens, rel=1e-6)
     assert way["loss_minus_live"].value == pytest.approx((sums["loss"] - sums["live"]) / tokens, rel=1e-3)
     # the number that `eval loss` gives
-    assert found.live.value == pytest.approx(chat_loss(live.decoder("dpo"), data), rel=1e-5)
+    assert loss == pytest.approx(chat_loss(live.decoder("dpo"), data), rel=1e-5)
 
 
 def test_nf4_is_the_live_stack_and_base_is_not(merged):
     _, found, lines = merged
-    assert 0 < found.ways["nf4"]["kl"].value < 1e-6 < 1e-3 < found.ways["base"]["kl"].value
-    assert found.ways["nf4"]["top1_agreement"].value == 1.0 > found.ways["base"]["top1_agreement"].value
-    assert abs(found.ways["nf4"]["loss_minus_live"].value) < 1e-5
-    between = found.ways["base"]["loss"].value - found.ways["nf4"]["loss"].value
-    assert found.between.value == pytest.approx(between, abs=1e-9)
-    assert any(line.startswith("merged against live") for line in lines)
-    assert any(line.startswith("--onto nf4: KL") for line in lines) and lines[-2].startswith("loss of base minus nf4")
+    assert 0 < found.numbers["nf4"]["kl"].value < 1e-6 < 1e-3 < found.numbers["base"]["kl"].value
+    assert found.numbers["nf4"]["top1_agreement"].value == 1.0 > found.numbers["base"]["top1_agreement"].value
+    assert abs(found.numbers["nf4"]["loss_minus_live"].value) < 1e-5
+    between = found.numbers["base"]["loss"].value - found.numbers["nf4"]["loss"].value
+    assert found.numbers["base_minus_nf4"]["loss"].value == pytest.approx(between, abs=1e-9)
+    said = [line.split(":")[0] for line in lines if line.startswith(("loss ", "merged onto", "--onto"))][-5:]
+    assert said[:2] == ["loss as trained", "merged onto the 16-bit base"]
+    assert said[2:] == ["merged onto the 4-bit weights", "--onto base", "--onto nf4"]
 
 
 def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
@@ -87,7 +90,7 @@ def test_it_is_kept_in_the_folder_and_the_other_one_is_gone(merged):
     assert [path.name for path in out.parent.iterdir()] == ["model"]
     told = json.loads((out / "zephyr_lite.json").read_text())
     assert told["onto"] == "base" and told["measured"] == json.loads(json.dumps(found.as_dict()))
-    assert told["measured"]["nf4"]["kl"]["value"] == found.ways["nf4"]["kl"].value
+    assert told["measured"]["nf4"]["kl"]["value"] == found.numbers["nf4"]["kl"].value
     assert told["measured"]["data"]["rows"] == 8
 
 
@@ -96,14 +99,65 @@ def test_other_architectures_and_small_memory_give_the_same(trained, merged, mon
     out, found, _ = merged
     monkeypatch.setattr(measuring, "FAMILIES", ())
     monkeypatch.setattr(measuring, "CHUNK", 3)
-    same = measure(chain_of_run(trained), {"base": out}, rows=64)
-    assert same.ways["base"]["kl"].value == pytest.approx(found.ways["base"]["kl"].value, rel=1e-4)
-    assert same.ways["base"]["loss"].value == pytest.approx(found.ways["base"]["loss"].value, rel=1e-6)
+    same = MergeMeasure(chain_of_run(trained))
+    same.add("base", out)
     monkeypatch.undo()
     monkeypatch.setattr(measuring, "open_folder", partial(measuring.open_folder, memory=300_000))
-    same = measure(chain_of_run(trained), {"base": out}, rows=64)
-    assert same.ways["base"]["kl"].value == pytest.approx(found.ways["base"]["kl"].value, rel=1e-4)
-    assert same.ways["base"]["loss"].value == pytest.approx(found.ways["base"]["loss"].value, rel=1e-6)
+    offloaded = MergeMeasure(chain_of_run(trained))
+    offloaded.add("base", out)
+    for other in (same, offloaded):
+        for key in ("kl", "loss"):
+            value = found.numbers["base"][key].value
+            assert other.numbers["base"][key].value == pytest.approx(value, rel=1e-4 if key == "kl" else 1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 60], ids=["light", "heavy"])
+def test_the_better_way_is_kept(tiny_base, chat_rows, tmp_path, monkeypatch, steps):
+    """What was trained for long has learned to correct the rounding; never are there two folders."""
+    words = [f"output_dir={tmp_path / 'run'}", *SMALL, f"max_steps={steps}", "samples=0"]
+    words += [f"learning_rate={1e-5 if steps == 1 else 1e-2}"]
+    assert (
+        run(["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", f"eval_dataset={chat_rows}", *words])
+        == 0
+    )
+    out, made, lines = tmp_path / "model" / "m", [], list[str]()
+
+    def watched(*arguments, onto, **settings):
+        assert not out.exists()
+        made.append(onto)
+        merge(*arguments, onto=onto, **settings)
+
+    merge = command.merge
+    monkeypatch.setattr(command, "merge", watched)
+    with messages_to(lines.append):
+        found = run_merge(out, run=tmp_path / "run")
+    told = json.loads((out / "zephyr_lite.json").read_text())
+    losses = {name: told["measured"][name]["loss"]["value"] for name in ("live", *made)}
+    assert [path.name for path in out.parent.iterdir()] == ["m"]
+    if steps == 1:
+        assert made == ["base"] and told["onto"] == "base"
+        assert lines[-1].startswith("merged onto the 16-bit base: ") and lines[-1].endswith("kept")
+    else:
+        assert made == ["base", "nf4"] and told["onto"] == "nf4"
+        assert losses["base"] > losses["live"] + 0.05 and losses["nf4"] == pytest.approx(losses["live"], abs=1e-4)
+        assert f"{losses['base']:.3f}" in lines[-4] and lines[-4].endswith("worse, removed")
+        assert lines[-1] == f"{found.line('nf4')}: kept"
+    with messages_to(lines.append):
+        assert run_merge(out, run=tmp_path / "run") is None
+    assert (
+        lines[-1] == f"{out} is complete already, onto the {'16-bit base' if steps == 1 else '4-bit weights'}."
+        and len(made) == len(losses) - 1
+    )
+    assert MergeMeasure(chain_of_run(tmp_path / "run")).rows == 8
+
+
+def test_a_base_stored_in_nf4_has_one_way(tmp_path):
+    plain = make_base(tmp_path / "plain")
+    adapter = make_adapter(plain, tmp_path / "adapter", 1)
+    in_4bit(plain, True).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", template=True)
+    run_merge(tmp_path / "m", adapters=[str(adapter)], base=str(tmp_path / "base"), check=False)
+    assert json.loads((tmp_path / "m" / "zephyr_lite.json").read_text())["onto"] == "nf4"
 
 
 def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
@@ -116,10 +170,9 @@ def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
     out = tmp_path / "m"
     base = chain.base["name_or_path"]
     with messages_to(lines.append):
-        found = run_merge(out, adapters=[str(alone)], base=base, onto="nf4", rows=3)
-    assert found.origin == "the demo's conversations" and found.rows == 3
-    assert any("taking the demo's" in line for line in lines)
-    assert found.ways["nf4"]["kl"].value < 1e-6
+        found = run_merge(out, adapters=[str(alone)], base=base, rows=3)
+    assert found.origin == "the demo's conversations" and found.rows == 3 and list(found.logps) == ["base"]
+    assert lines[-1].startswith("no stage says which conversations") and lines[-1].endswith("--onto nf4 is the other way.")
 
 
 @pytest.mark.parametrize("options", [{"check": False}, {"as_adapter": True}])
@@ -130,7 +183,7 @@ def test_measuring_needs_a_merged_model(trained, tmp_path, options, asked):
     assert not (tmp_path / "m").exists()
 
 
-def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
+def test_the_other_way_without_room_leaves_a_complete_folder(trained, tmp_path, monkeypatch):
     def no_room(*words, onto, **settings):
         if onto == "nf4":
             raise UserError("/there: 0.1 GB are free, the result takes 14.5 GB.")
@@ -138,8 +191,7 @@ def test_the_other_way_without_room_is_said(trained, tmp_path, monkeypatch):
 
     merge = command.merge
     monkeypatch.setattr(command, "merge", no_room)
-    found = run_merge(tmp_path / "m", run=trained, both=True, rows=2)
-    assert list(found.ways) == ["base"]
-    assert found.missing == {"nf4": "/there: 0.1 GB are free, the result takes 14.5 GB."}
-    assert any("nf4: not measured" in line for line in found.lines())
+    with pytest.raises(UserError, match="are free"):
+        run_merge(tmp_path / "m", run=trained, onto="base", both=True, rows=2)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert "base" in json.loads((tmp_path / "m" / "zephyr_lite.json").read_text())["measured"]

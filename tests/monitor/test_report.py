@@ -5,6 +5,7 @@ import hashlib
 import html.parser
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -187,7 +188,7 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         "before training",
         "step 12",
         "in between",
-        "2.00 / 1.00 GiB",
+        "2.00 GiB measured, 1.00 GiB planned",
         "8 of 2",
         "unchanged in this run",
         "1.542 → 0.875",
@@ -244,6 +245,8 @@ def test_two_runs_side_by_side(run, tmp_path):
 
 def test_the_command_writes_where_it_says_and_over_its_own_only(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parent.parent)
+    for stage in run.glob("*/stage.json"):
+        os.utime(stage, (0, 0))
     a_stage(run.parent / "b")
     (run.parent.parent / "notes.html").write_text("mine")
     for words, code, says in (

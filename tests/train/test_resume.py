@@ -168,7 +168,8 @@ def test_the_same_things_elsewhere_are_the_same(place, said):
     run_sft(load_config("sft", None, given(place, **moved, **{"eval_dataset.path": place / "moved-held.jsonl"})))
     (line,) = [line for line in said if line.startswith("changed since")]
     assert f"model_name_or_path: '{place / 'base'}' then, '{place / 'moved-base'}' now" in line
-    assert "dataset: " in line and "do not count" not in str(said) and same_result(place)
+    assert f"; dataset: {place / 'chat.jsonl'} then, {place / 'moved-chat.jsonl'} now" in line
+    assert "do not count" not in str(said) and same_result(place)
     # merge looks there
     assert StageDir(place / "run" / "sft").info()["base"]["name_or_path"] == str(place / "moved-base")
     for name in ("base", "chat.jsonl", "held.jsonl"):  # and back

@@ -40,14 +40,14 @@ SHORT = {"warmup_ratio": 0.0}
 @pytest.mark.parametrize(
     ("method", "rows", "tokens", "words", "chosen", "steps"),
     [
-        ("sft", 25, 60, [], {"batch_size": 2, "max_length": 60, "num_train_epochs": 5, "eval_steps": 13, **SHORT}, 65),
+        ("sft", 25, 60, [], {"batch_size": 3, "max_length": 60, "num_train_epochs": 7, "eval_steps": 9, **SHORT}, 63),
         (
             "sft",
             25,
             800,
             [],
-            {"batch_size": 2, "max_length": 800, "num_train_epochs": 5, "eval_steps": 13, **SHORT},
-            65,
+            {"batch_size": 3, "max_length": 800, "num_train_epochs": 7, "eval_steps": 9, **SHORT},
+            63,
         ),
         ("sft", 475, 400, [], {"max_length": 400, "eval_steps": 60, **SHORT}, 60),
         ("sft", 4, 60, [], {"batch_size": 1, "max_length": 60, "num_train_epochs": 10, "eval_steps": 4, **SHORT}, 40),
@@ -96,13 +96,13 @@ def test_a_run_on_own_rows_goes_on_and_is_found_complete(own, tmp_path):
     assert (
         info["data"]["kept"] == 25 and info["resumed"][0]["step"] == 20 and len(rates) == info["result"]["steps"] >= 60
     )
-    assert rates[0] == max(rates) and len(metrics(stage.path, "eval_loss")) == 5
+    assert rates[0] == max(rates) and len(metrics(stage.path, "eval_loss")) == 7
     assert not any("chosen for" in line or "few steps" in line for line in said)
     saved = load_config("sft", str(stage.config)).config
-    assert saved.val_size == "auto" and saved.eval_dataset[0].part == "test" and saved.num_train_epochs == 5
+    assert saved.val_size == "auto" and saved.eval_dataset[0].part == "test" and saved.num_train_epochs == 7
     with pytest.raises(StageComplete):
         run_sft(resolve_run("sft", None, words))
-    with pytest.raises(UserError, match=r"num_train_epochs: 5\.0 then, 6\.0 now"):
+    with pytest.raises(UserError, match=r"num_train_epochs: 7\.0 then, 6\.0 now"):
         run_sft(resolve_run("sft", None, [*words, "num_train_epochs=6"]))
 
 
@@ -112,7 +112,7 @@ def test_what_is_chosen_is_said_and_val_size_0_trains_on_all_rows(own):
         stage = setup_stage("sft", resolve_run("sft", None, [*own, "val_size=0", "learning_rate=1e-3"]), claim=False)
     assert stage.eval_data is None and stage.data.report.kept == 30
     line = next(line for line in said if line.startswith("chosen for 30 conversations: max_length="))
-    assert "batch_size=2 num_train_epochs=4 warmup_ratio=0 eval_steps=15" in line
+    assert "batch_size=4 num_train_epochs=8 warmup_ratio=0 eval_steps=8" in line
     assert any("the held-out loss will not be computed" in line for line in said)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from rich.columns import Columns
 from rich.live import Live
 from rich.panel import Panel
 
-from ..errors import Interrupted, UserError
+from ..errors import UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
 from .generate import MAKE_ROOM, Drawn
@@ -41,7 +40,7 @@ HELP = (
     ("/history", "the conversation so far"),
     ("/save FILE", "add the conversation to a JSONL file, as `sft` reads it"),
     ("/model NAME", "continue with another model of the run"),
-    ("/exit", "end, as Ctrl-D does"),
+    ("/exit, exit, quit", "end, as Ctrl-D does"),
     ("Ctrl-C", "end an answer; twice: the session"),
     (BLOCK, "begins and ends a question of several lines"),
 )
@@ -68,7 +67,6 @@ class Repl:
         """Run until Ctrl-D, /exit, or Ctrl-C twice.
 
         Raises:
-            Interrupted: SIGTERM.
             KeyboardInterrupt: Ctrl-C twice.
         """
         with suppress(ImportError):
@@ -77,11 +75,16 @@ class Repl:
             readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one question
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        models = " against ".join(column.model for column in self.session.columns)
-        names = models if self._votes is None else "answers without names"
-        self._note(f"{self.session.chat.live.source}: {names}. /help lists the commands, Ctrl-D ends.")
+        live, asked = self.session.chat.live, [column.model for column in self.session.columns]
+        others = [model for model in live.models if model not in asked]
+        if self._votes is not None:
+            who = f"{len(asked)} models answer, without their names"
+        elif self._compare:
+            who = f"{', '.join(asked)} answer side by side"
+        else:
+            who = f"{asked[0]} answers" + (f" (/model changes to {' or '.join(others)})" if others else "")
+        self._note(f"{live.source}: {who}. /help lists the commands, /exit ends.")
         interrupted = False
-        before = signal.signal(signal.SIGTERM, _end)  # which otherwise does what Ctrl-C does
         try:
             while True:
                 try:
@@ -100,7 +103,6 @@ class Repl:
                 if not self._handle(line):
                     break
         finally:
-            signal.signal(signal.SIGTERM, before)
             if self._votes is not None:
                 self._show_votes(self._votes)
 
@@ -116,6 +118,8 @@ class Repl:
 
     def _handle(self, line: str) -> bool:
         """Ask a question or run a command; False: it ends the session. Errors are printed and do not end it."""
+        if line in ("exit", "quit"):  # as in other programs' prompts
+            return False
         try:
             if line.startswith("/") and not line.startswith("//"):
                 return self._command(line)
@@ -133,7 +137,7 @@ class Repl:
 
     def _note(self, text: str) -> None:
         """Print something about the conversation that is not part of it."""
-        self._console.out.print(self._console.text(text, "dim"))
+        self._console.out.print(self._console.text(text, "dim"), soft_wrap=False)
 
     def _ask(self, question: str, again: bool = False) -> None:
         """Ask a question, or the last one again, and print the answers while they are drawn."""
@@ -161,18 +165,14 @@ class Repl:
         # the first Ctrl-C ends the answer, a second one the session
         with StopRequest(None) as stop, live if self._compare else nullcontext():
             answers = session.ask(question, on_text, lambda: stop.name is not None, again)
-        if not self._compare:
-            out.print()
         if self._compare:
-            whole = [answers[place].text for place in order]
-            notes = [ended(answers[place]) for place in order]
-            cells = [f"{text}\n({note})".strip() if note else text for text, note in zip(whole, notes)]
+            notes = [f"\n({note})" if (note := ended(answers[place])) else "" for place in order]
+            cells = [(answers[place].text + note).strip() for place, note in zip(order, notes)]
             out.print(side_by_side(console, titles, cells), soft_wrap=False)
         else:
+            out.print()
             tokens, seconds = len(answers[0].tokens), time.monotonic() - started
             self._note(ended(answers[0]) or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
-        if stop.name not in (None, "SIGINT"):
-            raise Interrupted(f"{stop.name}: the session ended")
         kept = bool(session.turns) and session.columns[0].turns[-1][1] is answers[0]
         if self._votes is not None and any(answer.finish == "interrupted" for answer in answers):
             if kept:
@@ -233,7 +233,7 @@ class Repl:
         self._console.say(f"votes: {votes}; skipped: {self._skipped}; pairs added to {path}: {self._pairs}")
         if not self._pairs:
             return
-        words = [f"dataset.path={path}"]
+        words = [f"dataset={path}"]
         chain = self.session.chat.live.chain
         if chain is not None and chain.run is not None:
             words.append(f"output_dir={chain.run}")
@@ -332,11 +332,7 @@ def ended(answer: Drawn) -> str:
     """Why an answer is cut or empty; "" if it is neither."""
     tokens = len(answer.tokens)
     return {
-        "length": f"cut at {tokens:,} tokens; --max-new-tokens allows more",
+        "length": f"cut at {tokens:,} tokens; a higher max-new-tokens allows more",
         "context": f"cut at {tokens:,} tokens: the model's context is full",
         "interrupted": f"stopped after {tokens:,} tokens",
     }.get(answer.finish, "" if tokens else "the answer is empty: the model ended at once")
-
-
-def _end(number: int, frame: Any) -> None:
-    raise Interrupted("SIGTERM: the session ended")

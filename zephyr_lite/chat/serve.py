@@ -57,15 +57,14 @@ class Turn(Part):
         return {"role": self.role, "content": "".join(p if isinstance(p, str) else p.text for p in parts)}
 
 
+NotEmpty = Annotated[str, Field(min_length=1)]
+
+
 class StreamOptions(Part):
     include_usage: bool = False
 
 
-_usual = Settings()
-NotEmpty = Annotated[str, Field(min_length=1)]
-
-
-class ChatRequest(Part):
+class ChatRequest(Part, Settings):
     """The body of ``POST /v1/chat/completions``; what it leaves out is as in ``zephyr-lite chat``, the seed aside."""
 
     needless: ClassVar[dict[str, Any]] = {
@@ -74,13 +73,10 @@ class ChatRequest(Part):
     }
     model: str
     messages: list[Turn] = Field(min_length=1)
-    temperature: float = Field(_usual.temperature, ge=0, le=100)
-    top_p: float = Field(_usual.top_p, gt=0, le=1)
-    max_tokens: int = Field(
-        _usual.max_new_tokens, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
-    )
-    stop: Annotated[list[NotEmpty], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = []
+    max_new_tokens: int = Field(512, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
     seed: int = Field(default_factory=lambda: random.getrandbits(31), ge=0, le=2**63 - 1)
+    system: None = None  # it is one of the messages
+    stop: Annotated[list[NotEmpty], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str = ""  # which of the client's users asks; read by OpenAI alone
@@ -130,11 +126,8 @@ class Answers:
             ids = self.chat.prompt_ids(self._conversation([turn.message for turn in asked.messages]))
             if asked.model != self._model:
                 self._model, self._streamer = asked.model, Streamer(self.chat, [self.chat.live.models[asked.model]])
-            settings = Settings(
-                temperature=asked.temperature, top_p=asked.top_p, max_new_tokens=asked.max_tokens, seed=asked.seed
-            )
             turn = sum(turn.role == "user" for turn in asked.messages) - 1
-            (drawn,) = self._streamer.draw([ids], [settings.sampling(turn)], on_piece, lambda: cut or is_over())
+            (drawn,) = self._streamer.draw([ids], [asked.sampling(turn)], on_piece, lambda: cut or is_over())
         except UserError as error:
             raise refusal(
                 400, error.message, "messages", code="context_length_exceeded" if isinstance(error, TooLong) else None

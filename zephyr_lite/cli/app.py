@@ -25,6 +25,7 @@ from .examples import add_examples
 from .options import console
 from .talk import chat, serve
 from .train import env, keys, plan, train
+from .ui import ui
 
 app = typer.Typer(
     name="zephyr-lite",
@@ -98,6 +99,7 @@ for evaluation in (eval.loss, eval.preference, eval.mt_bench, eval.alpaca, eval.
     eval_app.command()(evaluation)
 app.command()(chat)
 app.command()(serve)
+app.command()(ui)
 app.command()(model.report)
 app.command(**_keys("[RECIPE] [OPTIONS] [KEY=VALUE]..."))(recipe.reproduce)
 app.command(no_args_is_help=True)(model.check)

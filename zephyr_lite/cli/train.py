@@ -15,7 +15,7 @@ from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, console, say_all
+from .options import StageConfig, console, next_lines, say_all
 
 if TYPE_CHECKING:
     from ..config.load import Method, RunConfig
@@ -93,21 +93,21 @@ def train(
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
             except StageComplete as done:
                 logger.info(done.message)
-            logger.info("Next: zephyr-lite %s", _next_command(method, config, loaded.config))
+            logger.info(next_lines(_next_commands(method, config, loaded.config)))
 
 
-def _next_command(method: Method, file: str | None, config: RunConfig) -> str:
-    """The command that usually follows a finished stage."""
+def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[str]:
+    """The commands that usually follow a finished stage: stage 2 of the recipe, or the use of the model."""
     from ..config.load import preset_configs
     from ..config.schema import SFT_DATA
 
-    if method == "dpo":
-        return "merge --out model/"
-    if config.dataset[0].path != SFT_DATA:
-        return f"chat {shlex.quote(config.output_dir)}"
-    if (following := (file or "").removesuffix("sft") + "dpo") in preset_configs():
-        return f"dpo --config {following}"
-    return "dpo"
+    run = shlex.quote(config.output_dir)
+    if method == "sft" and config.dataset[0].path == SFT_DATA:
+        following = (file or "").removesuffix("sft") + "dpo"
+        preset = [f"--config {following}"] if following in preset_configs() else []
+        return [" ".join(["dpo", *preset, f"output_dir={run}"])]
+    evaluation = [f"eval {'loss' if method == 'sft' else 'preference'} {run}"] if config.eval_dataset else []
+    return [f"chat {run} --compare", *evaluation, f"merge --run {run} --out model/"]
 
 
 def plan(
@@ -118,6 +118,7 @@ def plan(
         str | None, Option(help="Memory of the card, such as 8GiB. Without --gpu: a generic card of that size.")
     ] = None,
     price: Annotated[float | None, Option(help="US dollars an hour for the card.")] = None,
+    details: Annotated[bool, Option("--details", help="Memory by name, what was chosen, and disk.")] = False,
     ladder: Annotated[bool, Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
 ) -> None:
     """Memory, time and disk that a run takes, on this machine or on any card; needs neither weights nor a GPU."""
@@ -128,12 +129,14 @@ def plan(
     if ladder:
         stage = None if words == context.args else context.args[0]
         others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
+        others["--details"] = details or None
         console.plan(ladder_lines(words, others))
         return
     for method in methods:
-        console.plan(
-            planned_lines(method, resolve_run(method, config, words, runs_root=None), gpu=gpu, vram=vram, price=price)
-        )
+        loaded = resolve_run(method, config, words, runs_root=None)
+        console.plan(planned_lines(method, loaded, gpu=gpu, vram=vram, price=price, details=details))
+    if not details:
+        console.plan(["details: add --details"])
 
 
 def keys(
@@ -152,4 +155,4 @@ def env() -> None:
     from .environment import survey
 
     for finding in survey():
-        console.say(finding.line())
+        console.say(finding.line(min(80, console.out.width)))

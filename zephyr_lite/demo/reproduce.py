@@ -24,7 +24,7 @@ from ..merge.weights import MARK
 from ..model.chain import chain_of_run
 from ..monitor.report import StageRecord
 from .child import Ended, child
-from .smoke import DISK_RESERVE, merged_bytes, speed
+from .smoke import DISK_RESERVE, base_files, speed
 
 logger = logging.getLogger(__name__)
 # name → the configurations of its stages
@@ -153,7 +153,7 @@ def done(chosen: Reproduction, part: str) -> str | None:
         return None
     if merged_from(merged, chosen.run):
         return f"{merged} is done already"
-    size, free = merged_bytes(chosen.configs["sft"]), shutil.disk_usage(chosen.run).free
+    size, free = base_files(chosen.configs["sft"]).nbytes, shutil.disk_usage(chosen.run).free
     if free >= size + DISK_RESERVE:
         return None
     return (

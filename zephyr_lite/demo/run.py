@@ -5,50 +5,56 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 from ..chat import load_chat
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
-from ..data.dataset import TokenizedDataset, prepare
+from ..data.dataset import prepare
 from ..errors import UserError
-from ..evaluate.likelihood import chat_loss, row_logps
+from ..evaluate.likelihood import chat_loss
 from ..io.atomic import alone, file_aside, make_folder, sweep, write_json
 from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
+from ..model.sampling import Sampling
 from ..monitor.console import Console
+from ..monitor.report import json_lines
 from ..monitor.report_writer import ReportWriter
 from ..recipe.ultrafeedback import to_pairs
 from ..train.dpo import run_dpo
 from ..train.resume import StageComplete
 from ..train.sft import run_sft
-from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS, dodges
+from ..train.stage import Observer
+from . import CONVERSATIONS, CONVERSATIONS_TEST, FEEDBACK, FEEDBACK_TEST, QUESTIONS
 from .base import demo_base
 
 logger = logging.getLogger(__name__)
 
 
+WIDTH = 80  # columns at most
+TOKENS = 48  # of an answer at most
+# method → end of the names of its files, as of the splits of the hub's data sets
+FILES = {"sft": "sft", "dpo": "prefs"}
+
+
 @dataclass
 class Standing:
-    """Scores of one of the three models on the held-out rows."""
+    """One of the three models: its loss on the held-out conversations, and its answers."""
 
     loss: float  # mean over the assistant's tokens of the conversations
-    # share of pairs whose better answer has the higher mean log-probability per token (the sum would favour the shorter one)
-    preference_accuracy: float
-    dodging: float  # share of its own answers to the prompts that retreat behind being a machine
-    answers: list[str]  # to ``QUESTIONS``
+    answers: list[str]  # to ``QUESTIONS``; one that was cut off ends in …
 
 
 @dataclass
 class DemoResult:
-    """Scores of each model, and the held-out accuracy of the DPO model's implicit reward."""
+    """Scores of each model, and the share of the held-out pairs in which DPO raised the better answer over the worse one."""
 
     standings: dict[str, Standing]
     reward_accuracy: float
@@ -58,6 +64,7 @@ def run_demo(
     out: Path,
     *,
     on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
+    observers: Sequence[Observer] = (),
     base: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> DemoResult:
@@ -65,6 +72,7 @@ def run_demo(
 
     Args:
         out: the run's folder; ``out/merged`` is the model. Finished stages are not repeated.
+        on_metrics, observers: of both stages.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
 
@@ -72,12 +80,13 @@ def run_demo(
         UserError: the base is not installed, or ``out`` holds something else.
     """
 
-    def train(run: Callable[..., Any], method: Method, rows: Path, held_out: Path) -> None:
-        data = [f"dataset.path={rows}", f"eval_dataset.path={held_out}"]
+    def train(run: Callable[..., Any], method: Method) -> None:
+        files = [out / "data" / f"{part}_{FILES[method]}.jsonl" for part in ("train", "test")]
+        data = [f"dataset.path={files[0]}", f"eval_dataset.path={files[1]}"]
         words = [f"model_name_or_path={folder}", f"output_dir={out}", *data, *overrides]
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
         try:
-            run(loaded, on_metrics=on_metrics, observers=[ReportWriter()])
+            run(loaded, on_metrics=on_metrics, observers=[*observers, ReportWriter()])
         except StageComplete as done:
             logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
@@ -89,11 +98,11 @@ def run_demo(
         others = [path for path in out.iterdir() if not path.name.startswith(".")]
         if others and not (out / "data").exists():
             raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
-        train_pairs, test_pairs = _write_data(out / "data")
+        _write_data(out / "data")
         logger.info("[1/4] dSFT: conversations")
-        train(run_sft, "sft", CONVERSATIONS, CONVERSATIONS_TEST)
+        train(run_sft, "sft")
         logger.info("[2/4] dDPO: preferences")
-        train(run_dpo, "dpo", train_pairs, test_pairs)
+        train(run_dpo, "dpo")
         logger.info("[3/4] merge")
         chain = chain_of_run(out)
         merge(
@@ -104,59 +113,58 @@ def run_demo(
             lineage=chain.lineage(),
             overwrite=True,
         )
-        logger.info("[4/4] answers and held-out rows: base, SFT, DPO")
-        standings = _standings(out, test_pairs)
+        logger.info("[4/4] held-out rows and answers: base, SFT, DPO")
         info = StageDir(out / "dpo").info() or {}
-        result = DemoResult(standings, info["result"]["evaluations"][-1]["eval_rewards/accuracies"])
+        result = DemoResult(_standings(out), info["result"]["evaluations"][-1]["eval_rewards/accuracies"])
         write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
     return result
 
 
-def _write_data(folder: Path) -> list[Path]:
-    """Files of preference pairs, to train on and held out: the best mean score against a random other one."""
+def _write_data(folder: Path) -> None:
+    """Files to train on and held out: conversations, and pairs of the best mean score against a random other one."""
     make_folder(folder)
     sweep(folder)
-    files = {folder / "train_prefs.jsonl": FEEDBACK, folder / "test_prefs.jsonl": FEEDBACK_TEST}
-    for path, source in files.items():
-        pairs, counts = to_pairs(map(json.loads, source.read_text(encoding="utf-8").splitlines()), seed=42)
-        logger.info(f"{path.stem}: {counts['pairs']} pairs of {counts['rows']} scored prompts")
-        with file_aside(path) as file:
-            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
-    return list(files)
+    for part, chats, feedback in (("train", CONVERSATIONS, FEEDBACK), ("test", CONVERSATIONS_TEST, FEEDBACK_TEST)):
+        pairs, counts = to_pairs(json_lines(feedback), seed=42)
+        logger.info(f"{part}_prefs: {counts['pairs']} pairs of {counts['rows']} scored prompts")
+        for method, rows, columns in (
+            ("sft", json_lines(chats), ["messages"]),
+            ("dpo", pairs, ["prompt", "chosen", "rejected"]),
+        ):
+            with file_aside(folder / f"{part}_{FILES[method]}.jsonl") as file:
+                file.writelines(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)
 
 
-def _standings(out: Path, test_pairs: Path) -> dict[str, Standing]:
+def _standings(out: Path) -> dict[str, Standing]:
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
-    config = RunConfig(max_length=1024)
-
-    def rows(file: Path, method: Method) -> TokenizedDataset:
-        return prepare([DatasetSpec(path=str(file))], method, config, chat.template, what="held-out")
-
-    conversations, pairs = rows(CONVERSATIONS_TEST, "sft"), rows(test_pairs, "dpo")
-    prompts = [json.loads(line)["prompt"] for line in test_pairs.read_text(encoding="utf-8").splitlines()]
+    rows = [DatasetSpec(path=str(out / "data" / f"test_{FILES['sft']}.jsonl"))]
+    conversations = prepare(rows, "sft", RunConfig(max_length=1024), chat.template, what="held-out")
+    prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
+    greedy = [Sampling(TOKENS, temperature=0.0)] * len(prompts)
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
-        decoder = Decoder(chat.stack, chat.dtype, adapters)
-        means = row_logps(decoder, pairs).means()
-        answers = chat.ask([*QUESTIONS, *prompts], max_new_tokens=40, adapters=adapters)
+        drawn = chat.sample(prompts, greedy, adapters=adapters)
         result[name] = Standing(
-            loss=chat_loss(decoder, conversations),
-            preference_accuracy=(means[:, 0] > means[:, 1]).double().mean().item(),
-            dodging=sum(map(dodges, answers[len(QUESTIONS) :])) / len(prompts),
-            answers=answers[: len(QUESTIONS)],
+            loss=chat_loss(Decoder(chat.stack, chat.dtype, adapters), conversations),
+            answers=[one.text + (" …" if one.finish == "length" else "") for one in drawn],
         )
     return result
 
 
-def print_standings(console: Console, standings: Mapping[str, Standing]) -> None:
-    """Print each model's answers and scores in columns."""
-    table, found = Table("", *standings, show_lines=True, expand=True), standings.values()
-    for column in table.columns:
-        column.ratio = 1
+def print_result(console: Console, result: DemoResult) -> None:
+    """Print the models' answers below each question, then their scores."""
+    width = min(WIDTH, console.out.width)
     for place, question in enumerate(QUESTIONS):
-        table.add_row(Text(question, style="bold"), *(Text(one.answers[place]) for one in found))
-    table.add_row("held-out loss", *(f"{one.loss:.3f}" for one in found))
-    table.add_row("better answer likelier", *(f"{one.preference_accuracy:.0%}" for one in found))
-    table.add_row("dodging answers", *(f"{one.dodging:.0%}" for one in found))
-    console.out.print(table, soft_wrap=False)
+        console.heading(f"\n{question}")
+        answers = Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2))
+        for name, one in result.standings.items():
+            answers.add_row(f"  {name}", console.text(" ".join(one.answers[place].split())))
+        console.out.print(answers, soft_wrap=False, width=width)
+    losses = ", ".join(f"{one.loss:.3f} ({name})" for name, one in result.standings.items())
+    for text in (
+        f"Loss on held-out conversations: {losses}; lower is better.",
+        f"DPO: against the SFT model, the better answer became likelier than the worse one in {result.reward_accuracy:.0%} "
+        "of the held-out pairs; by chance it would be 50%.",
+    ):
+        console.say("\n" + textwrap.fill(text, width, break_on_hyphens=False))

@@ -127,12 +127,14 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
     checkpoint = stage.path / f"checkpoint-{KILLED_AFTER}"
     part(f"train, {KILLED_AFTER} steps", train, lambda: "killed there (SIGKILL)", kill_when=checkpoint.is_dir)
     part(f"resume to step {STEPS}", train, lambda: _resumed(stage.path, method, config))
-    size, free = merged_bytes(config), shutil.disk_usage(folder).free
-    said, rows = f"{size / 1e9:.1f} GB, removed again", ["--rows", "2"]
+    files, free = base_files(config), shutil.disk_usage(folder).free
+    size = files.nbytes
+    said = f"{size / 1e9:.1f} GB, removed again"
+    how = ["--onto", "nf4" if files.quantized else "base", "--rows", "2"]
     if free < size + DISK_RESERVE:
         said = f"the adapter only: {free / 1e9:.1f} GB are free for {merged}, and the model takes {size / 1e9:.1f} GB"
-        rows = ["--adapter-only"]
-    words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *rows]
+        how = ["--adapter-only"]
+    words = ["merge", "--run", str(out), "--stage", method, "--out", str(merged), "--no-card", *how]
     part("merge", words, lambda: said)
     asked, answer = folder / "asked.txt", folder / "answer.txt"
     write_text(asked, QUESTIONS[0])
@@ -218,9 +220,9 @@ def on_sft(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"adapters": [str(adapter.path) for adapter in chain.adapters]})
 
 
-def merged_bytes(config: RunConfig) -> int:
-    """Bytes of the merged model on the disk."""
-    return BaseFiles(config.model_name_or_path, fetch_base(config.model_name_or_path, config.model_revision)).nbytes
+def base_files(config: RunConfig) -> BaseFiles:
+    """The base's weights on the disk, which are as large as the merged model's."""
+    return BaseFiles(fetch_base(config.model_name_or_path, config.model_revision))
 
 
 def outlook(config: RunConfig, small: StageRecord) -> list[str]:

@@ -30,7 +30,7 @@ from ..config.load import Method, RunConfig
 from ..errors import UserError
 from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
-from ..memory.machine import SHARE, reset_peak_memory
+from ..memory.machine import reset_peak_memory
 from ..model.adapters import AdapterStack
 from ..model.compose import compose
 from ..model.families import FAMILIES
@@ -238,17 +238,11 @@ def _split(stage: Stage) -> dict[str, Any]:
     per_epoch, total = step_schedule(stage.config, rows)
     partial = rows % size if total >= per_epoch else 0
     per_device = _largest_divisor(math.gcd(size, partial), fits)
-    # TRL recomputes all activations or none: as the plan says, or where its layers, which keep about three times as much as
-    # the fused engine's, would not fit
-    recomputes = stage.plan.recomputes
-    if not recomputes and stage.config.memory.keep is None:
-        longest = int(stage.data.lengths.max()) if stage.method == "dpo" else stage.config.max_length
-        recomputes = 3 * stage.plan.bytes_per_token * longest * per_device > SHARE * stage.plan.free_bytes
     return {
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": size // per_device,
         "per_device_eval_batch_size": _largest_divisor(held_out, fits) if held_out else 1,
-        "gradient_checkpointing": recomputes,
+        "gradient_checkpointing": stage.plan.recomputes,
     }
 
 

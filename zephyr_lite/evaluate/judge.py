@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from ..client.client import ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import CostClient, Meter, bound_lines
 from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
-from ..client.jobs import JobConfig, claim_folder, in_order, refuse_equal_names, run_job
+from ..client.jobs import JobConfig, claim_folder, in_order, nothing_made, refuse_equal_names, run_job
 from ..client.local_model import Weights
 from ..config.load import DatasetSpec
 from ..data.sources import open_source
@@ -31,6 +31,7 @@ from .results import head_of, result_folder, write_result
 T = TypeVar("T", bound="Item")
 R = TypeVar("R")
 JUDGE_TOKENS = 2048  # of a judge's reply, unless its endpoint says otherwise
+NO_VERDICT = "no verdict: "  # before the reason why a judgment failed
 JUDGE_TRIES = 2  # draws of a judgment that cannot be parsed
 
 
@@ -342,11 +343,8 @@ class Benchmark(ABC, Generic[T]):
                 cut = sum(outcome.cut for outcome in found)
                 models[model] = {**scores, "answers_cut_at_max_tokens": cut, self.why: dict(reasons)}
         if not models:
-            told = [*(f"{reason} ({count})" for reason, count in lost.most_common(3)), *spent[-1:]]
-            raise UserError(
-                f"{self.job}: no verdict: {'; '.join(told)}",
-                "The same command, with a larger budget if need be, continues the job: all replies so far are kept.",
-            )
+            told = [f"{reason.removeprefix(NO_VERDICT)} ({count})" for reason, count in lost.most_common(3)]
+            raise nothing_made(self.job, "verdict", [*told, *spent[-1:]])
         first, *others = models
         differences = {
             f"{first} - {other}": difference(grades[first], grades[other], self.scale, self.unit) for other in others
@@ -409,6 +407,6 @@ class Benchmark(ABC, Generic[T]):
                         request, lambda text: (self.read_verdict(item, text), text), tries=JUDGE_TRIES
                     )
                 except RequestFailed as failed:
-                    judgment = f"no verdict: {failed.reason}"
+                    judgment = f"{NO_VERDICT}{failed.reason}"
             outcome.grades.append(Grade(item.key, item.category, model, n + 1, score, judgment))
         return outcome

@@ -105,7 +105,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
             "Export the 16-bit model; a merged folder is one.",
         )
     check_weights(folder, config)
-    files = BaseFiles(str(folder), folder)
+    files = BaseFiles(folder)
     parts = list(_parts(gguf, folder, config, files, kind))
     writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].gguf)
     report = GgufReport(out, types=Counter(part.type.name for part in parts))

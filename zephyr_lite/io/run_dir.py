@@ -114,8 +114,8 @@ def newest_run(
                 changed[found.run] = max(at, changed.get(found.run, at))
     recent = sorted((run for run in changed if changed[run] > max(changed.values()) - RECENT), key=changed.__getitem__)
     if len(recent) > 1:
-        now = time.time()
-        lines = [f"  {option}{run}  changed {duration(now - changed[run])} ago" for run in reversed(recent[-9:])]
+        now, wide = time.time(), max(len(str(run)) for run in recent)
+        lines = [f"  {option}{run!s:{wide}}  changed {duration(now - changed[run])} ago" for run in recent[:-10:-1]]
         raise UserError(
             f"which run? These {len(recent)} changed within a day:\n" + "\n".join(lines),
             f"Add one to the command, such as {option}{recent[-1]}.",

@@ -29,6 +29,8 @@ CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
 # The allocator's slack. Segments of large blocks grow by 20 MiB, those of small ones by 2, requests are rounded to 512 bytes,
 # and a freed block is not always where the next one fits: a share of the transient bytes, and two steps of growth.
 SLACK_SHARE, SLACK_BYTES = 0.03, 40 * MIB
+# A layer and the head of the other engines take so many times as much, by rough estimate.
+OTHER_ENGINES = 3
 
 # what a layer may keep, and whether that goes to the host
 Kind = tuple[Keep, bool]
@@ -374,6 +376,8 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
         moments.append(("evaluation", -1, (0, 0, beside, max(head, forward[None]), 0, states)))
     at, index, peak = max(moments, key=lambda moment: sum(moment[2]))
     transient = {name: n for name, n in zip(TRANSIENT, peak) if n}
+    if job.engine != "fused":
+        transient = {name: n if name == "gradients" else OTHER_ENGINES * n for name, n in transient.items()}
     if device.cuda:
         transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * sum(peak[1:]))
     host = {"kept activations": on_host} if on_host else {}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from ..config.load import Loaded, Method, RunConfig, find_config, load_config
+from ..config.load import Loaded, MemorySpec, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
@@ -29,7 +29,7 @@ from ..model.peft_io import read_adapter
 from .estimate import GIB, MIB, PAGED, base_bytes, in_words, optimizer_bytes
 from .gpus import find_gpu, gpu_of_size
 from .machine import Machine, of_card, parse_size, this_machine
-from .plan import Plan, longest_context, make_plan
+from .plan import Plan, fastest_change, longest_context, make_plan
 from .workload import AdapterSpec, Workload, longest_of, make_workload
 
 GB = 1e9
@@ -69,6 +69,10 @@ KNOWN_DATA = {
 }
 # GB of the cards of ``--ladder``
 LADDER = (6, 8, 12, 16, 24)
+# Seconds of steps from which on a CPU is not the machine for a run.
+LONGEST_ON_A_CPU = 30 * 86400
+# How many times as fast a run must become for a change to be suggested.
+WORTH_SAYING = 1.05
 # The rank of stage 1's adapter, on every projection, where it is not known.
 RANK_BELOW = 16
 
@@ -77,65 +81,104 @@ RANK_BELOW = 16
 
 
 def forecast_lines(
-    job: Workload, machine: Machine, plan: Plan, config: RunConfig, *, price: float | None = None
+    job: Workload, machine: Machine, plan: Plan, config: RunConfig, *, price: float | None = None, change: str = ""
 ) -> list[str]:
-    """The plan of a workload on a machine: memory by name, the settings, time and money, in at most 80 columns.
+    """A plan in short: whether it fits, how long it takes and what it costs; in at most 80 columns.
 
     Args:
         price: US dollars an hour; None: the card's usual one, where it has one.
+        change: what would make it faster.
     """
-    cuda, card, context = machine.device.cuda, machine.card, machine.device.context
+    cuda, card, engine = machine.device.cuda, machine.card, config.engine
+    roughly = "" if engine == "fused" else "roughly "
+    unit, unit_name = _unit(plan)
+    fits = "fits" if plan.peak <= machine.free else "does not fit"
+    peak = f"{roughly}{plan.peak / unit:.2f} of {machine.free / unit:,.2f} {unit_name}{_free(machine)} at the peak"
+    host = f", and {sum(plan.host.values()) / unit:.2f} of main memory" if cuda and plan.host else ""
+
+    basis = "by a short measurement" if card.measured else "by data sheets"
+    if plan.earlier_runs:
+        runs = f"{plan.earlier_runs} earlier run{'s' * (plan.earlier_runs > 1)}"
+        basis = f"corrected by {runs} here: {plan.speed_ratio:.2f} of what was predicted"
+    speed = plan.tokens_per_second
+    told = f"{roughly}{speed:,.0f} tokens/s" if speed >= 10 else f"{roughly}{speed:.2g} tokens/s"
+    time = f"about {duration(plan.seconds_per_step)} a step ({told} {basis}); the rows are not counted yet"
+    if job.run_tokens:
+        seconds = job.run_tokens / max(speed, 1e-9)
+        price = card.price if price is None else price
+        money = f", ${seconds / 3600 * price:,.2f} at ${price:.2f}/h" if price is not None else ""
+        time = f"about {duration(seconds)}{money} ({told} {basis})"
+        if not cuda and seconds > LONGEST_ON_A_CPU:
+            time = f"{Path(config.model_name_or_path).name} does not train on a CPU ({told})"
+    where = machine.name + ("" if engine == "fused" else f" with engine {engine}")
+    lines = [f"plan of {job.method} on {where}: {config.model_name_or_path}, rank {config.lora_r}"]
+    lines += [f"  memory  {fits}: {peak}{host}", f"  time    {time}", *([f"  change  {change}"] if change else [])]
+    return _wrapped(lines, indent=10)
+
+
+def _detail_lines(job: Workload, machine: Machine, plan: Plan, config: RunConfig) -> list[str]:
+    """The memory by name, the settings, and what is written to the disk."""
+    cuda, example = machine.device.cuda, "row" if job.method == "sft" else "pair"
     storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
-    here = not cuda or not context
-    unit, unit_name = (GIB, "GiB") if plan.peak >= GIB / 2 else (MIB, "MiB")
-    example = "row" if job.method == "sft" else "pair"
-    lines = [
-        f"plan of {job.method} on {machine.name}, {(machine.free - here * context) / GIB:.1f} GiB" + " free" * here,
-        f"  {config.model_name_or_path} ({storage[job.storage]}), rank {config.lora_r}, {config.optim}",
-        f"  longest {example} {job.longest:,} tokens" + (f", {job.step_tokens:,} a step" if job.step_tokens else ""),
-        "",
-        f"{'memory at the peak':<48}{unit_name:>9}",
-    ]
-    for name, size in plan.account.items():
-        if name != "peak":
-            lines.append(f"  {name:<46}{size / unit:>9.2f}")
+    unit, unit_name = _unit(plan)
+    account = {name: size for name, size in plan.account.items() if name != "peak"}
+    lines = ["", f"{'memory at the peak':<48}{unit_name:>9}"]
+    lines += [f"  {name:<46}{size / unit:>9.2f}" for name, size in account.items()]
     lines += [
-        f"{'  together':<48}{plan.peak / unit:>9.2f}  of {machine.free / unit:,.2f}",
+        f"{'  together':<48}{plan.peak / unit:>9.2f}  of {machine.free / unit:,.2f}{_free(machine)}",
         f"  the peak is in the {plan.at}",
         "",
         "what was chosen",
+        f"  base in {storage[job.storage]}; {config.optim}",
+        f"  longest {example} {job.longest:,} tokens" + (f", {job.step_tokens:,} a step" if job.step_tokens else ""),
+        *(f"  {line}" for line in plan.lines()),
     ]
-    for line in plan.lines():
-        lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
     if plan.micro_tokens < job.longest:
         lines.append(f"  a {example} runs whole, so up to {job.longest:,} tokens are computed at once")
-    lines.append("")
-    host = [
-        f"{name} {in_words(size)}" + (" (not locked)" if cuda and name == PAGED else "")
-        for name, size in plan.host.items()
-    ]
-    if host or cuda:
-        lines.append(f"{'main memory, locked' if cuda else 'also in the same memory'}: {', '.join(host) or 'nothing'}")
+    if plan.host:
+        host = [f"{name} {in_words(n)}" + " (not locked)" * (cuda and name == PAGED) for name, n in plan.host.items()]
+        lines.append(f"  {'main memory, locked' if cuda else 'also in the same memory'}: {', '.join(host)}")
     if plan.managed:
-        lines.append(f"optimizer states that move to main memory when the card is full: {in_words(plan.managed)}")
-    basis = f"from a short measurement of this {'card' if cuda else 'CPU'}" if card.measured else "from data sheets"
-    lines.append(f"speed: about {plan.tokens_per_second:,.0f} tokens/s ({basis})")
+        lines.append(f"  optimizer states that move to main memory when the card is full: {in_words(plan.managed)}")
     if job.run_tokens:
-        seconds = job.run_tokens / max(plan.tokens_per_second, 1e-9)
-        price = card.price if price is None else price
-        money = f", ${seconds / 3600 * price:,.2f} at ${price:.2f} an hour" if price is not None else ""
-        many = f"{job.run_tokens / 1e6:,.1f} M" if job.run_tokens >= 1e6 else f"{job.run_tokens:,}"
-        lines.append(f"this recipe: {many} tokens, about {duration(seconds)} of steps, evaluations aside{money}")
-    if not cuda:
-        lines.append("no GPU here; `zephyr-lite plan --gpu 3060` plans for a card")
-    wrapped = []
-    for line in lines:
-        wrapped += textwrap.wrap(line, WIDTH, subsequent_indent="    ") or [""]
-    return wrapped
+        lines.append(f"  {job.run_tokens:,} tokens in all; evaluations are not in the time")
+    lines += ["", "disk", *(f"  {decimal(size)} {what}" for what, size in disk_bytes(job, config).items())]
+    return _wrapped(lines, indent=4)
+
+
+def _unit(plan: Plan) -> tuple[int, str]:
+    return (GIB, "GiB") if plan.peak >= GIB / 2 else (MIB, "MiB")
+
+
+def _free(machine: Machine) -> str:
+    """Of this machine, and not of a card by name, the memory that is free now is planned with."""
+    return " free" if not machine.device.cuda or not machine.device.context else ""
+
+
+def _wrapped(lines: list[str], indent: int) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent) or [""]]
+
+
+def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memory: MemorySpec) -> str:
+    """What makes a run faster: the overnight recipe, where the whole one takes more than a day; else the best single setting."""
+    if not machine.device.cuda:
+        return "--gpu 3060 plans for a card by name, --vram 12GiB for any other"
+    if config.engine != "fused":
+        return "engine=fused, which is planned exactly"
+    name = f"zephyr-7b/overnight-{job.method}"
+    night, known = load_config(job.method, name).config.dataset[0], KNOWN_DATA
+    whole = [(spec.path, spec.limit) for spec in config.dataset] == [(night.path, None)] and config.max_steps is None
+    if whole and night.limit and (job.run_tokens or 0) > 86400 * plan.tokens_per_second:
+        seconds = night.limit * known[night.path].tokens / plan.tokens_per_second
+        return f"--config {name}: {night.limit:,} of {known[night.path].rows:,} rows, {duration(seconds)}"
+    speed, text = fastest_change(job, machine, memory)
+    if speed > WORTH_SAYING * plan.tokens_per_second:
+        return f"{text} makes it {speed / plan.tokens_per_second - 1:.0%} faster"
+    return f"nothing: no single setting makes it {WORTH_SAYING - 1:.0%} faster"
 
 
 def planned_lines(
-    method: Method, loaded: Loaded, *, gpu: str | None, vram: str | None, price: float | None
+    method: Method, loaded: Loaded, *, gpu: str | None, vram: str | None, price: float | None, details: bool = False
 ) -> list[str]:
     """The plan of a configuration on this machine, on a card by name, or on one of the size ``vram``.
 
@@ -143,13 +186,12 @@ def planned_lines(
         UserError: an unknown card, a base whose configuration cannot be read; or nothing fits.
     """
     config = loaded.config
-    if config.engine != "fused":
-        raise UserError(f"engine {config.engine}: only the fused engine is planned.", "Add engine=fused.")
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price {price}: is not a price.", "Give US dollars an hour.")
-    check_targets(config.lora_target_modules)
-    base = base_shape(config.model_name_or_path, config.model_revision)
-    notes = [f"assuming that all rows have max_length={config.max_length} tokens"]
+    if config.engine == "fused":
+        check_targets(config.lora_target_modules)
+    base = base_shape(config.model_name_or_path, config.model_revision, any_family=config.engine != "fused")
+    notes = [f"all rows are assumed to have max_length={config.max_length} tokens"]
     below, about_below = _below(method, loaded, Shape.of(base))
     notes += about_below
     here = compute_device()
@@ -172,10 +214,9 @@ def planned_lines(
             notes.append(f"a {card.name} emulates bfloat16 products: it is slower than the plan says")
     job = expected_job(method, config, base, dtype, below)
     plan = make_plan(job, machine, memory)
-    lines = [f"note: {note}" for note in notes]
-    lines += forecast_lines(job, machine, plan, config, price=price)
-    lines += [f"disk: {decimal(size)} {what}" for what, size in disk_bytes(job, config).items()]
-    return [*lines, ""]
+    lines = forecast_lines(job, machine, plan, config, price=price, change=_change(job, machine, plan, config, memory))
+    lines += _wrapped([f"  note    {note}" for note in notes], indent=10)
+    return [*lines, *(_detail_lines(job, machine, plan, config) if details else []), ""]
 
 
 def _below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
@@ -344,14 +385,17 @@ def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
     return found
 
 
-def base_shape(name: str, revision: str = "main") -> Any:
+def base_shape(name: str, revision: str = "main", *, any_family: bool = False) -> Any:
     """The base's configuration, from its folder, the hub's cache or the hub; Mistral's is known. Reads no weight.
+
+    Args:
+        any_family: one that the fused engine does not know, too.
 
     Raises:
         UserError: there is none, the hub cannot be reached, or the fused engine does not know its family.
     """
     if (folder := local_folder(name)) is not None:
-        return read_model_config(folder)
+        return read_model_config(folder, any_family=any_family)
     if name == MISTRAL:
         return MISTRAL_SHAPE
     from transformers import AutoConfig
@@ -364,5 +408,6 @@ def base_shape(name: str, revision: str = "main") -> Any:
             "not have it or could not be reached.",
             "Check the name and the connection, or give a local folder.",
         ) from None
-    check_family(config, f"{name}/config.json")
+    if not any_family:
+        check_family(config, f"{name}/config.json")
     return config

@@ -29,10 +29,7 @@ from .gpus import PROCESSOR, Gpu
 HOST_SHARE = 0.5
 # Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
 HOST_ELSEWHERE = 16 * GIB
-# Share of the free memory that a plan leaves alone: the prediction is meant to be right to 5 %.
-MARGIN = 0.03
-# Share of the free memory that is planned with on a CPU and for other engines, whose allocations are not counted exactly.
-SHARE = 0.7
+THE_CPU = "the CPU"
 # of each measurement of speed, at least
 SECONDS, CALLS = 0.15, 25
 COPY_BYTES = 128 * 2**20
@@ -49,16 +46,6 @@ class Machine:
     free: int  # bytes of the device's memory (a CPU: of main memory) for the run, ``device.context`` included
     host: int  # bytes of main memory that may be locked
     device: Device  # how it allocates
-    # the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
-    # that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits
-    exact: bool = True
-
-    @property
-    def budget(self) -> int:
-        """Bytes of the device's memory that a plan may take."""
-        if self.exact:
-            return int(self.free * (1 - MARGIN))
-        return self.device.context + int((self.free - self.device.context) * SHARE)
 
 
 def of_card(card: Gpu, dtype: torch.dtype, memory: MemorySpec) -> Machine:
@@ -68,9 +55,7 @@ def of_card(card: Gpu, dtype: torch.dtype, memory: MemorySpec) -> Machine:
     return Machine(card.name, card, free, host, Device.of(card.capability, dtype.itemsize == 2, context=CONTEXT_BYTES))
 
 
-def this_machine(
-    device: torch.device, dtype: torch.dtype, memory: MemorySpec, *, engine: str = "fused", measure: bool = True
-) -> Machine:
+def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *, measure: bool = True) -> Machine:
     """The machine that this process runs on.
 
     Args:
@@ -78,7 +63,6 @@ def this_machine(
         dtype: of the computation.
         memory: ``vram`` caps the free memory to that of a card of this size (less its context; on a CPU as it is); ``host``
             is the main memory that may be locked.
-        engine: that trains.
         measure: measure the speed; False: it does not matter.
 
     Raises:
@@ -92,9 +76,7 @@ def this_machine(
         process = process_memory(device)
         free = process + (free_memory(device) if vram is None else min(free_memory(device), vram))
         # offloaded bytes are in the memory that is planned with
-        return Machine(
-            "the CPU", card, free, free if host is None else host, replace(CPU, context=process), exact=False
-        )
+        return Machine(THE_CPU, card, free, free if host is None else host, replace(CPU, context=process))
     capability = torch.cuda.get_device_capability(device)
     if measure:
         card = _measured_card(device, dtype)  # first: the libraries that it loads take memory too
@@ -108,9 +90,7 @@ def this_machine(
             host = lockable(host, device)
     free = free_memory(device)
     free = free if vram is None else min(free, vram - CONTEXT_BYTES)
-    return Machine(
-        card.name, card, free, host, Device.of(capability, dtype.itemsize == 2, context=0), exact=engine == "fused"
-    )
+    return Machine(card.name, card, free, host, Device.of(capability, dtype.itemsize == 2, context=0))
 
 
 def _card_rates(device: torch.device, dtype: torch.dtype, free: int) -> tuple[float, float, float]:

@@ -10,9 +10,19 @@ from pathlib import Path
 from ..config.load import Method, RunConfig
 from ..errors import UserError
 from ..io.run_dir import cache_dir
-from ..io.text import duration
 from ..model.base import compute_device, compute_dtype, quantized_dir
-from .forecast import GB, KNOWN_DATA, MISTRAL, MISTRAL_BYTES, base_shape, decimal, disk_bytes, expected_job, on_the_hub
+from .forecast import (
+    GB,
+    KNOWN_DATA,
+    MISTRAL,
+    MISTRAL_BYTES,
+    base_shape,
+    decimal,
+    disk_bytes,
+    expected_job,
+    forecast_lines,
+    on_the_hub,
+)
 from .machine import this_machine
 from .plan import make_plan
 
@@ -60,6 +70,8 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
                 written.append((place, what, size))
     left: dict[int, int] = {}  # device → bytes that are free once this is written
     for place, what, size in written:
+        if size < 1e6:  # or not known
+            continue
         folder = next(path for path in (place, *place.absolute().parents) if path.exists())
         disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
         left[disk] = left.get(disk, free) - size
@@ -68,10 +80,9 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
     if job is not None and name in fetch:
         # the plan is printed once the rows are there; but nothing is downloaded for a run that does not fit
         cpu = device.type == "cpu"
-        plan = make_plan(job, this_machine(device, dtype, config.memory, measure=cpu), config.memory)
+        machine = this_machine(device, dtype, config.memory, measure=cpu)
+        plan = make_plan(job, machine, config.memory)
         if cpu:
-            lines.append(f"  memory: about {plan.peak / GB:.1f} GB (no GPU here: it runs on the CPU, in main memory)")
-            if job.run_tokens:
-                lines.append(f"  time: about {duration(job.run_tokens / plan.tokens_per_second)} on this CPU")
-            lines.append("  `zephyr-lite plan --gpu 3060` estimates it for a card; `zephyr-lite demo` is a small run")
+            change = "`zephyr-lite plan --gpu 3060` plans for a card; `zephyr-lite demo` is a small run"
+            lines += forecast_lines(job, machine, plan, config, change=change)
     return lines

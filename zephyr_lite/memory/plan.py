@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -16,6 +18,7 @@ from ..config.load import MemorySpec
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
+from .earlier import earlier_runs
 from .estimate import CONTEXT_BYTES, GIB, MemoryBreakdown, estimate, in_words, kept_per_token
 from .gpus import PROCESSOR
 from .machine import Machine
@@ -28,6 +31,13 @@ MIXTURES: tuple[tuple[Keep, Keep], ...] = (("all", "attention"), ("all", "input"
 WANTED_TOKENS, CPU_TOKENS = 16384, 2048
 # Tokens that the MLP takes at a time; a longer tile is the faster one.
 TILES = (8192, 2048, 512)
+# Share of the free memory that a plan leaves alone: the prediction is meant to be right to 5 %.
+MARGIN = 0.03
+# Share of the free memory that is planned with on a CPU and for other engines, whose allocations are not counted exactly.
+SHARE = 0.7
+# By rough estimate the other engines train at these shares of the fused engine's speed: TRL reached 0.4 to 0.6 on a CPU
+# (bench/results/compare-cpu.json).
+OTHER_ENGINES = {"fused": 1.0, "trl": 0.5, "unsloth": 1.0}
 # Settings whose speeds differ by no more than this are equally fast: the simpler one comes first.
 TIE = 0.002
 # How much faster a setting must be to be worth locking main memory: that slows the rest of the machine, and the cost model is
@@ -58,6 +68,9 @@ class Plan(ExecutionConfig):
     at: str = ""  # the moment of the peak
     seconds_per_step: float = 0.0  # predicted speed; 0: unknown
     tokens_per_second: float = 0.0
+    # measured over predicted speed of so many earlier runs on this machine, with which the two above are corrected
+    speed_ratio: float = 1.0
+    earlier_runs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))  # a list in JSON
@@ -98,6 +111,19 @@ class Plan(ExecutionConfig):
 Found = tuple[ExecutionConfig, MemoryBreakdown]
 
 
+def is_exact(job: Workload, machine: Machine) -> bool:
+    """Whether the allocations are counted: the fused engine on a card. Then a plan uses all memory but ``MARGIN`` and a run
+    that does not fit is refused; else it uses ``SHARE``, and takes the smallest settings if nothing fits."""
+    return job.engine == "fused" and machine.device.cuda
+
+
+def budget(job: Workload, machine: Machine) -> int:
+    """Bytes of the device's memory that a plan may take."""
+    if is_exact(job, machine):
+        return int(machine.free * (1 - MARGIN))
+    return machine.device.context + int((machine.free - machine.device.context) * SHARE)
+
+
 def fitting(
     job: Workload,
     machine: Machine,
@@ -112,18 +138,18 @@ def fitting(
 
     Args:
         memory: what the user fixed is the same in all of them.
-        most: bytes on the device at the peak; None: the machine's budget.
+        most: bytes on the device at the peak; None: ``budget``.
         least: only settings with the smallest peaks; if any setting fits, one of these does.
         training: a backward pass follows.
     """
-    fused, layers, exact = job.engine == "fused", job.shape.layers, machine.exact
-    most = machine.budget if most is None else most
+    fused, layers, exact = job.engine == "fused", job.shape.layers, is_exact(job, machine)
+    most = budget(job, machine) if most is None else most
     streams = (False, True) if memory.stream is None and exact else (bool(memory.stream) and fused,)
     references: tuple[Reference, ...] = ("together", "own") if job.live_reference else ("together",)
     scratches: tuple[ScratchMode, ...] = ("layer",) if job.storage == "dense" else ("layer", "small")
-    keeps: tuple[Keep, ...] = ("input",) if least else ("all", "attention", "input")
+    keeps: tuple[Keep, ...] = ("all", "attention", "input") if fused else ("all", "input")
     if least:
-        references, scratches = references[-1:], scratches[-1:]
+        keeps, references, scratches = keeps[-1:], references[-1:], scratches[-1:]
     if memory.keep is not None:
         keeps = (memory.keep,)
     # (what the first n layers keep, what the others keep, whether the first n offload it, the fewest n, the most)
@@ -184,6 +210,8 @@ def _tokens(job: Workload, machine: Machine, memory: MemorySpec, least: bool) ->
     """Sizes of a micro-batch, largest first: the longest example at least, a whole step at most."""
     if memory.micro_tokens is not None:
         return [min(memory.micro_tokens, max(job.longest, job.step_most or memory.micro_tokens))]
+    if job.engine != "fused" and job.method == "sft":
+        return [job.longest]  # TRL gets one row at a time
     if least:
         # a step in one piece has its gradients come while activations go
         whole = job.step_most is not None and job.longest < job.step_most < 2 * job.longest
@@ -223,7 +251,7 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
             other engines.)
     """
     fastest = min(fitting(job, machine, memory), key=lambda found: _cost(job, found[0], machine), default=None)
-    if fastest is None and not machine.exact:
+    if fastest is None and not is_exact(job, machine):
         smallest = fitting(job, machine, memory, most=math.inf, least=True)
         fastest = min(smallest, key=lambda found: found[1].peak, default=None)
     if fastest is None:
@@ -257,27 +285,29 @@ def smaller(
         if found:
             key = (lambda f: f[1].peak) if least else (lambda f: _cost(job, f[0], machine))
             execution, _ = min(found, key=key)
-            return _plan(job, execution, estimate(job, execution, machine.device), machine)
+            found_plan = _plan(job, execution, estimate(job, execution, machine.device), machine)
+            # its speed was not measured again
+            return replace(found_plan, seconds_per_step=0.0, tokens_per_second=0.0)
     return replace(plan, micro_tokens=1) if several and plan.micro_tokens > 1 else None
 
 
 def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, machine: Machine) -> Plan:
     seconds, tokens_per_second = step_time(job, execution, machine.card)
-    predicted: dict[str, Any] = {}
-    if job.engine == "fused":
-        predicted = {
-            "account": {**found.resident, **found.transient, "peak": found.peak},
-            "seconds_per_step": round(seconds, 4),
-            "tokens_per_second": round(tokens_per_second, 2),
-        }
+    ratios = earlier_runs(machine.name, job) if machine.card.measured else []
+    ratio = statistics.median(ratios) if ratios else 1.0
+    share = OTHER_ENGINES[job.engine] * ratio
     return Plan(
         **vars(execution),
         bytes_per_token=kept_per_token(job, execution.keep),
         free_bytes=max(0, machine.free - sum(found.resident.values()) - 4 * job.parameters),
+        account={**found.resident, **found.transient, "peak": found.peak},
         host=found.host,
         managed=found.managed,
         at=found.at,
-        **predicted,
+        seconds_per_step=round(seconds / share, 4),
+        tokens_per_second=round(tokens_per_second * share, 2),
+        speed_ratio=ratio,
+        earlier_runs=len(ratios),
     )
 
 
@@ -306,9 +336,9 @@ def _refusal(job: Workload, machine: Machine, memory: MemorySpec) -> UserError:
     if host is None:
         parts = sorted(((n, part) for part, n in (found.resident | found.transient).items()), reverse=True)[:3]
         message = (
-            f"{machine.name}: {in_words(found.peak - machine.budget)} are missing. The smallest plan for {what} takes "
+            f"{machine.name}: {in_words(found.peak - budget(job, machine))} are missing. The smallest plan for {what} takes "
             f"{in_words(found.peak)} of the card's memory ({', '.join(f'{part} {in_words(n)}' for n, part in parts)}); "
-            f"{in_words(machine.budget)} can be counted on of {in_words(machine.free)} free."
+            f"{in_words(budget(job, machine))} can be counted on of {in_words(machine.free)} free."
         )
     else:
         message = (
@@ -328,6 +358,25 @@ def _least_host(job: Workload, machine: Machine, memory: MemorySpec) -> int | No
     return min((sum(account.host.values()) for _, account in found), default=None)
 
 
+def _changes(job: Workload, memory: MemorySpec) -> Iterator[tuple[str, str, Workload, MemorySpec]]:
+    """(kind, text, workload, settings) of changes that cost neither tokens nor rank."""
+    for key in ("keep", "micro_tokens", "offload", "stream"):
+        if getattr(memory, key) is not None:
+            yield key, f"memory.{key} left to the plan", job, memory.model_copy(update={key: None})
+    if job.optim in ("adamw_torch", "paged_adamw_32bit"):
+        for optim in ("adamw_8bit", "paged_adamw_8bit"):
+            yield "optim", f"optim={optim}", replace(job, optim=optim), memory
+
+
+def fastest_change(job: Workload, machine: Machine, memory: MemorySpec) -> tuple[float, str]:
+    """(tokens a second, text) of the single change that makes a run the fastest, (0, "") where there is none to try."""
+    tried = []
+    for _, text, changed, settings in _changes(job, memory):
+        with suppress(UserError):  # it does not fit
+            tried.append((make_plan(changed, machine, settings).tokens_per_second, text))
+    return max(tried, default=(0.0, ""))
+
+
 def suggestions(job: Workload, machine: Machine, memory: MemorySpec) -> list[str]:
     """Single changes with which it fits, each tried: of every kind the smallest change that is enough."""
     found: dict[str, str] = {}
@@ -338,12 +387,8 @@ def suggestions(job: Workload, machine: Machine, memory: MemorySpec) -> list[str
         if kind not in found and feasible(job, machine, memory):
             found[kind] = text
 
-    for key in ("keep", "micro_tokens", "offload", "stream"):
-        if getattr(memory, key) is not None:
-            attempt(key, f"memory.{key} left to the plan", memory=memory.model_copy(update={key: None}))
-    if job.optim in ("adamw_torch", "paged_adamw_32bit"):
-        for optim in ("adamw_8bit", "paged_adamw_8bit"):
-            attempt("optim", f"optim={optim}", replace(job, optim=optim))
+    for kind, text, changed, settings in _changes(job, memory):
+        attempt(kind, text, changed, memory=settings)
     if job.storage == "dense":
         attempt("load_in_4bit", "load_in_4bit=true", replace(job, storage="nf4 nested"))
     rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
@@ -354,7 +399,7 @@ def suggestions(job: Workload, machine: Machine, memory: MemorySpec) -> list[str
         if 64 <= n < job.longest / per_example:
             attempt("max_length", f"max_length={n}", replace(job, longest=n * per_example))
     device = replace(machine.device, context=machine.device.context or CONTEXT_BYTES)
-    for size in SIZES if machine.exact else ():
+    for size in SIZES if is_exact(job, machine) else ():
         if size * GIB > machine.free:
             attempt("card", f"a card of {size} GB", machine=replace(machine, device=device, free=size * GIB))
     return list(found.values())

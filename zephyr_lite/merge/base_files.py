@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.chat_template import ChatTemplate
-from ..errors import UserError
 from ..io.atomic import copy_file, write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
 from ..io.text import read_object
@@ -26,7 +25,6 @@ class BaseFiles:
     """A base's weights on disk, and the layout of the merged folder's weights.
 
     Attributes:
-        name: the name that the user gave.
         folder: the base's folder.
         config: its config.json.
         shards: output file name → tensor names, in the order of the bytes.
@@ -35,8 +33,7 @@ class BaseFiles:
         quantized: names of the weights that the base keeps in NF4.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = check_config_file(folder)
         self._files = open_shards(folder)
@@ -113,16 +110,13 @@ class BaseFiles:
         """Names of the weights that transformers' 4-bit loading quantizes: every linear layer but the output head's.
 
         Raises:
-            UserError: transformers does not know the architecture, or the files name their weights otherwise.
+            UserError: transformers does not know the architecture.
         """
         model = empty_model(self.folder, read_model_config(self.folder, any_family=True))
         head = model.get_output_embeddings()
         modules = model.named_modules()
         names = {f"{name}.weight" for name, module in modules if type(module) is nn.Linear and module is not head}
-        if missing := names - self.entries.keys():
-            raise UserError(
-                f"{self.folder}: no tensor {min(missing)} in its files.", "Save it again with transformers."
-            )
+        assert names <= self.entries.keys(), names - self.entries.keys()
         return names
 
     def write_index(self, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""``zephyr-lite merge``: find the chain, merge it, compare the merged folder with the live stack."""
+"""``zephyr-lite merge``: find the chain, merge it the better way, compare the merged folder with the live stack."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..data.chat_template import resolve_template
 from ..errors import UserError
-from ..io.atomic import remove_tree, sweep, write_json
+from ..io.atomic import remove_folder, remove_tree, sweep, write_json
 from ..io.run_dir import check_rendering, read_json, stages_of
 from ..model.base import compute_device, compute_dtype
 from ..model.base_folder import check_fingerprint, fingerprint
 from ..model.chain import Chain
-from ..model.files import fetch_base
+from ..model.files import check_config_file, fetch_base
 from ..model.loaded import find_chain
 from ..model.tokenizer import load_tokenizer
 from .base_files import BaseFiles
-from .measure import CHECK_ROWS, MEASURE_ROWS, MergeMeasure, measure
-from .weights import COMPOSED, MARK, MERGED, adapter_only, merge
+from .measure import CHECK_ROWS, MEASURE_ROWS, NAMES, MergeMeasure
+from .weights import COMPOSED, MARK, MERGED, Way, adapter_only, merge
 
 logger = logging.getLogger(__name__)
-
-Way = Literal["base", "nf4"]
 
 
 def run_merge(
@@ -36,7 +34,7 @@ def run_merge(
     stage: str | None = None,
     adapters: Sequence[str] = (),
     base: str | None = None,
-    onto: Way = "base",
+    onto: Way | None = None,
     as_adapter: bool = False,
     overwrite: bool = False,
     check: bool = True,
@@ -49,11 +47,13 @@ def run_merge(
         run, stage: the newest run's last complete stage by default.
         adapters: instead of a run, from the bottom up.
         base: the adapters' base; for a run, where its base is now.
-        onto, overwrite: see ``merge.merge``.
+        onto: see ``merge.merge``; None: the 16-bit base, and where a chain trained in 4 bits is worse on it than live (the
+            interval of the difference on its own held-out rows excludes 0), NF4, which keeps the live stack.
+        overwrite: see ``merge.merge``.
         as_adapter: write one PEFT adapter instead of a model.
         check: compare the result with the live stack, and write the numbers to the folder's zephyr_lite.json.
         both: measure the other way of merging too; its folder is removed again.
-        rows: held-out conversations to compare on; None: few for a check, more for ``both``.
+        rows: held-out conversations to compare on; None: few for a check of a given way, more to choose or for ``both``.
 
     Returns:
         the comparison, where one was made now.
@@ -78,54 +78,73 @@ def run_merge(
     folder = fetch_base(chain.base["name_or_path"], chain.base.get("revision", "main"))
     check_fingerprint(chain.base.get("fingerprint"), folder, "the stage")
     lineage = {**chain.lineage(), "base": {**chain.base, "fingerprint": fingerprint(folder)}}
-    in_4bit = chain.base.get("load_in_4bit", True)
-    stored = chain.base.get("dtype")
-    settings: dict[str, Any] = {
-        "double_quant": chain.base.get("double_quant", True),
-        "quant_dtype": getattr(torch, stored) if stored else compute_dtype("auto", compute_device()),
-        "tokenizer_from": chain.tokenizer_from,
-        "lineage": lineage,
-    }
-    ways: set[Way] = {"base", "nf4"} if both and in_4bit else {onto}
-    if both and not in_4bit:
-        logger.info("trained on the base in 16 bits, so merging onto NF4 would be another model, and is not measured")
+    stored_in_4bit = "quantization_config" in check_config_file(folder)
+    two_ways = chain.base.get("load_in_4bit", True) and not stored_in_4bit
+    dtype = chain.base.get("dtype")
+
+    def make(place: Path, way: Way, overwrite: bool = False) -> None:
+        merge(
+            folder,
+            chain.adapters,
+            place,
+            onto=way,
+            double_quant=chain.base.get("double_quant", True),
+            quant_dtype=getattr(torch, dtype) if dtype else compute_dtype("auto", compute_device()),
+            tokenizer_from=chain.tokenizer_from,
+            lineage=lineage,
+            overwrite=overwrite,
+        )
 
     mark = read_json(out / MARK) or {}
-    merged = not overwrite and _is_merge(mark, {"kind": MERGED, "onto": onto, **lineage})
-    if not merged:
-        merge(folder, chain.adapters, out, onto=onto, overwrite=overwrite, **settings)
-        mark = read_json(out / MARK) or {}
-    measured = mark.get("measured") or {}
-    done = ways <= {*measured, *measured.get("missing", ())} and rows in (None, measured["data"]["rows"])
+    merged = not overwrite and _is_merge(mark, {"kind": MERGED, **lineage, **({"onto": onto} if onto else {})})
+    way: Way = mark["onto"] if merged else onto or ("nf4" if stored_in_4bit else "base")
+    measured = mark.get("measured", {}) if merged else {}
+    wanted: set[Way] = {"base", "nf4"} if both and two_ways else {way}
+    done = not check or (wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
     if merged:
         logger.info(
-            f"{out} is complete already." if done or not check else f"{out}: the comparison is still to be made"
+            f"{out} is complete already, onto {NAMES[way]}." if done else f"{out}: the comparison is still to be made"
         )
-    if done or not check:
+    else:
+        make(out, way, overwrite)
+    if done:
         return None
 
-    folders: dict[Way, Path] = {onto: out}
-    missing: dict[str, str] = {}
-    aside = out.with_name(f".{out.name}.measure")
-    try:
-        for other in ways - {onto}:
-            try:
-                merge(folder, chain.adapters, aside, onto=other, overwrite=True, **settings)
-                folders[other] = aside
-            except UserError as error:  # the disk is too small, or the base has no 16-bit weights
-                missing[other] = error.message
-        found = measure(chain, folders, rows=rows or (MEASURE_ROWS if both else CHECK_ROWS))
-    finally:
-        remove_tree(aside)
-    found.missing.update(missing)
+    found = MergeMeasure(chain, rows or (MEASURE_ROWS if (onto is None and two_ways) or both else CHECK_ROWS))
+    found.add(way, out)
+    logger.info(found.live_line())
+    verdict = ""
+    if onto is None and two_ways and way == "base" and found.lost is None:
+        gap = found.numbers[way]["loss_minus_live"]
+        verdict = ": about equal, kept"
+        if gap.high is not None and gap.high < 0:
+            verdict = ": better, kept"
+        if gap.low is not None and gap.low > 0:
+            logger.info(f"{found.line(way)}: worse, removed")
+            remove_folder(out)  # first, since the disk may have room for one only
+            way, verdict = "nf4", ": kept"
+            make(out, way)
+            found.add(way, out)
+    logger.info(found.line(way) + verdict)
+    if onto is None and stored_in_4bit:
+        logger.info("The base is stored in NF4, without 16-bit weights to merge onto.")
+    elif onto is None and not two_ways:
+        logger.info("Training used the base in 16 bits, so there is no other way to merge.")
+    elif onto is None and found.lost is not None:
+        logger.info(f"{found.lost} Without such rows the 16-bit base is kept; --onto nf4 is the other way.")
+    mark = read_json(out / MARK) or {}
     write_json(out / MARK, {**mark, "measured": found.as_dict()})
-    for line in (found.logps[onto].line(), *found.lines()):
-        logger.info(line)
-    if onto == "base" and in_4bit:
-        logger.info(
-            "(live is in 4 bits, merged is not: most of the difference is the base's rounding; --onto nf4 keeps what "
-            "training saw, --measure compares the two)"
-        )
+    for other in wanted - found.logps.keys():
+        aside = out.with_name(f".{out.name}.measure")
+        try:
+            make(aside, other, overwrite=True)
+            found.add(other, aside)
+        finally:
+            remove_tree(aside)
+        logger.info(f"{found.line(other)}: measured only")
+        write_json(out / MARK, {**mark, "measured": found.as_dict()})
+    for measured_way in found.logps if both or onto is not None else ():
+        logger.info(found.closeness(measured_way))
     return found
 
 
@@ -151,7 +170,7 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
     for adapter in chain.adapters:
         if adapter.copies:
             base = fetch_base(name, chain.base.get("revision", "main"))
-            adapter.check_copies(BaseFiles(name, base).parameter)
+            adapter.check_copies(BaseFiles(base).parameter)
     adapter_only(
         chain.adapters,
         out,
@@ -160,7 +179,9 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
         lineage=lineage,
         overwrite=overwrite,
     )
-    logger.info(f"{out}: the whole chain as one PEFT adapter; it belongs on the bare {name}")
+    logger.info(
+        f"{out}: the whole chain as one PEFT adapter for the bare {name}: vLLM and PEFT load it so, without a merge."
+    )
 
 
 def _is_merge(mark: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -1,17 +1,16 @@
 """The merged folder compared with the live stack, on held-out conversations.
 
-Merged onto NF4's weights, the folder equals the live stack up to rounding: KL is near zero, whichever model is better. Merged
-onto the 16-bit base it differs, since the base's own rounding is undone. The held-out loss tells which of the two is better.
+Merged onto NF4's weights, the folder equals the live stack up to rounding. Merged onto the 16-bit base it differs, since the
+base's own rounding is undone; whether that is better or worse depends on the run, and the held-out loss tells.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import ChatTemplate, Example
-from ..data.dataset import TokenizedDataset, prepare
+from ..data.chat_template import Example
+from ..data.dataset import prepare
 from ..errors import UserError
-from ..evaluate.bootstrap import Bootstrap, Interval, Ratio
+from ..evaluate.bootstrap import Bootstrap, Interval
 from ..evaluate.rows import held_out
 from ..model.chain import Chain
 from ..model.families import FAMILIES
 from ..model.loaded import live_of
+from .weights import Way
 
-logger = logging.getLogger(__name__)
-
+NAMES: dict[Way, str] = {"base": "the 16-bit base", "nf4": "the 4-bit weights"}
 CHECK_ROWS, MEASURE_ROWS = 8, 64
 MAX_TOKENS = 512  # of each row
 BATCH = 4  # rows run at once
@@ -49,10 +48,6 @@ class LogpDifference:
     max: float
     tokens: int
 
-    def line(self) -> str:
-        """For the console."""
-        return f"merged against live, {self.tokens} tokens: mean |Δ log p| {self.mean:.2e}, largest {self.max:.2e}"
-
 
 def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDifference:
     """The difference of two lists of per-token log-probabilities, row by row of the same shape [T - 1].
@@ -66,127 +61,97 @@ def compare_logps(live: Sequence[Tensor], merged: Sequence[Tensor]) -> LogpDiffe
     return LogpDifference(float(gaps.mean()), float(gaps.max()), gaps.numel())
 
 
-@dataclass
 class MergeMeasure:
-    """The live stack and the folders merged from it, on the same supervised tokens. Intervals are over conversations.
+    """The live stack and folders merged from it, on the same supervised tokens of held-out conversations.
+
+    Never two models in memory: of the live stack only the last hidden states are kept, so that no [tokens, vocabulary] is ever
+    held.
 
     Attributes:
         origin: where the rows come from.
+        lost: why they are not the chain's own held-out rows but the demo's; None: they are its own.
         rows, tokens: conversations, and supervised tokens in them.
-        live: loss of the live stack, nats per token.
-        ways: "base", "nf4" → kl: KL(live ‖ merged) over the whole vocabulary, nats per token; top1_agreement: share of
-            tokens with the same most likely token; loss: of the merged folder; loss_minus_live: over the same draws.
+        numbers: "live" → loss, nats per token; each way that was added → loss; loss_minus_live; kl: KL(live ‖ merged) over the
+            whole vocabulary, nats per token; top1_agreement: share of tokens with the same most likely token; "base_minus_nf4"
+            → loss, once both were added. Intervals are over conversations, all on the same draws.
         logps: way → |Δ log p| of the target tokens.
-        between: loss of base minus loss of nf4, where both were measured.
-        missing: way → reason why it was not measured.
     """
 
-    origin: str
-    rows: int
-    tokens: int
-    live: Interval
-    bootstrap: Bootstrap
-    ways: dict[str, dict[str, Interval]]
-    logps: dict[str, LogpDifference]
-    between: Interval | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+    @torch.no_grad()
+    def __init__(self, chain: Chain, rows: int = CHECK_ROWS) -> None:
+        """Load the live stack, run the rows through it, and free it.
+
+        Args:
+            rows: most conversations.
+
+        Raises:
+            UserError: the base or an adapter is not the one that the chain's stage was trained with.
+        """
+        live = live_of(chain, chat_template="auto")
+        self.lost: str | None = None
+        try:
+            found = held_out(chain, live.template, "sft", limit=rows, max_length=MAX_TOKENS)
+            data, self.origin = found.data, found.origin
+        except (UserError, OSError) as error:
+            self.lost, self.origin = str(error).splitlines()[0], "the demo's conversations"
+            specs = [DatasetSpec(path=str(DEMO_ROWS), limit=rows)]
+            data = prepare(specs, "sft", RunConfig(max_length=MAX_TOKENS), live.template, what="held-out")
+        self._examples = list(data.examples)
+        self._targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in self._examples]
+        counts = np.array([len(t) for t in self._targets], dtype=np.float64)
+        self.rows, self.tokens = len(counts), int(counts.sum())
+        self._counts, self._device, self._dtype = counts, live.base.device, live.dtype
+        self._live = _states(live.stack.base, self._examples, self._device)
+        self._sums: dict[tuple[str, str], np.ndarray] = {}  # over each conversation's tokens
+        self.numbers: dict[str, dict[str, Interval]] = {}
+        self.logps: dict[str, LogpDifference] = {}
+
+    @torch.no_grad()
+    def add(self, way: Way, folder: str | Path) -> None:
+        """Measure a folder that was merged that way."""
+        gc.collect()  # the model before this one
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        with open_folder(folder, self._device, self._dtype) as model:
+            found = _compare(self._live, _states(model, self._examples, self._device), self._targets)
+            del model
+        kl, same, live, merged = torch.stack([values.sum(1) for values in found], dim=1).numpy()
+        self._sums |= {("live", "loss"): -live, (way, "kl"): kl, (way, "top1_agreement"): same}
+        self._sums |= {(way, "loss"): -merged, (way, "loss_minus_live"): live - merged}
+        self.logps[way] = compare_logps([values[2] for values in found], [values[3] for values in found])
+        if len(self.logps) == 2:
+            self._sums["base_minus_nf4", "loss"] = self._sums["base", "loss"] - self._sums["nf4", "loss"]
+        intervals = Bootstrap().intervals({key: (total, self._counts) for key, total in self._sums.items()})
+        self.numbers = {}
+        for (name, key), interval in intervals.items():
+            self.numbers.setdefault(name, {})[key] = interval
 
     def as_dict(self) -> dict[str, Any]:
         """For zephyr_lite.json, key ``measured``."""
         told: dict[str, Any] = {
-            "data": {"origin": self.origin, "rows": self.rows, "supervised_tokens": self.tokens},
-            "bootstrap": self.bootstrap.as_dict(),
-            "live": {"loss": asdict(self.live)},
-            "base_minus_nf4": None if self.between is None else {"loss": asdict(self.between)},
-            "missing": self.missing,
+            name: {key: asdict(interval) for key, interval in numbers.items()} for name, numbers in self.numbers.items()
         }
-        for name, way in self.ways.items():
-            told[name] = {key: asdict(interval) for key, interval in way.items()}
-            told[name]["mean_abs_logp_difference"] = self.logps[name].mean
-            told[name]["max_abs_logp_difference"] = self.logps[name].max
-        return told
+        for way, gap in self.logps.items():
+            told[way] |= {"mean_abs_logp_difference": gap.mean, "max_abs_logp_difference": gap.max}
+        data = {"origin": self.origin, "rows": self.rows, "supervised_tokens": self.tokens}
+        return {"data": data, "bootstrap": Bootstrap().as_dict(), **told}
 
-    def lines(self) -> list[str]:
-        """For the console."""
-        told = [f"on {self.tokens:,} supervised tokens of {self.rows:,} conversations ({self.origin}):"]
-        told.append(f"live: held-out loss {self.live.text()}")
-        for name, way in self.ways.items():
-            told.append(
-                f"--onto {name}: KL(live ‖ merged) {way['kl'].value:.2e} nats a token, the same top token at "
-                f"{way['top1_agreement'].value:.2%}, held-out loss {way['loss'].text()} "
-                f"({way['loss_minus_live'].text('+.4f')} to live)"
-            )
-        told += [f"--onto {name}: not measured: {why}" for name, why in self.missing.items()]
-        if (gap := self.between) is not None:
-            better = f"--onto {'base' if gap.value < 0 else 'nf4'} is the better model on these rows"
-            if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
-                better = "these rows do not tell the two apart; base is the default"
-            told.append(f"loss of base minus nf4 {gap.text('+.4f')}: {better}")
-        return told
+    def live_line(self) -> str:
+        """The live stack's loss, for the console."""
+        loss = self.numbers["live"]["loss"].value
+        return (
+            f"loss as trained: {loss:.3f}, on {self.rows} held-out conversation{'s' * (self.rows > 1)} ({self.origin})"
+        )
 
+    def line(self, way: Way) -> str:
+        """A folder's loss, for the console."""
+        numbers = self.numbers[way]
+        return f"merged onto {NAMES[way]}: {numbers['loss'].value:.3f} ({numbers['loss_minus_live'].text('+.3f')})"
 
-@torch.no_grad()
-def measure(chain: Chain, folders: Mapping[str, str | Path], *, rows: int = CHECK_ROWS) -> MergeMeasure:
-    """Compare merged folders with the live stack, one after the other: never two models in memory.
-
-    The rows are the chain's held-out conversations, or the demo's if those cannot be read. Of the live stack only the last
-    hidden states are kept, so that no [tokens, vocabulary] is ever held.
-
-    Args:
-        folders: "base" and/or "nf4" → a folder merged that way.
-        rows: most conversations.
-
-    Raises:
-        UserError: the base or an adapter is not the one that the chain's stage was trained with.
-    """
-    live = live_of(chain, chat_template="auto")
-    data, origin = _rows(chain, live.template, rows)
-    examples = list(data.examples)
-    targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in examples]
-    tokens = np.array([len(t) for t in targets], dtype=np.float64)
-    device, dtype = live.base.device, live.dtype
-    live_states = _states(live.stack.base, examples, device)
-    del live
-    ratios: dict[str, Ratio] = {}
-    logps: dict[str, LogpDifference] = {}
-    for name in sorted(folders):
-        gc.collect()  # the model before this one
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        with open_folder(folders[name], device, dtype) as model:
-            found = _compare(live_states, _states(model, examples, device), targets)
-            del model
-        kl, same, at_live, at_merged = (np.array([float(t.sum()) for t in values]) for values in found)
-        ratios |= {"live": (-at_live, tokens), f"{name} kl": (kl, tokens), f"{name} top1_agreement": (same, tokens)}
-        ratios |= {f"{name} loss": (-at_merged, tokens), f"{name} loss_minus_live": (at_live - at_merged, tokens)}
-        logps[name] = compare_logps(found[2], found[3])
-    if len(logps) == 2:
-        ratios["between"] = (ratios["base loss"][0] - ratios["nf4 loss"][0], tokens)
-    bootstrap = Bootstrap()
-    intervals = bootstrap.intervals(ratios)
-    keys = ("kl", "top1_agreement", "loss", "loss_minus_live")
-    return MergeMeasure(
-        origin=origin,
-        rows=len(tokens),
-        tokens=int(tokens.sum()),
-        live=intervals["live"],
-        bootstrap=bootstrap,
-        ways={name: {key: intervals[f"{name} {key}"] for key in keys} for name in logps},
-        logps=logps,
-        between=intervals.get("between"),
-    )
-
-
-def _rows(chain: Chain, template: ChatTemplate, limit: int) -> tuple[TokenizedDataset, str]:
-    """The held-out conversations, and where they come from."""
-    try:
-        found = held_out(chain, template, "sft", limit=limit, max_length=MAX_TOKENS)
-        return found.data, found.origin
-    except (UserError, OSError) as error:
-        logger.info(f"no held-out conversations of the chain's own ({str(error).splitlines()[0]}); taking the demo's")
-    specs = [DatasetSpec(path=str(DEMO_ROWS), limit=limit)]
-    data = prepare(specs, "sft", RunConfig(max_length=MAX_TOKENS), template, what="held-out")
-    return data, "the demo's conversations"
+    def closeness(self, way: Way) -> str:
+        """How close a folder is to the live stack, for the console."""
+        gap, kl, same = self.logps[way].mean, self.numbers[way]["kl"].value, self.numbers[way]["top1_agreement"].value
+        return f"--onto {way}: mean |Δ log p| {gap:.2e}, KL {kl:.2e} nats, same top token {same:.2%}"
 
 
 # the states [N_i, D] on the CPU that each example's targets are predicted from, and the head: [n, D] → logits [n, V]
@@ -217,27 +182,17 @@ def _states(model: Any, examples: list[Example], device: torch.device) -> States
     return result, lambda states: head(states.to(device))
 
 
-def _compare(live: States, merged: States, targets: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """Per token, of each example [N_i] float64: KL; 1 where the top token is the same; log p of the target, live and merged."""
+def _compare(live: States, merged: States, targets: list[Tensor]) -> list[Tensor]:
+    """Of each example [4, N_i] float64: KL; 1 where the top token is the same; log p of the target, live and merged."""
     found = []
     for *states, ids in zip(live[0], merged[0], targets):
         parts = []
         for one, other, at in zip(*(tensor.split(CHUNK) for tensor in (*states, ids[:, None]))):
-            p, q = live[1](one).float().log_softmax(-1), merged[1](other).float().log_softmax(-1)
-            at = at.to(p.device)
-            values = (_kl(p, q), p.argmax(-1) == q.argmax(-1), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
-            parts.append([value.double().cpu() for value in values])
-        found.append([torch.cat(values) for values in zip(*parts)])
-    return tuple(map(list, zip(*found)))
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """[n] from log-probabilities [n, V]: Σ p (log p - log q) - p + q, the same sum with no term below zero, so that rounding
-    does not give a negative divergence where the two are nearly equal."""
-    gap, weight = p - q, p.exp()
-    near = weight * (gap + torch.expm1(-gap.clamp(-1, 1)))
-    terms = torch.where(gap.abs() < 0.1, near, weight * gap - weight + q.exp())
-    return terms.clamp_min(0).sum(-1)
+            p, q = live[1](one).double().log_softmax(-1), merged[1](other).double().log_softmax(-1)
+            kl, same, at = (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1), at.to(p.device)
+            parts.append(torch.stack([kl, same.double(), p.gather(1, at)[:, 0], q.gather(1, at)[:, 0]]).cpu())
+        found.append(torch.cat(parts, dim=1))
+    return found
 
 
 @contextmanager

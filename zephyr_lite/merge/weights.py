@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,9 +33,10 @@ MERGED, COMPOSED = "merged model", "composed adapter"  # key ``kind`` of it
 BLOCK_BYTES = 64 * 2**20  # of float32 rows; larger blocks are no faster
 
 Modules = Mapping[str, LoraWeights]
+Way = Literal["base", "nf4"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergeReport:
     """The result of a merge.
 
@@ -46,10 +47,10 @@ class MergeReport:
         eos_token_ids: where generation stops.
     """
 
-    merged: int = 0
-    requantized: int = 0
-    copied: int = 0
-    eos_token_ids: list[int] = field(default_factory=list)
+    merged: int
+    requantized: int
+    copied: int
+    eos_token_ids: list[int]
 
 
 def merge(
@@ -57,13 +58,12 @@ def merge(
     adapters: Sequence[AdapterFile | Modules],
     out: str | Path,
     *,
-    onto: Literal["base", "nf4"] = "base",
+    onto: Way = "base",
     double_quant: bool = True,
     quant_dtype: torch.dtype = torch.bfloat16,
     tokenizer_from: str | Path | None = None,
     lineage: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    revision: str = "main",
 ) -> MergeReport:
     """Merge a chain of adapters into a base and write a model folder that plain transformers loads.
 
@@ -85,7 +85,7 @@ def merge(
     """
     start = time.monotonic()
     out = Path(out).expanduser()
-    files = BaseFiles(str(base), fetch_base(str(base), revision))
+    files = BaseFiles(fetch_base(str(base)))
     claim(out, overwrite)
     if files.quantized and onto != "nf4":
         raise UserError(
@@ -97,36 +97,33 @@ def merge(
             adapter.check_copies(files.parameter)
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
-    through_nf4 = files.linears() if onto == "nf4" and not files.quantized else set()
-    check_disk(out, files.nbytes)
+    make_folder(out.absolute().parent)
+    # with tokenizer, config.json and headers
+    check_room(out.absolute().parent, files.nbytes + 64 * 2**20, "the result")
+    merged = {f"{module}.weight" for modules in chain for module in modules}
+    in_nf4 = files.quantized or (files.linears() if onto == "nf4" else set[str]())
+    copied = files.entries.keys() - merged - in_nf4
     marks = {"kind": MERGED, "onto": onto, **(lineage or {})}
-    if onto == "nf4" and not files.quantized:
+    if in_nf4 and not files.quantized:
         marks |= {"nf4": {"double_quant": double_quant, "loaded_as": str(quant_dtype).removeprefix("torch.")}}
 
-    report = MergeReport()
-
     def write(name: str, file: BinaryIO) -> None:
-        entry = files.entries[name]
-        module = name.removesuffix(".weight")
-        parts = [modules[module] for modules in chain if module in modules]
+        if name in copied:
+            files.copy_bytes(name, file)
+            return
         if name in files.quantized:
             read = files.stored_nf4(name).rows
-        elif name in through_nf4:
+        elif name in in_nf4:
             read = quantize_stored(files.tensor(name), double_quant=double_quant, dtype=quant_dtype).rows
-        elif parts:
-            read = files.tensor(name).__getitem__
         else:
-            files.copy_bytes(name, file)
-            report.copied += 1
-            return
-        _write_rows(entry, read, parts, file)
-        report.merged += bool(parts)
-        report.requantized += name in files.quantized or name in through_nf4
+            read = files.tensor(name).__getitem__
+        module = name.removesuffix(".weight")
+        _write_rows(files.entries[name], read, [modules[module] for modules in chain if module in modules], file)
         files.forget()
 
     with folder_aside(out) as aside:
         # the small files first: their errors show before gigabytes are written
-        report.eos_token_ids = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
+        ends = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
         for shard, names in files.shards.items():
             header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
             metadata = {**files.metadata(shard), "format": "pt", "zephyr_lite": json.dumps(marks, default=str)}
@@ -135,13 +132,12 @@ def merge(
                 logger.info(f"written {shard}")
         files.write_index(aside)
         write_json(aside / MARK, marks)
-    through = f", {report.requantized} taken through NF4" if onto == "nf4" else ""
+    through = f", {len(in_nf4)} taken through NF4" if in_nf4 else ""
     logger.info(
-        f"{out}: {files.nbytes / 1e9:.2f} GB in {time.monotonic() - start:.0f} s; {report.merged} weights merged{through}, "
-        f"{report.copied} copied unchanged."
+        f"{out}: {files.nbytes / 1e9:.2f} GB in {time.monotonic() - start:.0f} s; {len(merged)} weights merged{through}, "
+        f"{len(copied)} copied unchanged."
     )
-    logger.info(f"Stop tokens: {', '.join(map(str, report.eos_token_ids)) or 'none known'}.")
-    return report
+    return MergeReport(len(merged), len(in_nf4), len(copied), ends)
 
 
 def adapter_only(
@@ -180,24 +176,18 @@ def claim(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds another, earlier merge.", "Add --overwrite, or choose another --out.")
 
 
-def check_disk(out: Path, size: int) -> None:
-    """Make the folder above, and refuse a merge that the disk has no room for."""
-    make_folder(out.absolute().parent)
-    check_room(out.absolute().parent, size + 64 * 2**20, "the result")  # with tokenizer, configuration and headers
-
-
 def _check_fit(files: BaseFiles, chain: Sequence[Modules]) -> None:
     for module, weights in (item for modules in chain for item in modules.items()):
         if files.tied and module.rpartition(".")[2] == "lm_head":
             raise UserError(
-                f"the adapter changes {module}, which this base ({files.name}) ties to its embeddings.",
+                f"the adapter changes {module}, which this base ({files.folder}) ties to its embeddings.",
                 "One matrix cannot be both; keep the adapter apart (--adapter-only), or train without lm_head.",
             )
         entry = files.entries.get(f"{module}.weight")
         if entry is None or entry.shape != weights.shape:
             found = "not there" if entry is None else list(entry.shape)
             raise UserError(
-                f"{module} is {found} in {files.name}; the adapter was made for {list(weights.shape)}.",
+                f"{module} is {found} in {files.folder}; the adapter was made for {list(weights.shape)}.",
                 "It is an adapter of another base; give that one with --base.",
             )
 

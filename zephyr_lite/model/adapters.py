@@ -40,6 +40,28 @@ def check_targets(targets: Sequence[str] | str) -> list[str]:
     return wanted
 
 
+def check_shapes(adapter: AdapterFile, base: nn.Module) -> dict[str, nn.Module]:
+    """Compare an adapter with its base, of which any device will do; the base's modules by name, without their adapters.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    layers = {}
+    for module, layer in base.named_modules():
+        layers[module] = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    for module, weights in adapter.modules.items():
+        layer = layers.get(module)
+        shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
+        if shape != weights.shape:
+            found = f"the weight there is {list(shape)}" if shape else "it has no linear layer of this name"
+            raise UserError(
+                f"adapter {adapter.path}: {shown(module)} is for a weight {list(weights.shape)} of its base; in this base "
+                f"{found}.",
+                "It was trained on another base; give that one as model_name_or_path.",
+            )
+    return layers
+
+
 class AdapterStack:
     """The base with frozen adapters switched on, and at most one trainable adapter on top.
 
@@ -76,22 +98,9 @@ class AdapterStack:
             UserError: it does not fit this base.
         """
         assert self.trainable is None, "add frozen adapters before the trainable one"
-        layers, ranks = {}, {}
-        for module, layer in self.base.named_modules():
-            layers[module] = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        for module, weights in adapter.modules.items():
-            ranks[module] = weights.rank
-            layer = layers.get(module)
-            shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
-            if shape != weights.shape:
-                found = f"the weight there is {list(shape)}" if shape else "it has no linear layer of this name"
-                raise UserError(
-                    f"adapter {adapter.path}: {shown(module)} is for a weight {list(weights.shape)} of its base; in this base "
-                    f"{found}.",
-                    "It was trained on another base; give that one as model_name_or_path.",
-                )
+        layers = check_shapes(adapter, self.base)
         adapter.check_copies(lambda name: getattr(layers.get(name.removesuffix(".weight")), "weight", None))
-        self._add(name, ranks)
+        self._add(name, {module: weights.rank for module, weights in adapter.modules.items()})
         self.load(name, adapter.modules)
         self.frozen.append(name)
         self._activate(self.names)

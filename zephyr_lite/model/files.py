@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
@@ -102,12 +109,17 @@ def download(kind: str, name: str, revision: str | None, patterns: Sequence[str]
             f"{kind} {name}: its owner asks you to accept terms first.",
             f"Open https://huggingface.co/{name}, accept, then run `hf auth login`.",
         ) from None
+    except RepositoryNotFoundError:
+        why = "the hub has no such repository, or it is private"
+    except RevisionNotFoundError:
+        why = f"the hub has it, but no revision {shown(revision)}"
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{kind} {name}: neither a folder, nor in the hub's cache, and the download failed ({type(error).__name__}).",
-            "Check the name, the connection, HF_HUB_OFFLINE and, for a private repository, the login; or name a folder "
-            "(model_name_or_path=FOLDER).",
-        ) from None
+        offline = "HF_HUB_OFFLINE is set"
+        why = offline if constants.HF_HUB_OFFLINE else f"the hub could not be reached ({type(error).__name__})"
+    raise UserError(
+        f"{kind} {name}: there is no such folder, it is not in the hub's cache, and {why}.",
+        "Check the name and the connection; for a private repository run `hf auth login`; or name a folder.",
+    )
 
 
 def pickles(folder: Path) -> str:

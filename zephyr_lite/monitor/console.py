@@ -75,6 +75,7 @@ class Console:
             self.out.width = PIPE_WIDTH
         self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True, force_jupyter=False)
         self._seconds: deque[float] = deque(maxlen=20)
+        self._step = 0
 
     def say(self, text: str = "") -> None:
         """Print plain text."""
@@ -115,11 +116,11 @@ class Console:
         )
 
     def plan(self, lines: Sequence[str]) -> None:
-        """Print a plan: headings bold, estimates dim."""
+        """Print a plan: headings bold, notes dim."""
         for line in lines:
             heading = bool(line) and not line.startswith((" ", "|"))
-            style = "bold" if heading else "dim" if "estimate" in line or "not measured" in line else ""
-            self.out.print(Text(line, style=style))
+            dim = line.startswith(("  note", "details"))
+            self.out.print(Text(line, style="dim" if dim else "bold" if heading else ""))
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation as one line."""
@@ -129,6 +130,9 @@ class Console:
 
     def seconds_left(self, step: int, total: int, metrics: Metrics) -> float | None:
         """Seconds of the remaining steps at the speed of the last ones, ``step`` included; None if unknown."""
+        if step < self._step:  # another stage
+            self._seconds.clear()
+        self._step = step
         if "seconds" in metrics and not is_evaluation(metrics):
             self._seconds.append(metrics["seconds"])
         return sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds else None

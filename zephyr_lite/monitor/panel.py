@@ -140,8 +140,9 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
         parts.append(rate(done / seconds, progress.unit))
     if "peak_memory_gib" in last:
         planned = progress.stage.plan.peak / 2**30
-        of = f" of {planned:.1f} GiB planned" if planned else " GiB"
-        parts.append(f"memory {float(last['peak_memory_gib']):.1f}{of}")
+        parts.append(
+            f"memory {float(last['peak_memory_gib']):.1f} GiB" + (f", planned {planned:.1f}" if planned else "")
+        )
     grid.add_row("speed", "  ".join(parts))
     if "learning_rate" in last:
         norm = f"  gradient norm {float(last['grad_norm']):.3g}" if "grad_norm" in last else ""

@@ -150,12 +150,10 @@ class StageRecord:
             facts["time, last start" if self.info["resumed"] else "time"] = duration(result["seconds"])
         elif running and (seconds := self.values("seconds")):
             facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - self.step))
-        planned = self.planned.get("peak")
         peak = result.get("peak_memory_bytes") or max(self.values("peak_memory_gib"), default=0) * 2**30
-        if peak and planned:
-            facts["memory, measured / planned"] = f"{peak / 2**30:.2f} / {planned / 2**30:.2f} GiB"
-        elif peak or planned:
-            facts["memory, measured" if peak else "memory planned"] = gib(peak or planned)
+        memory = {"measured": peak, "planned": self.planned.get("peak")}
+        if said := [f"{gib(value)} {name}" for name, value in memory.items() if value]:
+            facts["memory at the peak"] = ", ".join(said)
         if left := result.get("steps_left_out", len(self.left_out)):
             facts["steps left out"] = number(left)
         return facts

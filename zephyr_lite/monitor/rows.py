@@ -169,20 +169,23 @@ def segments_of_example(rows: TrainedRows, index: int) -> list[Segment]:
 # -- lines -----------------------------------------------------------------------------------------------------------------
 
 
-def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: int) -> Iterator[Text]:
+def view_lines(
+    rows: TrainedRows, number: int, segments: list[Segment], width: int, most: int | None = None
+) -> Iterator[Text]:
     """A row with every token above its id, in lines of at most ``width`` cells (a longer token has a line of its own).
     Supervised tokens are green and in ⟦ ⟧, which are closed in every line.
 
     Args:
         number: the row's.
         width: in cells.
+        most: show this many conversations of a packed row; None: all.
     """
     yield _heading(rows, number, segments)
     eos = (rows.template.tokenizer.eos_token, _SPECIAL)
     yield Text.assemble(
         "supervised: ", ("⟦ ⟧", _SUPERVISED), "  control tokens: ", eos, "  ␣ space, ⏎ newline  below a token: its id"
     )
-    for place, segment in enumerate(segments, 1):
+    for place, segment in enumerate(segments[:most], 1):
         name = segment.part if rows.method == "dpo" else f"segment {place} of {len(segments)}"
         title = f"── {name}{'' if segment.part in ('chosen', 'rejected') else f': {segment.where}'} "
         yield Text()
@@ -199,6 +202,8 @@ def view_lines(rows: TrainedRows, number: int, segments: list[Segment], width: i
             role = line[0].role
             yield from _interlinear(line, role if role != shown else "")
             shown = role
+    if most and (left := len(segments) - most) > 0:
+        yield Text(f"\n… {left} more conversations: --all shows them, --from N only that of row N.")
 
 
 def table_lines(rows: TrainedRows, number: int, segments: list[Segment]) -> Iterator[Text]:

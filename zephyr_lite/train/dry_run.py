@@ -45,6 +45,8 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     # the reference would be written to the stage's folder, and a tracker would start a run
     loaded.config = loaded.config.model_copy(update={"precompute_ref_log_probs": False, "report_to": []})
     stage = setup_stage(method, loaded, claim=False)
+    for line in stage.plan.lines():
+        logger.info(line)
     for title, spans in first_row(stage):
         show(title, spans)
     objective: Objective = SftObjective(stage) if method == "sft" else DpoObjective(stage)

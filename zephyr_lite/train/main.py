@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,17 +17,21 @@ from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
-from ..memory.machine import peak_memory
+from ..memory.earlier import add_run
+from ..memory.estimate import in_words
+from ..memory.machine import THE_CPU, peak_memory
 from ..model.compose import compose
 from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer
 from .distributed import everywhere, world
 from .loop import OnMetrics, TrainState, train
-from .resume import StageComplete, now
+from .resume import StageComplete, machine_now, now
 from .setup import setup_stage
-from .stage import Objective, Observer, Outcome, Stage
+from .stage import Metrics, Objective, Observer, Outcome, Stage
 
 logger = logging.getLogger(__name__)
+# a run of fewer does not tell how fast a machine is
+FEWEST_STEPS = 10
 
 
 def run(
@@ -98,6 +103,8 @@ def run(
             raise
         if stage.mirror is not None:
             held.enter_context(stage.mirror)
+        timer = StepTimer()
+        observers = [timer, *observers]
         own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
@@ -108,7 +115,7 @@ def run(
                 observers = [*observers, Callbacks(trackers(config))]
             outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
         if stage.writes:
-            save_stage(stage, outcome, own=own)
+            save_stage(stage, outcome, seconds=timer.seconds, own=own)
         for observer in observers:
             observer.on_train_end(stage, outcome)
         if outcome.stopped is not None:
@@ -118,10 +125,23 @@ def run(
         return outcome
 
 
-def save_stage(stage: Stage, outcome: Outcome, *, own: dict[str, LoraWeights] | None = None) -> None:
+class StepTimer(Observer):
+    """Seconds of each step of this process, evaluations aside."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_end(self, step: int, metrics: Metrics) -> None:
+        self.seconds.append(metrics["seconds"])
+
+
+def save_stage(
+    stage: Stage, outcome: Outcome, *, seconds: Sequence[float] = (), own: dict[str, LoraWeights] | None = None
+) -> None:
     """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
 
     Args:
+        seconds: of each step.
         own: the trained adapter's weights, where another engine holds them; None: the stack's.
     """
     own = stage.stack.weights(stage.config.stage) if own is None else own
@@ -136,6 +156,10 @@ def save_stage(stage: Stage, outcome: Outcome, *, own: dict[str, LoraWeights] | 
     with folder_aside(stage.dir.adapter) as folder:
         write_adapter(folder, chain, **options)
         save_tokenizer(stage.template.tokenizer, folder)
+    peak, speed = peak_memory(stage.base.device), None
+    if seconds and stage.workload.step_tokens:
+        # kernels are compiled in the first step
+        speed = round(stage.workload.step_tokens / statistics.median(seconds[1:] or seconds), 2)
     stage.info.update(
         status="complete",
         own={"path": stage.dir.own.name, "sha256": adapter_sha256(stage.dir.own)},
@@ -148,13 +172,29 @@ def save_stage(stage: Stage, outcome: Outcome, *, own: dict[str, LoraWeights] | 
             "seconds": round(outcome.seconds, 2),
             "steps_left_out": outcome.skipped,
             "warnings": outcome.warnings,
-            "peak_memory_bytes": peak_memory(stage.base.device),
+            "peak_memory_bytes": peak,
+            "tokens_per_second": speed,
         },
         finished=now(),
     )
     stage.dir.write_info(stage.info)
+    if speed is not None and len(seconds) >= FEWEST_STEPS:
+        _compare(stage, speed, peak)
     logger.info(f"{stage.dir.adapter} holds the adapter" + (" (the whole chain in one)" if stage.frozen else ""))
     push_adapter(stage.config, stage.dir)
+
+
+def _compare(stage: Stage, speed: float, peak: int) -> None:
+    """Record how fast a run was for the next plan on this machine, and warn if it took more memory than planned."""
+    plan, info, now, cuda = stage.plan, stage.info, machine_now(stage.base.dtype), stage.base.device.type == "cuda"
+    machines = [told.get("machine") for told in (info, *(info.get("resumed") or []))]
+    # a plan made on another machine, for one of several processes or after memory ran out does not predict this speed
+    if not plan.tokens_per_second or now["processes"] > 1 or any(machine != now for machine in machines):
+        return
+    name = now["processor"] if cuda else THE_CPU
+    add_run(name, stage.workload, speed / plan.tokens_per_second * plan.speed_ratio)
+    if cuda and stage.config.engine == "fused" and peak > plan.peak:
+        logger.warning(f"memory: {in_words(peak)} at the peak, more than the {in_words(plan.peak)} of the plan")
 
 
 def push_adapter(config: RunConfig, stage: StageDir) -> None:

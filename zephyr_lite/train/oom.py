@@ -153,7 +153,7 @@ class OomRetry:
     def _machine(self) -> Machine:
         """The device's memory as it is now, and the main memory that may be locked, with what the current plan has locked."""
         stage, memory = self.stage, self.stage.config.memory
-        machine = this_machine(stage.base.device, stage.base.dtype, memory, engine=stage.config.engine, measure=False)
+        machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
         locked = sum(stage.plan.host.values())
         if not self._lockable:
             return replace(machine, host=locked - stage.plan.host.get("kept activations", 0))

@@ -126,7 +126,7 @@ class Comparison:
         for key in {**new, **old}:
             if key == "output_dir" or (key in new and old[key] == new[key]):
                 continue
-            line = f"{key}: {old[key]!r} then, {repr(new[key]) if key in new else 'no such key'} now"
+            line = f"{key}: {_brief(old[key])} then, {_brief(new[key]) if key in new else 'no such key'} now"
             if key in ALLOWED:
                 self.allowed.append(line)
             elif key in PLACES and (key != "dataset" or _but_for_paths(old[key]) == _but_for_paths(new[key])):
@@ -209,6 +209,15 @@ class Comparison:
             + "\n  ".join([*self.refused, *self.moved]),
             "Restore them, or choose another output_dir or stage.",
         )
+
+
+def _brief(value: Any) -> str:
+    """A key's value in a message; of data sets the path, and what is not the default."""
+    if not value or not isinstance(value, list) or not all(isinstance(spec, dict) for spec in value):
+        return repr(value)
+    defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
+    words = [[f"{key}={spec[key]}" for key in spec if spec[key] != defaults.get(key)] for spec in value]
+    return " + ".join(" ".join(each).removeprefix("path=") for each in words)
 
 
 def _but_for_paths(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,9 +38,9 @@ from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.needs import needs_lines
 from ..memory.plan import Plan, make_plan
 from ..memory.workload import make_workload
-from ..model.adapters import AdapterStack, check_targets, resolve_frozen_names
+from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base, load_tokenizer
-from ..model.base_folder import check_weights, is_fingerprint_of, read_model_config
+from ..model.base_folder import check_weights, empty_model, is_fingerprint_of, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.files import named_folder
@@ -84,11 +84,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     for note in loaded.notes:
         logger.info(note)
     frozen = adapters_below(method, config, stage)
-    if loaded.announce and world().is_main_process:
+    if loaded.announce and not compared.refused and world().is_main_process:
         for line in needs_lines(method, config):
             logger.info(line)
 
-    # of a base on the hub first the small files: nothing large is downloaded for rows that cannot be used
+    # of a base on the hub first the small files: its weights are not downloaded for what is refused without them
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     stages = [_stage_of(adapter) for adapter in frozen]
@@ -100,10 +100,13 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         _check_trained_on(folder, frozen, stages)
         compared.model(folder, frozen)
 
-    if weights_are_here := any(folder.glob("*.safetensors")):
-        check_base()
-    else:
+    here = any(folder.glob("*.safetensors"))
+    if not here:
         compared.refuse()
+        for adapter in frozen if config.engine == "fused" else ():
+            check_shapes(adapter, empty_model(folder, base_config))
+    if weights_first := here or before is not None:
+        check_base()
 
     # tokenizer, template, rows
     template = template_of(config, folder, frozen, (before or {}).get("template_time"))
@@ -118,8 +121,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
     for line in chosen:
         logger.info(line)
-    if not weights_are_here:
-        check_base()
     rows = {
         **data.report.as_dict(),
         "fingerprint": data.fingerprint,
@@ -137,12 +138,13 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
     plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
-        fused = config.engine == "fused"
-        machine = this_machine(device, dtype, config.memory, engine=config.engine, measure=fused)
+        machine = this_machine(device, dtype, config.memory)
         plan = make_plan(workload, machine, config.memory)
-        for line in forecast_lines(workload, machine, plan, config) if fused else plan.lines():
+        for line in forecast_lines(workload, machine, plan, config):
             logger.info(line)
     torch.set_num_threads(plan.threads)
+    if not weights_first:
+        check_base()
 
     # base, adapters
     if writes:
@@ -323,7 +325,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
     table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
     found: dict[str, Any] = {
-        "longest": int(lengths.max()),
+        "longest": int(max(lengths.max(), 0 if config.engine == "fused" else rows.max())),  # TRL takes whole rows
         "step_tokens": int(np.ceil(in_a_step)),
         "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
         "run_tokens": int(steps * in_a_step),

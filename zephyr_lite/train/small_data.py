@@ -13,7 +13,8 @@ from ..io.text import counted
 from .steps import step_schedule
 
 STEPS = 60  # that a run has at least, if ``MOST_EPOCHS`` are enough for them
-EPOCHS, MOST_EPOCHS = 5, 10
+EPOCHS: dict[Method, int] = {"sft": 8, "dpo": 4}  # that the smallest batches are chosen for
+MOST_EPOCHS = 10
 # The recipe's rates are Mistral's, whose hidden size is WIDTH. LoRA's best rate falls with the hidden size to this power
 # (Schulman et al. 2025, "LoRA Without Regret", fitted over Llama models).
 WIDTH, POWER = 4096, 0.78
@@ -68,7 +69,7 @@ def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequenc
     if method == "sft" and "max_length" in free:
         chosen["max_length"] = max(part.report.longest for part in parts)  # nothing is cut
         rows = len(best_fit(parts[0].lengths, chosen["max_length"]))
-    epochs = EPOCHS if "num_train_epochs" in free else config.num_train_epochs
+    epochs = EPOCHS[method] if "num_train_epochs" in free else config.num_train_epochs
     if "batch_size" in free:
         chosen["batch_size"] = batch = max(1, min(batch, int(rows * epochs / STEPS)))
     per_epoch = math.ceil(rows / batch)

@@ -1,0 +1,143 @@
+"""What the page's buttons call, with tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gradio as gr
+import httpx
+import pytest
+from gradio_client import Client
+
+from tests.ui.test_browser import free_port, write
+from zephyr_lite.errors import UserError
+from zephyr_lite.ui import jobs, page
+from zephyr_lite.ui.talk import Talk
+
+NOTHING = [None] * 9
+
+
+def fields(base, data, more: str = "", run: str = "runs/t") -> list:
+    return [str(base), str(data), None, None, None, None, None, more, run]
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_empty_fields_keep_their_default():
+    assert page.words_of(*NOTHING) == []
+    words = page.words_of("my/base", "a.jsonl", "", " 1e-4 ", "", "", "", "system='Be brief.' seed=1", "runs/x")
+    assert words == [
+        *("model_name_or_path=my/base", "dataset=a.jsonl", "learning_rate=1e-4", "output_dir=runs/x"),
+        *("system=Be brief.", "seed=1"),
+    ]
+    with pytest.raises(UserError, match="quote a value"):
+        page.words_of(*NOTHING[:7], "system='Be brief.", None)
+
+
+def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
+    chat = [{"role": "user", "content": "Is 1 < 2?"}, {"role": "assistant", "content": "Yes & no."}]
+    data = write(tmp_path / "chats.jsonl", [{"messages": chat}] * 2)
+    rows, report, number, html = page.read_rows("sft", "", *fields(tiny_base, data))
+    assert "2 conversations" in report and number == 1
+    assert '<span class="zl-on ">Yes &amp; no.</span><span class="zl-on zl-special">&lt;/s&gt;</span>' in html
+    assert '<span class=" ">' in html and "Is 1 &lt; 2?" in html and "chats.jsonl row 1" in html
+    assert page.show_row(rows, 2)[0] == 2 and page.show_row(rows, 9)[0] == 2
+    assert "chats.jsonl row 2" in page.show_row(rows, 2)[1]
+
+
+def test_a_users_mistake_is_shown_with_what_to_do(tiny_base):
+    with pytest.raises(gr.Error) as error:
+        page.read_rows("sft", "", *fields(tiny_base, "<no>.jsonl"))
+    assert "&lt;no&gt;.jsonl" in error.value.message and "<br>" in error.value.message
+
+
+def test_an_uploaded_file_stays_and_replaces_no_other(tmp_path):
+    file = write(tmp_path / "chats.jsonl", [{"text": "a"}])
+    assert page.upload(str(file)) == page.upload(str(file)) == "data/chats.jsonl"
+    write(file, [{"text": "b"}])
+    with pytest.raises(gr.Error, match="another file of this name"):
+        page.upload(str(file))
+    assert json.loads(Path("data/chats.jsonl").read_text()) == {"text": "a"}
+
+
+def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_rows):
+    more = "load_in_4bit=false max_length=64 max_steps=60 lora_r=4 batch_size=2"
+    folder = jobs.start("sft", None, page.words_of(*fields(tiny_base, chat_rows, more)))
+    assert folder == Path("runs/t/sft") and page.look(str(folder))[0] == "**runs/t/sft** is starting."
+    with pytest.raises(UserError, match="runs/t is being trained"):
+        jobs.start("sft", None, page.words_of(*fields(tiny_base, chat_rows, more, "runs/other")))
+    wait_for((folder / "metrics.jsonl").exists)
+    child = jobs._children.pop(folder.parent)  # as after a new start of the server
+    assert jobs.process_of(folder.parent).pid == child.pid and jobs.in_training() == [folder.parent]
+    jobs.stop(folder)
+    assert child.wait(60) == 130 and jobs.process_of(folder.parent) is None
+    text, loss, *_, log, timer = page.look(str(folder))
+    assert "was stopped at step" in text and "Resume continues from checkpoint-" in text and not timer.active
+    assert loss.visible
+    assert "SIGTERM: stopped after step" in log
+    jobs.resume(folder)
+    wait_for(lambda: jobs.process_of(folder.parent) is None)
+    assert jobs.failure_of(folder) is None and page.look(str(folder))[0].startswith("**runs/t/sft** is complete.")
+    assert jobs.log_of(folder).read_text().count("$ zephyr-lite sft ") == 2 and page.runs() == ["runs/t"]
+
+
+def test_what_ends_training_is_shown_once():
+    folder = Path("runs/t/sft")
+    folder.parent.mkdir(parents=True)
+    jobs.log_of(folder).write_text("$ zephyr-lite sft\nerror: no.jsonl: no such file.\nGive a path.\n")
+    jobs._children[folder.parent] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+    wait_for(lambda: jobs.process_of(folder.parent) is None)
+    with pytest.raises(gr.Error, match=r"no\.jsonl: no such file\.<br>Give a path"):
+        page.look(str(folder))
+    assert "was not begun" in page.look(str(folder))[0]
+    with pytest.raises(UserError, match="nothing was trained yet"):
+        jobs.resume(folder)
+
+
+def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
+    talk = Talk()
+    *growing, html = talk.ask(str(talk_run), "compare", "Who are you?", "votes.jsonl", 0.0, 6, True)
+    assert "Loading the model" in growing[0] and all(f"<h4>{name}</h4>" in html for name in ("base", "sft", "dpo"))
+    assert html.count("Who are you?") == 3 and not talk.answers and not Path("votes.jsonl").exists()
+
+    ask = (str(talk_run), "vote", "Name three rivers.", "votes.jsonl", 0.0, 6, False)
+    *_, html = talk.ask(*ask)
+    assert len(talk.answers) == 3 and "<h4>Answer 3</h4>" in html and "<h4>sft</h4>" not in html
+    with pytest.raises(UserError, match="wait for your vote"):
+        list(talk.ask(*ask))
+    assert "Pairs added to votes.jsonl: " in talk.vote("2", "votes.jsonl")
+    rows = [json.loads(line) for line in Path("votes.jsonl").read_text().splitlines()]
+    assert rows and all(row["prompt"] == "Name three rivers." and row["chosen"] != row["rejected"] for row in rows)
+    assert {"chosen_model", "rejected_model", "source"} <= rows[0]["vote"].keys()
+    assert talk.html().count("Name three rivers.") == 1 and rows[0]["chosen"][-1]["content"].strip() != ""
+    list(talk.ask(*ask))
+    assert talk.vote("skip", "votes.jsonl").startswith("Skipped") and talk.html().count("Name three rivers.") == 1
+    talk.unload()
+    assert talk.html() == ""
+
+
+def test_the_page_is_served_here_with_its_reports(talk_run):
+    port = free_port()
+    server, address = page.open_page(port, browser=False)
+    try:
+        assert address == f"http://127.0.0.1:{port}/"
+        with pytest.raises(UserError, match=f"port {port} is taken"):
+            page.open_page(port, browser=False)
+        client = Client(address, verbose=False)
+        assert "is complete." in client.predict(str(talk_run / "sft"), api_name="/look")[0]
+        with pytest.raises(Exception, match="no_such_key"):
+            client.predict("sft", "", *[""] * 7, "no_such_key=1", "runs/t", api_name="/start")
+        assert httpx.get(f"{address}report", params={"stage": str(talk_run)}).status_code == 404
+        (talk_run / "sft/report.html").write_text("<p>the report</p>")
+        assert httpx.get(f"{address}report", params={"stage": str(talk_run / "sft")}).text == "<p>the report</p>"
+    finally:
+        server.close(verbose=False)

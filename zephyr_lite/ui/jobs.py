@@ -1,0 +1,187 @@
+"""Commands in processes of their own: one whose output the page waits for, and training, which outlives page and server."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from ..config.load import Method
+from ..config.resolve import resolve_run
+from ..errors import UserError
+from ..io.atomic import LOCK_FILE, make_folder
+from ..io.run_dir import StageDir
+from ..monitor.report import REPORT, Columns, StageRecord, number
+
+LINES = 14  # of a log that are shown
+_PROGRAM = (sys.executable, "-m", "zephyr_lite")
+# run → the process that this server started for it
+_children: dict[Path, subprocess.Popen[bytes]] = {}
+
+
+def run_command(*words: str) -> Iterator[str]:
+    """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed.
+
+    Raises:
+        UserError: the command failed, with its own message.
+    """
+    process = subprocess.Popen(
+        [*_PROGRAM, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_unbuffered(),
+    )
+    text = _title(words)
+    assert process.stdout is not None
+    try:
+        yield text
+        for line in process.stdout:
+            text += _shown(line)
+            yield text
+        if process.wait():
+            raise _failure(text)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+
+
+def start(method: Method, config: str | None, words: list[str]) -> Path:
+    """Start training; returns the stage's folder. The output goes to ``RUN/STAGE.log``, after that of earlier starts.
+
+    Raises:
+        UserError: a wrong key, or a process works on a run already.
+    """
+    refuse_while_training()
+    found = resolve_run(method, config, words, fetch=False).config
+    stage = StageDir(Path(found.output_dir) / found.stage)
+    make_folder(stage.run)
+    command = [method, *(["--config", config] if config else []), *words]
+    with log_of(stage.path).open("ab") as log:
+        log.write(_title(command).encode())
+        log.flush()
+        _children[stage.run] = subprocess.Popen(
+            [*_PROGRAM, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_unbuffered(),
+            start_new_session=True,  # Ctrl-C in the server's terminal is not for it
+        )
+    return stage.path
+
+
+def resume(folder: Path) -> Path:
+    """Start a stage again with the configuration in its folder; it continues from its last checkpoint."""
+    stage = StageDir(folder)
+    if not stage.config.is_file():
+        raise UserError(f"{folder}: nothing was trained yet that could be resumed.", "Press Start.")
+    return start(StageRecord(folder).method, str(stage.config), [])  # type: ignore[arg-type]
+
+
+def stop(folder: Path) -> None:
+    """Send SIGTERM to a stage's process: it finishes the step and writes a checkpoint; a second one ends it at once."""
+    process = process_of(folder.parent)
+    if process is None:
+        raise UserError(f"{folder} is not being trained.", "There is nothing to stop.")
+    process.terminate()
+
+
+def process_of(run: Path) -> psutil.Process | None:
+    """The process that works on a run, also one that was started in a terminal."""
+    child = _children.get(run)
+    if child is not None and child.poll() is None:
+        return psutil.Process(child.pid)  # it may not have locked the folder yet
+    lock = run / LOCK_FILE
+    with suppress(OSError, ValueError, psutil.NoSuchProcess):
+        pid, host = lock.read_text(encoding="utf-8").split()[:2]
+        process = psutil.Process(int(pid))
+        # a killed process leaves its lock, and another one may have its number since
+        if host == platform.node() and process.create_time() < lock.stat().st_mtime:
+            return process
+    return None
+
+
+def in_training() -> list[Path]:
+    """The runs that a process works on now."""
+    runs = {*_children, *(lock.parent for lock in Path("runs").glob(f"*/{LOCK_FILE}"))}
+    return sorted(run for run in runs if process_of(run) is not None)
+
+
+def refuse_while_training() -> None:
+    """Raise a UserError while a run is trained: it has planned with all of the memory."""
+    if found := in_training():
+        raise UserError(f"{found[0]} is being trained and needs the memory.", "Stop it first, or wait for its end.")
+
+
+def failure_of(folder: Path) -> UserError | None:
+    """What ended a stage's process that this server started, said once; None: it runs, was stopped, or did its work."""
+    child = _children.get(folder.parent)
+    if child is None or child.poll() is None:
+        return None
+    del _children[folder.parent]
+    return None if child.returncode in (0, 130) else _failure(log_text(folder))
+
+
+def state_of(folder: Path) -> tuple[str, Columns]:
+    """(where a stage's training stands, as Markdown; the columns of its metrics)."""
+    stage, process = StageDir(folder), process_of(folder.parent)
+    if stage.info() is None:
+        return f"**{folder}** {'is starting.' if process else 'was not begun; the output below says why.'}", {}
+    record = StageRecord(folder)
+    at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
+    if process:
+        text = f"**{folder}** is in training, {at}."
+    elif record.complete:
+        text = f"**{folder}** is complete."
+    else:
+        kept = [path.name for path in stage.checkpoints()[-1:]]
+        after = (
+            f"Resume continues from {kept[0]}." if kept else "There is no checkpoint yet: Resume begins at the start."
+        )
+        text = f"**{folder}** was stopped {at}. {after}"
+    if (folder / REPORT).is_file():
+        text += f" [Open the report](/report?stage={folder})"
+    facts = "; ".join(f"{name} {value}" for name, value in record.facts().items() if name != "steps")
+    return f"{text}\n\n{facts}", record.columns
+
+
+def log_of(folder: Path) -> Path:
+    """The file with the output of a stage that was started on the page."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def log_text(folder: Path) -> str:
+    """The last lines of a stage's output; "" if it was started in a terminal."""
+    path = log_of(folder)
+    return "".join(map(_shown, path.read_bytes().splitlines(keepends=True)[-LINES:])) if path.is_file() else ""
+
+
+def _unbuffered() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def _title(words: tuple[str, ...] | list[str]) -> str:
+    return f"$ {shlex.join(['zephyr-lite', *words])}\n"
+
+
+def _shown(line: bytes) -> str:
+    """A line as a terminal shows it: progress bars return to its beginning."""
+    return line.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1] + "\n"
+
+
+def _failure(text: str) -> UserError:
+    """The error that a command's output ends with."""
+    for word in ("error: ", "failed: "):
+        _, found, said = text.rpartition(f"\n{word}")
+        if found:
+            message, _, hint = said.strip().partition("\n")
+            return UserError(message, hint)
+    return UserError(text.strip().rpartition("\n")[2])

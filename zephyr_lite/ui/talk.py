@@ -1,0 +1,176 @@
+"""The conversation on the page: one loaded base with its adapters, and votes."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..chat import Chat
+from ..chat.generate import Drawn
+from ..chat.rows import append_rows, check_file, vote_rows
+from ..chat.session import Column, Session, Settings, trained_system
+from ..errors import UserError
+from ..model.loaded import open_live
+from .jobs import refuse_while_training
+
+Mode = Literal["one", "compare", "vote"]
+REFRESH = 0.3  # seconds between two updates of growing answers
+
+
+class Talk:
+    """The conversation that the page shows. The model is loaded at the first question, and one is loaded at a time.
+
+    Attributes:
+        answers: of the models, while they wait for a vote.
+        stop: ends the answers that are being drawn.
+    """
+
+    def __init__(self) -> None:
+        self._source: str | None = None
+        self._session: Session | None = None
+        self._mode: Mode | None = None
+        self._order: list[int] = []  # the columns as they are shown
+        self.answers: list[Drawn] = []
+        self.stop = threading.Event()
+
+    def ask(
+        self, source: str, mode: Mode, question: str, votes: str, temperature: float, length: int, stream: bool
+    ) -> Iterator[str]:
+        """Ask the models of a run; yields the conversation as HTML, while the answers grow and at the end.
+
+        Args:
+            source: a run's, stage's or model's folder.
+            mode: the last model alone; all models; or all of them without their names, for a vote.
+            votes: the file of votes.
+            length: the maximum number of tokens of an answer.
+            stream: show the answers while they grow.
+
+        Raises:
+            UserError: the source cannot be loaded, the question cannot be asked, or the last vote is missing.
+        """
+        refuse_while_training()
+        if mode == "vote":
+            check_file(Path(votes), "chosen", "votes file")
+        if self._session is None or source != self._source:
+            yield "<p>Loading the model …</p>"
+        session = self._open(source, mode)
+        if self.answers:
+            raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
+        session.settings = session.settings.changed(temperature=temperature, max_new_tokens=length)
+        self._order, texts = list(range(len(session.columns))), [""] * len(session.columns)
+        if mode == "vote":
+            random.Random(f"{session.settings.seed} {session.turns} {question}").shuffle(self._order)
+        self.stop.clear()
+
+        def on_text(column: int, piece: str) -> None:
+            texts[column] += piece
+
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                answering = pool.submit(session.ask, question, on_text, self.stop.is_set)
+                while stream and not answering.done():
+                    yield self.html(question, texts)
+                    wait([answering], REFRESH)
+                answers = answering.result()
+            finally:
+                self.stop.set()  # also when the page was closed
+        if mode == "vote" and any(answer.finish == "interrupted" for answer in answers):
+            if session.turns and session.columns[0].turns[-1][1] is answers[0]:
+                session.undo()
+        elif mode == "vote":
+            self.answers = answers
+        yield self.html()
+
+    def _open(self, source: str, mode: Mode) -> Session:
+        if self._session is None or source != self._source:
+            self.unload()
+            chat = Chat(open_live(source or None))
+        elif mode == self._mode:
+            return self._session
+        else:
+            chat = self._session.chat
+        live = chat.live
+        if mode == "vote" and len(live.models) < 2:
+            raise UserError(f"{live.source} is one model; there is nothing to compare it with.", "Choose a run.")
+        models = [live.policy] if mode == "one" else list(live.models)
+        self._session = Session(chat, models, Settings().changed(system=trained_system(chat)))
+        self._source, self._mode, self.answers = source, mode, []
+        return self._session
+
+    def reset(self) -> str:
+        """Begin a new conversation with the same model."""
+        if self._session is not None:
+            self._session.reset()
+        self.answers = []
+        return self.html()
+
+    def unload(self) -> None:
+        """Free the model's memory."""
+        self._session, self.answers = None, []
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def vote(self, choice: str, votes: str) -> str:
+        """Add a vote's pairs to the file, and continue from the liked answer; returns what was done.
+
+        Args:
+            choice: the number of an answer as it is shown, tie or skip.
+        """
+        if self._session is None or not self.answers:
+            raise UserError("there are no answers to vote on.", "Ask a question first.")
+        session, answers, self.answers = self._session, self.answers, []
+        models = [column.model for column in session.columns]
+        prompt = session.columns[0].messages(session.settings.system)[:-1]
+        question = session.undo()
+        shown = ", ".join(f"{place} was {models[column]}" for place, column in enumerate(self._order, 1))
+        if choice == "skip":
+            return f"Skipped; the question is taken back. Answer {shown}."
+        if choice == "tie":
+            session.agree(question, answers[self._order[0]])
+            return f"A tie makes no pair; the conversation continues from answer 1. Answer {shown}."
+        liked = self._order[int(choice) - 1]
+        pairs = vote_rows(prompt, models, answers, liked, session.chat.live.source)
+        if pairs:
+            append_rows(Path(votes), pairs)
+        session.agree(question, answers[liked])
+        return f"Pairs added to {votes}: {len(pairs)}; the conversation continues from answer {choice}. Answer {shown}."
+
+    def html(self, question: str = "", texts: Sequence[str] = ()) -> str:
+        """The conversation: while votes are given the turns that all models have in common; then a column for each model.
+
+        Args:
+            question, texts: the one that is being answered, and each column's answer so far.
+        """
+        if self._session is None:
+            return ""
+        columns, common = self._session.columns, 0
+        if self._mode == "vote":
+            common = self._session.turns - bool(self.answers)
+        sections = ""
+        for place, index in enumerate(self._order, 1):
+            title = f"Answer {place}" if self._mode == "vote" else columns[index].model
+            turns = _turns(columns[index], common) + (_turn(question, texts[index], "…") if texts else "")
+            sections += f"<section><h4>{escape(title)}</h4>{turns}</section>" if turns else ""
+        return f'{_turns(columns[0], 0, common)}<div class="zl-columns">{sections}</div>'
+
+
+def _turns(column: Column, first: int, end: int | None = None) -> str:
+    notes = {"length": "cut at the maximum length", "context": "the context is full", "interrupted": "stopped"}
+    return "".join(
+        _turn(question, answer.text, notes.get(answer.finish, "" if answer.text else "the answer is empty"))
+        for question, answer in column.turns[first:end]
+    )
+
+
+def _turn(question: str, answer: str, note: str) -> str:
+    note = f" <small>({note})</small>" if note else ""
+    return f'<div class="zl-asked">{escape(question)}</div><div class="zl-answer">{escape(answer)}{note}</div>'
