@@ -7,9 +7,12 @@ import pytest
 
 from tests.messages import messages_to
 from tests.train.test_train import killed_at, metrics
+from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.resolve import AUTOMATIC, resolve_run
 from zephyr_lite.data.dataset import DataReport, TokenizedDataset
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.demo.base import demo_base
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.dpo import run_dpo
@@ -121,6 +124,29 @@ def test_a_file_of_ones_own_is_taken_as_it_is(own, tmp_path):
     loaded = resolve_run("sft", str(tmp_path / "own.yaml"), own)
     stage = setup_stage("sft", loaded, claim=False)
     assert stage.config.batch_size == 8 and stage.eval_data is None and stage.data.report.kept == 30
+
+
+def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
+    """By SmolLM2-135M, with nothing but its data, base and folder named."""
+    said = "Biscuit Marta Basement Orange Fourth Ines March Oak Soup Seven Greta Sink Halvorsen Lamp Ruth Fado Roof Mackerel "
+    said = (said + "Paperclip Tomasz Jonas Turtle Noon Corridor Velvet Pepper Harbour Lantern Walnut Cobalt").split()
+    asked = "cat printer archive van floor plants drill bicycle lunch alarm founder kit paper product chair music key party "
+    asked = (asked + "letter website holidays password break exit curtain dog office light table logo").split()
+    rows = [{"prompt": f"Our {name}?", "completion": f"{answer}."} for name, answer in zip(asked, said, strict=True)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        f"model_name_or_path={demo_base()}",
+        f"dataset={tmp_path / 'chats.jsonl'}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    run_sft(resolve_run("sft", None, words))
+    info = StageDir(tmp_path / "run" / "sft").info()
+    assert info["result"]["steps"] >= 60 and info["data"]["kept"] == 25
+    specs = load_config("sft", None, [*words, "val_size=auto"]).config.dataset
+    trained = [row["messages"] for row in load_rows(specs, "sft", seed=42).values()][::5]
+    answers = load_chat(tmp_path / "run").ask([turns[0]["content"] for turns in trained], max_new_tokens=8)
+    right = sum(answer.strip() == turns[1]["content"] for answer, turns in zip(answers, trained, strict=True))
+    assert right >= 4, answers
 
 
 def test_a_tie_is_half_right(own, tiny_base, pair_rows, tmp_path):

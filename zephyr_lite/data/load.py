@@ -188,9 +188,9 @@ def _take_side(
         rows.read += len(drawn)
     copies = ""
     if twice := total - distinct:
-        copies = f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side as these"
-    how = "none is trained on" if part == "test" else "val_size=0 trains on all"
-    rows.notes.append(f"{count:,} of {len(keys):,} rows are held out by their content ({how}){copies}")
+        copies = f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side"
+    how = "which are not trained on" if part == "test" else f"are held out; val_size=0 trains on all{copies}"
+    rows.notes.append(f"{count:,} of {len(keys):,} rows {how}")
 
 
 def _hashes(text: str) -> tuple[bytes, bytes]:

@@ -81,7 +81,7 @@ class QuietScreen(Screen):
         last = outcome.evaluations[-1] if outcome.evaluations else {}
         for name, key in (
             ("held-out loss", "eval_loss"),
-            ("accuracy", "eval_rewards/accuracies"),
+            ("held-out accuracy", "eval_rewards/accuracies"),
             ("margin", "eval_rewards/margins"),
         ):
             if key in last:

@@ -52,7 +52,7 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
     rows = counted(len(data.lengths), "conversation" if method == "sft" else "pair")
     return [
         f"chosen for {rows}: {words}",
-        f"(the recipe's values are {others}; a key that you set yourself is kept)",
+        f"(a key that you set is kept; the recipe has {others})",
     ]
 
 
