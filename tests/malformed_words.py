@@ -127,7 +127,7 @@ CASES = [
         "words: a key without a value",
         words("sft", "--seed"),
         "--seed needs a value.",
-        "Write --seed=true, for instance.",
+        "Write --seed=VALUE.",
     ),
     Case(
         "words: not a number",

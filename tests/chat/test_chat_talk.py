@@ -221,9 +221,7 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
         answers = [said(f"{answer.text} {place}") for place, answer in enumerate(talk.ask(question))]
         for column, answer in zip(talk.columns, answers):
             column.turns[-1] = (question, answer)
-        append_rows(file, vote_rows(talk.columns[0].messages(None)[:-1], models, answers, number, "runs/a"))
-        talk.undo()
-        talk.agree(question, answers[number])
+        assert talk.settle(answers, number, file) == 2
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     voted = [(row["vote"]["chosen_model"], row["vote"]["rejected_model"]) for row in rows]
     assert len(rows) == 6 and voted[2:4] == [("sft", "base"), ("sft", "dpo")]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -105,33 +100,3 @@ def test_stage_2_takes_base_and_storage_from_the_run_below(name):
     """So these files leave them out: a key that a file spells out would win over the run."""
     given = load_config("dpo", name).given
     assert not given & {"output_dir", *INHERITED}
-
-
-def test_configurations_travel_in_the_wheel(tmp_path):
-    """The wheel is unpacked apart from the checkout, and a shipped configuration is found by its name."""
-    root = Path(__file__).parents[2]
-    made = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, root],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
-    if made.returncode and "setuptools" in made.stderr:
-        pytest.skip("no setuptools >= 77 in this environment to build with")
-    assert made.returncode == 0, made.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
-    code = (
-        "import zephyr_lite, zephyr_lite.config.load as c; print(zephyr_lite.__file__);"
-        "print(*c.preset_configs()); print(c.load_config('sft', 'zephyr-7b/overnight-sft').config.dataset[0].limit)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-    )
-    where, names, limit = found.stdout.splitlines()
-    assert where.startswith(str(tmp_path)) and set(names.split()) == set(ALL) and limit == "6000"
-    assert (tmp_path / "site" / "zephyr_lite" / "demo" / "conversations.jsonl").is_file()

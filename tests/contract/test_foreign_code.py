@@ -34,7 +34,7 @@ def test_modules_of_the_current_folder_are_not_imported(shadows, python):
 
 
 def test_nor_by_the_commands_that_a_command_starts(shadows, tmp_path):
-    assert child(["--version"], log=tmp_path / "log").code == 0
+    assert child(["--version"], log=tmp_path / "log") == 0
     done = subprocess.run([*CHILD, "tokenize", "none.gguf"], capture_output=True, text=True, input="[]", check=False)
     assert done.returncode == 1 and ("llama_cpp" in done.stderr or "none.gguf" in done.stderr)
     assert not shadows.exists(), shadows.read_text()

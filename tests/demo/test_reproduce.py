@@ -10,7 +10,6 @@ from tests.demo.test_smoke import forked
 from tests.messages import messages_to
 from tests.train.test_train import metrics
 from zephyr_lite.cli.app import run as cli_run
-from zephyr_lite.demo.child import Ended
 from zephyr_lite.demo.reproduce import HEADER, RECIPES, RULE, plan_reproduction, run_reproduction
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
@@ -77,7 +76,7 @@ def test_the_row_is_what_the_files_say(reproduced):
 def test_a_part_that_fails_or_is_interrupted_is_named(reproduced):
     chosen = reproduced[0]
     with pytest.raises(UserError, match="`zephyr-lite sft --config` ended with exit code 2"):
-        run_reproduction(chosen, run=lambda words: Ended(2))
+        run_reproduction(chosen, run=lambda words: 2)
 
     def stopped(words):
         raise KeyboardInterrupt

@@ -25,7 +25,7 @@ from tests.messages import messages_to
 from tests.train.test_train import dpo_words, words
 from zephyr_lite.__main__ import main
 from zephyr_lite.config.load import load_config
-from zephyr_lite.demo.child import Ended, child
+from zephyr_lite.demo.child import child
 from zephyr_lite.demo.smoke import MARK, STEPS, claim, run_smoke, small_stage, smoke_folder, speed, whole_stage
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
@@ -55,7 +55,7 @@ def forked(command, *, log=None, asked=None, answer=None, kill_when=None):
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return Ended(os.waitstatus_to_exitcode(status))
+            return os.waitstatus_to_exitcode(status)
         if kill_when is not None and kill_when():
             os.killpg(pid, signal.SIGKILL)
             kill_when = None
@@ -107,7 +107,7 @@ def test_a_dpo_stage_starts_from_the_runs_sft_adapter(tiny_base, chat_rows, pair
     def fails(command, log=None, **options):
         given.append(load_config("dpo", command[2]).config)
         log.write_text("error: the card fell out\n")
-        return Ended(2)
+        return 2
 
     with pytest.raises(UserError, match=r"failed at: train, 10 steps.*exit code 2") as error:
         run_smoke("dpo", None, dpo_words(tiny_base, run, pair_rows, sync=tmp_path / "there"), run=fails)
@@ -154,8 +154,8 @@ def test_hours_come_from_the_steps_that_were_warm(chat_rows):
 
 def test_a_child_is_killed_with_a_real_signal_and_logs_what_it_says(tmp_path):
     log = tmp_path / "log"
-    assert child(["--version"], log=log).code == 0 and log.read_text().startswith("zephyr-lite ")
-    assert child(["sft", "--help"], log=log, kill_when=lambda: True).code == -signal.SIGKILL
+    assert child(["--version"], log=log) == 0 and log.read_text().startswith("zephyr-lite ")
+    assert child(["sft", "--help"], log=log, kill_when=lambda: True) == -signal.SIGKILL
 
 
 def test_a_signal_reaches_the_child_and_then_ends_the_command(tmp_path):

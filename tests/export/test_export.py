@@ -100,6 +100,8 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch):
     shutil.copytree(place / "my-model", model, ignore=shutil.ignore_patterns("README.md", "plots"))
     shutil.copytree(place / "run", moved)
     mark = json.loads((model / "zephyr_lite.json").read_text())
+    # trained in 16 bits: there is one way to merge
+    assert mark["onto"] == "base" and {"live", "base"} <= mark["measured"].keys() and "nf4" not in mark["measured"]
     for link in mark["adapters"]:
         link["path"] = link["path"].replace(str(place / "run"), str(tmp_path / "gone"))
     (model / "zephyr_lite.json").write_text(json.dumps(mark))

@@ -188,7 +188,7 @@ def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
         "before training",
         "step 12",
         "in between",
-        "2.00 GiB measured, 1.00 GiB planned",
+        "2.00 GiB, planned 1.00 GiB",
         "8 of 2",
         "unchanged in this run",
         "1.542 → 0.875",
@@ -222,7 +222,7 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     (folder / "stage.json").write_text('{"method": "sft"}')
     assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
-    with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
+    with pytest.raises(UserError, match="expected 'sft' or 'dpo'"):
         StageRecord(folder)
 
 

@@ -60,7 +60,7 @@ class Terminal(io.StringIO):
 
 
 def message(text):
-    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO})
+    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"})
 
 
 def stage_of(folder, method="sft", **changes):
@@ -121,8 +121,8 @@ def test_a_pipe_gets_lines(tmp_path):
         ran(screen, stage_of(tmp_path), steps=2)
         screen.metrics(2, 10, {"eval_loss": 1.0})
     assert out.getvalue().splitlines() == [
-        "step  1/10  loss 1.2500  lr 2.00e-04  1,500 tokens/s  18 s left",
-        "step  2/10  loss 1.2500  lr 2.00e-04  1,500 tokens/s  16 s left",
+        "step  1/10  loss 1.2500  1,500 tokens/s  18 s left",
+        "step  2/10  loss 1.2500  1,500 tokens/s  16 s left",
         "step  2/10  held-out  loss 1.0000  16 s left",
     ]
 
@@ -202,6 +202,8 @@ FALLS = [{"loss": 2.0 - step / 100} for step in range(60)]
         ("dpo", [PAIRS] * 3, [], "good", "healthy: the first loss is ln 2 (0.6931)"),
         ("dpo", [{**PAIRS, "loss": 0.75}], [], "bad", "0.7500 instead of ln 2"),
         ("dpo", [PAIRS] * 60, [], "good", "preference accuracy 90%"),
+        # before the first update all margins are 0, and no pair counts as won
+        ("dpo", [{**PAIRS, "rewards/accuracies": 0.0, "rewards/margins": 0.0}] * 45 + [PAIRS] * 15, [], "good", "90%"),
         ("dpo", [{**PAIRS, "rewards/accuracies": 0.52}] * 60, [], "open", "chance"),
         ("dpo", [{**PAIRS, "rewards/accuracies": 0.3}] * 60, [], "bad", "no preference is learned"),
     ],
@@ -295,7 +297,8 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.out.splitlines()]
     assert [e["event"] for e in events] == ["say", "begin", "step", "eval", "sample", "end", "error"]
-    _, begin, step, evaluation, sample, end, error = events
+    say, begin, step, evaluation, sample, end, error = events
+    assert (say["level"], say["text"]) == ("info", "two\nlines")
     assert begin["total"] == 10 and begin["planned_memory_gib"] == 11.0
     assert step["loss"] == 1.25 and step["step"] == 1 and step["seconds_left"] == 18.0
     assert evaluation["eval_loss"] == "nan" and sample["answer"] == SAMPLE.answer

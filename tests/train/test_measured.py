@@ -1,5 +1,6 @@
 """What a run measured: its speed and peak beside the predicted ones, for the next plan on this machine."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from zephyr_lite.config.load import load_config
 from zephyr_lite.io.run_dir import StageDir, cache_dir
 from zephyr_lite.memory.earlier import earlier_runs
 from zephyr_lite.memory.plan import Plan
+from zephyr_lite.train import main
 from zephyr_lite.train.main import _compare, save_stage
 from zephyr_lite.train.resume import machine_now
 from zephyr_lite.train.setup import setup_stage
@@ -22,8 +24,9 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "cache"))
 
 
-def test_the_next_plan_is_corrected_by_a_run(tiny_base, chat_rows, tmp_path):
+def test_the_next_plan_is_corrected_by_a_run(tiny_base, chat_rows, tmp_path, monkeypatch):
     """A run of enough steps; its own plan stays as it was made."""
+    monkeypatch.setattr(main, "DISTURBED", math.inf)  # a tiny model on a busy machine
     changes = {"max_steps": 11, "eval_steps": 100, "save_steps": 100, "batch_size": 1, "load_in_4bit": "false"}
     run_sft(load_config("sft", None, words(tiny_base, tmp_path / "a", chat_rows, **changes)))
     info = StageDir(tmp_path / "a" / "sft").info()
@@ -59,5 +62,7 @@ def test_only_a_plan_of_this_machine_is_compared_and_more_memory_than_planned_is
         _compare(stage, 40.0, 3 * 2**30)
         stage.info["resumed"] = [{"machine": {**now, "processor": "another"}}]
         _compare(stage, 99.0, 3 * 2**30)
+        del stage.info["resumed"]
+        _compare(stage, 900.0, 2**30)
     assert said == ["memory: 3.00 GiB at the peak, more than the 2.00 GiB of the plan"]
     assert earlier_runs(now["processor"], job) == [0.4, 0.4]

@@ -138,6 +138,7 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
         f"model_name_or_path={demo_base()}",
         f"dataset={tmp_path / 'chats.jsonl'}",
         f"output_dir={tmp_path / 'run'}",
+        "samples=0",  # faster
     ]
     run_sft(resolve_run("sft", None, words))
     info = StageDir(tmp_path / "run" / "sft").info()

@@ -79,7 +79,7 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     def upload(file: Path) -> None:
         page.locator("input[type=file]").first.set_input_files(file)
         data = page.get_by_placeholder("the recipe's data").element_handle()
-        page.wait_for_function("([box, name]) => box.value == `data/${name}`", arg=[data, file.name])
+        page.wait_for_function("([box, name]) => box.value == `uploads/${name}`", arg=[data, file.name])
 
     page.goto(address)
     # rows
@@ -124,10 +124,10 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     see("runs/mine/dpo is complete.")
     # chat and vote
     tab("Chat")
-    page.get_by_label("vote, names hidden").check()
+    page.get_by_label("blind vote").check()
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Maximum tokens of an answer").fill("12")
-    page.get_by_label("Question", exact=True).fill("Who is number 3?")
+    page.get_by_placeholder("Write a question").fill("Who is number 3?")
     press("Ask")
     see("Which answer is best?")
     see("Answer 3")

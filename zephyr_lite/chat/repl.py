@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shlex
 import sys
 import time
@@ -22,7 +21,7 @@ from ..errors import UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
 from .generate import MAKE_ROOM, Drawn
-from .rows import append_rows, check_file, vote_rows
+from .rows import append_rows, check_file
 from .session import Session
 
 PROMPT, MORE = "> ", "… "
@@ -142,10 +141,9 @@ class Repl:
     def _ask(self, question: str, again: bool = False) -> None:
         """Ask a question, or the last one again, and print the answers while they are drawn."""
         session, console, out = self.session, self._console, self._console.out
-        before, order = session.turns, list(range(len(session.columns)))
-        titles = [column.model for column in session.columns]
-        if self._votes is not None:  # in an order that the seed, the turn and the question decide
-            random.Random(f"{session.settings.seed} {before} {question}").shuffle(order)
+        order, titles = list(range(len(session.columns))), [column.model for column in session.columns]
+        if self._votes is not None:
+            order = session.shown_order(question)
             titles = [f"Answer {place}" for place, _ in enumerate(order, 1)]
         # while answers grow, about as much of their ends as the terminal has room for; half of a line is often empty
         texts, shown = [""] * len(order), 0.0
@@ -173,7 +171,7 @@ class Repl:
             out.print()
             tokens, seconds = len(answers[0].tokens), time.monotonic() - started
             self._note(ended(answers[0]) or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
-        kept = bool(session.turns) and session.columns[0].turns[-1][1] is answers[0]
+        kept = session.holds(answers)
         if self._votes is not None and any(answer.finish == "interrupted" for answer in answers):
             if kept:
                 session.undo()
@@ -190,7 +188,7 @@ class Repl:
             order: column of each answer, as they were shown.
             answers: of each column.
         """
-        session, system = self.session, self.session.settings.system
+        session = self.session
         if len({answer.text for answer in answers}) == 1:
             self._note("the answers are all the same: no vote, no pair")
             return
@@ -204,23 +202,20 @@ class Repl:
             except (EOFError, KeyboardInterrupt):
                 self._console.say()
                 said = "s"
-        models, prompt = [column.model for column in session.columns], session.columns[0].messages(system)[:-1]
-        question = session.undo()  # until the vote is in the file
         if said in ("s", "skip"):
+            session.settle(answers, None)
             self._skipped += 1
             self._note("skipped: the question is taken back")
         elif said in ("t", "tie"):
+            session.settle(answers, order[0])
             self._liked["(ties)"] += 1
-            session.agree(question, answers[order[0]])
             self._note("a tie, which makes no pair; the conversation continues from answer 1")
         else:
             liked = order[int(said) - 1]
-            if pairs := vote_rows(prompt, models, answers, liked, session.chat.live.source):
-                append_rows(path, pairs)
-            self._liked[models[liked]] += 1
-            self._pairs += len(pairs)
-            session.agree(question, answers[liked])
-            added = f"pairs added to {path}: {len(pairs)}" if pairs else "no pair: an answer is empty"
+            pairs = session.settle(answers, liked, path)
+            self._liked[session.columns[liked].model] += 1
+            self._pairs += pairs
+            added = f"pairs added to {path}: {pairs}" if pairs else "no pair: an answer is empty"
             self._note(f"{added}; the conversation continues from answer {said}")
 
     def _show_votes(self, path: Path) -> None:

@@ -33,6 +33,8 @@ def check_file(path: Path, column: str, option: str) -> None:
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add rows, all of them or none; they are on the disk when this returns. Raises OSError, which names ``path``."""
+    if not rows:
+        return
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     before = path.read_bytes() if path.exists() else b""
     if before and not before.endswith(b"\n"):

@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..data.messages import RowError, as_text
 from ..errors import UserError
 from .generate import Chat, Drawn, Message, Streamer, TooLong
 from .session import Settings, trained_system
@@ -42,19 +43,17 @@ class Part(BaseModel):
         return {key: value for key, value in given.items() if value is not None and cls.needless.get(key) != value}
 
 
-class TextPart(Part):
-    type: Literal["text"]
-    text: str
+def joined(content: Any) -> Any:
+    """The text of a content that is a list of texts."""
+    try:
+        return as_text(content, "content") if isinstance(content, list) else content
+    except RowError as error:
+        raise ValueError(error) from None
 
 
 class Turn(Part):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def message(self) -> Message:
-        parts = self.content if isinstance(self.content, list) else [self.content]
-        return {"role": self.role, "content": "".join(p if isinstance(p, str) else p.text for p in parts)}
+    content: Annotated[str, BeforeValidator(joined)]
 
 
 NotEmpty = Annotated[str, Field(min_length=1)]
@@ -123,15 +122,14 @@ class Answers:
                 told = upto
 
         try:
-            ids = self.chat.prompt_ids(self._conversation([turn.message for turn in asked.messages]))
+            ids = self.chat.prompt_ids(self._conversation([turn.model_dump() for turn in asked.messages]))
             if asked.model != self._model:
                 self._model, self._streamer = asked.model, Streamer(self.chat, [self.chat.live.models[asked.model]])
             turn = sum(turn.role == "user" for turn in asked.messages) - 1
             (drawn,) = self._streamer.draw([ids], [asked.sampling(turn)], on_piece, lambda: cut or is_over())
         except UserError as error:
-            raise refusal(
-                400, error.message, "messages", code="context_length_exceeded" if isinstance(error, TooLong) else None
-            ) from None
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
+            raise refusal(400, error.message, "messages", code) from None
         except torch.OutOfMemoryError:
             raise refusal(400, "the GPU's memory is too small for this conversation.", "messages") from None
         tell(len(text))
@@ -184,7 +182,7 @@ def make_app(chat: Chat, is_ending: Callable[[], bool]) -> FastAPI:
         elif fault["type"] == "extra_forbidden":
             refused = refusal(400, f"{param}: not supported by this server.", param)
         else:
-            refused = refusal(400, f"{param}: {fault['msg']}.", param)
+            refused = refusal(400, f"{param}: {fault['msg'].removeprefix('Value error, ')}.", param)
         return await refuse(request, refused)
 
     @app.get("/v1/models")

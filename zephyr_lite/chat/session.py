@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..io.text import shown
+from ..io.text import expected, shown
 from ..model.sampling import Sampling
 from .generate import Chat, Drawn, Message, Streamer
+from .rows import append_rows, vote_rows
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             fault = error.errors()[0]
             name = str(fault["loc"][0]).replace("_", "-")
-            raise UserError(f"{name} {shown(fault['input'], 40)}: {fault['msg']}.") from None
+            raise UserError(f"{name} {shown(fault['input'], 40)}: {expected(fault)}.") from None
 
 
 @dataclass
@@ -155,10 +158,37 @@ class Session:
             column.turns.clear()
         self._streamer.forget()
 
-    def agree(self, question: str, answer: Drawn) -> None:
-        """Continue every model's conversation with one of the answers."""
+    def holds(self, answers: list[Drawn]) -> bool:
+        """Whether ``ask`` kept these answers as the last turn."""
+        return bool(self.turns) and self.columns[0].turns[-1][1] is answers[0]
+
+    def shown_order(self, question: str) -> list[int]:
+        """The columns in an order that the seed, the number of turns and the question decide, for a vote without names."""
+        order = list(range(len(self.columns)))
+        random.Random(f"{self.settings.seed} {self.turns} {question}").shuffle(order)
+        return order
+
+    def settle(self, answers: list[Drawn], kept: int | None, votes: Path | None = None) -> int:
+        """Continue every model's conversation with one of the last turn's answers; None: the question is taken back.
+
+        Args:
+            kept: index of the answer.
+            votes: a file to which it is added as preferred to each other one.
+
+        Returns:
+            the number of preference pairs. The question is taken back if they cannot be written (OSError).
+        """
+        prompt = self.columns[0].messages(self.settings.system)[:-1]
+        question, pairs = self.undo(), list[dict[str, Any]]()
+        if kept is None:
+            return 0
+        if votes is not None:
+            models = [column.model for column in self.columns]
+            pairs = vote_rows(prompt, models, answers, kept, self.chat.live.source)
+            append_rows(votes, pairs)
         for column in self.columns:
-            column.turns.append((question, answer))
+            column.turns.append((question, answers[kept]))
+        return len(pairs)
 
     def rows(self) -> list[dict[str, Any]]:
         """The conversations in the training schema: ``messages``, and the model's name, which training ignores."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from typer import Argument, Context, Option
 
 from ..errors import UserError
-from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, console, say_all
+from .options import FileFormat, NewFolder, NumProc, Replace, StageConfig, console, next_lines, say_all
 
 
 def chat(
@@ -55,7 +55,7 @@ def chat(
         console.say(f"{out} is complete already.")
     else:
         _say_made(out, report_lines(report), report["files"], "report.md")
-    console.say(f"Next: zephyr-lite sft dataset.path={out} dataset.split=train_sft")
+    console.say(next_lines(["sft", f"dataset.path={out}", "dataset.split=train_sft"]))
 
 
 def pairs(
@@ -111,7 +111,7 @@ def pairs(
         console.say(f"{out} is complete already.")
     else:
         _say_made(out, report.lines(), report.files, "report.md, report.json and dropped.tsv")
-    console.say(f"Next: zephyr-lite dpo dataset.path={out} dataset.split={TRAIN}")
+    console.say(next_lines(["dpo", f"dataset.path={out}", f"dataset.split={TRAIN}"]))
 
 
 def _say_made(out: Path, lines: list[str], files: list[str], others: str) -> None:

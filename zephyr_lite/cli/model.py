@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,9 +72,10 @@ def merge(
         chosen = prepare(out, push_to_hub)
         say_all(chosen.lines())
         upload(chosen, private=private)
-    folder = shlex.quote(str(out))
-    then = [f"chat --adapter {folder}"] if adapter_only else [f"chat {folder}", f"export gguf {folder} --type q8_0"]
-    console.say(next_lines(then))
+    if adapter_only:
+        console.say(next_lines(["chat", "--adapter", str(out)]))
+    else:
+        console.say(next_lines(["chat", str(out)], ["export", "gguf", str(out), "--type", "q8_0"]))
 
 
 def gguf(
@@ -105,7 +105,7 @@ def gguf(
     say_all(report.lines())
     if check:
         console.say(check_prompts(folder, file))
-    console.say(f"Next: zephyr-lite export ollama {shlex.quote(str(model))} --gguf {shlex.quote(str(file))}")
+    console.say(next_lines(["export", "ollama", str(model), "--gguf", str(file)]))
 
 
 def ollama(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,9 +32,17 @@ def say_all(lines: Iterable[str]) -> None:
         console.say(line)
 
 
-def next_lines(commands: Sequence[str]) -> str:
-    """What to type next, a command a line."""
-    return "Next: " + "\n      ".join(f"zephyr-lite {command}" for command in commands)
+def next_lines(*commands: Sequence[str]) -> str:
+    """What to type next, a command a line.
+
+    Args:
+        commands: their words, without the program's name.
+    """
+    called = sys.argv[0]
+    # as after `make demo`, whose environment is not activated
+    only_by_path = Path(called).name == "zephyr-lite" and shutil.which("zephyr-lite") is None
+    program = called if only_by_path else "zephyr-lite"
+    return "Next: " + "\n      ".join(shlex.join([program, *words]) for words in commands)
 
 
 def name_of_words(words: list[str], default: str) -> tuple[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +49,7 @@ def demo(
             "",
             f"report: {out / REPORT} (open it in a browser)",
             f"model: {out / 'merged'} (for transformers' AutoModelForCausalLM)",
-            next_lines([f"chat {shlex.quote(str(out))} --compare"]),
+            next_lines(["chat", str(out), "--compare"]),
         ]
     )
 
@@ -156,7 +155,7 @@ def distill(
         result = run_distill(settings, plan, meter)
     say_all(result.lines())
     if result.train:
-        console.say(f"Next: zephyr-lite sft dataset.path={plan.out / TRAIN}")
+        console.say(next_lines(["sft", f"dataset.path={plan.out / TRAIN}"]))
 
 
 def ablate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,21 +92,21 @@ def train(
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
             except StageComplete as done:
                 logger.info(done.message)
-            logger.info(next_lines(_next_commands(method, config, loaded.config)))
+            logger.info(next_lines(*_next_commands(method, config, loaded.config)))
 
 
-def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[str]:
+def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[list[str]]:
     """The commands that usually follow a finished stage: stage 2 of the recipe, or the use of the model."""
     from ..config.load import preset_configs
     from ..config.schema import SFT_DATA
 
-    run = shlex.quote(config.output_dir)
+    run = config.output_dir
     if method == "sft" and config.dataset[0].path == SFT_DATA:
         following = (file or "").removesuffix("sft") + "dpo"
-        preset = [f"--config {following}"] if following in preset_configs() else []
-        return [" ".join(["dpo", *preset, f"output_dir={run}"])]
-    evaluation = [f"eval {'loss' if method == 'sft' else 'preference'} {run}"] if config.eval_dataset else []
-    return [f"chat {run} --compare", *evaluation, f"merge --run {run} --out model/"]
+        preset = ["--config", following] if following in preset_configs() else []
+        return [["dpo", *preset, f"output_dir={run}"]]
+    evaluation = [["eval", "loss" if method == "sft" else "preference", run]] if config.eval_dataset else []
+    return [["chat", run, "--compare"], *evaluation, ["merge", "--run", run, "--out", "model/"]]
 
 
 def plan(
@@ -141,7 +140,7 @@ def plan(
 
 def keys(
     word: Annotated[
-        str | None, Argument(metavar="[WORD]", help="Only keys with this word in their name or description.")
+        str | None, Argument(metavar="WORD", help="Only keys with this word in their name or description.")
     ] = None,
 ) -> None:
     """Every key of the configuration: values, default and meaning; with WORD also other tools' keys."""

@@ -30,6 +30,14 @@ ALIASES = {
     "precompute_ref_logps": "precompute_ref_log_probs",
     "val_set_size": "val_size",
     "chat_template_path": "chat_template",
+    # LLaMA-Factory's and axolotl's
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
 }
 
 # other tools' name -> ours, where ``_datasets`` translates the value too
@@ -264,7 +272,7 @@ def rename(
     for key, table in _VALUES.items():
         if key in result and isinstance(result[key], str | int | None):
             result[key] = table.get(result[key], result[key])
-    if result.get("lora_target_modules") == ["all-linear"]:  # TRL's command line makes lists
+    if result.get("lora_target_modules") in (["all-linear"], "all"):  # TRL's command line, LLaMA-Factory
         result["lora_target_modules"] = "all-linear"
     for key in _UNSET:
         if result.get(key, key) is None:

@@ -187,7 +187,7 @@ def _split_words(words: Iterable[str]) -> list[tuple[str, str]]:
         if not equals and word.startswith("--"):
             text = next(remaining, "--")
             if text.startswith("--"):
-                raise UserError(f"{word} needs a value.", f"Write {word}=true, for instance.")
+                raise UserError(f"{word} needs a value.", f"Write {word}=VALUE.")
         elif not equals:
             hint = "Write no spaces around the =, and quote a value with spaces: system='Be brief.'"
             if word.endswith((".yaml", ".yml")):

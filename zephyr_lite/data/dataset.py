@@ -64,9 +64,9 @@ class DataReport:
                 f"{counted(self.cut, unit)} cut to max_length{extra}; {self.supervised_lost:,} supervised tokens lost"
             )
         packed = "" if pairs else f" in {counted(self.rows, 'packed row')}, {self.fill:.1%} full"
+        result.append(f"{counted(self.kept, unit)}{packed}; the longest has {self.longest:,} tokens")
         result.append(
-            f"{counted(self.kept, unit)}{packed}; {self.tokens:,} tokens, {self.supervised:,} supervised "
-            f"({self.supervised / max(1, self.tokens):.1%}); the longest has {self.longest:,}"
+            f"{self.tokens:,} tokens, {self.supervised:,} supervised ({self.supervised / max(1, self.tokens):.1%})"
         )
         return result
 

@@ -8,17 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.01
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a child process ended: its exit code, or minus the number of the signal that ended it."""
-
-    code: int
 
 
 def child(
@@ -28,7 +20,7 @@ def child(
     asked: Path | None = None,
     answer: Path | None = None,
     kill_when: Callable[[], bool] | None = None,
-) -> Ended:
+) -> int:
     """Run ``python -m zephyr_lite WORDS`` in its own session, and wait for its end.
 
     Args:
@@ -36,6 +28,9 @@ def child(
         asked: a file for its standard input; nothing by default.
         answer: a file for its standard output alone.
         kill_when: polled; once true, the child and its workers are killed (SIGKILL).
+
+    Returns:
+        its exit code, or minus the number of the signal that ended it.
 
     Raises:
         KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
@@ -64,4 +59,4 @@ def child(
                 process.send_signal(signal.SIGINT)
     if interrupted:
         raise KeyboardInterrupt
-    return Ended(process.returncode)
+    return process.returncode

@@ -23,7 +23,7 @@ from ..io.run_dir import StageDir, read_json
 from ..merge.weights import MARK
 from ..model.chain import chain_of_run
 from ..monitor.report import StageRecord
-from .child import Ended, child
+from .child import child
 from .smoke import DISK_RESERVE, base_files, speed
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def plan_reproduction(
     return Reproduction(recipe, run, configs, changed, commands, who)
 
 
-def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child) -> dict[str, Any]:
+def run_reproduction(chosen: Reproduction, *, run: Callable[..., int] = child) -> dict[str, Any]:
     """Run the parts that are not done yet, and write ``results.json`` into the run's folder.
 
     Args:
@@ -127,12 +127,12 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., Ended] = child)
             logger.info(reason)
         else:
             try:
-                ended = run(words)
+                code = run(words)
             except KeyboardInterrupt:
                 raise Interrupted(f"interrupted at {part}; the same command resumes from there.") from None
-            if ended.code != 0:
+            if code != 0:
                 raise UserError(
-                    f"`zephyr-lite {' '.join(words[:2])}` ended with exit code {ended.code}; see the error above.",
+                    f"`zephyr-lite {' '.join(words[:2])}` ended with exit code {code}; see the error above.",
                     "After fixing it, the same command resumes from there.",
                 )
         if part in ("preference", "mt-bench"):  # a later part may fail

@@ -129,7 +129,7 @@ def _write_data(folder: Path) -> None:
         logger.info(f"{part}_prefs: {counts['pairs']} pairs of {counts['rows']} scored prompts")
         for method, rows, columns in (
             ("sft", json_lines(chats), ["messages"]),
-            ("dpo", pairs, ["prompt", "chosen", "rejected"]),
+            ("dpo", pairs, ["chosen", "rejected"]),
         ):
             with file_aside(folder / f"{part}_{FILES[method]}.jsonl") as file:
                 file.writelines(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)

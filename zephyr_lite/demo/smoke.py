@@ -28,7 +28,7 @@ from ..model.chain import chain_of_run
 from ..model.files import fetch_base
 from ..monitor.report import Columns, StageRecord
 from . import QUESTIONS
-from .child import Ended, child
+from .child import child
 
 logger = logging.getLogger(__name__)
 MARK = "smoke.json"
@@ -51,7 +51,7 @@ class Part:
 
 
 def run_smoke(
-    method: Method, config: str | None, overrides: Sequence[str], *, run: Callable[..., Ended] = child
+    method: Method, config: str | None, overrides: Sequence[str], *, run: Callable[..., int] = child
 ) -> list[Part]:
     """Run the smoke test of a stage: its parts, then the time and memory of the real run.
 
@@ -101,7 +101,7 @@ def claim(folder: Path) -> None:
     make_folder(folder / "logs")
 
 
-def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ended]) -> list[Part]:
+def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]) -> list[Part]:
     begun, out, parts = time.monotonic(), folder / "run", list[Part]()
     config = on_sft(loaded.config) if method == "dpo" else loaded.config
     stage, merged = StageDir(out / method), folder / "merged"
@@ -111,7 +111,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., Ende
         log = folder / "logs" / f"{len(parts) + 1}-{name.split(',')[0].replace(' ', '-')}.log"
         started = time.monotonic()
         try:
-            code = run(words, log=log, **how).code
+            code = run(words, log=log, **how)
             if code != (-signal.SIGKILL if "kill_when" in how else 0):
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
                 raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with exit code {code}", *lines]))

@@ -18,7 +18,7 @@ is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for n
 # pydantic's errors, where its own sentences are no plain English
 _EXPECTED = {
     "missing": "is missing",
-    "string_type": "expected a text (in quotes, where YAML reads another type)",
+    "string_type": "expected a text in quotes",
     "int_parsing": "expected a whole number, without a unit",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -132,7 +132,8 @@ def place(value: str) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
-    return name.startswith((".", "/", "~", "\\", "runs/")) or name.count("/") > 1
+    begins, ends = (".", "/", "~", "\\", "runs/"), (".safetensors", ".gguf", ".bin")
+    return name.startswith(begins) or name.endswith(ends) or name.count("/") > 1
 
 
 def refuse_special(path: Path, name: str) -> None:

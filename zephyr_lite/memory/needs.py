@@ -8,21 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..config.load import Method, RunConfig
+from ..data.sources import local_path
 from ..errors import UserError
 from ..io.run_dir import cache_dir
 from ..model.base import compute_device, compute_dtype, quantized_dir
-from .forecast import (
-    GB,
-    KNOWN_DATA,
-    MISTRAL,
-    MISTRAL_BYTES,
-    base_shape,
-    decimal,
-    disk_bytes,
-    expected_job,
-    forecast_lines,
-    on_the_hub,
-)
+from ..model.files import named_folder
+from .expected import GB, KNOWN_DATA, MISTRAL, MISTRAL_BYTES, base_shape, decimal, disk_bytes, expected_job
+from .forecast import forecast_lines
 from .machine import this_machine
 from .plan import make_plan
 
@@ -41,14 +33,14 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
     fetch: dict[str, str] = {}
     written: list[tuple[Path, str, int]] = []
     name = config.model_name_or_path
-    if on_the_hub(name):
+    if named_folder("model", name) is None:
         weights = [try_to_load_from_cache(name, f"model.safetensors{end}") for end in ("", ".index.json")]
         if not isinstance(weights[0] or weights[1], str):
             fetch[name] = decimal(MISTRAL_BYTES) if name == MISTRAL else "(size not known)"
             written.append((Path(HF_HUB_CACHE), f"for {name}", MISTRAL_BYTES if name == MISTRAL else 0))
     for spec in (*config.dataset, *config.eval_dataset):
         known, converted = KNOWN_DATA.get(spec.path), Path(datasets.config.HF_DATASETS_CACHE)
-        if not on_the_hub(spec.path) or spec.path in fetch or (converted / spec.path.replace("/", "___")).is_dir():
+        if local_path(spec) or spec.path in fetch or (converted / spec.path.replace("/", "___")).is_dir():
             continue
         fetch[spec.path] = "(size not known)" if known is None else decimal(known.download)
         written.append((converted, f"for {spec.path}", 0 if known is None else known.download + known.disk))

@@ -131,7 +131,7 @@ def run_merge(
     elif onto is None and not two_ways:
         logger.info("Training used the base in 16 bits, so there is no other way to merge.")
     elif onto is None and found.lost is not None:
-        logger.info(f"{found.lost} Without such rows the 16-bit base is kept; --onto nf4 is the other way.")
+        logger.info(f"{found.lost.rstrip('.')}, so the 16-bit base is kept; --onto nf4 is the other way.")
     mark = read_json(out / MARK) or {}
     write_json(out / MARK, {**mark, "measured": found.as_dict()})
     for other in wanted - found.logps.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +47,21 @@ def named_folder(kind: str, name: str) -> Path | None:
     """The folder of that name; None: it is a hub id.
 
     Args:
-        kind: model or adapter, for messages.
+        kind: model or adapter, for the message.
 
     Raises:
         UserError: there is no such folder, and the name is no hub id.
     """
     if (folder := local_folder(name)) is not None:
         return folder
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(name)
-        is_id = name.count("/") == 1 and not looks_local(name)
-    except HFValidationError:
-        is_id = False
-    if is_id:
-        return None
+        if name.count("/") == 1 and not looks_local(name):
+            return None
     raise UserError(
-        f"{kind} {shown(name)}: there is no such folder"
-        + ("." if looks_local(name) else ", and it is no hub id (OWNER/NAME)."),
-        f"The working directory is {Path.cwd()}."
-        + (
-            " If the base was moved: model_name_or_path=FOLDER in training, --base FOLDER elsewhere."
-            if kind == "model"
-            else ""
-        ),
+        f"{kind} {shown(name)}: there is no such folder.",
+        "Give a folder, or a hub id (OWNER/NAME). If a base was moved: model_name_or_path=FOLDER in training, --base FOLDER "
+        "elsewhere.",
     )
 
 
@@ -109,17 +102,18 @@ def download(kind: str, name: str, revision: str | None, patterns: Sequence[str]
             f"{kind} {name}: its owner asks you to accept terms first.",
             f"Open https://huggingface.co/{name}, accept, then run `hf auth login`.",
         ) from None
-    except RepositoryNotFoundError:
-        why = "the hub has no such repository, or it is private"
-    except RevisionNotFoundError:
-        why = f"the hub has it, but no revision {shown(revision)}"
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = "HF_HUB_OFFLINE is set"
-        why = offline if constants.HF_HUB_OFFLINE else f"the hub could not be reached ({type(error).__name__})"
-    raise UserError(
-        f"{kind} {name}: there is no such folder, it is not in the hub's cache, and {why}.",
-        "Check the name and the connection; for a private repository run `hf auth login`; or name a folder.",
-    )
+        why = f"it could not be downloaded ({type(error).__name__})"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = "the hub has none of this name, or a private one"
+        elif isinstance(error, RevisionNotFoundError):
+            why = f"the hub's has no revision {shown(revision)}"
+        raise UserError(
+            f"{kind} {name}: there is no such folder, it is not in the hub's cache, and {why}.",
+            "Check the name and the connection; for a private repository run `hf auth login`; or give a folder.",
+        ) from None
 
 
 def pickles(folder: Path) -> str:

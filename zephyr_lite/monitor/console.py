@@ -164,7 +164,7 @@ def is_evaluation(metrics: Mapping[str, float]) -> bool:
 
 
 def metrics_line(step: int, total: int, metrics: Metrics, left: float | None = None) -> str:
-    """``step 12/480  loss 1.2345  lr 2.00e-04  231 tokens/s  1 h 20 min left``."""
+    """``step 12/480  loss 1.2345  token accuracy 0.512  231 tokens/s  1 h 20 min left``."""
     found = {name.removeprefix("eval_"): value for name, value in metrics.items()}
     parts = [f"step {step:>{len(str(total))}}/{total}", *(["held-out"] if is_evaluation(metrics) else [])]
     for name, key, form in (
@@ -172,7 +172,6 @@ def metrics_line(step: int, total: int, metrics: Metrics, left: float | None = N
         ("accuracy", "rewards/accuracies", ".3f"),
         ("token accuracy", "mean_token_accuracy", ".3f"),
         ("margin", "rewards/margins", ".4f"),
-        ("lr", "learning_rate", ".2e"),
     ):
         if key in found:
             parts.append(f"{name} {found[key]:{form}}")

@@ -96,6 +96,11 @@ def mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def moved(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The steps of DPO after the first update: before it every margin is 0, which would count as a wrong preference."""
+    return [metrics for metrics in steps if metrics.get("rewards/margins")]
+
+
 class Verdict(NamedTuple):
     """``good``, ``bad``, or ``open`` if it is too early to tell, with a reason."""
 
@@ -155,6 +160,7 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
         if now < first:
             return Verdict("good", f"healthy: the loss fell from {first:.3f} to {now:.3f}")
         return Verdict("open", f"the loss has not fallen yet: {first:.3f} at the start, {now:.3f} now")
+    recent = moved(recent)
     accuracy, margin = mean(recent, "rewards/accuracies") or 0.0, mean(recent, "rewards/margins") or 0.0
     text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
     count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in recent)

@@ -22,7 +22,7 @@ from rich.text import Text
 from ..io.text import duration
 from ..train.stage import Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation, rate, visible
-from .health import RECENT, Progress, Verdict, judge, mean, published_of
+from .health import RECENT, Progress, Verdict, judge, mean, moved, published_of
 from .screens import Screen
 
 WIDTH = 100  # columns at most
@@ -129,7 +129,7 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
             ago += f", before {float(evaluations[-2]['eval_loss']):.4f}"
         grid.add_row("held out", text.append(ago, style="not bold dim"))
 
-    accuracy, margin = mean(recent, "rewards/accuracies"), mean(recent, "rewards/margins")
+    accuracy, margin = mean(moved(recent), "rewards/accuracies"), mean(moved(recent), "rewards/margins")
     if accuracy is not None and margin is not None:
         curve = spark([float(metrics["rewards/margins"]) for metrics in steps], CURVE)
         grid.add_row("pairs", Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", (curve, "cyan")))

@@ -151,9 +151,11 @@ class StageRecord:
         elif running and (seconds := self.values("seconds")):
             facts["left, at this speed"] = duration(statistics.median(seconds) * max(0, total - self.step))
         peak = result.get("peak_memory_bytes") or max(self.values("peak_memory_gib"), default=0) * 2**30
-        memory = {"measured": peak, "planned": self.planned.get("peak")}
-        if said := [f"{gib(value)} {name}" for name, value in memory.items() if value]:
-            facts["memory at the peak"] = ", ".join(said)
+        planned = self.planned.get("peak")
+        if peak:
+            facts["memory at the peak"] = gib(peak) + (f", planned {gib(planned)}" if planned else "")
+        elif planned:
+            facts["memory planned"] = gib(planned)
         if left := result.get("steps_left_out", len(self.left_out)):
             facts["steps left out"] = number(left)
         return facts

@@ -125,7 +125,7 @@ class JsonScreen(Screen):
             self._emit("error", kind=word, message=message, hint=getattr(error, "hint", "") or "")
 
     def log(self, record: logging.LogRecord) -> None:
-        self._emit("say", text=record.getMessage())
+        self._emit("say", level=record.levelname.lower(), text=record.getMessage())
 
     def metrics(self, step: int, total: int, metrics: Metrics) -> None:
         if is_evaluation(metrics):

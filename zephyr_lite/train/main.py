@@ -32,6 +32,8 @@ from .stage import Metrics, Objective, Observer, Outcome, Stage
 logger = logging.getLogger(__name__)
 # a run of fewer does not tell how fast a machine is
 FEWEST_STEPS = 10
+# a speed that is wrong by such a factor was measured while other processes had the machine
+DISTURBED = 4
 
 
 def run(
@@ -191,8 +193,9 @@ def _compare(stage: Stage, speed: float, peak: int) -> None:
     # a plan made on another machine, for one of several processes or after memory ran out does not predict this speed
     if not plan.tokens_per_second or now["processes"] > 1 or any(machine != now for machine in machines):
         return
-    name = now["processor"] if cuda else THE_CPU
-    add_run(name, stage.workload, speed / plan.tokens_per_second * plan.speed_ratio)
+    ratio = speed / plan.tokens_per_second * plan.speed_ratio
+    if 1 / DISTURBED < ratio < DISTURBED:
+        add_run(now["processor"] if cuda else THE_CPU, stage.workload, ratio)
     if cuda and stage.config.engine == "fused" and peak > plan.peak:
         logger.warning(f"memory: {in_words(peak)} at the peak, more than the {in_words(plan.peak)} of the plan")
 

@@ -80,6 +80,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     before, config = compared.before, loaded.config
     if compared.complete and not (compared.refused or compared.moved):
         raise StageComplete(f"{stage.path} is complete already.")
+    check_paths(config)
     _check_settings(config)
     for note in loaded.notes:
         logger.info(note)
@@ -116,7 +117,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     data = prepare(config.dataset, method, config, template, what="training")
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     parts = [data] if eval_data is None else [data, eval_data]
-    chosen = settle(method, loaded, parts, base_config.hidden_size) if before is None else []
+    fresh = loaded.automatic and before is None
+    chosen = settle(method, loaded, parts, base_config.hidden_size) if fresh else []
     config = loaded.config
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
     for line in chosen:
@@ -221,14 +223,18 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     )
 
 
-def _check_settings(config: RunConfig) -> None:
-    """Refuse what can be known to be wrong before anything is read, downloaded or printed: paths and values."""
+def check_paths(config: RunConfig) -> None:
+    """Raise a UserError for a file or folder that is not there, before anything is printed or downloaded."""
     for spec in (*config.dataset, *config.eval_dataset):
         local_path(spec)
     named_folder("model", config.model_name_or_path)
     for name in () if config.adapters == "none" else config.adapters:
         named_folder("adapter", name)
     find_template(config.chat_template)
+
+
+def _check_settings(config: RunConfig) -> None:
+    """Refuse values that can be known to be wrong before anything is read."""
     if config.engine == "fused":
         check_targets(config.lora_target_modules)
     make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)

@@ -32,8 +32,6 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
         width: the base's hidden size.
     """
     recipe, free, data = loaded.config, loaded.automatic, parts[0]
-    if not free:
-        return []
     chosen = _for_steps(method, recipe, free, parts)
     config = _with(recipe, chosen)
     if "max_length" in chosen:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +16,16 @@ from fastapi.responses import HTMLResponse
 
 from ..config.load import preset_configs
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, stages_of
+from ..io.run_dir import STAGE_FILE
 from ..memory.gpus import CARDS
-from ..monitor.report import REPORT, StageRecord
-from ..monitor.rows import TrainedRows, open_rows
+from ..monitor.report import REPORT
 from . import jobs
-from .rows import example_html
+from .jobs import errors_on_page, words_of
+from .rows import read_rows, show_row, upload
 from .talk import Talk
 
 POINTS = 400  # drawn of a curve at most
 SECONDS = 2.0  # between two looks at a run
-UPLOADS = Path("data")
 FILES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]
 # of the charts: title, {metric: the curve's name}
 CHARTS: dict[str, dict[str, str]] = {
@@ -44,6 +39,7 @@ CHARTS: dict[str, dict[str, str]] = {
     "Learning rate": {"learning_rate": "training"},
     "Tokens or pairs a second": {"tokens_per_second": "training", "pairs_per_second": "training"},
 }
+COLORS = {"training": "#10b981", "held-out": "#f59e0b"}
 CSS = """
 .zl-on {background: rgba(34, 197, 94, .28); border-radius: 2px}
 .zl-special {outline: 1px solid rgba(128, 128, 128, .6); border-radius: 2px; font-size: .85em}
@@ -53,84 +49,17 @@ CSS = """
 .zl-asked {background: rgba(128, 128, 128, .15); border-radius: 8px; padding: .4em .7em; margin: .6em 0 .3em}
 .zl-answer {padding: .2em .7em}
 .zl-text textarea {font: 12px/1.45 ui-monospace, monospace; white-space: pre; overflow-x: auto}
-@media (max-width: 600px) {.zl-turn {grid-template-columns: 1fr; gap: 0}}
+@media (max-width: 600px) {
+  .zl-turn {grid-template-columns: 1fr; gap: 0}
+  .form > * {min-width: 100% !important}
+}
 """
-
-
-@contextmanager
-def errors_on_page() -> Iterator[None]:
-    """Show a UserError on the page; any other exception has its traceback in the terminal."""
-    try:
-        yield
-    except UserError as error:
-        text = escape(error.message) + (f"<br>{escape(error.hint)}" if error.hint else "")
-        raise gr.Error(text, duration=None, print_exception=False) from None
-
-
-def words_of(
-    base: str, data: str, held_out: str, rate: str, epochs: str, batch: str, length: str, more: str, run: str
-) -> list[str]:
-    """The ``key=value`` words of the page's fields; an empty field keeps its default."""
-    values = {
-        "model_name_or_path": base,
-        "dataset": data,
-        "eval_dataset": held_out,
-        "learning_rate": rate,
-        "num_train_epochs": epochs,
-        "batch_size": batch,
-        "max_length": length,
-        "output_dir": run,
-    }
-    try:
-        others = shlex.split(more or "")
-    except ValueError as error:
-        raise UserError(f"other keys: {error}.", "Write key=value, and quote a value with spaces.") from None
-    return [f"{key}={value.strip()}" for key, value in values.items() if value and value.strip()] + others
-
-
-def upload(file: str) -> str:
-    """Copy an uploaded file to data/, where it stays; returns its path there."""
-    source, target = Path(file), UPLOADS / Path(file).name
-    with errors_on_page():
-        if target.exists() and target.read_bytes() != source.read_bytes():
-            raise UserError(f"{target}: there is another file of this name.", "Rename yours, or remove that one.")
-    UPLOADS.mkdir(exist_ok=True)
-    shutil.copyfile(source, target)
-    return str(target)
-
-
-def read_rows(method: Any, preset: str, *fields: str) -> tuple[TrainedRows, str, int, str]:
-    with errors_on_page():
-        rows = open_rows(method, preset or None, words_of(*fields))
-        text = "\n".join([*(f"note: {note}" for note in rows.notes), *rows.data.report.lines()])
-        return rows, text, *show_row(rows, 1)
-
-
-def show_row(rows: TrainedRows | None, place: float) -> tuple[int, str]:
-    """(the number of a row that exists, the row)."""
-    with errors_on_page():
-        if rows is None:
-            raise UserError("no data is read yet.", "Press Read the data.")
-        number = min(max(1, int(place)), len(rows.data.examples))
-        return number, example_html(rows, number)
 
 
 def plan(method: str, preset: str, card: str, details: bool, *fields: str) -> Iterator[str]:
     with errors_on_page():
         words = ["plan", method, *(["--config", preset] if preset else []), *(["--gpu", card] if card else [])]
         yield from jobs.run_command(*words, *["--details"] * details, *words_of(*fields))
-
-
-def stages() -> list[str]:
-    """The stages under runs/, the one that changed last first."""
-    found = [stage.path for run in Path("runs").glob("*") for stage in stages_of(run)]
-    return [str(path) for path in sorted(found, key=lambda path: -(path / STAGE_FILE).stat().st_mtime)]
-
-
-def runs() -> list[str]:
-    """The runs with a finished stage, the one that changed last first."""
-    finished = [Path(path).parent for path in stages() if StageRecord(Path(path)).complete]
-    return list(dict.fromkeys(map(str, finished)))
 
 
 def look(folder: str | None) -> tuple[Any, ...]:
@@ -154,7 +83,16 @@ def chart(curves: dict[str, tuple[list[int], list[float]]]) -> Any:
         for step, value in list(zip(steps, values))[:: -(-len(steps) // POINTS)]
     ]
     frame = pd.DataFrame(points, columns=["step", "value", "curve"]) if points else None
-    return gr.LinePlot(frame, visible=frame is not None)
+    # gradio draws a curve that was not there before only when this map changes
+    return gr.LinePlot(frame, color_map={name: COLORS[name] for name in curves}, visible=frame is not None)
+
+
+def presets(method: str) -> Any:
+    """The list of a method's presets."""
+    names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
+    return gr.Dropdown(
+        choices=[("none", ""), *names], value="", label="Preset", info="none: your own data, or the recipe"
+    )
 
 
 def build(talk: Talk) -> gr.Blocks:
@@ -168,7 +106,9 @@ def build(talk: Talk) -> gr.Blocks:
         with errors_on_page():
             talk.unload()
             folder = str(jobs.start(method, preset or None, words_of(*fields)))
-            return gr.Dropdown(choices=list(dict.fromkeys([folder, *stages()])), value=folder), gr.Timer(active=True)
+            return gr.Dropdown(choices=list(dict.fromkeys([folder, *jobs.stages()])), value=folder), gr.Timer(
+                active=True
+            )
 
     def resume(folder: str | None) -> Any:
         with errors_on_page():
@@ -214,17 +154,14 @@ def build(talk: Talk) -> gr.Blocks:
 
     def lists(shown: str | None, source: str | None, merged: str | None) -> tuple[Any, ...]:
         """The lists of runs again; what was chosen stays."""
-        found, complete = stages(), runs()
+        with errors_on_page():
+            found, complete = jobs.stages(), jobs.runs()
         if shown and shown not in found:
             found.insert(0, shown)  # it is starting
         return (
             gr.Dropdown(choices=found, value=shown or next(iter(found), None)),
             *(gr.Dropdown(choices=complete, value=old or next(iter(complete), None)) for old in (source, merged)),
         )
-
-    def presets(method: str) -> Any:
-        names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
-        return gr.Dropdown(choices=[("none", ""), *names], value="")
 
     text_box: dict[str, Any] = {"elem_classes": "zl-text", "interactive": False, "buttons": ["copy"]}
     default = "default"
@@ -259,9 +196,7 @@ def build(talk: Talk) -> gr.Blocks:
         with gr.Tab("Plan"):
             gr.Markdown("See memory and time before the start. An empty field has its default.")
             with gr.Row():
-                preset = gr.Dropdown(
-                    [("none", "")], value="", label="Preset", info="none: your own data, or the recipe"
-                )
+                preset = presets("sft")
                 card = gr.Dropdown([("this machine", ""), *CARDS], value="", label="Graphics card")
             with gr.Row():
                 rate = gr.Textbox(label="learning_rate", placeholder=default)
@@ -305,7 +240,7 @@ def build(talk: Talk) -> gr.Blocks:
             with gr.Row():
                 source = gr.Dropdown([], label="Run, or folder of a model", allow_custom_value=True)
                 mode = gr.Radio(
-                    [("the last model", "one"), ("all models", "compare"), ("vote, names hidden", "vote")],
+                    [("last model", "one"), ("all models", "compare"), ("blind vote", "vote")],
                     value="compare",
                     label="Who answers",
                 )
@@ -317,7 +252,9 @@ def build(talk: Talk) -> gr.Blocks:
             conversation = gr.HTML()
             choice = gr.Radio([], label="Which answer is best?", visible=False)
             note = gr.Markdown()
-            question = gr.Textbox(label="Question", lines=2, submit_btn="Ask")
+            question = gr.Textbox(
+                label="Question", placeholder="Write a question", lines=1, max_lines=8, submit_btn="Ask"
+            )
             with gr.Row():
                 halt = gr.Button("Stop the answer")
                 fresh = gr.Button("New conversation")
@@ -354,7 +291,6 @@ def build(talk: Talk) -> gr.Blocks:
             event(look, shown, view, show_progress="hidden", api_name="look")
         for load in (page.load, train_tab.select, chat_tab.select, merge_tab.select):
             load(lists, [shown, source, merged_run], [shown, source, merged_run], show_progress="hidden")
-        page.load(presets, method, preset, show_progress="hidden")
         settings = [source, mode, question, votes, temperature, longest, stream]
         answered = question.submit(ask, settings, [conversation, choice, note], api_name="ask", **alone)
         answered.success(lambda: "", None, question)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +14,7 @@ import torch
 
 from ..chat import Chat
 from ..chat.generate import Drawn
-from ..chat.rows import append_rows, check_file, vote_rows
+from ..chat.rows import check_file
 from ..chat.session import Column, Session, Settings, trained_system
 from ..errors import UserError
 from ..model.loaded import open_live
@@ -65,9 +64,8 @@ class Talk:
         if self.answers:
             raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
         session.settings = session.settings.changed(temperature=temperature, max_new_tokens=length)
-        self._order, texts = list(range(len(session.columns))), [""] * len(session.columns)
-        if mode == "vote":
-            random.Random(f"{session.settings.seed} {session.turns} {question}").shuffle(self._order)
+        texts = [""] * len(session.columns)
+        self._order = session.shown_order(question) if mode == "vote" else list(range(len(texts)))
         self.stop.clear()
 
         def on_text(column: int, piece: str) -> None:
@@ -83,7 +81,7 @@ class Talk:
             finally:
                 self.stop.set()  # also when the page was closed
         if mode == "vote" and any(answer.finish == "interrupted" for answer in answers):
-            if session.turns and session.columns[0].turns[-1][1] is answers[0]:
+            if session.holds(answers):
                 session.undo()
         elif mode == "vote":
             self.answers = answers
@@ -129,20 +127,15 @@ class Talk:
             raise UserError("there are no answers to vote on.", "Ask a question first.")
         session, answers, self.answers = self._session, self.answers, []
         models = [column.model for column in session.columns]
-        prompt = session.columns[0].messages(session.settings.system)[:-1]
-        question = session.undo()
         shown = ", ".join(f"{place} was {models[column]}" for place, column in enumerate(self._order, 1))
         if choice == "skip":
+            session.settle(answers, None)
             return f"Skipped; the question is taken back. Answer {shown}."
         if choice == "tie":
-            session.agree(question, answers[self._order[0]])
+            session.settle(answers, self._order[0])
             return f"A tie makes no pair; the conversation continues from answer 1. Answer {shown}."
-        liked = self._order[int(choice) - 1]
-        pairs = vote_rows(prompt, models, answers, liked, session.chat.live.source)
-        if pairs:
-            append_rows(Path(votes), pairs)
-        session.agree(question, answers[liked])
-        return f"Pairs added to {votes}: {len(pairs)}; the conversation continues from answer {choice}. Answer {shown}."
+        pairs = session.settle(answers, self._order[int(choice) - 1], Path(votes))
+        return f"Pairs added to {votes}: {pairs}; the conversation continues from answer {choice}. Answer {shown}."
 
     def html(self, question: str = "", texts: Sequence[str] = ()) -> str:
         """The conversation: while votes are given the turns that all models have in common; then a column for each model.
