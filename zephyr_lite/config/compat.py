@@ -28,6 +28,7 @@ ALIASES = {
     "train_batch_size": "batch_size",
     "target_modules": "lora_target_modules",
     "precompute_ref_logps": "precompute_ref_log_probs",
+    "val_set_size": "val_size",
     "chat_template_path": "chat_template",
     # LLaMA-Factory's and axolotl's
     "cutoff_len": "max_length",

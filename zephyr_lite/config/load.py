@@ -22,7 +22,7 @@ from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NOT_HELD_OUT = "no eval_dataset is set with this dataset: the held-out loss will not be computed"
+NOT_HELD_OUT = "nothing is held out (set val_size=0.05 or eval_dataset): the held-out loss will not be computed"
 PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
 WORDS = "the command line"  # the place of faults in key=value words
 LIST_KEYS = "`zephyr-lite keys` lists all keys and their values."
@@ -47,6 +47,8 @@ class Loaded:
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
     foreign: bool = False  # the file is another tool's
     announce: bool = False  # print what the run downloads and writes, before it does
+    typed: set[str] = field(default_factory=set)  # the keys that the command line set
+    automatic: set[str] = field(default_factory=set)  # keys whose values the rows decide (``train.small_data``)
 
 
 def find_config(name: str, kind: str = "stages") -> Path:
@@ -103,14 +105,13 @@ def load_config(
     faults: dict[str, list[str]] = {str(path): [], WORDS: []}
     given: dict[str, Any] = {}
     written: dict[str, Any] = {}
-    own = RunConfig.model_fields
+    own, unset = RunConfig.model_fields, False
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
         written = read_yaml(path)
         given = rename(written, own, notes, faults[str(path)], file=True, dpo=method == "dpo")
-        if "dataset" in given and "eval_dataset" not in given:
+        if unset := "dataset" in given and "eval_dataset" not in given:
             given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
-            notes.append(NOT_HELD_OUT)
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
@@ -134,8 +135,7 @@ def load_config(
         typed.add(key.partition(".")[0])
         replaced = replaced or key == "dataset.path"
     if replaced and "eval_dataset" not in typed:
-        given["eval_dataset"] = None
-        notes.append(NOT_HELD_OUT)
+        given["eval_dataset"], unset = None, True
     values = {**defaults, **given}
     try:
         config = RunConfig.model_validate(values)
@@ -154,7 +154,9 @@ def load_config(
             notes.append(
                 f"{spec.path}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
             )
-    return Loaded(config, set(given), notes, of_others(written))
+    if unset and not config.eval_dataset:
+        notes.append(NOT_HELD_OUT)
+    return Loaded(config, set(given), notes, of_others(written), typed=typed)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -45,6 +45,11 @@ def duration(seconds: float) -> str:
     return f"{minutes / 1440:.1f} days"
 
 
+def counted(number: int, what: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def short(value: object, length: int = 80) -> str:
     """The repr of a value, cut to ``length``."""
     return shown(repr(value), length)
