@@ -66,13 +66,13 @@ ADAPTERS = [
     (
         "an adapter of rank 0",
         adapter(r=0),
-        "a/adapter_config.json: r is 0: Input should be greater than 0.",
+        "a/adapter_config.json: r is 0: expected a number greater than 0.",
         ADAPTER,
     ),
     (
         "an adapter whose alpha is text",
         adapter(lora_alpha="16"),
-        "a/adapter_config.json: lora_alpha is '16': Input should be a valid number.",
+        "a/adapter_config.json: lora_alpha is '16': expected a number.",
         ADAPTER,
     ),
     (

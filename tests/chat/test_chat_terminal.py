@@ -71,7 +71,7 @@ def test_a_session_and_its_commands(typed, tmp_path):
     ):
         assert text in out, text
     for text in (
-        *("top-p 2: Input should be less", "temperature hot: Input should be", "seed 1.5: Input should be"),
+        *("top-p 2: expected a number less", "temperature hot: expected a number", "seed 1.5: expected a whole"),
         *("control token </s>", "/save needs a file", "no command '/nonsense'", "/undo takes nothing"),
         *("nothing was asked yet", "the model's context is 256"),
     ):

@@ -182,8 +182,10 @@ def test_the_command_serves_until_ctrl_c(chat, talk_run, monkeypatch, capsys):
 
     def interrupt():
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
-        models.extend(each.id for each in client.models.list())
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            models.extend(each.id for each in client.models.list())
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     assert cli.run(["serve", str(talk_run), "--port", str(port)]) == 130

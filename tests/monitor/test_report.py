@@ -222,7 +222,7 @@ def test_old_torn_and_empty_files_are_read(tmp_path):
     (folder / "stage.json").write_text('{"method": "sft"}')
     assert "No step was logged yet" in Page(run_page([StageRecord(folder)])).text
     (folder / "stage.json").write_text('{"method": "rlhf"}')
-    with pytest.raises(UserError, match="Input should be 'sft' or 'dpo'"):
+    with pytest.raises(UserError, match="expected 'sft' or 'dpo'"):
         StageRecord(folder)
 
 

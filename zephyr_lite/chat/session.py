@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..io.text import shown
+from ..io.text import expected, shown
 from ..model.sampling import Sampling
 from .generate import Chat, Drawn, Message, Streamer
 from .rows import append_rows, vote_rows
@@ -45,7 +45,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             fault = error.errors()[0]
             name = str(fault["loc"][0]).replace("_", "-")
-            raise UserError(f"{name} {shown(fault['input'], 40)}: {fault['msg']}.") from None
+            raise UserError(f"{name} {shown(fault['input'], 40)}: {expected(fault)}.") from None
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from .atomic import sweep, write_json
-from .text import duration, read_object, short
+from .text import duration, expected, read_object, short
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> d
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {key!r} is {short(first['input'], 40)}: {first['msg']}.", hint) from None
+        raise UserError(f"{file}: {key!r} is {short(first['input'], 40)}: {expected(first)}.", hint) from None
     if (told.format or 0) > FORMAT:
         raise UserError(
             f"{file}: has format {told.format}; this version reads formats up to {FORMAT} (written by zephyr-lite "

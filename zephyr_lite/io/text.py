@@ -18,7 +18,7 @@ is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for n
 # pydantic's errors, where its own sentences are no plain English
 _EXPECTED = {
     "missing": "is missing",
-    "string_type": "expected a text (in quotes, where YAML reads another type)",
+    "string_type": "expected a text in quotes",
     "int_parsing": "expected a whole number, without a unit",
     "int_type": "expected a whole number",
     "int_from_float": "expected a whole number",
@@ -43,6 +43,11 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 600 else f"{minutes / 60:.0f} h"
     return f"{minutes / 1440:.1f} days"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def short(value: object, length: int = 80) -> str:
@@ -127,7 +132,15 @@ def place(value: str) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
-    return name.startswith((".", "/", "~", "\\", "runs/")) or name.count("/") > 1
+    begins, ends = (".", "/", "~", "\\", "runs/"), (".safetensors", ".gguf", ".bin")
+    return name.startswith(begins) or name.endswith(ends) or name.count("/") > 1
+
+
+def comma_list(value: Any) -> Any:
+    """``a,b`` as a list; any other value, and the path of a file or folder with a comma, as it is."""
+    if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
+        return value
+    return [part.strip() for part in value.split(",")]
 
 
 def refuse_special(path: Path, name: str) -> None:

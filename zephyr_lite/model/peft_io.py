@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
-from ..io.text import read_object, shown
+from ..io.text import expected, read_object, shown
 from .files import checked_place, download, named_folder, pickles
 
 CONFIG_NAME = "adapter_config.json"
@@ -161,7 +161,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {shown(key)} is {shown(repr(first['input']))}: {first['msg']}.", _AGAIN) from None
+        raise UserError(f"{path}: {shown(key)} is {shown(repr(first['input']))}: {expected(first)}.", _AGAIN) from None
     if not weights.is_symlink() and not weights.exists():
         raise UserError(
             f"{folder}: holds no {WEIGHTS_NAME} (found {pickles(folder)}).",
