@@ -263,9 +263,10 @@ def test_a_plan_looks_at_no_run_that_is_not_named(invoke, runs, tiny_base):
 
 @pytest.mark.parametrize("wrong", ["dataset=data/chats.jsonl", "eval_dataset=mine.csv", "adapters=runs/x/sft/adapter"])
 def test_a_path_that_leads_nowhere_is_all_that_is_said(invoke, wrong):
-    code, out, err = invoke("sft", wrong)
-    path = wrong.split("=")[1]
-    assert (code, out) == (2, "") and path in err and "there is no such f" in err and len(err.splitlines()) == 2, err
+    for words in (["sft"], ["data", "show", "sft"]):
+        code, out, err = invoke(*words, wrong)
+        path = wrong.split("=")[1]
+        assert (code, out) == (2, "") and path in err and "there is no such f" in err and len(err.splitlines()) == 2
 
 
 def test_a_run_that_is_not_there_is_no_hub_id(invoke):

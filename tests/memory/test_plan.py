@@ -19,10 +19,10 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory import earlier, forecast
+from zephyr_lite.memory import earlier, expected, forecast
 from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.memory.estimate import CONTEXT_BYTES, CPU, GIB, estimate
-from zephyr_lite.memory.forecast import MISTRAL_SHAPE, expected_job
+from zephyr_lite.memory.expected import MISTRAL_SHAPE, expected_job
 from zephyr_lite.memory.gpus import CARDS, find_gpu, gpu_of_size
 from zephyr_lite.memory.machine import (
     HOST_ELSEWHERE,
@@ -402,6 +402,23 @@ def test_a_model_that_a_cpu_cannot_train_is_said(said, processor):
     assert out.count("--gpu 3060 plans for a card") == 2 and len(out.splitlines()) <= 24
 
 
+def test_own_rows_are_counted_by_their_characters(said, tmp_path):
+    """So that a plan has hours, or seconds; what cannot be read is a note."""
+    file, text = tmp_path / "chats.jsonl", "word " * 600
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    file.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[::-1] + turns}) + "\n")
+    _, out, _ = said("sft", "--gpu", "3060", f"dataset={file}", "num_train_epochs=30")
+    assert ": 2 rows of about 3,0" in " ".join(out.split())
+    seconds = 2 * 3000 * 30 / float(re.search(r"\((\d+) tokens/s", out)[1])
+    assert float(re.search(r"time    about (\d+) min", out)[1]) == pytest.approx(seconds / 60, rel=0.1)
+    _, out, _ = said("dpo", "--gpu", "3060", f"dataset={file}")
+    assert (
+        "a step (" in out
+        and "the rows are not counted: " in out
+        and "dpo needs preference rows" in " ".join(out.split())
+    )
+
+
 def test_the_suggestion_is_the_change_that_helps_most(said):
     """A setting that the user fixed, where leaving it to the plan is faster; and nothing where nothing helps."""
     few = ["--config", "zephyr-7b/overnight-sft", "--gpu", "3060"]
@@ -445,7 +462,7 @@ def test_dpo_is_planned_on_the_adapter_that_it_will_stand_on(said, tmp_path):
     }
     write_adapter(tmp_path / "own", modules, base_model_name="x")
     loaded = load_config("dpo", None, [f"adapters={tmp_path / 'own'}"])
-    below, notes = forecast._below("dpo", loaded, shape)
+    below, notes = expected.adapters_below("dpo", loaded, shape)
     assert [dict(below[0].ranks[i]) for i in (0, 1, 5)] == [{"q_proj": 3}, {}, {"q_proj": 7}] and not notes
     code, out, _ = said("dpo", "--gpu", "3060", f"adapters={tmp_path / 'own'}", "optim=adamw_8bit")
     assert code == 0 and "assuming rank" not in out

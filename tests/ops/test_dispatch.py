@@ -101,7 +101,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from zephyr_lite.model.families import Shape
-from zephyr_lite.memory.forecast import MISTRAL_SHAPE
+from zephyr_lite.memory.expected import MISTRAL_SHAPE
 from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
 
 class Card:

@@ -79,7 +79,7 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     def upload(file: Path) -> None:
         page.locator("input[type=file]").first.set_input_files(file)
         data = page.get_by_placeholder("the recipe's data").element_handle()
-        page.wait_for_function("([box, name]) => box.value == `data/${name}`", arg=[data, file.name])
+        page.wait_for_function("([box, name]) => box.value == `uploads/${name}`", arg=[data, file.name])
 
     page.goto(address)
     # rows

@@ -15,7 +15,7 @@ from gradio_client import Client
 
 from tests.ui.test_browser import free_port, write
 from zephyr_lite.errors import UserError
-from zephyr_lite.ui import jobs, page
+from zephyr_lite.ui import jobs, page, rows
 from zephyr_lite.ui.talk import Talk
 
 NOTHING = [None] * 9
@@ -33,48 +33,45 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 
 
 def test_empty_fields_keep_their_default():
-    assert page.words_of(*NOTHING) == []
-    words = page.words_of("my/base", "a.jsonl", "", " 1e-4 ", "", "", "", "system='Be brief.' seed=1", "runs/x")
+    assert jobs.words_of(*NOTHING) == []
+    words = jobs.words_of("my/base", "a.jsonl", "", " 1e-4 ", "", "", "", "system='Be brief.' seed=1", "runs/x")
     assert words == [
         *("model_name_or_path=my/base", "dataset=a.jsonl", "learning_rate=1e-4", "output_dir=runs/x"),
         *("system=Be brief.", "seed=1"),
     ]
     with pytest.raises(UserError, match="quote a value"):
-        page.words_of(*NOTHING[:7], "system='Be brief.", None)
+        jobs.words_of(*NOTHING[:7], "system='Be brief.", None)
 
 
 def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
     chat = [{"role": "user", "content": "Is 1 < 2?"}, {"role": "assistant", "content": "Yes & no."}]
     data = write(tmp_path / "chats.jsonl", [{"messages": chat}] * 2)
-    rows, report, number, html = page.read_rows("sft", "", *fields(tiny_base, data))
+    found, report, number, html = rows.read_rows("sft", "", *fields(tiny_base, data))
     assert "2 conversations" in report and number == 1
     assert '<span class="zl-on ">Yes &amp; no.</span><span class="zl-on zl-special">&lt;/s&gt;</span>' in html
     assert '<span class=" ">' in html and "Is 1 &lt; 2?" in html and "chats.jsonl row 1" in html
-    assert page.show_row(rows, 2)[0] == 2 and page.show_row(rows, 9)[0] == 2
-    assert "chats.jsonl row 2" in page.show_row(rows, 2)[1]
+    assert rows.show_row(found, 2)[0] == 2 and rows.show_row(found, 9)[0] == 2
+    assert "chats.jsonl row 2" in rows.show_row(found, 2)[1]
 
 
 def test_a_users_mistake_is_shown_with_what_to_do(tiny_base):
     with pytest.raises(gr.Error) as error:
-        page.read_rows("sft", "", *fields(tiny_base, "<no>.jsonl"))
+        rows.read_rows("sft", "", *fields(tiny_base, "<no>.jsonl"))
     assert "&lt;no&gt;.jsonl" in error.value.message and "<br>" in error.value.message
 
 
-def test_an_uploaded_file_stays_and_replaces_no_other(tmp_path):
-    file = write(tmp_path / "chats.jsonl", [{"text": "a"}])
-    assert page.upload(str(file)) == page.upload(str(file)) == "data/chats.jsonl"
-    write(file, [{"text": "b"}])
-    with pytest.raises(gr.Error, match="another file of this name"):
-        page.upload(str(file))
-    assert json.loads(Path("data/chats.jsonl").read_text()) == {"text": "a"}
+def test_an_uploaded_file_stays_until_it_is_uploaded_again(tmp_path):
+    for text in ("a", "b"):
+        assert rows.upload(str(write(tmp_path / "chats.jsonl", [{"text": text}]))) == "uploads/chats.jsonl"
+        assert json.loads(Path("uploads/chats.jsonl").read_text()) == {"text": text}
 
 
 def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_rows):
     more = "load_in_4bit=false max_length=64 max_steps=60 lora_r=4 batch_size=2"
-    folder = jobs.start("sft", None, page.words_of(*fields(tiny_base, chat_rows, more)))
+    folder = jobs.start("sft", None, jobs.words_of(*fields(tiny_base, chat_rows, more)))
     assert folder == Path("runs/t/sft") and page.look(str(folder))[0] == "**runs/t/sft** is starting."
     with pytest.raises(UserError, match="runs/t is being trained"):
-        jobs.start("sft", None, page.words_of(*fields(tiny_base, chat_rows, more, "runs/other")))
+        jobs.start("sft", None, jobs.words_of(*fields(tiny_base, chat_rows, more, "runs/other")))
     wait_for((folder / "metrics.jsonl").exists)
     child = jobs._children.pop(folder.parent)  # as after a new start of the server
     assert jobs.process_of(folder.parent).pid == child.pid and jobs.in_training() == [folder.parent]
@@ -87,7 +84,7 @@ def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_row
     jobs.resume(folder)
     wait_for(lambda: jobs.process_of(folder.parent) is None)
     assert jobs.failure_of(folder) is None and page.look(str(folder))[0].startswith("**runs/t/sft** is complete.")
-    assert jobs.log_of(folder).read_text().count("$ zephyr-lite sft ") == 2 and page.runs() == ["runs/t"]
+    assert jobs.log_of(folder).read_text().count("$ zephyr-lite sft ") == 2 and jobs.runs() == ["runs/t"]
 
 
 def test_what_ends_training_is_shown_once():
@@ -115,10 +112,10 @@ def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
     with pytest.raises(UserError, match="wait for your vote"):
         list(talk.ask(*ask))
     assert "Pairs added to votes.jsonl: " in talk.vote("2", "votes.jsonl")
-    rows = [json.loads(line) for line in Path("votes.jsonl").read_text().splitlines()]
-    assert rows and all(row["prompt"] == "Name three rivers." and row["chosen"] != row["rejected"] for row in rows)
-    assert {"chosen_model", "rejected_model", "source"} <= rows[0]["vote"].keys()
-    assert talk.html().count("Name three rivers.") == 1 and rows[0]["chosen"][-1]["content"].strip() != ""
+    pairs = [json.loads(line) for line in Path("votes.jsonl").read_text().splitlines()]
+    assert pairs and all(pair["prompt"] == "Name three rivers." for pair in pairs)
+    assert {"chosen_model", "rejected_model", "source"} <= pairs[0]["vote"].keys()
+    assert talk.html().count("Name three rivers.") == 1 and pairs[0]["chosen"][-1]["content"].strip() != ""
     list(talk.ask(*ask))
     assert talk.vote("skip", "votes.jsonl").startswith("Skipped") and talk.html().count("Name three rivers.") == 1
     talk.unload()

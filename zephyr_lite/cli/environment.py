@@ -15,7 +15,7 @@ from .. import __version__
 from ..demo.base import PACKAGE as DEMO_BASE
 from ..demo.base import REQUIREMENT
 from ..errors import UserError
-from ..memory.forecast import GB, MISTRAL, MISTRAL_SHAPE
+from ..memory.expected import GB, MISTRAL, MISTRAL_SHAPE
 from ..model.allocator import is_wsl
 
 _PACKAGES = "torch transformers peft bitsandbytes datasets accelerate safetensors trl triton unsloth"

@@ -1,80 +1,45 @@
-"""What a run takes, as text: ``zephyr-lite plan``, the start of a run, and the README's table of cards.
-
-Sizes of models and data sets are those of the hub's pages.
-"""
+"""What a run takes, as text: ``zephyr-lite plan``, the start of a run, and the README's table of cards."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
 import torch
 
 from ..config.load import Loaded, MemorySpec, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..model.adapters import check_targets
 from ..model.base import compute_device, compute_dtype
-from ..model.base_folder import check_family, read_model_config
 from ..model.families import Shape
-from ..model.files import named_folder
-from ..model.peft_io import read_adapter
-from .estimate import GIB, MIB, PAGED, base_bytes, in_words, optimizer_bytes
+from .estimate import GIB, MIB, PAGED, in_words
+from .expected import (
+    KNOWN_DATA,
+    MISTRAL_SHAPE,
+    adapters_below,
+    base_shape,
+    counted_rows,
+    decimal,
+    disk_bytes,
+    expected_job,
+)
 from .gpus import find_gpu, gpu_of_size
 from .machine import Machine, of_card, parse_size, this_machine
 from .plan import Plan, fastest_change, longest_context, make_plan
-from .workload import AdapterSpec, Workload, longest_of, make_workload
+from .workload import Workload
 
-GB = 1e9
 WIDTH = 78
-MISTRAL = "mistralai/Mistral-7B-v0.1"
-MISTRAL_BYTES = 14_483_000_000  # its safetensors files
-MISTRAL_SHAPE: Any = SimpleNamespace(
-    model_type="mistral",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=32000,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-    rope_parameters=None,
-    hidden_act="silu",
-)
-
-
-class KnownData(NamedTuple):
-    """A data set of the recipe."""
-
-    download: int  # bytes fetched (every split comes along), and in the cache once converted
-    disk: int
-    rows: int  # of the training split
-    # of one row, on average: UltraChat's 286 M tokens are the published recipe's 139,520 packed rows of 2048; a
-    # pair's 700 an assumption (prompt, chosen and rejected, cut as in the recipe)
-    tokens: int
-
-
-KNOWN_DATA = {
-    "HuggingFaceH4/ultrachat_200k": KnownData(1_624_000_000, 3_047_000_000, 207_865, 1375),
-    "HuggingFaceH4/ultrafeedback_binarized": KnownData(650_000_000, 1_162_000_000, 61_135, 700),
-}
 # GB of the cards of ``--ladder``
 LADDER = (6, 8, 12, 16, 24)
 # Seconds of steps from which on a CPU is not the machine for a run.
 LONGEST_ON_A_CPU = 30 * 86400
 # How many times as fast a run must become for a change to be suggested.
 WORTH_SAYING = 1.05
-# The rank of stage 1's adapter, on every projection, where it is not known.
-RANK_BELOW = 16
 
 
 # -- a plan ------------------------------------------------------------------------------------------------------------
@@ -192,8 +157,16 @@ def planned_lines(
         check_targets(config.lora_target_modules)
     base = base_shape(config.model_name_or_path, config.model_revision, any_family=config.engine != "fused")
     notes = [f"all rows are assumed to have max_length={config.max_length} tokens"]
-    below, about_below = _below(method, loaded, Shape.of(base))
+    below, about_below = adapters_below(method, loaded, Shape.of(base))
     notes += about_below
+    data = None
+    try:
+        data = counted_rows(method, config)
+        for spec, rows in zip(config.dataset, data):
+            if rows is not None and spec.path not in KNOWN_DATA:
+                notes.append(f"{spec.path}: {rows.rows:,} rows of about {rows.tokens:,} tokens, by their characters")
+    except UserError as error:
+        notes.append(f"the rows are not counted: {error.message}")
     here = compute_device()
     memory = config.memory
     if vram is not None:
@@ -212,39 +185,11 @@ def planned_lines(
             notes.append(f"a {card.name} has {card.memory:g} GiB; it is planned with {machine.free / GIB:g}")
         if dtype == torch.bfloat16 and card.capability < (8, 0):
             notes.append(f"a {card.name} emulates bfloat16 products: it is slower than the plan says")
-    job = expected_job(method, config, base, dtype, below)
+    job = expected_job(method, config, base, dtype, below=below, data=data)
     plan = make_plan(job, machine, memory)
     lines = forecast_lines(job, machine, plan, config, price=price, change=_change(job, machine, plan, config, memory))
     lines += _wrapped([f"  note    {note}" for note in notes], indent=10)
     return [*lines, *(_detail_lines(job, machine, plan, config) if details else []), ""]
-
-
-def _below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
-    """(the adapters below, from folders and from the finished SFT stage of a run that was named, or assumed where they are not
-    here; notes).
-
-    Raises:
-        UserError: an adapter's folder is missing, or holds no plain LoRA.
-    """
-    config = loaded.config
-    assumed = AdapterSpec.fresh(shape, RANK_BELOW, config.lora_target_modules, trained=False)
-    if config.adapters == "none" or (method == "sft" and not config.adapters):
-        return [], []
-    found, notes = [], []
-    for name in config.adapters:
-        if (folder := named_folder("adapter", name)) is None:
-            found.append(assumed)
-            notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
-        else:
-            found.append(AdapterSpec.read(shape, read_adapter(folder).modules))
-    if found:
-        return found, notes
-    if "output_dir" not in loaded.given or not StageDir(Path(config.output_dir) / "sft").complete():
-        return [assumed], [f"assuming rank {RANK_BELOW} for the SFT adapter below"]
-    from ..model.chain import chain_of_run
-
-    adapters = chain_of_run(config.output_dir, stage="sft").adapters
-    return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
 
 
 def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, ...], list[str]]:
@@ -315,94 +260,3 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
                 f"| {plan.peak / GIB:.1f} | {host:.1f} | {longest} |"
             )
     return lines
-
-
-# -- a run whose models and data may not be here yet -------------------------------------------------------------------
-
-
-def decimal(size: int) -> str:
-    """Bytes in decimal units, as disks and downloads are given."""
-    return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
-
-
-def expected_job(
-    method: Method,
-    config: RunConfig,
-    base_config: Any,
-    dtype: torch.dtype,
-    below: Sequence[AdapterSpec] | None = None,
-) -> Workload:
-    """The workload of a configuration before its rows are read: each as long as it may be, as many as are published.
-
-    Args:
-        below: the frozen adapters; None: they are not here, and their rank is assumed.
-    """
-    longest, size = longest_of(config, method), config.batch_size
-    means, run_tokens = [], 0.0
-    for spec in config.dataset:
-        if (known := KNOWN_DATA.get(spec.path)) is not None:
-            means.append(known.tokens)
-            run_tokens += (
-                min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens * config.num_train_epochs
-            )
-    mean = sum(means) / len(means) if means else config.max_length
-    step_tokens = size * (config.max_length if method == "sft" else min(mean, longest))
-    rows: dict[str, Any] = {
-        "longest": longest,
-        "segment": int(min(mean, config.max_length) if method == "sft" else mean / 2),
-        "step_tokens": int(step_tokens),
-        "step_most": size * longest,
-    }
-    if config.max_steps is not None:
-        rows |= {"run_tokens": int(config.max_steps * step_tokens), "steps": config.max_steps}
-    elif len(means) == len(config.dataset):
-        rows |= {"run_tokens": int(run_tokens), "steps": max(1, round(int(run_tokens) / step_tokens))}
-    if method == "dpo":
-        rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
-    job = make_workload(config, method, base_config, dtype, **rows)
-    if below is None:
-        assumed = AdapterSpec.fresh(job.shape, RANK_BELOW, config.lora_target_modules, trained=False)
-        stacked = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
-        below = [assumed] * ((len(config.adapters) or 1) if stacked else 0)
-    return replace(job, adapters=(*below, *job.adapters))
-
-
-def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
-    """Bytes that are written: the quantized base in the user's cache (first, where there is one), checkpoints, adapters."""
-    found = {"for the quantized base in the cache": sum(base_bytes(job).values())} if config.load_in_4bit else {}
-    weights = 4 * job.parameters
-    checkpoint = weights + sum(optimizer_bytes(job.optim, job.trained_tensors))
-    every = min(config.save_steps or 10**10, config.eval_steps or 10**10)
-    count = min(config.save_total_limit, (job.steps or 10**9) // every) + 1
-    found["for checkpoints (save_total_limit and one more)"] = count * checkpoint
-    stack = sum(4 * sum(adapter.tensors(job.shape)) for adapter in job.adapters)
-    found["for the adapter"] = stack + weights * (len(job.adapters) > 1)
-    return found
-
-
-def base_shape(name: str, revision: str = "main", *, any_family: bool = False) -> Any:
-    """The base's configuration, from its folder, the hub's cache or the hub; Mistral's is known. Reads no weight.
-
-    Args:
-        any_family: one that the fused engine does not know, too.
-
-    Raises:
-        UserError: there is none, the hub cannot be reached, or the fused engine does not know its family.
-    """
-    if (folder := named_folder("model", name)) is not None:
-        return read_model_config(folder, any_family=any_family)
-    if name == MISTRAL:
-        return MISTRAL_SHAPE
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
-            "not have it or could not be reached.",
-            "Check the name and the connection, or give a local folder.",
-        ) from None
-    if not any_family:
-        check_family(config, f"{name}/config.json")
-    return config

@@ -13,17 +13,8 @@ from ..errors import UserError
 from ..io.run_dir import cache_dir
 from ..model.base import compute_device, compute_dtype, quantized_dir
 from ..model.files import named_folder
-from .forecast import (
-    GB,
-    KNOWN_DATA,
-    MISTRAL,
-    MISTRAL_BYTES,
-    base_shape,
-    decimal,
-    disk_bytes,
-    expected_job,
-    forecast_lines,
-)
+from .expected import GB, KNOWN_DATA, MISTRAL, MISTRAL_BYTES, base_shape, decimal, disk_bytes, expected_job
+from .forecast import forecast_lines
 from .machine import this_machine
 from .plan import make_plan
 

@@ -1,4 +1,4 @@
-"""Commands in processes of their own: one whose output the page waits for, and training, which outlives page and server."""
+"""What the buttons run: commands in processes of their own. Training outlives the page and its server."""
 
 from __future__ import annotations
 
@@ -8,22 +8,55 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from html import escape
 from pathlib import Path
 
+import gradio as gr
 import psutil
 
 from ..config.load import Method
 from ..config.resolve import resolve_run
 from ..errors import UserError
 from ..io.atomic import LOCK_FILE, make_folder
-from ..io.run_dir import StageDir
+from ..io.run_dir import STAGE_FILE, StageDir, stages_of
 from ..monitor.report import REPORT, Columns, StageRecord, number
 
 LINES = 14  # of a log that are shown
 _PROGRAM = (sys.executable, "-m", "zephyr_lite")
 # run → the process that this server started for it
 _children: dict[Path, subprocess.Popen[bytes]] = {}
+
+
+@contextmanager
+def errors_on_page() -> Iterator[None]:
+    """Show a UserError on the page; any other exception has its traceback in the terminal."""
+    try:
+        yield
+    except UserError as error:
+        text = escape(error.message) + (f"<br>{escape(error.hint)}" if error.hint else "")
+        raise gr.Error(text, duration=None, print_exception=False) from None
+
+
+def words_of(
+    base: str, data: str, held_out: str, rate: str, epochs: str, batch: str, length: str, more: str, run: str
+) -> list[str]:
+    """The ``key=value`` words of the page's fields; an empty field keeps its default."""
+    values = {
+        "model_name_or_path": base,
+        "dataset": data,
+        "eval_dataset": held_out,
+        "learning_rate": rate,
+        "num_train_epochs": epochs,
+        "batch_size": batch,
+        "max_length": length,
+        "output_dir": run,
+    }
+    try:
+        others = shlex.split(more or "")
+    except ValueError as error:
+        raise UserError(f"other keys: {error}.", "Write key=value, and quote a value with spaces.") from None
+    return [f"{key}={value.strip()}" for key, value in values.items() if value and value.strip()] + others
 
 
 def run_command(*words: str) -> Iterator[str]:
@@ -134,13 +167,16 @@ def state_of(folder: Path) -> tuple[str, Columns]:
     """(where a stage's training stands, as Markdown; the columns of its metrics)."""
     stage, process = StageDir(folder), process_of(folder.parent)
     if stage.info() is None:
-        return f"**{folder}** {'is starting.' if process else 'was not begun; the output below says why.'}", {}
+        if process:
+            return f"**{folder}** is starting.", {}
+        begun = log_of(folder).is_file()
+        return f"**{folder}** {'was not begun; the output below says why.' if begun else 'is no stage of a run.'}", {}
     record = StageRecord(folder)
     at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
-    if process:
+    if record.complete:
+        text = f"**{folder}** is complete{'; a process still works on its run.' if process else '.'}"
+    elif process:
         text = f"**{folder}** is in training, {at}."
-    elif record.complete:
-        text = f"**{folder}** is complete."
     else:
         kept = [path.name for path in stage.checkpoints()[-1:]]
         after = (
@@ -151,6 +187,18 @@ def state_of(folder: Path) -> tuple[str, Columns]:
         text += f" [Open the report](/report?stage={folder})"
     facts = "; ".join(f"{name} {value}" for name, value in record.facts().items() if name != "steps")
     return f"{text}\n\n{facts}", record.columns
+
+
+def stages() -> list[str]:
+    """The stages under runs/, the one that changed last first."""
+    found = [stage.path for run in Path("runs").glob("*") for stage in stages_of(run)]
+    return [str(path) for path in sorted(found, key=lambda path: -(path / STAGE_FILE).stat().st_mtime)]
+
+
+def runs() -> list[str]:
+    """The runs with a finished stage, the one that changed last first."""
+    finished = [Path(path).parent for path in stages() if StageDir(Path(path)).complete()]
+    return list(dict.fromkeys(map(str, finished)))
 
 
 def log_of(folder: Path) -> Path:

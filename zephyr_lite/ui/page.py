@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +16,16 @@ from fastapi.responses import HTMLResponse
 
 from ..config.load import preset_configs
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE, stages_of
+from ..io.run_dir import STAGE_FILE
 from ..memory.gpus import CARDS
-from ..monitor.report import REPORT, StageRecord
-from ..monitor.rows import TrainedRows, open_rows
+from ..monitor.report import REPORT, Columns
 from . import jobs
-from .rows import example_html
+from .jobs import errors_on_page, words_of
+from .rows import read_rows, show_row, upload
 from .talk import Talk
 
 POINTS = 400  # drawn of a curve at most
 SECONDS = 2.0  # between two looks at a run
-UPLOADS = Path("data")
 FILES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]
 # of the charts: title, {metric: the curve's name}
 CHARTS: dict[str, dict[str, str]] = {
@@ -44,6 +39,7 @@ CHARTS: dict[str, dict[str, str]] = {
     "Learning rate": {"learning_rate": "training"},
     "Tokens or pairs a second": {"tokens_per_second": "training", "pairs_per_second": "training"},
 }
+COLORS = {"training": "#10b981", "held-out": "#f59e0b"}
 CSS = """
 .zl-on {background: rgba(34, 197, 94, .28); border-radius: 2px}
 .zl-special {outline: 1px solid rgba(128, 128, 128, .6); border-radius: 2px; font-size: .85em}
@@ -60,104 +56,49 @@ CSS = """
 """
 
 
-@contextmanager
-def errors_on_page() -> Iterator[None]:
-    """Show a UserError on the page; any other exception has its traceback in the terminal."""
-    try:
-        yield
-    except UserError as error:
-        text = escape(error.message) + (f"<br>{escape(error.hint)}" if error.hint else "")
-        raise gr.Error(text, duration=None, print_exception=False) from None
-
-
-def words_of(
-    base: str, data: str, held_out: str, rate: str, epochs: str, batch: str, length: str, more: str, run: str
-) -> list[str]:
-    """The ``key=value`` words of the page's fields; an empty field keeps its default."""
-    values = {
-        "model_name_or_path": base,
-        "dataset": data,
-        "eval_dataset": held_out,
-        "learning_rate": rate,
-        "num_train_epochs": epochs,
-        "batch_size": batch,
-        "max_length": length,
-        "output_dir": run,
-    }
-    try:
-        others = shlex.split(more or "")
-    except ValueError as error:
-        raise UserError(f"other keys: {error}.", "Write key=value, and quote a value with spaces.") from None
-    return [f"{key}={value.strip()}" for key, value in values.items() if value and value.strip()] + others
-
-
-def upload(file: str) -> str:
-    """Copy an uploaded file to data/, where it stays; returns its path there."""
-    source, target = Path(file), UPLOADS / Path(file).name
-    with errors_on_page():
-        if target.exists() and target.read_bytes() != source.read_bytes():
-            raise UserError(f"{target}: there is another file of this name.", "Rename yours, or remove that one.")
-    UPLOADS.mkdir(exist_ok=True)
-    shutil.copyfile(source, target)
-    return str(target)
-
-
-def read_rows(method: Any, preset: str, *fields: str) -> tuple[TrainedRows, str, int, str]:
-    with errors_on_page():
-        rows = open_rows(method, preset or None, words_of(*fields))
-        text = "\n".join([*(f"note: {note}" for note in rows.notes), *rows.data.report.lines()])
-        return rows, text, *show_row(rows, 1)
-
-
-def show_row(rows: TrainedRows | None, place: float) -> tuple[int, str]:
-    """(the number of a row that exists, the row)."""
-    with errors_on_page():
-        if rows is None:
-            raise UserError("no data is read yet.", "Press Read the data.")
-        number = min(max(1, int(place)), len(rows.data.examples))
-        return number, example_html(rows, number)
-
-
 def plan(method: str, preset: str, card: str, details: bool, *fields: str) -> Iterator[str]:
     with errors_on_page():
         words = ["plan", method, *(["--config", preset] if preset else []), *(["--gpu", card] if card else [])]
         yield from jobs.run_command(*words, *["--details"] * details, *words_of(*fields))
 
 
-def stages() -> list[str]:
-    """The stages under runs/, the one that changed last first."""
-    found = [stage.path for run in Path("runs").glob("*") for stage in stages_of(run)]
-    return [str(path) for path in sorted(found, key=lambda path: -(path / STAGE_FILE).stat().st_mtime)]
-
-
-def runs() -> list[str]:
-    """The runs with a finished stage, the one that changed last first."""
-    finished = [Path(path).parent for path in stages() if StageRecord(Path(path)).complete]
-    return list(dict.fromkeys(map(str, finished)))
-
-
 def look(folder: str | None) -> tuple[Any, ...]:
     """What the tab Train shows of a stage: its state, the charts, the end of its output, and whether to look again."""
     with errors_on_page():
         if not folder:
-            return "Nothing was trained here yet.", *map(chart, [{}] * len(CHARTS)), "", gr.Timer(active=False)
+            return (
+                "Nothing was trained here yet.",
+                *(chart(names, {}) for names in CHARTS.values()),
+                "",
+                gr.Timer(active=False),
+            )
         path = Path(folder)
         if error := jobs.failure_of(path):
             raise error
         text, columns = jobs.state_of(path)
-        curves = ({name: columns[key] for key, name in names.items() if key in columns} for names in CHARTS.values())
-        return text, *map(chart, curves), jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
+        charts = [chart(names, columns) for names in CHARTS.values()]
+        return text, *charts, jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
 
 
-def chart(curves: dict[str, tuple[list[int], list[float]]]) -> Any:
-    """A chart of curves {name: (steps, values)}; hidden if there are none."""
-    points = [
-        (step, value, name)
-        for name, (steps, values) in curves.items()
-        for step, value in list(zip(steps, values))[:: -(-len(steps) // POINTS)]
-    ]
-    frame = pd.DataFrame(points, columns=["step", "value", "curve"]) if points else None
-    return gr.LinePlot(frame, visible=frame is not None)
+def chart(names: dict[str, str], columns: Columns) -> Any:
+    """A chart of metrics {metric: the curve's name}; hidden while there are none."""
+    # gradio draws only the curves that it knows when a chart is first shown
+    points: list[tuple[int | None, float | None, str]] = [(None, None, name) for name in dict.fromkeys(names.values())]
+    empty = len(points)
+    for metric, name in names.items():
+        steps, values = columns.get(metric, ([], []))
+        every = -(-len(steps) // POINTS) or 1
+        points += [(step, value, name) for step, value in list(zip(steps, values))[::every]]
+    found = len(points) > empty
+    return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "curve"]) if found else None, visible=found)
+
+
+def presets(method: str) -> Any:
+    """The list of a method's presets."""
+    names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
+    return gr.Dropdown(
+        choices=[("none", ""), *names], value="", label="Preset", info="none: your own data, or the recipe"
+    )
 
 
 def build(talk: Talk) -> gr.Blocks:
@@ -171,7 +112,9 @@ def build(talk: Talk) -> gr.Blocks:
         with errors_on_page():
             talk.unload()
             folder = str(jobs.start(method, preset or None, words_of(*fields)))
-            return gr.Dropdown(choices=list(dict.fromkeys([folder, *stages()])), value=folder), gr.Timer(active=True)
+            return gr.Dropdown(choices=list(dict.fromkeys([folder, *jobs.stages()])), value=folder), gr.Timer(
+                active=True
+            )
 
     def resume(folder: str | None) -> Any:
         with errors_on_page():
@@ -217,17 +160,14 @@ def build(talk: Talk) -> gr.Blocks:
 
     def lists(shown: str | None, source: str | None, merged: str | None) -> tuple[Any, ...]:
         """The lists of runs again; what was chosen stays."""
-        found, complete = stages(), runs()
+        with errors_on_page():
+            found, complete = jobs.stages(), jobs.runs()
         if shown and shown not in found:
             found.insert(0, shown)  # it is starting
         return (
             gr.Dropdown(choices=found, value=shown or next(iter(found), None)),
             *(gr.Dropdown(choices=complete, value=old or next(iter(complete), None)) for old in (source, merged)),
         )
-
-    def presets(method: str) -> Any:
-        names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
-        return gr.Dropdown(choices=[("none", ""), *names], value="")
 
     text_box: dict[str, Any] = {"elem_classes": "zl-text", "interactive": False, "buttons": ["copy"]}
     default = "default"
@@ -262,9 +202,7 @@ def build(talk: Talk) -> gr.Blocks:
         with gr.Tab("Plan"):
             gr.Markdown("See memory and time before the start. An empty field has its default.")
             with gr.Row():
-                preset = gr.Dropdown(
-                    [("none", "")], value="", label="Preset", info="none: your own data, or the recipe"
-                )
+                preset = presets("sft")
                 card = gr.Dropdown([("this machine", ""), *CARDS], value="", label="Graphics card")
             with gr.Row():
                 rate = gr.Textbox(label="learning_rate", placeholder=default)
@@ -295,6 +233,7 @@ def build(talk: Talk) -> gr.Blocks:
                             x="step",
                             y="value",
                             color="curve",
+                            color_map=COLORS,
                             title=title,
                             y_title=" ",
                             color_title=" ",
@@ -359,7 +298,6 @@ def build(talk: Talk) -> gr.Blocks:
             event(look, shown, view, show_progress="hidden", api_name="look")
         for load in (page.load, train_tab.select, chat_tab.select, merge_tab.select):
             load(lists, [shown, source, merged_run], [shown, source, merged_run], show_progress="hidden")
-        page.load(presets, method, preset, show_progress="hidden")
         settings = [source, mode, question, votes, temperature, longest, stream]
         answered = question.submit(ask, settings, [conversation, choice, note], api_name="ask", **alone)
         answered.success(lambda: "", None, question)

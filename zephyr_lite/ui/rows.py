@@ -1,17 +1,47 @@
-"""One conversation or pair as HTML: what is trained on is green."""
+"""The tab Data: the rows of a file as training sees them, as HTML in which what is trained on is green."""
 
 from __future__ import annotations
 
+import shutil
 from html import escape
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from ..data.preview import Segment, Token
-from ..monitor.rows import TrainedRows, segments_of_example
+from ..errors import UserError
+from ..monitor.rows import TrainedRows, open_rows, segments_of_example
+from .jobs import errors_on_page, words_of
 
+UPLOADS = Path("uploads")
 LEGEND = (
     '<p><span class="zl-on">trained on</span> &nbsp; <span>context</span> &nbsp; '
     '<span class="zl-special">control token</span></p>'
 )
+
+
+def upload(file: str) -> str:
+    """Copy an uploaded file to uploads/, where it stays, in place of an earlier one of its name; returns its path."""
+    target = UPLOADS / Path(file).name
+    UPLOADS.mkdir(exist_ok=True)
+    shutil.copyfile(file, target)
+    return str(target)
+
+
+def read_rows(method: Any, preset: str, *fields: str) -> tuple[TrainedRows, str, int, str]:
+    with errors_on_page():
+        rows = open_rows(method, preset or None, words_of(*fields))
+        text = "\n".join([*(f"note: {note}" for note in rows.notes), *rows.data.report.lines()])
+        return rows, text, *show_row(rows, 1)
+
+
+def show_row(rows: TrainedRows | None, place: float) -> tuple[int, str]:
+    """(the number of a row that exists, the row)."""
+    with errors_on_page():
+        if rows is None:
+            raise UserError("no data is read yet.", "Press Read the data.")
+        number = min(max(1, int(place)), len(rows.data.examples))
+        return number, example_html(rows, number)
 
 
 def example_html(rows: TrainedRows, place: int) -> str:
