@@ -171,6 +171,7 @@ def test_null_is_not_set(key, tmp_path):
         ("torch_dtype: null", "dtype", "auto"),
         ("save_total_limit: null", "save_total_limit", 2),
         ("lora_target_modules: [all-linear]", "lora_target_modules", "all-linear"),
+        ("lora_target: q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
         ("lora_target: all\ncutoff_len: 512", "lora_target_modules", "all-linear"),
         ("lora_rank: 8\nnum_epochs: 3.0\nlr: 1e-4", "num_train_epochs", 3),
         ("completion_only_loss: true", "loss_on", "last"),

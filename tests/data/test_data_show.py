@@ -34,8 +34,9 @@ def show(capsys, tmp_path, monkeypatch, no_weights):
     """Run the command in an empty folder on a base without weights: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: object) -> tuple[int, str, str]:
-        code = cli.run(["data", "show", *map(str, words), f"model_name_or_path={no_weights}"])
+    def run(method: str, *words: object) -> tuple[int, str, str]:
+        whole = ("val_size=0", "max_length=2048")  # not what is chosen for so few rows
+        code = cli.run(["data", "show", method, *whole, *map(str, words), f"model_name_or_path={no_weights}"])
         captured = capsys.readouterr()
         assert not (tmp_path / "runs").exists()
         return code, captured.out, captured.err

@@ -145,4 +145,4 @@ def test_pairs(pair_rows, template):
         )
         assert example.chosen_mask.any() and example.rejected_mask.any()
     assert any(line.startswith("evaluation data: ") for line in data.report.lines())
-    assert data.report.fill is None and "8 pairs" in data.report.lines()[-1]
+    assert data.report.fill is None and "8 pairs; the longest has" in data.report.lines()[-2]

@@ -263,7 +263,7 @@ def test_a_place_that_cannot_be_read(tmp_path, synced, brought, monkeypatch):
 
 # End to end
 
-SETTINGS = {"lora_dropout": 0.1, "num_train_epochs": 2, "save_total_limit": 1}
+SETTINGS = {"warmup_ratio": 0.1, "lora_dropout": 0.1, "num_train_epochs": 2, "save_total_limit": 1}
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_both_stages_go_on_from_the_copy_bit_for_bit(
     def dpo():
         given = [
             w
-            for w in dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True, sync=sync)
+            for w in dpo_words(tiny_base, out, pair_rows, precompute_ref_log_probs=True, warmup_ratio=0.1, sync=sync)
             if "output_dir" not in w
         ]
         with messages_to(said.append):

@@ -177,12 +177,12 @@ def test_without_utf_8_the_signs_are_ascii():
 # -- the verdict -------------------------------------------------------------------------------------------------------
 
 
-def judged(stage, steps, evaluations=(), total=400, published=None):
+def judged(stage, steps, evaluations=(), total=400, published=None, held_out=0.75):
     progress = Progress(stage, "pairs" if stage.method == "dpo" else "tokens", total, 0)
     for step, metrics in enumerate(steps, 1):
         progress.add(step, metrics)
     for place, loss in enumerate(evaluations, 1):
-        progress.add(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": 0.75})
+        progress.add(place * 10, {"eval_loss": loss, "eval_rewards/accuracies": held_out})
     return judge(progress, published)
 
 
@@ -211,6 +211,14 @@ FALLS = [{"loss": 2.0 - step / 100} for step in range(60)]
 def test_the_verdict_follows_from_the_metrics(tmp_path, method, steps, evaluations, kind, text):
     verdict = judged(stage_of(tmp_path, method), steps, evaluations)
     assert verdict.kind == kind and text in verdict.text
+
+
+@pytest.mark.parametrize(("held_out", "kind"), [(0.75, "good"), (0.25, "open")])
+def test_the_verdict_on_pairs_agrees_with_the_held_out_ones(tmp_path, held_out, kind):
+    verdict = judged(stage_of(tmp_path, "dpo"), [PAIRS] * 60, [0.69], held_out=held_out)
+    assert verdict.kind == kind and verdict.text.endswith(
+        f"accuracy 90%, margin 0.300; held-out accuracy {held_out:.0%}"
+    )
 
 
 def test_only_the_published_recipe_is_compared(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..data.load import summarise
+from ..io.text import counted
 from ..monitor.rows import TrainedRows
 from ..train.steps import step_schedule
 from .options import console, say_all
@@ -59,11 +60,11 @@ def print_stats(rows: TrainedRows, places: int = 5) -> None:
     _print_sources(rows)
     if training:
         per_epoch, steps = step_schedule(config, len(rows.data.rows))
-        unit = "rows" if rows.method == "sft" else "pairs"
+        batch = counted(config.batch_size, "row" if rows.method == "sft" else "pair")
         tokens = report.tokens / per_epoch
-        console.say(f"an epoch: {per_epoch:,} steps of {config.batch_size} {unit}, {tokens:,.0f} tokens each")
+        console.say(f"an epoch: {counted(per_epoch, 'step')} of {batch}, {tokens:,.0f} tokens each")
         why = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"
-        console.say(f"in all: {steps:,} steps ({why}), about {tokens * steps:,.0f} tokens")
+        console.say(f"in all: {counted(steps, 'step')} ({why}), about {tokens * steps:,.0f} tokens")
 
 
 def _print_sources(rows: TrainedRows) -> None:

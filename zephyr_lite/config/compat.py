@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from ..io.text import short
+from ..io.text import comma_list, short
 
 # other tools' name -> ours, the value as it is
 ALIASES = {
@@ -28,6 +28,7 @@ ALIASES = {
     "train_batch_size": "batch_size",
     "target_modules": "lora_target_modules",
     "precompute_ref_logps": "precompute_ref_log_probs",
+    "val_set_size": "val_size",
     "chat_template_path": "chat_template",
     # LLaMA-Factory's and axolotl's
     "cutoff_len": "max_length",
@@ -182,6 +183,7 @@ _UNSET = (
     "save_total_limit",
     "hub_private_repo",
 )
+_LISTS = ("dataset", "eval_dataset", "adapters", "lora_target_modules", "report_to")
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -205,7 +207,7 @@ def rename(
         file: the values are a whole file, so TRL's defaults for missing keys count too.
         dpo: the stage is dpo.
     """
-    taken = dict(values)
+    taken = {key: comma_list(value) if ALIASES.get(key, key) in _LISTS else value for key, value in values.items()}
     for kind, (what, keys) in _TYPES.items():
         for key in keys.split():
             if not isinstance(values.get(key), (kind, type(None))):

@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from itertools import groupby
 from textwrap import fill
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -141,6 +141,8 @@ def _types(annotation: Any) -> list[str]:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return list(map(str, inner))
+    if origin is Annotated:
+        return _types(inner[0])
     if origin in (Union, types.UnionType):
         return [word for each in inner for word in _types(each)]
     if origin is list:

@@ -6,7 +6,6 @@ unchanged (``compat``). Unknown keys are refused, with the nearest known one. Al
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +15,17 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from ..io.redact import refuse_secrets
-from ..io.text import expected, is_file, refuse_special, short
+from ..io.text import comma_list, expected, is_file, refuse_special, short
 from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NOT_HELD_OUT = "no eval_dataset is set with this dataset: the held-out loss will not be computed"
+NOT_HELD_OUT = "nothing is held out (set val_size=0.05 or eval_dataset): the held-out loss will not be computed"
 PLACED = ("output_dir", "adapters", "stage")  # set by a command that runs several stages
 WORDS = "the command line"  # the place of faults in key=value words
 LIST_KEYS = "`zephyr-lite keys` lists all keys and their values."
-LISTS = ("dataset", "dataset.columns", "eval_dataset", "adapters", "lora_target_modules", "report_to")
 
 # what is expected, where the type says too little
 _EXPECTED = {
@@ -49,6 +47,8 @@ class Loaded:
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
     foreign: bool = False  # the file is another tool's
     announce: bool = False  # print what the run downloads and writes, before it does
+    typed: set[str] = field(default_factory=set)  # the keys that the command line set
+    automatic: set[str] = field(default_factory=set)  # keys whose values the rows decide (``train.small_data``)
 
 
 def find_config(name: str, kind: str = "stages") -> Path:
@@ -98,42 +98,27 @@ def load_config(
         base: settings inherited from the stage before; they do not count as given.
 
     Raises:
-        UserError: a file that cannot be read, unknown keys, or invalid values; all of a file's in one message.
+        UserError: a file or words that cannot be read; or unknown keys and invalid values, all of them in one message.
     """
     path = find_config(file) if file else None
     notes: list[str] = []
     faults: dict[str, list[str]] = {str(path): [], WORDS: []}
     given: dict[str, Any] = {}
     written: dict[str, Any] = {}
-    own = RunConfig.model_fields
+    own, unset = RunConfig.model_fields, False
     defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
     if path is not None:
         written = read_yaml(path)
         given = rename(written, own, notes, faults[str(path)], file=True, dpo=method == "dpo")
-        if "dataset" in given and "eval_dataset" not in given:
+        if unset := "dataset" in given and "eval_dataset" not in given:
             given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
-            notes.append(NOT_HELD_OUT)
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
                 f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
             )
-    flat: dict[str, Any] = {}
-    nested: list[tuple[str, Any]] = []
-    for key, text in _split_words(overrides or []):
-        key = key.replace("-", "_")
-        ours = ALIASES.get(key, key)
-        try:
-            value = read_word(text, numbers=ours not in own or own[ours].annotation not in (str, str | None))
-        except ValueError as error:
-            faults[WORDS].append(f"{key}: {error}.")
-            continue
-        if ours in LISTS and isinstance(value, str) and "," in value and not os.path.exists(os.path.expanduser(value)):
-            value = [part.strip() for part in value.split(",")]
-        if "." in key:
-            nested.append((key, value))
-        else:
-            flat[key] = value
+    words = _read_words(overrides or [], faults[WORDS])
+    flat = {key: value for key, value in words if "." not in key}
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
     said = rename(flat, own, notes, faults[WORDS], dpo=method == "dpo")
@@ -142,14 +127,15 @@ def load_config(
     given.update(said)
     typed, replaced = set(said), "dataset" in said
     # dataset.path resets the data set, so it is applied before its other keys, in any order of words
-    for key, value in sorted(nested, key=lambda word: not word[0].endswith(".path")):
+    for key, value in sorted(words, key=lambda word: not word[0].endswith(".path")):
+        if "." not in key:
+            continue
         if fault := _set_nested(given, key, value, defaults):
             faults[WORDS].append(fault)
         typed.add(key.partition(".")[0])
         replaced = replaced or key == "dataset.path"
     if replaced and "eval_dataset" not in typed:
-        given["eval_dataset"] = None
-        notes.append(NOT_HELD_OUT)
+        given["eval_dataset"], unset = None, True
     values = {**defaults, **given}
     try:
         config = RunConfig.model_validate(values)
@@ -168,7 +154,9 @@ def load_config(
             notes.append(
                 f"{spec.path}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
             )
-    return Loaded(config, set(given), notes, of_others(written))
+    if unset and not config.eval_dataset:
+        notes.append(NOT_HELD_OUT)
+    return Loaded(config, set(given), notes, of_others(written), typed=typed)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -192,6 +180,21 @@ def _split_words(words: Iterable[str]) -> list[tuple[str, str]]:
                 hint = f"Write --config {short(word)}."
             raise UserError(f"{short(word)} is neither key=value nor --key value.", hint)
         result.append((key.lstrip("-"), text))
+    return result
+
+
+def _read_words(words: Iterable[str], faults: list[str]) -> list[tuple[str, Any]]:
+    """(key, value) of each override; a line in ``faults`` for each value that cannot be read."""
+    result = []
+    for key, text in _split_words(words):
+        key = key.replace("-", "_")
+        field = RunConfig.model_fields.get(ALIASES.get(key, key))
+        try:
+            value = read_word(text, numbers=field is None or field.annotation not in (str, str | None))
+        except ValueError as error:
+            faults.append(f"{key}: {error}.")
+        else:
+            result.append((key, value))
     return result
 
 
@@ -239,7 +242,7 @@ def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str
         named = current.get("columns")
         current["columns"] = {**(named if isinstance(named, dict) else {}), rest.removeprefix("columns."): value}
     else:
-        current[rest] = value
+        current[rest] = comma_list(value) if rest == "columns" else value
     target[head] = current
     return None
 

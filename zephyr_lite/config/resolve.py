@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftConfig
 
 from ..io.run_dir import StageDir, newest_run
-from .load import Loaded, Method, load_config
-from .schema import RunConfig
+from .load import NOT_HELD_OUT, Loaded, Method, load_config
+from .schema import DPO_DATA, SFT_DATA, RunConfig
 from .strict_yaml import read_yaml
 
 # keys that a stage takes from the one below it, unless the user set them
@@ -22,6 +22,16 @@ INHERITED = (
     "system",
     "sync",
 )
+# keys that the rows decide where a user's own data is trained on without a configuration file
+AUTOMATIC = {
+    "val_size",
+    "batch_size",
+    "max_length",
+    "num_train_epochs",
+    "learning_rate",
+    "warmup_ratio",
+    "eval_steps",
+}
 
 
 def resolve_run(
@@ -45,7 +55,13 @@ def resolve_run(
         fetch: first copy what ``sync`` has of the run (see ``sync.restore``).
     """
     loaded = loaded or load_config(method, file or f"zephyr-7b/{method}", overrides)
-    named = {word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in overrides}
+    if file is None and not {spec.path for spec in loaded.config.dataset} & {SFT_DATA, DPO_DATA}:
+        loaded.automatic = AUTOMATIC - loaded.typed
+        if not loaded.typed & {"val_size", "eval_dataset"} and not any(
+            spec.test_size for spec in loaded.config.dataset
+        ):
+            _set(loaded, val_size="auto")
+            loaded.notes.remove(NOT_HELD_OUT)
     if method == "dpo" and "output_dir" not in loaded.given and runs_root is not None:
         run = newest_run(runs_root, stage="sft", option="output_dir=")
         if run is None and fetch and loaded.config.sync is not None:
@@ -68,9 +84,9 @@ def resolve_run(
     if "output_dir" in loaded.given and below.complete():
         inherited = read_yaml(below.config)  # the defaults would be another base
         # without a file the recipe's values are no choice of the user
-        own = loaded.given if file else loaded.given & named
+        own = loaded.given if file else loaded.typed
         _set(loaded, **{key: inherited[key] for key in INHERITED if key in inherited and key not in own})
-    elif file or "model_name_or_path" in named:
+    elif file or "model_name_or_path" in loaded.typed:
         _adapter_as_model(loaded)
         if loaded.foreign and "model_name_or_path" in loaded.given and loaded.config.adapters == []:
             _set(loaded, adapters="none")

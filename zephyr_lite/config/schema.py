@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..io.text import place
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
-# the rows of the recipe's SFT
+# the rows of the recipe
 SFT_DATA = "HuggingFaceH4/ultrachat_200k"
+DPO_DATA = "HuggingFaceH4/ultrafeedback_binarized"
+# rows to hold out
+ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
 
 class DatasetSpec(BaseModel):
@@ -37,6 +40,9 @@ class DatasetSpec(BaseModel):
     )
     part: Literal["train", "test"] = Field(
         "train", description="with test_size: train reads all other rows, test only the held-out ones"
+    )
+    val_size: ValSize | None = Field(
+        None, description="set by the key val_size of the run, which part belongs to as well"
     )
 
     @field_validator("path")
@@ -91,6 +97,12 @@ class RunConfig(BaseModel):
     eval_dataset: list[DatasetSpec] = Field(
         [DatasetSpec(path=SFT_DATA, split="test_sft")],
         description="held-out rows, written as `dataset` is; null: none. Setting `dataset` alone sets it to null",
+    )
+    val_size: ValSize = Field(
+        0.0,
+        description="rows of `dataset` to hold out where there is no eval_dataset: a share below 1, a number, 0 for none, or "
+        "auto: 5 %, from 5 to 300 rows, at most a fifth. Equal rows, and pairs with one prompt, are never on both sides. auto "
+        "is set for your own data without a configuration file",
     )
     chat_template: str = Field(
         "auto",
@@ -216,11 +228,8 @@ class RunConfig(BaseModel):
             case "lora_target_modules":
                 return [value] if isinstance(value, str) and value != "all-linear" else value
         entries = [] if value is None else value if isinstance(value, list) else [value]
-        specs = []
-        for entry in entries:
-            is_path = isinstance(entry, str) and info.field_name in ("dataset", "eval_dataset")
-            specs.append({"path": entry} if is_path else entry)
-        return specs
+        are_sets = info.field_name in ("dataset", "eval_dataset")
+        return [{"path": entry} if are_sets and isinstance(entry, str) else entry for entry in entries]
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -256,14 +265,22 @@ class RunConfig(BaseModel):
             raise ValueError("lora_target_modules is empty; name modules, or set all-linear")
         if not self.dataset:
             raise ValueError("dataset is empty; give a hub id, a folder or a file")
+        size = self.val_size or None
+        named = [spec for spec in self.eval_dataset if spec.val_size is None]
+        if size and (named or any(spec.test_size for spec in self.dataset)):
+            raise ValueError("val_size does not go together with eval_dataset or test_size; set one of them")
+        if size or len(named) < len(self.eval_dataset):  # the specs follow from val_size
+            self.dataset = [spec.model_copy(update={"val_size": size}) for spec in self.dataset]
+            held_out = self.eval_dataset or [spec.model_copy(update={"part": "test"}) for spec in self.dataset]
+            self.eval_dataset = [spec.model_copy(update={"val_size": size}) for spec in held_out] if size else named
         return self
 
 
 # differences of the published DPO QLoRA recipe from the SFT recipe
 DPO_DEFAULTS: dict[str, Any] = {
     "stage": "dpo",
-    "dataset": {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"},
-    "eval_dataset": {"path": "HuggingFaceH4/ultrafeedback_binarized", "split": "test_prefs"},
+    "dataset": {"path": DPO_DATA, "split": "train_prefs"},
+    "eval_dataset": {"path": DPO_DATA, "split": "test_prefs"},
     "lora_r": 128,
     "lora_alpha": 128,
     "lora_dropout": 0.0,

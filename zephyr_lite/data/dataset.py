@@ -16,6 +16,7 @@ import transformers
 
 from ..config.load import DatasetSpec, RunConfig
 from ..errors import UserError
+from ..io.text import counted
 from .chat_template import ChatTemplate, Example, Pair, PairExample
 from .formats import Method
 from .load import load_rows, summarise
@@ -52,7 +53,7 @@ class DataReport:
     def lines(self, places: int | None = _PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         pairs = self.fill is None
-        unit = "pairs" if pairs else "conversations"
+        unit = "pair" if pairs else "conversation"
         result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
         for reason, where in sorted(self.changed.items(), key=_count):
@@ -60,10 +61,10 @@ class DataReport:
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
-                f"{self.cut:,} {unit} cut to max_length{extra}; {self.supervised_lost:,} supervised tokens lost"
+                f"{counted(self.cut, unit)} cut to max_length{extra}; {self.supervised_lost:,} supervised tokens lost"
             )
-        packed = "" if pairs else f" in {self.rows:,} packed rows, {self.fill:.1%} full"
-        result.append(f"{self.kept:,} {unit}{packed}; the longest has {self.longest:,} tokens")
+        packed = "" if pairs else f" in {counted(self.rows, 'packed row')}, {self.fill:.1%} full"
+        result.append(f"{counted(self.kept, unit)}{packed}; the longest has {self.longest:,} tokens")
         result.append(
             f"{self.tokens:,} tokens, {self.supervised:,} supervised ({self.supervised / max(1, self.tokens):.1%})"
         )
@@ -124,6 +125,12 @@ class TokenizedDataset:
     rows: list[list[int]]  # indices of the examples in each packed row (sft), or of one pair (dpo)
     report: DataReport
     fingerprint: str  # hash of all ids, masks and the template
+
+    def pack(self, capacity: int) -> None:
+        """Pack conversations into rows of at most ``capacity`` tokens."""
+        self.rows = best_fit(self.lengths, capacity)
+        self.report.rows = len(self.rows)
+        self.report.fill = self.report.tokens / (len(self.rows) * capacity)
 
 
 def prepare(
@@ -188,14 +195,16 @@ def prepare(
     if len(kept) < len(table):
         table = table.select(kept)
     lengths = stats["length"][kept].astype(np.int64)
-    packed = best_fit(lengths, config.max_length) if method == "sft" else np.arange(len(kept))[:, None].tolist()
-    report.kept, report.rows = len(kept), len(packed)
+    report.kept = report.rows = len(kept)
     report.cut, report.prompts_cut = int((stats["cut"][kept] > 0).sum()), int((stats["cut"][kept] > 1).sum())
     report.supervised_lost = int(stats["lost"][kept].sum())
     report.tokens, report.supervised = int(lengths.sum()), int(stats["supervised"][kept].sum())
-    report.fill = report.tokens / (len(packed) * config.max_length) if method == "sft" else None
     report.longest = int(lengths.max())
-    return TokenizedDataset(Examples(table, method), lengths, packed, report, _fingerprint(table, method, template))
+    one_each = np.arange(len(kept))[:, None].tolist()
+    data = TokenizedDataset(Examples(table, method), lengths, one_each, report, _fingerprint(table, method, template))
+    if method == "sft":
+        data.pack(config.max_length)
+    return data
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..config.load import DatasetSpec
 from ..errors import UserError
-from ..io.text import shown
+from ..io.text import counted, shown
 from .formats import COLUMNS, PLAIN, TEXT, TURNS, Method, detect, mapping_hint, normalise
 from .messages import RowError, message
 from .row_files import raw_rows
@@ -43,8 +44,8 @@ class Rows:
 def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system: str | None = None) -> Rows:
     """Load, normalise and mix data sets.
 
-    ``limit`` draws rows with the seed; ``weight`` below 1 draws a share of them, above 1 repeats them. Several sources
-    are interleaved evenly, and the same arguments give the same order.
+    ``val_size`` holds rows of all sources out by their content; ``limit`` draws rows with the seed; ``weight`` below 1 draws
+    a share of them, above 1 repeats them. Several sources are interleaved evenly, and the same arguments give the same order.
 
     Args:
         specs: the sources, at least one.
@@ -56,9 +57,12 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
         UserError: a source does not exist, cannot be read, is empty, lacks the split or a column, is of the wrong kind
             for the method, or has no usable row.
     """
-    rows, parts = Rows(datasets.Dataset.from_dict({})), []
-    for number, spec in enumerate(specs):
-        parts.append(_load_source(spec, method, np.random.default_rng([seed, number]), system, rows))
+    rows = Rows(datasets.Dataset.from_dict({}))
+    rngs = [np.random.default_rng([seed, number]) for number in range(len(specs))]
+    parts = [_load_source(spec, method, rng, system, rows) for spec, rng in zip(specs, rngs)]
+    if specs[0].val_size is not None:
+        _take_side(specs, parts, rngs, rows)
+    parts = [_repeated(part, spec.weight, rng) for part, spec, rng in zip(parts, specs, rngs)]
     rows.dataset = parts[0]
     if len(parts) > 1:  # the k-th of a source's n rows comes at (k + ½) / n of the way
         places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
@@ -69,7 +73,7 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
 def _load_source(
     spec: DatasetSpec, method: Method, rng: np.random.Generator, system: str | None, rows: Rows
 ) -> datasets.Dataset:
-    """The rows of one source; notes and counts are added to ``rows``."""
+    """The usable rows of one source; notes and counts are added to ``rows``."""
     source = open_source(spec)
     label, total = source.label, len(source)
     if total == 0:
@@ -89,7 +93,7 @@ def _load_source(
     raw = source.select_columns([*COLUMNS, *mapping.values()]).table
     if not raw.column_names:
         detect(source.columns, method, label)  # raises
-    numbers = _drawn_rows(spec, total, label, rng)
+    numbers = np.arange(total) if spec.val_size is not None else _drawn_rows(spec, total, label, rng)
     raw = raw if len(numbers) == total else raw.select(numbers)
     options: dict[str, Any] = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only}
     options["numbers"] = None if len(numbers) == total else numbers
@@ -128,19 +132,73 @@ def _load_source(
     if len(kinds) > 1:
         del kinds[PLAIN]
     known = " and ".join(dict(kinds.most_common()))
-    note = f"{label}: read as {known}, {len(mapped):,} rows" + (f" of {total:,}" if len(mapped) < total else "")
+    note = f"{label}: read as {known}, {counted(len(mapped), 'row')}" + (
+        f" of {total:,}" if len(mapped) < total else ""
+    )
     note += f", {len(mapped) - len(good):,} left out" if len(good) < len(mapped) else ""
     rows.notes.append(note + (f", weight {spec.weight:g}" if spec.weight != 1 else ""))
     if any(not_read.values()):
         unread = [f"{what} {shown(', '.join(sorted(names)), 1000)}" for what, names in not_read.items() if names]
         rows.notes.append(f"{label}: not read: {'; '.join(unread)}")
-    kept = np.asarray(good)
-    if spec.weight >= 1:
-        whole = int(spec.weight)
-        share = round(len(kept) * (spec.weight - whole))
-        kept = np.concatenate([*[kept] * whole, *([np.sort(rng.permutation(kept)[:share])] if share else [])])
     mapped = mapped.select_columns(["row", "where"])
-    return mapped if np.array_equal(kept, np.arange(len(mapped))) else mapped.select(kept)
+    return mapped if len(good) == len(mapped) else mapped.select(np.asarray(good))
+
+
+def _repeated(part: datasets.Dataset, weight: float, rng: np.random.Generator) -> datasets.Dataset:
+    """A source's rows as often as a ``weight`` above 1 says."""
+    if weight <= 1:
+        return part
+    rows = np.arange(len(part))
+    share = round(len(part) * (weight - int(weight)))
+    return part.select(np.concatenate([*[rows] * int(weight), np.sort(rng.permutation(rows)[:share])]))
+
+
+def _take_side(
+    specs: Sequence[DatasetSpec], parts: list[datasets.Dataset], rngs: Sequence[np.random.Generator], rows: Rows
+) -> None:
+    """Replace the sources by their rows on the side of ``part``, from which ``limit`` and ``weight`` then draw. The rows with
+    the smallest hashes are held out, each once.
+
+    Raises:
+        UserError: nothing is left on one side.
+    """
+    size, part = specs[0].val_size, specs[0].part
+    assert size is not None
+    hashes = [[_hashes(text) for text in each["row"]] for each in parts]
+    keys = sorted({key for each in hashes for key, _ in each})
+    total, distinct = sum(map(len, hashes)), len({row for each in hashes for _, row in each})
+    if size == "auto":
+        count = min(max(round(0.05 * len(keys)), 5), 300, max(1, len(keys) // 5))
+    else:
+        count = round(len(keys) * size) if size < 1 else int(size)
+    if not 0 < count < len(keys):
+        raise UserError(
+            f"{specs[0].path}: val_size holds {count:,} of {len(keys):,} different rows out.",
+            "Set val_size=0 to train on all rows, or a number that leaves rows on both sides.",
+        )
+    held_out, seen, rows.read = set(keys[:count]), set[bytes](), 0
+    for place, (spec, each, rng) in enumerate(zip(specs, hashes, rngs)):
+        side = []
+        for index, (key, row) in enumerate(each):
+            if (key in held_out) == (part == "test") and not (part == "test" and row in seen):
+                side.append(index)
+            seen.add(row)
+        drawn = _drawn_rows(spec, len(side), spec.path, rng)
+        parts[place] = parts[place].select(np.asarray(side, dtype=np.int64)[drawn])
+        rows.read += len(drawn)
+    copies = ""
+    if twice := total - distinct:
+        copies = f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side"
+    how = ", which are not trained on" if part == "test" else f" are held out; val_size=0 trains on all{copies}"
+    rows.notes.append(f"{count:,} of {len(keys):,} rows{how}")
+
+
+def _hashes(text: str) -> tuple[bytes, bytes]:
+    """Of what decides the side of a row (a conversation, or the prompt of a pair), and of the whole row."""
+    row = json.loads(text)
+    parts = json.dumps(row.get("prompt", row)), text
+    key, whole = (hashlib.sha256(each.encode()).digest()[:16] for each in parts)
+    return key, whole
 
 
 def _drawn_rows(spec: DatasetSpec, total: int, label: str, rng: np.random.Generator) -> np.ndarray:

@@ -108,7 +108,11 @@ def held_out(
         raise UserError(found, hint)
     if limit is not None:
         specs = [spec.model_copy(update={"limit": min(limit, spec.limit or limit)}) for spec in specs]
-    config = config or RunConfig.model_validate({"max_length": DPO_DEFAULTS["max_length"]} if method == "dpo" else {})
+    recipe = RunConfig.model_validate({"max_length": DPO_DEFAULTS["max_length"]} if method == "dpo" else {})
+    if config is None:
+        config = recipe
+    elif data is not None:  # the stage's max_length may have been chosen for its own short rows
+        config = config.model_copy(update={"max_length": max(config.max_length, recipe.max_length)})
     if max_length is not None:
         config = config.model_copy(update={"max_length": min(max_length, config.max_length)})
     prepared = prepare(specs, method, config, template, what="held-out")

@@ -45,6 +45,11 @@ def duration(seconds: float) -> str:
     return f"{minutes / 1440:.1f} days"
 
 
+def counted(number: int, what: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def short(value: object, length: int = 80) -> str:
     """The repr of a value, cut to ``length``."""
     return shown(repr(value), length)
@@ -129,6 +134,13 @@ def looks_local(name: str) -> bool:
     """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
     begins, ends = (".", "/", "~", "\\", "runs/"), (".safetensors", ".gguf", ".bin")
     return name.startswith(begins) or name.endswith(ends) or name.count("/") > 1
+
+
+def comma_list(value: Any) -> Any:
+    """``a,b`` as a list; any other value, and the path of a file or folder with a comma, as it is."""
+    if not isinstance(value, str) or "," not in value or os.path.exists(os.path.expanduser(value)):
+        return value
+    return [part.strip() for part in value.split(",")]
 
 
 def refuse_special(path: Path, name: str) -> None:

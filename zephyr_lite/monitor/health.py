@@ -130,7 +130,8 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     lowest = min(filter(math.isfinite, losses), default=math.inf)
     if len(losses) >= 3 and min(losses[-2:]) > lowest + OVERFIT and losses[-1] > losses[-2]:
         where = evaluations[losses.index(lowest)]["step"]
-        return Verdict("bad", f"the held-out loss rises; its lowest was {lowest:.4f} at step {where:,}")
+        text = f"the held-out loss rises; its lowest was {lowest:.4f} at step {where:,}: fewer epochs or more rows may help"
+        return Verdict("bad", text)
     if published is not None and losses:
         text = f"held-out loss {losses[-1]:.3f}"
         if progress.step < progress.total:
@@ -164,6 +165,11 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
     count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in recent)
     chance = 1 / math.sqrt(max(count, 1.0))  # two standard errors of as many fair coin tosses
+    if evaluations:
+        held_out = float(evaluations[-1]["eval_rewards/accuracies"])
+        text += f"; held-out accuracy {held_out:.0%}"
+        if accuracy > 0.5 and held_out <= 0.5:
+            return Verdict("open", f"the preference does not extend to held-out pairs yet: {text}")
     if accuracy > 0.5 + chance and margin > 0:
         return Verdict("good", f"healthy: {text}")
     if accuracy < 0.5 - chance or (progress.step > progress.total / 2 and margin <= 0):

@@ -21,12 +21,14 @@ from ..data.load import load_rows
 from ..data.preview import Segment, Token, example_segments
 from ..errors import UserError
 from ..io.run_dir import StageDir
+from ..io.text import counted
 from ..memory.forecast import stages_of
 from ..model.base import fetch_base
 from ..model.base_folder import read_model_config
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary
 from ..train.setup import adapters_below, check_paths, template_of
+from ..train.small_data import settle
 
 # columns left of a line of tokens: the turn's role, and the position of the line's first token
 _ROLE, _POSITION = 11, 6
@@ -101,8 +103,10 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
         frozen = adapters_below(method, config, stage)
     template = template_of(config, folder, frozen)
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
-    rows = TrainedRows(method, config, template, notes)
-    return rows.prepare(held_out)
+    if loaded.automatic:
+        parts = [prepare(specs, method, config, template) for specs in (config.dataset, config.eval_dataset) if specs]
+        notes += settle(method, loaded, parts, base_config.hidden_size)
+    return TrainedRows(method, loaded.config, template, notes).prepare(held_out)
 
 
 # -- one row ---------------------------------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Text:
     tokens = sum(len(s.tokens) for s in segments)
     supervised = sum(s.supervised for s in segments)
     if rows.method == "sft":
-        count = f"{len(segments)} conversation{'s' if len(segments) > 1 else ''}"
+        count = counted(len(segments), "conversation")
         count += f", {tokens:,} of {rows.config.max_length:,} tokens"
     else:
         count = f"a pair, the prompt computed once, {tokens:,} tokens"

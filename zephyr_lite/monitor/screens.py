@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import Interrupted, UserError
 from ..io.redact import redact
-from ..io.text import duration
+from ..io.text import counted, duration
 from ..train.distributed import PeerEnded
 from ..train.stage import Observer, Outcome, Sample, Stage
 from .console import Console, Metrics, is_evaluation
@@ -77,11 +77,11 @@ class QuietScreen(Screen):
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         """Print the adapter, the time and the held-out metrics in one line."""
-        text = f"{stage.dir.adapter}: {outcome.step:,} steps, {duration(outcome.seconds)}"
+        text = f"{stage.dir.adapter}: {counted(outcome.step, 'step')}, {duration(outcome.seconds)}"
         last = outcome.evaluations[-1] if outcome.evaluations else {}
         for name, key in (
             ("held-out loss", "eval_loss"),
-            ("accuracy", "eval_rewards/accuracies"),
+            ("held-out accuracy", "eval_rewards/accuracies"),
             ("margin", "eval_rewards/margins"),
         ):
             if key in last:

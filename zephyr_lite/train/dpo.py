@@ -71,7 +71,7 @@ class DpoObjective:
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Sums over this process's held-out pairs: loss, rewards, accuracy (a tie counts as wrong), margin."""
+        """Sums over this process's held-out pairs: loss, rewards, accuracy, margin."""
         data = self.stage.eval_data
 
         def of_group(group: list[int]) -> Metrics:
@@ -149,12 +149,12 @@ class DpoObjective:
 
 
 def _metric_sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
-    """A micro-batch's sums of what TRL's metrics average."""
+    """A micro-batch's sums of what TRL's metrics average; but a tie, as at step 0, is half right, where TRL's is wrong."""
     chosen, rejected = found.chosen_rewards, found.rejected_rewards
     return {
         "rewards/chosen": chosen.sum(),
         "rewards/rejected": rejected.sum(),
-        "rewards/accuracies": (chosen > rejected).float().sum(),
+        "rewards/accuracies": (0.5 + 0.5 * (chosen - rejected).sign()).sum(),
         "rewards/margins": (chosen - rejected).sum(),
         "logps/chosen": policy[:, 0].sum(),
         "logps/rejected": policy[:, 1].sum(),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config.load import DPO_DEFAULTS, DatasetSpec, MemorySpec, Method, RunConfig
+from ..config.load import DPO_DEFAULTS, DatasetSpec, Loaded, MemorySpec, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, TO_GO_ON, StageDir, checked
@@ -79,7 +79,7 @@ class Comparison:
     """A stage on the disk, compared with what would resume it. Every difference is one line.
 
     A stage without a checkpoint starts again, with any configuration. Processes other than rank 0 resume what that has
-    written just now, so their configuration is not compared.
+    written just now, so their configuration is not compared. ``loaded.automatic`` keys take the stage's values.
 
     Attributes:
         before: stage.json of a stage that can be resumed or is complete, or None.
@@ -92,17 +92,18 @@ class Comparison:
         UserError: it is a stage of another method, or stage.json is not one that a run writes.
     """
 
-    def __init__(self, stage: StageDir, config: RunConfig, method: Method) -> None:
-        self.stage, self.config = stage, config
+    def __init__(self, stage: StageDir, loaded: Loaded, method: Method) -> None:
+        self.stage = stage
         self.before = stage.info()
         self.complete = False
         self.allowed: list[str] = []
         self.moved: list[str] = []
         self.refused: list[str] = []
-        if self.before is None or not world().is_main_process:
+        if self.before is None:
             return
-        self.complete = self.before.get("status") == "complete"
-        if not self.complete and not stage.checkpoints():
+        main = world().is_main_process
+        self.complete = main and self.before.get("status") == "complete"
+        if main and not self.complete and not stage.checkpoints():
             self.before = None
             return
         checked(self.before, stage.path / STAGE_FILE, needs=TO_GO_ON)
@@ -113,7 +114,12 @@ class Comparison:
             )
         # an earlier version may not have had a key: it did what the default does
         old = RunConfig.model_construct().model_dump(mode="json") | (DPO_DEFAULTS if method == "dpo" else {})
-        old, new = old | read_yaml(stage.config), config.model_dump(mode="json")
+        old |= read_yaml(stage.config)
+        kept = {key: old[key] for key in loaded.automatic}
+        self.config = loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **kept})
+        if not main:
+            return
+        new = loaded.config.model_dump(mode="json")
         for key in ("dataset", "eval_dataset"):
             defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
             old[key] = [{**defaults, **spec} for spec in old[key] or []]

@@ -32,6 +32,7 @@ from ..io.run_dir import (
     text_sha256,
     tokenizer_sha256,
 )
+from ..io.text import counted
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.needs import needs_lines
@@ -49,6 +50,7 @@ from ..ops.dispatch import check_kernels
 from .distributed import world
 from .optim import make_scheduler
 from .resume import Comparison, StageComplete, kept_plan, machine_now, now, versions
+from .small_data import settle
 from .stage import Stage
 from .steps import step_schedule
 
@@ -74,8 +76,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
 
     # what is on the disk
     stage = StageDir(Path(config.output_dir) / config.stage)
-    compared = Comparison(stage, config, method)
-    before = compared.before
+    compared = Comparison(stage, loaded, method)
+    before, config = compared.before, loaded.config
     if compared.complete and not (compared.refused or compared.moved):
         raise StageComplete(f"{stage.path} is complete already.")
     check_paths(config)
@@ -115,7 +117,12 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     data = prepare(config.dataset, method, config, template, what="training")
     eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
     parts = [data] if eval_data is None else [data, eval_data]
+    fresh = loaded.automatic and before is None
+    chosen = settle(method, loaded, parts, base_config.hidden_size) if fresh else []
+    config = loaded.config
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
+    for line in chosen:
+        logger.info(line)
     rows = {
         **data.report.as_dict(),
         "fingerprint": data.fingerprint,
@@ -149,8 +156,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
-    an_epoch = f"{per_epoch:,} step{'s' * (per_epoch != 1)} an epoch"
-    logger.info(f"{len(data.rows):,} row{'s' * (len(data.rows) != 1)}, {an_epoch}, {total:,} in all{trained}")
+    an_epoch = f"{counted(per_epoch, 'step')} an epoch"
+    logger.info(f"{counted(len(data.rows), 'row')}, {an_epoch}, {total:,} in all{trained}")
     if total < FEW_STEPS and config.max_steps is None:
         logger.warning(
             f"The model can learn little in so few steps: raise num_train_epochs (it is {config.num_train_epochs:g}), or lower "
@@ -309,7 +316,7 @@ def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | N
         longer = 0 if context is None else int((np.minimum(part.lengths, config.max_length) > context).sum())
         if longer:
             logger.warning(
-                f"{longer:,} rows are longer than the {context:,} tokens that the base was made for "
+                f"{counted(longer, 'row')} longer than the {context:,} tokens that the base was made for "
                 "(max_position_embeddings). Lower max_length to cut them."
             )
 

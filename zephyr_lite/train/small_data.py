@@ -1,0 +1,81 @@
+"""Settings that follow from a user's rows: the recipe's are made for 200,000 conversations and 60,000 pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..config.load import Loaded, Method, RunConfig
+from ..data.dataset import TokenizedDataset
+from ..data.packing import best_fit
+from ..io.text import counted
+from .steps import step_schedule
+
+STEPS = 60  # that a run has at least, if ``MOST_EPOCHS`` are enough for them
+EPOCHS: dict[Method, int] = {"sft": 10, "dpo": 4}  # that the smallest batches are chosen for
+MOST_EPOCHS = 10
+EVALUATIONS = 4
+# The recipe's rates are Mistral's, whose hidden size is WIDTH. LoRA's best rate falls with the hidden size to this power
+# (Schulman et al. 2025, "LoRA Without Regret", fitted over Llama models).
+WIDTH, POWER = 4096, 0.78
+# DPO at the recipe's rate hardly moves in fewer steps: the rate rises as they become fewer, up to DPO_MOST times
+DPO_STEPS, DPO_MOST = 600, 4
+
+
+def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], width: int) -> list[str]:
+    """Choose the keys of ``loaded.automatic`` for the training rows, if the recipe's values would give too few steps; the rows
+    are packed again. Returns lines that say what was chosen.
+
+    Args:
+        parts: the training rows and the held-out ones, if there are any, as ``loaded.config`` prepares them.
+        width: the base's hidden size.
+    """
+    recipe, free, data = loaded.config, loaded.automatic, parts[0]
+    chosen = _for_steps(method, recipe, free, parts)
+    config = _with(recipe, chosen)
+    if "max_length" in chosen:
+        for part in parts:
+            part.pack(config.max_length)
+    steps = step_schedule(config, len(data.rows))[1]
+    if "learning_rate" in free:
+        factor = (WIDTH / width) ** POWER if chosen else 1.0
+        if method == "dpo":
+            factor = min(DPO_MOST, max(1.0, DPO_STEPS / steps))
+        if factor != 1:
+            chosen["learning_rate"] = float(f"{recipe.learning_rate * factor:.0e}")
+    loaded.config = config = _with(recipe, chosen)
+    if not chosen:
+        return []
+    words, others = (" ".join(f"{key}={getattr(each, key):g}" for key in chosen) for each in (config, recipe))
+    rows = counted(len(data.lengths), "conversation" if method == "sft" else "pair")
+    return [
+        f"chosen for {rows}: {words}",
+        f"(a key that you set is kept; the recipe has {others})",
+    ]
+
+
+def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate({**config.model_dump(), **values})
+
+
+def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequence[TokenizedDataset]) -> dict[str, Any]:
+    """Values that give the run at least ``STEPS`` steps; {} if the recipe's do, or if max_steps is set."""
+    rows, batch = len(parts[0].rows), config.batch_size
+    if config.max_steps is not None or step_schedule(config, rows)[1] >= STEPS:
+        return {}
+    chosen: dict[str, Any] = {}
+    if method == "sft" and "max_length" in free:
+        chosen["max_length"] = max(part.report.longest for part in parts)  # nothing is cut
+        rows = len(best_fit(parts[0].lengths, chosen["max_length"]))
+    epochs = EPOCHS[method] if "num_train_epochs" in free else config.num_train_epochs
+    if "batch_size" in free:
+        chosen["batch_size"] = batch = max(1, min(batch, int(rows * epochs / STEPS)))
+    per_epoch = math.ceil(rows / batch)
+    if "num_train_epochs" in free:
+        chosen["num_train_epochs"] = epochs = min(MOST_EPOCHS, math.ceil(STEPS / per_epoch))
+    if "warmup_ratio" in free and config.warmup_steps is None:
+        chosen["warmup_ratio"] = 0.0  # a warm-up would begin at a learning rate of 0
+    if "eval_steps" in free:
+        chosen["eval_steps"] = math.ceil(epochs * per_epoch / EVALUATIONS)
+    return chosen
