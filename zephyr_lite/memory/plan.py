@@ -109,6 +109,7 @@ class Plan(ExecutionConfig):
 
 
 Found = tuple[ExecutionConfig, MemoryBreakdown]
+Planned = tuple[Workload, Machine, MemorySpec]
 
 
 def is_exact(job: Workload, machine: Machine) -> bool:
@@ -358,51 +359,47 @@ def _least_host(job: Workload, machine: Machine, memory: MemorySpec) -> int | No
     return min((sum(account.host.values()) for _, account in found), default=None)
 
 
-def _changes(job: Workload, memory: MemorySpec) -> Iterator[tuple[str, str, Workload, MemorySpec]]:
-    """(kind, text, workload, settings) of changes that cost neither tokens nor rank."""
+def _changes(job: Workload, machine: Machine, memory: MemorySpec) -> Iterator[tuple[str, str, Planned]]:
+    """Single changes: kind, text and what ``make_plan`` takes; of a kind the smallest change first."""
     for key in ("keep", "micro_tokens", "offload", "stream"):
         if getattr(memory, key) is not None:
-            yield key, f"memory.{key} left to the plan", job, memory.model_copy(update={key: None})
+            yield "memory", f"memory.{key} left to the plan", (job, machine, memory.model_copy(update={key: None}))
     if job.optim in ("adamw_torch", "paged_adamw_32bit"):
         for optim in ("adamw_8bit", "paged_adamw_8bit"):
-            yield "optim", f"optim={optim}", replace(job, optim=optim), memory
-
-
-def fastest_change(job: Workload, machine: Machine, memory: MemorySpec) -> tuple[float, str]:
-    """(tokens a second, text) of the single change that makes a run the fastest, (0, "") where there is none to try."""
-    tried = []
-    for _, text, changed, settings in _changes(job, memory):
-        with suppress(UserError):  # it does not fit
-            tried.append((make_plan(changed, machine, settings).tokens_per_second, text))
-    return max(tried, default=(0.0, ""))
-
-
-def suggestions(job: Workload, machine: Machine, memory: MemorySpec) -> list[str]:
-    """Single changes with which it fits, each tried: of every kind the smallest change that is enough."""
-    found: dict[str, str] = {}
-
-    def attempt(
-        kind: str, text: str, job: Workload = job, machine: Machine = machine, memory: MemorySpec = memory
-    ) -> None:
-        if kind not in found and feasible(job, machine, memory):
-            found[kind] = text
-
-    for kind, text, changed, settings in _changes(job, memory):
-        attempt(kind, text, changed, memory=settings)
+            yield "optim", f"optim={optim}", (replace(job, optim=optim), machine, memory)
     if job.storage == "dense":
-        attempt("load_in_4bit", "load_in_4bit=true", replace(job, storage="nf4 nested"))
+        yield "load_in_4bit", "load_in_4bit=true", (replace(job, storage="nf4 nested"), machine, memory)
     rank = max((r for a in job.adapters if a.trained for layer in a.ranks for r in layer.values()), default=1)
     per_example = 1 if job.method == "sft" else 2
     for n in (1 << k for k in range(20, 1, -1)):
         if n < rank:
-            attempt("lora_r", f"lora_r={n}", with_rank(job, n))
+            yield "lora_r", f"lora_r={n}", (with_rank(job, n), machine, memory)
         if 64 <= n < job.longest / per_example:
-            attempt("max_length", f"max_length={n}", replace(job, longest=n * per_example))
+            yield "max_length", f"max_length={n}", (replace(job, longest=n * per_example), machine, memory)
     device = replace(machine.device, context=machine.device.context or CONTEXT_BYTES)
     for size in SIZES if is_exact(job, machine) else ():
         if size * GIB > machine.free:
-            attempt("card", f"a card of {size} GB", machine=replace(machine, device=device, free=size * GIB))
+            yield "card", f"a card of {size} GB", (job, replace(machine, device=device, free=size * GIB), memory)
+
+
+def suggestions(*planned: *Planned) -> list[str]:
+    """Single changes with which it fits, each tried: of every kind the smallest that is enough, and every fixed setting."""
+    found: dict[str, str] = {}
+    for kind, text, changed in _changes(*planned):
+        name = text if kind == "memory" else kind
+        if name not in found and feasible(*changed):
+            found[name] = text
     return list(found.values())
+
+
+def fastest_change(*planned: *Planned) -> tuple[float, str]:
+    """(tokens a second, text) of the change of a setting or the optimizer that makes a run the fastest; (0, "") without one."""
+    tried = []
+    for kind, text, changed in _changes(*planned):
+        if kind in ("memory", "optim"):
+            with suppress(UserError):  # it does not fit
+                tried.append((make_plan(*changed).tokens_per_second, text))
+    return max(tried, default=(0.0, ""))
 
 
 def with_rank(job: Workload, r: int) -> Workload:
