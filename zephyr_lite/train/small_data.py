@@ -62,9 +62,10 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
         if factor != 1:
             chosen["learning_rate"] = float(f"{recipe.learning_rate * factor:.0e}")
     loaded.config = config = _with(recipe, chosen)
-    if not chosen:
+    changed = [key for key in chosen if getattr(config, key) != getattr(recipe, key)]
+    if not changed:
         return []
-    words, others = (" ".join(f"{key}={getattr(each, key):g}" for key in chosen) for each in (config, recipe))
+    words, others = (" ".join(f"{key}={getattr(each, key):g}" for key in changed) for each in (config, recipe))
     rows = counted(len(data.lengths), "conversation" if method == "sft" else "pair")
     return [
         f"chosen for {rows}: {words}",
