@@ -180,7 +180,9 @@ def build(talk: Talk) -> gr.Blocks:
                     info="A file (JSONL, JSON, CSV, Parquet), a folder or a hub id",
                     placeholder="the recipe's data",
                 )
-                held_out = gr.Textbox(label="Held-out data", info="For the held-out loss; optional")
+                held_out = gr.Textbox(
+                    label="Held-out data", info="For the held-out loss; by default a part of your data"
+                )
             with gr.Row():
                 uploaded = gr.UploadButton("Upload a file", file_types=FILES)
                 read = gr.Button("Read the data", variant="primary")
