@@ -159,3 +159,10 @@ def test_a_tie_is_half_right(own, tiny_base, pair_rows, tmp_path):
     ]
     run_dpo(resolve_run("dpo", None, [*words, "samples=0", "lora_r=2", "num_train_epochs=1"]))
     assert metrics(tmp_path / "run" / "dpo", "rewards/accuracies")[0] == 0.5
+
+
+def test_four_chats_are_all_trained_on(own, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
+    stage = setup_stage("sft", resolve_run("sft", None, own), claim=False)
+    assert stage.data.report.kept == 4 and stage.eval_data is None and stage.config.val_size == 0

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ..client.client import ModelClient, Request, RequestFailed, seed_of
 from ..client.cost import CostClient, Meter, bound_lines
-from ..client.endpoints import EndpointSpec, Message, endpoint_spec, parse_endpoint
-from ..client.jobs import JobConfig, claim_folder, in_order, nothing_made, refuse_equal_names, run_job
+from ..client.endpoints import EndpointKey, EndpointSpec, Message, parse_endpoint
+from ..client.jobs import CONTINUES, JobConfig, claim_folder, in_order, nothing_made, refuse_equal_names, run_job
 from ..client.local_model import Weights
 from ..config.load import DatasetSpec
 from ..data.sources import open_source
@@ -45,14 +45,9 @@ class JudgedConfig(JobConfig):
     base: str | None = None
     chat_template: str | None = None
     models: list[str] = []  # of the source, by name, or endpoints; the source's policy, reference and base by default
-    judge: EndpointSpec | None = None
+    judge: EndpointKey | None = None
     max_new_tokens: int = Field(1024, ge=1)  # of an answer, unless its endpoint says otherwise
     concurrency: int = Field(8, ge=1)  # batch size of the source's models
-
-    @field_validator("judge", mode="before")
-    @classmethod
-    def _parse_judge(cls, value: Any) -> Any:
-        return value if value is None else endpoint_spec(value, "judge")
 
 
 @dataclass
@@ -364,11 +359,8 @@ class Benchmark(ABC, Generic[T]):
             "spent": totals,
         }
         if spent:
-            unfinished = (
-                f"{len(spent):,} {self.unit} are not done: {spent[-1]} The same command with a larger budget continues "
-                "the job and sends no answered request again. No result is written before all are done."
-            )
-            return Judged(body, unfinished)
+            left = f"{len(spent):,} {self.unit} are not done: {spent[-1]}"
+            return Judged(body, f"{left} {CONTINUES} No result is written before all are done.")
         return Judged(body, files=[write_result(self.folder, self.kind + ending, body, answering.head)])
 
     async def _outcome(self, client: ModelClient | CostClient, model: str, item: T) -> Outcome[T]:
