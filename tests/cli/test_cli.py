@@ -236,7 +236,11 @@ def test_what_comes_next_fits_what_was_run(method, file, words, commands):
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
 def test_a_finished_stage_says_what_comes_next_and_nothing_else(invoke, sft_words, runs, quiet):
     code, out, _ = invoke(*sft_words, "output_dir=runs/t", "max_steps=2", "learning_rate=1e-2", *quiet)
-    after = [["chat", "runs/t", "--compare"], ["merge", "--run", "runs/t", "--out", "model/"]]
+    after = [
+        ["chat", "runs/t", "--compare"],
+        ["eval", "loss", "runs/t"],
+        ["merge", "--run", "runs/t", "--out", "model/"],
+    ]
     assert code == 0 and out == f"runs/t/sft is complete already.\n{next_lines(*after)}\n"
 
 

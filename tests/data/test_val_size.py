@@ -4,7 +4,7 @@ import pytest
 
 from tests.data.test_sources import messages, own_cache, turns, write  # noqa: F401
 from zephyr_lite.config.load import DatasetSpec, load_config
-from zephyr_lite.data.load import load_rows
+from zephyr_lite.data.load import NothingHeldOut, load_rows
 from zephyr_lite.errors import UserError
 
 
@@ -25,7 +25,7 @@ def said(rows):
 
 @pytest.mark.parametrize(
     ("rows", "size", "held_out"),
-    [(2, "auto", 1), (20, "auto", 4), (30, "auto", 5), (200, "auto", 10), (30, 0.1, 3), (30, 7, 7)],
+    [(20, "auto", 4), (30, "auto", 5), (200, "auto", 10), (30, 0.1, 3), (30, 7, 7)],
 )
 def test_the_number_of_held_out_rows(tmp_path, rows, size, held_out):
     train, test = sides([write(tmp_path / "a.jsonl", chats(rows))], size=size)
@@ -60,9 +60,13 @@ def test_limit_draws_from_one_side_only(tmp_path):
             assert len(said(part)) == limit and said(part) < said(of)
 
 
-def test_one_row_cannot_be_divided(tmp_path):
-    with pytest.raises(UserError, match="val_size holds 1 of 1 different rows out") as error:
-        sides([write(tmp_path / "a.jsonl", chats(1))])
+def test_too_few_rows_are_all_trained_on_unless_a_number_is_set(tmp_path):
+    spec = DatasetSpec(path=write(tmp_path / "a.jsonl", chats(4)), val_size="auto")
+    assert len(load_rows([spec], "sft", seed=1).dataset) == 4
+    with pytest.raises(NothingHeldOut, match="too few rows"):
+        load_rows([spec.model_copy(update={"part": "test"})], "sft", seed=1)
+    with pytest.raises(UserError, match="val_size holds 4 of 4 different rows out") as error:
+        sides([spec.path], size=4)
     assert "val_size=0" in error.value.hint
 
 

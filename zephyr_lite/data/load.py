@@ -25,6 +25,10 @@ from .workers import map_rows
 _NORMALISED = datasets.Features(dict.fromkeys(("row", "where", "facts"), datasets.Value("string")))
 
 
+class NothingHeldOut(UserError):
+    """``val_size: auto`` holds nothing out of so few rows."""
+
+
 @dataclass
 class Rows:
     """Normalised rows of one mixture."""
@@ -160,7 +164,7 @@ def _take_side(
     the smallest hashes are held out, each once.
 
     Raises:
-        UserError: nothing is left on one side.
+        UserError: nothing is left on one side, ``NothingHeldOut`` if val_size is auto.
     """
     size, part = specs[0].val_size, specs[0].part
     assert size is not None
@@ -168,10 +172,10 @@ def _take_side(
     keys = sorted({key for each in hashes for key, _ in each})
     total, distinct = sum(map(len, hashes)), len({row for each in hashes for _, row in each})
     if size == "auto":
-        count = min(max(round(0.05 * len(keys)), 5), 300, max(1, len(keys) // 5))
-    else:
-        count = round(len(keys) * size) if size < 1 else int(size)
-    if not 0 < count < len(keys):
+        count = min(max(round(0.05 * len(keys)), 5), 300, len(keys) // 5)
+        if count == 0 and part == "test":
+            raise NothingHeldOut(f"{specs[0].path}: too few rows to hold any out.", "Set val_size to a number.")
+    elif not 0 < (count := round(len(keys) * size) if size < 1 else int(size)) < len(keys):
         raise UserError(
             f"{specs[0].path}: val_size holds {count:,} of {len(keys):,} different rows out.",
             "Set val_size=0 to train on all rows, or a number that leaves rows on both sides.",
@@ -190,7 +194,8 @@ def _take_side(
     if twice := total - distinct:
         copies = f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side"
     how = ", which are not trained on" if part == "test" else f" are held out; val_size=0 trains on all{copies}"
-    rows.notes.append(f"{count:,} of {len(keys):,} rows{how}")
+    if count:
+        rows.notes.append(f"{count:,} of {len(keys):,} rows{how}")
 
 
 def _hashes(text: str) -> tuple[bytes, bytes]:

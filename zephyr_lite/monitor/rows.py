@@ -28,7 +28,7 @@ from ..model.base_folder import read_model_config
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary
 from ..train.setup import adapters_below, check_paths, template_of
-from ..train.small_data import settle
+from ..train.small_data import prepare_parts, settle
 
 # columns left of a line of tokens: the turn's role, and the position of the line's first token
 _ROLE, _POSITION = 11, 6
@@ -104,7 +104,7 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
     template = template_of(config, folder, frozen)
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     if loaded.automatic:
-        parts = [prepare(specs, method, config, template) for specs in (config.dataset, config.eval_dataset) if specs]
+        parts = prepare_parts(method, loaded, template)
         notes += settle(method, loaded, parts, base_config.hidden_size)
     return TrainedRows(method, loaded.config, template, notes).prepare(held_out)
 

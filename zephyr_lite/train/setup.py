@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.chat_template import ChatTemplate, find_template, resolve_template
-from ..data.dataset import TokenizedDataset, prepare
+from ..data.dataset import TokenizedDataset
 from ..data.sources import local_path
 from ..errors import UserError
 from ..io.atomic import write_text
@@ -50,7 +50,7 @@ from ..ops.dispatch import check_kernels
 from .distributed import world
 from .optim import make_scheduler
 from .resume import Comparison, StageComplete, kept_plan, machine_now, now, versions
-from .small_data import settle
+from .small_data import prepare_parts, settle
 from .stage import Stage
 from .steps import step_schedule
 
@@ -114,9 +114,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
     if config.chat_template == "auto" and below is not None:
         check_rendering(below, frozen[-1].path.parent, template.text, template.tokenizer)
-    data = prepare(config.dataset, method, config, template, what="training")
-    eval_data = prepare(config.eval_dataset, method, config, template, what="held-out") if config.eval_dataset else None
-    parts = [data] if eval_data is None else [data, eval_data]
+    parts = prepare_parts(method, loaded, template)
+    data, eval_data = parts[0], parts[1] if len(parts) > 1 else None
     fresh = loaded.automatic and before is None
     chosen = settle(method, loaded, parts, base_config.hidden_size) if fresh else []
     config = loaded.config

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from ..config.load import Loaded, Method, RunConfig
-from ..data.dataset import TokenizedDataset
+from ..data.chat_template import ChatTemplate
+from ..data.dataset import TokenizedDataset, prepare
+from ..data.load import NothingHeldOut
 from ..data.packing import best_fit
 from ..io.text import counted
 from .steps import step_schedule
 
+logger = logging.getLogger(__name__)
 STEPS = 60  # that a run has at least, if ``MOST_EPOCHS`` are enough for them
 EPOCHS: dict[Method, int] = {"sft": 10, "dpo": 4}  # that the smallest batches are chosen for
 MOST_EPOCHS = 10
@@ -23,12 +27,25 @@ WIDTH, POWER = 4096, 0.78
 DPO_STEPS, DPO_MOST = 600, 4
 
 
+def prepare_parts(method: Method, loaded: Loaded, template: ChatTemplate) -> list[TokenizedDataset]:
+    """The training rows and, if there are any, the held-out ones; ``val_size: auto`` becomes 0 where it holds nothing out."""
+    config = loaded.config
+    parts = [prepare(config.dataset, method, config, template, what="training")]
+    try:
+        if config.eval_dataset:
+            parts.append(prepare(config.eval_dataset, method, config, template, what="held-out"))
+    except NothingHeldOut as nothing:
+        logger.info(nothing.message)
+        loaded.config = _with(config, {"val_size": 0.0})
+    return parts
+
+
 def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], width: int) -> list[str]:
     """Choose the keys of ``loaded.automatic`` for the training rows, if the recipe's values would give too few steps; the rows
     are packed again. Returns lines that say what was chosen.
 
     Args:
-        parts: the training rows and the held-out ones, if there are any, as ``loaded.config`` prepares them.
+        parts: of ``prepare_parts``.
         width: the base's hidden size.
     """
     recipe, free, data = loaded.config, loaded.automatic, parts[0]

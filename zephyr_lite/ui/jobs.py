@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import gradio as gr
 import psutil
@@ -154,39 +155,42 @@ def refuse_while_training() -> None:
         raise UserError(f"{found[0]} is being trained and needs the memory.", "Stop it first, or wait for its end.")
 
 
-def failure_of(folder: Path) -> UserError | None:
-    """What ended a stage's process that this server started, said once; None: it runs, was stopped, or did its work."""
-    child = _children.get(folder.parent)
-    if child is None or child.poll() is None:
-        return None
-    del _children[folder.parent]
-    return None if child.returncode in (0, 130) else _failure(log_text(folder))
+def state_of(folder: Path) -> tuple[str, Columns, str, bool]:
+    """A stage as it stands: (Markdown, the columns of its metrics, the end of its output, whether it is in training).
+
+    Raises:
+        UserError: what ended the process that this server started; raised once.
+    """
+    stage, log, columns = StageDir(folder), log_text(folder), {}
+    child, process = _children.get(folder.parent), process_of(folder.parent)
+    if child is not None and process is None:
+        del _children[folder.parent]
+        if child.returncode not in (0, 130):
+            raise _failure(log)
+    if stage.info() is not None:
+        record = StageRecord(folder)
+        text, columns = _standing(record, stage, process is not None), record.columns
+    elif process:
+        text = "is starting."
+    else:
+        text = "was not begun; the output below says why." if log else "is no stage of a run."
+    return f"**{folder}** {text}", columns, log, process is not None
 
 
-def state_of(folder: Path) -> tuple[str, Columns]:
-    """(where a stage's training stands, as Markdown; the columns of its metrics)."""
-    stage, process = StageDir(folder), process_of(folder.parent)
-    if stage.info() is None:
-        if process:
-            return f"**{folder}** is starting.", {}
-        begun = log_of(folder).is_file()
-        return f"**{folder}** {'was not begun; the output below says why.' if begun else 'is no stage of a run.'}", {}
-    record = StageRecord(folder)
+def _standing(record: StageRecord, stage: StageDir, running: bool) -> str:
     at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
     if record.complete:
-        text = f"**{folder}** is complete{'; a process still works on its run.' if process else '.'}"
-    elif process:
-        text = f"**{folder}** is in training, {at}."
+        text = f"is complete{'; a process still works on its run.' if running else '.'}"
+    elif running:
+        text = f"is in training, {at}."
     else:
         kept = [path.name for path in stage.checkpoints()[-1:]]
-        after = (
-            f"Resume continues from {kept[0]}." if kept else "There is no checkpoint yet: Resume begins at the start."
-        )
-        text = f"**{folder}** was stopped {at}. {after}"
-    if (folder / REPORT).is_file():
-        text += f" [Open the report](/report?stage={folder})"
+        text = f"was stopped {at}. "
+        text += f"Resume continues from {kept[0]}." if kept else "There is no checkpoint: Resume begins at the start."
+    if (stage.path / REPORT).is_file():
+        text += f" [Open the report](/report?stage={quote(str(stage.path))})"
     facts = "; ".join(f"{name} {value}" for name, value in record.facts().items() if name != "steps")
-    return f"{text}\n\n{facts}", record.columns
+    return f"{text}\n\n{facts}"
 
 
 def stages() -> list[str]:

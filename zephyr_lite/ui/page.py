@@ -64,20 +64,12 @@ def plan(method: str, preset: str, card: str, details: bool, *fields: str) -> It
 
 def look(folder: str | None) -> tuple[Any, ...]:
     """What the tab Train shows of a stage: its state, the charts, the end of its output, and whether to look again."""
-    with errors_on_page():
-        if not folder:
-            return (
-                "Nothing was trained here yet.",
-                *(chart(names, {}) for names in CHARTS.values()),
-                "",
-                gr.Timer(active=False),
-            )
-        path = Path(folder)
-        if error := jobs.failure_of(path):
-            raise error
-        text, columns = jobs.state_of(path)
-        charts = [chart(names, columns) for names in CHARTS.values()]
-        return text, *charts, jobs.log_text(path), gr.Timer(active=jobs.process_of(path.parent) is not None)
+    columns: Columns = {}
+    text, log, running = "Nothing was trained here yet.", "", False
+    if folder:
+        with errors_on_page():
+            text, columns, log, running = jobs.state_of(Path(folder))
+    return text, *(chart(names, columns) for names in CHARTS.values()), log, gr.Timer(active=running)
 
 
 def chart(names: dict[str, str], columns: Columns) -> Any:
@@ -112,9 +104,8 @@ def build(talk: Talk) -> gr.Blocks:
         with errors_on_page():
             talk.unload()
             folder = str(jobs.start(method, preset or None, words_of(*fields)))
-            return gr.Dropdown(choices=list(dict.fromkeys([folder, *jobs.stages()])), value=folder), gr.Timer(
-                active=True
-            )
+            choices = list(dict.fromkeys([folder, *jobs.stages()]))
+            return gr.Dropdown(choices=choices, value=folder), gr.Timer(active=True)
 
     def resume(folder: str | None) -> Any:
         with errors_on_page():
@@ -125,7 +116,7 @@ def build(talk: Talk) -> gr.Blocks:
     def stop(folder: str | None) -> None:
         with errors_on_page():
             jobs.stop(Path(folder or ""))
-            gr.Info("The step is finished, and a checkpoint written. Stop once more ends it at once.")
+            gr.Info("It finishes the step and writes a checkpoint. Stop once more ends it at once.")
 
     def ask(source: str, *settings: Any) -> Iterator[tuple[str, Any, str]]:
         with errors_on_page():
@@ -189,7 +180,9 @@ def build(talk: Talk) -> gr.Blocks:
                     info="A file (JSONL, JSON, CSV, Parquet), a folder or a hub id",
                     placeholder="the recipe's data",
                 )
-                held_out = gr.Textbox(label="Held-out data", info="For the held-out loss; optional")
+                held_out = gr.Textbox(
+                    label="Held-out data", info="For the held-out loss; by default a part of your data"
+                )
             with gr.Row():
                 uploaded = gr.UploadButton("Upload a file", file_types=FILES)
                 read = gr.Button("Read the data", variant="primary")
@@ -294,7 +287,7 @@ def build(talk: Talk) -> gr.Blocks:
         started.click(start, [method, preset, *fields], [shown, timer], api_name="start", **alone)
         resumed.click(resume, shown, timer, api_name="resume", **alone)
         stopped.click(stop, shown, api_name="stop")
-        for event in (timer.tick, shown.change):
+        for event in (timer.tick, shown.change, train_tab.select):
             event(look, shown, view, show_progress="hidden", api_name="look")
         for load in (page.load, train_tab.select, chat_tab.select, merge_tab.select):
             load(lists, [shown, source, merged_run], [shown, source, merged_run], show_progress="hidden")
