@@ -407,16 +407,14 @@ def test_own_rows_are_counted_by_their_characters(said, tmp_path):
     file, text = tmp_path / "chats.jsonl", "word " * 600
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     file.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[::-1] + turns}) + "\n")
-    _, out, _ = said("sft", "--gpu", "3060", f"dataset={file}", "num_train_epochs=30")
-    assert ": 2 rows of about 3,0" in " ".join(out.split())
+    own = ("sft", "--gpu", "3060", f"dataset={file}", "val_size=0")
+    out = " ".join(said(*own, "num_train_epochs=30")[1].split())
+    assert ": 2 rows of about 3,0" in out and "a run of few rows chooses more" not in out
     seconds = 2 * 3000 * 30 / float(re.search(r"\((\d+) tokens/s", out)[1])
-    assert float(re.search(r"time    about (\d+) min", out)[1]) == pytest.approx(seconds / 60, rel=0.1)
-    _, out, _ = said("dpo", "--gpu", "3060", f"dataset={file}")
-    assert (
-        "a step (" in out
-        and "the rows are not counted: " in out
-        and "dpo needs preference rows" in " ".join(out.split())
-    )
+    assert float(re.search(r"time about (\d+) min", out)[1]) == pytest.approx(seconds / 60, rel=0.1)
+    assert "a run of few rows chooses more" in said(*own)[1]
+    out = " ".join(said("dpo", "--gpu", "3060", f"dataset={file}")[1].split())
+    assert "a step (" in out and "the rows are not counted: " in out and "dpo needs preference rows" in out
 
 
 def test_the_suggestion_is_the_change_that_helps_most(said):

@@ -140,7 +140,7 @@ def test_the_better_way_is_kept(tiny_base, chat_rows, tmp_path, monkeypatch, ste
     else:
         assert made == ["base", "nf4"] and told["onto"] == "nf4"
         assert losses["base"] > losses["live"] + 0.05 and losses["nf4"] == pytest.approx(losses["live"], abs=1e-4)
-        assert f"{losses['base']:.3f}" in lines[-4] and lines[-4].endswith("worse, removed")
+        assert f"{losses['base']:.3f}" in lines[-3] and lines[-3].endswith("worse, removed")
         assert lines[-1] == f"{found.line('nf4')}: kept"
     with messages_to(lines.append):
         assert run_merge(out, run=tmp_path / "run") is None

@@ -54,7 +54,7 @@ class Standing:
 
 @dataclass
 class DemoResult:
-    """Scores of each model, and the share of the held-out pairs in which DPO raised the better answer over the worse one."""
+    """Scores of each model, and the share of held-out pairs in which DPO raised the better answer more."""
 
     standings: dict[str, Standing]
     reward_accuracy: float
@@ -163,8 +163,8 @@ def print_result(console: Console, result: DemoResult) -> None:
         console.out.print(answers, soft_wrap=False, width=width)
     losses = ", ".join(f"{one.loss:.3f} ({name})" for name, one in result.standings.items())
     for text in (
-        f"Loss on held-out conversations: {losses}; lower is better.",
-        f"DPO: against the SFT model, the better answer became likelier than the worse one in {result.reward_accuracy:.0%} "
-        "of the held-out pairs; by chance it would be 50%.",
+        f"Held-out loss: {losses}; lower is better.",
+        f"DPO made the better answer gain more probability than the worse one in {result.reward_accuracy:.0%} of the "
+        "held-out pairs, compared with the SFT model; by chance it would be 50%.",
     ):
         console.say("\n" + textwrap.fill(text, width, break_on_hyphens=False))

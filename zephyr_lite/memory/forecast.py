@@ -13,7 +13,7 @@ import torch
 from ..config.load import Loaded, MemorySpec, Method, RunConfig, find_config, load_config
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
-from ..io.text import duration
+from ..io.text import counted, duration
 from ..model.adapters import check_targets
 from ..model.base import compute_device, compute_dtype
 from ..model.families import Shape
@@ -63,8 +63,7 @@ def forecast_lines(
 
     basis = "by a short measurement" if card.measured else "by data sheets"
     if plan.earlier_runs:
-        runs = f"{plan.earlier_runs} earlier run{'s' * (plan.earlier_runs > 1)}"
-        basis = f"corrected by {runs} here: {plan.speed_ratio:.2f} of what was predicted"
+        basis = f"corrected by {counted(plan.earlier_runs, 'earlier run')} here: {plan.speed_ratio:.2f} of what was predicted"
     speed = plan.tokens_per_second
     told = f"{roughly}{speed:,.0f} tokens/s" if speed >= 10 else f"{roughly}{speed:.2g} tokens/s"
     time = f"about {duration(plan.seconds_per_step)} a step ({told} {basis}); the rows are not counted yet"
@@ -164,7 +163,11 @@ def planned_lines(
         data = counted_rows(method, config)
         for spec, rows in zip(config.dataset, data):
             if rows is not None and spec.path not in KNOWN_DATA:
-                notes.append(f"{spec.path}: {rows.rows:,} rows of about {rows.tokens:,} tokens, by their characters")
+                notes.append(
+                    f"{spec.path}: {counted(rows.rows, 'row')} of about {rows.tokens:,} tokens, by their characters"
+                )
+        if None not in data and "num_train_epochs" in loaded.automatic:
+            notes.append("the time is that of one epoch; a run of few rows chooses more")
     except UserError as error:
         notes.append(f"the rows are not counted: {error.message}")
     here = compute_device()
