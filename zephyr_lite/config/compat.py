@@ -329,7 +329,6 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
         entries, size = mixture.get("datasets"), mixture.get("test_split_size", size)
     if entries:
         result["dataset"] = [spec for entry in entries for spec in _entry(entry, faults)]
-        result.setdefault("eval_dataset", None)
     elif mixer or theirs["dataset_name"] is not None:
         specs = [{"path": theirs["dataset_name"], "name": theirs["dataset_config"]}]
         if mixer:
@@ -345,7 +344,8 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
         elif test is None and values.get("eval_strategy") in ("steps", "epoch"):
             test = "test"  # TRL's default
         result["dataset"] = [{**spec, "split": train or "train"} for spec in specs]
-        result["eval_dataset"] = [{**spec, "split": test, "weight": 1.0} for spec in specs] if test else None
+        if test:
+            result["eval_dataset"] = [{**spec, "split": test, "weight": 1.0} for spec in specs]
     if size is not None:
         _hold_out(size, result, faults, notes)
     if column not in (None, "text", "messages", "conversations"):  # these are found without a name

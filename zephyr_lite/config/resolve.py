@@ -57,9 +57,9 @@ def resolve_run(
     loaded = loaded or load_config(method, file or f"zephyr-7b/{method}", overrides)
     if file is None and not {spec.path for spec in loaded.config.dataset} & {SFT_DATA, DPO_DATA}:
         loaded.automatic = AUTOMATIC - loaded.typed
-        if not loaded.typed & {"val_size", "eval_dataset"} and not any(
-            spec.test_size for spec in loaded.config.dataset
-        ):
+        if "eval_dataset" in loaded.typed or any(spec.test_size for spec in loaded.config.dataset):
+            loaded.automatic.discard("val_size")
+        elif "val_size" in loaded.automatic:
             _set(loaded, val_size="auto")
             loaded.notes.remove(NOT_HELD_OUT)
     if method == "dpo" and "output_dir" not in loaded.given and runs_root is not None:

@@ -66,7 +66,8 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
     parts = [_load_source(spec, method, rng, system, rows) for spec, rng in zip(specs, rngs)]
     if specs[0].val_size is not None:
         _take_side(specs, parts, rngs, rows)
-    parts = [_repeated(part, spec.weight, rng) for part, spec, rng in zip(parts, specs, rngs)]
+    if specs[0].part != "test":
+        parts = [_repeated(part, spec.weight, rng) for part, spec, rng in zip(parts, specs, rngs)]
     rows.dataset = parts[0]
     if len(parts) > 1:  # the k-th of a source's n rows comes at (k + ½) / n of the way
         places = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])

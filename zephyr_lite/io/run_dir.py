@@ -93,11 +93,11 @@ class StageDir:
 def newest_run(
     root: Path = Path("runs"), *, stage: str | None = None, complete: bool = True, option: str = ""
 ) -> Path | None:
-    """The run under ``root`` with the stage that changed last, for a command that names none; prints which one it is.
+    """The run under ``root`` that changed last, for a command that names none; prints which one it is.
 
     Args:
-        stage: only stages of this name.
-        complete: only complete stages.
+        stage: only runs with a stage of this name.
+        complete: only runs in which it (or, without a name, any stage) is complete.
         option: what the command's words for a run begin with: ``--run ``, ``output_dir=``, or nothing.
 
     Returns:
@@ -107,11 +107,11 @@ def newest_run(
         UserError: another run changed within a day of it.
     """
     changed: dict[Path, float] = {}
-    for found in (each for run in root.glob("*") for each in stages_of(run) if stage in (None, each.path.name)):
+    for run in root.glob("*"):
+        stages = stages_of(run)
         with suppress(UserError, OSError):  # a broken stage.json of another run
-            if not complete or found.complete():
-                at = (found.path / STAGE_FILE).stat().st_mtime
-                changed[found.run] = max(at, changed.get(found.run, at))
+            if any(stage in (None, each.path.name) and (not complete or each.complete()) for each in stages):
+                changed[run] = max((each.path / STAGE_FILE).stat().st_mtime for each in stages)
     recent = sorted((run for run in changed if changed[run] > max(changed.values()) - RECENT), key=changed.__getitem__)
     if len(recent) > 1:
         now, wide = time.time(), max(len(str(run)) for run in recent)

@@ -72,6 +72,8 @@ def run_merge(
         raise UserError(f"{run}: is a model's folder, without adapters to merge.", "Give a run's folder (runs/NAME).")
     _report_chain(chain, stage is None)
     sweep(out.absolute().parent, out.name)
+    aside = out.with_name(f".{out.name}.measure")
+    remove_tree(aside)  # of a merge that was killed
     if as_adapter:
         _write_adapter(chain, out, overwrite)
         return None
@@ -100,7 +102,10 @@ def run_merge(
     way: Way = mark["onto"] if merged else onto or ("nf4" if stored_in_4bit else "base")
     measured = mark.get("measured", {}) if merged else {}
     wanted: set[Way] = {"base", "nf4"} if both and two_ways else {way}
-    done = not check or (wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
+    # an earlier --onto base, or one without a choice, may have kept the worse way
+    gap = measured.get(way, {}).get("loss_minus_live")
+    worse = onto is None and two_ways and way == "base" and gap is not None and _is_worse(gap["value"], gap["low"])
+    done = not check or (not worse and wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
     if merged:
         logger.info(
             f"{out} is complete already, onto {NAMES[way]}." if done else f"{out}: the comparison is still to be made"
@@ -115,11 +120,10 @@ def run_merge(
     logger.info(found.live_line())
     verdict = ""
     if onto is None and two_ways and way == "base" and found.lost is None:
-        gap = found.numbers[way]["loss_minus_live"]
-        verdict = ": about equal, kept"
-        if gap.high is not None and gap.high < 0:
-            verdict = ": better, kept"
-        if gap.low is not None and gap.low > 0:
+        difference = found.numbers[way]["loss_minus_live"]
+        better = difference.high is not None and difference.high < 0
+        verdict = ": better, kept" if better else ": about equal, kept"
+        if _is_worse(difference.value, difference.low):
             logger.info(f"{found.line(way)}: worse, removed")
             remove_folder(out)  # first, since the disk may have room for one only
             way, verdict = "nf4", ": kept"
@@ -135,7 +139,6 @@ def run_merge(
     mark = read_json(out / MARK) or {}
     write_json(out / MARK, {**mark, "measured": found.as_dict()})
     for other in wanted - found.logps.keys():
-        aside = out.with_name(f".{out.name}.measure")
         try:
             make(aside, other, overwrite=True)
             found.add(other, aside)
@@ -182,6 +185,11 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
     logger.info(
         f"{out}: the whole chain as one PEFT adapter for the bare {name}: vLLM and PEFT load it so, without a merge."
     )
+
+
+def _is_worse(loss_minus_live: float, low: float | None) -> bool:
+    """Whether a merged model is worse than the live stack; of one conversation there is no interval."""
+    return (loss_minus_live if low is None else low) > 0
 
 
 def _is_merge(mark: dict[str, Any], wanted: dict[str, Any]) -> bool:
