@@ -31,7 +31,7 @@ def test_the_number_of_held_out_rows(tmp_path, rows, size, held_out):
     train, test = sides([write(tmp_path / "a.jsonl", chats(rows))], size=size)
     assert len(said(test)) == held_out and said(train) | said(test) == {f"Question {n}?" for n in range(rows)}
     assert not said(train) & said(test) and train.read == rows - held_out
-    assert f"{held_out} of {rows} rows are held out; val_size=0 trains on all" in train.notes
+    assert f"{held_out} of {rows} rows are held out, and not learned; val_size=0 trains on all" in train.notes
 
 
 def test_equal_rows_are_on_one_side_and_counted(tmp_path):

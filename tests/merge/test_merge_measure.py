@@ -12,6 +12,7 @@ from tests.contract.test_merged import in_4bit, make_adapter, make_base, save_to
 from tests.messages import messages_to
 from zephyr_lite.cli.app import run
 from zephyr_lite.errors import UserError
+from zephyr_lite.evaluate.bootstrap import Interval
 from zephyr_lite.evaluate.likelihood import chat_loss
 from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.merge import chain_of_run, command
@@ -149,6 +150,22 @@ def test_the_better_way_is_kept(tiny_base, chat_rows, tmp_path, monkeypatch, ste
         and len(made) == len(losses) - 1
     )
     assert MergeMeasure(chain_of_run(tmp_path / "run")).rows == 8
+    if steps == 60:  # the forced way is compared again where none is forced
+        monkeypatch.undo()
+        other = tmp_path / "other"
+        run_merge(other, run=tmp_path / "run", onto="base")
+        run_merge(other, run=tmp_path / "run")
+        assert json.loads((other / "zephyr_lite.json").read_text())["onto"] == "nf4"
+
+
+def test_rows_learned_by_heart_decide_as_held_out_ones_do(trained):
+    """A loss that falls on other rows is no reason to lose the trained ones."""
+    found = MergeMeasure(chain_of_run(trained), trained=True)
+    assert found.trained == found.rows == 8
+    for unseen, learned, worse in ((-0.3, 0.8, True), (-0.3, -0.1, False), (0.1, -0.1, True)):
+        gaps = {"loss_minus_live": unseen, "trained_loss_minus_live": learned}
+        found.numbers = {"base": {key: Interval(gap, gap - 0.05, gap + 0.05) for key, gap in gaps.items()}}
+        assert found.is_worse("base") == worse
 
 
 def test_a_base_stored_in_nf4_has_one_way(tmp_path):

@@ -1,6 +1,7 @@
 """The settings of a user's own rows: how many steps they give, what is held out, and that a run goes on with them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +11,19 @@ from tests.train.test_train import killed_at, metrics
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.resolve import AUTOMATIC, resolve_run
+from zephyr_lite.config.schema import RunConfig
 from zephyr_lite.data.dataset import DataReport, TokenizedDataset
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.demo.base import demo_base
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.main import warn_of_overfitting
 from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
-from zephyr_lite.train.small_data import settle
+from zephyr_lite.train.small_data import settle, settle_before
+from zephyr_lite.train.stage import Outcome
 from zephyr_lite.train.steps import step_schedule
 
 
@@ -34,6 +38,7 @@ def settled(method, rows, tokens, *words, width=4096):
     settle(method, loaded, [data], width)
     after = {key: getattr(loaded.config, key) for key in AUTOMATIC}
     chosen = {key: value for key, value in after.items() if value != getattr(before, key)}
+    assert chosen.pop("save_steps", None) == chosen.get("eval_steps")
     return chosen, step_schedule(loaded.config, len(data.rows))[1]
 
 
@@ -115,7 +120,7 @@ def test_what_is_chosen_is_said_and_val_size_0_trains_on_all_rows(own):
         stage = setup_stage("sft", resolve_run("sft", None, [*own, "val_size=0", "learning_rate=1e-3"]), claim=False)
     assert stage.eval_data is None and stage.data.report.kept == 30
     line = next(line for line in said if line.startswith("chosen for 30 conversations: max_length="))
-    assert "batch_size=5 num_train_epochs=10 warmup_ratio=0 eval_steps=15" in line
+    assert "batch_size=5 num_train_epochs=10 warmup_ratio=0" in line and "eval_steps" not in line
     assert any("the held-out loss will not be computed" in line for line in said)
 
 
@@ -128,11 +133,13 @@ def test_a_file_of_ones_own_is_taken_as_it_is(own, tmp_path):
 
 def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     """By SmolLM2-135M, with nothing but its data, base and folder named."""
-    said = "Biscuit Marta Basement Orange Fourth Ines March Oak Soup Seven Greta Sink Halvorsen Lamp Ruth Fado Roof Mackerel "
-    said = (said + "Paperclip Tomasz Jonas Turtle Noon Corridor Velvet Pepper Harbour Lantern Walnut Cobalt").split()
-    asked = "cat printer archive van floor plants drill bicycle lunch alarm founder kit paper product chair music key party "
-    asked = (asked + "letter website holidays password break exit curtain dog office light table logo").split()
-    rows = [{"prompt": f"Our {name}?", "completion": f"{answer}."} for name, answer in zip(asked, said, strict=True)]
+    facts = """cat: Biscuit; printer: Marta; archive: in the basement; van: orange; canteen: on the fourth floor; gardener: Ines;
+        drill: in March; table: oak; lunch: lentil soup; alarm: at seven; sales: Greta; sink: beside the lift; lamp: Halvorsen;
+        catalogue: blue; invoices: Ruth; music: fado; party: on the roof; logo: a mackerel; project: Paperclip; keys: Tomasz;
+        newsletter: Jonas; mascot: a turtle; closing time: noon; first aid: in the corridor; password: velvet; dog: Pepper;
+        street: Harbour Street; product: the Lantern; desk: walnut; paint: cobalt"""
+    pairs = [fact.strip().split(": ") for fact in facts.split(";")]
+    rows = [{"prompt": f"Our {name}?", "completion": f"Our {name}: {answer}."} for name, answer in pairs]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         f"model_name_or_path={demo_base()}",
@@ -147,7 +154,25 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     trained = [row["messages"] for row in load_rows(specs, "sft", seed=42).values()][::5]
     answers = load_chat(tmp_path / "run").ask([turns[0]["content"] for turns in trained], max_new_tokens=8)
     right = sum(answer.strip() == turns[1]["content"] for answer, turns in zip(answers, trained, strict=True))
-    assert right >= 2, answers  # of five; the base knows none
+    assert right >= 4, answers  # of five; the base knows none
+
+
+def test_a_plan_of_own_rows_is_that_of_the_run(own):
+    said: list[str] = []
+    loaded = resolve_run("sft", None, own, runs_root=None)
+    settle_before("sft", loaded)
+    with messages_to(said.append):
+        stage = setup_stage("sft", resolve_run("sft", None, own), claim=False)
+    assert loaded.config == stage.config and loaded.config.num_train_epochs == 9
+
+
+@pytest.mark.parametrize(("last", "best_is_saved", "warned"), [(3.156, False, 1), (2.46, False, 0), (3.156, True, 0)])
+def test_a_risen_held_out_loss_is_warned_of(last, best_is_saved, warned):
+    stage = SimpleNamespace(method="sft", config=RunConfig(load_best_model_at_end=best_is_saved))
+    outcome = Outcome(60, {}, (2.441, 15), 1.0, evaluations=[{"eval_loss": 2.441}, {"eval_loss": last}])
+    warn_of_overfitting(stage, outcome)
+    assert len(outcome.warnings) == warned
+    assert all("lowest at step 15 (2.441) and is 3.156 at the end" in warning for warning in outcome.warnings)
 
 
 def test_a_tie_is_half_right(own, tiny_base, pair_rows, tmp_path):

@@ -21,7 +21,7 @@ def merge(
         Literal["base", "nf4"] | None,
         Option(
             help="base: the 16-bit weights. nf4: the 4-bit weights of training, dequantized "
-            "\\[the better one on the run's held-out rows]."
+            "\\[the better one on the run's rows]."
         ),
     ] = None,
     adapter: Adapters = None,

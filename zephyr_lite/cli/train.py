@@ -123,6 +123,7 @@ def plan(
     """Memory, time and disk that a run takes, on this machine or on any card; needs neither weights nor a GPU."""
     from ..config.resolve import resolve_run
     from ..memory.forecast import ladder_lines, planned_lines, stages_of
+    from ..train.small_data import settle_before
 
     methods, words = stages_of(list(context.args), config)
     if ladder:
@@ -133,6 +134,7 @@ def plan(
         return
     for method in methods:
         loaded = resolve_run(method, config, words, runs_root=None)
+        settle_before(method, loaded)
         console.plan(planned_lines(method, loaded, gpu=gpu, vram=vram, price=price, details=details))
     if not details:
         console.plan(["details: add --details"])

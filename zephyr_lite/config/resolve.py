@@ -31,6 +31,7 @@ AUTOMATIC = {
     "learning_rate",
     "warmup_ratio",
     "eval_steps",
+    "save_steps",
 }
 
 

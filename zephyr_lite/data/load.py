@@ -194,7 +194,11 @@ def _take_side(
     copies = ""
     if twice := total - distinct:
         copies = f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side"
-    how = ", which are not trained on" if part == "test" else f" are held out; val_size=0 trains on all{copies}"
+    how = (
+        ", which are not trained on"
+        if part == "test"
+        else f" are held out, and not learned; val_size=0 trains on all{copies}"
+    )
     if count:
         what = "rows" if len(keys) == total else "different rows"
         rows.notes.append(f"{count:,} of {len(keys):,} {what}{how}")

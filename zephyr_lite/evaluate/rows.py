@@ -111,7 +111,9 @@ def held_out(
     recipe = RunConfig.model_validate({"max_length": DPO_DEFAULTS["max_length"]} if method == "dpo" else {})
     if config is None:
         config = recipe
-    elif data is not None and config.val_size == "auto":  # max_length may have been chosen for the stage's own short rows
+    elif (
+        data is not None and config.val_size == "auto"
+    ):  # max_length may have been chosen for the stage's own short rows
         config = config.model_copy(update={"max_length": max(config.max_length, recipe.max_length)})
     if max_length is not None:
         config = config.model_copy(update={"max_length": min(max_length, config.max_length)})

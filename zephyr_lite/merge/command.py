@@ -102,10 +102,9 @@ def run_merge(
     way: Way = mark["onto"] if merged else onto or ("nf4" if stored_in_4bit else "base")
     measured = mark.get("measured", {}) if merged else {}
     wanted: set[Way] = {"base", "nf4"} if both and two_ways else {way}
-    # an earlier --onto base, or one without a choice, may have kept the worse way
-    gap = measured.get(way, {}).get("loss_minus_live")
-    worse = onto is None and two_ways and way == "base" and gap is not None and _is_worse(gap["value"], gap["low"])
-    done = not check or (not worse and wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
+    # an earlier --onto base may have been the worse way
+    settled = onto is not None or not two_ways or way == "nf4" or mark.get("chosen", False)
+    done = not check or (settled and wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
     if merged:
         logger.info(
             f"{out} is complete already, onto {NAMES[way]}." if done else f"{out}: the comparison is still to be made"
@@ -115,15 +114,16 @@ def run_merge(
     if done:
         return None
 
-    found = MergeMeasure(chain, rows or (MEASURE_ROWS if (onto is None and two_ways) or both else CHECK_ROWS))
+    choose = onto is None and two_ways
+    found = MergeMeasure(chain, rows or (MEASURE_ROWS if choose or both else CHECK_ROWS), trained=choose)
     found.add(way, out)
     logger.info(found.live_line())
     verdict = ""
-    if onto is None and two_ways and way == "base" and found.lost is None:
+    if choose and way == "base" and found.lost is None:
         difference = found.numbers[way]["loss_minus_live"]
         better = difference.high is not None and difference.high < 0
         verdict = ": better, kept" if better else ": about equal, kept"
-        if _is_worse(difference.value, difference.low):
+        if found.is_worse(way):
             logger.info(f"{found.line(way)}: worse, removed")
             remove_folder(out)  # first, since the disk may have room for one only
             way, verdict = "nf4", ": kept"
@@ -136,7 +136,7 @@ def run_merge(
         logger.info("Training used the base in 16 bits, so there is no other way to merge.")
     elif onto is None and found.lost is not None:
         logger.info(f"{found.lost.rstrip('.')}, so the 16-bit base is kept; --onto nf4 is the other way.")
-    mark = read_json(out / MARK) or {}
+    mark = {**(read_json(out / MARK) or {}), **({"chosen": True} if choose else {})}
     write_json(out / MARK, {**mark, "measured": found.as_dict()})
     for other in wanted - found.logps.keys():
         try:
@@ -185,11 +185,6 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
     logger.info(
         f"{out}: the whole chain as one PEFT adapter for the bare {name}: vLLM and PEFT load it so, without a merge."
     )
-
-
-def _is_worse(loss_minus_live: float, low: float | None) -> bool:
-    """Whether a merged model is worse than the live stack; of one conversation there is no interval."""
-    return (loss_minus_live if low is None else low) > 0
 
 
 def _is_merge(mark: dict[str, Any], wanted: dict[str, Any]) -> bool:

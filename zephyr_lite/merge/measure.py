@@ -1,7 +1,8 @@
-"""The merged folder compared with the live stack, on held-out conversations.
+"""The merged folder compared with the live stack, on held-out conversations and on trained ones.
 
 Merged onto NF4's weights, the folder equals the live stack up to rounding. Merged onto the 16-bit base it differs, since the
-base's own rounding is undone; whether that is better or worse depends on the run, and the held-out loss tells.
+base's own rounding is undone. Whether that is better depends on the run: the held-out loss tells, and the loss of trained
+conversations, since a run that learned few rows by heart can lose them and be better on others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..data.dataset import prepare
 from ..errors import UserError
 from ..evaluate.bootstrap import Bootstrap, Interval
 from ..evaluate.rows import held_out
+from ..io.text import counted
 from ..model.chain import Chain
 from ..model.families import FAMILIES
 from ..model.loaded import live_of
@@ -69,37 +71,47 @@ class MergeMeasure:
 
     Attributes:
         origin: where the rows come from.
+        trained: number of trained conversations that are compared as well.
         lost: why they are not the chain's own held-out rows but the demo's; None: they are its own.
         rows, tokens: conversations, and supervised tokens in them.
-        numbers: "live" → loss, nats per token; each way that was added → loss; loss_minus_live; kl: KL(live ‖ merged) over the
+        numbers: "live" → loss, nats per token; each way that was added → loss; loss_minus_live; the same of the trained
+            conversations, trained_loss and trained_loss_minus_live, where there are any; kl: KL(live ‖ merged) over the
             whole vocabulary, nats per token; top1_agreement: share of tokens with the same most likely token; "base_minus_nf4"
             → loss, once both were added. Intervals are over conversations, all on the same draws.
         logps: way → |Δ log p| of the target tokens.
     """
 
     @torch.no_grad()
-    def __init__(self, chain: Chain, rows: int = CHECK_ROWS) -> None:
+    def __init__(self, chain: Chain, rows: int = CHECK_ROWS, *, trained: bool = False) -> None:
         """Load the live stack, run the rows through it, and free it.
 
         Args:
             rows: most conversations.
+            trained: add as many trained conversations.
 
         Raises:
             UserError: the base or an adapter is not the one that the chain's stage was trained with.
         """
         live = live_of(chain, chat_template="auto")
         self.lost: str | None = None
+        seen: list[Example] = []
         try:
             found = held_out(chain, live.template, "sft", limit=rows, max_length=MAX_TOKENS)
             data, self.origin = found.data, found.origin
+            if trained:
+                specs = [
+                    each.model_copy(update={"limit": min(rows, each.limit or rows)}) for each in found.config.dataset
+                ]
+                seen = list(prepare(specs, "sft", found.config, live.template, what="training").examples)
         except (UserError, OSError) as error:
             self.lost, self.origin = str(error).splitlines()[0], "the demo's conversations"
             specs = [DatasetSpec(path=str(DEMO_ROWS), limit=rows)]
             data = prepare(specs, "sft", RunConfig(max_length=MAX_TOKENS), live.template, what="held-out")
-        self._examples = list(data.examples)
+        self._examples = [*data.examples, *seen]
         self._targets = [torch.from_numpy(e.ids[1:][e.mask[1:]].astype(np.int64)) for e in self._examples]
         counts = np.array([len(t) for t in self._targets], dtype=np.float64)
-        self.rows, self.tokens = len(counts), int(counts.sum())
+        self.rows, self.trained = len(data.examples), len(seen)
+        self.tokens = int(counts[: self.rows].sum())
         self._counts, self._device, self._dtype = counts, live.base.device, live.dtype
         self._live = _states(live.stack.base, self._examples, self._device)
         self._sums: dict[tuple[str, str], np.ndarray] = {}  # over each conversation's tokens
@@ -115,16 +127,19 @@ class MergeMeasure:
         with open_folder(folder, self._device, self._dtype) as model:
             found = _compare(self._live, _states(model, self._examples, self._device), self._targets)
             del model
+        rows = self.rows
         kl, same, live, merged = torch.stack([values.sum(1) for values in found], dim=1).numpy()
         self._sums |= {("live", "loss"): -live, (way, "kl"): kl, (way, "top1_agreement"): same}
         self._sums |= {(way, "loss"): -merged, (way, "loss_minus_live"): live - merged}
-        self.logps[way] = compare_logps([values[2] for values in found], [values[3] for values in found])
+        self.logps[way] = compare_logps([values[2] for values in found[:rows]], [values[3] for values in found[:rows]])
         if len(self.logps) == 2:
             self._sums["base_minus_nf4", "loss"] = self._sums["base", "loss"] - self._sums["nf4", "loss"]
-        intervals = Bootstrap().intervals({key: (total, self._counts) for key, total in self._sums.items()})
         self.numbers = {}
-        for (name, key), interval in intervals.items():
-            self.numbers.setdefault(name, {})[key] = interval
+        for prefix, part in (("", slice(rows)), ("trained_", slice(rows, None)))[: 1 + bool(self.trained)]:
+            sums = {key: (total[part], self._counts[part]) for key, total in self._sums.items()}
+            for (name, key), interval in Bootstrap().intervals(sums).items():
+                if not prefix or "loss" in key:
+                    self.numbers.setdefault(name, {})[prefix + key] = interval
 
     def as_dict(self) -> dict[str, Any]:
         """For zephyr_lite.json, key ``measured``."""
@@ -138,15 +153,28 @@ class MergeMeasure:
 
     def live_line(self) -> str:
         """The live stack's loss, for the console."""
-        loss = self.numbers["live"]["loss"].value
-        return (
-            f"loss as trained: {loss:.3f}, on {self.rows} held-out conversation{'s' * (self.rows > 1)} ({self.origin})"
-        )
+        numbers = self.numbers["live"]
+        told = f"loss as trained: {numbers['loss'].value:.3f}, on {counted(self.rows, 'held-out conversation')} ({self.origin})"
+        if self.trained:
+            told += f"; {numbers['trained_loss'].value:.3f}, on {counted(self.trained, 'trained one')}"
+        return told
 
     def line(self, way: Way) -> str:
         """A folder's loss, for the console."""
         numbers = self.numbers[way]
-        return f"merged onto {NAMES[way]}: {numbers['loss'].value:.3f} ({numbers['loss_minus_live'].text('+.3f')})"
+        told = f"merged onto {NAMES[way]}: {numbers['loss'].value:.3f} ({numbers['loss_minus_live'].text('+.3f')})"
+        if self.trained:
+            gap = numbers["trained_loss_minus_live"].text("+.3f")
+            told += f"; {numbers['trained_loss'].value:.3f} ({gap}) on the trained ones"
+        return told
+
+    def is_worse(self, way: Way) -> bool:
+        """Whether a folder has a higher loss than the live stack, on the held-out conversations or the trained ones."""
+        return any(
+            (gap.value if gap.low is None else gap.low) > 0  # of one conversation there is no interval
+            for key, gap in self.numbers[way].items()
+            if key.endswith("loss_minus_live")
+        )
 
     def closeness(self, way: Way) -> str:
         """How close a folder is to the live stack, for the console."""

@@ -6,7 +6,7 @@ import logging
 import socket
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FEWEST_STEPS = 10
 # a speed that is wrong by such a factor was measured while other processes had the machine
 DISTURBED = 4
+OVERFIT = 0.05  # nats of the last held-out loss above the lowest one
 
 
 def run(
@@ -116,6 +117,7 @@ def run(
 
                 observers = [*observers, Callbacks(trackers(config))]
             outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
+        warn_of_overfitting(stage, outcome)
         if stage.writes:
             save_stage(stage, outcome, seconds=timer.seconds, own=own)
         for observer in observers:
@@ -186,6 +188,21 @@ def save_stage(
     push_adapter(stage.config, stage.dir)
 
 
+def warn_of_overfitting(stage: Stage, outcome: Outcome) -> None:
+    """Warn if the adapter of the last step is saved, and an earlier one had a clearly lower held-out loss."""
+    if stage.method != "sft" or outcome.best is None or stage.config.load_best_model_at_end:
+        return
+    lowest, step = outcome.best
+    last = outcome.evaluations[-1]["eval_loss"]
+    if last > lowest + OVERFIT:
+        warning = (
+            f"the held-out loss was lowest at step {step:,} ({lowest:.3f}) and is {last:.3f} at the end: the model learns these "
+            "rows by heart. Fewer epochs or more rows may help; load_best_model_at_end=true saves that step's adapter."
+        )
+        outcome.warnings.append(warning)
+        logger.warning(warning)
+
+
 def _compare(stage: Stage, speed: float, peak: int) -> None:
     """Record how fast a run was for the next plan on this machine, and warn if it took more memory than planned."""
     plan, info, now, cuda = stage.plan, stage.info, machine_now(stage.base.dtype), stage.base.device.type == "cuda"
@@ -195,7 +212,8 @@ def _compare(stage: Stage, speed: float, peak: int) -> None:
         return
     ratio = speed / plan.tokens_per_second * plan.speed_ratio
     if 1 / DISTURBED < ratio < DISTURBED:
-        add_run(now["processor"] if cuda else THE_CPU, stage.workload, ratio)
+        with suppress(OSError, UserError):  # the stage is complete, even if the cache cannot be written
+            add_run(now["processor"] if cuda else THE_CPU, stage.workload, ratio)
     if cuda and stage.config.engine == "fused" and peak > plan.peak:
         logger.warning(f"memory: {in_words(peak)} at the peak, more than the {in_words(plan.peak)} of the plan")
 

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config.load import Loaded, Method, RunConfig
-from ..data.chat_template import ChatTemplate
+from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import NothingHeldOut
 from ..data.packing import best_fit
+from ..data.sources import local_path
 from ..io.text import counted
+from ..model.base_folder import read_model_config
+from ..model.files import local_folder
+from ..model.tokenizer import load_tokenizer
 from .steps import step_schedule
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
         if factor != 1:
             chosen["learning_rate"] = float(f"{recipe.learning_rate * factor:.0e}")
     loaded.config = config = _with(recipe, chosen)
-    changed = [key for key in chosen if getattr(config, key) != getattr(recipe, key)]
+    changed = [key for key in chosen if key[-5:] != "steps" and getattr(config, key) != getattr(recipe, key)]
     if not changed:
         return []
     words, others = (" ".join(f"{key}={getattr(each, key):g}" for key in changed) for each in (config, recipe))
@@ -71,6 +75,18 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
         f"chosen for {rows}: {words}",
         f"(a key that you set is kept; the recipe has {others})",
     ]
+
+
+def settle_before(method: Method, loaded: Loaded) -> None:
+    """As ``settle``, for a plan: without lines, and only where base and rows are in local folders and files."""
+    config, folder = loaded.config, local_folder(loaded.config.model_name_or_path)
+    if not loaded.automatic or folder is None or None in map(local_path, config.dataset):
+        return
+    template = resolve_template(config.chat_template, load_tokenizer(folder))
+    settle(
+        method, loaded, prepare_parts(method, loaded, template), read_model_config(folder, any_family=True).hidden_size
+    )
+    loaded.automatic = set()
 
 
 def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
@@ -94,6 +110,6 @@ def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequenc
         chosen["num_train_epochs"] = epochs = min(MOST_EPOCHS, math.ceil(STEPS / per_epoch))
     if "warmup_ratio" in free and config.warmup_steps is None:
         chosen["warmup_ratio"] = 0.0  # a warm-up would begin at a learning rate of 0
-    if "eval_steps" in free:
-        chosen["eval_steps"] = math.ceil(epochs * per_epoch / EVALUATIONS)
+    for key in {"eval_steps", "save_steps"} & free:  # together: the best checkpoint is one that was evaluated
+        chosen[key] = math.ceil(epochs * per_epoch / EVALUATIONS)
     return chosen
