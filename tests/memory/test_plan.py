@@ -512,6 +512,7 @@ def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_b
     """The lines of a dry run and of a run are the forecast's; and what does not fit is refused before the base is read."""
     from zephyr_lite.train import setup
 
+    monkeypatch.setenv("ZEPHYR_LITE_CACHE", str(tmp_path / "cache"))  # without the speeds of other tests' runs
     words = [
         f"model_name_or_path={tiny_base}",
         f"dataset={chat_rows}",
