@@ -12,6 +12,7 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from zephyr_lite.chat import Chat, load_chat
@@ -158,9 +159,11 @@ def test_the_given_host_is_answered(chat, host):
     assert anything == (200 if host in ("0.0.0.0", "::") else 400)
 
 
-def test_a_client_that_leaves_ends_its_answer(ask, monkeypatch, said):
-    choose = RowSampler.choose
-    monkeypatch.setattr(RowSampler, "choose", lambda self, scores: time.sleep(0.05) or choose(self, scores))
+def test_a_client_that_leaves_ends_its_answer(chat, ask, monkeypatch, said):
+    choose, eos = RowSampler.choose, torch.tensor([chat.template.tokenizer.eos_token_id])
+    monkeypatch.setattr(
+        RowSampler, "choose", lambda self, s: time.sleep(0.05) or choose(self, s.index_fill(-1, eos, -1e9))
+    )
     settings = {"model": "base", "messages": HI, "max_tokens": 200, "temperature": 3.0}
     with ask.client.chat.completions.create(**settings, stream=True) as stream:
         next(stream)
