@@ -50,6 +50,7 @@ CSS = """
 .zl-rejected .zl-on {background: rgba(239, 68, 68, .28)}
 .zl-failed {color: #dc2626}
 .wrap:has(> .error) {display: none !important}
+.mark-line path[d$="Z"] {stroke-linecap: round; stroke-width: 8px; clip-path: none}
 .zl-special {outline: 1px solid rgba(128, 128, 128, .6); border-radius: 2px; font-size: .85em}
 .zl-turn {display: grid; grid-template-columns: 6.5em 1fr; gap: .6em; padding: .25em 0}
 .zl-turn > div, .zl-answer, .zl-asked {white-space: pre-wrap; overflow-wrap: anywhere}
@@ -361,7 +362,12 @@ def open_page(port: int, browser: bool) -> tuple[gr.Blocks, str]:
     page = build(Talk())
     theme = gr.themes.Default(
         primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400")
+    ).set(
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        body_text_color_subdued="*neutral_500",
+    )
     try:
         app, address, _ = page.launch(
             server_name="127.0.0.1",
