@@ -23,7 +23,7 @@ NOTHING = [None] * 9
 
 
 def fields(base, data, more: str = "", run: str = "runs/t") -> list:
-    return [str(base), str(data), None, None, None, None, None, more, run]
+    return [str(base), str(data), None, run, None, None, None, None, more]
 
 
 def wait_for(condition, seconds: float = 120.0) -> None:
@@ -35,13 +35,13 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 
 def test_empty_fields_keep_their_default():
     assert jobs.words_of(*NOTHING) == []
-    words = jobs.words_of("my/base", "a.jsonl", "", " 1e-4 ", "", "", "", "system='Be brief.' seed=1", "runs/x")
+    words = jobs.words_of("my/base", "a.jsonl", "", "runs/x", " 1e-4 ", "", "", "", "system='Be brief.' seed=1")
     assert words == [
-        *("model_name_or_path=my/base", "dataset=a.jsonl", "learning_rate=1e-4", "output_dir=runs/x"),
+        *("model_name_or_path=my/base", "dataset=a.jsonl", "output_dir=runs/x", "learning_rate=1e-4"),
         *("system=Be brief.", "seed=1"),
     ]
     with pytest.raises(UserError, match="quote a value"):
-        jobs.words_of(*NOTHING[:7], "system='Be brief.", None)
+        jobs.words_of(*NOTHING[:8], "system='Be brief.")
 
 
 def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
@@ -161,7 +161,7 @@ def test_the_page_is_served_here_with_its_reports(talk_run):
         client = Client(address, verbose=False)
         assert "is complete." in client.predict(str(talk_run / "sft"), api_name="/look")[0]
         with pytest.raises(Exception, match="no_such_key"):
-            client.predict("sft", "", *[""] * 7, "no_such_key=1", "runs/t", api_name="/start")
+            client.predict("sft", "", *[""] * 8, "no_such_key=1", api_name="/start")
         assert httpx.get(f"{address}report", params={"stage": str(talk_run)}).status_code == 404
         copy = Path(shutil.copytree(talk_run / "sft", "runs/t/sft"))
         (copy / "report.html").write_text("<p>the report</p>")

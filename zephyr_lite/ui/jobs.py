@@ -24,6 +24,10 @@ from ..io.run_dir import STAGE_FILE, StageDir
 from ..monitor.report import REPORT, Columns, StageRecord, number
 
 RUNS = Path("runs")  # with all runs of the page
+KEYS = (
+    *("model_name_or_path", "dataset", "eval_dataset", "output_dir"),
+    *("learning_rate", "num_train_epochs", "batch_size", "max_length"),
+)
 LINES = 14  # of a log that are shown
 _PROGRAM = (sys.executable, "-m", "zephyr_lite")
 # stage → the process that this server started last for it
@@ -43,25 +47,14 @@ def error_html(error: UserError) -> str:
     return escape("\n".join(filter(None, (error.message, error.hint)))).replace("\n", "<br>")
 
 
-def words_of(
-    base: str, data: str, held_out: str, rate: str, epochs: str, batch: str, length: str, more: str, run: str
-) -> list[str]:
-    """The ``key=value`` words of the page's fields; an empty field keeps its default."""
-    values = {
-        "model_name_or_path": base,
-        "dataset": data,
-        "eval_dataset": held_out,
-        "learning_rate": rate,
-        "num_train_epochs": epochs,
-        "batch_size": batch,
-        "max_length": length,
-        "output_dir": run,
-    }
+def words_of(*fields: str) -> list[str]:
+    """The ``key=value`` words of the page's fields: values of KEYS, other words; an empty field keeps its default."""
+    *values, more = fields
     try:
         others = shlex.split(more or "")
     except ValueError as error:
         raise UserError(f"other keys: {error}.", "Write key=value, and quote a value with spaces.") from None
-    return [f"{key}={value.strip()}" for key, value in values.items() if value and value.strip()] + others
+    return [f"{key}={value.strip()}" for key, value in zip(KEYS, values) if value and value.strip()] + others
 
 
 def run_command(*words: str) -> Iterator[str]:

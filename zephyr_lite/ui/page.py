@@ -50,7 +50,8 @@ CSS = """
 .zl-rejected .zl-on {background: rgba(239, 68, 68, .28)}
 .zl-failed {color: #dc2626}
 .wrap:has(> .error) {display: none !important}
-.mark-line path[d$="Z"] {stroke-linecap: round; stroke-width: 8px; clip-path: none}
+.mark-line {clip-path: none}
+.mark-line path[d$="Z"] {stroke-linecap: round; stroke-width: 8px}
 .zl-special {outline: 1px solid rgba(128, 128, 128, .6); border-radius: 2px; font-size: .85em}
 .zl-turn {display: grid; grid-template-columns: 6.5em 1fr; gap: .6em; padding: .25em 0}
 .zl-turn > div, .zl-answer, .zl-asked {white-space: pre-wrap; overflow-wrap: anywhere}
@@ -129,17 +130,15 @@ def build(talk: Talk) -> gr.Blocks:
         talk: the model that its tab Chat talks to.
     """
 
-    def start(method: Any, preset: str, *fields: str) -> Any:
+    def start(method: Any, preset: str, *fields: str) -> str:
         with errors_on_page():
             talk.unload()
-            folder = str(jobs.start(method, preset or None, words_of(*fields)))
-            return gr.Dropdown(choices=jobs.stages(), value=folder), gr.Timer(SECONDS)
+            return str(jobs.start(method, preset or None, words_of(*fields)))
 
-    def resume(folder: str | None) -> Any:
+    def resume(folder: str | None) -> None:
         with errors_on_page():
             talk.unload()
             jobs.resume(Path(folder or ""))
-            return gr.Timer(SECONDS)
 
     def stop(folder: str | None) -> None:
         with errors_on_page():
@@ -199,7 +198,6 @@ def build(talk: Talk) -> gr.Blocks:
         return [method, presets(method, preset), *others]
 
     text_box: dict[str, Any] = {"elem_classes": "zl-text", "interactive": False, "buttons": ["copy"]}
-    default = "default"
     with gr.Blocks(title="zephyr-lite", analytics_enabled=False) as page:
         gr.Markdown("# zephyr-lite")
         rows, timer = gr.State(None), gr.Timer(IDLE)
@@ -240,10 +238,7 @@ def build(talk: Talk) -> gr.Blocks:
                     [("this machine", ""), *cards], value=None, label="Graphics card", info="Empty: this machine"
                 )
             with gr.Row():
-                rate = gr.Textbox(label="learning_rate", placeholder=default)
-                epochs = gr.Textbox(label="num_train_epochs", placeholder=default)
-                batch = gr.Textbox(label="batch_size", placeholder=default)
-                length = gr.Textbox(label="max_length", placeholder=default)
+                numbers = [gr.Textbox(label=key, placeholder="default") for key in jobs.KEYS[4:]]
             more = gr.Textbox(
                 label="Other keys", info="key=value, as on the command line", placeholder="lora_r=16 seed=1"
             )
@@ -315,7 +310,7 @@ def build(talk: Talk) -> gr.Blocks:
             result = gr.Markdown()
             output = gr.Textbox(label="Output", lines=12, max_lines=12, **text_box)
 
-        fields = [base, data, held_out, rate, epochs, batch, length, more, run]
+        fields = [base, data, held_out, run, *numbers, more]
         # one of these at a time: they take the memory
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         uploaded.upload(upload, uploaded, data, api_name="upload")
@@ -326,10 +321,13 @@ def build(talk: Talk) -> gr.Blocks:
         method.input(presets, method, preset)
         planned.click(plan, [method, preset, card, details, *fields], plan_text, api_name="plan")
         view = [state, *charts, log, timer, shown]
-        started.click(start, [method, preset, *fields], [shown, timer], api_name="start", **alone)
-        resumed.click(resume, shown, timer, api_name="resume", **alone)
-        stopped.click(stop, shown, api_name="stop")
         hidden: dict[str, Any] = {"show_progress": "hidden"}
+        for begun in (
+            started.click(start, [method, preset, *fields], shown, api_name="start", **alone),
+            resumed.click(resume, shown, api_name="resume", **alone),
+        ):
+            begun.success(look, shown, view, **hidden)
+        stopped.click(stop, shown, api_name="stop")
         gr.on([page.load, timer.tick, shown.change, train_tab.select], look, shown, view, api_name="look", **hidden)
         gr.on(
             [page.load, chat_tab.select, merge_tab.select], lists, [source, merged_run], [source, merged_run], **hidden
