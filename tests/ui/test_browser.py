@@ -141,7 +141,10 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     question.fill("Who is number 4?")
     press("Ask")
     see("the last answers wait for your vote.")
-    assert page.get_by_label("skip", exact=True).is_visible() and not page.locator(".wrap > .error >> visible=true").count()
+    assert (
+        page.get_by_label("skip", exact=True).is_visible()
+        and not page.locator(".wrap > .error >> visible=true").count()
+    )
     page.reload()
     tab("Chat")
     see("Which answer is best?")
