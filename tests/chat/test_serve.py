@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 
+import httpx
 import openai
 import pytest
+import torch
+from fastapi.testclient import TestClient
 
 from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.chat.generate import Streamer
-from zephyr_lite.chat.serve import Answers, listen, make_server
+from zephyr_lite.chat.serve import Answers, listen, make_app, make_server
 from zephyr_lite.chat.session import Session, Settings
 from zephyr_lite.cli import app as cli
 from zephyr_lite.client.client import ModelClient, Request
@@ -117,7 +120,7 @@ def test_a_stop_sequence_ends_the_answer_before_it(ask):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             400,
-            "messages.0.content",
+            "messages.0.content: only text parts are supported.",
         ),
         ({"messages": [{"role": "user", "content": "end</s>"}]}, 400, "control token </s>"),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "the model's context is 256"),
@@ -137,9 +140,30 @@ def test_a_request_that_cannot_be_answered_is_refused(ask, changes, status, said
     assert ask(n=1, logprobs=False, response_format={"type": "text"}, frequency_penalty=0, user="me")[0] == ask()[0]
 
 
-def test_a_client_that_leaves_ends_its_answer(ask, monkeypatch, said):
-    choose = RowSampler.choose
-    monkeypatch.setattr(RowSampler, "choose", lambda self, scores: time.sleep(0.05) or choose(self, scores))
+def test_other_paths_methods_and_hosts_are_refused(url):
+    for path, status in (("/nothing", 404), ("/chat/completions", 405)):
+        answer = httpx.get(url + path)
+        error = answer.json()["error"]
+        assert answer.status_code == status and error["type"] == "invalid_request_error" and path in error["message"]
+    port = url.split(":")[-1].removesuffix("/v1")
+    assert httpx.get(f"http://localhost:{port}/v1/models").status_code == 200
+    assert httpx.get(f"{url}/models", headers={"Host": f"evil.example:{port}"}).status_code == 400
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "2001:db8::7"])
+def test_the_given_host_is_answered(chat, host):
+    client = TestClient(make_app(chat, lambda: False, host))
+    name = f"[{host}]" if ":" in host else host
+    assert client.get("/v1/models", headers={"Host": f"{name}:8000"}).status_code == 200
+    anything = client.get("/v1/models", headers={"Host": "evil.example"}).status_code
+    assert anything == (200 if host in ("0.0.0.0", "::") else 400)
+
+
+def test_a_client_that_leaves_ends_its_answer(chat, ask, monkeypatch, said):
+    choose, eos = RowSampler.choose, torch.tensor([chat.template.tokenizer.eos_token_id])
+    monkeypatch.setattr(
+        RowSampler, "choose", lambda self, s: time.sleep(0.05) or choose(self, s.index_fill(-1, eos, -1e9))
+    )
     settings = {"model": "base", "messages": HI, "max_tokens": 200, "temperature": 3.0}
     with ask.client.chat.completions.create(**settings, stream=True) as stream:
         next(stream)

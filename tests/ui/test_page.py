@@ -23,7 +23,7 @@ NOTHING = [None] * 9
 
 
 def fields(base, data, more: str = "", run: str = "runs/t") -> list:
-    return [str(base), str(data), None, None, None, None, None, more, run]
+    return [str(base), str(data), None, run, None, None, None, None, more]
 
 
 def wait_for(condition, seconds: float = 120.0) -> None:
@@ -35,13 +35,13 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 
 def test_empty_fields_keep_their_default():
     assert jobs.words_of(*NOTHING) == []
-    words = jobs.words_of("my/base", "a.jsonl", "", " 1e-4 ", "", "", "", "system='Be brief.' seed=1", "runs/x")
+    words = jobs.words_of("my/base", "a.jsonl", "", "runs/x", " 1e-4 ", "", "", "", "system='Be brief.' seed=1")
     assert words == [
-        *("model_name_or_path=my/base", "dataset=a.jsonl", "learning_rate=1e-4", "output_dir=runs/x"),
+        *("model_name_or_path=my/base", "dataset=a.jsonl", "output_dir=runs/x", "learning_rate=1e-4"),
         *("system=Be brief.", "seed=1"),
     ]
     with pytest.raises(UserError, match="quote a value"):
-        jobs.words_of(*NOTHING[:7], "system='Be brief.", None)
+        jobs.words_of(*NOTHING[:8], "system='Be brief.")
 
 
 def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
@@ -53,12 +53,21 @@ def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
     assert '<span class=" ">' in html and "Is 1 &lt; 2?" in html and "chats.jsonl row 1" in html
     assert rows.show_row(found, 2)[0] == 2 and rows.show_row(found, 9)[0] == 2
     assert "chats.jsonl row 2" in rows.show_row(found, 2)[1]
+    assert rows.show_row(found, None)[0] == 1 and rows.show_row(found, 1, by=1)[0] == 2
+    assert "rejected" not in html
+
+
+def test_rejected_answers_have_their_own_colour(tiny_base, pair_rows):
+    html = rows.read_rows("dpo", "", *fields(tiny_base, pair_rows))[3]
+    assert "trained on as rejected" in html.split("<h4>")[0]
+    assert html.count('<div class="zl-rejected">') == html.count('<div class="zl-chosen">') == 1
 
 
 def test_a_users_mistake_is_shown_with_what_to_do(tiny_base):
     with pytest.raises(gr.Error) as error:
         rows.read_rows("sft", "", *fields(tiny_base, "<no>.jsonl"))
     assert "&lt;no&gt;.jsonl" in error.value.message and "<br>" in error.value.message
+    assert jobs.error_html(UserError("a", "b\nc")) == "a<br>b<br>c"
 
 
 def test_an_uploaded_file_stays_until_it_is_uploaded_again(tmp_path):
@@ -71,15 +80,17 @@ def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_row
     more = "load_in_4bit=false max_length=64 max_steps=60 lora_r=4 batch_size=2"
     folder = jobs.start("sft", None, jobs.words_of(*fields(tiny_base, chat_rows, more)))
     assert folder == Path("runs/t/sft") and page.look(str(folder))[0] == "**runs/t/sft** is starting."
+    assert page.look(str(folder))[-2].value == page.SECONDS
     with pytest.raises(UserError, match="runs/t is being trained"):
         jobs.start("sft", None, jobs.words_of(*fields(tiny_base, chat_rows, more, "runs/other")))
+    assert jobs.stages() == [str(folder)] and page.look(None)[-1].value == str(folder)  # as after a reload
     wait_for((folder / "metrics.jsonl").exists)
-    child = jobs._children.pop(folder.parent)  # as after a new start of the server
+    child = jobs._children.pop(folder)  # as after a new start of the server
     assert jobs.process_of(folder.parent).pid == child.pid and jobs.in_training() == [folder.parent]
     jobs.stop(folder)
     assert child.wait(60) == 130 and jobs.process_of(folder.parent) is None
-    text, loss, *_, log, timer = page.look(str(folder))
-    assert "was stopped at step" in text and "Resume continues from checkpoint-" in text and not timer.active
+    text, loss, *_, log, timer, _ = page.look(str(folder))
+    assert "was stopped at step" in text and "Resume continues from checkpoint-" in text and timer.value == page.IDLE
     assert loss.visible
     assert "SIGTERM: stopped after step" in log
     jobs.resume(folder)
@@ -88,15 +99,22 @@ def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_row
     assert jobs.log_of(folder).read_text().count("$ zephyr-lite sft ") == 2 and jobs.runs() == ["runs/t"]
 
 
-def test_what_ends_training_is_shown_once():
+def test_a_run_that_a_reload_would_lose_is_refused(tiny_base, chat_rows):
+    with pytest.raises(UserError, match="elsewhere/t is not in runs/"):
+        jobs.start("sft", None, jobs.words_of(*fields(tiny_base, chat_rows, run="elsewhere/t")))
+    assert not Path("elsewhere").exists() and not jobs.in_training()
+
+
+def test_what_ends_training_is_shown():
     folder = Path("runs/t/sft")
     folder.parent.mkdir(parents=True)
-    jobs.log_of(folder).write_text("$ zephyr-lite sft\nerror: no.jsonl: no such file.\nGive a path.\n")
-    jobs._children[folder.parent] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+    jobs.log_of(folder).write_text("$ zephyr-lite sft\nerror: <no>.jsonl: no such file.\nGive a path.\n")
+    jobs._children[folder] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
     wait_for(lambda: jobs.process_of(folder.parent) is None)
-    with pytest.raises(gr.Error, match=r"no\.jsonl: no such file\.<br>Give a path"):
-        page.look(str(folder))
-    assert "was not begun" in page.look(str(folder))[0]
+    text = page.look(str(folder))[0]
+    assert "was not begun" in text and "&lt;no&gt;.jsonl: no such file.<br>Give a path." in text
+    assert "no such file" not in page.look("runs/t/dpo")[0]
+    del jobs._children[folder]
     with pytest.raises(UserError, match="nothing was trained yet"):
         jobs.resume(folder)
 
@@ -110,17 +128,25 @@ def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
     ask = (str(talk_run), "vote", "Name three rivers.", "votes.jsonl", 0.0, 6, False)
     *_, html = talk.ask(*ask)
     assert len(talk.answers) == 3 and "<h4>Answer 3</h4>" in html and "<h4>sft</h4>" not in html
-    with pytest.raises(UserError, match="wait for your vote"):
-        list(talk.ask(*ask))
+    shown = talk.html()
+    for mode in ("vote", "compare"):
+        with pytest.raises(UserError, match="wait for your vote"):
+            list(talk.ask(str(talk_run), mode, *ask[2:]))
+    assert len(talk.answers) == 3 and talk.html() == shown
     assert "Pairs added to votes.jsonl: " in talk.vote("2", "votes.jsonl")
     pairs = [json.loads(line) for line in Path("votes.jsonl").read_text().splitlines()]
     assert pairs and all(pair["prompt"] == "Name three rivers." for pair in pairs)
     assert {"chosen_model", "rejected_model", "source"} <= pairs[0]["vote"].keys()
     assert talk.html().count("Name three rivers.") == 1 and pairs[0]["chosen"][-1]["content"].strip() != ""
-    list(talk.ask(*ask))
+    list(talk.ask(*ask[:4], None, None, False))  # empty numbers keep the last ones
     assert talk.vote("skip", "votes.jsonl").startswith("Skipped") and talk.html().count("Name three rivers.") == 1
     talk.unload()
     assert talk.html() == ""
+
+
+def test_cards_are_found_by_their_name():
+    labels = [page.card_label(card) for card in page.CARDS.values()]
+    assert "RTX 4090, 24 GB" in labels and "a100, 80 GB" in labels and len(set(labels)) == len(labels)
 
 
 def test_the_page_is_served_here_with_its_reports(talk_run):
@@ -130,10 +156,12 @@ def test_the_page_is_served_here_with_its_reports(talk_run):
         assert address == f"http://127.0.0.1:{port}/"
         with pytest.raises(UserError, match=f"port {port} is taken"):
             page.open_page(port, browser=False)
+        assert httpx.get(address).status_code == httpx.get(f"http://localhost:{port}/").status_code == 200
+        assert httpx.get(address, headers={"Host": f"evil.example:{port}"}).status_code == 400
         client = Client(address, verbose=False)
         assert "is complete." in client.predict(str(talk_run / "sft"), api_name="/look")[0]
         with pytest.raises(Exception, match="no_such_key"):
-            client.predict("sft", "", *[""] * 7, "no_such_key=1", "runs/t", api_name="/start")
+            client.predict("sft", "", *[""] * 8, "no_such_key=1", api_name="/start")
         assert httpx.get(f"{address}report", params={"stage": str(talk_run)}).status_code == 404
         copy = Path(shutil.copytree(talk_run / "sft", "runs/t/sft"))
         (copy / "report.html").write_text("<p>the report</p>")

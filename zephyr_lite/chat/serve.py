@@ -20,6 +20,8 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..data.messages import RowError, as_text
 from ..errors import UserError
@@ -47,8 +49,8 @@ def joined(content: Any) -> Any:
     """The text of a content that is a list of texts."""
     try:
         return as_text(content, "content") if isinstance(content, list) else content
-    except RowError as error:
-        raise ValueError(error) from None
+    except RowError:
+        raise ValueError("only text parts are supported") from None
 
 
 class Turn(Part):
@@ -160,17 +162,22 @@ def refusal(status: int, message: str, param: str | None = None, code: str | Non
     return HTTPException(status, {"message": message, "type": "invalid_request_error", "param": param, "code": code})
 
 
-def make_app(chat: Chat, is_ending: Callable[[], bool]) -> FastAPI:
+def make_app(chat: Chat, is_ending: Callable[[], bool], host: str) -> FastAPI:
     """The application.
 
     Args:
         is_ending: whether the server was asked to end, which ends an answer in progress.
+        host: the address that it listens on. A web page that gives this machine a name of its own is refused.
     """
     app = FastAPI(openapi_url=None)
+    hosts = ["127.0.0.1", "localhost", f"[{host}]" if ":" in host else host]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if host in ("0.0.0.0", "::") else hosts)
     answers, worker = Answers(chat), ThreadPoolExecutor(1)
 
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Response:
+    @app.exception_handler(AnyHTTPException)
+    async def refuse(request: Request, error: AnyHTTPException) -> Response:
+        if isinstance(error.detail, str):  # of an unknown path or method
+            error = refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
         return JSONResponse({"error": error.detail}, error.status_code)
 
     @app.exception_handler(RequestValidationError)
@@ -275,10 +282,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: {why}.", "Choose another --port.") from None
 
 
-def make_server(chat: Chat) -> uvicorn.Server:
+def make_server(chat: Chat, host: str = "127.0.0.1") -> uvicorn.Server:
     """The server; ``run(sockets=[listen(...)])`` returns when it was asked to end."""
     config = uvicorn.Config(
-        make_app(chat, lambda: server.should_exit),
+        make_app(chat, lambda: server.should_exit, host),
         log_config=None,
         log_level="warning",
         access_log=False,

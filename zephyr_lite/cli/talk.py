@@ -101,7 +101,7 @@ def serve(
 
     with listen(host, port) as listener:  # before anything is loaded
         live = open_model(ctx)
-        server, place = make_server(Chat(live)), listener.getsockname()
+        server, place = make_server(Chat(live), host), listener.getsockname()
         address = f"[{place[0]}]:{place[1]}" if ":" in place[0] else f"{place[0]}:{place[1]}"
         console.say(f"{live.source}: {', '.join(live.models)} at http://{address}/v1 (the OpenAI chat API)")
         if not ipaddress.ip_address(place[0]).is_loopback:

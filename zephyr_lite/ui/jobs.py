@@ -20,12 +20,17 @@ from ..config.load import Method
 from ..config.resolve import resolve_run
 from ..errors import UserError
 from ..io.atomic import LOCK_FILE, make_folder
-from ..io.run_dir import STAGE_FILE, StageDir, stages_of
+from ..io.run_dir import STAGE_FILE, StageDir
 from ..monitor.report import REPORT, Columns, StageRecord, number
 
+RUNS = Path("runs")  # with all runs of the page
+KEYS = (
+    *("model_name_or_path", "dataset", "eval_dataset", "output_dir"),
+    *("learning_rate", "num_train_epochs", "batch_size", "max_length"),
+)
 LINES = 14  # of a log that are shown
 _PROGRAM = (sys.executable, "-m", "zephyr_lite")
-# run → the process that this server started for it
+# stage → the process that this server started last for it
 _children: dict[Path, subprocess.Popen[bytes]] = {}
 
 
@@ -35,29 +40,21 @@ def errors_on_page() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = escape(error.message) + (f"<br>{escape(error.hint)}" if error.hint else "")
-        raise gr.Error(text, duration=None, print_exception=False) from None
+        raise gr.Error(error_html(error), duration=None, print_exception=False) from None
 
 
-def words_of(
-    base: str, data: str, held_out: str, rate: str, epochs: str, batch: str, length: str, more: str, run: str
-) -> list[str]:
-    """The ``key=value`` words of the page's fields; an empty field keeps its default."""
-    values = {
-        "model_name_or_path": base,
-        "dataset": data,
-        "eval_dataset": held_out,
-        "learning_rate": rate,
-        "num_train_epochs": epochs,
-        "batch_size": batch,
-        "max_length": length,
-        "output_dir": run,
-    }
+def error_html(error: UserError) -> str:
+    return escape("\n".join(filter(None, (error.message, error.hint)))).replace("\n", "<br>")
+
+
+def words_of(*fields: str) -> list[str]:
+    """The ``key=value`` words of the page's fields: values of KEYS, other words; an empty field keeps its default."""
+    *values, more = fields
     try:
         others = shlex.split(more or "")
     except ValueError as error:
         raise UserError(f"other keys: {error}.", "Write key=value, and quote a value with spaces.") from None
-    return [f"{key}={value.strip()}" for key, value in values.items() if value and value.strip()] + others
+    return [f"{key}={value.strip()}" for key, value in zip(KEYS, values) if value and value.strip()] + others
 
 
 def run_command(*words: str) -> Iterator[str]:
@@ -91,17 +88,19 @@ def start(method: Method, config: str | None, words: list[str]) -> Path:
     """Start training; returns the stage's folder. The output goes to ``RUN/STAGE.log``, after that of earlier starts.
 
     Raises:
-        UserError: a wrong key, or a process works on a run already.
+        UserError: a wrong key, a folder that is not in runs/, or a process works on a run already.
     """
     refuse_while_training()
     found = resolve_run(method, config, words, fetch=False).config
-    stage = StageDir(Path(found.output_dir) / found.stage)
+    stage = StageDir(Path(os.path.relpath(found.output_dir)) / found.stage)
+    if stage.run.parent != RUNS:
+        raise UserError(f"{stage.run} is not in {RUNS}/, where the page looks for runs.", f"Write {RUNS}/NAME.")
     make_folder(stage.run)
     command = [method, *(["--config", config] if config else []), *words]
     with log_of(stage.path).open("ab") as log:
         log.write(_title(command).encode())
         log.flush()
-        _children[stage.run] = subprocess.Popen(
+        _children[stage.path] = subprocess.Popen(
             [*_PROGRAM, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -130,9 +129,9 @@ def stop(folder: Path) -> None:
 
 def process_of(run: Path) -> psutil.Process | None:
     """The process that works on a run, also one that was started in a terminal."""
-    child = _children.get(run)
-    if child is not None and child.poll() is None:
-        return psutil.Process(child.pid)  # it may not have locked the folder yet
+    for stage, child in _children.items():
+        if stage.parent == run and child.poll() is None:
+            return psutil.Process(child.pid)  # it may not have locked the folder yet
     lock = run / LOCK_FILE
     with suppress(OSError, ValueError, psutil.NoSuchProcess):
         pid, host = lock.read_text(encoding="utf-8").split()[:2]
@@ -145,7 +144,7 @@ def process_of(run: Path) -> psutil.Process | None:
 
 def in_training() -> list[Path]:
     """The runs that a process works on now."""
-    runs = {*_children, *(lock.parent for lock in Path("runs").glob(f"*/{LOCK_FILE}"))}
+    runs = {stage.parent for stage in _children} | {lock.parent for lock in RUNS.glob(f"*/{LOCK_FILE}")}
     return sorted(run for run in runs if process_of(run) is not None)
 
 
@@ -156,17 +155,9 @@ def refuse_while_training() -> None:
 
 
 def state_of(folder: Path) -> tuple[str, Columns, str, bool]:
-    """A stage as it stands: (Markdown, the columns of its metrics, the end of its output, whether it is in training).
-
-    Raises:
-        UserError: what ended the process that this server started; raised once.
-    """
+    """A stage as it stands: (Markdown, the columns of its metrics, the end of its output, whether it is in training)."""
     stage, log, columns = StageDir(folder), log_text(folder), {}
-    child, process = _children.get(folder.parent), process_of(folder.parent)
-    if child is not None and process is None:
-        del _children[folder.parent]
-        if child.returncode not in (0, 130):
-            raise _failure(log)
+    child, process = _children.get(folder), process_of(folder.parent)
     if stage.info() is not None:
         record = StageRecord(folder)
         text, columns = _standing(record, stage, process is not None), record.columns
@@ -174,6 +165,8 @@ def state_of(folder: Path) -> tuple[str, Columns, str, bool]:
         text = "is starting."
     else:
         text = "was not begun; the output below says why." if log else "is no stage of a run."
+    if child is not None and child.poll() not in (None, 0, 130):
+        text += f'\n\n<p class="zl-failed">{error_html(_failure(log))}</p>'
     return f"**{folder}** {text}", columns, log, process is not None
 
 
@@ -194,9 +187,10 @@ def _standing(record: StageRecord, stage: StageDir, running: bool) -> str:
 
 
 def stages() -> list[str]:
-    """The stages under runs/, the one that changed last first."""
-    found = [stage.path for run in Path("runs").glob("*") for stage in stages_of(run)]
-    return [str(path) for path in sorted(found, key=lambda path: -(path / STAGE_FILE).stat().st_mtime)]
+    """The stages under runs/, also those that were only started, the one that changed last first."""
+    files = [*RUNS.glob("*/*.log"), *RUNS.glob(f"*/[!.]*/{STAGE_FILE}")]
+    files.sort(key=lambda file: -file.stat().st_mtime)
+    return list(dict.fromkeys(str(file.parent if file.name == STAGE_FILE else file.with_suffix("")) for file in files))
 
 
 def runs() -> list[str]:

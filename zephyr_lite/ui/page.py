@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,21 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
 import gradio as gr
 import pandas as pd
 from fastapi.responses import HTMLResponse
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..config.load import preset_configs
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE
-from ..memory.gpus import CARDS
+from ..memory.gpus import CARDS, Gpu
 from ..monitor.report import REPORT, Columns
 from . import jobs
-from .jobs import errors_on_page, words_of
+from .jobs import error_html, errors_on_page, words_of
 from .rows import read_rows, show_row, upload
 from .talk import Talk
 
 POINTS = 400  # drawn of a curve at most
-SECONDS = 2.0  # between two looks at a run
+SECONDS, IDLE = 2.0, 8.0  # between two looks at a run, in training or not
 FILES = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"]
 # of the charts: title, {metric: the curve's name}
 CHARTS: dict[str, dict[str, str]] = {
@@ -39,9 +43,15 @@ CHARTS: dict[str, dict[str, str]] = {
     "Learning rate": {"learning_rate": "training"},
     "Tokens or pairs a second": {"tokens_per_second": "training", "pairs_per_second": "training"},
 }
+MERGED = "model"  # the usual folder of a merged model
 COLORS = {"training": "#10b981", "held-out": "#f59e0b"}
 CSS = """
 .zl-on {background: rgba(34, 197, 94, .28); border-radius: 2px}
+.zl-rejected .zl-on {background: rgba(239, 68, 68, .28)}
+.zl-failed {color: #dc2626}
+.wrap:has(> .error) {display: none !important}
+.mark-line {clip-path: none}
+.mark-line path[d$="Z"] {stroke-linecap: round; stroke-width: 8px}
 .zl-special {outline: 1px solid rgba(128, 128, 128, .6); border-radius: 2px; font-size: .85em}
 .zl-turn {display: grid; grid-template-columns: 6.5em 1fr; gap: .6em; padding: .25em 0}
 .zl-turn > div, .zl-answer, .zl-asked {white-space: pre-wrap; overflow-wrap: anywhere}
@@ -51,6 +61,7 @@ CSS = """
 .zl-text textarea {font: 12px/1.45 ui-monospace, monospace; white-space: pre; overflow-x: auto}
 @media (max-width: 600px) {
   .zl-turn {grid-template-columns: 1fr; gap: 0}
+  .zl-text textarea {white-space: pre-wrap}
   .form > * {min-width: 100% !important}
 }
 """
@@ -59,17 +70,28 @@ CSS = """
 def plan(method: str, preset: str, card: str, details: bool, *fields: str) -> Iterator[str]:
     with errors_on_page():
         words = ["plan", method, *(["--config", preset] if preset else []), *(["--gpu", card] if card else [])]
-        yield from jobs.run_command(*words, *["--details"] * details, *words_of(*fields))
+        for text in jobs.run_command(*words, *["--details"] * details, *words_of(*fields)):
+            yield text.replace("details: add --details\n", "")
 
 
 def look(folder: str | None) -> tuple[Any, ...]:
-    """What the tab Train shows of a stage: its state, the charts, the end of its output, and whether to look again."""
+    """What the tab Train shows of a stage, or of the newest one: its state, the charts, the end of its output, when to
+    look again, and the list of stages."""
     columns: Columns = {}
-    text, log, running = "Nothing was trained here yet.", "", False
-    if folder:
-        with errors_on_page():
+    text, log, running, found = "Nothing was trained here yet.", "", False, jobs.stages()
+    if folder := folder or next(iter(found), None):
+        try:
             text, columns, log, running = jobs.state_of(Path(folder))
-    return text, *(chart(names, columns) for names in CHARTS.values()), log, gr.Timer(active=running)
+        except UserError as error:
+            text = f'<p class="zl-failed">{error_html(error)}</p>'
+    charts = (chart(names, columns) for names in CHARTS.values())
+    return (
+        text,
+        *charts,
+        log,
+        gr.Timer(SECONDS if running else IDLE),
+        gr.Dropdown(choices=found, value=folder, allow_custom_value=True),
+    )
 
 
 def chart(names: dict[str, str], columns: Columns) -> Any:
@@ -85,12 +107,20 @@ def chart(names: dict[str, str], columns: Columns) -> Any:
     return gr.LinePlot(pd.DataFrame(points, columns=["step", "value", "curve"]) if found else None, visible=found)
 
 
-def presets(method: str) -> Any:
+def presets(method: str, chosen: str = "") -> Any:
     """The list of a method's presets."""
     names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
     return gr.Dropdown(
-        choices=[("none", ""), *names], value="", label="Preset", info="none: your own data, or the recipe"
+        choices=[("none", ""), *names],
+        value=chosen if chosen in names else "",
+        label="Preset",
+        info="none: your own data, or the recipe",
     )
+
+
+def card_label(card: Gpu) -> str:
+    name = card.name.partition("-")[0]
+    return f"{'RTX ' * name[0].isdigit()}{name}, {math.ceil(card.memory)} GB"
 
 
 def build(talk: Talk) -> gr.Blocks:
@@ -100,36 +130,39 @@ def build(talk: Talk) -> gr.Blocks:
         talk: the model that its tab Chat talks to.
     """
 
-    def start(method: Any, preset: str, *fields: str) -> Any:
+    def start(method: Any, preset: str, *fields: str) -> str:
         with errors_on_page():
             talk.unload()
-            folder = str(jobs.start(method, preset or None, words_of(*fields)))
-            choices = list(dict.fromkeys([folder, *jobs.stages()]))
-            return gr.Dropdown(choices=choices, value=folder), gr.Timer(active=True)
+            return str(jobs.start(method, preset or None, words_of(*fields)))
 
-    def resume(folder: str | None) -> Any:
+    def resume(folder: str | None) -> None:
         with errors_on_page():
             talk.unload()
             jobs.resume(Path(folder or ""))
-            return gr.Timer(active=True)
 
     def stop(folder: str | None) -> None:
         with errors_on_page():
             jobs.stop(Path(folder or ""))
             gr.Info("It finishes the step and writes a checkpoint. Stop once more ends it at once.")
 
+    def talked(note: str = "") -> tuple[str, Any, str]:
+        """The conversation, the choices of a vote that it waits for, and what the last one did."""
+        choices = [*map(str, range(1, len(talk.answers) + 1)), "tie", "skip"]
+        return talk.html(), gr.Radio(choices=choices, value=None, visible=bool(talk.answers)), note
+
     def ask(source: str, *settings: Any) -> Iterator[tuple[str, Any, str]]:
         with errors_on_page():
             for html in talk.ask(source or "", *settings):
                 yield html, gr.Radio(visible=False), ""
-        count = len(talk.answers)
-        choices = [*(str(place + 1) for place in range(count)), "tie", "skip"]
-        yield talk.html(), gr.Radio(choices=choices, value=None, visible=count > 0), ""
+        yield talked()
 
     def vote(choice: str, votes: str) -> tuple[str, Any, str]:
         with errors_on_page():
-            done = talk.vote(choice, votes)
-            return talk.html(), gr.Radio(visible=False), done
+            return talked(talk.vote(choice, votes))
+
+    def restart() -> tuple[str, Any, str]:
+        talk.reset()
+        return talked()
 
     def command(*words: str) -> Iterator[str]:
         with errors_on_page():
@@ -138,33 +171,37 @@ def build(talk: Talk) -> gr.Blocks:
             yield from jobs.run_command(*words)
 
     def merge(run: str, out: str, again: bool) -> Iterator[tuple[str, str]]:
+        out = out.strip() or MERGED
         for text in command("merge", *(["--run", run] if run else []), "--out", out, *["--overwrite"] * again):
             yield text, ""
         yield text, f"The merged model is in `{Path(out).absolute()}`."
 
     def gguf(model: str, kind: str) -> Iterator[tuple[str, str]]:
+        model = model.strip() or MERGED
         folder = Path(model).absolute()
         file = folder.with_name(f"{folder.name}-{kind}.gguf")
         for text in command("export", "gguf", model, "--type", kind, "--out", str(file)):
             yield text, ""
         yield text, f"The GGUF file is `{file}`."
 
-    def lists(shown: str | None, source: str | None, merged: str | None) -> tuple[Any, ...]:
-        """The lists of runs again; what was chosen stays."""
+    def lists(*chosen: str | None) -> list[Any]:
+        """The lists of complete runs again; what was chosen stays."""
         with errors_on_page():
-            found, complete = jobs.stages(), jobs.runs()
-        if shown and shown not in found:
-            found.insert(0, shown)  # it is starting
-        return (
-            gr.Dropdown(choices=found, value=shown or next(iter(found), None)),
-            *(gr.Dropdown(choices=complete, value=old or next(iter(complete), None)) for old in (source, merged)),
-        )
+            complete = jobs.runs()
+        return [gr.Dropdown(choices=complete, value=old or next(iter(complete), None)) for old in chosen]
+
+    def restore(saved: list[Any] | None) -> list[Any]:
+        """The fields as they were before a reload."""
+        if saved is None or len(saved) != len(kept):
+            return [gr.skip()] * len(kept)
+        method, preset, *others = saved
+        return [method, presets(method, preset), *others]
 
     text_box: dict[str, Any] = {"elem_classes": "zl-text", "interactive": False, "buttons": ["copy"]}
-    default = "default"
     with gr.Blocks(title="zephyr-lite", analytics_enabled=False) as page:
         gr.Markdown("# zephyr-lite")
-        rows, timer = gr.State(None), gr.Timer(SECONDS, active=False)
+        rows, timer = gr.State(None), gr.Timer(IDLE)
+        saved = gr.BrowserState(storage_key="zephyr-lite", secret="zephyr-lite")
         with gr.Tab("Data"):
             gr.Markdown("Choose the data and the base model, and look at the rows as training sees them.")
             with gr.Row():
@@ -196,12 +233,12 @@ def build(talk: Talk) -> gr.Blocks:
             gr.Markdown("See memory and time before the start. An empty field has its default.")
             with gr.Row():
                 preset = presets("sft")
-                card = gr.Dropdown([("this machine", ""), *CARDS], value="", label="Graphics card")
+                cards = [(card_label(each), name) for name, each in CARDS.items()]
+                card = gr.Dropdown(
+                    [("this machine", ""), *cards], value=None, label="Graphics card", info="Empty: this machine"
+                )
             with gr.Row():
-                rate = gr.Textbox(label="learning_rate", placeholder=default)
-                epochs = gr.Textbox(label="num_train_epochs", placeholder=default)
-                batch = gr.Textbox(label="batch_size", placeholder=default)
-                length = gr.Textbox(label="max_length", placeholder=default)
+                numbers = [gr.Textbox(label=key, placeholder="default") for key in jobs.KEYS[4:]]
             more = gr.Textbox(
                 label="Other keys", info="key=value, as on the command line", placeholder="lora_r=16 seed=1"
             )
@@ -264,7 +301,7 @@ def build(talk: Talk) -> gr.Blocks:
             )
             with gr.Row():
                 merged_run = gr.Dropdown([], label="Run", allow_custom_value=True)
-                out = gr.Textbox("model", label="Folder of the merged model")
+                out = gr.Textbox(MERGED, label="Folder of the merged model")
                 again = gr.Checkbox(label="Replace an earlier merge there")
             merged = gr.Button("Merge", variant="primary")
             with gr.Row():
@@ -273,29 +310,37 @@ def build(talk: Talk) -> gr.Blocks:
             result = gr.Markdown()
             output = gr.Textbox(label="Output", lines=12, max_lines=12, **text_box)
 
-        fields = [base, data, held_out, rate, epochs, batch, length, more, run]
+        fields = [base, data, held_out, run, *numbers, more]
         # one of these at a time: they take the memory
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         uploaded.upload(upload, uploaded, data, api_name="upload")
         read.click(read_rows, [method, preset, *fields], [rows, report, place, row], api_name="rows")
         for button, by in ((previous, -1), (following, 1)):
-            button.click(lambda rows, place, by=by: show_row(rows, place + by), [rows, place], [place, row])
-        place.submit(show_row, [rows, place], [place, row])
-        method.change(presets, method, preset)
+            button.click(partial(show_row, by=by), [rows, place], [place, row])
+        gr.on([place.submit, place.blur], show_row, [rows, place], [place, row])
+        method.input(presets, method, preset)
         planned.click(plan, [method, preset, card, details, *fields], plan_text, api_name="plan")
-        view = [state, *charts, log, timer]
-        started.click(start, [method, preset, *fields], [shown, timer], api_name="start", **alone)
-        resumed.click(resume, shown, timer, api_name="resume", **alone)
+        view = [state, *charts, log, timer, shown]
+        hidden: dict[str, Any] = {"show_progress": "hidden"}
+        for begun in (
+            started.click(start, [method, preset, *fields], shown, api_name="start", **alone),
+            resumed.click(resume, shown, api_name="resume", **alone),
+        ):
+            begun.success(look, shown, view, **hidden)
         stopped.click(stop, shown, api_name="stop")
-        for event in (timer.tick, shown.change, train_tab.select):
-            event(look, shown, view, show_progress="hidden", api_name="look")
-        for load in (page.load, train_tab.select, chat_tab.select, merge_tab.select):
-            load(lists, [shown, source, merged_run], [shown, source, merged_run], show_progress="hidden")
+        gr.on([page.load, timer.tick, shown.change, train_tab.select], look, shown, view, api_name="look", **hidden)
+        gr.on(
+            [page.load, chat_tab.select, merge_tab.select], lists, [source, merged_run], [source, merged_run], **hidden
+        )
+        gr.on([page.load, chat_tab.select], talked, None, [conversation, choice, note], **hidden)
+        kept = [method, preset, card, details, *fields, mode, temperature, longest, votes, stream, out, kind]
+        page.load(restore, saved, kept, **hidden)
+        gr.on([field.change for field in kept], None, kept, saved, js="(...values) => [values]")
         settings = [source, mode, question, votes, temperature, longest, stream]
         answered = question.submit(ask, settings, [conversation, choice, note], api_name="ask", **alone)
         answered.success(lambda: "", None, question)
         halt.click(talk.stop.set)
-        fresh.click(lambda: (talk.reset(), gr.Radio(visible=False), ""), None, [conversation, choice, note], **alone)
+        fresh.click(restart, None, [conversation, choice, note], **alone)
         choice.input(vote, [choice, votes], [conversation, choice, note], api_name="vote", **alone)
         merged.click(merge, [merged_run, out, again], [output, result], api_name="merge", **alone)
         exported.click(gguf, [out, kind], [output, result], api_name="gguf", **alone)
@@ -315,6 +360,11 @@ def open_page(port: int, browser: bool) -> tuple[gr.Blocks, str]:
     page = build(Talk())
     theme = gr.themes.Default(
         primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        body_text_color_subdued="*neutral_500",
     )
     try:
         app, address, _ = page.launch(
@@ -330,6 +380,8 @@ def open_page(port: int, browser: bool) -> tuple[gr.Blocks, str]:
             footer_links=[],
             run_history=False,
             ssr_mode=False,
+            # a web page could give this machine a name of its own, and press the buttons
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]},
         )
     except OSError as error:
         if "empty port" not in str(error):

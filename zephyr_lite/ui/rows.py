@@ -16,8 +16,9 @@ from .jobs import errors_on_page, words_of
 UPLOADS = Path("uploads")
 LEGEND = (
     '<p><span class="zl-on">trained on</span> &nbsp; <span>context</span> &nbsp; '
-    '<span class="zl-special">control token</span></p>'
+    '<span class="zl-special">control token</span>{}</p>'
 )
+REJECTED = ' &nbsp; <span class="zl-rejected"><span class="zl-on">trained on as rejected</span></span>'
 
 
 def upload(file: str) -> str:
@@ -35,18 +36,24 @@ def read_rows(method: Any, preset: str, *fields: str) -> tuple[TrainedRows, str,
         return rows, text, *show_row(rows, 1)
 
 
-def show_row(rows: TrainedRows | None, place: float) -> tuple[int, str]:
-    """(the number of a row that exists, the row)."""
+def show_row(rows: TrainedRows | None, place: float | None, by: int = 0) -> tuple[int, str]:
+    """(the number of a row that exists, the row).
+
+    Args:
+        place: a row's number; None: the first one's.
+        by: rows that the shown one is further on.
+    """
     with errors_on_page():
         if rows is None:
             raise UserError("no data is read yet.", "Press Read the data.")
-        number = min(max(1, int(place)), len(rows.data.examples))
+        number = min(max(1, int(place or 1) + by), len(rows.data.examples))
         return number, example_html(rows, number)
 
 
 def example_html(rows: TrainedRows, place: int) -> str:
     """Example ``place`` (from 1) of the prepared rows, turn by turn."""
-    return LEGEND + "".join(map(_segment, segments_of_example(rows, place - 1)))
+    legend = LEGEND.format(REJECTED if rows.method == "dpo" else "")
+    return legend + "".join(map(_segment, segments_of_example(rows, place - 1)))
 
 
 def _segment(segment: Segment) -> str:
@@ -57,7 +64,9 @@ def _segment(segment: Segment) -> str:
         f'<div class="zl-turn"><b>{escape(role)}</b><div>{_text(list(tokens))}</div></div>'
         for role, tokens in groupby(segment.tokens, lambda token: token.role)
     )
-    return f"<h4>{segment.part} <small>{escape(', '.join(facts))}</small></h4>{turns}"
+    return (
+        f'<h4>{segment.part} <small>{escape(", ".join(facts))}</small></h4><div class="zl-{segment.part}">{turns}</div>'
+    )
 
 
 def _text(tokens: list[Token]) -> str:

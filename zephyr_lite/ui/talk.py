@@ -41,7 +41,14 @@ class Talk:
         self.stop = threading.Event()
 
     def ask(
-        self, source: str, mode: Mode, question: str, votes: str, temperature: float, length: int, stream: bool
+        self,
+        source: str,
+        mode: Mode,
+        question: str,
+        votes: str,
+        temperature: float | None,
+        length: int | None,
+        stream: bool,
     ) -> Iterator[str]:
         """Ask the models of a run; yields the conversation as HTML, while the answers grow and at the end.
 
@@ -49,21 +56,24 @@ class Talk:
             source: a run's, stage's or model's folder.
             mode: the last model alone; all models; or all of them without their names, for a vote.
             votes: the file of votes.
-            length: the maximum number of tokens of an answer.
+            temperature, length: as in Settings; None: the last one.
             stream: show the answers while they grow.
 
         Raises:
             UserError: the source cannot be loaded, the question cannot be asked, or the last vote is missing.
         """
         refuse_while_training()
+        if self.answers:
+            raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
         if mode == "vote":
             check_file(Path(votes), "chosen", "votes file")
         if self._session is None or source != self._source:
             yield "<p>Loading the model …</p>"
         session = self._open(source, mode)
-        if self.answers:
-            raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
-        session.settings = session.settings.changed(temperature=temperature, max_new_tokens=length)
+        settings = {"temperature": temperature, "max_new_tokens": length}
+        session.settings = session.settings.changed(
+            **{name: value for name, value in settings.items() if value is not None}
+        )
         texts = [""] * len(session.columns)
         self._order = session.shown_order(question) if mode == "vote" else list(range(len(texts)))
         self.stop.clear()
