@@ -315,8 +315,8 @@ def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | N
         longer = 0 if context is None else int((np.minimum(part.lengths, config.max_length) > context).sum())
         if longer:
             logger.warning(
-                f"{counted(longer, 'row')} {'is' if longer == 1 else 'are'} longer than the {context:,} tokens that the base was made for "
-                "(max_position_embeddings). Lower max_length to cut them."
+                f"{counted(longer, 'row')} {'is' if longer == 1 else 'are'} longer than the {context:,} tokens "
+                "that the base was made for (max_position_embeddings). Lower max_length to cut them."
             )
 
 
