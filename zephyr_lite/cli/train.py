@@ -126,6 +126,8 @@ def plan(
     from ..train.small_data import settle_before
 
     methods, words = stages_of(list(context.args), config)
+    if len(methods) > 1 and any(word.lstrip("-").startswith("dataset") for word in words):
+        raise UserError("a data set is for one stage.", "Name it: `zephyr-lite plan sft …` or `plan dpo …`.")
     if ladder:
         stage = None if words == context.args else context.args[0]
         others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}

@@ -215,8 +215,6 @@ def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, 
             return (named[0],), words
         if given.keys() & {"beta", "loss_type", "precompute_ref_log_probs", "max_prompt_length"}:
             return ("dpo",), words
-    elif any(word.lstrip("-").startswith("dataset") for word in words):
-        raise UserError("a data set is for one stage.", "Name the stage: plan sft …, or plan dpo …")
     return ("sft", "dpo"), words
 
 
