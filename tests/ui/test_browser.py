@@ -45,7 +45,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
-    from zephyr_lite.ui.page import open_page
+    from zephyr_lite.ui.server import open_page
 
     chats = write(tmp_path / "chats.jsonl", [{"messages": turns(*chat)} for chat in CHATS])
     pairs = [

@@ -17,6 +17,7 @@ from gradio_client import Client
 from tests.ui.test_browser import free_port, write
 from zephyr_lite.errors import UserError
 from zephyr_lite.ui import jobs, page, rows
+from zephyr_lite.ui import server as server_module
 from zephyr_lite.ui.talk import Talk
 
 NOTHING = [None] * 9
@@ -151,11 +152,11 @@ def test_cards_are_found_by_their_name():
 
 def test_the_page_is_served_here_with_its_reports(talk_run):
     port = free_port()
-    server, address = page.open_page(port, browser=False)
+    server, address = server_module.open_page(port, browser=False)
     try:
         assert address == f"http://127.0.0.1:{port}/"
         with pytest.raises(UserError, match=f"port {port} is taken"):
-            page.open_page(port, browser=False)
+            server_module.open_page(port, browser=False)
         assert httpx.get(address).status_code == httpx.get(f"http://localhost:{port}/").status_code == 200
         assert httpx.get(address, headers={"Host": f"evil.example:{port}"}).status_code == 400
         client = Client(address, verbose=False)

@@ -16,7 +16,7 @@ def ui(
 ) -> None:
     """A local page to look at data, plan, train, chat, merge and export."""
     try:
-        from ..ui.page import serve
+        from ..ui.server import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

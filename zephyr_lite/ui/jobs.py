@@ -116,7 +116,7 @@ def resume(folder: Path) -> Path:
     stage = StageDir(folder)
     if not stage.config.is_file():
         raise UserError(f"{folder}: nothing was trained yet that could be resumed.", "Press Start.")
-    return start(StageRecord(folder).method, str(stage.config), [])  # type: ignore[arg-type]
+    return start(StageRecord(folder).method, str(stage.config), [])
 
 
 def stop(folder: Path) -> None:

@@ -1,28 +1,20 @@
-"""The page: its tabs, and what each button calls."""
+"""The layout of the page: its tabs, and what each button calls."""
 
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import
-
 import gradio as gr
 import pandas as pd
-from fastapi.responses import HTMLResponse
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..config.load import preset_configs
 from ..errors import UserError
-from ..io.run_dir import STAGE_FILE
 from ..memory.gpus import CARDS, Gpu
-from ..monitor.report import REPORT, Columns
+from ..monitor.report import Columns
 from . import jobs
 from .jobs import error_html, errors_on_page, words_of
 from .rows import read_rows, show_row, upload
@@ -246,7 +238,7 @@ def build(talk: Talk) -> gr.Blocks:
             planned = gr.Button("Plan", variant="primary")
             plan_text = gr.Textbox(label="Plan", lines=12, max_lines=40, **text_box)
         with gr.Tab("Train") as train_tab:
-            gr.Markdown("Train with the settings of Data and Plan. Training goes on when this page is closed.")
+            gr.Markdown("Train with the settings of Data and Plan. Training continues when this page is closed.")
             with gr.Row():
                 run = gr.Textbox("runs/mine", label="Folder of the run")
                 shown = gr.Dropdown([], label="Stage that is shown", allow_custom_value=True)
@@ -345,69 +337,3 @@ def build(talk: Talk) -> gr.Blocks:
         merged.click(merge, [merged_run, out, again], [output, result], api_name="merge", **alone)
         exported.click(gguf, [out, kind], [output, result], api_name="gguf", **alone)
     return page
-
-
-def open_page(port: int, browser: bool) -> tuple[gr.Blocks, str]:
-    """Serve the page on this machine; returns it and its address.
-
-    Args:
-        port: of the page.
-        browser: open it in the default browser.
-
-    Raises:
-        UserError: the port is taken.
-    """
-    page = build(Talk())
-    theme = gr.themes.Default(
-        primary_hue="emerald", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        block_info_text_color="*neutral_500",
-        body_text_color_subdued="*neutral_500",
-    )
-    try:
-        app, address, _ = page.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=False,
-            inbrowser=browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=True,
-            theme=theme,
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            # a web page could give this machine a name of its own, and press the buttons
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]},
-        )
-    except OSError as error:
-        if "empty port" not in str(error):
-            raise
-        raise UserError(f"port {port} is taken.", f"Choose another one: --port {port + 1}") from None
-
-    def report(stage: str) -> HTMLResponse:
-        file = Path(stage) / REPORT
-        found = (file.parent / STAGE_FILE).is_file() and file.is_file()
-        return HTMLResponse(file.read_text(encoding="utf-8") if found else "no report", 200 if found else 404)
-
-    app.add_api_route("/report", report)
-    return page, address
-
-
-def serve(port: int, browser: bool, say: Any) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        say: prints a line.
-    """
-    page, address = open_page(port, browser)
-    say(f"The page is {address} (on this machine only). Ctrl-C ends it.")
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        page.close(verbose=False)
-        for run in jobs.in_training():
-            say(f"{run} is still being trained; `zephyr-lite ui` shows it again.")
