@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.data.test_sources import messages, own_cache, turns, write  # noqa: F401
-from zephyr_lite.config.load import DatasetSpec, load_config
+from tests.data.test_sources import messages, turns, write
+from zephyr_lite.config.load import DatasetSpec, RunConfig, load_config
 from zephyr_lite.data.load import NothingHeldOut, load_rows
 from zephyr_lite.errors import UserError
 
@@ -79,3 +79,10 @@ def test_the_key_makes_the_held_out_data_set():
     for other in ("eval_dataset=b.jsonl", "dataset.test_size=3"):
         with pytest.raises(UserError, match="val_size does not go together with eval_dataset or test_size"):
             load_config("sft", None, ["dataset=a.jsonl", "val_size=0.1", other])
+
+
+def test_the_sides_follow_from_val_size_alone():
+    specs = [{"path": "a.jsonl", "part": "test"}, {"path": "b.jsonl"}]
+    config = RunConfig(dataset=specs, eval_dataset=[], val_size=0.1)
+    assert [spec.part for spec in config.dataset] == ["train", "train"]
+    assert [spec.part for spec in config.eval_dataset] == ["test", "test"]

@@ -270,9 +270,11 @@ class RunConfig(BaseModel):
         if size and (named or any(spec.test_size for spec in self.dataset)):
             raise ValueError("val_size does not go together with eval_dataset or test_size; set one of them")
         if size or len(named) < len(self.eval_dataset):  # the specs follow from val_size
-            self.dataset = [spec.model_copy(update={"val_size": size}) for spec in self.dataset]
-            held_out = self.eval_dataset or [spec.model_copy(update={"part": "test"}) for spec in self.dataset]
-            self.eval_dataset = [spec.model_copy(update={"val_size": size}) for spec in held_out] if size else named
+            own = {"val_size": size, **({"part": "train"} if size else {})}
+            self.dataset = [spec.model_copy(update=own) for spec in self.dataset]
+            held_out = self.eval_dataset or self.dataset
+            rest = {"val_size": size, "part": "test"}
+            self.eval_dataset = [spec.model_copy(update=rest) for spec in held_out] if size else named
         return self
 
 
