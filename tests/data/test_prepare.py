@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
@@ -15,11 +14,6 @@ from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data import workers
 from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
 from zephyr_lite.data.dataset import prepare
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

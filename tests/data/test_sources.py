@@ -17,11 +17,6 @@ from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
