@@ -214,6 +214,7 @@ def test_the_command_serves_until_ctrl_c(chat, talk_run, monkeypatch, capsys):
     threading.Thread(target=interrupt).start()
     assert cli.run(["serve", str(talk_run), "--port", str(port)]) == 130
     assert models == ["dpo", "sft", "base"] and f"http://127.0.0.1:{port}/v1" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "zephyr_lite.chat.serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.run(["serve", str(talk_run)]) == 2 and "zephyr-lite[serve]" in capsys.readouterr().err
     with pytest.raises(UserError, match="Cannot assign requested address"):

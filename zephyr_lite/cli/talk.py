@@ -91,13 +91,14 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
 ) -> None:
     """Answer other programs: the OpenAI chat API over a run's models."""
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the package {error.name} is not installed.", 'pip install "zephyr-lite[serve]"') from None
     from ..chat import Chat
-    from ..chat.serve import listen, make_server
+
+    try:
+        from ..chat.serve import listen, make_server
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise UserError(f"the package {error.name} is not installed.", 'pip install "zephyr-lite[serve]"') from None
 
     with listen(host, port) as listener:  # before anything is loaded
         live = open_model(ctx)

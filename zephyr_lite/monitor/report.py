@@ -23,7 +23,7 @@ import numpy as np
 from markupsafe import Markup
 
 from .. import __version__
-from ..config.load import DPO_DEFAULTS, RunConfig
+from ..config.load import DPO_DEFAULTS, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.redact import redact
@@ -92,7 +92,7 @@ class StageRecord:
             if self.info.get(part) is None:
                 self.info[part] = [] if part in ("adapters", "resumed") else {}
         self.complete = self.info.get("status") == "complete"
-        self.method: str = self.info.get("method", "sft")
+        self.method: Method = self.info.get("method", "sft")
         self.planned: dict[str, float] = self.info["plan"].get("account") or {}
         self.config: dict[str, Any] = files["config"]
         self.samples, self.left_out = files["samples"], files["left_out"]
