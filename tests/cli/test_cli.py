@@ -69,7 +69,7 @@ def test_an_interrupted_command_ends_with_130(invoke, monkeypatch):
     assert invoke("env")[::2] == (130, "interrupted\n")
     monkeypatch.setattr("zephyr_lite.config.load.load_config", lambda *_, **__: interrupted())
     code, _, err = invoke("sft")
-    assert code == 130 and "resumes from the last checkpoint, or starts anew if there is none yet" in err
+    assert code == 130 and "resumes from the last checkpoint, if there is one" in err
 
 
 # -- what goes well ----------------------------------------------------------------------------------------------------

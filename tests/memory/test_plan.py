@@ -403,7 +403,7 @@ def test_a_model_that_a_cpu_cannot_train_is_said(said, processor):
 
 
 def test_own_rows_are_counted_by_their_characters(said, tmp_path):
-    """So that a plan has hours, or seconds; what cannot be read is a note."""
+    """The plan then has a duration; rows that cannot be read are a note."""
     file, text = tmp_path / "chats.jsonl", "word " * 600
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     file.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[::-1] + turns}) + "\n")

@@ -1,4 +1,4 @@
-"""The settings of a user's own rows: how many steps they give, what is held out, and that a run goes on with them."""
+"""Settings chosen for a user's own rows: number of steps, held-out rows, resuming."""
 
 import json
 from types import SimpleNamespace

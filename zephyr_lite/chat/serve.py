@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Part(BaseModel):
-    """An object of a request. A key that is null, or that asks for what is done anyway, is left out; others are refused."""
+    """An object in a request. Unknown keys are rejected; keys that are null or have the default of OpenAI's API are ignored."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     needless: ClassVar[dict[str, Any]] = {}
@@ -66,7 +66,7 @@ class StreamOptions(Part):
 
 
 class ChatRequest(Part, Settings):
-    """The body of ``POST /v1/chat/completions``; what it leaves out is as in ``zephyr-lite chat``, the seed aside."""
+    """The body of ``POST /v1/chat/completions``. Defaults are those of ``zephyr-lite chat``, except for a random seed."""
 
     needless: ClassVar[dict[str, Any]] = {
         **{"n": 1, "logprobs": False, "store": False, "tools": [], "response_format": {"type": "text"}},

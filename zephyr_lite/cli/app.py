@@ -171,7 +171,7 @@ def _ending(error: BaseException, arguments: list[str]) -> tuple[int, str | User
 
 def interrupted_line(arguments: list[str]) -> str:
     if arguments[:1] and arguments[0] in _TRAINS and "--dry-run" not in arguments:
-        return "interrupted; the same command resumes from the last checkpoint, or starts anew if there is none yet"
+        return "interrupted; the same command resumes from the last checkpoint, if there is one"
     return "interrupted"
 
 

@@ -233,7 +233,7 @@ def _splits_of_readme(folder: Path, spec: DatasetSpec) -> dict[str, list[Path]]:
             split: [file for pattern in patterns for file in _data_files(base.glob(str(pattern)))]
             for split, patterns in datasets.data_files.sanitize_patterns(config["data_files"]).items()
         }
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # pathlib's, of an absolute or an empty pattern
         raise UserError(f"{readme}: data_files: {error}.", "Name files below the folder, as in data/*.jsonl.") from None
     return {split: files for split, files in found.items() if files}
 
