@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..errors import UserError
 from ..io.safetensors import tensor_bytes
 from ..io.text import shown
 from .families import FAMILIES, NAMES, head_width, layer_windows
-from .files import again, check_config_file, open_shards
+from .files import again, check_config_file, has_text_model, open_shards
 
 # the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows
 _ARCHITECTURE = (
@@ -36,7 +37,7 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 
 
 def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
-    """The model's configuration.
+    """The model's configuration; of a multimodal one the text model's (``has_text_model``).
 
     Args:
         any_family: accept families and variants that the fused engine does not know.
@@ -58,9 +59,24 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
         raise UserError(
             f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
         ) from error
+    if has_text_model(told):
+        config = text_config(config, told)
     if not any_family:
         check_family(config, str(path))
     return config
+
+
+def text_config(config: Any, told: Mapping[str, Any]) -> Any:
+    """The text model's configuration in a multimodal model's, with what the file says of the whole model.
+
+    Args:
+        told: the content of config.json.
+    """
+    text = config.get_text_config()
+    for key in ("quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in told:
+            setattr(text, key, told[key])
+    return text
 
 
 def check_family(config: Any, where: str) -> None:

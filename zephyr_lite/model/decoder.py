@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import UserError
-from ..ops.dropout import DropoutKey
+from ..ops.dropout import DropoutKey, uniform
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
@@ -31,11 +31,12 @@ Keeps = Keep | Sequence[Keep]
 
 @dataclass(frozen=True)
 class Dropout:
-    """LoRA dropout of one forward pass, on the trainable adapter only."""
+    """LoRA dropout of one forward pass, on the trainable adapter only, and NEFTune's ``noise`` (its alpha) on the embeddings."""
 
     p: float
     seed: int
     step: int
+    noise: float = 0.0
 
 
 class Decoder:
@@ -159,8 +160,13 @@ class Decoder:
         shared = {"mlp_chunk": self.tile, "offload": self.offload, "stream": self.stream}
         contexts = layer_contexts(model, x, batch.positions, batch.segments, **shared)
         key = None
-        if dropout is not None and dropout.p > 0:
+        if dropout is not None and (dropout.p > 0 or dropout.noise):
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
+            if dropout.noise:  # NEFTune (Jain et al. 2023, arXiv 2310.05914)
+                lengths = torch.tensor([segment.queries for segment in batch.segments])
+                most = dropout.noise / (lengths * x.shape[1]).sqrt().repeat_interleave(lengths)[:, None].to(x.device)
+                x = (x + uniform(key.at(-1, 0), x.shape[1]) * most).to(self.dtype)
+            key = key if dropout.p > 0 else None
         keeps = [keep] * len(model.layers) if isinstance(keep, str) else keep
         streams = [x] * len(off)
         del x  # so that the first layer frees it
