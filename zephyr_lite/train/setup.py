@@ -393,7 +393,12 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)
         stack.add_trainable(
-            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
+            config.stage,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=config.lora_target_modules,
+            seed=config.seed,
+            rslora=config.use_rslora,
         )
     if base.device.type == "cpu":
         keep_freed_pages()
