@@ -95,6 +95,26 @@ FAMILIES = {
         neighbours=False,
         rope_factors=False,
     ),
+    "smollm3": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        rotations=lambda config: tuple(() if on else None for on in config.no_rope_layers[: config.num_hidden_layers]),
+        gguf="smollm3",
+        rope_factors=False,
+    ),
+    "gemma3_text": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        rotations=lambda config: tuple((kind,) for kind in config.layer_types),
+        activation="gelu_pytorch_tanh",
+        norms=("input_layernorm", "pre_feedforward_layernorm"),
+        post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        head_norms=("q_norm", "k_norm"),
+        norm_offset=True,
+        gguf="gemma3",
+        neighbours=False,
+        rope_factors=False,
+    ),
 }
 NAMES = " and ".join((", ".join([*FAMILIES][:-1]), [*FAMILIES][-1]))
 
