@@ -97,6 +97,13 @@ def test_a_data_set_is_reached_into_whatever_the_order_of_words():
     assert config.eval_dataset
 
 
+def test_an_option_of_the_schedule_is_set_with_a_dot():
+    words = ["lr_scheduler_kwargs={min_lr: 1e-6}", "lr_scheduler_kwargs.num_cycles=0.25"]
+    assert load(*words).config.lr_scheduler_kwargs == {"min_lr": 1e-6, "num_cycles": 0.25}
+    with pytest.raises(UserError, match="lr_scheduler_kwargs: expected keys and values"):
+        load("lr_scheduler_kwargs=fast")
+
+
 def test_held_out_rows_that_are_trained_on_are_told():
     same = ["dataset={path: a/b, split: train}", "eval_dataset={path: a/b, split: train}"]
     assert any("are trained on too" in note for note in load_config("sft", None, same).notes)

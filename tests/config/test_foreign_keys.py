@@ -175,6 +175,17 @@ def test_null_is_not_set(key, tmp_path):
         ("lora_target: q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
         ("lora_target: all\ncutoff_len: 512", "lora_target_modules", "all-linear"),
         ("lora_rank: 8\nnum_epochs: 3.0\nlr: 1e-4", "num_train_epochs", 3),
+        ("lr_scheduler: linear\nuse_rslora: null\nadam_beta2:", "lr_scheduler_type", "linear"),
+        ("peft_use_rslora: true\nloraplus_lr_embedding: 1e-6", "use_rslora", True),
+        ("loraplus_lr_ratio: 16\nadam_epsilon: 1e-6", "loraplus_lr_ratio", 16),
+        ("max_grad_norm: 0", "max_grad_norm", 0),
+        (
+            "lr_scheduler_kwargs: {min_lr: 1e-6, decay_type: linear}",
+            "lr_scheduler_kwargs",
+            {"min_lr": 1e-6, "decay_type": "linear"},
+        ),
+        ("lr_scheduler_kwargs: ''", "lr_scheduler_kwargs", {}),
+        ("neftune_noise_alpha: 5", "neftune_noise_alpha", 5),
         ("completion_only_loss: true", "loss_on", "last"),
         ("completion_only_loss: false", "loss_on", "all"),
         ("completion_only_loss: null", "loss_on", "assistant"),
@@ -196,6 +207,11 @@ def test_null_is_not_set(key, tmp_path):
 )
 def test_values_that_have_another_name_here(text, key, value, tmp_path):
     assert getattr(load(tmp_path, text).config, key) == value
+
+
+def test_dpo_has_no_noise(tmp_path):
+    assert "neftune_noise_alpha: only sft adds noise" in refused(tmp_path, "neftune_noise_alpha: 5", "dpo")
+    assert load(tmp_path, "neftune_noise_alpha: null", "dpo").config.neftune_noise_alpha is None
 
 
 def test_dpo_has_no_dropout_unless_the_file_says_so(tmp_path):

@@ -233,19 +233,21 @@ def refuse_placed(keys: Iterable[str], where: str) -> None:
 
 
 def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> str | None:
-    """Set ``dataset.split`` or ``memory.keep`` in place, or ``dataset.columns.prompt`` in the map of columns; returns what
-    is wrong with the key."""
+    """Set ``dataset.split``, ``memory.keep`` or ``lr_scheduler_kwargs.num_cycles`` in place, or ``dataset.columns.prompt`` in
+    the map of columns; returns what is wrong with the key.
+    """
     head, _, rest = key.partition(".")
-    if head not in ("dataset", "eval_dataset", "memory"):
+    rows = head in ("dataset", "eval_dataset")
+    if not rows and head not in ("memory", "lr_scheduler_kwargs"):
         return unknown_key(key, RunConfig.model_fields)
     current = target.get(head, defaults.get(head))
-    if head != "memory" and head not in target and head not in defaults:
+    if rows and head not in target and head not in defaults:
         current = [spec.model_dump(exclude_defaults=True) for spec in RunConfig.model_fields[head].default]
     if isinstance(current, list):
         if len(current) > 1:
             return f"{key}: {head} has {len(current)} entries; change them in the file."
         current = current[0] if current else {}
-    if isinstance(current, str) and head != "memory":
+    if isinstance(current, str) and rows:
         current = {"path": current}
     current = dict(current) if isinstance(current, dict) else {}
     if rest == "path":

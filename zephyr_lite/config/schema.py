@@ -141,6 +141,7 @@ class RunConfig(BaseModel):
     )
     lora_r: int = Field(16, ge=1, le=2**16, description="the adapter's rank")
     lora_alpha: float = Field(16, gt=0, le=2**20, description="the adapter's scale is lora_alpha / lora_r")
+    use_rslora: bool = Field(False, description="rsLoRA: the adapter's scale is lora_alpha / √lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
@@ -156,9 +157,16 @@ class RunConfig(BaseModel):
     num_train_epochs: float = Field(1, gt=0, le=10**6, description="passes over the rows; 0.5: half of the rows, once")
     max_steps: int | None = Field(None, ge=1, lt=2**31, description="the number of optimizer steps, instead of epochs")
     learning_rate: float = Field(2.0e-4, gt=0, le=1000, description="the highest one, reached after the warm-up")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: the learning rate of the adapter's B is learning_rate times this, such as 16"
+    )
     lr_scheduler_type: str = Field(
         "cosine",
-        description="also linear, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt",
+        description="also linear, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial, "
+        "inverse_sqrt",
+    )
+    lr_scheduler_kwargs: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = Field(
+        {}, description="options of the schedule: {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="the share of steps with a rising learning rate")
     warmup_steps: int | None = Field(None, ge=1, lt=2**31, description="their number, instead of their share")
@@ -166,7 +174,18 @@ class RunConfig(BaseModel):
         "adamw_torch", description="8bit: a quarter of the optimizer's memory; paged: it may move to RAM"
     )
     weight_decay: float = Field(0.0, ge=0, le=1000, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="the norm that larger gradients are scaled to")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of the gradients")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the mean of their squares")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="the norm that larger gradients are scaled to; 0: they are not scaled"
+    )
+    neftune_noise_alpha: float | None = Field(
+        None,
+        ge=0,
+        description="sft: NEFTune: uniform noise on the embeddings in training, at most alpha / √(tokens of the example × "
+        "hidden size); null: none",
+    )
     # preference optimization
     beta: float = Field(
         0.01,
@@ -240,6 +259,7 @@ class RunConfig(BaseModel):
         "report_to",
         "push_to_hub",
         "memory",
+        "lr_scheduler_kwargs",
         mode="before",
     )
     @classmethod
@@ -248,6 +268,8 @@ class RunConfig(BaseModel):
         match info.field_name:
             case "memory":
                 return {} if value in (None, "auto") else value
+            case "lr_scheduler_kwargs":
+                return value or {}
             case "push_to_hub":
                 return None if value is False else value
             case "loss_type":

@@ -209,6 +209,7 @@ def _arguments(stage: Stage, total: int) -> dict[str, Any]:
         "seed": config.seed,
         "max_steps": total,
         "max_grad_norm": config.max_grad_norm,
+        "neftune_noise_alpha": config.neftune_noise_alpha if stage.method == "sft" else None,
         "bf16": cuda and stage.base.dtype == torch.bfloat16,
         "fp16": cuda and stage.base.dtype == torch.float16,
         "use_cpu": not cuda,
@@ -280,6 +281,7 @@ def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None
     shape: dict[str, Any] = {
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
         "target_modules": config.lora_target_modules,
     }
     below, names = None, ", ".join(str(a.path) for a in stage.frozen)

@@ -69,8 +69,16 @@ def turns_of(template: ChatTemplate) -> Turns:
     Raises:
         UserError: the template is not a sequence of turns, or refuses plain ones.
     """
+    tokenizer, question = template.tokenizer, [{"role": "user", "content": "a question"}]
     try:
-        return _take_apart(template.text_of, template.tokenizer.bos_token or "")
+        # Phi's templates write eos after the last turn, unless an answer follows
+        closes = not template.text_of(question, True).startswith(template.text_of(question))
+
+        def render(messages: list[Message], add_generation_prompt: bool) -> str:
+            text = template.text_of(messages, add_generation_prompt)
+            return text.removesuffix(tokenizer.eos_token) if closes and not add_generation_prompt else text
+
+        return _take_apart(render, tokenizer.bos_token or "")
     except RowError as error:
         raise _refused(str(error)) from None
 
