@@ -42,7 +42,18 @@ ABLATIONS = {
     "ablations/alpha-ddpo": (DPO | {"stage": "alpha-ddpo"}, ULTRAFEEDBACK, "train_prefs", None),
     "ablations/beta-ddpo": (DPO | {"stage": "beta-ddpo"}, ULTRAFEEDBACK, "train_prefs", None),
 }
-ALL = FACTS | ABLATIONS
+BASES = {
+    "qwen3-4b": ("Qwen/Qwen3-4B-Base", 3e-4),
+    "smollm3-3b": ("HuggingFaceTB/SmolLM3-3B-Base", 3e-4),
+    "ministral-3-8b": ("mistralai/Ministral-3-8B-Base-2512", 2e-4),
+    "gemma-3-4b": ("google/gemma-3-4b-pt", 3e-4),
+    "phi-4-mini": ("microsoft/Phi-4-mini-instruct", 1e-4),
+}
+FAMILIES = {
+    f"{name}/sft": (SFT | {"model_name_or_path": base, "learning_rate": rate}, ULTRACHAT, "train_sft", 10000)
+    for name, (base, rate) in BASES.items()
+} | {f"{name}/dpo": (DPO, ULTRAFEEDBACK, "train_prefs", 10000) for name in BASES}
+ALL = FACTS | ABLATIONS | FAMILIES
 
 
 def method(name: str):
@@ -75,7 +86,7 @@ def test_the_schemas_defaults_are_the_shipped_recipe(stage):
     assert differing <= {"eval_dataset", "eval_steps", "save_steps"}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FACTS | ABLATIONS)  # FAMILIES: tests/contract/test_more_families_folders.py
 def test_it_runs_in_small(name, tmp_path, tiny_base, chat_rows, pair_rows):
     kind = method(name)
     rows = pair_rows if kind == "dpo" else chat_rows

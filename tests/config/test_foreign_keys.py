@@ -69,7 +69,8 @@ def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
         ("datasets: [{path: a/b, data_files: x.json}]", "data_files are read as path: json, csv or parquet"),
         ("datasets: [{path: a/b, columns: [messages, tools]}]", "columns: tools is given to no chat template"),
         ("assistant_only_loss: perhaps", "assistant_only_loss: 'perhaps' is not true or false"),
-        ("loss_type: [sigmoid, sft]", "one loss is trained"),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1]", "loss_weights one value for each of them"),
+        ("rpo_alpha: much", "rpo_alpha: 'much' is not a number"),
         ("model_init_kwargs: {attn_implementation: sdpa, quantization_config: {bits: 3}}", "quantization_config"),
         ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
         ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
@@ -174,12 +175,29 @@ def test_null_is_not_set(key, tmp_path):
         ("lora_target: q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
         ("lora_target: all\ncutoff_len: 512", "lora_target_modules", "all-linear"),
         ("lora_rank: 8\nnum_epochs: 3.0\nlr: 1e-4", "num_train_epochs", 3),
+        ("lr_scheduler: linear\nuse_rslora: null\nadam_beta2:", "lr_scheduler_type", "linear"),
+        ("peft_use_rslora: true\nloraplus_lr_embedding: 1e-6", "use_rslora", True),
+        ("loraplus_lr_ratio: 16\nadam_epsilon: 1e-6", "loraplus_lr_ratio", 16),
+        ("max_grad_norm: 0", "max_grad_norm", 0),
+        (
+            "lr_scheduler_kwargs: {min_lr: 1e-6, decay_type: linear}",
+            "lr_scheduler_kwargs",
+            {"min_lr": 1e-6, "decay_type": "linear"},
+        ),
+        ("lr_scheduler_kwargs: ''", "lr_scheduler_kwargs", {}),
+        ("neftune_noise_alpha: 5", "neftune_noise_alpha", 5),
         ("completion_only_loss: true", "loss_on", "last"),
         ("completion_only_loss: false", "loss_on", "all"),
         ("completion_only_loss: null", "loss_on", "assistant"),
         ("assistant_only_loss: true\ncompletion_only_loss: true", "loss_on", "last"),
         ("loss_type: nll", "loss_type", "sigmoid"),
         ("loss_type: [ipo]", "loss_type", "ipo"),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1, 0.2]", "losses", {"sigmoid": 1, "sft": 0.2}),
+        ("loss_type: [ipo]\nrpo_alpha: 0.2", "losses", {"ipo": 1, "sft": 0.2}),
+        ("pref_loss: simpo\npref_ftx: 0.5\nsimpo_gamma: 0.8", "losses", {"simpo": 1, "sft": 0.5}),
+        ("pref_loss: orpo\npref_beta: 0.2\npref_ftx: 0.0", "beta", 0.2),
+        ("rl: dpo\nrl_beta: 0.1\ndpo_label_smoothing: 0.1", "loss_type", "sigmoid"),
+        ("rl: orpo\norpo_alpha: 0.25", "beta", 0.25),
         ("chat_template_path: x.jinja", "chat_template", "x.jinja"),
         ("model_init_kwargs: {torch_dtype: bf16, revision: v2, use_cache: false}", "dtype", "bfloat16"),
         ("model_init_kwargs: {revision: v2}", "model_revision", "v2"),
@@ -189,6 +207,11 @@ def test_null_is_not_set(key, tmp_path):
 )
 def test_values_that_have_another_name_here(text, key, value, tmp_path):
     assert getattr(load(tmp_path, text).config, key) == value
+
+
+def test_dpo_has_no_noise(tmp_path):
+    assert "neftune_noise_alpha: only sft adds noise" in refused(tmp_path, "neftune_noise_alpha: 5", "dpo")
+    assert load(tmp_path, "neftune_noise_alpha: null", "dpo").config.neftune_noise_alpha is None
 
 
 def test_dpo_has_no_dropout_unless_the_file_says_so(tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from tests.numeric import apart
 from zephyr_lite.ops import dispatch, nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import runs_triton, twins
 from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask
@@ -174,6 +176,48 @@ def test_rms_norm(dtype, rows, width):
     compare_rms_norm(DEVICE, dtype, rows, width)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [False, True])
+def test_rms_norm_of_heads_in_a_strided_buffer_and_with_an_offset(dtype, offset):
+    """q's heads of a fused [T, (H + 2 H_kv) d] buffer, into a buffer for q and k; the gradient where its own gradient was."""
+    tokens, heads, width = 3, 5, 80
+    x, grad = (rand(tokens, heads + 4, width, dtype=dtype)[:, :heads] for _ in range(2))
+    norm = rms_norm.Norm(rand(width, dtype=dtype), 1e-5, offset)
+    h = x.double().requires_grad_()
+    inverse = (h.square().mean(-1) + norm.eps).rsqrt()
+    y = (norm.weight.double() + offset) * h * inverse[..., None]
+    (dx,) = torch.autograd.grad(y, h, grad.double())
+
+    def run():
+        out = torch.full((tokens, heads + 2, width), 7.0, dtype=dtype, device=DEVICE)
+        found, same_x, scale = norm.forward(x, out=out[:, :heads])
+        assert same_x is x and found.data_ptr() == out.data_ptr() and (out[:, heads:] == 7).all()
+        whole = torch.cat([grad, grad], 1)
+        assert norm.backward(whole[:, :heads], x, scale, out=whole[:, :heads]).data_ptr() == whole.data_ptr()
+        assert torch.equal(whole[:, heads:], grad)
+        return found, scale, whole[:, :heads]
+
+    for what, kernel, twin, exact in zip(("y", "inverse", "dx"), *both("rms_norm", run, x), (y, inverse, dx)):
+        hold(what, kernel, twin, exact.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_with_an_offset_rounds_once(dtype):
+    """(1 + weight) in float32, as Gemma's layers compute it; with the residual's sum before it."""
+    x, residual, grad = (rand(3, 576, dtype=dtype) for _ in range(3))
+    norm = rms_norm.Norm(rand(576, dtype=dtype), 1e-6, True)
+    total = (x + residual).float()
+    y = (total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + norm.weight.float())).to(dtype)
+    h = (x.double() + residual.double()).requires_grad_()
+    exact = (1 + norm.weight.double()) * h * (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    (dx,) = torch.autograd.grad(exact, h, grad.double())
+    kernel, twin = both("rms_norm", lambda: norm.forward(x, residual), x)
+    assert apart(twin[0], y) < (1e-6 if dtype == torch.float32 else 1e-3)
+    hold("y", kernel[0], twin[0], exact.detach())
+    back = both("rms_norm", lambda: norm.backward(grad, twin[1], twin[2], grad), x)
+    hold("dx", *back, dx + grad.double())
+
+
 def test_rms_norm_of_large_values_and_of_strided_rows():
     x = rand(3, 576, dtype=torch.float16, scale=300)  # squares overflow float16
     y, _, inverse = rms_norm.rms_norm_forward(x, torch.ones_like(x[0]), 1e-5)
@@ -222,27 +266,29 @@ def test_rope_refuses_heads_that_are_not_dense():
 # SwiGLU
 
 
-def compare_swiglu(device, dtype, rows, width) -> None:
+def compare_swiglu(device, dtype, rows, width, activation="silu") -> None:
     halves, grad = (
         rand(rows, 2 * width, device=device, dtype=dtype, scale=3),
         rand(rows, width, device=device, dtype=dtype),
     )
     gate, up = halves.chunk(2, -1)
-    g, u, d = gate.double(), up.double(), grad.double()
-    sigmoid = g.sigmoid()
-    exact = (d * u * sigmoid * (1 + g * (1 - sigmoid)), d * g * sigmoid, g * sigmoid * u)
-    hold("forward", *both("swiglu", lambda: swiglu.swiglu_forward(gate, up), gate), exact[2])
+    g, u = gate.double().requires_grad_(), up.double().requires_grad_()
+    product = (F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")) * u
+    exact = (*torch.autograd.grad(product, (g, u), grad.double()), product.detach())
+    name = {"activation": activation}
+    hold("forward", *both("swiglu", lambda: swiglu.swiglu_forward(gate, up, **name), gate), exact[2])
     out = torch.empty_like(grad)
-    assert swiglu.swiglu_forward(gate, up, out) is out and torch.equal(out, swiglu.swiglu_forward(gate, up))
+    assert swiglu.swiglu_forward(gate, up, out, **name) is out
+    assert torch.equal(out, swiglu.swiglu_forward(gate, up, **name))
 
     def in_place():
         buffer, act = halves.clone(), grad.clone()
         d_gate, d_up = buffer.chunk(2, -1)
-        result = swiglu.swiglu_backward(act, d_gate, d_up, d_gate, d_up, act)
+        result = swiglu.swiglu_backward(act, d_gate, d_up, d_gate, d_up, act, **name)
         assert all(a is b for a, b in zip(result, (d_gate, d_up, act)))
         return result
 
-    for run in (lambda: swiglu.swiglu_backward(grad, gate, up), in_place):
+    for run in (lambda: swiglu.swiglu_backward(grad, gate, up, **name), in_place):
         for what, kernel, twin, right in zip(("d_gate", "d_up", "act"), *both("swiglu", run, gate), exact):
             hold(what, kernel, twin, right)
 
@@ -251,6 +297,7 @@ def compare_swiglu(device, dtype, rows, width) -> None:
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 576), (2, 1536)])
 def test_swiglu(dtype, rows, width):
     compare_swiglu(DEVICE, dtype, rows, width)
+    compare_swiglu(DEVICE, dtype, rows, width, "gelu_pytorch_tanh")
 
 
 def test_swiglu_of_extreme_gates():
@@ -261,6 +308,9 @@ def test_swiglu_of_extreme_gates():
     torch.testing.assert_close(d_gate, torch.tensor([[4.0, 0, 2.0, 4.0, 0]], device=DEVICE))
     torch.testing.assert_close(act, torch.tensor([[2e4, 0, 0, 160.0, 0]], device=DEVICE))
     torch.testing.assert_close(swiglu.swiglu_forward(gate, up), act)
+    d_gate, d_up, act = swiglu.swiglu_backward(grad, gate, up, activation="gelu_pytorch_tanh")
+    torch.testing.assert_close(d_gate, torch.tensor([[4.0, 0, 2.0, 4.0, 0]], device=DEVICE))
+    torch.testing.assert_close(act, torch.tensor([[2e4, 0, 0, 160.0, 0]], device=DEVICE))
 
 
 # Dropout

@@ -50,7 +50,9 @@ def oracle(decoder, example, batch, dropout=None):
             layer.lora_dropout["dpo"] = HashDropout(key.at(place, SITES[parts[-1]]))
     for module in stack.base.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, m=module: F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
+            offset = type(module).__name__.startswith("Gemma")
+            weight, eps = module.weight + offset, module.eps if offset else module.variance_epsilon
+            module.forward = lambda x, w=weight, eps=eps: F.rms_norm(x, x.shape[-1:], w, eps)
     stack.model.base_model.set_adapter(["sft", "dpo"])
     for _, layer in stack.lora_layers():
         for name in ("sft", "dpo"):

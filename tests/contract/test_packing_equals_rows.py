@@ -13,16 +13,17 @@ from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import Example
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.ops.dropout import DropoutKey, uniform
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_packed_equals_one_row_at_a_time(window, p):
-    """Invariant 2, and 4: however rows are packed or split, dropout on or off."""
+@pytest.mark.parametrize(("p", "noise"), [(0.0, 0.0), (0.3, 0.0), (0.3, 5.0)])
+def test_packed_equals_one_row_at_a_time(window, p, noise):
+    """Invariant 2, and 4: however rows are packed or split, dropout and NEFTune's noise on or off."""
     decoder = Decoder(live_stack(make_model(sliding_window=window)), torch.float32)
     examples = [conversation(i, n) for i, n in enumerate([17, 1, 9, 30])]
-    dropout = Dropout(p, seed=3, step=11)
+    dropout = Dropout(p, seed=3, step=11, noise=noise)
     together, grads = loss_and_gradients(decoder, collate_conversations(examples), dropout=dropout)
     for split in ([[0], [1], [2], [3]], [[2, 0], [3, 1]]):
         logps, summed = {}, None
@@ -52,6 +53,23 @@ def test_a_shared_prompt_equals_separate_sequences(window):
     want, wanted = loss_and_gradients(decoder, collate_conversations(separate), weights)
     assert apart(logps, want) < 1e-5
     assert_same(grads, wanted)
+
+
+def test_neftune_adds_uniform_noise_to_the_embeddings_of_the_hugging_face_model():
+    """Within ± alpha / √(L · d), L the tokens of the example; another in every step, none without an alpha."""
+    decoder = Decoder(live_stack(make_model(), torch.float64), torch.float64)
+    example = conversation(4, 33)
+    batch = collate_conversations([example])
+    unit = uniform(DropoutKey(0.0, 3, 11, batch.streams, batch.positions, layer=-1), 64)
+    assert unit.abs().max() <= 1 and abs(unit.mean()) < 0.05 and abs(unit.var() - 1 / 3) < 0.02
+    embedded = decoder.stack.base.model.embed_tokens(batch.tokens) + 5 * unit / (33 * 64) ** 0.5
+    with torch.no_grad():
+        logps = decoder.stack.model(inputs_embeds=embedded[None]).logits[0].log_softmax(-1)
+        found = decoder.token_logps(batch, dropout=Dropout(0.0, 3, 11, noise=5.0))
+        later = decoder.token_logps(batch, dropout=Dropout(0.0, 3, 12, noise=5.0))
+        plain = decoder.token_logps(batch, dropout=Dropout(0.0, 3, 11))
+    assert apart(found, logps[batch.target_rows, batch.target_ids]) < 1e-6  # both norms compute in float32 at most
+    assert min(apart(found, later), apart(found, plain)) > 1e-3
 
 
 def test_float64_runs_in_float64():

@@ -92,6 +92,17 @@ def test_sft_then_dpo_are_the_fused_engines_runs(run):
         assert weights(trl / name).keys() == weights(fused / name).keys()
 
 
+def test_the_methods_are_the_fused_engines(run):
+    """rsLoRA, LoRA+, Adam's options and no clipping. NEFTune's noise is transformers' own, so it is another one."""
+    keys = {"use_rslora": True, "loraplus_lr_ratio": 8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "max_grad_norm": 0}
+    keys |= {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}}
+    trl, fused = run("sft", **keys), run("sft", run="fused", engine="fused", **keys)
+    assert_same_run(trl, fused, ["loss", "grad_norm", "learning_rate"])
+    assert chain_of_run(trl.parent).adapters[0].config["use_rslora"]
+    noisy = run("sft", run="noisy", neftune_noise_alpha=50, max_steps=1)
+    assert metrics(noisy)[0]["loss"] > metrics(trl)[0]["loss"] + 1e-3
+
+
 def test_the_folder_is_a_run_like_any_other(run, tiny_base):
     sft = run("sft", lora_dropout=0.1)
     info = json.loads((sft / "stage.json").read_text())

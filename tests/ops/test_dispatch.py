@@ -20,11 +20,13 @@ from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, toke
 from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
 from zephyr_lite.train import setup
 
+# with a small vocabulary
+GEMMA = Widths(2560, 10240, 2048, 12, 256, 448, "gelu_pytorch_tanh", norm_offset=True, head_norms=True)
 OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000)])
+@pytest.mark.parametrize("widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000), GEMMA])
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
     assert check_kernels(DEVICE, dtype, widths) == []
@@ -123,11 +125,15 @@ def launch(kernel, grid):
 JITFunction.__getitem__ = launch
 os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
 driver.set_active(Card())
-widths = Shape.of(MISTRAL_SHAPE).widths
+mistral = Shape.of(MISTRAL_SHAPE).widths
+gemma = dispatch.Widths(2560, 10240, 2048, 12, 256, 262144, "gelu_pytorch_tanh", True, True)
 for capability in (75, 80, 86, 89, 90, 100, 120):
     dtype = torch.float16 if capability < 80 else torch.bfloat16
     for op in (dropout, nf4, rms_norm, rope, swiglu, token_logps):
-        for _ in op.comparisons(torch.device("cpu"), dtype, widths): pass
+        for _ in op.comparisons(torch.device("cpu"), dtype, mistral): pass
+    once.clear()
+    for op in (rms_norm, rope, swiglu):
+        for _ in op.comparisons(torch.device("cpu"), dtype, gemma): pass
 print(*sorted(names))
 """
 

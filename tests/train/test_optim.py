@@ -1,11 +1,16 @@
 """The optimizer's state: there before the first step, put back in place, the same bits."""
 
 import json
+import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 
+from tests.conftest import make_model
 from zephyr_lite.config.load import RunConfig
+from zephyr_lite.errors import UserError
 from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
 
 KINDS = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
@@ -47,6 +52,56 @@ def test_the_learning_rate_rises_for_so_many_steps(keys, rising):
     assert rates == pytest.approx([0.7 * step / rising for step in range(rising)] + [0.7] * (20 - rising))
 
 
+def test_a_schedule_takes_its_own_options_only():
+    """cosine_with_min_lr ends at its share of both learning rates of LoRA+."""
+    keys = {"learning_rate": 0.5, "warmup_ratio": 0, "loraplus_lr_ratio": 16, "lr_scheduler_type": "cosine_with_min_lr"}
+    config = RunConfig(**keys, lr_scheduler_kwargs={"min_lr_rate": "0.1"})  # as YAML reads 1e-1
+    optimizer = make_optimizer(
+        config, {"x.lora_A": torch.nn.Parameter(torch.ones(1)), "x.lora_B": torch.nn.Parameter(torch.ones(1))}
+    )
+    scheduler = make_scheduler(config, optimizer, 8)
+    for step in range(9):
+        share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 8))
+        assert scheduler.get_last_lr() == pytest.approx([0.5 * share, 8 * share])
+        optimizer.step()
+        scheduler.step()
+    for name, options, says, hint in (
+        ("cosine", {"min_lr": 1e-6}, "no option 'min_lr'", "lr_scheduler_kwargs: num_cycles."),
+        ("constant", {"num_cycles": 2}, "no option 'num_cycles'", "lr_scheduler_kwargs: none."),
+        ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate", "num_cycles, min_lr, min_lr_rate"),
+        ("cosin", {}, "cosin is not a valid", "Try cosine"),
+    ):
+        with pytest.raises(UserError, match=says) as told:
+            make_scheduler(RunConfig(lr_scheduler_type=name, lr_scheduler_kwargs=options), optimizer, 8)
+        assert hint in str(told.value)
+
+
+@pytest.mark.parametrize("ratio", [None, 16.0])
+def test_the_update_is_that_of_torch_and_of_pefts_lora_plus(ratio):
+    """Bit for bit: the learning rate of A and B, betas, epsilon and weight decay, under a schedule."""
+    keys = {"learning_rate": 1e-2, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-4}
+    config = RunConfig(**keys, loraplus_lr_ratio=ratio)
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-4, "fused": True}
+    models = [get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])) for _ in range(2)]
+    mine, theirs = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in models)
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            theirs[name].copy_(parameter)
+    ours = make_optimizer(config, mine)
+    if ratio is None:
+        other = torch.optim.AdamW(theirs.values(), weight_decay=0.1, **settings)
+    else:
+        other = create_loraplus_optimizer(
+            models[1], torch.optim.AdamW, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.1, **settings
+        )
+    for optimizer, named in ((ours, mine), (other, theirs)):
+        scheduler = make_scheduler(config, optimizer, 5)
+        for step in range(4):
+            train(optimizer, named, 1, seed=step)
+            scheduler.step()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine) and any("lora_B" in name for name in mine)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_is_there_before_the_first_step_and_no_step_adds_to_it(kind):
     named = parameters()
@@ -85,7 +140,7 @@ def test_a_state_that_is_put_back_goes_into_the_place_that_is_there(kind):
     fused = fresh.param_groups[0].get("fused")
     places = tensors(fresh)
     places[0].is_paged = True
-    restore_state(fresh, saved, groups)
+    restore_state(fresh, dict(zip(again.values(), saved)), groups)
     assert all(a is b for a, b in zip(tensors(fresh), places, strict=True)) and tensors(fresh)[0].is_paged
     assert fresh.param_groups[0]["lr"] == 3e-3 and fresh.param_groups[0]["betas"] == (0.9, 0.999)
     assert fresh.param_groups[0].get("fused") == fused
@@ -117,6 +172,7 @@ def test_a_parameter_that_a_checkpoint_does_not_have_keeps_its_fresh_state():
     named = parameters()
     optimizer = make_optimizer(RunConfig(), named)
     saved = [{k: v.clone() + 1 for k, v in optimizer.state[p].items()} for p in named.values()]
-    restore_state(optimizer, [saved[0], {}, *saved[2:]], optimizer.state_dict()["param_groups"])
+    states = dict(zip(named.values(), [saved[0], {}, *saved[2:]]))
+    restore_state(optimizer, states, optimizer.state_dict()["param_groups"])
     steps = [state["step"].item() for state in optimizer.state.values()]
     assert steps == [1, 0, 1, 1]

@@ -25,6 +25,7 @@ ALIASES = {
     "use_4bit": "load_in_4bit",
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
     "learning_rate_scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
     "train_batch_size": "batch_size",
     "target_modules": "lora_target_modules",
     "precompute_ref_logps": "precompute_ref_log_probs",
@@ -35,10 +36,17 @@ ALIASES = {
     "sequence_len": "max_length",
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
+    "peft_use_rslora": "use_rslora",
     "num_epochs": "num_train_epochs",
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
+    "rl_beta": "beta",
+    "orpo_alpha": "beta",
+    "pref_beta": "beta",
+    "dpo_label_smoothing": "label_smoothing",
 }
+# the weight of the chosen responses' negative log-likelihood beside the loss, in TRL's DPO and CPO and in LLaMA-Factory
+SFT_WEIGHTS = ("rpo_alpha", "cpo_alpha", "pref_ftx")
 
 # other tools' name -> ours, where ``_datasets`` translates the value too
 _DATASETS = {
@@ -65,6 +73,9 @@ TRANSLATED = {
     "assistant_only_loss": "loss_on",
     "completion_only_loss": "loss_on",
     "disable_dropout": "lora_dropout",
+    "rl": "loss_type",
+    "pref_loss": "loss_type",
+    **dict.fromkeys(SFT_WEIGHTS, "loss_weights"),
     "model_init_kwargs": "its keys",
     "dataset_kwargs": "its keys",
 }
@@ -101,6 +112,7 @@ _ACCEPTED = {
     "torchrun and the engine decide; a GPU is used if there is one": "use_cpu no_cuda local_rank "
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
     "ignore_bias_buffers",
+    "embeddings have no adapter": "loraplus_lr_embedding",
     "a finished stage is pushed once": "hub_strategy hub_always_push",
     "it is the parameter of a loss or an option that is off": "f_alpha_divergence_coef discopop_tau ref_model_mixup_alpha "
     "ref_model_sync_steps",
@@ -114,14 +126,9 @@ _PLAIN = "only plain LoRA is trained"
 _DPO = "it changes the loss of DPO, and is not implemented"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ref_model_name_or_path": ((), "the reference is the base with the adapters below the trained one: set adapters"),
-    "adam_beta1": ((0.9,), "AdamW's betas are 0.9 and 0.999"),
-    "adam_beta2": ((0.999,), "AdamW's betas are 0.9 and 0.999"),
-    "adam_epsilon": ((1e-8,), "AdamW's epsilon is 1e-8"),
-    "optim_args": (("",), "optimizers take no options but learning_rate and weight_decay"),
+    "optim_args": (("",), "AdamW's options are adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
     "optim_target_modules": ((), "GaLore and similar methods are not implemented"),
-    "lr_scheduler_kwargs": (({}, ""), "a schedule takes no options; choose an lr_scheduler_type that needs none"),
     "label_smoothing_factor": ((0,), "the targets are not smoothed"),
-    "neftune_noise_alpha": ((), "no noise is added to the embeddings"),
     "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all devices"),
     "dataloader_drop_last": ((False,), "the last rows of an epoch are trained on too"),
     "train_sampling_strategy": (("random",), "rows come in random order"),
@@ -146,18 +153,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "lora_modules_to_save": (([],), _PLAIN),
     "lora_target_parameters": (([],), f"{_PLAIN}, on the modules of lora_target_modules"),
     "lora_task_type": (("CAUSAL_LM",), "the task is causal language modelling"),
-    "use_rslora": ((False,), "the scale is lora_alpha / lora_r; for the same scale write lora_alpha × √lora_r"),
     "use_dora": ((False,), _PLAIN),
     "load_in_8bit": ((False,), "a base is held in 4 bits (load_in_4bit: true) or in 16 (false)"),
     "bnb_4bit_quant_type": (("nf4",), "4 bits are NF4"),
     "quantization_config": ((), "write load_in_4bit and bnb_4bit_use_double_quant"),
-    "loss_weights": (([1],), "one loss is trained"),
     "ld_alpha": ((1,), _DPO),
     "f_divergence_type": (("reverse_kl",), _DPO),
     "use_weighting": ((False,), _DPO),
     "sync_ref_model": ((False,), "the reference never changes"),
     "reference_free": ((False,), _DPO),
-    "rpo_alpha": ((), _DPO),
     "env": (({},), "set environment variables in the shell"),
 }
 
@@ -176,14 +180,10 @@ _VALUES: dict[str, dict[Any, Any]] = {
 }
 # null is TRL's "not set" of these
 _UNSET = (
-    "model_revision",
-    "chat_template",
-    "lora_target_modules",
-    "warmup_ratio",
-    "save_total_limit",
-    "hub_private_repo",
+    *("model_revision", "chat_template", "lora_target_modules", "use_rslora", "warmup_ratio", "save_total_limit"),
+    *("hub_private_repo", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-_LISTS = ("dataset", "eval_dataset", "adapters", "lora_target_modules", "report_to")
+_LISTS = ("dataset", "eval_dataset", "adapters", "lora_target_modules", "loss_type", "loss_weights", "report_to")
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -240,13 +240,20 @@ def rename(
     assistant, completion = taken.pop("assistant_only_loss", None), taken.pop("completion_only_loss", None)
     if assistant is not None or completion is not None:
         taken.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
-    loss = taken.get("loss_type")
-    if isinstance(loss, list):
-        if len(loss) != 1:
-            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
-        taken["loss_type"] = loss = loss[0] if loss else "sigmoid"
-    if not dpo and loss in ("nll", "chunked_nll"):
+    if not dpo and taken.get("loss_type") in ("nll", "chunked_nll", ["nll"]):
         del taken["loss_type"]
+    for key in ("rl", "pref_loss"):  # Axolotl's and LLaMA-Factory's
+        if (loss := taken.pop(key, None)) is not None:
+            taken["loss_type"] = "sigmoid" if loss == "dpo" else loss
+    for key in SFT_WEIGHTS:
+        weight = number(value := taken.pop(key, None))
+        if weight is None and value is not None:
+            faults.append(f"{key}: {short(value)} is not a number.")
+        if weight:
+            losses = taken.get("loss_type") or "sigmoid"
+            losses = losses if isinstance(losses, list) else [losses]
+            taken["loss_weights"] = [*(taken.get("loss_weights") or [1.0] * len(losses)), weight]
+            taken["loss_type"] = [*losses, "sft"]
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers has a switch and a name
         if not hub_id:
@@ -278,6 +285,8 @@ def rename(
     for key in _UNSET:
         if result.get(key, key) is None:
             del result[key]
+    if dpo and number(result.get("neftune_noise_alpha")):
+        faults.append("neftune_noise_alpha: only sft adds noise to the embeddings. Remove the key.")
     # TRL's DPO disables every dropout by default, so the handbook's lora_dropout has no effect there
     if no_dropout or (no_dropout is None and dpo and file and theirs and result.get("lora_dropout")):
         notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")

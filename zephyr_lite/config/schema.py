@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -15,6 +15,12 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 # the rows of the recipe
 SFT_DATA = "HuggingFaceH4/ultrachat_200k"
 DPO_DATA = "HuggingFaceH4/ultrafeedback_binarized"
+# losses of preference pairs (``train.losses``), and of these the ones that read the policy alone and that read label_smoothing
+_Compared = Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "bco_pair"]
+_ReferenceFree = Literal["simpo", "orpo", "sft"]
+PairLoss = Literal[_Compared, _ReferenceFree]
+REFERENCE_FREE = set(get_args(_ReferenceFree))
+SMOOTHED = {"sigmoid", "robust", "simpo"}
 # rows to hold out
 ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
@@ -135,6 +141,7 @@ class RunConfig(BaseModel):
     )
     lora_r: int = Field(16, ge=1, le=2**16, description="the adapter's rank")
     lora_alpha: float = Field(16, gt=0, le=2**20, description="the adapter's scale is lora_alpha / lora_r")
+    use_rslora: bool = Field(False, description="rsLoRA: the adapter's scale is lora_alpha / √lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
@@ -150,9 +157,16 @@ class RunConfig(BaseModel):
     num_train_epochs: float = Field(1, gt=0, le=10**6, description="passes over the rows; 0.5: half of the rows, once")
     max_steps: int | None = Field(None, ge=1, lt=2**31, description="the number of optimizer steps, instead of epochs")
     learning_rate: float = Field(2.0e-4, gt=0, le=1000, description="the highest one, reached after the warm-up")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: the learning rate of the adapter's B is learning_rate times this, such as 16"
+    )
     lr_scheduler_type: str = Field(
         "cosine",
-        description="also linear, constant, constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt",
+        description="also linear, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, polynomial, "
+        "inverse_sqrt",
+    )
+    lr_scheduler_kwargs: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = Field(
+        {}, description="options of the schedule: {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="the share of steps with a rising learning rate")
     warmup_steps: int | None = Field(None, ge=1, lt=2**31, description="their number, instead of their share")
@@ -160,14 +174,36 @@ class RunConfig(BaseModel):
         "adamw_torch", description="8bit: a quarter of the optimizer's memory; paged: it may move to RAM"
     )
     weight_decay: float = Field(0.0, ge=0, le=1000, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="the norm that larger gradients are scaled to")
-    # preference optimization
-    beta: float = Field(0.01, gt=0, le=1000, description="dpo: KL strength; higher stays closer to the reference")
-    loss_type: Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust"] = Field(
-        "sigmoid",
-        description="dpo: sigmoid is DPO's own; ipo takes the mean over tokens, as TRL does, ipo_sum the sum, as its paper",
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of the gradients")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the mean of their squares")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="the norm that larger gradients are scaled to; 0: they are not scaled"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped")
+    neftune_noise_alpha: float | None = Field(
+        None,
+        ge=0,
+        description="sft: NEFTune: uniform noise on the embeddings in training, at most alpha / √(tokens of the example × "
+        "hidden size); null: none",
+    )
+    # preference optimization
+    beta: float = Field(
+        0.01,
+        gt=0,
+        le=1000,
+        description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo",
+    )
+    loss_type: PairLoss | list[PairLoss] = Field(
+        "sigmoid",
+        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own",
+    )
+    loss_weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
+        None, description="dpo: the weight of each loss of the list; null: 1 each"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped (sigmoid, robust, simpo)"
+    )
+    simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
     precompute_ref_log_probs: bool = Field(
         False, description="dpo: compute the reference once, before the first step, and cache it on disk"
     )
@@ -203,14 +239,27 @@ class RunConfig(BaseModel):
         description="auto: the plan decides; or any of [these keys](#memory), and the plan decides the rest",
     )
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The losses of dpo with their weights."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        return dict(zip(names, self.loss_weights or [1.0] * len(names)))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss of dpo compares the policy with the reference."""
+        return not self.losses.keys() <= REFERENCE_FREE
+
     @field_validator(
         "dataset",
         "eval_dataset",
         "adapters",
         "lora_target_modules",
+        "loss_type",
         "report_to",
         "push_to_hub",
         "memory",
+        "lr_scheduler_kwargs",
         mode="before",
     )
     @classmethod
@@ -219,8 +268,12 @@ class RunConfig(BaseModel):
         match info.field_name:
             case "memory":
                 return {} if value in (None, "auto") else value
+            case "lr_scheduler_kwargs":
+                return value or {}
             case "push_to_hub":
                 return None if value is False else value
+            case "loss_type":
+                return value[0] if isinstance(value, list) and len(value) == 1 else value
             case "report_to" if value in ("none", ["none"]):
                 return []
             case "adapters" if value == "none":
@@ -248,10 +301,20 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
-        if self.loss_type == "robust" and self.label_smoothing == 0:
-            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
-        if self.loss_type in ("ipo", "ipo_sum", "hinge") and self.label_smoothing:
-            raise ValueError(f"label_smoothing has no effect on loss_type {self.loss_type}; set it to 0")
+        losses, count = self.losses, 1 if isinstance(self.loss_type, str) else len(self.loss_type)
+        if not losses or len(losses) < count or len(self.loss_weights or losses) != count:
+            raise ValueError(
+                "loss_type needs a loss, or several different ones; loss_weights one value for each of them"
+            )
+        name = " + ".join(losses)
+        if "robust" in losses and self.label_smoothing == 0:
+            raise ValueError(
+                f"loss_type {name} needs label_smoothing above 0: the share of pairs assumed to be swapped"
+            )
+        if self.label_smoothing and not losses.keys() & SMOOTHED:
+            raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
+        if self.precompute_ref_log_probs and not self.needs_reference:
+            raise ValueError(f"precompute_ref_log_probs has no effect on loss_type {name}, which has no reference")
         if self.dtype == "float64" and self.load_in_4bit:
             raise ValueError(
                 "dtype float64 with load_in_4bit: 4-bit weights are not computed in 64 bits; set one of them"
@@ -290,4 +353,10 @@ DPO_DEFAULTS: dict[str, Any] = {
     "batch_size": 16,
     "learning_rate": 5.0e-6,
     "optim": "paged_adamw_32bit",
+}
+# and what a loss without a reference needs instead, by default: SimPO's values for Mistral (its README), its rate being about
+# DPO's; ORPO's (Mistral-ORPO-β), its rate times ten for LoRA
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "simpo": {"beta": 2.0},
+    "orpo": {"beta": 0.1, "learning_rate": 5.0e-5},
 }

@@ -644,6 +644,12 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             raise RowError(
                 f"it ignores add_generation_prompt, so that an answer would begin with its own tag {opening!r}"
             )
+        prompt = template.text_of(PROBE[:3], True)
+        if probe.startswith(prompt) and probe[len(prompt) : span.start].strip():
+            template.notes.append(
+                f"{what}: answers without reasoning follow an empty block of reasoning, which the generation prompt leaves "
+                "out: serve the model with enable_thinking=false"
+            )
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
             template.text = tokenizer.chat_template = BOS + text

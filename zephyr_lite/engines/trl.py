@@ -59,9 +59,9 @@ def check_supported(method: Method, config: RunConfig) -> None:
     """
     if config.engine == "unsloth":
         start_unsloth()
-    if method == "dpo" and config.loss_type == "ipo_sum":
-        raise UserError("loss_type ipo_sum: TRL has IPO per token only.", "Set loss_type=ipo, or engine=fused.")
-    if method == "dpo" and config.loss_type == "sigmoid" and config.label_smoothing:
+    if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo"}):
+        raise UserError(f"loss_type {', '.join(missing)}: TRL's DPO trainer does not have it.", "Set engine=fused.")
+    if method == "dpo" and "sigmoid" in config.losses and config.label_smoothing:
         raise UserError(
             f"label_smoothing {config.label_smoothing}: TRL ignores it with loss_type sigmoid.",
             "Set loss_type=robust, or engine=fused.",
@@ -175,7 +175,8 @@ def make_trainer(stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Obs
             **common,
             max_length=None,
             beta=config.beta,
-            loss_type=[config.loss_type],
+            loss_type=list(config.losses),
+            loss_weights=list(config.losses.values()),
             label_smoothing=config.label_smoothing,
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )
@@ -208,6 +209,7 @@ def _arguments(stage: Stage, total: int) -> dict[str, Any]:
         "seed": config.seed,
         "max_steps": total,
         "max_grad_norm": config.max_grad_norm,
+        "neftune_noise_alpha": config.neftune_noise_alpha if stage.method == "sft" else None,
         "bf16": cuda and stage.base.dtype == torch.bfloat16,
         "fp16": cuda and stage.base.dtype == torch.float16,
         "use_cpu": not cuda,
@@ -279,6 +281,7 @@ def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None
     shape: dict[str, Any] = {
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
         "target_modules": config.lora_target_modules,
     }
     below, names = None, ", ".join(str(a.path) for a in stage.frozen)

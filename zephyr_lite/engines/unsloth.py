@@ -83,8 +83,14 @@ def load_unsloth(config: RunConfig) -> Base:
 
     from ..model.base import compute_device, compute_dtype, fetch_base, frozen_base, quantization_of
     from ..model.base_folder import read_model_config
+    from ..model.files import check_config_file, has_text_model
 
     folder = fetch_base(config.model_name_or_path, config.model_revision)
+    if has_text_model(check_config_file(folder)):
+        raise UserError(
+            f"{folder}: a multimodal model, which Unsloth loads with its other parts.",
+            "Set engine=fused or engine=trl, which load the text model alone.",
+        )
     model_config: Any = read_model_config(folder, any_family=True)
     device = compute_device()
     dtype = compute_dtype(config.dtype, device)

@@ -32,6 +32,8 @@ BLOCK_BYTES = 64 * 2**20  # of float32 rows held at once
 QUANT_WIDTH = 32  # values that share a scale in Q8_0
 _MAGIC = b"GGUF"
 _CONVERTER = "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others."
+_WINDOWED = ("gemma3_text",)  # llama.cpp ignores the sliding window of the others
+_SCALED = {"gemma3_text": "linear", "ministral3": "yarn"}  # rotary embeddings that the metadata describe
 
 
 @dataclass
@@ -57,13 +59,14 @@ class GgufReport:
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of the file: a tensor of the folder with its rows in another order, or given values."""
+    """One tensor of the file: a tensor of the folder with its rows in another order and a number added, or given values."""
 
     name: str
     shape: tuple[int, ...]
     type: Any  # gguf's GGMLQuantizationType: F32, F16, Q8_0
     source: str = ""
     order: Tensor | None = None
+    added: float = 0.0
     values: Tensor | None = None
 
 
@@ -105,16 +108,17 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
             "Export the 16-bit model; a merged folder is one.",
         )
     check_weights(folder, config)
+    _check_fixed(folder, config)
     files = BaseFiles(folder)
-    parts = list(_parts(gguf, folder, config, files, kind))
     writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].gguf)
+    parts = [*_parts(gguf, folder, config, files, kind), *_add_rope(gguf, writer, folder, config)]
     report = GgufReport(out, types=Counter(part.type.name for part in parts))
     _add_architecture(gguf, writer, folder, config, kind)
     if kind == "q8_0" and report.types["F16"]:
         report.notes.append(f"{report.types['F16']} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
     for window in set(layer_windows(config)) - {None}:  # one at most
         writer.add_sliding_window(window)
-        if window < config.max_position_embeddings:
+        if window < config.max_position_embeddings and config.model_type not in _WINDOWED:
             report.notes.append(
                 f"the model attends to the last {window:,} tokens; llama.cpp ignores that in this family, so that longer "
                 "conversations differ"
@@ -177,10 +181,10 @@ def end_ids(folder: Path, config: Any) -> list[int]:
 
 
 def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -> Iterator[_Part]:
-    """Every tensor of the file, in the order of the base's bytes.
+    """Every tensor of the folder, in the order of its bytes.
 
     Raises:
-        UserError: a weight is missing, or the rotary embeddings are of a type that GGUF cannot express.
+        UserError: a weight is missing.
     """
     types = gguf.GGMLQuantizationType
     wanted = {name for name in empty_model(folder, config).state_dict() if not files.tied or name != "lm_head.weight"}
@@ -198,29 +202,69 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
         if family.neighbours and stem.endswith((".q_proj", ".k_proj")):
             # transformers turns channel i of a head together with channel i + head/2, llama.cpp with its neighbour
             order = torch.arange(shape[0]).view(shape[0] // head, 2, head // 2).transpose(1, 2).reshape(-1)
-        yield _Part(f"{names.get_name(stem)}.{suffix}", shape, form, source, order)
-    if (factors := _rope_factors(folder, config)) is not None:
-        yield _Part("rope_freqs.weight", tuple(factors.shape), types.F32, values=factors)
+        added = float(family.norm_offset and len(shape) == 1)  # llama.cpp multiplies by the weight of a norm alone
+        yield _Part(f"{names.get_name(stem)}.{suffix}", shape, form, source, order, added)
 
 
-def _rope_factors(folder: Path, config: Any) -> Tensor | None:
-    """Divisors of the rotary frequencies, float32 [head / 2]; None: plain rotary embeddings.
+def _check_fixed(folder: Path, config: Any) -> None:
+    """Refuse a configuration that differs from what llama.cpp has in its code, and not in the file.
 
     Raises:
-        UserError: the type scales attention too, or the family's GGUF architecture has no such divisors.
+        UserError: it does.
     """
-    name = config.rope_parameters.get("rope_type", "default")
+    count, fixed = config.num_hidden_layers, dict[str, Any]()
+    if config.model_type == "smollm3":
+        fixed["no_rope_layers"] = [int(layer % 4 != 3) for layer in range(count)]
+    elif config.model_type == "gemma3_text":
+        fixed["layer_types"] = [f"{'full' if layer % 6 == 5 else 'sliding'}_attention" for layer in range(count)]
+        # llama.cpp knows the 27B model by its layers
+        width = config.hidden_size // config.num_attention_heads if count == 62 else config.head_dim
+        fixed["query_pre_attn_scalar"] = width
+    for key, known in fixed.items():
+        if (found := getattr(config, key)) != known:
+            raise UserError(
+                f"{folder}: {key} is {shown(found)}; llama.cpp computes this architecture with {shown(known)}.",
+                "Use the model as it is (transformers, vLLM).",
+            )
+
+
+def _add_rope(gguf: Any, writer: Any, folder: Path, config: Any) -> list[_Part]:
+    """Add the metadata of the rotary embeddings; returns the tensors that llama.cpp reads besides.
+
+    Raises:
+        UserError: the type scales attention too, or llama.cpp does not compute it in this architecture.
+    """
+    tables, head, kind = config.rope_parameters, head_width(config), config.model_type
+    rope = tables.get("full_attention", tables)  # Gemma 3's layers with a window have a table of their own
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope is not tables:
+        writer.add_rope_freq_base_swa(float(tables["sliding_attention"]["rope_theta"]))
+    name = rope.get("rope_type", "default")
     if name == "default":
-        return None
-    frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"))
-    what = " scale attention, which this export does not support" if attention != 1.0 else ""
-    if not FAMILIES[config.model_type].rope_factors:
-        what = f"; in the {config.model_type} family only plain ones are exported"
-    if what:
-        raise UserError(f"{folder}: rotary embeddings of type {shown(name)}{what}.", _CONVERTER)
-    head = head_width(config)
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
-    return plain / frequencies.float()
+        return []
+    layer_type = None if rope is tables else "full_attention"
+    frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), layer_type=layer_type)
+    if attention != 1.0:
+        what = " scale attention, which this export does not support"
+    elif name == _SCALED.get(kind):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(name))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        if name == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
+            writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
+            writer.add_rope_scaling_yarn_log_mul(float(rope["mscale_all_dim"]))
+            writer.add_attn_temperature_scale(float(rope["llama_4_scaling_beta"]))
+        return []
+    elif FAMILIES[kind].rope_factors:
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+        factors = plain / frequencies.float()
+        types = gguf.GGMLQuantizationType
+        return [_Part("rope_freqs.weight", tuple(factors.shape), types.F32, values=factors)]
+    else:
+        what = f"; in the {kind} family only {_SCALED.get(kind, 'plain')} ones are exported"
+    raise UserError(f"{folder}: rotary embeddings of type {shown(name)}{what}.", _CONVERTER)
 
 
 def _add_architecture(gguf: Any, writer: Any, folder: Path, config: Any, kind: Kind) -> None:
@@ -238,8 +282,6 @@ def _add_architecture(gguf: Any, writer: Any, folder: Path, config: Any, kind: K
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
@@ -248,7 +290,7 @@ def _write(gguf: Any, file: BinaryIO, files: BaseFiles, part: _Part) -> Tensor:
     squares, start = torch.zeros(2, dtype=torch.float64), file.tell()
     whole = files.tensor(part.source) if part.values is None else part.values
     for rows in row_blocks(part.shape[0], math.prod(part.shape[1:]) * 4, BLOCK_BYTES):
-        block = (whole[rows] if part.order is None else whole[part.order[rows]]).float()
+        block = (whole[rows] if part.order is None else whole[part.order[rows]]).float() + part.added
         with np.errstate(over="ignore"):  # checked below
             stored = np.ascontiguousarray(gguf.quantize(block.numpy(), part.type))
         back = torch.from_numpy(np.ascontiguousarray(gguf.dequantize(stored, part.type)))

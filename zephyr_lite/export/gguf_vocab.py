@@ -21,23 +21,27 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"
 
-# How Llama 3, Qwen2 and Mistral's Tekken split a text before the merges, as their tokenizer.json files have it.
+# How Llama 3, Qwen2, Mistral's Tekken and Phi-4-mini split a text before the merges, as their tokenizer.json files have it.
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit by itself
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"{_LOWER}|{_UPPER}|\p{{N}}|{_REST}"
+_GPT4O = rf"{_LOWER}{_ENDING}|{_UPPER}{_ENDING}|\p{{N}}{{1,3}}|{_REST}"
 _GPT2 = ("bytes",)  # the tokenizers library's ByteLevel brings GPT-2's expression with it
 # (steps before the merges, ignore_merges) → llama.cpp's name
 _RULES: dict[tuple[tuple[str, ...], bool], str] = {
     (_GPT2, False): "gpt-2",
     (("digits", *_GPT2), False): "smollm",
     ((f"split {_LLAMA3}", "spelling"), True): "llama-bpe",
+    ((f"split {_LLAMA3}", "spelling"), False): "dbrx",
+    ((f"split {_GPT4O}", "spelling"), False): "gpt-4o",
     ((f"split {_TEKKEN}", "spelling"), True): "tekken",
     ((f"split {_QWEN2}", "spelling"), False): "qwen2",
 }
+_WHOLE = (("Isolated", False), ("Removed", True))  # expressions that match all of a text split it alike in both ways
 _COMPOSES = "qwen2"  # its tokenizers bring a text into NFC before all that
 
 
@@ -64,12 +68,16 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int, ends: list[int]) 
     tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [UNUSED] * vocab_size
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, BYTE if by_bytes and _BYTE.fullmatch(token) else NORMAL
+    wide = []
     for added in told["added_tokens"]:
         index = added["id"]
         tokens[index], types[index] = added["content"], CONTROL if added["special"] else USER_DEFINED
         # BOS is first anyway, so its flags have no effect
         if (added["lstrip"] or added["rstrip"] or added["single_word"]) and index != tokenizer.bos_token_id:
-            notes.append(f"{added['content']} also matches the white space around it; in llama.cpp it does not")
+            wide.append(added["content"])
+    if wide:
+        names = ", ".join(wide[:5]) + (f" and {len(wide) - 5} others" if len(wide) > 5 else "")
+        notes.append(f"the white space around {names} belongs to the token; in llama.cpp it does not")
     if by_bytes and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = UNKNOWN
 
@@ -133,7 +141,7 @@ def _rules(told: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
             rules.append("bytes" if step["use_regex"] else "spelling")
         elif step["type"] == "Digits" and step["individual_digits"]:
             rules.append("digits")
-        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        elif step["type"] == "Split" and (step["behavior"], step["invert"]) in _WHOLE:
             rules.append(f"split {step['pattern'].get('Regex')}")
         else:
             rules.append(json.dumps(step))  # llama.cpp has no such step

@@ -35,9 +35,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --ma
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _METHODS = {"sft": "supervised fine-tuning on conversations", "dpo": "direct preference optimization"}
 _KEYS = [
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "bnb_4bit_use_double_quant"),
-    *("max_length", "batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type"),
-    *("warmup_ratio", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "loss_on", "seed"),
+    *("lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "load_in_4bit"),
+    *("bnb_4bit_use_double_quant", "max_length", "batch_size", "num_train_epochs", "max_steps", "learning_rate"),
+    *("loraplus_lr_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "optim"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "loss_on"),
+    "seed",
 ]
 _DPO_KEYS = ["max_prompt_length", "beta", "loss_type", "label_smoothing"]
 _MEASURED = {

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,6 +88,7 @@ class SafetensorsFile:
             raise self._broken(str(error)) from None
         self.metadata: dict[str, str] = self._file.metadata() or {}
         self.entries: dict[str, Entry] = {}
+        self._stored: dict[str, str] = {}  # name → the file's own, where ``rename`` changed it
         for name in self._file.offset_keys():
             tensor = self._file.get_slice(name)
             if tensor.get_dtype() not in DTYPES:
@@ -106,11 +107,18 @@ class SafetensorsFile:
             what = "it is a pickle, and pickles are never opened"
         return UserError(f"{self.path}: not a complete safetensors file: {what}.", "Download or write it again.")
 
+    def rename(self, rule: Callable[[str], str | None]) -> None:
+        """Give tensors other names; leave those out for which the rule gives None."""
+        entries, self.entries = self.entries, {}
+        for name, entry in entries.items():
+            if (new := rule(name)) is not None:
+                self.entries[new], self._stored[new] = replace(entry, name=new), name
+
     def tensor(self, name: str) -> Tensor:
         """The tensor in its own dtype and shape, as a view of the mapped file: treat it as read-only."""
         if self._file is None:
             self._file = safe_open(self.path, "pt")
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._file.get_tensor(self._stored.get(name, name))
         return tensor
 
     def forget(self) -> None:

@@ -19,7 +19,7 @@ from ..data.load import load_rows
 from ..data.sources import local_path
 from ..errors import UserError
 from ..io.run_dir import StageDir
-from ..model.base_folder import check_family, read_model_config
+from ..model.base_folder import read_model_config
 from ..model.families import Shape
 from ..model.files import named_folder
 from ..model.peft_io import read_adapter
@@ -190,16 +190,14 @@ def base_shape(name: str, revision: str = "main", *, any_family: bool = False) -
         return read_model_config(folder, any_family=any_family)
     if name == MISTRAL:
         return MISTRAL_SHAPE
-    from transformers import AutoConfig
+    from transformers.utils import cached_file
 
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+        path = Path(cached_file(name, "config.json", revision=revision))
+    except OSError:
         raise UserError(
             f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
             "not have it or could not be reached.",
             "Check the name and the connection, or give a local folder.",
         ) from None
-    if not any_family:
-        check_family(config, f"{name}/config.json")
-    return config
+    return read_model_config(path.parent, any_family=any_family)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.chat_template import ChatTemplate
-from ..io.atomic import copy_file, write_json
+from ..io.atomic import write_json
 from ..io.safetensors import DTYPE_NAMES, DTYPES, FLOATS, Entry
 from ..io.text import read_object
 from ..model.base_folder import NF4_STATE, empty_model, read_model_config, stored_settings
-from ..model.files import INDEX, SINGLE, again, check_config_file, open_shards
+from ..model.files import INDEX, SINGLE, again, check_config_file, has_text_model, open_shards
 from ..model.tokenizer import check_vocabulary, copy_files, load_tokenizer, save_tokenizer
 from ..ops.nf4 import StoredNf4, read_stored
 
@@ -26,7 +26,7 @@ class BaseFiles:
 
     Attributes:
         folder: the base's folder.
-        config: its config.json.
+        config: its config.json; of a multimodal base the text model's.
         shards: output file name → tensor names, in the order of the bytes.
         entries: tensor name → Entry of the output. Of weights in NF4 (`quantized`), which are written dequantized, only dtype
             (the base's compute dtype) and shape are meaningful.
@@ -36,6 +36,8 @@ class BaseFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = check_config_file(folder)
+        if has_text_model(self.config):
+            self.config = json.loads(read_model_config(folder, any_family=True).to_json_string())
         self._files = open_shards(folder)
         self._holds = {tensor: file for file in self._files.values() for tensor in file.entries}
         nf4_dtype = ""
@@ -120,11 +122,8 @@ class BaseFiles:
         return names
 
     def write_index(self, out: Path) -> None:
-        """The shards' index: a copy of the base's, without the parts that dequantizing removed."""
+        """The shards' index."""
         if SINGLE in self._files:
-            return
-        if not self.quantized:
-            copy_file(self.folder / INDEX, out / INDEX)
             return
         weight_map = {name: shard for shard, names in self.shards.items() for name in names}
         write_json(out / INDEX, {"weight_map": weight_map, "metadata": {"total_size": self.nbytes}})

@@ -105,10 +105,13 @@ class AdapterStack:
         self.frozen.append(name)
         self._activate(self.names)
 
-    def add_trainable(self, name: str, *, r: int, alpha: float, targets: Sequence[str] | str, seed: int) -> None:
+    def add_trainable(
+        self, name: str, *, r: int, alpha: float, targets: Sequence[str] | str, seed: int, rslora: bool = False
+    ) -> None:
         """Put the trainable adapter on top: A uniform as in PEFT (Kaiming, a = √5), B zero, both float32.
 
-        A is drawn on the CPU, module by module, so that it depends only on the seed.
+        A is drawn on the CPU, module by module, so that it depends only on the seed. The scale is alpha / r, or alpha / √r
+        with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
 
         Raises:
             UserError: a target that this base does not have.
@@ -132,7 +135,7 @@ class AdapterStack:
         generator = torch.Generator().manual_seed(seed)
         for module in modules:
             layer = self.base.get_submodule(module)
-            layer.scaling[name] = alpha / r
+            layer.scaling[name] = alpha / (math.sqrt(r) if rslora else r)
             weight = layer.lora_A[name].weight
             with torch.no_grad():
                 fresh = torch.empty(weight.shape, dtype=torch.float32)

@@ -41,7 +41,7 @@ from .base_folder import (
     stored_settings,
 )
 from .families import FAMILIES
-from .files import fetch_base, weight_files
+from .files import TEXT_NAMES, check_config_file, fetch_base, has_text_model, weight_files
 from .tokenizer import check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,10 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
     if not sys.stderr.isatty():
         disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
+    if has_text_model(told := check_config_file(folder)):
+        logger.info(
+            f"{folder}: a multimodal model ({told['model_type']}); its text model ({model_config.model_type}) is loaded"
+        )
     known = model_config.model_type in FAMILIES
     if settings is not None and known:  # other families may rename their tensors on loading
         model = _load_quantized(folder, config.model_name_or_path, model_config, settings, dtype, device, place)
@@ -191,7 +195,11 @@ def _from_pretrained(
         quantization_config=quantization,
         device_map={"": str(place)},
         use_safetensors=True,
+        key_mapping=TEXT_NAMES,
     )
+    model._weight_conversions = None  # save_pretrained would give the tensors their multimodal names back
+    if has_text_model(check_config_file(source)):
+        loaded["unexpected_keys"] = ()  # the other parts' weights, which are not loaded
     for key, what in (
         ("missing_keys", "no tensor {} in its files"),  # transformers initialized them at random
         ("unexpected_keys", "holds tensor {}, for which the model of config.json has no place"),

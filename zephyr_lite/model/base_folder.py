@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from ..errors import UserError
 from ..io.safetensors import tensor_bytes
 from ..io.text import shown
-from .families import FAMILIES, NAMES, head_width, layer_windows
-from .files import again, check_config_file, open_shards
+from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
+from .files import again, check_config_file, has_text_model, open_shards
 
 # the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows
 _ARCHITECTURE = (
@@ -30,13 +31,15 @@ _ARCHITECTURE = (
     "rms_norm_eps",
     "rope_parameters",
 )
+# what a layer or the head would compute if the key is set
+_REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 OTHER_MODEL = "The files belong to different models; fetch the model again."
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 
 
 def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
-    """The model's configuration.
+    """The model's configuration; of a multimodal one the text model's (``has_text_model``).
 
     Args:
         any_family: accept families and variants that the fused engine does not know.
@@ -58,9 +61,24 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
         raise UserError(
             f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
         ) from error
+    if has_text_model(told):
+        config = text_config(config, told)
     if not any_family:
         check_family(config, str(path))
     return config
+
+
+def text_config(config: Any, told: Mapping[str, Any]) -> Any:
+    """The text model's configuration in a multimodal model's, with what the file says of the whole model.
+
+    Args:
+        told: the content of config.json.
+    """
+    text = config.get_text_config()
+    for key in ("quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in told:
+            setattr(text, key, told[key])
+    return text
 
 
 def check_family(config: Any, where: str) -> None:
@@ -69,15 +87,21 @@ def check_family(config: Any, where: str) -> None:
     Raises:
         UserError: another family, or a variant of the family that the fused engine does not know.
     """
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = getattr(config, "rope_parameters", None) or {}  # one, or one for each type of layer
+    ropes = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    activation, known = getattr(config, "hidden_act", None), family_of(config).activation
+    activation = activation or getattr(config, "hidden_activation", None)
+    refused = [key for key in _REFUSED if getattr(config, key, None)]
     problem, hint = "", "Set engine=trl, which trains any architecture."
     if config.model_type not in FAMILIES:
         problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
         hint += " docs/extending.md shows how a family is added."
-    elif rope in ("dynamic", "longrope"):
-        problem = f"rotary embeddings of type {rope}, which depend on the length of a sequence"
-    elif config.hidden_act != "silu":
-        problem = f"hidden_act {config.hidden_act!r}; the fused engine knows silu"
+    elif by_length := sorted(ropes & {"dynamic", "longrope"}):
+        problem = f"rotary embeddings of type {by_length[0]}, which depend on the length of a sequence"
+    elif activation != known:
+        problem = f"hidden_act {activation!r}; the fused engine knows {known}"
+    elif refused:
+        problem = f"{refused[0]} is {getattr(config, refused[0])}, which the fused engine does not compute"
     else:
         try:
             layer_windows(config)
@@ -164,6 +188,9 @@ def fingerprint(folder: Path) -> str:
     told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
+        told |= {
+            key: getattr(config, key) for key in ("no_rope_layers", "query_pre_attn_scalar") if hasattr(config, key)
+        }
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     for name in sorted(holds):

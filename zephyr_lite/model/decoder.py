@@ -13,15 +13,13 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..errors import UserError
-from ..ops.attention import SegmentTable
-from ..ops.dropout import DropoutKey
+from ..ops.dropout import DropoutKey, uniform
 from ..ops.lora import LoraPair
 from ..ops.rms_norm import rms_norm
 from ..ops.token_logps import TokenStats, token_logps
 from .adapters import AdapterStack
 from .dequant_buffer import DequantBuffer, ScratchMode
-from .execution import ExecutionConfig, ForwardContext, Keep, layer_of
-from .families import layer_windows
+from .execution import ExecutionConfig, Keep, layer_contexts, layer_of, norm_of
 from .layer import run_layer
 
 if TYPE_CHECKING:
@@ -33,11 +31,12 @@ Keeps = Keep | Sequence[Keep]
 
 @dataclass(frozen=True)
 class Dropout:
-    """LoRA dropout of one forward pass, on the trainable adapter only."""
+    """LoRA dropout of one forward pass, on the trainable adapter only, and NEFTune's ``noise`` (its alpha) on the embeddings."""
 
     p: float
     seed: int
     step: int
+    noise: float = 0.0
 
 
 class Decoder:
@@ -157,17 +156,17 @@ class Decoder:
             x = model.embed_tokens(batch.tokens).detach().to(self.dtype)
         else:
             tokens = batch.tokens.cpu() if batch.host_tokens is None else batch.host_tokens
-            x = self.stream.embedded(model.embed_tokens.weight, tokens).to(self.dtype)
-        cos, sin = model.rotary_emb(x, batch.positions[None])
-        cos, sin = cos[0].to(self.dtype), sin[0].to(self.dtype)
-        windows = layer_windows(self.stack.base.config)
-        contexts = {}
-        for window in set(windows):
-            table = SegmentTable.build(batch.segments, window, x.device)
-            contexts[window] = ForwardContext(table, cos, sin, self.tile, self.offload, self.stream)
+            x = self.stream.embedded(model.embed_tokens, tokens).to(self.dtype)
+        shared = {"mlp_chunk": self.tile, "offload": self.offload, "stream": self.stream}
+        contexts = layer_contexts(model, x, batch.positions, batch.segments, **shared)
         key = None
-        if dropout is not None and dropout.p > 0:
+        if dropout is not None and (dropout.p > 0 or dropout.noise):
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)
+            if dropout.noise:  # NEFTune (Jain et al. 2023, arXiv 2310.05914)
+                lengths = torch.tensor([segment.queries for segment in batch.segments])
+                most = dropout.noise / (lengths * x.shape[1]).sqrt().repeat_interleave(lengths)[:, None].to(x.device)
+                x = (x + uniform(key.at(-1, 0), x.shape[1]) * most).to(self.dtype)
+            key = key if dropout.p > 0 else None
         keeps = [keep] * len(model.layers) if isinstance(keep, str) else keep
         streams = [x] * len(off)
         del x  # so that the first layer frees it
@@ -175,12 +174,11 @@ class Decoder:
             for place, name in enumerate(off):
                 layer = layer_of(module, partial(self._pairs, off=name), key, index=index, stream=self.stream)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
-                    context = contexts[windows[index]]
-                    streams[place] = run_layer(streams[place], layer, context, self.scratch, keeps[index])
+                    streams[place] = run_layer(streams[place], layer, contexts[index], self.scratch, keeps[index])
         if self.offload is not None:
             self.offload.wait_pending()
         rows = [stream[batch.target_rows] for stream in streams]
-        return [rms_norm(r, model.norm.weight, model.norm.variance_epsilon) for r in rows]
+        return [rms_norm(r, *norm_of(model.norm, model.config)) for r in rows]
 
     def _pairs(self, linear: Any, projection: int, off: str | None) -> list[LoraPair]:
         """The adapters of a projection; ``off`` is switched off."""

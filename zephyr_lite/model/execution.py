@@ -11,7 +11,9 @@ from torch import Tensor
 from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LinearGroup, LoraPair
+from ..ops.rms_norm import Norm
 from .dequant_buffer import ScratchMode
+from .families import family_of, layer_windows
 
 if TYPE_CHECKING:
     from .activation_offload import ActivationOffload
@@ -53,39 +55,74 @@ class Layer:
 
     Attributes:
         sites: linear layers that read the same input: q, k, v; o; gate, up; down.
-        norms: frozen weight [D] and epsilon of the RMSNorm before the attention, and of the one before the MLP.
+        norms: before the attention, and before the MLP.
+        post_norms: of the attention's projected output, and of the MLP's, before each is added to the residual; (): none.
+        head_norms: of the heads of q, and of k, before the rotation; (): none.
         heads, kv_heads, head_dim: of the attention.
         scale: factor of the attention scores.
+        activation: of the MLP's gate (see ``ops.swiglu``).
         index: of the layer.
     """
 
     sites: tuple[LinearGroup, ...]
-    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
+    norms: tuple[Norm, ...]
+    post_norms: tuple[Norm, ...]
+    head_norms: tuple[Norm, ...]
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
+    activation: str
     index: int = 0
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Inputs that the layers of one forward pass share.
+    """Inputs that layers of one forward pass share.
 
     Attributes:
-        table: which queries see which keys; one for each sliding window.
-        cos, sin: [T, head_dim], in the compute dtype.
+        table: which queries see which keys.
+        cos, sin: [T, head_dim], in the compute dtype; None: q and k are not rotated.
         mlp_chunk: tokens that the MLP takes at a time; None: all.
         offload: moves kept tensors to the host; None: they stay on the device.
         stream: copies the layers' weights to the device; None: they are there.
     """
 
     table: SegmentTable
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
     mlp_chunk: int | None = None
     offload: ActivationOffload | None = None
     stream: WeightStreamer | None = None
+
+
+def layer_contexts(
+    model: Any, x: Tensor, positions: Tensor, segments: Sequence[Any], **shared: Any
+) -> list[ForwardContext]:
+    """The context of each layer; layers with the same window and rotation have the same one.
+
+    Args:
+        model: the Hugging Face decoder, embeddings to final norm.
+        x: [T, D], its dtype and device.
+        positions: [T].
+        segments: of the batch.
+        shared: other fields of ``ForwardContext``.
+    """
+    windows, rotations = layer_windows(model.config), family_of(model.config).rotations(model.config)
+    angles: dict[Any, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
+    for rotation in set(rotations):
+        if rotation is not None:
+            cos, sin = model.rotary_emb(x, positions[None], *rotation)
+            angles[rotation] = cos[0].to(x.dtype), sin[0].to(x.dtype)
+    tables = {window: SegmentTable.build(segments, window, x.device) for window in set(windows)}
+    contexts = {(w, r): ForwardContext(tables[w], *angles[r], **shared) for w, r in set(zip(windows, rotations))}
+    return [contexts[kind] for kind in zip(windows, rotations, strict=True)]
+
+
+def norm_of(module: Any, config: Any) -> Norm:
+    """A Hugging Face RMSNorm of a model with this configuration."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(module.weight, eps, family_of(config).norm_offset)
 
 
 def layer_of(
@@ -99,7 +136,7 @@ def layer_of(
     """Read a Hugging Face decoder layer.
 
     Args:
-        module: a MistralDecoderLayer, LlamaDecoderLayer or Qwen2DecoderLayer; linear layers plain, 4-bit, or wrapped by PEFT.
+        module: the decoder layer of one of ``families``; linear layers plain, 4-bit, or wrapped by PEFT.
         pairs_of: (linear layer, index of the projection within its site) → the adapters that are on.
         key: of LoRA dropout, or None.
         index: of the layer.
@@ -123,13 +160,20 @@ def layer_of(
             pairs += pairs_of(linear, projection)
         dropout = None if key is None else key.at(index, place)
         sites.append(LinearGroup(tuple(weights), tuple(biases), tuple(outs), tuple(pairs), dropout))
-    first, second = module.input_layernorm, module.post_attention_layernorm
+    family = family_of(attention.config)
+
+    def norms(parent: Any, names: tuple[str, ...]) -> tuple[Norm, ...]:
+        return tuple(norm_of(getattr(parent, name), attention.config) for name in names)
+
     return Layer(
         sites=tuple(sites),
-        norms=((first.weight, first.variance_epsilon), (second.weight, second.variance_epsilon)),
+        norms=norms(module, family.norms),
+        post_norms=norms(module, family.post_norms),
+        head_norms=norms(attention, family.head_norms),
         heads=sites[QKV].outs[0] // attention.head_dim,
         kv_heads=sites[QKV].outs[1] // attention.head_dim,
         head_dim=attention.head_dim,
         scale=attention.scaling,
+        activation=family.activation,
         index=index,
     )

@@ -1,7 +1,7 @@
 """The decoder families that the fused engine knows, their differences, and the sizes of a decoder.
 
-All are one layer (``layer``): RMSNorm, q, k and v, rotary embeddings, grouped queries, a gated MLP with SiLU. The decoder, the
-planner and the GGUF export read the differences here. docs/extending.md shows how to add a family.
+All are one layer (``layer``): RMSNorm, q, k and v, rotary embeddings, grouped queries, a gated MLP. The decoder, the planner
+and the GGUF export read the differences here. docs/extending.md shows how to add a family.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from ..ops.dispatch import Widths
 
+# what a layer's rotary table is made with beside the positions; None: q and k are not rotated
+Rotation = tuple[str, ...] | None
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -24,6 +26,12 @@ class Family:
         windows: configuration → sliding window of each layer, in keys; None: all keys. Raises ValueError for a kind of layer
             that the decoder does not know.
         biases: configuration → the projections that have a bias.
+        rotations: configuration → ``Rotation`` of each layer.
+        activation: of the MLP's gate, by transformers' name.
+        norms: the modules before the attention and before the MLP.
+        post_norms: those of their outputs, before each is added to the residual.
+        head_norms: those of q's and k's heads, before the rotation.
+        norm_offset: norms multiply by 1 + weight, and round once.
         gguf: llama.cpp's name of the architecture.
         neighbours: llama.cpp rotates channel i of a head with i + 1, transformers with i + head_dim / 2: the export permutes
             the rows of q and k.
@@ -32,6 +40,12 @@ class Family:
 
     windows: Callable[[Any], tuple[int | None, ...]]
     biases: Callable[[Any], tuple[str, ...]]
+    rotations: Callable[[Any], tuple[Rotation, ...]] = lambda config: ((),) * config.num_hidden_layers
+    activation: str = "silu"
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    post_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    norm_offset: bool = False
     gguf: str = "llama"
     neighbours: bool = True
     rope_factors: bool = True
@@ -73,13 +87,41 @@ FAMILIES = {
         neighbours=False,
         rope_factors=False,
     ),
+    "qwen3": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        head_norms=("q_norm", "k_norm"),
+        gguf="qwen3",
+        neighbours=False,
+        rope_factors=False,
+    ),
+    "smollm3": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        rotations=lambda config: tuple(() if on else None for on in config.no_rope_layers[: config.num_hidden_layers]),
+        gguf="smollm3",
+        rope_factors=False,
+    ),
+    "gemma3_text": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        rotations=lambda config: tuple((kind,) for kind in config.layer_types),
+        activation="gelu_pytorch_tanh",
+        norms=("input_layernorm", "pre_feedforward_layernorm"),
+        post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        head_norms=("q_norm", "k_norm"),
+        norm_offset=True,
+        gguf="gemma3",
+        neighbours=False,
+        rope_factors=False,
+    ),
 }
 NAMES = " and ".join((", ".join([*FAMILIES][:-1]), [*FAMILIES][-1]))
 
 
 def family_of(config: Any) -> Family:
     """The family of a configuration; a default for models that the decoder does not know (engine ``trl`` takes any)."""
-    return FAMILIES.get(getattr(config, "model_type", ""), Family(windows=_everything, biases=_by_keys))
+    return FAMILIES.get(getattr(config, "model_type", ""), FAMILIES["llama"])
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
@@ -104,6 +146,7 @@ class Shape:
     Attributes:
         windows: how many keys back a query of each layer sees, None: all; (): all in every layer.
         biases: the projections that have one.
+        family: what else the layer computes.
     """
 
     hidden: int
@@ -116,6 +159,7 @@ class Shape:
     tied: bool = False
     windows: tuple[int | None, ...] = ()
     biases: tuple[str, ...] = ()
+    family: Family = FAMILIES["llama"]
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -132,6 +176,7 @@ class Shape:
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             windows=layer_windows(config),
             biases=family_of(config).biases(config),
+            family=family_of(config),
         )
 
     @property
@@ -144,9 +189,10 @@ class Shape:
 
     @property
     def widths(self) -> Widths:
-        """The widths that kernels are compiled for."""
-        rotated = self.heads + self.kv_heads
-        return Widths(self.hidden, self.inner, self.queries, rotated, self.head_dim, self.vocabulary)
+        """What kernels are compiled for."""
+        rotated, family = self.heads + self.kv_heads, self.family
+        sizes = (self.hidden, self.inner, self.queries, rotated, self.head_dim, self.vocabulary)
+        return Widths(*sizes, family.activation, family.norm_offset, bool(family.head_norms))
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:

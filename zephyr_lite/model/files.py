@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import UserError
 from ..io.safetensors import SafetensorsFile
 from ..io.text import looks_local, read_object, shown
+from .families import FAMILIES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -30,6 +32,11 @@ PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt"]
 # a second copy of the weights, in Mistral's own format
 IGNORED = ["consolidated*"]
 CONVERT = "Only safetensors are read; convert the weights with transformers' save_pretrained first."
+# names of a language model's tensors in a multimodal checkpoint → in the text model's own
+TEXT_NAMES = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 # keys of config.json that make transformers run a kernel of the hub, where they name a repository
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
@@ -175,12 +182,33 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
-    """File name → file with its header checked, of every file that ``weight_files`` gives.
+    """File name → file with its header checked, of every file that ``weight_files`` gives. Of a multimodal checkpoint
+    they have the tensors of its text model, by the text model's names.
 
     Raises:
         UserError: there is none, or a file is broken.
     """
-    return {path.name: SafetensorsFile(path) for path in weight_files(folder)}
+    shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
+    if has_text_model(check_config_file(folder)):
+        for file in shards.values():
+            file.rename(_text_name)
+    return shards
+
+
+def has_text_model(told: dict[str, Any]) -> bool:
+    """Whether a config.json is a multimodal model's around a text model that the fused engine knows: only the text model
+    is read then, everywhere."""
+    text = told.get("text_config")
+    return isinstance(text, dict) and text.get("model_type") in FAMILIES
+
+
+def _text_name(name: str) -> str | None:
+    """The text model's name of a multimodal checkpoint's tensor; None: it belongs to another part."""
+    for pattern, new in TEXT_NAMES.items():
+        name, count = re.subn(pattern, new, name)
+        if count:
+            return name
+    return name if name.startswith("lm_head.") else None
 
 
 def check_config_file(folder: Path) -> dict[str, Any]:
@@ -201,10 +229,12 @@ def check_config_file(folder: Path) -> dict[str, Any]:
             f"{folder}: holds adapter_config.json beside config.json; transformers would load that adapter too.",
             "Move adapter_config.json and its weights into a folder of their own, and name that one under adapters.",
         )
-    for key in (*_KERNELS, "transformers_weights"):
-        if key in found and (key not in _KERNELS or "/" in str(found[key])):
-            raise UserError(
-                f"{path}: {key} is {shown(found[key])}; only the weights in the folder are read, and no code of a model is run.",
-                f"Remove {key} from the file.",
-            )
+    for part in (found, *(part for part in found.values() if isinstance(part, dict))):
+        for key in (*_KERNELS, "transformers_weights"):
+            if key in part and (key not in _KERNELS or "/" in str(part[key])):
+                raise UserError(
+                    f"{path}: {key} is {shown(part[key])}; only the weights in the folder are read, and no code of a model "
+                    "is run.",
+                    f"Remove {key} from the file.",
+                )
     return found

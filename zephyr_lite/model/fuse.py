@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
 from ..errors import UserError
-from ..ops.attention import SegmentTable
 from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
@@ -26,13 +25,15 @@ from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
 from .base_folder import check_family
 from .dequant_buffer import DequantBuffer, ScratchMode
-from .execution import ForwardContext, Keep, layer_of
+from .execution import Keep, layer_contexts, layer_of, norm_of
 from .families import Shape, layer_windows
 from .layer import run_layer
 
 
 def fuse(model: Any, *, keep: Keep | None = None, scratch: ScratchMode = "layer") -> Any:
-    """Run the decoder layers of a Mistral, Llama or Qwen2 model with the hand-written layer, inside any trainer.
+    """Run a model's decoder layers with the hand-written layer, inside any trainer.
+
+    The model is of one of the families that the fused engine knows (``families``).
 
     The base may be in 4 bits (bitsandbytes) or plain; adapters are PEFT's LoRA, attached before or after this call, and PEFT
     decides which are on and which is trained. Padding is removed before the first layer and put back as zeros after the last;
@@ -140,12 +141,7 @@ class _Fused:
 
     def _layers(self, x: Tensor, positions: Tensor, segments: list[Segment]) -> Tensor:
         inner, config = self.inner, self.inner.config
-        windows = layer_windows(config)
-        cos, sin = inner.rotary_emb(x, positions[None])
-        cos, sin = cos[0].to(x.dtype), sin[0].to(x.dtype)
-        contexts = {
-            window: ForwardContext(SegmentTable.build(segments, window, x.device), cos, sin) for window in set(windows)
-        }
+        contexts = layer_contexts(inner, x, positions, segments)
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):
@@ -157,17 +153,17 @@ class _Fused:
         key = DropoutKey(p, int(torch.randint(2**31 - 1, ())), 0, places, torch.zeros_like(places)) if p else None
         for index, module in enumerate(inner.layers):
             layer = layer_of(module, _active_pairs, key, index=index)
-            frozen = [weight for weight, _ in layer.norms]
+            frozen = [norm.weight for norm in (*layer.norms, *layer.post_norms, *layer.head_norms)]
             frozen += [w for site in layer.sites for w in (*site.weights, *site.biases) if w is not None]
             if torch.is_grad_enabled() and any(w.requires_grad for w in frozen):
                 raise UserError(
                     f"fuse: layer {index} has weights to be trained that are no LoRA adapter's.",
                     "Train with a PEFT LoraConfig, or leave fuse out.",
                 )
-            x = run_layer(x, layer, contexts[windows[index]], self.scratch, keep)
+            x = run_layer(x, layer, contexts[index], self.scratch, keep)
         if isinstance(inner.norm, ModulesToSaveWrapper) or inner.norm.weight.requires_grad:
             return inner.norm(x)  # rms_norm gives its weight no gradient
-        return rms_norm(x, inner.norm.weight, inner.norm.variance_epsilon)
+        return rms_norm(x, *norm_of(inner.norm, config))
 
 
 def _without_padding(

@@ -6,8 +6,11 @@
     attention   also the attention's output, its log-sum-exp, and the residual after it; 24 KB
     all         also q, k, v, gate, up, and the adapters' narrow products; 92 KB and the adapters' share
 
-The rest is recomputed. down_proj never is: the backward pass does not read its output. Norms, rotations and SiLU always are:
-they cost a pass over memory and no matrix product.
+The rest is recomputed. down_proj only is where a norm follows it: otherwise the backward pass does not read its output. Norms,
+rotations and the MLP's activation always are: they cost a pass over memory and no matrix product.
+
+Norms of q's and k's heads change no kept byte: q and k are kept as they were projected, and normalized and rotated again. Nor do
+norms after the attention: o_proj's output is kept in place of the residual, which is a norm and a sum away.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.attention import attention_backward, attention_forward
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
-from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.rope import rope_
 from .dequant_buffer import DequantBuffer
 from .execution import DOWN, GATE_UP, OUT, QKV, ForwardContext, Keep, Layer
@@ -50,8 +52,9 @@ class _Activations:
 
     Attributes:
         x: [T, D], the layer's input.
-        qkv: [T, (H + 2 H_kv) d], rotated.
+        qkv: [T, (H + 2 H_kv) d], rotated; with norms of the heads, as projected.
         attn_out, lse: the attention's output [T, H d] and its log-sum-exp.
+        out: [T, D], o_proj's output, and inverse: [T] of the norm that follows it; None where none does.
         residual: [T, D], after the attention.
         gate_up: [T, 2 I].
         lora: narrow products of the adapters of each site: q, k, v; o; gate, up; down.
@@ -61,6 +64,8 @@ class _Activations:
     qkv: Tensor | None = None
     attn_out: Tensor | None = None
     lse: Tensor | None = None
+    out: Tensor | None = None
+    inverse: Tensor | None = None
     residual: Tensor | None = None
     gate_up: Tensor | None = None
     lora: tuple[LoraActivations | None, ...] = (None, None, None, None)
@@ -75,7 +80,7 @@ class _Layer(torch.autograd.Function):
         ctx.layer, ctx.state, ctx.scratch = layer, state, scratch
         tensors, ctx.counts, ctx.away = [acts.x], [], None
         if keep != "input":
-            tensors += [acts.attn_out, acts.lse, acts.residual]
+            tensors += [acts.attn_out, acts.lse, acts.out if layer.post_norms else acts.residual]
         if keep == "all":
             tensors += [acts.qkv, acts.gate_up]
             for of_site in acts.lora:
@@ -118,7 +123,8 @@ def _restore(ctx: Any) -> _Activations:
     tensors = ctx.saved_tensors if ctx.away is None else ctx.state.offload.get(ctx.layer.index, ctx.away)
     acts = _Activations(tensors[0])
     if len(tensors) > 1:
-        acts.attn_out, acts.lse, acts.residual = tensors[1:4]
+        acts.attn_out, acts.lse, after = tensors[1:4]
+        acts.out, acts.residual = (after, None) if ctx.layer.post_norms else (None, after)
     if ctx.counts:
         acts.qkv, acts.gate_up = tensors[4:6]
         start, lora = 6, []
@@ -136,7 +142,7 @@ def _forward(
     if state.stream is not None:
         state.stream.begin(layer.index, 1)
     acts = _Activations(x)
-    normed, _, _ = rms_norm_forward(x, *layer.norms[0])
+    normed, _, _ = layer.norms[0].forward(x)
     qkv_lora = _attend(acts, normed, layer, state, scratch)
     del normed
     assert acts.attn_out is not None
@@ -144,8 +150,11 @@ def _forward(
         acts.qkv = None
     o_lora = low_rank(acts.attn_out, layer.sites[OUT])
     out = project(acts.attn_out, scratch.parts(layer.sites, OUT, x.dtype), layer.sites[OUT], o_lora)
+    if layer.post_norms:
+        acts.out = out
+        out, _, _ = layer.post_norms[0].forward(out)
     if keep in (None, "input"):
-        acts.attn_out = acts.lse = None
+        acts.attn_out = acts.lse = acts.out = None
     y, acts.residual, kept = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep == "all")
     if kept is not None:
         acts.gate_up, *of_mlp = kept
@@ -165,9 +174,10 @@ def _attend(
     """From the normalized input to q, k, v and (``attend``) the attention's output; returns the adapters' products."""
     lora = low_rank(normed, layer.sites[QKV])
     acts.qkv = project(normed, scratch.parts(layer.sites, QKV, normed.dtype), layer.sites[QKV], lora)
-    q, k, v = _heads(acts.qkv, layer)
-    rope_(_rotated(acts.qkv, layer), state.cos, state.sin)
+    if not layer.head_norms:
+        _rotate(_rotated(acts.qkv, layer), state)
     if attend:
+        q, k, v, _ = _query_key_value(acts.qkv, layer, state)
         attn_out, acts.lse = attention_forward(q, k, v, state.table, layer.scale)
         acts.attn_out = attn_out.flatten(1)
     return lora
@@ -177,14 +187,18 @@ def _recompute(acts: _Activations, layer: Layer, state: ForwardContext, scratch:
     """Recompute the attention's tensors that were not kept."""
     qkv_lora, o_lora, *of_mlp = acts.lora
     if acts.qkv is None:
-        normed, _, _ = rms_norm_forward(acts.x, *layer.norms[0])
+        normed, _, _ = layer.norms[0].forward(acts.x)
         qkv_lora = _attend(acts, normed, layer, state, scratch, attend=acts.attn_out is None)
         del normed
     assert acts.attn_out is not None
     if o_lora is None:
         o_lora = low_rank(acts.attn_out, layer.sites[OUT])
     if acts.residual is None:
-        out = project(acts.attn_out, scratch.parts(layer.sites, OUT, acts.x.dtype), layer.sites[OUT], o_lora)
+        out = acts.out
+        if out is None:
+            out = project(acts.attn_out, scratch.parts(layer.sites, OUT, acts.x.dtype), layer.sites[OUT], o_lora)
+        if layer.post_norms:
+            out, acts.out, acts.inverse = layer.post_norms[0].forward(out)
         acts.residual = out.add_(acts.x)  # bit for bit the sum of the norm's kernel in the forward pass
     acts.lora = (qkv_lora, o_lora, *of_mlp)
 
@@ -221,24 +235,31 @@ def _backward(
     qkv, attn_out, lse = acts.qkv, acts.attn_out, acts.lse
     assert qkv is not None and attn_out is not None and lse is not None
 
-    # residual = x + o(attention(q, k, v))
-    d_lora = grad_low_rank(d_residual, sites[OUT])
-    d_attn_out = grad_input(d_residual, scratch.parts(layer.sites, OUT, grad.dtype), sites[OUT], d_lora)
+    # residual = x + [norm of] o(attention(q, k, v))
+    d_out = d_residual
+    if layer.post_norms:
+        assert acts.out is not None and acts.inverse is not None
+        d_out = layer.post_norms[0].backward(d_residual, acts.out, acts.inverse)
+        acts.out = None
+    d_lora = grad_low_rank(d_out, sites[OUT])
+    d_attn_out = grad_input(d_out, scratch.parts(layer.sites, OUT, grad.dtype), sites[OUT], d_lora)
     if sites[OUT].trained:
         lora = acts.lora[OUT]
         assert lora is not None
-        grads[OUT] = grad_adapters(d_residual, attn_out, sites[OUT], lora, d_lora)
+        grads[OUT] = grad_adapters(d_out, attn_out, sites[OUT], lora, d_lora)
+    del d_out
     d_qkv = torch.empty_like(qkv)
-    q, k, v = _heads(qkv, layer)
+    q, k, v, inverses = _query_key_value(qkv, layer, state)
     out = attn_out.unflatten(1, (layer.heads, layer.head_dim))
     attention_backward(d_attn_out.view_as(out), q, k, v, out, lse, state.table, layer.scale, into=_heads(d_qkv, layer))
-    del d_attn_out, out, attn_out
-    rope_(_rotated(d_qkv, layer), state.cos, state.sin, inverse=True)
+    del d_attn_out, out, attn_out, q, k, v
+    _rotate(_rotated(d_qkv, layer), state, inverse=True)
+    for norm, part, h, inverse in zip(layer.head_norms, _heads(d_qkv, layer), _heads(qkv, layer), inverses):
+        norm.backward(part, h, inverse, out=part)
 
     # q, k, v = W · norm(x)
     d_lora = grad_low_rank(d_qkv, sites[QKV], need_all=need_x)
-    norm, eps = layer.norms[0]
-    normed, _, inverse = rms_norm_forward(acts.x, norm, eps)
+    normed, _, inverse = layer.norms[0].forward(acts.x)
     if sites[QKV].trained:
         lora = acts.lora[QKV]
         assert lora is not None
@@ -246,8 +267,27 @@ def _backward(
     d_x = None
     if need_x:
         d_normed = grad_input(d_qkv, scratch.parts(layer.sites, QKV, grad.dtype), sites[QKV], d_lora)
-        d_x = rms_norm_backward(d_normed, acts.x, norm, inverse, residual_grad=d_residual)
+        d_x = layer.norms[0].backward(d_normed, acts.x, inverse, residual_grad=d_residual)
     return d_x, [*grads[QKV], *grads[OUT], *grads[GATE_UP], *grads[DOWN]]
+
+
+def _query_key_value(qkv: Tensor, layer: Layer, state: ForwardContext) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """q, k and v as the attention reads them: views of qkv, or q and k in a buffer of their own if their heads have norms, whose
+    inverses come with them."""
+    q, k, v = _heads(qkv, layer)
+    if not layer.head_norms:
+        return q, k, v, []
+    both = qkv.new_empty(qkv.shape[0], layer.heads + layer.kv_heads, layer.head_dim)
+    parts = both.split([layer.heads, layer.kv_heads], dim=1)
+    inverses = [norm.forward(h, out=part)[2] for norm, h, part in zip(layer.head_norms, (q, k), parts)]
+    _rotate(both, state)
+    return *parts, v, inverses
+
+
+def _rotate(x: Tensor, state: ForwardContext, *, inverse: bool = False) -> None:
+    """Rotate heads [T, H, d] where they are, in layers that rotate."""
+    if state.cos is not None and state.sin is not None:
+        rope_(x, state.cos, state.sin, inverse)
 
 
 def _heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:

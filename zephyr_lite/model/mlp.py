@@ -1,6 +1,6 @@
 """The MLP half of a decoder layer, forward and backward, optionally a chunk of tokens at a time.
 
-    y = residual + down(silu(gate) · up),  gate, up = W · norm(residual),  residual = x + out
+    y = residual + [norm of] down(act(gate) · up),  gate, up = W · norm(residual),  residual = x + out
 
 It needs more memory than the rest of the layer (60 KB a token for Mistral-7B in 16 bits), and no token depends on another.
 Gradients of the adapters are summed over the chunks.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
-from ..ops.rms_norm import rms_norm_backward, rms_norm_forward
 from ..ops.swiglu import swiglu_backward, swiglu_forward
 from .dequant_buffer import DequantBuffer
 from .execution import DOWN, GATE_UP, Layer
@@ -66,15 +65,18 @@ def _chunk_forward(
 ) -> tuple[Tensor, Tensor, Kept | None]:
     """Some of the tokens; y and gate_up are output buffers."""
     sites = layer.sites
-    normed, residual, _ = rms_norm_forward(out, *layer.norms[1], residual=x)
+    normed, residual, _ = layer.norms[1].forward(out, residual=x)
     gate_up_lora = low_rank(normed, sites[GATE_UP])
     both = project(normed, scratch.parts(sites, GATE_UP, x.dtype), sites[GATE_UP], gate_up_lora, out=gate_up)
     del normed
-    act = swiglu_forward(*both.chunk(2, dim=1))
+    act = swiglu_forward(*both.chunk(2, dim=1), activation=layer.activation)
     if not keep:
         del both
     down_lora = low_rank(act, sites[DOWN])
-    y = project(act, scratch.parts(sites, DOWN, x.dtype), sites[DOWN], down_lora, add=residual, out=y)
+    add = None if layer.post_norms else residual
+    y = project(act, scratch.parts(sites, DOWN, x.dtype), sites[DOWN], down_lora, add=add, out=y)
+    if layer.post_norms:
+        y = layer.post_norms[1].forward(y, out=y)[0].add_(residual)
     return y, residual, (both, gate_up_lora, down_lora) if keep else None
 
 
@@ -124,11 +126,11 @@ def _chunk_backward(
     scratch: DequantBuffer,
     owned: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    sites, (weight, eps) = layer.sites, layer.norms[1]
+    sites, norm = layer.sites, layer.norms[1]
     gate_up_grads: list[Tensor] = []
     down_grads: list[Tensor] = []
     if kept is None:
-        normed, _, _ = rms_norm_forward(residual, weight, eps)
+        normed, _, _ = norm.forward(residual)
         gate_up_lora = low_rank(normed, sites[GATE_UP])
         gate_up = project(normed, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], gate_up_lora)
         del normed
@@ -136,23 +138,31 @@ def _chunk_backward(
     else:
         gate_up, gate_up_lora, down_lora = kept
 
-    d_lora = grad_low_rank(grad, sites[DOWN])
-    d_act = grad_input(grad, scratch.parts(sites, DOWN, grad.dtype), sites[DOWN], d_lora)
+    d_down = grad
+    if layer.post_norms:
+        act = swiglu_forward(*gate_up.chunk(2, dim=1), activation=layer.activation)
+        down_lora = low_rank(act, sites[DOWN]) if down_lora is None else down_lora
+        down = project(act, scratch.parts(sites, DOWN, grad.dtype), sites[DOWN], down_lora)
+        _, _, inverse = layer.post_norms[1].forward(down)
+        d_down = layer.post_norms[1].backward(grad, down, inverse)
+        del act, down
+    d_lora = grad_low_rank(d_down, sites[DOWN])
+    d_act = grad_input(d_down, scratch.parts(sites, DOWN, grad.dtype), sites[DOWN], d_lora)
     d_gate_up = gate_up if owned or kept is None else torch.empty_like(gate_up)
     (gate, up), (d_gate, d_up) = gate_up.chunk(2, dim=1), d_gate_up.chunk(2, dim=1)
-    _, _, act = swiglu_backward(d_act, gate, up, d_gate, d_up, act=d_act)
+    _, _, act = swiglu_backward(d_act, gate, up, d_gate, d_up, act=d_act, activation=layer.activation)
     if sites[DOWN].trained:
         down_lora = low_rank(act, sites[DOWN]) if down_lora is None else down_lora
-        down_grads = grad_adapters(grad, act, sites[DOWN], down_lora, d_lora)
-    del act, d_act, gate, up, d_gate, d_up, gate_up, kept
+        down_grads = grad_adapters(d_down, act, sites[DOWN], down_lora, d_lora)
+    del act, d_act, d_down, gate, up, d_gate, d_up, gate_up, kept
 
     d_lora = grad_low_rank(d_gate_up, sites[GATE_UP])
     d_normed = grad_input(d_gate_up, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], d_lora)
-    normed, _, inverse = rms_norm_forward(residual, weight, eps)
+    normed, _, inverse = norm.forward(residual)
     if sites[GATE_UP].trained:
         gate_up_grads = grad_adapters(d_gate_up, normed, sites[GATE_UP], gate_up_lora, d_lora)
     del d_gate_up, normed
-    d_residual = rms_norm_backward(d_normed, residual, weight, inverse, residual_grad=grad)
+    d_residual = norm.backward(d_normed, residual, inverse, residual_grad=grad)
     return d_residual, gate_up_grads, down_grads
 
 

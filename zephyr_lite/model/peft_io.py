@@ -283,6 +283,7 @@ def write_adapter(
     modules: Mapping[str, LoraWeights],
     *,
     base_model_name: str,
+    rslora: bool = False,
     extra_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a PEFT adapter (float32) that `PeftModel.from_pretrained` loads, with `alpha = scale · r` for each module.
@@ -292,13 +293,14 @@ def write_adapter(
     Args:
         modules: module name → LoraWeights.
         base_model_name: the base's hub id or path, for adapter_config.json.
+        rslora: write `use_rslora`, with `alpha = scale · √r`.
         extra_config: further keys of PEFT's LoraConfig (lora_dropout, revision, …).
     """
     folder = Path(folder)
     if not folder.is_dir():
         make_folder(folder.parent)
         with folder_aside(folder) as aside:
-            write_adapter(aside, modules, base_model_name=base_model_name, extra_config=extra_config)
+            write_adapter(aside, modules, base_model_name=base_model_name, rslora=rslora, extra_config=extra_config)
         return
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     ranks: dict[str, int] = {}
@@ -308,7 +310,7 @@ def write_adapter(
         tensors[f"{PREFIX}{module}.lora_A.weight"] = ("F32", tuple(weights.a.shape))
         tensors[f"{PREFIX}{module}.lora_B.weight"] = ("F32", tuple(weights.b.shape))
         ranks[module] = weights.rank
-        alpha = weights.scale * weights.rank
+        alpha = weights.scale * (math.sqrt(weights.rank) if rslora else weights.rank)
         # 16 / r · r may not be 16 exactly
         alphas[module] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -323,7 +325,7 @@ def write_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": rslora,
         "use_dora": False,
         "init_lora_weights": True,
         "modules_to_save": None,

@@ -49,8 +49,9 @@ class WeightStreamer:
                     (linear.weight if name == "" else tensor).data = view
                 if linear.bias is not None:
                     linear.bias.data = linear.bias.data.to(device)
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.to(device)
+            for name, module in layer.named_modules():
+                if name.endswith("norm"):
+                    module.to(device)
         head.data = locked.copy_(head.data)
         model.model.embed_tokens.to("cpu")
         for module in (model.model.norm, model.model.rotary_emb):
@@ -90,8 +91,9 @@ class WeightStreamer:
         if 0 <= layer + step < len(self.slabs):
             self._load(layer + step)
 
-    def embedded(self, weight: Tensor, tokens: Tensor) -> Tensor:
-        """Rows of the embedding [V, D], gathered on the host into page-locked memory: [T, D] on the device."""
+    def embedded(self, embedding: Any, tokens: Tensor) -> Tensor:
+        """The tokens' embeddings, gathered on the host into page-locked memory: [T, D] on the device."""
+        weight, scale = embedding.weight, getattr(embedding, "embed_scale", None)
         count, width = tokens.numel(), weight.shape[1]
         if self._gathered is None or self._gathered.shape[0] < count:
             self._gathered = (
@@ -101,11 +103,12 @@ class WeightStreamer:
             self._gone.synchronize()  # the copy of the micro-batch before
         rows = torch.index_select(weight.detach(), 0, tokens, out=self._gathered[:count])
         if self.device.type != "cuda":
-            return rows.clone()
-        there = rows.to(self.device, non_blocking=True)
-        self._gone = torch.cuda.Event()
-        self._gone.record(torch.cuda.current_stream(self.device))
-        return there
+            there = rows.clone()
+        else:
+            there = rows.to(self.device, non_blocking=True)
+            self._gone = torch.cuda.Event()
+            self._gone.record(torch.cuda.current_stream(self.device))
+        return there if scale is None else there.mul_(scale.to(there.dtype))
 
     def _load(self, layer: int) -> None:
         slot = layer % 2

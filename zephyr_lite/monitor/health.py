@@ -40,7 +40,8 @@ DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), at_100=(0.681, 0.68
 _KEYS = (
     *("model_name_or_path", "load_in_4bit", "dataset", "eval_dataset", "max_length", "max_prompt_length", "batch_size"),
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "loss_on", "loss_type", "label_smoothing"),
-    *("beta", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *("lr_scheduler_kwargs", "beta", "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules"),
+    *("loraplus_lr_ratio", "neftune_noise_alpha"),
 )
 
 

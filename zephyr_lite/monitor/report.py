@@ -402,6 +402,8 @@ def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def value_text(value: Any) -> str:
     """A configuration value in short: data sets without defaults, of absolute paths the name."""
+    if value is None or value == {}:
+        return "none"
     if isinstance(value, str):
         return f"…/{Path(value).name}" if Path(value).is_absolute() or value.startswith("~") else value
     if isinstance(value, list):
@@ -413,8 +415,6 @@ def value_text(value: Any) -> str:
                 parts.append(f"{key} {value_text(own)}")
         rest = ", ".join(parts)
         return f"{path} ({rest})" if path and rest else path or rest or "auto"
-    if value is None:
-        return "none"
     return str(value).lower() if isinstance(value, bool) else number(value)
 
 

@@ -50,13 +50,16 @@ class Comparison(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """The sizes that kernels are compiled for (``tl.constexpr``); the defaults are those of a small model.
+    """What kernels are compiled for (``tl.constexpr``); the defaults are the sizes of a small model.
 
     Attributes:
         hidden, inner: channels of a layer's input, and of its MLP.
         queries: channels of the attention's output.
         rotated, head: how many heads rope rotates together, and their size.
         vocabulary: logits of a row.
+        activation: of the MLP's gate (see ``swiglu``).
+        norm_offset: whether norms multiply by 1 + weight (see ``rms_norm``).
+        head_norms: whether there are norms of the heads of q and k.
     """
 
     hidden: int = 576
@@ -65,6 +68,9 @@ class Widths(NamedTuple):
     rotated: int = 5
     head: int = 80
     vocabulary: int = 448
+    activation: str = "silu"
+    norm_offset: bool = False
+    head_norms: bool = False
 
 
 SMALL = Widths()

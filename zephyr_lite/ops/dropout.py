@@ -75,13 +75,8 @@ def _signed(h: Tensor) -> Tensor:
     return torch.where(h >= 2**31, h - 2**32, h).to(torch.int32)
 
 
-def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
-    """Which elements of an input of [T, channels] stay: int32 [T, channels], -1 (all bits set) where one stays, 0 where it
-    is dropped.
-
-    The hash is exact integer arithmetic, so the pattern is the same on every device and in every dtype. There is no
-    comparison in it: on a CPU one takes longer than all the rest, because only integer arithmetic is vectorized.
-    """
+def _hash(key: DropoutKey, channels: int) -> Tensor:
+    """Uniform over the int32: [T, channels]. It is exact integer arithmetic, so the same on every device."""
     device = key.streams.device
     row = _mix(_mix((key.streams & _M32) ^ _prefix(key)) ^ (key.positions & _M32))
     column = _mix(torch.arange(channels, device=device) ^ 0x85EBCA6B)
@@ -89,9 +84,23 @@ def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
     h = _signed(row)[:, None] ^ _signed(column)[None, :]
     h.mul_(0x7FEB352D)
     h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
-    h.mul_(-2073254261)  # 0x846CA68B as int32
+    return h.mul_(-2073254261)  # 0x846CA68B as int32
+
+
+def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
+    """Which elements of an input of [T, channels] stay: int32 [T, channels], -1 (all bits set) where one stays, 0 where it
+    is dropped.
+
+    There is no comparison in it: on a CPU one takes longer than all the rest, because only integer arithmetic is
+    vectorized.
+    """
     # halved, so that the difference cannot overflow: its sign then fills the word
-    return h.bitwise_right_shift_(1).sub_(_threshold(key)).bitwise_right_shift_(31)
+    return _hash(key, channels).bitwise_right_shift_(1).sub_(_threshold(key)).bitwise_right_shift_(31)
+
+
+def uniform(key: DropoutKey, channels: int) -> Tensor:
+    """Uniform numbers from -1 to 1 for an input of [T, channels], float32."""
+    return _hash(key, channels).float().mul_(2.0**-31)
 
 
 def _threshold(key: DropoutKey) -> int:

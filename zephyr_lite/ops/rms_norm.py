@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,69 +21,124 @@ from .dispatch import (
 )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+class Norm(NamedTuple):
+    """A frozen RMSNorm.
+
+    Attributes:
+        weight: [D]; it receives no gradient.
+        eps: added to the mean square.
+        offset: multiply by 1 + weight and round once, as Gemma does; else round before multiplying by weight.
+    """
+
+    weight: Tensor
+    eps: float
+    offset: bool = False
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rms_norm_forward(x, self.weight, self.eps, residual, offset=self.offset, out=out)
+
+    def backward(
+        self,
+        grad: Tensor,
+        h: Tensor,
+        inverse: Tensor,
+        residual_grad: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return rms_norm_backward(grad, h, self.weight, inverse, residual_grad, offset=self.offset, out=out)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
     """y = weight · x / sqrt(mean(x²) + eps), over the last dimension.
 
     Args:
         x: [T, D], any floating dtype; statistics are computed in max(float32, its dtype).
-        weight: [D], frozen; it receives no gradient.
-        eps: added to the mean square.
+        weight, eps, offset: see ``Norm``.
     Returns:
         [T, D] in x's dtype. Kept for the backward pass: x and one number a row.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, Norm(weight, eps, offset))
 
 
 def rms_norm_forward(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    offset: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of x + residual, in one pass.
 
     Args:
-        x: [T, D], any floating dtype.
-        weight: [D], frozen.
-        eps: added to the mean square.
+        x: [T, D], or [T, H, D] with each token's heads dense beside each other; any floating dtype.
+        weight, eps, offset: see ``Norm``.
         residual: [T, D] in x's dtype.
+        out: where y is written, of x's shape and any distance from token to token.
     Returns:
-        y [T, D] = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h [T, D], the
-        sum rounded to x's dtype (x itself without a residual); inverse [T] in max(float32, x's dtype).
+        y like x = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h [T, D], the
+        sum rounded to x's dtype (x itself without a residual); inverse [T] or [T, H] in max(float32, x's dtype).
     """
     run = _kernel_forward if runs_triton("rms_norm", x) else _twin_forward
-    return run(x, weight, eps, residual)
+    return run(x, weight, eps, residual, offset, out)
 
 
 def rms_norm_backward(
-    grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None = None
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    residual_grad: Tensor | None = None,
+    *,
+    offset: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The gradient to h, and so to x and to the residual alike.
 
     Args:
-        grad: [T, D], the gradient to y.
+        grad: the gradient to y, of h's shape.
         h, inverse: as ``rms_norm_forward`` returned them.
         residual_grad: [T, D], what else reaches h; added before the one rounding.
+        out: where it is written; may be grad.
     Returns:
-        [T, D] in h's dtype, new.
+        A tensor of h's shape and dtype: `out`, or new.
     """
     run = _kernel_backward if runs_triton("rms_norm", h) else _twin_backward
-    return run(grad, h, weight, inverse, residual_grad)
+    return run(grad, h, weight, inverse, residual_grad, offset, out)
 
 
-def _twin_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _twin_forward(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
     inverse = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-    # the Hugging Face layer rounds the normalized value before it multiplies with the weight
-    return (h * inverse[:, None]).to(x.dtype).mul_(weight), h, inverse
+    normalized = h * inverse[..., None]
+    # the Hugging Face layers round the normalized value before they multiply it by the weight; Gemma's afterwards
+    y = normalized.mul_(weight.to(wide) + 1).to(x.dtype) if offset else normalized.to(x.dtype).mul_(weight)
+    return y if out is None else out.copy_(y), h, inverse
 
 
-def _twin_backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None) -> Tensor:
+def _twin_backward(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    residual_grad: Tensor | None,
+    offset: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     # with n = h · inverse: dx = inverse · (w · grad - n · mean(w · grad · n)) = inverse · w · grad - h · inverse² · mean
-    weighted = (grad.to(inverse.dtype) * weight).mul_(inverse[:, None])
-    mean = (weighted * h).sum(-1, keepdim=True).mul_(inverse[:, None].square()).div_(h.shape[-1])
-    weighted.addcmul_(h.to(inverse.dtype), mean, value=-1)
+    wide, scale = inverse.dtype, inverse[..., None]
+    weighted = (grad.to(wide) * (weight.to(wide) + 1 if offset else weight)).mul_(scale)
+    mean = (weighted * h).sum(-1, keepdim=True).mul_(scale.square()).div_(h.shape[-1])
+    weighted.addcmul_(h.to(wide), mean, value=-1)
     if residual_grad is not None:
         weighted.add_(residual_grad)
-    return weighted.to(h.dtype)
+    return weighted.to(h.dtype) if out is None else out.copy_(weighted)
 
 
 @jit
@@ -97,15 +152,18 @@ def _forward(
     eps,
     x_row,
     residual_row,
+    y_row,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """A program takes a row, which stays in registers."""
-    row = tl.program_id(0).to(tl.int64)
+    """A program takes a row, or a head of one, which stays in registers."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = token * tl.num_programs(1) + head
     column = tl.arange(0, BLOCK)
     there = column < D
-    value = tl.load(x + row * x_row + column, mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + token * x_row + head * D + column, mask=there, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * residual_row + column, mask=there, other=0.0).to(tl.float32)
         rounded = value.to(h.dtype.element_ty)
@@ -113,9 +171,12 @@ def _forward(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     tl.store(inverse + row, scale)
-    normalized = (value * scale).to(y.dtype.element_ty).to(tl.float32)
-    result = normalized * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(y + row * D + column, result.to(y.dtype.element_ty), mask=there)
+    factor = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    if OFFSET:
+        result = value * scale * (1.0 + factor)
+    else:
+        result = (value * scale).to(y.dtype.element_ty).to(tl.float32) * factor
+    tl.store(y + token * y_row + head * D + column, result.to(y.dtype.element_ty), mask=there)
 
 
 @jit
@@ -129,39 +190,50 @@ def _backward(
     grad_row,
     h_row,
     residual_row,
+    dx_row,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """As above; everything is read before anything is written, so dx may lie over grad."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     there = column < D
-    scale = tl.load(inverse + row)
-    weighted = tl.load(grad + row * grad_row + column, mask=there, other=0.0).to(tl.float32)
-    weighted *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-    normalized = tl.load(h + row * h_row + column, mask=there, other=0.0).to(tl.float32) * scale
+    at = head * D + column
+    scale = tl.load(inverse + token * tl.num_programs(1) + head)
+    weighted = tl.load(grad + token * grad_row + at, mask=there, other=0.0).to(tl.float32)
+    factor = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    weighted *= 1.0 + factor if OFFSET else factor
+    normalized = tl.load(h + token * h_row + at, mask=there, other=0.0).to(tl.float32) * scale
     result = (weighted - normalized * (tl.sum(weighted * normalized, 0) / D)) * scale
     if ADD:
-        result += tl.load(residual_grad + row * residual_row + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(dx + row * D + column, result.to(dx.dtype.element_ty), mask=there)
+        result += tl.load(residual_grad + token * residual_row + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(dx + token * dx_row + at, result.to(dx.dtype.element_ty), mask=there)
 
 
-def _launch(width: int) -> dict[str, Any]:
+def _grid(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    heads, width = x.shape[1] if x.dim() == 3 else 1, x.shape[-1]
+    assert heads == 1 or x.stride(1) == width, f"heads lie at strides {x.stride()}, not dense beside each other"
     block = next_power_of_2(width)
     # 16 values a thread keep a row in registers and its loads at 16 bytes
-    return {"D": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
+    options = {"D": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": True}
+    return (x.shape[0], heads), options
 
 
-def _kernel_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _kernel_forward(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     x = rows_dense(x)
     residual = None if residual is None else rows_dense(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = x if residual is None else torch.empty_like(y)
-    inverse = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if y.numel():
         other = x if residual is None else residual
+        grid, options = _grid(x)
         with on_device(x):
-            _forward[(x.shape[0],)](
+            _forward[grid](
                 x,
                 other,
                 weight.contiguous(),
@@ -171,19 +243,30 @@ def _kernel_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
                 eps,
                 x.stride(0),
                 other.stride(0),
+                y.stride(0),
                 ADD=residual is not None,
-                **_launch(x.shape[1]),
+                OFFSET=offset,
+                **options,
             )
     return y, h, inverse
 
 
-def _kernel_backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, residual_grad: Tensor | None) -> Tensor:
+def _kernel_backward(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    residual_grad: Tensor | None,
+    offset: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     grad, h = rows_dense(grad), rows_dense(h)
     other = h if residual_grad is None else rows_dense(residual_grad)
-    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if out is None else out
     if dx.numel():
+        grid, options = _grid(h)
         with on_device(h):
-            _backward[(h.shape[0],)](
+            _backward[grid](
                 grad,
                 h,
                 weight.contiguous(),
@@ -193,53 +276,65 @@ def _kernel_backward(grad: Tensor, h: Tensor, weight: Tensor, inverse: Tensor, r
                 grad.stride(0),
                 h.stride(0),
                 other.stride(0),
+                dx.stride(0),
                 ADD=residual_grad is not None,
-                **_launch(h.shape[1]),
+                OFFSET=offset,
+                **options,
             )
     return dx
 
 
-def _exact(x: Tensor, weight: Tensor, eps: float, residual: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, inverse and the gradient to x + residual, itself added once more, in float64 by autograd."""
-    x, weight, residual, grad = (t.double() for t in (x, weight, residual, grad))
-    h = (x + residual).requires_grad_()
+def _exact(h: Tensor, norm: Norm, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, inverse and the gradient to h in float64 by autograd."""
+    h = h.detach().double().requires_grad_()
     with torch.enable_grad():
-        inverse = (h.square().mean(-1) + eps).rsqrt()
-        y = weight * h * inverse[:, None]
-        (dx,) = torch.autograd.grad(y, h, grad)
-    return y.detach(), inverse.detach(), dx + grad
+        inverse = (h.square().mean(-1) + norm.eps).rsqrt()
+        y = (norm.weight.double() + norm.offset) * h * inverse[..., None]
+        (dx,) = torch.autograd.grad(y, h, grad.double())
+    return y.detach(), inverse.detach(), dx
 
 
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
-    shape = (3, widths.hidden)
-    x, residual, grad, weight = draw(*shape), draw(*shape), draw(*shape), draw(shape[1])
-    eps = 1.0 if shape[1] == 1 else 1e-5  # of one channel only eps leaves a gradient
-    exact = _exact(x, weight, eps, residual, grad)
-    got, want = (f(x, weight, eps, residual) for f in (_kernel_forward, _twin_forward))
-    yield Comparison(f"y {list(shape)}", got[0], want[0], exact[0])
-    yield Comparison(f"h {list(shape)}", got[1], want[1], x.double() + residual.double())
-    h, inverse = want[1], want[2]
-    back = (grad, h, weight, inverse, grad)
-    yield Comparison(f"dx {list(shape)}", _kernel_backward(*back), _twin_backward(*back), exact[2])
-    # without a residual
-    zero = torch.zeros_like(h)
-    y, exact_inverse, dx = _exact(h, weight, eps, zero, grad)
-    got, want = (f(h, weight, eps, None) for f in (_kernel_forward, _twin_forward))
-    yield Comparison(f"y alone {list(shape)}", got[0], want[0], y)
-    yield Comparison(f"inverse {list(shape)}", got[2], want[2], exact_inverse)
-    back = (grad, h, weight, inverse, None)
-    yield Comparison(f"dx alone {list(shape)}", _kernel_backward(*back), _twin_backward(*back), dx - grad.double())
+    shape, heads = [3, widths.hidden], widths.rotated if widths.head_norms else 0
+    x, residual, grad = draw(*shape), draw(*shape), draw(*shape)
+    # of one channel only eps leaves a gradient
+    norm = Norm(draw(shape[1]), 1.0 if shape[1] == 1 else 1e-5, widths.norm_offset)
+    for other in (residual, None):
+        given = (x, norm.weight, norm.eps, other, norm.offset)
+        got, want = _kernel_forward(*given), _twin_forward(*given)
+        total = x.double() if other is None else x.double() + other.double()
+        name = f"{shape}{'' if other is None else ', adding'}"
+        yield Comparison(f"y {name}", got[0], want[0], _exact(total, norm, grad)[0])
+        yield Comparison(f"h {name}", got[1], want[1], total)
+        _, inverse, dx = _exact(want[1], norm, grad)
+        if other is None:  # of another sum, which truncation rounds otherwise
+            yield Comparison(f"inverse {name}", got[2], want[2], inverse)
+        back = (grad, want[1], norm.weight, want[2], None if other is None else grad, norm.offset)
+        exact = dx if other is None else dx + grad.double()
+        yield Comparison(f"dx {name}", _kernel_backward(*back), _twin_backward(*back), exact)
+    if heads:  # of a buffer with other values beside them
+        wide, both, width = draw(3, heads + 2, widths.head), draw(3, heads + 2, widths.head), widths.head
+        norm, x, grad = Norm(draw(width), 1e-5, norm.offset), wide[:, :heads], both[:, :heads]
+        exact, found = _exact(x, norm, grad), []
+        for forward, backward in ((_kernel_forward, _kernel_backward), (_twin_forward, _twin_backward)):
+            y, dx = torch.empty_like(wide)[:, :heads], both.clone()
+            inverse = forward(x, norm.weight, norm.eps, None, norm.offset, y)[2]
+            backward(dx[:, :heads], x, norm.weight, inverse, None, norm.offset, dx[:, :heads])
+            found.append((y, inverse, dx[:, :heads], dx[:, heads:]))
+        for what, got_, want_, exact_ in zip(("y", "inverse", "dx", "beside dx"), *found, (*exact, None)):
+            yield Comparison(f"{what} of {heads} heads of {width}", got_, want_, exact_)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        y, h, inverse = rms_norm_forward(x, weight, eps)
-        ctx.save_for_backward(h, weight, inverse)
+    def forward(ctx, x: Tensor, norm: Norm) -> Tensor:  # type: ignore[override]
+        y, h, inverse = norm.forward(x)
+        ctx.norm = norm
+        ctx.save_for_backward(h, inverse)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return rms_norm_backward(grad, *ctx.saved_tensors), None, None
+        return ctx.norm.backward(grad, *ctx.saved_tensors), None

@@ -1,4 +1,8 @@
-"""SwiGLU, the gated half of a Llama MLP (Shazeer 2020, arXiv 2002.05202)."""
+"""SwiGLU and GeGLU, the gated half of an MLP (Shazeer 2020, arXiv 2002.05202): act(gate) · up.
+
+The activation is transformers' name of it: ``silu``, or ``gelu_pytorch_tanh``. Both are gate · sigmoid(inner): of the gate
+itself, or of 2 sqrt(2 / pi) (gate + 0.044715 gate³), because (1 + tanh(z)) / 2 = sigmoid(2 z).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from .dispatch import (
     Comparison,
@@ -21,8 +26,8 @@ from .dispatch import (
 )
 
 
-def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(gate) · up.
+def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None, *, activation: str = "silu") -> Tensor:
+    """act(gate) · up.
 
     Args:
         gate, up: [T, I], rows dense, any distance apart (the halves of one [T, 2 I] buffer, say).
@@ -31,7 +36,7 @@ def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tenso
         [T, I]: `out`, or new.
     """
     run = _kernel_forward if runs_triton("swiglu", gate) else _twin_forward
-    return run(gate, up, out)
+    return run(gate, up, out, activation)
 
 
 def swiglu_backward(
@@ -41,8 +46,10 @@ def swiglu_backward(
     d_gate: Tensor | None = None,
     d_up: Tensor | None = None,
     act: Tensor | None = None,
+    *,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to gate and up, and silu(gate) · up again, in one pass.
+    """The gradients to gate and up, and act(gate) · up again, in one pass.
 
     Args:
         grad_act: [T, I], the gradient to the product.
@@ -53,45 +60,61 @@ def swiglu_backward(
         (d_gate, d_up, act).
     """
     run = _kernel_backward if runs_triton("swiglu", gate) else _twin_backward
-    return run(grad_act, gate, up, d_gate, d_up, act)
+    return run(grad_act, gate, up, d_gate, d_up, act, activation)
 
 
-def _twin_forward(gate: Tensor, up: Tensor, out: Tensor | None) -> Tensor:
-    act = _silu(gate).mul_(up)
+def _twin_forward(gate: Tensor, up: Tensor, out: Tensor | None, activation: str = "silu") -> Tensor:
+    act = _activated(gate, activation).mul_(up)
     return act if out is None else out.copy_(act)
 
 
-def _silu(gate: Tensor) -> Tensor:
+def _activated(gate: Tensor, activation: str) -> Tensor:
     """Into a dense buffer: without one, torch takes more than twice as long for rows that lie apart."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    return torch.ops.aten.silu.out(gate, out=out)
+    if activation == "silu":
+        return torch.ops.aten.silu.out(gate, out=out)
+    return torch.ops.aten.gelu.out(gate, approximate="tanh", out=out)
 
 
 def _twin_backward(
-    grad_act: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor | None, act: Tensor | None
+    grad_act: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    d_gate: Tensor | None,
+    d_up: Tensor | None,
+    act: Tensor | None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     # two buffers of our own, and every input is read for the last time before an output may lie over it
-    silu = _silu(gate)
-    product = torch.mul(grad_act, up, out=torch.empty_like(silu))
+    activated = _activated(gate, activation)
+    product = torch.mul(grad_act, up, out=torch.empty_like(activated))
     if d_gate is None:
         d_gate = torch.empty_like(product)
-    torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=d_gate)
-    torch.mul(silu, up, out=product)
-    d_up = torch.mul(silu, grad_act, out=silu if d_up is None else d_up)
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=d_gate)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(product, gate, approximate="tanh", grad_input=d_gate)
+    torch.mul(activated, up, out=product)
+    d_up = torch.mul(activated, grad_act, out=activated if d_up is None else d_up)
     return d_gate, d_up, product if act is None else act.copy_(product)
 
 
 @jit
-def _forward(gate, up, out, gate_row, up_row, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(
+    gate, up, out, gate_row, up_row, out_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
+):
     """A program takes BLOCK columns of a row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < WIDTH
     g = tl.load(gate + row * gate_row + column, mask=there, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + column, mask=there, other=0.0).to(tl.float32)
-    # of -|g|: nothing overflows
-    e = tl.exp(-tl.abs(g))
-    sigmoid = tl.where(g >= 0, 1.0, e) / (1.0 + e)
+    inner = g
+    if ACTIVATION == "gelu_pytorch_tanh":
+        inner = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
+    # of -|inner|: nothing overflows
+    e = tl.exp(-tl.abs(inner))
+    sigmoid = tl.where(inner >= 0, 1.0, e) / (1.0 + e)
     tl.store(out + row * out_row + column, (g * sigmoid * u).to(out.dtype.element_ty), mask=there)
 
 
@@ -111,6 +134,7 @@ def _backward(
     act_row,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """As above; everything is read before anything is written, so outputs may lie over inputs."""
     row = tl.program_id(0).to(tl.int64)
@@ -119,22 +143,27 @@ def _backward(
     d = tl.load(grad + row * grad_row + column, mask=there, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_row + column, mask=there, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + column, mask=there, other=0.0).to(tl.float32)
-    e = tl.exp(-tl.abs(g))
-    sigmoid = tl.where(g >= 0, 1.0, e) / (1.0 + e)
-    silu = g * sigmoid
+    inner = g
+    if ACTIVATION == "gelu_pytorch_tanh":
+        inner = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
+    e = tl.exp(-tl.abs(inner))
+    sigmoid = tl.where(inner >= 0, 1.0, e) / (1.0 + e)
+    activated = g * sigmoid
     # 1 - sigmoid, without its cancellation
-    rest = tl.where(g >= 0, e, 1.0) / (1.0 + e)
-    slope = sigmoid + silu * rest
-    tl.store(d_gate + row * d_gate_row + column, (d * u * slope).to(d_gate.dtype.element_ty), mask=there)
-    tl.store(d_up + row * d_up_row + column, (d * silu).to(d_up.dtype.element_ty), mask=there)
-    tl.store(act + row * act_row + column, (silu * u).to(act.dtype.element_ty), mask=there)
+    rest = tl.where(inner >= 0, e, 1.0) / (1.0 + e)
+    slope = activated * rest
+    if ACTIVATION == "gelu_pytorch_tanh":
+        slope *= 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+    tl.store(d_gate + row * d_gate_row + column, (d * u * (sigmoid + slope)).to(d_gate.dtype.element_ty), mask=there)
+    tl.store(d_up + row * d_up_row + column, (d * activated).to(d_up.dtype.element_ty), mask=there)
+    tl.store(act + row * act_row + column, (activated * u).to(act.dtype.element_ty), mask=there)
 
 
-def _grid(like: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+def _grid(like: Tensor, activation: str) -> tuple[tuple[int, int], dict[str, Any]]:
     rows, width = like.shape
     block = min(1024, next_power_of_2(width))
-    options = {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // 256), "enable_fp_fusion": True}
-    return (rows, -(-width // block)), options
+    options = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation, "num_warps": max(1, block // 256)}
+    return (rows, -(-width // block)), {**options, "enable_fp_fusion": True}
 
 
 def _output(given: Tensor | None, like: Tensor) -> Tensor:
@@ -147,22 +176,28 @@ def _output(given: Tensor | None, like: Tensor) -> Tensor:
     return given
 
 
-def _kernel_forward(gate: Tensor, up: Tensor, out: Tensor | None) -> Tensor:
+def _kernel_forward(gate: Tensor, up: Tensor, out: Tensor | None, activation: str = "silu") -> Tensor:
     gate, up = rows_dense(gate), rows_dense(up)
     out = _output(out, gate)
     if gate.numel():
-        grid, options = _grid(gate)
+        grid, options = _grid(gate, activation)
         with on_device(gate):
             _forward[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), **options)
     return out
 
 
 def _kernel_backward(
-    grad_act: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor | None, act: Tensor | None
+    grad_act: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    d_gate: Tensor | None,
+    d_up: Tensor | None,
+    act: Tensor | None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = [rows_dense(t) for t in (grad_act, gate, up)] + [_output(t, gate) for t in (d_gate, d_up, act)]
     if gate.numel():
-        grid, options = _grid(gate)
+        grid, options = _grid(gate, activation)
         with on_device(gate):
             _backward[grid](*tensors, *(t.stride(0) for t in tensors), **options)
     return tensors[3], tensors[4], tensors[5]
@@ -170,18 +205,20 @@ def _kernel_backward(
 
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw = samples(device, dtype)
+    draw, activation = samples(device, dtype), widths.activation
     rows, width = 3, widths.inner
     both, grad = draw(rows, 2 * width) * 3, draw(rows, width)
     gate, up = both.chunk(2, -1)
-    g, u, d = gate.double(), up.double(), grad.double()
-    sigmoid = g.sigmoid()
-    exact = (d * u * sigmoid * (1 + g * (1 - sigmoid)), d * g * sigmoid, g * sigmoid * u)
-    name = f"[{rows}, {width}]"
-    yield Comparison(f"forward {name}", _kernel_forward(gate, up, None), _twin_forward(gate, up, None), exact[2])
-    want = _twin_backward(grad, gate, up, None, None, None)
-    got = _kernel_backward(grad, gate, up, None, None, None)
-    _kernel_backward(grad, gate, up, gate, up, grad)  # over the inputs
+    g, u, d = gate.double().requires_grad_(), up.double().requires_grad_(), grad.double()
+    with torch.enable_grad():
+        act = (silu(g) if activation == "silu" else gelu(g, approximate="tanh")) * u
+        exact = (*torch.autograd.grad(act, (g, u), d), act.detach())
+    name = f"{activation} [{rows}, {width}]"
+    forward = (gate, up, None, activation)
+    yield Comparison(f"forward {name}", _kernel_forward(*forward), _twin_forward(*forward), exact[2])
+    want = _twin_backward(grad, gate, up, None, None, None, activation)
+    got = _kernel_backward(grad, gate, up, None, None, None, activation)
+    _kernel_backward(grad, gate, up, gate, up, grad, activation)  # over the inputs
     for what, kernel, over, twin, right in zip(("d_gate", "d_up", "act"), got, (gate, up, grad), want, exact):
         yield Comparison(f"{what} {name}", kernel, twin, right)
         yield Comparison(f"{what} {name} in place", over, kernel, None)

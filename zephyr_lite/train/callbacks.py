@@ -25,6 +25,11 @@ EXTRAS = {
     "wandb": ("wandb", ("wandb",)),
     "trackio": ("trackio", ("trackio",)),
 }
+# keys that transformers' arguments have too, which trackers log
+SAME = (
+    *("num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "logging_steps", "seed"),
+)
 
 
 def trackers(config: RunConfig) -> list[TrainerCallback]:
@@ -76,17 +81,11 @@ class Callbacks(Observer):
         self.arguments = TrainingArguments(
             output_dir=str(stage.dir.path),
             report_to=config.report_to or "none",
-            logging_steps=config.logging_steps,
             run_name=run_name,
             project="zephyr-lite",  # trackio's; wandb reads its own variable
             per_device_train_batch_size=config.batch_size,
-            num_train_epochs=config.num_train_epochs,
             max_steps=total,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
+            **{key: getattr(config, key) for key in SAME},
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
             save_strategy="no",  # the loop saves and evaluates by itself

@@ -92,16 +92,16 @@ def read_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
     assert content is not None
     tensors = load_file(folder / TENSORS)
     _load_adapter(state.parameters, tensors)
-    states: dict[str, dict[str, Any]] = {name: {} for name in state.parameters}
+    states: dict[nn.Parameter, dict[str, Any]] = {parameter: {} for parameter in state.parameters.values()}
     found = [(*name.split(".", 2)[1:], tensor) for name, tensor in tensors.items() if name.startswith("optimizer.")]
     found += [
         (key, name, value) for key, values in content["optimizer"]["plain"].items() for name, value in values.items()
     ]
     for key, name, value in found:
         # older versions wrote bitsandbytes' nested state as outer/key
-        states[name][key.rsplit("/", 1)[-1]] = value
+        states[state.parameters[name]][key.rsplit("/", 1)[-1]] = value
     try:
-        restore_state(state.optimizer, list(states.values()), content["optimizer"]["param_groups"])
+        restore_state(state.optimizer, states, content["optimizer"]["param_groups"])
     except ValueError as error:
         raise UserError(
             f"{folder}: holds another optimizer's state than this run's ({error}).",

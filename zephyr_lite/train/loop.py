@@ -168,7 +168,7 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
         the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
     """
     objective, here, oom = state.objective, world(), state.objective.oom
-    lengths, total = objective.data.lengths, 0
+    lengths, total = objective.data.lengths, None
     sums: dict[str, Any] = {}
     for attempt in oom.attempts():
         zero_gradients(state)
@@ -185,28 +185,28 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
         here.all_reduce(state.gradients)
     metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
 
-    # remove the loss scale, clip to max_grad_norm
+    # remove the loss scale, clip to max_grad_norm (0: no clipping)
     for attempt in oom.attempts():
         with attempt:
             state.scaler.unscale_(state.optimizer)
-    grads = gradients_of(state)
+    grads, max_norm = gradients_of(state), state.stage.config.max_grad_norm
     for attempt in oom.attempts():
         with attempt:
             norm = total_norm(grads)
             metrics["grad_norm"] = norm.item()
-            if math.isfinite(metrics["grad_norm"]):
-                torch._foreach_mul_(grads, torch.clamp(state.stage.config.max_grad_norm / (norm + 1e-6), max=1.0))
+            if max_norm and math.isfinite(metrics["grad_norm"]):
+                torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
     return metrics
 
 
-def forward_backward(state: TrainState, group: Sequence[int], step: int, total: int) -> dict[str, float | Tensor]:
+def forward_backward(state: TrainState, group: Sequence[int], step: int, total: Any) -> dict[str, float | Tensor]:
     """Add the gradients of one micro-batch, times the loss scale.
 
     Args:
         group: indices of its examples.
         step: from 0.
-        total: targets of the whole step.
+        total: ``num_targets`` of the whole step.
 
     Returns:
         the micro-batch's sums for the metrics.

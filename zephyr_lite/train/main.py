@@ -157,10 +157,11 @@ def save_stage(
     }
     chain: Mapping[str, LoraWeights] = own
     if stage.frozen:
-        write_adapter(stage.dir.delta, own, **options)
+        write_adapter(stage.dir.delta, own, rslora=stage.config.use_rslora, **options)
         chain = compose([*stage.frozen, read_adapter(stage.dir.delta)])
     with folder_aside(stage.dir.adapter) as folder:
-        write_adapter(folder, chain, **options)
+        # a composed adapter has scale 1
+        write_adapter(folder, chain, rslora=stage.config.use_rslora and chain is own, **options)
         save_tokenizer(stage.template.tokenizer, folder)
     peak, speed = peak_memory(stage.base.device), None
     if seconds and stage.workload.step_tokens:

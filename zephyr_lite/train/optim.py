@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from ..config.load import RunConfig
 from ..errors import UserError
+from ..io.text import short
 
 # keys of a parameter group that a checkpoint does not restore: they choose the implementation
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}
+# arguments of transformers' schedules that are not options
+GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -22,52 +27,57 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
     fit shows before the first step.
 
     ``adamw_8bit`` keeps both moments in 8 bits (Dettmers et al. 2022; tensors under 4,096 elements stay in 32); the paged
-    ones let CUDA move the state to the host when the card is full.
-
+    ones let CUDA move the state to the host when the card is full. With ``loraplus_lr_ratio`` (LoRA+, Hayou et al. 2024,
+    arXiv 2402.12354) every B is in a second group, with its own learning rate.
     """
-    groups = list(parameters.values())
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+    if config.loraplus_lr_ratio is not None:
+        a, b = ([p for name, p in parameters.items() if ("lora_B" in name) == is_b] for is_b in (False, True))
+        groups = [{"params": a}, {"params": b, "lr": config.learning_rate * config.loraplus_lr_ratio}]
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
+    on_gpu = groups[0]["params"][0].is_cuda
     if config.optim == "adamw_8bit":
         optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(groups, **settings)
     elif config.optim == "paged_adamw_8bit":
         optimizer = bnb.optim.PagedAdamW8bit(groups, **settings)
-    elif config.optim == "paged_adamw_32bit" and groups[0].is_cuda:  # bitsandbytes has no 32-bit AdamW for CPUs
+    elif config.optim == "paged_adamw_32bit" and on_gpu:  # bitsandbytes has no 32-bit AdamW for CPUs
         optimizer = bnb.optim.PagedAdamW32bit(groups, **settings)
     else:
         # It needs no memory during a step; torch's default on a GPU (foreach) takes several copies of all parameters.
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-    for place, parameter in enumerate(groups):
-        if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, place)
-            continue
-        state = optimizer.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
+                optimizer.init_state(group, parameter, index, place)
+                continue
+            state = optimizer.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
     return optimizer
 
 
 @torch.no_grad()
 def restore_state(
-    optimizer: torch.optim.Optimizer, states: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
+    optimizer: torch.optim.Optimizer,
+    states: Mapping[nn.Parameter, dict[str, Any]],
+    groups: Sequence[dict[str, Any]],
 ) -> None:
     """Copy a checkpoint's state into the allocated one, which may be paged.
 
     Args:
-        states: one per parameter, in the optimizer's order, on the CPU. An empty one (its parameter had no gradient yet)
-            leaves the fresh state.
+        states: of each parameter, on the CPU. An empty one (its parameter had no gradient yet) leaves the fresh state.
         groups: ``param_groups`` of ``state_dict()``, possibly from JSON.
 
     Raises:
         ValueError: it is another optimizer's state.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, found in zip(parameters, states, strict=True):
+    for parameter, found in states.items():
         mine = optimizer.state[parameter]
         if found and found.keys() != mine.keys():
             raise ValueError(f"it has {', '.join(sorted(found))}; this one {', '.join(sorted(mine))}")
@@ -85,18 +95,26 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
     """transformers' schedule, with warm-up over ``warmup_steps``, or the first ``warmup_ratio`` of the steps.
 
     Raises:
-        UserError: there is no schedule of that name, or it needs more than a name.
+        UserError: there is no schedule of that name, or it has not the options of ``lr_scheduler_kwargs``.
     """
     # a run of one step would be all warm-up, whose first learning rate is 0
     share = min(int(-(-total_steps * config.warmup_ratio // 1)), total_steps - 1)
     warmup = share if config.warmup_steps is None else config.warmup_steps
+    hint = "Try cosine, linear, constant_with_warmup."
     try:
         if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError("follows a metric, not the steps")
+        function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(config.lr_scheduler_type)]
+        options = [name for name in inspect.signature(function).parameters if name not in GIVEN]
+        hint = f"The options of this schedule, in lr_scheduler_kwargs: {', '.join(options) or 'none'}."
+        if unknown := config.lr_scheduler_kwargs.keys() - options:
+            raise ValueError(f"it has no option {short(min(unknown))}")
         return get_scheduler(
-            config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"lr_scheduler_type {config.lr_scheduler_type!r}: {error}", "Try cosine, linear, constant_with_warmup."
-        ) from None
+        raise UserError(f"lr_scheduler_type {config.lr_scheduler_type!r}: {error}", hint) from None

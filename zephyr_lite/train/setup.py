@@ -268,7 +268,8 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[A
             "base itself.",
         )
     adapters = chain_of_run(stage.run, stage="sft").adapters
-    logger.info(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
+    start = "the reference is" if config.needs_reference else "training starts from"
+    logger.info(f"{start} the base with {', '.join(str(a.path) for a in adapters)}")
     return adapters
 
 
@@ -303,6 +304,26 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
                 if (candidate / "tokenizer_config.json").is_file():
                     return resolve_template("auto", load_tokenizer(candidate), now)
     return resolve_template(config.chat_template, load_tokenizer(folder), now)
+
+
+def open_template(method: Method, config: RunConfig) -> tuple[ChatTemplate, Any, list[str]]:
+    """(the chat template, the base's configuration, notes) of a run, for commands that show its rows before it begins.
+
+    Raises:
+        UserError: as the run itself, except for weights.
+    """
+    check_paths(config)
+    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
+    base_config: Any = read_model_config(folder, any_family=True)
+    stage, notes = StageDir(Path(config.output_dir) / config.stage), []
+    frozen: list[AdapterFile] = []
+    if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
+        notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
+    else:
+        frozen = adapters_below(method, config, stage)
+    template = template_of(config, folder, frozen)
+    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
+    return template, base_config, notes
 
 
 def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | None) -> None:
@@ -373,7 +394,12 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)
         stack.add_trainable(
-            config.stage, r=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules, seed=config.seed
+            config.stage,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            targets=config.lora_target_modules,
+            seed=config.seed,
+            rslora=config.use_rslora,
         )
     if base.device.type == "cpu":
         keep_freed_pages()

@@ -44,7 +44,7 @@ class SftObjective:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
-        dropout = Dropout(config.lora_dropout, config.seed, step)
+        dropout = Dropout(config.lora_dropout, config.seed, step, config.neftune_noise_alpha or 0.0)
         logps, stats = self.decoder.token_stats(batch, keep=self.stage.plan.keep, dropout=dropout)
         return sft_loss(logps, total), {
             "entropy": stats.entropy.sum(),

@@ -83,10 +83,10 @@ class Objective(Protocol):
     oom: OomRetry
     collapse: DpoCollapseMonitor | None
 
-    def num_targets(self, examples: Sequence[int]) -> int:
-        """What a step's loss is divided by: supervised tokens, or pairs."""
+    def num_targets(self, examples: Sequence[int]) -> Any:
+        """What a step's loss is divided by: supervised tokens, or ``PairTotals``."""
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """A micro-batch's share of the step's loss, differentiable, and sums for the metrics (tensors, so that no step waits
         for the device).
 
@@ -96,7 +96,7 @@ class Objective(Protocol):
             total: ``num_targets`` of the whole step.
         """
 
-    def metrics(self, sums: Metrics, total: int) -> Metrics:
+    def metrics(self, sums: Metrics, total: Any) -> Metrics:
         """The step's metrics from the sums over its micro-batches and processes."""
 
     def evaluate(self) -> Metrics:

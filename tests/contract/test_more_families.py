@@ -1,0 +1,159 @@
+"""The families whose layer has steps that Mistral's, Llama's and Qwen2's has not: each against the Hugging Face layer.
+
+A family is a line of ``FAMILIES``: its model_type and a small configuration that has everything its layer may have.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import make_tokenizer
+from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
+from tests.contract.test_layer import KEEPS, compare
+from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
+from tests.numeric import apart, conversation, hugging_face_logps, live_stack, loss_and_gradients, pair
+from zephyr_lite.config.load import RunConfig
+from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.errors import UserError
+from zephyr_lite.model.base import load_base
+from zephyr_lite.model.base_folder import check_family
+from zephyr_lite.model.decoder import Decoder, Dropout
+
+SIZES = {
+    "vocab_size": 448,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    # a window in the second layer, biases of the attention
+    "qwen3": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "attention_bias": True},
+    # a layer that does not rotate and has a window
+    "smollm3": {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 9, "mlp_bias": True},
+    # a rotary table for each type of layer, a scale that is not the head's, a tied head
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 20,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+        },
+    },
+}
+
+
+def tiny(name, seed=0, **changes):
+    """Random weights and biases, as large as in the other tests."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **FAMILIES[name], **changes}))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.3 if key.endswith("bias") else 0.08)
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_the_layer_equals_autograd_over_the_hugging_face_layer(name, keep, p):
+    """In float64, and the log-probabilities of the Hugging Face model with it; a tile shorter than the batch with dropout."""
+    decoder = Decoder(live_stack(tiny(name), torch.float64), torch.float64)
+    decoder.tile = 10 if p else None
+    compare(decoder, keep, Dropout(p, seed=1, step=4) if p else None, 1e-11)
+
+
+def test_the_decoder_equals_the_hugging_face_model(name):
+    """As transformers computes it, norms in float32."""
+    decoder = Decoder(live_stack(tiny(name)), torch.float32)
+    example = conversation(0, 40)
+    targets = example.mask[1:].nonzero()[0] + 1
+    with torch.no_grad():
+        logps = decoder.token_logps(collate_conversations([example]))
+        assert apart(logps, hugging_face_logps(decoder.stack, example.ids, targets, ["sft", "dpo"])) < 1e-5
+
+
+def test_the_layer_through_nf4_and_streamed(name, tmp_path):
+    tiny(name).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+
+    def fresh():
+        return load_base(RunConfig(model_name_or_path=str(tmp_path))).model
+
+    for keep, scratch in (("input", "small"), ("attention", "layer"), ("all", "small")):
+        decoder = Decoder(live_stack(fresh()), torch.float32, scratch=scratch)
+        compare(decoder, keep, Dropout(0.3, seed=1, step=4), 1e-5)
+    keeps = ("attention", "all")
+    want = decoder_over(fresh(), plan=plan_of(keep=keeps, tile=10))
+    got = decoder_over(fresh(), plan=plan_of(keep=keeps, offload=1, tile=10, stream=True))
+    for steps in (sft_steps, dpo_steps):
+        assert_bits(steps(got, keeps, None), steps(want, keeps, None))
+
+
+def test_a_pair_with_its_shared_prompt_equals_two_sequences(name):
+    decoder = Decoder(live_stack(tiny(name)), torch.float32)
+    found = pair(0, 14, 12, 7)
+    with torch.no_grad(), decoder.stack.only(["sft", "dpo"]):
+        rows = []
+        for ids in (found.chosen_ids, found.rejected_ids):
+            whole = torch.from_numpy(np.concatenate([found.prompt_ids, ids])).long()
+            table = decoder.stack.model(whole[None]).logits[0].log_softmax(-1)
+            rows.append(table[13:-1].gather(1, whole[14:, None])[:, 0])
+    with torch.no_grad():
+        assert apart(decoder.token_logps(collate_pairs([found])), torch.cat(rows)) < 1e-5
+
+
+@pytest.mark.parametrize("keep", ["input", "all"])
+def test_the_layer_on_the_triton_kernels(keep, monkeypatch):
+    """In triton's interpreter, of the family that uses every variant of them."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the card here; test_gpu.py runs them")
+    decoder = Decoder(live_stack(tiny("gemma3_text")), torch.float32)
+    batch, dropout = collate_pairs([pair(0, 6, 3, 4)]), Dropout(0.3, 1, 1)
+    want, wanted = loss_and_gradients(decoder, batch, keep=keep, dropout=dropout)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    got, grads = loss_and_gradients(decoder, batch, keep=keep, dropout=dropout)
+    assert 0 < apart(got, want) < 1e-5
+    for key in wanted:
+        assert apart(grads[key], wanted[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which the fused engine"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_act 'gelu'; the fused engine knows gelu_pytorch_tanh"),
+        ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh'; the fused engine knows silu"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "rotary embeddings of type dynamic",
+        ),
+    ],
+)
+def test_variants_that_the_layer_does_not_compute_are_refused(name, changes, match):
+    with pytest.raises(UserError, match=match) as error:
+        check_family(AutoConfig.for_model(name, **{**SIZES, **FAMILIES[name], **changes}), "config.json")
+    assert "engine=trl" in error.value.hint
+
+
+def test_inside_another_trainer(name):
+    ids = torch.randint(3, 440, RIGHT.shape, generator=torch.Generator().manual_seed(0))
+    assert_same(both(peft_model(tiny(name)), input_ids=ids, attention_mask=RIGHT))

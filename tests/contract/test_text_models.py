@@ -1,0 +1,99 @@
+"""A multimodal checkpoint is trained, merged and read as its text model alone."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+)
+
+from tests.conftest import make_tokenizer
+from tests.contract.test_gguf import off
+from tests.train.test_train import LN2, dpo_words, metrics, words
+from zephyr_lite.chat import load_chat
+from zephyr_lite.config.load import load_config
+from zephyr_lite.io.safetensors import SafetensorsFile
+from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.model.base_folder import check_weights, fingerprint, read_model_config
+from zephyr_lite.model.files import open_shards
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.sft import run_sft
+
+TEXT = {
+    "vocab_size": 448,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": None,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+
+
+def mistral3():
+    """Mistral Small 3.1's parts: a Mistral with a head of its own, and Pixtral."""
+    vision = PixtralVisionConfig(**VISION, image_size=28, patch_size=14)
+    config = Mistral3Config(text_config=MistralConfig(**TEXT), vision_config=vision, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config)
+
+
+MODELS = {"mistral3": mistral3}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def base(request, tmp_path_factory):
+    """In several files, of which some hold no tensor of the text model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = MODELS[request.param]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.08)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    make_tokenizer(folder)
+    return folder
+
+
+def test_its_files_are_those_of_the_text_model(base):
+    config = read_model_config(base)
+    check_weights(base, config)
+    shards = open_shards(base)
+    names = {name for file in shards.values() for name in file.entries}
+    assert "model.layers.1.self_attn.q_proj.weight" in names and not any("vision" in name for name in names)
+    assert all(
+        file.tensor(name).shape == entry.shape for file in shards.values() for name, entry in file.entries.items()
+    )
+    assert ("lm_head.weight" in names) != config.tie_word_embeddings
+    assert len(fingerprint(base)) == 64
+
+
+def test_it_trains_merges_and_gives_the_live_logits(base, chat_rows, pair_rows, tmp_path):
+    small = {"load_in_4bit": "false", "max_steps": 2, "learning_rate": 0.02}
+    run_sft(load_config("sft", None, words(base, tmp_path / "a", chat_rows, **small)))
+    run_dpo(load_config("dpo", None, dpo_words(base, tmp_path / "a", pair_rows, **small)))
+    assert abs(metrics(tmp_path / "a" / "dpo")[0] - LN2) < 1e-6
+    chain = chain_of_run(tmp_path / "a")
+    out = tmp_path / "merged"
+    merge(base, chain.adapters, out, tokenizer_from=chain.tokenizer_from)
+    told = json.loads((out / "config.json").read_text())
+    assert told["architectures"][0].endswith("ForCausalLM") and "vision_config" not in told
+    held = {name for path in out.glob("*.safetensors") for name in SafetensorsFile(path).entries}
+    assert {name.split(".")[0] for name in held} <= {"model", "lm_head"}
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    chat = load_chat(tmp_path / "a")
+    with torch.no_grad(), chat.stack.only(["sft", "dpo"]):
+        assert off(plain, chat.stack.model) < 1e-5
+    # a second run on the merged folder, whose modules have the same names
+    run_sft(load_config("sft", None, words(out, tmp_path / "b", chat_rows, **small)))
+
+
+def test_it_trains_in_4_bits(base, chat_rows, tmp_path):
+    run_sft(load_config("sft", None, words(base, tmp_path / "a", chat_rows, max_steps=2)))
+    assert len(metrics(tmp_path / "a" / "sft")) == 2
