@@ -42,6 +42,7 @@ def test_the_stages_differ_in_their_defaults():
         ("batch_size=0", "batch_size"),
         ("engine=magic", "engine"),
         ("loss_type=robust", "label_smoothing"),
+        ("loss_type=sigmoid,sigmoid", "several different ones"),
         ("dataset=[]", "dataset"),
         ("dataset.limit=0", "limit"),
         ("learning_rate=inf", "learning_rate"),
@@ -51,6 +52,32 @@ def test_the_stages_differ_in_their_defaults():
 def test_a_value_that_does_not_fit_names_its_key(word, place):
     with pytest.raises(UserError, match=place):
         load(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["loss_type=simpo"], (2.0, 5e-6, {"simpo": 1})),
+        (["loss_type=simpo", "beta=10"], (10, 5e-6, {"simpo": 1})),
+        (["loss_type=orpo"], (0.1, 5e-5, {"orpo": 1})),
+        (["loss_type=ipo", "rpo_alpha=0.5"], (0.01, 5e-6, {"ipo": 1, "sft": 0.5})),
+        (["loss_type=simpo,sft", "loss_weights=1,0.2"], (2.0, 5e-6, {"simpo": 1, "sft": 0.2})),
+    ],
+)
+@pytest.mark.parametrize("file", [None, "zephyr-7b/dpo"])
+def test_losses_and_the_values_that_go_with_them(words, settings, file):
+    """The recipe's β and learning rate are sigmoid's: other losses have theirs, unless the user sets them."""
+    config = load(*words, file=file, method="dpo").config
+    assert (config.beta, config.learning_rate, config.losses) == settings
+
+
+def test_a_file_keeps_its_values_under_another_loss(tmp_path):
+    (tmp_path / "mine.yaml").write_text("beta: 0.5\nloss_type: [sigmoid, sft]\nloss_weights: [1, 0.2]\n")
+    file = str(tmp_path / "mine.yaml")
+    config = load("loss_type=orpo", file=file, method="dpo").config
+    assert (config.beta, config.learning_rate, config.losses) == (0.5, 5e-5, {"orpo": 1})
+    with pytest.raises(UserError, match="precompute_ref_log_probs has no effect on loss_type orpo"):
+        load("loss_type=orpo", "precompute_ref_log_probs=true", file=file, method="dpo")
 
 
 @pytest.mark.parametrize("words", [["5"], ["--seed"], ["--use-peft", "--seed", "3"], ["-x"]])

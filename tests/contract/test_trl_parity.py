@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.conftest import make_model, make_tokenizer
@@ -154,10 +156,20 @@ def random_pair(index, prompt, chosen, rejected):
 PAIRS = [random_pair(i, *lengths) for i, lengths in enumerate([(9, 21, 5), (4, 3, 17), (16, 8, 8)])]
 
 
-def dpo_oracle(tokenizer, tmp_path, weights, loss_type, label_smoothing=0.0, with_sft=True):
-    args = DPOConfig(**settings(tmp_path), beta=BETA, loss_type=[loss_type], label_smoothing=label_smoothing)
-    texts = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])  # what is compared comes below
-    return oracle(DPOTrainer, args, texts, tokenizer, weights, merged_base(with_sft))
+TEXTS = Dataset.from_list(
+    [{"prompt": "a", "chosen": " b", "rejected": " c"}]
+)  # what is compared is given to the trainer
+
+
+def dpo_oracle(tokenizer, tmp_path, weights, loss_type, label_smoothing=0.0, with_sft=True, loss_weights=None):
+    args = DPOConfig(
+        **settings(tmp_path),
+        beta=BETA,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+    )
+    return oracle(DPOTrainer, args, TEXTS, tokenizer, weights, merged_base(with_sft))
 
 
 def collated(pairs):
@@ -165,9 +177,10 @@ def collated(pairs):
     return DataCollatorForPreference(pad_token_id=0)([{n: getattr(p, n).tolist() for n in names} for p in pairs])
 
 
-def our_dpo(stack, decoder, pairs, loss_type, label_smoothing=0.0):
+def our_dpo(stack, decoder, pairs, loss_type, label_smoothing=0.0, *, free=False, **parameters):
+    """With ``free`` without a reference."""
     batch = collate_pairs(pairs)
-    reference = pair_sums(decoder, batch, reference=True)
+    reference = None if free else pair_sums(decoder, batch, reference=True)
     policy = pair_sums(decoder, batch)
     found = preference_loss(
         policy,
@@ -176,6 +189,7 @@ def our_dpo(stack, decoder, pairs, loss_type, label_smoothing=0.0):
         beta=BETA,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
+        **parameters,
     )
     for parameter in stack.parameters().values():
         parameter.grad = None
@@ -184,13 +198,27 @@ def our_dpo(stack, decoder, pairs, loss_type, label_smoothing=0.0):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "label_smoothing"), [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.2)]
+    ("loss_type", "label_smoothing", "weights"),
+    [
+        ("sigmoid", 0.0, None),
+        ("ipo", 0.0, None),
+        ("hinge", 0.0, None),
+        ("robust", 0.2, None),
+        ("sigmoid_norm", 0.0, None),
+        ("apo_zero", 0.0, None),
+        ("apo_down", 0.0, None),
+        ("bco_pair", 0.0, None),
+        (["sigmoid", "sft"], 0.0, [1.0, 0.3]),
+        (["sigmoid", "bco_pair", "sft"], 0.0, [0.8, 0.2, 1.0]),  # MPO
+    ],
 )
-def test_dpo(tokenizer, tmp_path, loss_type, label_smoothing):
+def test_dpo(tokenizer, tmp_path, loss_type, label_smoothing, weights):
     stack, decoder = ours()
-    found, policy, reference = our_dpo(stack, decoder, PAIRS, loss_type, label_smoothing)
+    found, policy, reference = our_dpo(stack, decoder, PAIRS, loss_type, label_smoothing, loss_weights=weights)
     assert (policy - reference).abs().min() > 1e-3  # the adapter moved the policy, or nothing would be compared
-    trainer, layers = dpo_oracle(tokenizer, tmp_path, stack.weights("dpo"), loss_type, label_smoothing)
+    trainer, layers = dpo_oracle(
+        tokenizer, tmp_path, stack.weights("dpo"), loss_type, label_smoothing, loss_weights=weights
+    )
     wanted = trainer.compute_loss(trainer.model, collated(PAIRS))
     wanted.backward()
     assert apart(found.losses.mean().detach(), wanted.detach()) <= TOLERANCE
@@ -208,6 +236,54 @@ def test_dpo(tokenizer, tmp_path, loss_type, label_smoothing):
     for name, value in ours_by_name.items():
         # a reward is a difference of two sums of some hundred nats each
         assert value.item() == pytest.approx(metrics[name], rel=TOLERANCE, abs=5e-5 if "rewards" in name else 0), name
+
+
+def padded(pairs):
+    """A batch of TRL's trainers without a reference."""
+    batch = {}
+    for name in ("chosen", "rejected"):
+        parts = [(p.prompt_ids.tolist(), getattr(p, f"{name}_ids").tolist()) for p in pairs]
+        longest = max(len(prompt) + len(ids) for prompt, ids in parts)
+        for key, pad, row in (
+            ("input_ids", 0, lambda prompt, ids: prompt + ids),
+            ("attention_mask", 0, lambda prompt, ids: [1] * len(prompt + ids)),
+            ("labels", -100, lambda prompt, ids: [-100] * len(prompt) + ids),
+        ):
+            rows = [row(*part) for part in parts]
+            batch[f"{name}_{key}"] = torch.tensor([r + [pad] * (longest - len(r)) for r in rows])
+    return batch
+
+
+# TRL's ORPO has the tokens of the prompt in its first term too: a prompt of one token has none that is predicted
+SHORT = [random_pair(i, 1, *lengths) for i, lengths in enumerate([(21, 5), (3, 17), (8, 8)])]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "trainer_class", "config", "theirs", "parameters"),
+    [
+        ("simpo", CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}, {}),
+        (
+            ["simpo", "sft"],
+            CPOTrainer,
+            CPOConfig,
+            {"loss_type": "simpo", "cpo_alpha": 0.4, "label_smoothing": 0.1},
+            {"loss_weights": [1.0, 0.4], "label_smoothing": 0.1},
+        ),
+        ("orpo", ORPOTrainer, ORPOConfig, {}, {}),
+    ],
+)
+def test_losses_without_a_reference(tokenizer, tmp_path, loss_type, trainer_class, config, theirs, parameters):
+    pairs, simpo = (SHORT, {}) if loss_type == "orpo" else (PAIRS, {"simpo_gamma": 0.7})
+    stack, decoder = ours()
+    found, _, _ = our_dpo(stack, decoder, pairs, loss_type, free=True, **simpo, **parameters)
+    args = config(**settings(tmp_path) | {"max_length": 64}, beta=BETA, **simpo, **theirs)
+    trainer, layers = oracle(trainer_class, args, TEXTS, tokenizer, stack.weights("dpo"), merged_base())
+    wanted, metrics = trainer.get_batch_loss_metrics(trainer.model, padded(pairs))
+    wanted.backward()
+    assert apart(found.losses.mean().detach(), wanted.detach()) <= TOLERANCE
+    assert_same_gradients(stack, layers)
+    assert found.chosen_rewards.mean().item() == pytest.approx(metrics["rewards/chosen"], rel=TOLERANCE)
+    assert found.rejected_rewards.mean().item() == pytest.approx(metrics["rewards/rejected"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=["first", "second", "third"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from typing import get_args
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ import torch
 from tests.messages import messages_to
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.config.resolve import resolve_run
+from zephyr_lite.config.schema import REFERENCE_FREE, PairLoss
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import loop
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
-from zephyr_lite.train.losses import preference_loss
+from zephyr_lite.train.losses import initial_loss, preference_loss
 from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
@@ -118,7 +120,7 @@ def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run,
     task = DpoObjective(stage)
     task.cache.sums += 40
     with pytest.raises(UserError, match="differ by"):
-        task.loss([0, 1], 0, 2)
+        task.loss([0, 1], 0, task.num_targets([0, 1]))
 
 
 def test_rows_of_a_step_cover_each_epoch_once():
@@ -227,27 +229,61 @@ def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "ipo_sum", "robust"])
-def test_preference_losses_follow_their_equations(name):
+def by_equation(beta, eps, gamma):
+    """{loss: its values by the equation in the docstring} of the two pairs below."""
+    r = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
+    p = torch.tensor([[-1.5, -1.25], [-3.0, -4.0]], dtype=torch.float64)
+    h, mean_h = torch.tensor([2.0, -3.0]).double(), torch.tensor([1 / 2 + 1 / 4, -1 / 3 - 2 / 1]).double()
+    sigma, (won, lost) = torch.sigmoid, beta * r.T
+    log, odds = lambda x: torch.log(sigma(x)), torch.log(p.exp() / (1 - p.exp()))
+    z, sft = beta * (p[:, 0] - p[:, 1]) - gamma, torch.tensor([3.0, 9.0]).double() / 2.5
+    return {
+        "sigmoid": -(1 - eps) * log(beta * h) - eps * log(-beta * h),
+        "hinge": torch.clamp(1 - beta * h, min=0),
+        "ipo": (mean_h - 1 / (2 * beta)) ** 2,
+        "ipo_sum": (h - 1 / (2 * beta)) ** 2,
+        "robust": (-(1 - eps) * log(beta * h) + eps * log(-beta * h)) / (1 - 2 * eps),
+        "sigmoid_norm": -log(beta * mean_h),
+        "apo_zero": 1 - sigma(won) + sigma(lost),
+        "apo_down": sigma(won) + 1 - sigma(won - lost),
+        "bco_pair": -log(won) - log(-lost),
+        "sft": sft,
+        "simpo": -(1 - eps) * log(z) - eps * log(-z),
+        "orpo": sft - beta * log(odds[:, 0] - odds[:, 1]),
+    }
+
+
+def test_preference_losses_follow_their_equations():
     policy = torch.tensor([[-3.0, -5.0], [-9.0, -4.0]], dtype=torch.float64)
     reference = torch.tensor([[-4.0, -4.0], [-8.0, -6.0]], dtype=torch.float64)
     sizes = torch.tensor([[2, 4], [3, 1]])
-    beta, eps = 0.5, 0.1
-    found = preference_loss(
-        policy, reference, sizes, beta=beta, loss_type=name, label_smoothing=eps if name == "robust" else 0.0
-    )
-    h = torch.tensor([2.0, -3.0], dtype=torch.float64)
-    per_token = torch.tensor([1 / 2 + 1 / 4, -1 / 3 - 2 / 1], dtype=torch.float64)
-    sigmoid = torch.sigmoid
-    want = {
-        "sigmoid": -torch.log(sigmoid(beta * h)),
-        "hinge": torch.clamp(1 - beta * h, min=0),
-        "ipo": (per_token - 1) ** 2,
-        "ipo_sum": (h - 1) ** 2,
-        "robust": (-(1 - eps) * torch.log(sigmoid(beta * h)) + eps * torch.log(sigmoid(-beta * h))) / (1 - 2 * eps),
-    }[name]
-    torch.testing.assert_close(found.losses, want)
-    torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
+    parameters = {"beta": 0.5, "label_smoothing": 0.1, "simpo_gamma": 0.3}
+    wanted = by_equation(*parameters.values())
+    assert wanted.keys() == set(get_args(PairLoss))
+    for name, want in wanted.items():
+        found = preference_loss(policy, reference, sizes, loss_type=name, **parameters)
+        torch.testing.assert_close(found.losses, want, msg=name)
+        torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
+        free = preference_loss(policy, None, sizes, loss_type=name, **parameters)
+        assert torch.equal(free.losses, found.losses) == (name in REFERENCE_FREE)
+        assert free.chosen_rewards.tolist() == [-0.75, -1.5]  # β times the mean log-probability
+    both = preference_loss(policy, reference, sizes, loss_type=["ipo", "sft"], loss_weights=[1, 0.2], **parameters)
+    torch.testing.assert_close(both.losses, wanted["ipo"] + 0.2 * wanted["sft"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "name"),
+    [
+        ({}, LN2, "ln 2"),
+        ({"label_smoothing": 0.2, "loss_type": "robust"}, LN2, "ln 2"),
+        ({"loss_type": "ipo", "beta": 0.1}, 25, "25"),
+        ({"loss_type": ["sigmoid", "apo_down"], "loss_weights": [1, 2]}, LN2 + 2, "2.693"),
+    ],
+)
+def test_the_loss_where_policy_and_reference_are_equal(settings, value, name):
+    found = initial_loss(RunConfig(**settings))
+    assert found == (pytest.approx(value), name)
+    assert initial_loss(RunConfig(loss_type=["sigmoid", "sft"])) is None
 
 
 def test_a_folder_that_is_no_stage_is_refused(tiny_base, chat_rows, tmp_path):

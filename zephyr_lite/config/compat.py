@@ -40,7 +40,13 @@ ALIASES = {
     "num_epochs": "num_train_epochs",
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
+    "rl_beta": "beta",
+    "orpo_alpha": "beta",
+    "pref_beta": "beta",
+    "dpo_label_smoothing": "label_smoothing",
 }
+# the weight of the chosen responses' negative log-likelihood beside the loss, in TRL's DPO and CPO and in LLaMA-Factory
+SFT_WEIGHTS = ("rpo_alpha", "cpo_alpha", "pref_ftx")
 
 # other tools' name -> ours, where ``_datasets`` translates the value too
 _DATASETS = {
@@ -67,6 +73,9 @@ TRANSLATED = {
     "assistant_only_loss": "loss_on",
     "completion_only_loss": "loss_on",
     "disable_dropout": "lora_dropout",
+    "rl": "loss_type",
+    "pref_loss": "loss_type",
+    **dict.fromkeys(SFT_WEIGHTS, "loss_weights"),
     "model_init_kwargs": "its keys",
     "dataset_kwargs": "its keys",
 }
@@ -148,13 +157,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "load_in_8bit": ((False,), "a base is held in 4 bits (load_in_4bit: true) or in 16 (false)"),
     "bnb_4bit_quant_type": (("nf4",), "4 bits are NF4"),
     "quantization_config": ((), "write load_in_4bit and bnb_4bit_use_double_quant"),
-    "loss_weights": (([1],), "one loss is trained"),
     "ld_alpha": ((1,), _DPO),
     "f_divergence_type": (("reverse_kl",), _DPO),
     "use_weighting": ((False,), _DPO),
     "sync_ref_model": ((False,), "the reference never changes"),
     "reference_free": ((False,), _DPO),
-    "rpo_alpha": ((), _DPO),
     "env": (({},), "set environment variables in the shell"),
 }
 
@@ -176,7 +183,7 @@ _UNSET = (
     *("model_revision", "chat_template", "lora_target_modules", "use_rslora", "warmup_ratio", "save_total_limit"),
     *("hub_private_repo", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-_LISTS = ("dataset", "eval_dataset", "adapters", "lora_target_modules", "report_to")
+_LISTS = ("dataset", "eval_dataset", "adapters", "lora_target_modules", "loss_type", "loss_weights", "report_to")
 BATCH_PARTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -233,13 +240,20 @@ def rename(
     assistant, completion = taken.pop("assistant_only_loss", None), taken.pop("completion_only_loss", None)
     if assistant is not None or completion is not None:
         taken.setdefault("loss_on", "last" if completion else "assistant" if assistant else "all")
-    loss = taken.get("loss_type")
-    if isinstance(loss, list):
-        if len(loss) != 1:
-            faults.append(f"loss_type: {short(loss)}: one loss is trained. Name one.")
-        taken["loss_type"] = loss = loss[0] if loss else "sigmoid"
-    if not dpo and loss in ("nll", "chunked_nll"):
+    if not dpo and taken.get("loss_type") in ("nll", "chunked_nll", ["nll"]):
         del taken["loss_type"]
+    for key in ("rl", "pref_loss"):  # Axolotl's and LLaMA-Factory's
+        if (loss := taken.pop(key, None)) is not None:
+            taken["loss_type"] = "sigmoid" if loss == "dpo" else loss
+    for key in SFT_WEIGHTS:
+        weight = number(value := taken.pop(key, None))
+        if weight is None and value is not None:
+            faults.append(f"{key}: {short(value)} is not a number.")
+        if weight:
+            losses = taken.get("loss_type") or "sigmoid"
+            losses = losses if isinstance(losses, list) else [losses]
+            taken["loss_weights"] = [*(taken.get("loss_weights") or [1.0] * len(losses)), weight]
+            taken["loss_type"] = [*losses, "sft"]
     hub_id = taken.pop("hub_model_id", None)
     if taken.get("push_to_hub") is True:  # transformers has a switch and a name
         if not hub_id:

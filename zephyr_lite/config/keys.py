@@ -115,7 +115,7 @@ def _accepted(key: str) -> str:
 
 def _plain(markdown: str) -> str:
     """Without links and code marks."""
-    return re.sub(r"\[([^\]]+)\]\(#[^)]+\)", r"\1", markdown).replace("`", "")
+    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", markdown).replace("`", "")
 
 
 def _key(name: str, info: FieldInfo) -> Key:
@@ -146,7 +146,9 @@ def _types(annotation: Any) -> list[str]:
     if origin in (Union, types.UnionType):
         return [word for each in inner for word in _types(each)]
     if origin is list:
-        return ["data sets" if inner[0] is DatasetSpec else f"list of {_WORDS[inner[0]]}s"]
+        if inner[0] is DatasetSpec:
+            return ["data sets"]
+        return ["list of these" if get_origin(inner[0]) is Literal else f"list of {_types(inner[0])[0]}s"]
     if origin is dict:
         return ["map"]
     return ["auto", "keys"] if annotation is MemorySpec else [_WORDS[annotation]]

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.text import comma_list, expected, is_file, refuse_special, short
-from .compat import ALIASES, BATCH_PARTS, of_others, rename, unknown_key
-from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
+from .compat import ALIASES, BATCH_PARTS, SFT_WEIGHTS, of_others, rename, unknown_key
+from .schema import DPO_DEFAULTS, LOSS_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
@@ -121,9 +121,12 @@ def load_config(
     flat = {key: value for key, value in words if "." not in key}
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
+    if flat.keys() & SFT_WEIGHTS and "loss_type" in written:  # it is added to the file's loss
+        flat = {"loss_type": written["loss_type"], **flat}
     said = rename(flat, own, notes, faults[WORDS], dpo=method == "dpo")
-    if "warmup_ratio" in said:  # the file's warmup_steps would override it
-        given.pop("warmup_steps", None)
+    for key, other in (("warmup_ratio", "warmup_steps"), ("loss_type", "loss_weights")):
+        if key in said:  # the file's other key would override it, or belongs to another value
+            given.pop(other, None)
     given.update(said)
     typed, replaced = set(said), "dataset" in said
     # dataset.path resets the data set, so it is applied before its other keys, in any order of words
@@ -136,6 +139,15 @@ def load_config(
         replaced = replaced or key == "dataset.path"
     if replaced and "eval_dataset" not in typed:
         given["eval_dataset"], unset = None, True
+    if method == "dpo":
+        own_file = path is not None and not path.is_relative_to(CONFIGS)
+        losses = given.get("loss_type")
+        for loss in losses if isinstance(losses, list) else [losses]:  # the recipe's values are those of sigmoid
+            tuned = {
+                k: v for k, v in LOSS_DEFAULTS.get(str(loss), {}).items() if k not in (given if own_file else typed)
+            }
+            notes += [f"{key}: {value:g}, the default with loss_type {loss}" for key, value in tuned.items()]
+            given.update(tuned)
     values = {**defaults, **given}
     try:
         config = RunConfig.model_validate(values)

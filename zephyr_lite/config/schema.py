@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -15,6 +15,12 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 # the rows of the recipe
 SFT_DATA = "HuggingFaceH4/ultrachat_200k"
 DPO_DATA = "HuggingFaceH4/ultrafeedback_binarized"
+# losses of preference pairs (``train.losses``), and of these the ones that read the policy alone and that read label_smoothing
+_Compared = Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "bco_pair"]
+_ReferenceFree = Literal["simpo", "orpo", "sft"]
+PairLoss = Literal[_Compared, _ReferenceFree]
+REFERENCE_FREE = set(get_args(_ReferenceFree))
+SMOOTHED = {"sigmoid", "robust", "simpo"}
 # rows to hold out
 ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
@@ -181,12 +187,23 @@ class RunConfig(BaseModel):
         "hidden size); null: none",
     )
     # preference optimization
-    beta: float = Field(0.01, gt=0, le=1000, description="dpo: KL strength; higher stays closer to the reference")
-    loss_type: Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust"] = Field(
-        "sigmoid",
-        description="dpo: sigmoid is DPO's own; ipo takes the mean over tokens, as TRL does, ipo_sum the sum, as its paper",
+    beta: float = Field(
+        0.01,
+        gt=0,
+        le=1000,
+        description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped")
+    loss_type: PairLoss | list[PairLoss] = Field(
+        "sigmoid",
+        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own",
+    )
+    loss_weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
+        None, description="dpo: the weight of each loss of the list; null: 1 each"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped (sigmoid, robust, simpo)"
+    )
+    simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
     precompute_ref_log_probs: bool = Field(
         False, description="dpo: compute the reference once, before the first step, and cache it on disk"
     )
@@ -222,11 +239,23 @@ class RunConfig(BaseModel):
         description="auto: the plan decides; or any of [these keys](#memory), and the plan decides the rest",
     )
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """The losses of dpo with their weights."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        return dict(zip(names, self.loss_weights or [1.0] * len(names)))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss of dpo compares the policy with the reference."""
+        return not self.losses.keys() <= REFERENCE_FREE
+
     @field_validator(
         "dataset",
         "eval_dataset",
         "adapters",
         "lora_target_modules",
+        "loss_type",
         "report_to",
         "push_to_hub",
         "memory",
@@ -243,6 +272,8 @@ class RunConfig(BaseModel):
                 return value or {}
             case "push_to_hub":
                 return None if value is False else value
+            case "loss_type":
+                return value[0] if isinstance(value, list) and len(value) == 1 else value
             case "report_to" if value in ("none", ["none"]):
                 return []
             case "adapters" if value == "none":
@@ -270,10 +301,20 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
-        if self.loss_type == "robust" and self.label_smoothing == 0:
-            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
-        if self.loss_type in ("ipo", "ipo_sum", "hinge") and self.label_smoothing:
-            raise ValueError(f"label_smoothing has no effect on loss_type {self.loss_type}; set it to 0")
+        losses, count = self.losses, 1 if isinstance(self.loss_type, str) else len(self.loss_type)
+        if not losses or len(losses) < count or len(self.loss_weights or losses) != count:
+            raise ValueError(
+                "loss_type needs a loss, or several different ones; loss_weights one value for each of them"
+            )
+        name = " + ".join(losses)
+        if "robust" in losses and self.label_smoothing == 0:
+            raise ValueError(
+                f"loss_type {name} needs label_smoothing above 0: the share of pairs assumed to be swapped"
+            )
+        if self.label_smoothing and not losses.keys() & SMOOTHED:
+            raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
+        if self.precompute_ref_log_probs and not self.needs_reference:
+            raise ValueError(f"precompute_ref_log_probs has no effect on loss_type {name}, which has no reference")
         if self.dtype == "float64" and self.load_in_4bit:
             raise ValueError(
                 "dtype float64 with load_in_4bit: 4-bit weights are not computed in 64 bits; set one of them"
@@ -312,4 +353,10 @@ DPO_DEFAULTS: dict[str, Any] = {
     "batch_size": 16,
     "learning_rate": 5.0e-6,
     "optim": "paged_adamw_32bit",
+}
+# and what a loss without a reference needs instead, by default: SimPO's values for Mistral (its README), its rate being about
+# DPO's; ORPO's (Mistral-ORPO-β), its rate times ten for LoRA
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "simpo": {"beta": 2.0},
+    "orpo": {"beta": 0.1, "learning_rate": 5.0e-5},
 }

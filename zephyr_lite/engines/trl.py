@@ -59,9 +59,9 @@ def check_supported(method: Method, config: RunConfig) -> None:
     """
     if config.engine == "unsloth":
         start_unsloth()
-    if method == "dpo" and config.loss_type == "ipo_sum":
-        raise UserError("loss_type ipo_sum: TRL has IPO per token only.", "Set loss_type=ipo, or engine=fused.")
-    if method == "dpo" and config.loss_type == "sigmoid" and config.label_smoothing:
+    if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo"}):
+        raise UserError(f"loss_type {', '.join(missing)}: TRL's DPO trainer does not have it.", "Set engine=fused.")
+    if method == "dpo" and "sigmoid" in config.losses and config.label_smoothing:
         raise UserError(
             f"label_smoothing {config.label_smoothing}: TRL ignores it with loss_type sigmoid.",
             "Set loss_type=robust, or engine=fused.",
@@ -175,7 +175,8 @@ def make_trainer(stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Obs
             **common,
             max_length=None,
             beta=config.beta,
-            loss_type=[config.loss_type],
+            loss_type=list(config.losses),
+            loss_weights=list(config.losses.values()),
             label_smoothing=config.label_smoothing,
             precompute_ref_log_probs=config.precompute_ref_log_probs,
         )

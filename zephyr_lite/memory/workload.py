@@ -157,7 +157,7 @@ def make_workload(
         optim=config.optim,
         dropout=config.lora_dropout > 0,
         method=method,
-        live_reference=method == "dpo" and not config.precompute_ref_log_probs,
+        live_reference=method == "dpo" and config.needs_reference and not config.precompute_ref_log_probs,
         engine=config.engine,
         **fields,
     )

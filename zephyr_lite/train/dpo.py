@@ -3,8 +3,8 @@
 The policy is base + frozen adapters + the adapter under training; the reference is the same weights with that
 adapter's columns set to zero. Prompts are computed once for both responses.
 
-Supports: sigmoid (with label smoothing), robust, hinge, IPO per token and summed; a live reference, or one computed
-once and kept on disk; evaluation, best checkpoint, early stopping.
+Supports: the losses of ``losses.preference_loss`` and their weighted sums; a live reference, one computed once and kept on
+disk, or none, if no loss needs it; evaluation, best checkpoint, early stopping.
 
 Raises ``UserError`` for a user's mistake, and if policy and reference differ at step 0; ``StageComplete`` for a finished
 stage.
@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..model.decoder import Dropout
 from .distributed import sum_by_name
-from .losses import Preference, preference_loss
+from .losses import Preference, loss_of
 from .main import run
 from .monitors import DpoCollapseMonitor
 from .oom import OomRetry
@@ -37,6 +38,13 @@ logger = logging.getLogger(__name__)
 # Allowed difference of policy and reference at step 0, where both are the same function, in nats per token. A live
 # reference runs the same products in the same order; a cached one ran in other micro-batches and rounds differently.
 START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
+
+
+class PairTotals(NamedTuple):
+    """What the losses of a step are divided by: its pairs, and the supervised tokens of their chosen responses."""
+
+    pairs: int
+    chosen_tokens: int
 
 
 class DpoObjective:
@@ -52,33 +60,39 @@ class DpoObjective:
         self.collapse: DpoCollapseMonitor | None = DpoCollapseMonitor()
         self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs else None
 
-    def num_targets(self, examples: Sequence[int]) -> int:
-        return len(examples)
+    def num_targets(self, examples: Sequence[int]) -> PairTotals:
+        return _totals(self.data, examples)
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    def loss(
+        self, examples: Sequence[int], step: int, total: PairTotals
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
         policy, reference = self._sums(batch, Dropout(config.lora_dropout, config.seed, step), self.cache)
-        if step == 0:
+        if step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, batch)
-        found = self._preference(policy, reference, batch)
-        return found.losses.sum() / total, {**_metric_sums(found, policy.detach()), "num_tokens": float(len(batch))}
+        found = self._preference(policy, reference, batch, total)
+        return found.losses.sum() / total.pairs, {
+            **_metric_sums(found, policy.detach()),
+            "num_tokens": float(len(batch)),
+        }
 
-    def metrics(self, sums: Metrics, total: int) -> Metrics:
-        means = {k: v / total for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
-        return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_pairs": float(total)}
+    def metrics(self, sums: Metrics, total: PairTotals) -> Metrics:
+        means = {k: v / total.pairs for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
+        return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_pairs": float(total.pairs)}
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
         """Sums over this process's held-out pairs: loss, rewards, accuracy, margin."""
         data = self.stage.eval_data
+        total = None if data is None else _totals(data, range(len(data.lengths)))
 
         def of_group(group: list[int]) -> Metrics:
-            assert data is not None
+            assert data is not None and total is not None
             batch = self._batch(data, group)
             policy, reference = self._sums(batch)
-            found = self._preference(policy, reference, batch)
+            found = self._preference(policy, reference, batch, total)
             sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
             return {name: value.item() for name, value in sums.items()}
 
@@ -91,23 +105,19 @@ class DpoObjective:
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)
 
-    def _preference(self, policy: Tensor, reference: Tensor, batch: Batch) -> Preference:
-        config = self.stage.config
-        return preference_loss(
-            policy,
-            reference.to(policy.dtype),
-            batch.group_sizes.view(-1, 2),
-            beta=config.beta,
-            loss_type=config.loss_type,
-            label_smoothing=config.label_smoothing,
-        )
+    def _preference(self, policy: Tensor, reference: Tensor | None, batch: Batch, total: PairTotals) -> Preference:
+        reference = None if reference is None else reference.to(policy.dtype)
+        size = total.chosen_tokens / total.pairs
+        return loss_of(self.stage.config, policy, reference, batch.group_sizes.view(-1, 2), size)
 
     def _sums(
         self, batch: Batch, dropout: Dropout | None = None, cache: ReferenceCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """[P, 2] summed log-probabilities of policy and reference; a live reference runs in the policy's pass or in its
-        own, as the plan says."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """[P, 2] summed log-probabilities of policy and reference, None if no loss needs one; a live reference runs in the
+        policy's pass or in its own, as the plan says."""
         keep = self.stage.plan.keep
+        if not self.stage.config.needs_reference:
+            return pair_sums(self.decoder, batch, keep=keep, dropout=dropout), None
         if cache is None and self.stage.plan.reference == "together":
             both = self.decoder.policy_and_reference(batch, keep=keep, dropout=dropout)
             policy, reference = (batch.sum_by_group(logps).view(-1, 2) for logps in both)
@@ -146,6 +156,10 @@ class DpoObjective:
         logger.info(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
         cache.compute(self.decoder, self.data, self.oom)
         return cache
+
+
+def _totals(data: TokenizedDataset, examples: Sequence[int]) -> PairTotals:
+    return PairTotals(len(examples), sum(int(data.examples[i].chosen_mask.sum()) for i in examples))
 
 
 def _metric_sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
         the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
     """
     objective, here, oom = state.objective, world(), state.objective.oom
-    lengths, total = objective.data.lengths, 0
+    lengths, total = objective.data.lengths, None
     sums: dict[str, Any] = {}
     for attempt in oom.attempts():
         zero_gradients(state)
@@ -200,13 +200,13 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
     return metrics
 
 
-def forward_backward(state: TrainState, group: Sequence[int], step: int, total: int) -> dict[str, float | Tensor]:
+def forward_backward(state: TrainState, group: Sequence[int], step: int, total: Any) -> dict[str, float | Tensor]:
     """Add the gradients of one micro-batch, times the loss scale.
 
     Args:
         group: indices of its examples.
         step: from 0.
-        total: targets of the whole step.
+        total: ``num_targets`` of the whole step.
 
     Returns:
         the micro-batch's sums for the metrics.

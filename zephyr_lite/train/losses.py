@@ -1,16 +1,20 @@
 """Losses as pure functions of log-probabilities.
 
-Notation: π the policy, π_ref the reference, x the prompt, y_w and y_l the chosen and the rejected response,
-h = (log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x)).
+Notation: π the policy, π_ref the reference, x the prompt, y_w and y_l the chosen and the rejected response, |y| its supervised
+tokens; r = log π(y|x) − log π_ref(y|x), p = log π(y|x) / |y|, h = r_w − r_l, h̄ = r_w / |y_w| − r_l / |y_l|.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..config.schema import REFERENCE_FREE, RunConfig
 
 
 def sft_loss(logps: Tensor, step_targets: int) -> Tensor:
@@ -28,7 +32,7 @@ class Preference(NamedTuple):
 
     Attributes:
         losses: [P].
-        chosen_rewards, rejected_rewards: [P], β (log π − log π_ref), without a graph.
+        chosen_rewards, rejected_rewards: [P], β r, or β p without a reference; no graph.
     """
 
     losses: Tensor
@@ -38,46 +42,104 @@ class Preference(NamedTuple):
 
 def preference_loss(
     policy: Tensor,
-    reference: Tensor,
+    reference: Tensor | None,
     sizes: Tensor,
     *,
     beta: float,
-    loss_type: str,
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    simpo_gamma: float = 1.0,
+    chosen_size: float | None = None,
 ) -> Preference:
-    """A DPO loss for each pair.
+    """A loss for each pair, or the weighted sum of several.
 
     Args:
-        policy, reference: [P, 2] summed log-probabilities of chosen and rejected.
+        policy, reference: [P, 2] summed log-probabilities of chosen and rejected; without a reference None.
         sizes: [P, 2] how many tokens were summed.
-        beta: β.
-        loss_type:
-            ``sigmoid``: −log σ(β h); Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With label_smoothing ε the
-                conservative mixture −(1 − ε) log σ(β h) − ε log σ(−β h) (E. Mitchell's note on DPO with noisy labels).
+        beta, label_smoothing, simpo_gamma: β, ε (below 0.5), γ.
+        loss_type: one of these, or several.
+            ``sigmoid``: −log σ(β h); DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With ε the conservative mixture
+                −(1 − ε) log σ(β h) − ε log σ(−β h) (E. Mitchell's note on DPO with noisy labels).
             ``robust``: (−(1 − ε) log σ(β h) + ε log σ(−β h)) / (1 − 2 ε), unbiased when a share ε of the pairs is
                 swapped; Chowdhury et al. 2024, arXiv 2403.00409, eq. 12.
+            ``sigmoid_norm``: −log σ(β h̄); DPO per token, Lambert et al. 2024, arXiv 2411.15124 (Tülu 3).
             ``hinge``: max(0, 1 − β h); SLiC, Zhao et al. 2023, arXiv 2305.10425, with DPO's reward.
-            ``ipo``: (h̄ − 1 / (2 β))² with h̄ from log-probabilities averaged over each response's tokens, as TRL has it;
-                Azar et al. 2023, arXiv 2310.12036, eq. 17, leaves the length to the reader.
-            ``ipo_sum``: the same with the sums, as the paper writes it.
-        label_smoothing: ε, below 0.5.
+            ``ipo``: (h̄ − 1 / (2 β))², per token, as TRL has it; Azar et al. 2023, arXiv 2310.12036, eq. 17, leaves the
+                length to the reader. ``ipo_sum``: (h − 1 / (2 β))², as the paper writes it.
+            ``apo_zero``: 1 − σ(β r_w) + σ(β r_l), and ``apo_down``: σ(β r_w) + 1 − σ(β h); D'Oosterlinck et al. 2024,
+                arXiv 2408.06266, eq. 7 and 8.
+            ``bco_pair``: −log σ(β r_w) − log σ(−β r_l); Jung et al. 2024, arXiv 2404.04656, without its running mean.
+            ``sft``: −log π(y_w|x), over ``chosen_size``: its mean is that over tokens. The second term of RPO, Pang et al.
+                2024, arXiv 2404.19733. No reference.
+            ``simpo``: −(1 − ε) log σ(z) − ε log σ(−z), z = β (p_w − p_l) − γ; Meng et al. 2024, arXiv 2405.14734, eq. 6.
+                No reference.
+            ``orpo``: the loss ``sft`` − β log σ(o_w − o_l), the log-odds o = p − log(1 − exp p); Hong et al. 2024,
+                arXiv 2403.07691, eq. 6 and 7, where β is λ. No reference.
+        loss_weights: None: 1 each.
+        chosen_size: tokens of a chosen response, a mean over the whole optimizer step; None: over these pairs.
     """
-    ratios = policy - reference
-    h = ratios[:, 0] - ratios[:, 1]
-    if loss_type == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-    elif loss_type == "robust":
-        losses = (-(1 - label_smoothing) * F.logsigmoid(beta * h) + label_smoothing * F.logsigmoid(-beta * h)) / (
-            1 - 2 * label_smoothing
-        )
-    elif loss_type == "hinge":
-        losses = torch.relu(1 - beta * h)
-    elif loss_type == "ipo":
-        mean = ratios / sizes
-        losses = (mean[:, 0] - mean[:, 1] - 1 / (2 * beta)).square()
-    elif loss_type == "ipo_sum":
-        losses = (h - 1 / (2 * beta)).square()
-    else:
-        raise ValueError(f"unknown loss_type {loss_type!r}")
-    rewards = beta * ratios.detach()
-    return Preference(losses, rewards[:, 0], rewards[:, 1])
+    ratios = policy / sizes if reference is None else policy - reference
+    chosen, rejected = (beta * ratios).unbind(1)
+    h = _gap(ratios)
+    chosen_size = sizes[:, 0].double().mean().item() if chosen_size is None else chosen_size
+
+    def mixture(gap: Tensor) -> Tensor:
+        return -(1 - label_smoothing) * F.logsigmoid(beta * gap) - label_smoothing * F.logsigmoid(-beta * gap)
+
+    def loss(name: str) -> Tensor:
+        match name:
+            case "sigmoid":
+                return mixture(h)
+            case "robust":
+                swapped = label_smoothing * F.logsigmoid(-beta * h)
+                return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + swapped) / (1 - 2 * label_smoothing)
+            case "sigmoid_norm":
+                return -F.logsigmoid(beta * _gap(ratios / sizes))
+            case "hinge":
+                return torch.relu(1 - beta * h)
+            case "ipo":
+                return (_gap(ratios / sizes) - 1 / (2 * beta)).square()
+            case "ipo_sum":
+                return (h - 1 / (2 * beta)).square()
+            case "apo_zero":
+                return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+            case "apo_down":
+                return torch.sigmoid(chosen) + 1 - torch.sigmoid(beta * h)
+            case "bco_pair":
+                return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+            case "sft":
+                return -policy[:, 0] / chosen_size
+            case "simpo":
+                return mixture(_gap(policy / sizes) - simpo_gamma / beta)
+            case "orpo":
+                mean = policy / sizes
+                return loss("sft") - beta * F.logsigmoid(_gap(mean - torch.log(-torch.expm1(mean))))
+        raise ValueError(f"unknown loss_type {name!r}")
+
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    losses = [w * loss(name) for name, w in zip(names, loss_weights or [1.0] * len(names), strict=True)]
+    return Preference(sum(losses[1:], losses[0]), chosen.detach(), rejected.detach())
+
+
+def _gap(values: Tensor) -> Tensor:
+    return values[:, 0] - values[:, 1]
+
+
+def loss_of(config: RunConfig, policy: Tensor, reference: Tensor | None, sizes: Tensor, size: float) -> Preference:
+    """``preference_loss`` with a configuration's losses and parameters; ``size``: its ``chosen_size``."""
+    parameters = {key: getattr(config, key) for key in ("beta", "label_smoothing", "simpo_gamma")}
+    names, weights = list(config.losses), list(config.losses.values())
+    return preference_loss(
+        policy, reference, sizes, loss_type=names, loss_weights=weights, chosen_size=size, **parameters
+    )
+
+
+def initial_loss(config: RunConfig) -> tuple[float, str] | None:
+    """The loss before the first update, where policy and reference are equal, and its name in messages; None if it depends on
+    the log-probabilities themselves."""
+    if config.losses.keys() & REFERENCE_FREE:
+        return None
+    equal = torch.zeros(1, 2, dtype=torch.float64)
+    value = loss_of(config, equal, equal, equal + 1, 1.0).losses.item()
+    return value, "ln 2" if math.isclose(value, math.log(2)) else f"{value:.4g}"

@@ -268,7 +268,8 @@ def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[A
             "base itself.",
         )
     adapters = chain_of_run(stage.run, stage="sft").adapters
-    logger.info(f"the reference is the base with {', '.join(str(a.path) for a in adapters)}")
+    start = "the reference is" if config.needs_reference else "training starts from"
+    logger.info(f"{start} the base with {', '.join(str(a.path) for a in adapters)}")
     return adapters
 
 

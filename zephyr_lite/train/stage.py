@@ -83,10 +83,10 @@ class Objective(Protocol):
     oom: OomRetry
     collapse: DpoCollapseMonitor | None
 
-    def num_targets(self, examples: Sequence[int]) -> int:
-        """What a step's loss is divided by: supervised tokens, or pairs."""
+    def num_targets(self, examples: Sequence[int]) -> Any:
+        """What a step's loss is divided by: supervised tokens, or ``PairTotals``."""
 
-    def loss(self, examples: Sequence[int], step: int, total: int) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """A micro-batch's share of the step's loss, differentiable, and sums for the metrics (tensors, so that no step waits
         for the device).
 
@@ -96,7 +96,7 @@ class Objective(Protocol):
             total: ``num_targets`` of the whole step.
         """
 
-    def metrics(self, sums: Metrics, total: int) -> Metrics:
+    def metrics(self, sums: Metrics, total: Any) -> Metrics:
         """The step's metrics from the sums over its micro-batches and processes."""
 
     def evaluate(self) -> Metrics:
@@ -119,6 +119,7 @@ class Outcome:
         evaluations: of the whole run.
         warnings: printed about the run's numbers.
         stopped: the signal that came during the last step, or None.
+        general_loss: on general text, ``before`` and ``after`` the stage, and the text's hash; None: not measured.
     """
 
     step: int
@@ -129,6 +130,7 @@ class Outcome:
     evaluations: list[Metrics] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     stopped: str | None = None
+    general_loss: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
