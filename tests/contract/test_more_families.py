@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.conftest import make_tokenizer
 from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
 from tests.contract.test_layer import KEEPS, compare
 from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
@@ -33,6 +34,31 @@ SIZES = {
 FAMILIES = {
     # a window in the second layer, biases of the attention
     "qwen3": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "attention_bias": True},
+    # positions from the pretraining's length on scale q; its frequencies scale cos and sin
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    # 12 of 16 channels of a head are rotated
+    "phi3": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "original_max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0] * 6,
+        },
+    },
 }
 
 
@@ -75,6 +101,7 @@ def test_the_decoder_equals_the_hugging_face_model(name):
 
 def test_the_layer_through_nf4_and_streamed(name, tmp_path):
     tiny(name).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
 
     def fresh():
         return load_base(RunConfig(model_name_or_path=str(tmp_path))).model

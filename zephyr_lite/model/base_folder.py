@@ -88,10 +88,12 @@ def check_family(config: Any, where: str) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     problem, hint = "", "Set engine=trl, which trains any architecture."
     if config.model_type not in FAMILIES:
-        problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
+        problem = f"model_type is {shown(config.model_type)}; the fused engine knows the families {NAMES}"
         hint += " docs/extending.md shows how a family is added."
-    elif rope in ("dynamic", "longrope"):
-        problem = f"rotary embeddings of type {rope}, which depend on the length of a sequence"
+    elif rope == "dynamic":
+        problem = "rotary embeddings of type dynamic, which depend on the length of a sequence"
+    elif found := [key for key in FAMILIES[config.model_type].dropouts if getattr(config, key)]:
+        problem = f"{found[0]} is {getattr(config, found[0])}; the fused engine knows 0"
     elif config.hidden_act != "silu":
         problem = f"hidden_act {config.hidden_act!r}; the fused engine knows silu"
     else:
@@ -101,6 +103,21 @@ def check_family(config: Any, where: str) -> None:
             problem = str(error)
     if problem:
         raise UserError(f"{where}: {problem}.", hint)
+
+
+def check_length(config: Any, max_length: int, where: str) -> None:
+    """Refuse sequences for which the rotary frequencies would depend on the other sequences of a micro-batch.
+
+    Raises:
+        UserError: the type is longrope, which has other frequencies from a length on, and max_length is beyond it.
+    """
+    rope: dict[str, Any] = config.rope_parameters
+    if rope.get("rope_type") == "longrope" and max_length > (limit := rope["original_max_position_embeddings"]):
+        raise UserError(
+            f"{where}: rotary embeddings of type longrope, which change in sequences of more than {limit:,} tokens; "
+            f"max_length is {max_length:,}.",
+            f"Set max_length={limit} or less, or engine=trl.",
+        )
 
 
 def check_weights(folder: Path, config: Any) -> None:
