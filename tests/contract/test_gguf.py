@@ -36,14 +36,15 @@ def model_dir(folder: Path, kind: str = "mistral", *, template: str | None = "ze
     return folder
 
 
-def add_bos(folder: Path) -> None:
+def add_bos(folder: Path, bos: str = "<s>") -> None:
     path = folder / "tokenizer.json"
     told = json.loads(path.read_text())
+    index = next(token["id"] for token in told["added_tokens"] if token["content"] == bos)
     told["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
     }
     path.write_text(json.dumps(told))
 

@@ -12,10 +12,12 @@ from tests.conftest import make_tokenizer
 from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
 from tests.contract.test_layer import KEEPS, compare
 from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
-from tests.numeric import apart, conversation, hugging_face_logps, live_stack, pair
+from tests.numeric import apart, conversation, hugging_face_logps, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
+from zephyr_lite.errors import UserError
 from zephyr_lite.model.base import load_base
+from zephyr_lite.model.base_folder import check_family
 from zephyr_lite.model.decoder import Decoder, Dropout
 
 SIZES = {
@@ -57,6 +59,18 @@ FAMILIES = {
             "partial_rotary_factor": 0.75,
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
             "long_factor": [2.0] * 6,
+        },
+    },
+    # a layer that does not rotate and has a window
+    "smollm3": {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 9, "mlp_bias": True},
+    # a rotary table for each type of layer, a scale that is not the head's, a tied head
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 20,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
         },
     },
 }
@@ -127,6 +141,43 @@ def test_a_pair_with_its_shared_prompt_equals_two_sequences(name):
             rows.append(table[13:-1].gather(1, whole[14:, None])[:, 0])
     with torch.no_grad():
         assert apart(decoder.token_logps(collate_pairs([found])), torch.cat(rows)) < 1e-5
+
+
+@pytest.mark.parametrize("keep", ["input", "all"])
+def test_the_layer_on_the_triton_kernels(keep, monkeypatch):
+    """In triton's interpreter, of the family that uses every variant of them."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the card here; test_gpu.py runs them")
+    decoder = Decoder(live_stack(tiny("gemma3_text")), torch.float32)
+    batch, dropout = collate_pairs([pair(0, 6, 3, 4)]), Dropout(0.3, 1, 1)
+    want, wanted = loss_and_gradients(decoder, batch, keep=keep, dropout=dropout)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    got, grads = loss_and_gradients(decoder, batch, keep=keep, dropout=dropout)
+    assert 0 < apart(got, want) < 1e-5
+    for key in wanted:
+        assert apart(grads[key], wanted[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which the fused engine"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_act 'gelu'; the fused engine knows gelu_pytorch_tanh"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1, which the fused engine does not compute"),
+        ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh'; the fused engine knows silu"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+            "rotary embeddings of type dynamic",
+        ),
+    ],
+)
+def test_variants_that_the_layer_does_not_compute_are_refused(name, changes, match):
+    with pytest.raises(UserError, match=match) as error:
+        check_family(AutoConfig.for_model(name, **{**SIZES, **FAMILIES[name], **changes}), "config.json")
+    assert "engine=trl" in error.value.hint
 
 
 def test_inside_another_trainer(name):

@@ -24,7 +24,7 @@ from . import data, eval, model, recipe
 from .examples import add_examples
 from .options import console
 from .talk import chat, serve
-from .train import env, keys, plan, train
+from .train import env, keys, plan, suggest, train
 from .ui import ui
 
 app = typer.Typer(
@@ -82,6 +82,7 @@ _DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments
 app.command("sft", help=_SFT, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
 app.command("dpo", help=_DPO, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
 app.command(**_keys("[sft|dpo|both] [OPTIONS] [KEY=VALUE]..."))(plan)
+app.command(**_keys("[sft|dpo] [OPTIONS] [KEY=VALUE]..."))(suggest)
 app.command()(keys)
 app.command()(recipe.demo)
 app.command()(env)

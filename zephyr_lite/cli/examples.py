@@ -12,6 +12,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "sft": ("sft --config zephyr-7b/overnight-sft", "sft dataset=my/chats.jsonl output_dir=runs/mine --smoke"),
     "dpo": ("dpo --config zephyr-7b/overnight-dpo", "dpo dataset=my/pairs.jsonl output_dir=runs/mine beta=0.1"),
     "plan": ("plan", "plan dpo --gpu 3060 --price 0.2 optim=adamw_8bit"),
+    "suggest": ("suggest sft dataset=my/chats.jsonl", "suggest sft dataset=my/chats.jsonl --probe -o my.yaml"),
     "keys": ("keys", "keys learning_rate", "keys per_device_train_batch_size"),
     "merge": ("merge --out model/", "merge --run runs/mine --stage sft --out model-sft/"),
     "demo": ("demo", "demo --out my-demo"),

@@ -1,20 +1,22 @@
-"""``zephyr-lite sft``, ``dpo``, ``plan``, ``keys`` and ``env``."""
+"""``zephyr-lite sft``, ``dpo``, ``plan``, ``suggest``, ``keys`` and ``env``."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
 from ..errors import UserError
+from ..io.atomic import write_text
 from ..io.interrupts import launched
 from ..io.logging import messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, console, next_lines, say_all
+from .options import StageConfig, console, nameable, next_lines, say_all
 
 if TYPE_CHECKING:
     from ..config.load import Method, RunConfig
@@ -140,6 +142,41 @@ def plan(
         console.plan(planned_lines(method, loaded, gpu=gpu, vram=vram, price=price, details=details))
     if not details:
         console.plan(["details: add --details"])
+
+
+def suggest(
+    context: Context,
+    config: StageConfig = None,
+    probe: Annotated[
+        bool, Option("--probe", help="Also train 20 steps at each of three to five learning rates, and take the best.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option("--out", "-o", callback=nameable, help="Write the configuration to this YAML file.")
+    ] = None,
+    gpu: Annotated[str | None, Option(help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
+) -> None:
+    """Rank, learning rate, epochs and batch size for your rows, each with its reason; and the plan for the card."""
+    from ..config.load import dump_config
+    from ..config.resolve import resolve_run
+    from ..memory.forecast import planned_lines
+    from ..monitor.rows import stage_of_words
+    from ..train import suggest as suggestions
+
+    method, words = stage_of_words(list(context.args), config)
+    loaded = resolve_run(method, config, words)
+    before = loaded.config
+    rows = suggestions.suggest(method, loaded, loaded.given if config else loaded.typed)
+    console.plan(suggestions.table_lines(rows))
+    if probe:
+        console.plan(suggestions.probe(method, loaded))
+    else:
+        console.plan(planned_lines(method, loaded, gpu=gpu, vram=None, price=None))
+    if out is None:
+        file = ["--config", config] if config else []
+        console.say(next_lines([method, *file, *words, *suggestions.changed_words(loaded.config, before)]))
+    else:
+        write_text(out, dump_config(loaded.config))
+        console.say(next_lines([method, "--config", str(out)]))
 
 
 def keys(

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from ..errors import UserError
 from ..io.safetensors import tensor_bytes
 from ..io.text import shown
-from .families import FAMILIES, NAMES, head_width, layer_windows
+from .families import FAMILIES, NAMES, family_of, head_width, layer_windows
 from .files import again, check_config_file, has_text_model, open_shards
 
 # the configuration keys that a model's output depends on; ``fingerprint`` adds head_dim and the layers' windows
@@ -30,6 +30,14 @@ _ARCHITECTURE = (
     "hidden_act",
     "rms_norm_eps",
     "rope_parameters",
+)
+# what a layer or the head would compute if the key is set
+_REFUSED = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "resid_pdrop",
+    "embd_pdrop",
 )
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 OTHER_MODEL = "The files belong to different models; fetch the model again."
@@ -85,17 +93,21 @@ def check_family(config: Any, where: str) -> None:
     Raises:
         UserError: another family, or a variant of the family that the fused engine does not know.
     """
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = getattr(config, "rope_parameters", None) or {}  # one, or one for each type of layer
+    ropes = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    activation, known = getattr(config, "hidden_act", None), family_of(config).activation
+    activation = activation or getattr(config, "hidden_activation", None)
+    refused = [key for key in _REFUSED if getattr(config, key, None)]
     problem, hint = "", "Set engine=trl, which trains any architecture."
     if config.model_type not in FAMILIES:
         problem = f"model_type is {shown(config.model_type)}; the fused engine knows the families {NAMES}"
         hint += " docs/extending.md shows how a family is added."
-    elif rope == "dynamic":
+    elif "dynamic" in ropes:
         problem = "rotary embeddings of type dynamic, which depend on the length of a sequence"
-    elif found := [key for key in FAMILIES[config.model_type].dropouts if getattr(config, key)]:
-        problem = f"{found[0]} is {getattr(config, found[0])}; the fused engine knows 0"
-    elif config.hidden_act != "silu":
-        problem = f"hidden_act {config.hidden_act!r}; the fused engine knows silu"
+    elif activation != known:
+        problem = f"hidden_act {activation!r}; the fused engine knows {known}"
+    elif refused:
+        problem = f"{refused[0]} is {getattr(config, refused[0])}, which the fused engine does not compute"
     else:
         try:
             layer_windows(config)
@@ -197,6 +209,9 @@ def fingerprint(folder: Path) -> str:
     told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
     if config.model_type in FAMILIES:
         told |= {"head_dim": head_width(config), "windows": layer_windows(config)}
+        told |= {
+            key: getattr(config, key) for key in ("no_rope_layers", "query_pre_attn_scalar") if hasattr(config, key)
+        }
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     for name in sorted(holds):

@@ -39,7 +39,6 @@ class Family:
         norm_offset: norms multiply by 1 + weight, and round once.
         sites: the matrices that read each of the layer's inputs: q, k, v; o; gate, up; down. One matrix may be several.
         q_scale: (configuration, positions) → factor of each position's queries, after the rotation.
-        dropouts: keys of the configuration that have to be 0.
         gguf: llama.cpp's name of the architecture.
         neighbours: llama.cpp rotates channel i of a head with i + 1, transformers with i + head_dim / 2: the export permutes
             the rows of q and k.
@@ -56,7 +55,6 @@ class Family:
     norm_offset: bool = False
     sites: tuple[tuple[str, ...], ...] = SITES
     q_scale: Callable[[Any, Tensor], Tensor] | None = None
-    dropouts: tuple[str, ...] = ()
     gguf: str = "llama"
     neighbours: bool = True
     rope_factors: bool = True
@@ -122,8 +120,27 @@ FAMILIES = {
     "phi3": Family(
         windows=_one_window,
         sites=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
-        dropouts=("resid_pdrop", "embd_pdrop", "attention_dropout"),
         gguf="phi3",
+        neighbours=False,
+        rope_factors=False,
+    ),
+    "smollm3": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        rotations=lambda config: tuple(() if on else None for on in config.no_rope_layers[: config.num_hidden_layers]),
+        gguf="smollm3",
+        rope_factors=False,
+    ),
+    "gemma3_text": Family(
+        windows=_by_layer_type,
+        biases=_by_keys,
+        rotations=lambda config: tuple((kind,) for kind in config.layer_types),
+        activation="gelu_pytorch_tanh",
+        norms=("input_layernorm", "pre_feedforward_layernorm"),
+        post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        head_norms=("q_norm", "k_norm"),
+        norm_offset=True,
+        gguf="gemma3",
         neighbours=False,
         rope_factors=False,
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,14 +19,9 @@ from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import load_rows
 from ..data.preview import Segment, Token, example_segments
 from ..errors import UserError
-from ..io.run_dir import StageDir
 from ..io.text import counted
 from ..memory.forecast import stages_of
-from ..model.base import fetch_base
-from ..model.base_folder import read_model_config
-from ..model.peft_io import AdapterFile
-from ..model.tokenizer import check_vocabulary
-from ..train.setup import adapters_below, check_paths, template_of
+from ..train.setup import open_template
 from ..train.small_data import prepare_parts, settle
 
 # columns left of a line of tokens: the turn's role, and the position of the line's first token
@@ -89,20 +83,10 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
         UserError: as the run itself, except for weights and memory; or there is no eval_dataset.
     """
     loaded = resolve_run(method, file, words)
-    config, notes = loaded.config, list(loaded.notes)
-    if held_out and not config.eval_dataset:
+    if held_out and not loaded.config.eval_dataset:
         raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
-    check_paths(config)
-    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
-    base_config: Any = read_model_config(folder, any_family=True)
-    stage = StageDir(Path(config.output_dir) / config.stage)
-    frozen: list[AdapterFile] = []
-    if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
-        notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
-    else:
-        frozen = adapters_below(method, config, stage)
-    template = template_of(config, folder, frozen)
-    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
+    template, base_config, found = open_template(method, loaded.config)
+    notes = [*loaded.notes, *found]
     if loaded.automatic:
         parts = prepare_parts(method, loaded, template)
         notes += settle(method, loaded, parts, base_config.hidden_size)

@@ -67,6 +67,7 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
         f"at this pace {state.total:,} steps take {timedelta(seconds=round(seconds * state.total))} at most, "
         f"evaluations aside; nothing was written to {loaded.config.output_dir}"
     )
+    logger.info(f"`zephyr-lite suggest {method} …` explains the values and can probe learning rates")
 
 
 def first_row(stage: Stage) -> list[tuple[str, Spans]]:

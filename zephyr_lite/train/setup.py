@@ -307,6 +307,26 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
     return resolve_template(config.chat_template, load_tokenizer(folder), now)
 
 
+def open_template(method: Method, config: RunConfig) -> tuple[ChatTemplate, Any, list[str]]:
+    """(the chat template, the base's configuration, notes) of a run, for commands that show its rows before it begins.
+
+    Raises:
+        UserError: as the run itself, except for weights.
+    """
+    check_paths(config)
+    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
+    base_config: Any = read_model_config(folder, any_family=True)
+    stage, notes = StageDir(Path(config.output_dir) / config.stage), []
+    frozen: list[AdapterFile] = []
+    if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
+        notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
+    else:
+        frozen = adapters_below(method, config, stage)
+    template = template_of(config, folder, frozen)
+    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
+    return template, base_config, notes
+
+
 def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | None) -> None:
     """Print what was read, and warn of what was dropped and of rows beyond the base's ``context`` in tokens."""
     for part in parts:

@@ -45,8 +45,8 @@ def prepare_parts(method: Method, loaded: Loaded, template: ChatTemplate) -> lis
 
 
 def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], width: int) -> list[str]:
-    """Choose the keys of ``loaded.automatic`` for the training rows, if the recipe's values would give too few steps; the rows
-    are packed again. Returns lines that say what was chosen.
+    """Choose the keys of ``loaded.automatic`` for the training rows: the learning rate, and if the recipe's values would give too
+    few steps the others; the rows are packed again. Returns lines that say what was chosen.
 
     Args:
         parts: of ``prepare_parts``.
@@ -60,9 +60,7 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
             part.pack(config.max_length)
     steps = step_schedule(config, len(data.rows))[1]
     if "learning_rate" in free:
-        factor = (WIDTH / width) ** POWER if chosen else 1.0
-        if method == "dpo":
-            factor = min(DPO_MOST, max(1.0, DPO_STEPS / steps))
+        factor = (WIDTH / width) ** POWER if method == "sft" else min(DPO_MOST, max(1.0, DPO_STEPS / steps))
         if factor != 1:
             chosen["learning_rate"] = float(f"{recipe.learning_rate * factor:.0e}")
     loaded.config = config = _with(recipe, chosen)

@@ -1,0 +1,180 @@
+"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import trl
+from peft import PeftModel
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+from tests.conftest import CONVERSATIONS, TEXT
+from tests.contract.test_gguf import add_bos, fields, off
+from tests.contract.test_more_families import tiny
+from tests.export.test_export_ollama import SAID, modelfile_template, render_go
+from tests.train.test_train import LN2, metrics
+from zephyr_lite.chat import load_chat
+from zephyr_lite.chat.generate import Streamer
+from zephyr_lite.config.load import load_config
+from zephyr_lite.export.gguf import write_gguf
+from zephyr_lite.export.gguf_vocab import _QWEN2
+from zephyr_lite.export.ollama import write_modelfile
+from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.model.sampling import Sampling
+from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train.sft import run_sft
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's shipped configuration, and a base as the hub's in small."""
+
+    preset: str
+    split: str  # how its tokenizer splits a text; "": SentencePiece's kind
+    special: tuple[str, ...]  # eos first
+    pre: str  # llama.cpp's name for the tokenizer
+    metadata: dict  # of the GGUF file
+    ends: tuple[str, ...]  # what ends an answer
+    template: str = ""  # TRL's name of the family's own; "": the base has none
+    bos: str | None = None
+    changes: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # of the GGUF file
+
+
+CASES = {
+    "qwen3": Case(
+        "qwen3-4b",
+        _QWEN2,
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        "qwen2",
+        {"general.architecture": "qwen3", "qwen3.attention.key_length": 32, "qwen3.rope.dimension_count": 32},
+        ("<|im_end|>", "<|endoftext|>"),
+        template="qwen3",
+        changes={"attention_bias": False, "tie_word_embeddings": True},
+        notes=("last 9 tokens", "NFC"),
+    ),
+}
+
+
+def save_tokenizer(folder: Path, case: Case) -> None:
+    """A tokenizer of the family's kind, of some 420 tokens."""
+    raw = Tokenizer(models.BPE(unk_token=None if case.split else "<unk>", byte_fallback=not case.split))
+    special, alphabet = [*case.special], pre_tokenizers.ByteLevel.alphabet()
+    if case.split:
+        split = pre_tokenizers.Split(Regex(case.split), behavior="isolated", invert=False)
+        spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Sequence([split, spelling]), decoders.ByteLevel()
+    else:  # Gemma's
+        raw.normalizer = normalizers.Replace(" ", "▁")
+        raw.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next", invert=False)
+        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special, alphabet = [*special, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))], []
+    if case.split == _QWEN2:
+        raw.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(TEXT + [part for row in CONVERSATIONS for part in row], trainer)
+    told = json.loads(raw.to_str())
+    told["model"]["ignore_merges"] = case.pre in ("llama-bpe", "tekken")
+    told["added_tokens"] = [token for token in told["added_tokens"] if not token["content"].startswith("<0x")]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(told)),
+        bos_token=case.bos,
+        eos_token=case.special[0],
+        extra_special_tokens=[token for token in case.special[1:] if token != case.bos],
+        **({} if case.split else {"unk_token": "<unk>"}),
+    )
+    if case.template:
+        fast.chat_template = (TEMPLATES / f"{case.template}.jinja").read_text()
+    fast.save_pretrained(folder)
+    if case.bos is not None:
+        add_bos(folder, case.bos)
+
+
+def read_tensors(file: Path, config) -> torch.nn.Module:
+    """The model of a file of an architecture that transformers does not read: q and k as in its ``llama``."""
+    found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
+    architecture = fields(file)["general.architecture"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    heads = LlamaTensorProcessor({key: getattr(config, key) for key in ("num_attention_heads", "num_key_value_heads")})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        stem, _, suffix = name.rpartition(".")
+        stored = f"{names.get_name(stem)}.{suffix}"
+        weights = torch.from_numpy(heads.process(found.pop(stored), stored).weights.copy())
+        parameter.data.copy_(weights)
+    assert not found
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, pair_rows):
+    case, base, run, out = CASES[name], tmp_path / "base", tmp_path / "run", tmp_path / "merged"
+    tiny(name, **case.changes).save_pretrained(base)
+    save_tokenizer(base, case)
+    small = ["max_steps=2", "batch_size=3", "lora_r=4", "lora_alpha=8", "learning_rate=0.02", "samples=0"]
+    small += [f"model_name_or_path={base}", f"output_dir={run}", "load_in_4bit=false"]
+    for train, stage, rows in ((run_sft, "sft", chat_rows), (run_dpo, "dpo", pair_rows)):
+        given = [*small, f"dataset.path={rows}", f"eval_dataset.path={rows}"]
+        train(load_config(stage, f"{case.preset}/{stage}", given))
+    assert abs(metrics(run / "dpo")[0] - LN2) < 1e-6
+
+    # merged = live = the composed adapter on the bare base
+    chain, chat = chain_of_run(run), load_chat(run)
+    merge(base, chain.adapters, out, tokenizer_from=chain.tokenizer_from)
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad(), chat.stack.only(["sft", "dpo"]):
+        assert off(chat.stack.model, plain) < 1e-5
+    composed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "dpo" / "adapter").eval()
+    assert off(plain, composed) < 1e-5 < off(plain, AutoModelForCausalLM.from_pretrained(base))
+
+    # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
+    tokenizer, template = AutoTokenizer.from_pretrained(out), chat.template
+    assert [tokenizer.convert_ids_to_tokens(i) for i in plain.generation_config.eos_token_id] == list(case.ends) or (
+        tokenizer.convert_ids_to_tokens(plain.generation_config.eos_token_id) == case.ends[0]
+    )
+    streamer = Streamer(chat, [["sft", "dpo"]])
+    messages = [{"role": "user", "content": "What do you like to cook on a rainy evening?"}]
+    for _ in range(2):
+        ids = template.prompt_ids(messages).tolist()
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+        (drawn,) = streamer.draw([ids], [Sampling(temperature=0.0, max_new_tokens=8)])
+        given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": chat.ends, "use_cache": False}
+        want = plain.generate(torch.tensor([ids]), **given)[0, len(ids) :].tolist()
+        assert drawn.tokens == want[: len(drawn.tokens)] and drawn.tokens
+        messages += [{"role": "assistant", "content": "Soup."}, {"role": "user", "content": "And then?"}]
+
+    # GGUF
+    report = write_gguf(out, tmp_path / "gguf" / "m.gguf", "f16")
+    told = fields(report.out)
+    assert {key: told[key] for key in case.metadata} == pytest.approx(case.metadata)
+    assert [any(note in line for line in report.notes) for note in case.notes] == [True] * len(report.notes)
+    if name in ("smollm3", "ministral3"):
+        back = read_tensors(report.out, plain.config)
+    else:
+        config = AutoConfig.from_pretrained(out)  # transformers does not read head_dim and windows
+        back = AutoModelForCausalLM.from_pretrained(
+            report.out.parent, gguf_file="m.gguf", config=config, dtype=torch.float32
+        )
+    assert off(plain, back.eval()) < 2e-3
+    assert told["tokenizer.ggml.pre"] == case.pre and told["tokenizer.chat_template"] == template.text
+    reader, _ = convert_gguf_tokenizer(*get_gguf_tokenizer(str(report.out))[:2])
+    text = template.text_of([{"role": "user", "content": "I'd cook 12345 soups,\n\n  é 日本?"}], True)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert reader.encode(text, add_special_tokens=False).ids == ids
+
+    # Ollama
+    write_modelfile(out, report.out, tmp_path / "Modelfile")
+    text = (tmp_path / "Modelfile").read_text()
+    assert [line.split('"')[1] for line in text.splitlines() if line.startswith("PARAMETER stop")] == [*case.ends]
+    for messages in SAID:
+        assert render_go(modelfile_template(text), messages) == template.text_of(messages, True)

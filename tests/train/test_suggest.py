@@ -1,0 +1,118 @@
+"""`zephyr-lite suggest`: values with reasons, the command that it prints, and the probe of learning rates."""
+# ruff: noqa: F811
+
+import math
+import shlex
+
+import numpy as np
+import pytest
+
+from tests.contract.test_bad_input import invoke  # noqa: F401 (a fixture)
+from tests.train.test_small_data import own  # noqa: F401 (a fixture)
+from zephyr_lite.config.load import load_config
+from zephyr_lite.config.resolve import resolve_run
+from zephyr_lite.data.dataset import DataReport, TokenizedDataset
+from zephyr_lite.memory.expected import MISTRAL_SHAPE
+from zephyr_lite.train.setup import setup_stage
+from zephyr_lite.train.suggest import SUGGESTED, choose, search
+
+
+def suggested(method, rows, tokens, *words):
+    """{key: (value, reason)} for so many rows of so many tokens, half of them supervised, on Mistral-7B."""
+    loaded = load_config(method, f"zephyr-7b/{method}", ["dataset=mine.jsonl", *words])
+    loaded.automatic = SUGGESTED - loaded.typed
+    total = rows * tokens
+    report = DataReport("training", kept=rows, rows=rows, tokens=total, supervised=total // 2, longest=tokens)
+    data = TokenizedDataset(None, np.full(rows, tokens), [[place] for place in range(rows)], report, "")
+    if method == "sft":
+        data.pack(loaded.config.max_length)
+    return {key: rest for key, *rest in choose(method, loaded, loaded.typed, [data], MISTRAL_SHAPE)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "values"),
+    [
+        (30, 60, {"lora_r": "16", "batch_size": "5", "num_train_epochs": "10", "max_length": "60", "eval_steps": "15"}),
+        (
+            2_000,
+            400,
+            {"lora_r": "16", "batch_size": "8", "num_train_epochs": "1", "max_length": "400", "eval_steps": "63"},
+        ),
+        (
+            200_000,
+            600,
+            {"lora_r": "32", "batch_size": "8", "num_train_epochs": "1", "max_length": "2048", "eval_steps": "500"},
+        ),
+    ],
+)
+def test_values_and_reasons_for_few_and_many_rows(rows, tokens, values):
+    found = suggested("sft", rows, tokens)
+    assert {key: found[key][0] for key in values} == values
+    assert found["learning_rate"] == ["0.0002", "ten times full fine-tuning's 2e-5 [1, 2, 4]"]
+    assert f"for each of {rows * tokens // 2:,} supervised tokens" in found["lora_r"][1]
+    assert found["lora_alpha"][0] == "16" and found["lora_target_modules"][0] == "all-linear"
+    assert found["max_length"][1] == (
+        "the recipe's [4]" if rows == 200_000 else "the longest conversation, so that none is cut"
+    )
+
+
+def test_set_keys_are_kept_and_no_rank_above_256_is_suggested():
+    found = suggested("sft", 200_000, 600, "lora_r=8", "learning_rate=1e-3")
+    assert found["lora_r"] == ["8", "set by you"] and found["learning_rate"] == ["0.001", "set by you"]
+    assert suggested("sft", 10**7, 600)["lora_r"][0] == "256"
+
+
+def test_pairs_keep_the_recipes_rank_and_a_short_run_gets_a_higher_rate():
+    found = suggested("dpo", 2_000, 300)
+    assert found["lora_r"][0] == "128" and "the recipe's [4]" in found["lora_r"][1]
+    assert found["learning_rate"] == [
+        "2e-05",
+        "ten times full fine-tuning's 5e-7 [1, 2, 4], × 4 for a run of 125 steps",
+    ]
+
+
+def test_the_printed_command_and_the_file_have_the_suggested_values(own, invoke, tmp_path):
+    code, out, err = invoke("suggest", "sft", *own, "lora_alpha=4")
+    assert code == 0, err
+    assert max(map(len, out.split("Next:")[0].splitlines())) <= 80
+    for text in ("  lora_alpha           4          set by you", "[2] Biderman", "plan of sft on", "memory  fits"):
+        assert text in out
+    words = shlex.split(out.splitlines()[-1])
+    assert "num_train_epochs=9" in words and "batch_size=4" in words
+    method, *rest = words[words.index("sft") :]
+    config = setup_stage(method, resolve_run(method, None, rest), claim=False).config
+    assert invoke("suggest", "sft", *own, "lora_alpha=4", "-o", "mine.yaml")[1].endswith("sft --config mine.yaml\n")
+    assert load_config("sft", "mine.yaml").config == config and not (tmp_path / "run").exists()
+
+
+def test_a_probe_picks_a_rate_that_trains_and_leaves_nothing(own, invoke, tmp_path):
+    code, out, err = invoke("suggest", "sft", *own, "learning_rate=1e-4", "lora_r=4", "--probe")
+    assert code == 0, err
+    losses = {}
+    for line in out.splitlines():
+        if line.startswith("  learning_rate ") and len(line.split()) in (3, 4):
+            _, rate, loss, *picked = line.split()
+            losses[float(rate)] = float(loss)
+            if picked:
+                chosen = float(rate)
+    before = float(out.split("(before: ")[1].split(")")[0])
+    assert len(losses) == 5 and max(losses) == 8e-4 and losses[chosen] < before
+    assert out.rstrip().endswith(f"learning_rate={chosen:g}") or f" learning_rate={chosen:g} " in out.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl"]
+
+
+def test_a_probe_needs_held_out_rows(own, invoke):
+    code, _, err = invoke("suggest", "sft", *own, "val_size=0", "--probe")
+    assert code == 2 and "no rows are held out" in err and "Set val_size=0.1" in err
+    code, _, err = invoke("suggest", "sft", *own, "engine=trl", "--probe")
+    assert code == 2 and "--probe trains on the fused engine" in err
+
+
+def test_a_search_ends_with_neighbours_on_both_sides_or_after_five_rates():
+    def curve(best):
+        return lambda rate: abs(math.log2(rate / best))
+
+    assert list(search(curve(1.0), 1.0)) == [0.5, 1.0, 2.0]
+    assert list(search(curve(4.0), 1.0)) == [0.5, 1.0, 2.0, 4.0, 8.0]
+    assert list(search(curve(0.5), 1.0)) == [0.25, 0.5, 1.0, 2.0]
+    assert list(search(curve(100.0), 1.0)) == [0.5, 1.0, 2.0, 4.0, 8.0]

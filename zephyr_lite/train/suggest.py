@@ -1,0 +1,225 @@
+"""``zephyr-lite suggest``: values for a user's rows, each with its reason and source; and a probe of learning rates."""
+
+from __future__ import annotations
+
+import logging
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..config.load import Loaded, Method, RunConfig
+from ..config.resolve import AUTOMATIC
+from ..data.dataset import TokenizedDataset
+from ..errors import UserError
+from ..io.text import counted, duration
+from ..memory.workload import AdapterSpec
+from ..model.families import Shape
+from .dpo import DpoObjective
+from .loop import TrainState, accumulate_gradients, update
+from .setup import open_template, setup_stage
+from .sft import SftObjective
+from .small_data import WIDTH, prepare_parts, settle
+from .stage import Objective, Stage
+from .steps import step_schedule
+
+logger = logging.getLogger(__name__)
+SUGGESTED = AUTOMATIC - {"val_size"} | {"lora_r"}
+MOST_RANK = 256
+SOURCES = (
+    "[1] Schulman et al. 2025, LoRA Without Regret, and Tinker's LoRA primer",
+    "[2] Biderman et al. 2024, LoRA Learns Less and Forgets Less, arXiv 2405.09673",
+    "[3] Hu et al. 2021, LoRA, arXiv 2106.09685",
+    "[4] Tunstall et al. 2023, Zephyr, arXiv 2310.16944, and its QLoRA recipe",
+)
+PROBE_STEPS, MOST_RATES = 20, 5
+NEAR = 0.01  # losses that differ by no more than this share are equally good
+
+Row = tuple[str, str, str]  # key, value, reason
+
+
+def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[Row]:
+    """Choose values for the keys ``SUGGESTED``; returns key, value and reason of each.
+
+    Args:
+        own: the keys that the user set, which are kept.
+
+    Raises:
+        UserError: as the run itself, except for weights and memory.
+    """
+    template, base_config, notes = open_template(method, loaded.config)
+    for note in (*loaded.notes, *notes):
+        logger.info(note)
+    loaded.automatic |= SUGGESTED - own
+    parts = prepare_parts(method, loaded, template)
+    rows, report = choose(method, loaded, own, parts, base_config), parts[0].report
+    loaded.automatic = set()
+    logger.info(f"{counted(report.kept, 'conversation' if method == 'sft' else 'pair')}, {report.tokens:,} tokens:")
+    return rows
+
+
+def choose(
+    method: Method, loaded: Loaded, own: set[str], parts: Sequence[TokenizedDataset], base_config: Any
+) -> list[Row]:
+    """Choose the keys of ``loaded.automatic``: the rank of SFT, and the others by ``settle``, as a run does.
+
+    Args:
+        own: the keys that the user set.
+        parts: of ``prepare_parts``.
+        base_config: the base's configuration.
+    """
+    recipe, data, width, sft = loaded.config, parts[0], base_config.hidden_size, method == "sft"
+    report, shape = data.report, Shape.of(base_config)
+    settle(method, loaded, parts, width)
+    per_rank = sum(AdapterSpec.fresh(shape, 1, recipe.lora_target_modules).tensors(shape))
+    if sft and "lora_r" in loaded.automatic:
+        enough: int = 2 ** math.ceil(math.log2(max(1.0, report.supervised / per_rank)))
+        enough = max(recipe.lora_r, min(MOST_RANK, enough))
+        loaded.config = loaded.config.model_copy(update={"lora_r": enough})
+    config, count = loaded.config, len(data.rows)
+    steps = counted(step_schedule(config, count)[1], "step")
+    tokens = report.tokens / count * min(config.batch_size, count)
+    rank = f"{per_rank * config.lora_r:,} parameters: "
+    if not sft:
+        rank += "the recipe's [4]; a pair tells about one bit, so a lower rank works, too [1]"
+    elif config.lora_r == MOST_RANK:
+        rank += "the highest rank that is suggested"
+    else:
+        rank += f"at least one for each of {report.supervised:,} supervised tokens [1]"
+    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-7'} [1, 2, 4]"
+    if config.learning_rate != recipe.learning_rate:
+        why = f"hidden size {width:,} instead of {WIDTH:,} [1]" if sft else f"a run of {steps}"
+        rate += f", × {config.learning_rate / recipe.learning_rate:.2g} for {why}"
+    reasons = {
+        "lora_target_modules": "attention alone learns less, even with as many parameters [1, 2]",
+        "lora_r": rank,
+        "lora_alpha": "kept when lora_r changes: with the scale alpha / r the best learning rate hardly depends on r [1, 3]",
+        "learning_rate": rate,
+        "batch_size": f"{tokens:,.0f} tokens a step; LoRA loses more by large batches than full fine-tuning [1]",
+        "num_train_epochs": f"{steps} in all",
+        "max_length": "the longest conversation, so that none is cut",
+        "warmup_ratio": "few steps: none is spent on a low rate",
+        "eval_steps": "four evaluations and checkpoints in the run",
+    }
+    for key in reasons:
+        if key in own:
+            reasons[key] = "set by you"
+        elif getattr(config, key) == getattr(recipe, key) and key in ("max_length", "warmup_ratio", "eval_steps"):
+            reasons[key] = "the recipe's [4]"
+    values = config.model_dump(mode="json")
+    return [(key, _shown(values[key]), reason) for key, reason in reasons.items()]
+
+
+def table_lines(rows: Iterable[Row]) -> list[str]:
+    """The rows as a table of at most 80 columns, and the sources."""
+    lines = []
+    for key, value, reason in rows:
+        first, *rest = textwrap.wrap(reason, 46)
+        lines += [f"  {key:<20} {value:<10} {first}", *(" " * 33 + line for line in rest)]
+    return [*lines, "", *SOURCES, ""]
+
+
+def changed_words(config: RunConfig, recipe: RunConfig) -> list[str]:
+    """``key=value`` of the suggested values that differ from those before."""
+    values, before = config.model_dump(mode="json"), recipe.model_dump(mode="json")
+    return [f"{key}={_shown(values[key])}" for key in values if key in SUGGESTED and values[key] != before[key]]
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- the probe of learning rates ------------------------------------------------------------------------------------------
+
+
+class Probe:
+    """Short runs from one start on the same rows, which write nothing.
+
+    Args:
+        loaded: the run's configuration.
+
+    Attributes:
+        before: the held-out loss of the start.
+
+    Raises:
+        UserError: no rows are held out, or another engine is set; as the run itself.
+    """
+
+    def __init__(self, method: Method, loaded: Loaded) -> None:
+        config = loaded.config
+        if config.engine != "fused":
+            raise UserError(f"--probe trains on the fused engine; engine is {config.engine}.", "Leave --probe out.")
+        if not config.eval_dataset:
+            raise UserError(
+                "--probe compares held-out losses, and no rows are held out.",
+                "Set val_size=0.1, or name an eval_dataset.",
+            )
+        # a stage of another name: the run's own may be there already
+        alone = {"stage": "probe", "precompute_ref_log_probs": False, "report_to": []}
+        self.stage = setup_stage(method, replace(loaded, config=config.model_copy(update=alone), notes=[]), claim=False)
+        self.objective: Callable[[Stage], Objective] = SftObjective if method == "sft" else DpoObjective
+        self.start = self.stage.stack.weights("probe")
+        self.before = self._held_out(self.objective(self.stage))
+
+    def loss(self, rate: float, steps: int) -> float:
+        """The held-out loss after a run of so many steps with its whole schedule; infinite if a step was not finite."""
+        stage = self.stage
+        stage.config = stage.config.model_copy(update={"learning_rate": rate, "max_steps": steps})
+        stage.stack.load("probe", self.start)
+        state = TrainState(stage, self.objective(stage))
+        for step in range(steps):
+            if not update(state, accumulate_gradients(state, step)):
+                return math.inf
+        return self._held_out(state.objective)
+
+    def _held_out(self, objective: Objective) -> float:
+        loss = objective.eval_metrics(objective.evaluate())["eval_loss"]
+        return loss if math.isfinite(loss) else math.inf
+
+
+def search(loss: Callable[[float], float], first: float) -> dict[float, float]:
+    """{learning rate: loss} of three to five rates, each twice the one below, until the best one has neighbours on both sides."""
+    losses = {rate: loss(rate) for rate in (first / 2, first, first * 2)}
+    while len(losses) < MOST_RATES:
+        best = min(losses, key=lambda rate: losses[rate])
+        if best not in (min(losses), max(losses)):
+            break
+        other = best / 2 if best == min(losses) else best * 2
+        losses[other] = loss(other)
+    return dict(sorted(losses.items()))
+
+
+def pick(losses: Mapping[float, float], before: float) -> float | None:
+    """The rate for the whole run; None: no rate lowered the loss.
+
+    Args:
+        losses: of ``search``.
+        before: the loss of the start.
+    """
+    best = min(losses, key=lambda rate: losses[rate])
+    if losses[best] >= before:
+        return None
+    return best
+
+
+def probe(method: Method, loaded: Loaded) -> list[str]:
+    """Probe learning rates and set the best one for the run; returns the table of losses.
+
+    Raises:
+        UserError: as ``Probe``.
+    """
+    runs, first = Probe(method, loaded), loaded.config.learning_rate
+    stage = runs.stage
+    steps = min(PROBE_STEPS, step_schedule(loaded.config, len(stage.data.rows))[1])
+    most = duration(steps * MOST_RATES * stage.plan.seconds_per_step)
+    logger.info(f"probe: {counted(steps, 'step')} at each of three to five learning rates, {most} of steps at most")
+    losses = search(lambda rate: runs.loss(rate, steps), first)
+    chosen = pick(losses, runs.before)
+    lines = [f"held-out loss after {counted(steps, 'step')} (before: {runs.before:.4f})"]
+    for rate, loss in losses.items():
+        lines.append(f"  learning_rate {rate:<10g} {loss:.4f}{'  picked' * (rate == chosen)}")
+    if chosen is None:
+        return [*lines, f"  no rate lowered the loss; learning_rate stays {first:g}", ""]
+    loaded.config = loaded.config.model_copy(update={"learning_rate": chosen})
+    return [*lines, ""]
