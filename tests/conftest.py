@@ -23,6 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from tests.messages import messages_to
+from zephyr_lite.train import general
+
+general.CPU_EVERY = 64  # a stage of the tests measures one passage
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog answers with a question of its own.",

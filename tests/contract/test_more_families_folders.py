@@ -22,8 +22,8 @@ from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
 from zephyr_lite.chat.generate import Streamer
 from zephyr_lite.config.load import load_config
-from zephyr_lite.export.gguf import write_gguf
-from zephyr_lite.export.gguf_vocab import _QWEN2
+from zephyr_lite.export.gguf import end_ids, write_gguf
+from zephyr_lite.export.gguf_vocab import _LLAMA3, _QWEN2
 from zephyr_lite.export.ollama import write_modelfile
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.sampling import Sampling
@@ -60,6 +60,44 @@ CASES = {
         template="qwen3",
         changes={"attention_bias": False, "tie_word_embeddings": True},
         notes=("last 9 tokens", "NFC"),
+    ),
+    "smollm3": Case(
+        "smollm3-3b",
+        _LLAMA3,
+        ("<|end_of_text|>", "<|begin_of_text|>", "<|im_start|>", "<|im_end|>"),
+        "llama-bpe",
+        {"general.architecture": "smollm3", "smollm3.block_count": 4},
+        ("<|end_of_text|>",),
+        changes={
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 1, 1, 0],
+            "use_sliding_window": False,
+            "mlp_bias": False,
+        },
+    ),
+    "gemma3_text": Case(
+        "gemma-3-4b",
+        "",
+        ("<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "default",
+        {
+            "general.architecture": "gemma3",
+            "gemma3.attention.sliding_window": 9,
+            "gemma3.rope.freq_base": 1e4,
+            "gemma3.rope.freq_base_swa": 10.0,
+            "gemma3.rope.scaling.type": "linear",
+            "gemma3.rope.scaling.factor": 8.0,
+            "tokenizer.ggml.add_space_prefix": False,
+            "tokenizer.ggml.add_bos_token": False,
+        },
+        ("<end_of_turn>", "<eos>"),
+        template="gemma3",
+        bos="<bos>",
+        changes={
+            "num_hidden_layers": 6,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+            "query_pre_attn_scalar": 32,
+        },
     ),
 }
 
@@ -119,7 +157,7 @@ def read_tensors(file: Path, config) -> torch.nn.Module:
 @pytest.mark.parametrize("name", CASES)
 def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, pair_rows):
     case, base, run, out = CASES[name], tmp_path / "base", tmp_path / "run", tmp_path / "merged"
-    tiny(name, **case.changes).save_pretrained(base)
+    tiny(name, eos_token_id=0, **case.changes).save_pretrained(base)
     save_tokenizer(base, case)
     small = ["max_steps=2", "batch_size=3", "lora_r=4", "lora_alpha=8", "learning_rate=0.02", "samples=0"]
     small += [f"model_name_or_path={base}", f"output_dir={run}", "load_in_4bit=false"]
@@ -139,9 +177,7 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
 
     # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
     tokenizer, template = AutoTokenizer.from_pretrained(out), chat.template
-    assert [tokenizer.convert_ids_to_tokens(i) for i in plain.generation_config.eos_token_id] == list(case.ends) or (
-        tokenizer.convert_ids_to_tokens(plain.generation_config.eos_token_id) == case.ends[0]
-    )
+    assert tokenizer.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
     streamer = Streamer(chat, [["sft", "dpo"]])
     messages = [{"role": "user", "content": "What do you like to cook on a rainy evening?"}]
     for _ in range(2):
@@ -165,7 +201,9 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
         back = AutoModelForCausalLM.from_pretrained(
             report.out.parent, gguf_file="m.gguf", config=config, dtype=torch.float32
         )
-    assert off(plain, back.eval()) < 2e-3
+    for parameter in plain.parameters():  # as stored: matrices in float16
+        parameter.data = parameter.data.half().float() if parameter.dim() > 1 else parameter.data
+    assert off(plain, back.eval()) < 1e-5
     assert told["tokenizer.ggml.pre"] == case.pre and told["tokenizer.chat_template"] == template.text
     reader, _ = convert_gguf_tokenizer(*get_gguf_tokenizer(str(report.out))[:2])
     text = template.text_of([{"role": "user", "content": "I'd cook 12345 soups,\n\n  é 日本?"}], True)

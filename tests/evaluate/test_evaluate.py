@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from zephyr_lite.cli.app import run
+from zephyr_lite.data import general
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate import likelihood
 from zephyr_lite.evaluate.bootstrap import Bootstrap
@@ -19,6 +21,8 @@ from zephyr_lite.evaluate.likelihood import evaluate_loss, evaluate_preference, 
 from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.loaded import open_live
+from zephyr_lite.monitor.report import read_source, run_page
+from zephyr_lite.train import general as train_general
 
 SMALL = "max_steps=3 lora_r=4 batch_size=4 learning_rate=5e-3 lora_dropout=0 max_length=128 samples=0"
 
@@ -205,3 +209,44 @@ def test_nothing_held_out(trained, live, capsys, tmp_path):
         config.write_text(text)
     with pytest.raises(UserError, match="no stage says which preference pairs"):
         held_out(None, live.template, "dpo")
+
+
+# ---- general text -------------------------------------------------------------------------------------------------
+
+
+def test_general_text_is_64_different_short_passages(live):
+    texts = Path(general.__file__).with_name("general.txt").read_text(encoding="utf-8").split("\n%\n")
+    assert len(set(texts)) == 64 and all(60 <= len(text.split()) <= 120 for text in texts)
+    data = general.general_text(live.template, 4)
+    assert [example.where for example in data.examples][:2] == ["general.txt passage 1", "general.txt passage 5"]
+    assert len(data.examples) == 16 and live.template.tokenizer.decode(data.examples[4].ids).endswith("at 230 degrees.")
+
+
+def test_every_stage_measures_general_text_before_and_after(trained, live, capsys):
+    """In the stages' own passes as the models' plain forward has it, and by the command."""
+    sft, dpo = (StageDir(trained / stage).info()["result"]["general_loss"] for stage in ("sft", "dpo"))
+    data = general.general_text(live.template, train_general.CPU_EVERY)
+    found = {}
+    for name, adapters in live.models.items():
+        logps = row_logps(likelihood.PlainScorer(live.stack, adapters), data)
+        found[name] = float(-logps.sums.sum() / logps.tokens.sum())
+    assert [sft["before"], sft["after"], dpo["after"]] == pytest.approx([*found.values()], rel=1e-5)
+    assert dpo["before"] == sft["after"] and abs(sft["after"] - sft["before"]) > 1e-3
+    code, out, err = said(capsys, "loss", trained, "--general")
+    assert code == 0 and "over 64 passages" in out, err
+    told = json.loads((trained / "dpo" / "eval" / "loss-general.json").read_text())
+    assert told["data"]["origin"] == "general text" and told["data"]["rows"] == 64 and "loss_on" not in told["data"]
+    assert [model["loss"]["value"] for model in told["models"].values()] == pytest.approx([*found.values()], rel=0.1)
+    code, _, err = said(capsys, "loss", trained, "--general", "--limit", 3)
+    assert code == 2 and "--general has its own text" in err
+    page = run_page(read_source(trained))
+    line = f"General text: {sft['before']:.2f} nats a token before, {sft['after']:.2f} after sft, {dpo['after']:.2f} after dpo"
+    assert line in page
+
+
+def test_forgetting_causes_a_warning(tiny_base, chat_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_general, "RISEN", -10.0)
+    words = [f"model_name_or_path={tiny_base}", f"output_dir={tmp_path / 'r'}", f"dataset={chat_rows}", *SMALL.split()]
+    assert run(["sft", *words, "max_steps=1", "load_in_4bit=false"]) == 0
+    warnings = StageDir(tmp_path / "r" / "sft").info()["result"]["warnings"]
+    assert "the model forgets what it knew" in warnings[-1] and warnings[-1] in capsys.readouterr().out

@@ -33,7 +33,7 @@ SAID = [
 
 
 def render_go(template: str, messages: list[dict]) -> str:
-    """Go's text/template as far as the Modelfiles use it (range, if, else if, and, eq, ne, fields, strings), as Jinja."""
+    """Go's text/template as far as the Modelfiles use it (range, if, else if, and, or, eq, ne, fields, strings), as Jinja."""
     blocks, text = [], ""
     for place, piece in enumerate(re.split(r"\{\{ (.*?) \}\}", template, flags=re.S)):
         if place % 2 == 0:
@@ -45,8 +45,9 @@ def render_go(template: str, messages: list[dict]) -> str:
             text += "{% end" + blocks.pop() + " %}"
         elif piece.startswith(("if ", "else if ")):
             blocks += ["if"] if piece.startswith("if ") else []
+            piece = piece.replace("(index $.Messages 0).Role", "messages[0].role")
             piece = re.sub(r"\b(eq|ne) (\S+) ([^\s)]+)", r"\2 \1 \3", piece)
-            piece = re.sub(r"and (\(.*?\)) (\(.*?\))", r"\1 and \2", piece)
+            piece = re.sub(r"(and|or) (\(.*?\)) (\(.*?\))", r"\2 \1 \3", piece)
             pairs = {" eq ": " == ", " ne ": " != ", "$i": "loop.index0", ".Role": "m.role", "else if": "elif"}
             for go, own in pairs.items():
                 piece = piece.replace(go, own)
@@ -99,8 +100,8 @@ def test_what_go_and_a_modelfile_read_otherwise_is_a_string(tmp_path):
 def test_templates_that_are_no_turns_in_a_row_are_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_dir(tmp_path / "m", template=None, num_hidden_layers=1))
     for odd in (
-        # the system turn goes into the user's
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}{% if loop.index0 == 1 and "
+        # the system turn goes into the last of the user's
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}{% if loop.last and "
         "messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n' }}{% endif %}{{ m['content'] + ' [/INST]' }}"
         "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}",
         # turns are counted

@@ -139,6 +139,7 @@ def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_pat
         screen.on_sample(0, [SAMPLE])
         screen.on_evaluate(3, {"eval_loss": 1.1})
         screen.metrics(3, 10, {"eval_loss": 1.1})
+        screen.progress.general_loss = {"before": 2.911, "after": 2.953}
         raise UserError("no room", "make some")
     console.user_error(UserError("no room", "make some"))
     assert not console.out._render_hooks and screen._live is None
@@ -146,8 +147,17 @@ def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_pat
     assert "\nstep  3/10  held-out  loss 1.1000\n" in terminal.text  # above the panel
     panel = terminal.text.split("╭")[-1]
     rows = [line.split()[1] for line in panel.splitlines() if line.startswith("│")]
-    assert rows[:7] == ["step", "loss", "held", "speed", "rate", "asked", "answers"]
-    for part in ("3/10", " 30%", "1.2500", "1.1000", "1,500 tokens/s", "memory 9.8 GiB, planned 11.0", " s left"):
+    assert rows[:8] == ["step", "loss", "held", "general", "speed", "rate", "asked", "answers"]
+    for part in (
+        "3/10",
+        " 30%",
+        "1.2500",
+        "1.1000",
+        "2.9110 nats a token before, 2.9530 after",
+        "1,500 tokens/s",
+        "memory 9.8 GiB, planned 11.0",
+        " s left",
+    ):
         assert part in panel
     assert "What is \\x1b[31m good?" in panel and "<|user|>" not in panel  # an answer cannot move the cursor
 
@@ -290,12 +300,14 @@ def test_quiet_prints_warnings_and_the_result(tmp_path):
             logger.warning("left out, no assistant turn: 3 rows")
         ran(screen, stage)
         screen.log(message("step 3: the numbers look odd"))
-        screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}]))
+        general = {"before": 2.911, "after": 2.953}
+        screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}], general_loss=general))
         screen.log(message("Next: zephyr-lite dpo"))
     assert out.getvalue().splitlines() == [
         "left out, no assistant turn: 3 rows",
         "step 3: the numbers look odd",
-        f"{stage.dir.adapter}: 10 steps, 60 s; held-out loss 1.2500; best held-out loss 1.0000 at step 5; 2 steps left out",
+        f"{stage.dir.adapter}: 10 steps, 60 s; held-out loss 1.2500; best held-out loss 1.0000 at step 5; "
+        "general text 2.9110 before, 2.9530 after; 2 steps left out",
         "Next: zephyr-lite dpo",
     ]
     out = io.StringIO()

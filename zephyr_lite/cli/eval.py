@@ -70,13 +70,16 @@ def loss(
     data: Data = None,
     split: Split = None,
     limit: RowLimit = None,
+    general: Annotated[bool, Option("--general", help="On 64 passages of general text instead.")] = False,
     resamples: Resamples = 1000,
     confidence: Confidence = 0.95,
     seed: Seed = 0,
     out: EvalOut = None,
 ) -> None:
     """Loss and perplexity on held-out conversations: policy, reference and base, with confidence intervals."""
-    _held_out(ctx, "loss", "sft")
+    if general and (data or split or limit):
+        raise UserError("--general has its own text.", "Leave --data, --split and --limit out, or --general.")
+    _held_out(ctx, "loss-general" if general else "loss", "sft")
 
 
 def preference(
@@ -104,25 +107,28 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
     from ..evaluate.bootstrap import Bootstrap
     from ..evaluate.likelihood import evaluate_loss, evaluate_preference
     from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
-    from ..evaluate.rows import held_out
+    from ..evaluate.rows import general_rows, held_out
 
     given = ctx.params
     live = open_model(ctx)
     folder = result_folder(live.source, live.chain, given["out"])
     console.say(f"{live.source}: {', '.join(live.models)}")
     options = {name: given[name] for name in ("data", "split", "limit")}
-    rows = held_out(live.chain, live.template, method, **options)
-    say_all(rows.data.report.lines())
+    if kind == "loss-general":
+        rows = general_rows(live.template)
+    else:
+        rows = held_out(live.chain, live.template, method, **options)
+        say_all(rows.data.report.lines())
     claim_folder(folder)  # before anything is computed
     bootstrap = Bootstrap(given["resamples"], given["confidence"], given["seed"])
-    if kind == "loss":
-        result = evaluate_loss(live, rows, bootstrap)
-    else:
+    if kind == "preference":
         result = evaluate_preference(live, rows, bootstrap, beta=given["beta"])
+    else:
+        result = evaluate_loss(live, rows, bootstrap)
     for header, lines in result.tables:
         if lines:
             console.table(header, lines)
-    n, unit = len(rows.data.lengths), "conversation" if method == "sft" else "pair"
+    n, unit = len(rows.data.lengths), {"loss": "conversation", "preference": "pair"}.get(kind, "passage")
     if n == 1:
         console.say(f"one {unit} has no interval")
     else:

@@ -13,6 +13,7 @@ from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
+from ..data.general import general_text
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.run_dir import StageDir, stages_of
@@ -30,7 +31,7 @@ class HeldOut:
 
     method: Method  # sft for conversations, dpo for pairs
     origin: str  # ``runs/a/sft's eval_dataset``, or the file
-    specs: list[DatasetSpec]
+    specs: list[DatasetSpec]  # empty for general text
     config: RunConfig  # that the rows were prepared with: the stage's, or the recipe's if there is no stage
     stage: StageDir | None  # of that configuration
     data: TokenizedDataset
@@ -49,7 +50,7 @@ class HeldOut:
 
     def as_dict(self) -> dict[str, Any]:
         """The result's entry on its rows: enough to read the same rows again."""
-        keys = ("max_length", "max_prompt_length", "loss_on", "system", "seed")
+        keys = ("max_length", "max_prompt_length", "loss_on", "system", "seed") if self.specs else ()
         return {
             "origin": self.origin,
             "datasets": [spec.model_dump(mode="json", exclude_defaults=True) for spec in self.specs],
@@ -119,6 +120,11 @@ def held_out(
         config = config.model_copy(update={"max_length": min(max_length, config.max_length)})
     prepared = prepare(specs, method, config, template, what="held-out")
     return HeldOut(method, origin, specs, config, stage, prepared, data, limit)
+
+
+def general_rows(template: ChatTemplate) -> HeldOut:
+    """The passages of ``data.general``."""
+    return HeldOut("sft", "general text", [], RunConfig(), None, general_text(template))
 
 
 def _stages(chain: Chain) -> list[StageDir]:

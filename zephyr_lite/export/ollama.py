@@ -38,13 +38,15 @@ class Turns:
     unsaid: str  # the text in place of a system turn if there is none
     around: dict[str, tuple[str, str]]  # role → the texts before and after a turn's content
     prompt: str  # the generation prompt
+    joined: bool = False  # the system turn is the beginning of the user's, as in Gemma's templates
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """Build the text of a conversation from the parts."""
         text = self.head + (self.unsaid if messages[0]["role"] != "system" else "")
-        for message in messages:
+        for place, message in enumerate(messages):
             before, after = self.around[message["role"]]
-            text += before + message["content"] + after
+            begun = self.joined and place == 1 and messages[0]["role"] == "system"
+            text += ("" if begun else before) + message["content"] + after
         return text + (self.prompt if add_generation_prompt else "")
 
     def go(self) -> str:
@@ -54,7 +56,10 @@ class Turns:
             text += f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{_literal(self.unsaid)}{{{{ end }}}}'
         for place, (role, (before, after)) in enumerate(self.around.items()):
             text += f'{{{{ {"else if" if place else "if"} eq .Role "{role}" }}}}'
-            text += f"{_literal(before)}{{{{ .Content }}}}{_literal(after)}"
+            before = _literal(before)
+            if self.joined and role == "user":
+                before = f'{{{{ if or (ne $i 1) (ne (index $.Messages 0).Role "system") }}}}{before}{{{{ end }}}}'
+            text += f"{before}{{{{ .Content }}}}{_literal(after)}"
         return f"{text}{{{{ end }}}}{{{{ end }}}}{_literal(self.prompt)}"
 
 
@@ -100,17 +105,19 @@ def _take_apart(render: Render, bos: str) -> Turns:
     after_answer = render([user, answer], False).partition(told)[2]
     before_user = whole.partition(told)[2].partition(more)[0].removeprefix(after_answer)
     before_system, _, rest = render([system, user], False).partition(rule)
+    after_system = rest.partition(asked)[0]
     start = start.removesuffix(before_user)
     head = bos if start.startswith(bos) and before_system.startswith(bos) else ""
     turns = Turns(
         head,
         start.removeprefix(head),
         {
-            "system": (before_system.removeprefix(head), rest.partition(asked)[0].removesuffix(before_user)),
+            "system": (before_system.removeprefix(head), after_system.removesuffix(before_user)),
             "user": (before_user, after_user),
             "assistant": (before_answer, after_answer),
         },
         render([user], True).removeprefix(render([user], False)),
+        not after_system.endswith(before_user),
     )
     odd = [{"role": "assistant", "content": "x\n\ny"}, {"role": "user", "content": "z {{ .Role }} #"}]
     lines: Message = {"role": "user", "content": "line one\nline two"}

@@ -73,6 +73,7 @@ class Progress:
         stage: the stage; unit: "tokens" or "pairs"; total: number of steps; step: steps done.
         steps, evaluations: their metrics, with ``step``; a value that is not finite may be a word.
         sample: the last sample, or None.
+        general_loss: of the ``Outcome``, at the end.
         begun: when this process began (time.monotonic()).
     """
 
@@ -81,6 +82,7 @@ class Progress:
         self.steps: list[Mapping[str, Any]] = []
         self.evaluations: list[Mapping[str, Any]] = []
         self.sample: Sample | None = None
+        self.general_loss: dict[str, Any] | None = None
         self.begun, self._first_step = time.monotonic(), step
         for record in json_lines(stage.dir.metrics) if step else []:
             if record["step"] <= step:

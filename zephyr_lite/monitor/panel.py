@@ -82,6 +82,8 @@ class LiveScreen(Screen):
             self.console.metrics(step, total, metrics)
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
+        assert self.progress is not None
+        self.progress.general_loss = outcome.general_loss
         self.__exit__()
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
@@ -128,6 +130,9 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
         if len(evaluations) > 1:
             ago += f", before {float(evaluations[-2]['eval_loss']):.4f}"
         grid.add_row("held out", text.append(ago, style="not bold dim"))
+
+    if progress.general_loss is not None:
+        grid.add_row("general", "{before:.4f} nats a token before, {after:.4f} after".format(**progress.general_loss))
 
     accuracy, margin = mean(moved(recent), "rewards/accuracies"), mean(moved(recent), "rewards/margins")
     if accuracy is not None and margin is not None:

@@ -143,6 +143,8 @@ class StageRecord:
                 facts[f"{name}, held-out"] = form(values[-1])
             elif (values := self.values(key)) and self.method == "dpo":
                 facts[name] = form(statistics.fmean(values[-tenth:]))
+        if general := result.get("general_loss"):
+            facts["general text, before → after"] = f"{number(general['before'])} → {number(general['after'])}"
         for unit in ("tokens", "pairs"):
             if speeds := self.values(f"{unit}_per_second"):
                 facts[f"{unit} a second"] = number(float(f"{statistics.median(speeds):.3g}"))
@@ -244,10 +246,20 @@ def run_page(records: Sequence[StageRecord]) -> str:
     groups: _Groups = []
     for record in records:
         groups.append((record.name, [record], []))
-    return _page(title, groups)
+    return _page(title, groups, general_text(records))
 
 
-def _page(title: str, groups: _Groups) -> str:
+def general_text(records: Sequence[StageRecord]) -> str:
+    """``General text: 2.91 nats a token before, 2.95 after sft, 2.97 after dpo``; empty if no stage measured it."""
+    losses: list[str] = []
+    for record in records:
+        if found := record.info["result"].get("general_loss"):
+            losses = losses or [f"{found['before']:.2f} nats a token before"]
+            losses.append(f"{found['after']:.2f} after {record.name}")
+    return f"General text: {', '.join(losses)}" if losses else ""
+
+
+def _page(title: str, groups: _Groups, general: str = "") -> str:
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__, ""), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
@@ -257,6 +269,7 @@ def _page(title: str, groups: _Groups) -> str:
     page = environment.get_template("report.html.j2").render(
         mark=MARK,
         title=title,
+        general=general,
         stages=[_section(*group) for group in groups],
         version=__version__,
         now=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

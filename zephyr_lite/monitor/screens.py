@@ -88,6 +88,8 @@ class QuietScreen(Screen):
                 text += f"; {name} {float(last[key]):.4f}"
         if outcome.best is not None and outcome.best[1] != outcome.step:
             text += f"; best held-out loss {outcome.best[0]:.4f} at step {outcome.best[1]:,}"
+        if outcome.general_loss is not None:
+            text += "; general text {before:.4f} before, {after:.4f} after".format(**outcome.general_loss)
         if outcome.skipped:
             text += f"; {outcome.skipped:,} steps left out"
         self.console.say(text)
@@ -165,6 +167,7 @@ class JsonScreen(Screen):
                 best=None if outcome.best is None else {"eval_loss": outcome.best[0], "step": outcome.best[1]},
                 left_out=outcome.skipped,
                 warnings=outcome.warnings,
+                general_loss=outcome.general_loss,
             )
 
     def _emit(self, event: str, **fields: Any) -> None:

@@ -24,6 +24,7 @@ from ..model.compose import compose
 from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer
 from .distributed import everywhere, world
+from .general import measure_general_loss
 from .loop import OnMetrics, TrainState, train
 from .resume import StageComplete, machine_now, now
 from .setup import setup_stage
@@ -117,6 +118,7 @@ def run(
 
                 observers = [*observers, Callbacks(trackers(config))]
             outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
+            measure_general_loss(stage, outcome)
         warn_of_overfitting(stage, outcome)
         if stage.writes:
             save_stage(stage, outcome, seconds=timer.seconds, own=own)
@@ -177,6 +179,7 @@ def save_stage(
             "seconds": round(outcome.seconds, 2),
             "steps_left_out": outcome.skipped,
             "warnings": outcome.warnings,
+            "general_loss": outcome.general_loss,
             "peak_memory_bytes": peak,
             "tokens_per_second": speed,
         },

@@ -119,6 +119,7 @@ class Outcome:
         evaluations: of the whole run.
         warnings: printed about the run's numbers.
         stopped: the signal that came during the last step, or None.
+        general_loss: on general text, ``before`` and ``after`` the stage, and the text's hash; None: not measured.
     """
 
     step: int
@@ -129,6 +130,7 @@ class Outcome:
     evaluations: list[Metrics] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     stopped: str | None = None
+    general_loss: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
