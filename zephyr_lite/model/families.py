@@ -147,6 +147,7 @@ class Shape:
         windows: how many keys back a query of each layer sees, None: all; (): all in every layer.
         biases: the projections that have one.
         family: what else the layer computes.
+        tables: of rotary angles, which all layers share.
     """
 
     hidden: int
@@ -160,6 +161,7 @@ class Shape:
     windows: tuple[int | None, ...] = ()
     biases: tuple[str, ...] = ()
     family: Family = FAMILIES["llama"]
+    tables: int = 1
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -177,6 +179,7 @@ class Shape:
             windows=layer_windows(config),
             biases=family_of(config).biases(config),
             family=family_of(config),
+            tables=len(set(family_of(config).rotations(config)) - {None}),
         )
 
     @property
