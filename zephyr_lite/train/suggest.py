@@ -91,20 +91,22 @@ def choose(
     if config.learning_rate != recipe.learning_rate:
         why = f"hidden size {width:,} instead of {WIDTH:,} [1]" if sft else f"a run of {steps}"
         rate += f", × {config.learning_rate / recipe.learning_rate:.2g} for {why}"
+    lowered = f", lowered from {recipe.batch_size} for more steps" * (config.batch_size < recipe.batch_size)
+    repeated = f", raised from {recipe.num_train_epochs:g}" * (config.num_train_epochs > recipe.num_train_epochs)
     reasons = {
         "lora_target_modules": "attention alone learns less, even with as many parameters [1, 2]",
         "lora_r": rank,
         "lora_alpha": "kept when lora_r changes: with the scale alpha / r the best learning rate hardly depends on r [1, 3]",
         "learning_rate": rate,
-        "batch_size": f"{tokens:,.0f} tokens a step; LoRA loses more by large batches than full fine-tuning [1]",
-        "num_train_epochs": f"{steps} in all",
+        "batch_size": f"{tokens:,.0f} tokens a step{lowered}; LoRA loses more by large batches than full fine-tuning [1]",
+        "num_train_epochs": f"{steps} in all{repeated}",
         "max_length": "the longest conversation, so that none is cut",
         "warmup_ratio": "few steps: none is spent on a low rate",
         "eval_steps": "four evaluations and checkpoints in the run",
     }
     for key in reasons:
         if key in own:
-            reasons[key] = "set by you"
+            reasons[key] = "set by you" if key in loaded.typed else "set in the configuration file"
         elif getattr(config, key) == getattr(recipe, key) and key in ("max_length", "warmup_ratio", "eval_steps"):
             reasons[key] = "the recipe's [4]"
     values = config.model_dump(mode="json")
