@@ -263,7 +263,7 @@ def test_what_a_gguf_file_of_the_family_cannot_say_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "olmo2"}, "a olmo2 model; the fused engine knows the families mistral, llama, qwen2"),
+        ({"model_type": "olmo2"}, "model_type is olmo2; the fused engine knows the families mistral, llama, qwen2"),
         ({"layer_types": ["chunked_attention", "full_attention"]}, "layer_types has chunked_attention; known are"),
         ({"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
     ],

@@ -37,6 +37,7 @@ class HashDropout(nn.Module):
 
 
 SITES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+SITES |= {"qkv_proj": 0, "gate_up_proj": 2}  # Phi-3's
 
 
 def oracle(decoder, example, batch, dropout=None):

@@ -28,11 +28,24 @@ def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, t
         assert apart(grads[name], grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("loss", ["sigmoid,sft", "orpo"])
+def test_micro_batches_do_not_change_a_loss_that_is_a_mean_over_tokens(windowed, run, pair_rows, loss):
+    stage = open_dpo(windowed, run, pair_rows, loss_type=loss)
+    moved(stage)
+    task = DpoObjective(stage)
+    whole, wanted = step_of(stage, task, 10_000, 2)
+    split, grads = step_of(stage, task, 1, 2)
+    assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    for name, grad in wanted.items():
+        assert apart(grads[name], grad) < 1e-5, name
+
+
 @pytest.mark.parametrize("tokens", [40, 70, 10_000])
-@pytest.mark.parametrize("step", [0, 2])
-def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step):
-    """Invariant 4: however a step is split, the last partial one included, dropout on."""
-    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, lora_dropout=0.2, max_length=80))
+@pytest.mark.parametrize(("step", "noise"), [(0, 0), (2, 0), (2, 5)])
+def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step, noise):
+    """Invariant 4: however a step is split, the last partial one included, dropout on, NEFTune's noise off and on."""
+    keys = {"lora_dropout": 0.2, "max_length": 80, "neftune_noise_alpha": noise}
+    loaded = load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **keys))
     stage = setup_stage("sft", loaded, claim=False)
     torch.manual_seed(0)
     for parameter in stage.stack.parameters().values():

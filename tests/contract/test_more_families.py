@@ -36,6 +36,31 @@ SIZES = {
 FAMILIES = {
     # a window in the second layer, biases of the attention
     "qwen3": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "attention_bias": True},
+    # positions from the pretraining's length on scale q; its frequencies scale cos and sin
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    # 12 of 16 channels of a head are rotated
+    "phi3": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "original_max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0] * 6,
+        },
+    },
     # a layer that does not rotate and has a window
     "smollm3": {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 9, "mlp_bias": True},
     # a rotary table for each type of layer, a scale that is not the head's, a tied head
@@ -140,6 +165,7 @@ def test_the_layer_on_the_triton_kernels(keep, monkeypatch):
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_act 'gelu'; the fused engine knows gelu_pytorch_tanh"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1, which the fused engine does not compute"),
         ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act 'gelu_pytorch_tanh'; the fused engine knows silu"),
         (
             "gemma3_text",

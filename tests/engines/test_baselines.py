@@ -144,10 +144,11 @@ def test_nf4_continues_the_sft_adapter_at_its_own_rank(run):
 @pytest.mark.parametrize(("method", "four_bit"), [("sft", False), ("dpo", True)])
 def test_a_killed_run_is_resumed(run, method, four_bit):
     """Dropout off, float32: the resumed run's losses are those of an undisturbed one. In 4 bits the checkpoint holds the
-    policy and the reference, and both have to come back."""
+    policy and the reference, and both have to come back; the optimizer's state is that of LoRA+'s two groups."""
+    keys = {"load_in_4bit": four_bit, "loraplus_lr_ratio": 4}
     if method == "dpo":
-        run("sft", load_in_4bit=four_bit)
-        run("sft", run="whole", load_in_4bit=four_bit)
+        run("sft", **keys)
+        run("sft", run="whole", **keys)
 
     class Killed(Exception):
         pass
@@ -157,9 +158,8 @@ def test_a_killed_run_is_resumed(run, method, four_bit):
             raise Killed
 
     with pytest.raises(Killed):
-        run(method, on_metrics=kill, load_in_4bit=four_bit)
-    resumed = run(method, load_in_4bit=four_bit)
-    undisturbed = run(method, run="whole", load_in_4bit=four_bit)
+        run(method, on_metrics=kill, **keys)
+    resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)
     a, b = metrics(resumed), metrics(undisturbed)
     assert [r["step"] for r in a] == [r["step"] for r in b]
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)

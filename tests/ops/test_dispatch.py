@@ -26,7 +26,9 @@ OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000), GEMMA])
+@pytest.mark.parametrize(
+    "widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA]
+)
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
     assert check_kernels(DEVICE, dtype, widths) == []
@@ -154,7 +156,15 @@ def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, t
     rotated = shape.num_attention_heads + shape.num_key_value_heads
     queries = shape.num_attention_heads * shape.head_dim
     assert given == [
-        Widths(shape.hidden_size, shape.intermediate_size, queries, rotated, shape.head_dim, shape.vocab_size)
+        Widths(
+            shape.hidden_size,
+            shape.intermediate_size,
+            queries,
+            rotated,
+            shape.head_dim,
+            shape.vocab_size,
+            rotary=shape.head_dim,
+        )
     ]
 
 

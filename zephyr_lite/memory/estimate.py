@@ -7,6 +7,7 @@ a sum of tensor widths times tokens (``layer_bytes``). Two numbers are estimates
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Literal
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
-from ..model.families import PROJECTIONS, Shape
+from ..model.families import Shape
 from ..ops.token_logps import CHUNK_BYTES
 from .workload import Workload
 
@@ -105,7 +106,7 @@ def stored_bytes(job: Workload, projection: str) -> list[int]:
 @lru_cache(maxsize=256)
 def slab_bytes(job: Workload) -> int:
     """A streamed layer's projections in one block, each tensor aligned."""
-    sizes = [size for name in PROJECTIONS for size in stored_bytes(job, name)]
+    sizes = [size for name in job.shape.matrices for size in stored_bytes(job, name)]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
@@ -113,7 +114,7 @@ def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
     """The frozen base on the device."""
     s, size = job.shape, job.dtype.itemsize
     layer = norms = 0
-    for name in PROJECTIONS:
+    for name in s.matrices:
         layer += sum(stored_bytes(job, name))
         norms += s.matrices[name][0] if name in s.biases else 0
     norms = size * (s.layers * (2 * s.hidden + norms) + s.hidden)
@@ -149,9 +150,10 @@ def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) 
 
 
 def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
-    """The buffer of dequantized weights: q, k, v, o beside all of gate, up, down (``layer``) or one of them (``small``)."""
-    attention = 2 * shape.hidden * (shape.queries + shape.keys)
-    return itemsize * (attention + (3 if mode == "layer" else 1) * shape.hidden * shape.inner)
+    """The buffer of dequantized weights: q, k, v, o beside all of gate, up, down (``layer``) or the largest (``small``)."""
+    mlp = [math.prod(shape.matrices[name]) for site in shape.family.sites[2:] for name in site]
+    attention = shape.layer_weights - sum(mlp)
+    return itemsize * (attention + (sum(mlp) if mode == "layer" else max(mlp)))
 
 
 @lru_cache(maxsize=256)
@@ -221,6 +223,7 @@ def layer_bytes(
     ranks = job.site_ranks
     (qkv_rank, qkv_trained), (out_rank, out_trained), (mlp_rank, mlp_trained), (down_rank, down_trained) = ranks
     qkv, both = s.queries + 2 * s.keys, 2 * s.inner
+    in_qkv, _, in_mlp, _ = map(len, s.family.sites)  # matrices of a site
 
     def of(width: int, count: int = tokens) -> int:
         return width * count * size
@@ -264,7 +267,7 @@ def layer_bytes(
         copies = 4 * count * (max(width, outs // projections) + trained) if size < 4 and not device.cuda else 0
         return dropped + max(cast(rank, width), columns + copies + gradients(trained, width, outs, projections))
 
-    of_mlp = gradients(mlp_trained, s.hidden, both, 2)
+    of_mlp = gradients(mlp_trained, s.hidden, both, in_mlp)
     of_down = gradients(down_trained, s.inner, s.hidden, 1)
     of_out = gradients(out_trained, s.queries, s.hidden, 1)
 
@@ -280,7 +283,7 @@ def layer_bytes(
             held += of(both + mlp_rank + down_rank) * whole
         gate_up = both if tiles == 1 or not whole else 0
         activated = of(s.hidden + mlp_rank + gate_up, rows) + wide * rows
-        activated += max(of(s.inner, rows), of(s.hidden, rows) + cast(mlp_rank // 2, s.inner))
+        activated += max(of(s.inner, rows), of(s.hidden, rows) + cast(mlp_rank // in_mlp, both // in_mlp))
         down = of(down_rank + max(s.inner * job.dropout, s.hidden * (tiles == 1)), rows)
         down = max(down, cast(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
@@ -304,14 +307,14 @@ def layer_bytes(
         down = of(down_rank + s.inner + down_rank * (not whole), rows)
         down += products(down_rank, down_trained, s.inner, s.hidden, 1, rows)
         up = of(mlp_rank + down_rank * (not whole) + 2 * s.hidden, rows) + of_down
-        up += products(mlp_rank, mlp_trained, s.hidden, both, 2, rows)
+        up += products(mlp_rank, mlp_trained, s.hidden, both, in_mlp, rows)
         mlp = there + work + max(down, up)
         after = there - of(s.hidden) * (owned or keep == "input") - of(both) * (owned and whole)
         after += of(s.hidden) + of_mlp + of_down
         out = of(out_rank + s.queries) + products(out_rank, out_trained, s.queries, s.hidden, 1, tokens)
         attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
         last = of(qkv + qkv_rank + s.hidden) + of_out
-        last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, 3, tokens), of(2 * s.hidden))
+        last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, in_qkv, tokens), of(2 * s.hidden))
         backward[keep, owned] = max(recompute, mlp, after + max(out, attention, last))
     return kept, forward, backward
 

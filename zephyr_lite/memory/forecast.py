@@ -152,9 +152,9 @@ def planned_lines(
     config = loaded.config
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price {price}: is not a price.", "Give US dollars an hour.")
-    if config.engine == "fused":
-        check_targets(config.lora_target_modules)
     base = base_shape(config.model_name_or_path, config.model_revision, any_family=config.engine != "fused")
+    if config.engine == "fused":
+        check_targets(config.lora_target_modules, base)
     notes = [f"all rows are assumed to have max_length={config.max_length} tokens"]
     below, about_below = adapters_below(method, loaded, Shape.of(base))
     notes += about_below

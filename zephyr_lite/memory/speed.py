@@ -11,7 +11,6 @@ from functools import lru_cache
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
-from ..model.families import SITES
 from .estimate import Kind, kept_bytes, optimizer_bytes, slab_bytes
 from .gpus import Gpu
 from .workload import Workload
@@ -67,7 +66,7 @@ def _seconds(
     # operations a token of a layer on average, by site: of the base and of the adapters (the same again for the gradient of
     # the input), and of the trained adapter's gradients
     products, trained = [], 0.0
-    for site in SITES:
+    for site in s.family.sites:
         operations = 0.0
         for name in site:
             out, width = s.matrices[name]

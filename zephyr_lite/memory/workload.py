@@ -13,7 +13,7 @@ import torch
 
 from ..config.load import Method, RunConfig
 from ..model.base import quantization_of
-from ..model.families import ATTENTION, PROJECTIONS, SITES, Shape
+from ..model.families import PARENTS, Shape
 from ..model.peft_io import AdapterFile
 
 Storage = Literal["nf4", "nf4 nested", "dense"]
@@ -31,14 +31,14 @@ class AdapterSpec:
         cls, shape: Shape, r: int, targets: Sequence[str] | str = "all-linear", *, trained: bool = True
     ) -> AdapterSpec:
         """An adapter as ``AdapterStack.add_trainable`` makes it."""
-        suffixes = tuple(map(".{}".format, PROJECTIONS if isinstance(targets, str) else targets))
+        suffixes = tuple(map(".{}".format, shape.matrices if isinstance(targets, str) else targets))
         layers: list[dict[str, int]] = []
         for index in range(shape.layers):
             layers.append({})
-            for name in PROJECTIONS:
-                parent = "self_attn" if name in ATTENTION else "mlp"
-                if f".model.layers.{index}.{parent}.{name}".endswith(suffixes):
-                    layers[index][name] = r
+            for parent, site in zip(PARENTS, shape.family.sites):
+                for name in site:
+                    if f".model.layers.{index}.{parent}.{name}".endswith(suffixes):
+                        layers[index][name] = r
         return cls(tuple(layers), trained)
 
     @classmethod
@@ -47,7 +47,7 @@ class AdapterSpec:
         layers: list[dict[str, int]] = [{} for _ in range(shape.layers)]
         for module, weights in modules.items():
             place = re.search(r"\.layers\.(\d+)\..*?(\w+)$", module)
-            if place and int(place[1]) < shape.layers and place[2] in PROJECTIONS:
+            if place and int(place[1]) < shape.layers and place[2] in shape.matrices:
                 layers[int(place[1])][place[2]] = weights.a.shape[0]
         return cls(tuple(layers))
 
@@ -105,7 +105,7 @@ class Workload:
     def site_ranks(self) -> list[tuple[int, int]]:
         """(rank of all adapters, rank of the trained one) on each site, of the layer that has most."""
         found = []
-        for site in SITES:
+        for site in self.shape.family.sites:
             most = most_trained = 0
             for index in range(self.shape.layers):
                 ranks = trained = 0

@@ -20,21 +20,22 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.text import shown
-from .families import ATTENTION, MLP
+from .families import family_of
 from .peft_io import AdapterFile, LoraWeights
 
 
-def check_targets(targets: Sequence[str] | str) -> list[str]:
-    """The projections that ``lora_target_modules`` names.
+def check_targets(targets: Sequence[str] | str, config: Any) -> list[str]:
+    """The projections that ``lora_target_modules`` names, in a base with this configuration.
 
     Raises:
-        UserError: a name that no decoder layer has, or a regular expression.
+        UserError: a name that its decoder layers do not have, or a regular expression.
     """
-    wanted = [*ATTENTION, *MLP] if isinstance(targets, str) else list(targets)
+    projections = family_of(config).projections
+    wanted = [*projections] if isinstance(targets, str) else list(targets)
     for target in wanted:
-        if not re.fullmatch(r"[\w.-]+", target, re.ASCII) or target.split(".")[-1] not in (*ATTENTION, *MLP):
+        if not re.fullmatch(r"[\w.-]+", target, re.ASCII) or target.split(".")[-1] not in projections:
             raise UserError(
-                f"lora_target_modules: {shown(repr(target))} is none of {', '.join((*ATTENTION, *MLP))}.",
+                f"lora_target_modules: {shown(repr(target))} is none of {', '.join(projections)}.",
                 "Name projections of the decoder layers (no regular expressions), or all-linear.",
             )
     return wanted
@@ -118,7 +119,7 @@ class AdapterStack:
         """
         if name in self.frozen:
             raise UserError(f"stage {name}: an adapter below it has the same name.", "Give the stage another name.")
-        wanted = check_targets(targets)
+        wanted = check_targets(targets, self.base.config)
         modules, missing = [], set(wanted)
         for module, layer in self.base.named_modules():
             if ".layers." in module and isinstance(layer, (LoraLayer, nn.Linear)):

@@ -32,7 +32,13 @@ _ARCHITECTURE = (
     "rope_parameters",
 )
 # what a layer or the head would compute if the key is set
-_REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+_REFUSED = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "resid_pdrop",
+    "embd_pdrop",
+)
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 OTHER_MODEL = "The files belong to different models; fetch the model again."
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
@@ -94,10 +100,10 @@ def check_family(config: Any, where: str) -> None:
     refused = [key for key in _REFUSED if getattr(config, key, None)]
     problem, hint = "", "Set engine=trl, which trains any architecture."
     if config.model_type not in FAMILIES:
-        problem = f"a {config.model_type} model; the fused engine knows the families {NAMES}"
+        problem = f"model_type is {shown(config.model_type)}; the fused engine knows the families {NAMES}"
         hint += " docs/extending.md shows how a family is added."
-    elif by_length := sorted(ropes & {"dynamic", "longrope"}):
-        problem = f"rotary embeddings of type {by_length[0]}, which depend on the length of a sequence"
+    elif "dynamic" in ropes:
+        problem = "rotary embeddings of type dynamic, which depend on the length of a sequence"
     elif activation != known:
         problem = f"hidden_act {activation!r}; the fused engine knows {known}"
     elif refused:
@@ -109,6 +115,21 @@ def check_family(config: Any, where: str) -> None:
             problem = str(error)
     if problem:
         raise UserError(f"{where}: {problem}.", hint)
+
+
+def check_length(config: Any, max_length: int, where: str) -> None:
+    """Refuse sequences for which the rotary frequencies would depend on the other sequences of a micro-batch.
+
+    Raises:
+        UserError: the type is longrope, which has other frequencies from a length on, and max_length is beyond it.
+    """
+    rope: dict[str, Any] = config.rope_parameters
+    if rope.get("rope_type") == "longrope" and max_length > (limit := rope["original_max_position_embeddings"]):
+        raise UserError(
+            f"{where}: rotary embeddings of type longrope, which change in sequences of more than {limit:,} tokens; "
+            f"max_length is {max_length:,}.",
+            f"Set max_length={limit} or less, or engine=trl.",
+        )
 
 
 def check_weights(folder: Path, config: Any) -> None:

@@ -13,7 +13,7 @@ from ..ops.dropout import DropoutKey
 from ..ops.lora import LinearGroup, LoraPair
 from ..ops.rms_norm import Norm
 from .dequant_buffer import ScratchMode
-from .families import family_of, layer_windows
+from .families import PARENTS, family_of, layer_windows
 
 if TYPE_CHECKING:
     from .activation_offload import ActivationOffload
@@ -82,7 +82,8 @@ class ForwardContext:
 
     Attributes:
         table: which queries see which keys.
-        cos, sin: [T, head_dim], in the compute dtype; None: q and k are not rotated.
+        cos, sin: [T, rotated channels of a head], in the compute dtype; None: q and k are not rotated.
+        q_scale: [T, 1, 1], factor of the rotated q; None: 1.
         mlp_chunk: tokens that the MLP takes at a time; None: all.
         offload: moves kept tensors to the host; None: they stay on the device.
         stream: copies the layers' weights to the device; None: they are there.
@@ -91,6 +92,7 @@ class ForwardContext:
     table: SegmentTable
     cos: Tensor | None
     sin: Tensor | None
+    q_scale: Tensor | None = None
     mlp_chunk: int | None = None
     offload: ActivationOffload | None = None
     stream: WeightStreamer | None = None
@@ -108,7 +110,10 @@ def layer_contexts(
         segments: of the batch.
         shared: other fields of ``ForwardContext``.
     """
-    windows, rotations = layer_windows(model.config), family_of(model.config).rotations(model.config)
+    family, windows = family_of(model.config), layer_windows(model.config)
+    rotations = family.rotations(model.config)
+    if family.q_scale is not None:
+        shared["q_scale"] = family.q_scale(model.config, positions).to(x.dtype)[:, None, None]
     angles: dict[Any, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
     for rotation in set(rotations):
         if rotation is not None:
@@ -142,17 +147,13 @@ def layer_of(
         index: of the layer.
         stream: holds its matrices, if they are streamed from the host.
     """
-    attention, mlp = module.self_attn, module.mlp
-    modules: Sequence[tuple[Any, ...]] = (
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    )
+    attention = module.self_attn
+    family = family_of(attention.config)
     sites = []
-    for place, linears in enumerate(modules):
+    for place, names in enumerate(family.sites):
         weights, biases, outs, pairs = [], [], [], []
-        for projection, linear in enumerate(linears):
+        for projection, name in enumerate(names):
+            linear = getattr(getattr(module, PARENTS[place]), name)
             inner = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
             weights.append(inner.weight if stream is None else stream.on_device(inner.weight))
             biases.append(inner.bias)
@@ -160,7 +161,6 @@ def layer_of(
             pairs += pairs_of(linear, projection)
         dropout = None if key is None else key.at(index, place)
         sites.append(LinearGroup(tuple(weights), tuple(biases), tuple(outs), tuple(pairs), dropout))
-    family = family_of(attention.config)
 
     def norms(parent: Any, names: tuple[str, ...]) -> tuple[Norm, ...]:
         return tuple(norm_of(getattr(parent, name), attention.config) for name in names)
@@ -170,8 +170,8 @@ def layer_of(
         norms=norms(module, family.norms),
         post_norms=norms(module, family.post_norms),
         head_norms=norms(attention, family.head_norms),
-        heads=sites[QKV].outs[0] // attention.head_dim,
-        kv_heads=sites[QKV].outs[1] // attention.head_dim,
+        heads=attention.config.num_attention_heads,
+        kv_heads=attention.config.num_key_value_heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
         activation=family.activation,

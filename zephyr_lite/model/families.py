@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from ..ops.dispatch import Widths
 
 # what a layer's rotary table is made with beside the positions; None: q and k are not rotated
 Rotation = tuple[str, ...] | None
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+# the decoder layer's inputs: the module of the matrices that read each, and the matrices' names in most families
+PARENTS = ("self_attn", "self_attn", "mlp", "mlp")
+SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+ATTENTION, MLP = (*SITES[0], *SITES[1]), (*SITES[2], *SITES[3])
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Family:
         post_norms: those of their outputs, before each is added to the residual.
         head_norms: those of q's and k's heads, before the rotation.
         norm_offset: norms multiply by 1 + weight, and round once.
+        sites: the matrices that read each of the layer's inputs: q, k, v; o; gate, up; down. One matrix may be several.
+        q_scale: (configuration, positions) → factor of each position's queries, after the rotation.
         gguf: llama.cpp's name of the architecture.
         neighbours: llama.cpp rotates channel i of a head with i + 1, transformers with i + head_dim / 2: the export permutes
             the rows of q and k.
@@ -39,16 +46,23 @@ class Family:
     """
 
     windows: Callable[[Any], tuple[int | None, ...]]
-    biases: Callable[[Any], tuple[str, ...]]
+    biases: Callable[[Any], tuple[str, ...]] = lambda config: ()
     rotations: Callable[[Any], tuple[Rotation, ...]] = lambda config: ((),) * config.num_hidden_layers
     activation: str = "silu"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     post_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     norm_offset: bool = False
+    sites: tuple[tuple[str, ...], ...] = SITES
+    q_scale: Callable[[Any, Tensor], Tensor] | None = None
     gguf: str = "llama"
     neighbours: bool = True
     rope_factors: bool = True
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of a layer's matrices."""
+        return tuple(name for site in self.sites for name in site)
 
 
 def _everything(config: Any) -> tuple[int | None, ...]:
@@ -77,8 +91,15 @@ def _by_keys(config: Any) -> tuple[str, ...]:
     return (*attention, *(MLP if getattr(config, "mlp_bias", False) else ()))
 
 
+def _by_position(config: Any, positions: Tensor) -> Tensor:
+    """Llama 4's scaling of the attention: 1 up to the length of the pretraining."""
+    rope = config.rope_parameters
+    past = (positions / rope["original_max_position_embeddings"]).floor()
+    return 1 + rope["llama_4_scaling_beta"] * (1 + past).log()
+
+
 FAMILIES = {
-    "mistral": Family(windows=_one_window, biases=lambda config: ()),
+    "mistral": Family(windows=_one_window),
     "llama": Family(windows=_everything, biases=_by_keys),
     "qwen2": Family(
         windows=_by_layer_type,
@@ -92,6 +113,14 @@ FAMILIES = {
         biases=_by_keys,
         head_norms=("q_norm", "k_norm"),
         gguf="qwen3",
+        neighbours=False,
+        rope_factors=False,
+    ),
+    "ministral3": Family(windows=_one_window, q_scale=_by_position, gguf="mistral3"),
+    "phi3": Family(
+        windows=_one_window,
+        sites=(("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)),
+        gguf="phi3",
         neighbours=False,
         rope_factors=False,
     ),
@@ -134,11 +163,6 @@ def head_width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-# the decoder layer's inputs, and the projections that read each (``layer``: q, k, v; o; gate, up; down)
-SITES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-PROJECTIONS = (*ATTENTION, *MLP)
-
-
 @dataclass(frozen=True)
 class Shape:
     """A decoder's sizes; other families' get what they lack by convention.
@@ -147,6 +171,7 @@ class Shape:
         windows: how many keys back a query of each layer sees, None: all; (): all in every layer.
         biases: the projections that have one.
         family: what else the layer computes.
+        rotary: channels of a head that are rotated; 0: all.
     """
 
     hidden: int
@@ -160,11 +185,12 @@ class Shape:
     windows: tuple[int | None, ...] = ()
     biases: tuple[str, ...] = ()
     family: Family = FAMILIES["llama"]
+    rotary: int = 0
 
     @classmethod
     def of(cls, config: Any) -> Shape:
         # engine trl takes families whose configurations lack some of these names
-        heads = config.num_attention_heads
+        heads, rope = config.num_attention_heads, getattr(config, "rope_parameters", None) or {}
         return cls(
             hidden=config.hidden_size,
             inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -177,6 +203,7 @@ class Shape:
             windows=layer_windows(config),
             biases=family_of(config).biases(config),
             family=family_of(config),
+            rotary=int(head_width(config) * rope.get("partial_rotary_factor", 1.0)),
         )
 
     @property
@@ -192,14 +219,15 @@ class Shape:
         """What kernels are compiled for."""
         rotated, family = self.heads + self.kv_heads, self.family
         sizes = (self.hidden, self.inner, self.queries, rotated, self.head_dim, self.vocabulary)
-        return Widths(*sizes, family.activation, family.norm_offset, bool(family.head_norms))
+        return Widths(*sizes, family.activation, family.norm_offset, bool(family.head_norms), self.rotary)
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """A layer's projections: name → (out, in)."""
         d, q, k, i = self.hidden, self.queries, self.keys, self.inner
-        sizes = ((q, d), (k, d), (k, d), (d, q), (i, d), (i, d), (d, i))
-        return dict(zip(PROJECTIONS, sizes))
+        sizes = dict(zip((*ATTENTION, *MLP), ((q, d), (k, d), (k, d), (d, q), (i, d), (i, d), (d, i))))
+        sizes |= {"qkv_proj": (q + 2 * k, d), "gate_up_proj": (2 * i, d)}
+        return {name: sizes[name] for name in self.family.projections}
 
     @property
     def layer_weights(self) -> int:

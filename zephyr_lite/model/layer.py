@@ -175,7 +175,7 @@ def _attend(
     lora = low_rank(normed, layer.sites[QKV])
     acts.qkv = project(normed, scratch.parts(layer.sites, QKV, normed.dtype), layer.sites[QKV], lora)
     if not layer.head_norms:
-        _rotate(_rotated(acts.qkv, layer), state)
+        _rotate(_rotated(acts.qkv, layer), layer, state)
     if attend:
         q, k, v, _ = _query_key_value(acts.qkv, layer, state)
         attn_out, acts.lse = attention_forward(q, k, v, state.table, layer.scale)
@@ -253,7 +253,7 @@ def _backward(
     out = attn_out.unflatten(1, (layer.heads, layer.head_dim))
     attention_backward(d_attn_out.view_as(out), q, k, v, out, lse, state.table, layer.scale, into=_heads(d_qkv, layer))
     del d_attn_out, out, attn_out, q, k, v
-    _rotate(_rotated(d_qkv, layer), state, inverse=True)
+    _rotate(_rotated(d_qkv, layer), layer, state, inverse=True)
     for norm, part, h, inverse in zip(layer.head_norms, _heads(d_qkv, layer), _heads(qkv, layer), inverses):
         norm.backward(part, h, inverse, out=part)
 
@@ -280,14 +280,16 @@ def _query_key_value(qkv: Tensor, layer: Layer, state: ForwardContext) -> tuple[
     both = qkv.new_empty(qkv.shape[0], layer.heads + layer.kv_heads, layer.head_dim)
     parts = both.split([layer.heads, layer.kv_heads], dim=1)
     inverses = [norm.forward(h, out=part)[2] for norm, h, part in zip(layer.head_norms, (q, k), parts)]
-    _rotate(both, state)
+    _rotate(both, layer, state)
     return *parts, v, inverses
 
 
-def _rotate(x: Tensor, state: ForwardContext, *, inverse: bool = False) -> None:
-    """Rotate heads [T, H, d] where they are, in layers that rotate."""
+def _rotate(x: Tensor, layer: Layer, state: ForwardContext, *, inverse: bool = False) -> None:
+    """Rotate the heads of q and k [T, H + H_kv, d] where they are, in layers that rotate; scale q's."""
     if state.cos is not None and state.sin is not None:
         rope_(x, state.cos, state.sin, inverse)
+    if state.q_scale is not None:
+        x[:, : layer.heads].mul_(state.q_scale)
 
 
 def _heads(qkv: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:

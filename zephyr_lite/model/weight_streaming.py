@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.nf4 import stored_tensors, weight_over
 from .activation_offload import SideStream, host_bytes, pack, views
-from .families import PROJECTIONS
+from .families import family_of
 
 
 class WeightStreamer:
@@ -35,7 +35,7 @@ class WeightStreamer:
         self.device = device
         self._side = SideStream(device)
         layers, head = list(model.model.layers), model.lm_head.weight
-        self._linears = [_linears(layer) for layer in layers]
+        self._linears = [_linears(layer, family_of(model.config).projections) for layer in layers]
         self._starts, sizes = zip(*(pack(_stored(linears)) for linears in self._linears))
         # allocations that may be refused come before anything is moved
         self.slabs = [host_bytes(size, device) for size in sizes]
@@ -120,8 +120,8 @@ class WeightStreamer:
         self._holds[slot] = layer
 
 
-def _linears(layer: Any) -> list[Any]:
-    found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+def _linears(layer: Any, names: Sequence[str]) -> list[Any]:
+    found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in names]
     return [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in found]
 
 

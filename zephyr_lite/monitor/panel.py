@@ -136,8 +136,7 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
 
     accuracy, margin = mean(moved(recent), "rewards/accuracies"), mean(moved(recent), "rewards/margins")
     if accuracy is not None and margin is not None:
-        margins = [float(metrics["rewards/margins"]) for metrics in steps if "rewards/margins" in metrics]
-        curve = spark(margins, CURVE)
+        curve = spark([float(metrics["rewards/margins"]) for metrics in steps], CURVE)
         grid.add_row(progress.unit, Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", (curve, "cyan")))
 
     parts = []

@@ -60,6 +60,7 @@ class Widths(NamedTuple):
         activation: of the MLP's gate (see ``swiglu``).
         norm_offset: whether norms multiply by 1 + weight (see ``rms_norm``).
         head_norms: whether there are norms of the heads of q and k.
+        rotary: channels of a head that rope rotates; 0: all.
     """
 
     hidden: int = 576
@@ -71,6 +72,7 @@ class Widths(NamedTuple):
     activation: str = "silu"
     norm_offset: bool = False
     head_norms: bool = False
+    rotary: int = 0
 
 
 SMALL = Widths()

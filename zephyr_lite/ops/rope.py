@@ -26,7 +26,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     Args:
         x: [T, H, d], each token's heads dense beside each other; tokens may lie any distance apart, so that x can be
             the part of a fused [T, (H + 2 H_kv) d] buffer that holds queries and keys.
-        cos, sin: [T, d], both halves alike.
+        cos, sin: [T, r], both halves alike: the first r channels of each head are rotated, all of them or fewer.
         inverse: rotate back, which is also the backward pass.
     Returns:
         x.
@@ -36,10 +36,10 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
 
 
 def _twin(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    half = x.shape[-1] // 2
+    half = cos.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]
     sign = -1 if inverse else 1
-    first, second = x[..., :half], x[..., half:]
+    first, second = x[..., :half], x[..., half : 2 * half]
     crossed = first * s
     first.mul_(c).addcmul_(second, s, value=-sign)
     second.mul_(c).add_(crossed, alpha=sign)
@@ -54,6 +54,7 @@ def _rotate(
     row_stride,
     angle_stride,
     heads,
+    WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
@@ -68,7 +69,7 @@ def _rotate(
     if INVERSE:
         s = -s
     there = (head < heads)[:, None] & (column < HALF)[None, :]
-    first = x + row * row_stride + head[:, None] * (2 * HALF) + column[None, :]
+    first = x + row * row_stride + head[:, None] * WIDTH + column[None, :]
     a = tl.load(first, mask=there, other=0.0).to(tl.float32)
     b = tl.load(first + HALF, mask=there, other=0.0).to(tl.float32)
     tl.store(first, (a * c - b * s).to(x.dtype.element_ty), mask=there)
@@ -84,7 +85,8 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     cos, sin = rows_dense(cos), rows_dense(sin)
     if cos.stride(0) != sin.stride(0):
         cos, sin = cos.contiguous(), sin.contiguous()
-    block = next_power_of_2(width // 2)
+    half = cos.shape[-1] // 2
+    block = next_power_of_2(half)
     together = min(next_power_of_2(heads), max(1, 1024 // block))
     with on_device(x):
         _rotate[(tokens, -(-heads // together))](
@@ -94,7 +96,8 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
             x.stride(0),
             cos.stride(0),
             heads,
-            HALF=width // 2,
+            WIDTH=width,
+            HALF=half,
             BLOCK=block,
             HEADS=together,
             INVERSE=inverse,
@@ -107,18 +110,18 @@ def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
-    tokens, heads, width = 3, widths.rotated, widths.head
+    tokens, heads, width, rotary = 3, widths.rotated, widths.head, widths.rotary or widths.head
     wide = draw(tokens, heads + 2, width)  # values beside the heads that are rotated
-    angle = draw(tokens, width // 2).float()
+    angle = draw(tokens, rotary // 2).float()
     cos, sin = (torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
     for inverse in (False, True):
         got, want = wide.clone(), wide.clone()
         _kernel(got[:, :heads], cos, sin, inverse)
         _twin(want[:, :heads], cos, sin, inverse)
         exact = wide.double()
-        a, b = exact[:, :heads].chunk(2, -1)
-        c, s = cos[:, None, : width // 2].double(), sin[:, None, : width // 2].double() * (-1 if inverse else 1)
-        exact[:, :heads] = torch.cat([a * c - b * s, b * c + a * s], -1)
-        name = f"{heads} heads of {width}{', back' if inverse else ''}"
+        a, b = exact[:, :heads, :rotary].chunk(2, -1)
+        c, s = cos[:, None, : rotary // 2].double(), sin[:, None, : rotary // 2].double() * (-1 if inverse else 1)
+        exact[:, :heads, :rotary] = torch.cat([a * c - b * s, b * c + a * s], -1)
+        name = f"{rotary} channels of {heads} heads of {width}{', back' if inverse else ''}"
         yield Comparison(name, got[:, :heads], want[:, :heads], exact[:, :heads])
         yield Comparison(f"beside {name}", got[:, heads:], wide[:, heads:], None)

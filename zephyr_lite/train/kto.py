@@ -62,15 +62,11 @@ class KtoObjective(DpoObjective):
         return {f"eval_{name}": value for name, value in means.items()}
 
     def _means(self, sums: Metrics, rows: int, chosen: int, rejected: int) -> Metrics:
-        """TRL's metrics, of the kinds of answers that there are; the accuracy is the share of rows with a positive margin, where
-        the reward of an absent side is 0."""
+        """TRL's metrics, and the accuracy: the share of rows with a positive margin. Answers that there are none of count 0."""
         means = {"rewards/accuracies": sums["rewards/accuracies"] / rows, "kl": self.z0}
         for side, count in (("chosen", chosen), ("rejected", rejected)):
-            if count:
-                means |= {name: sums[name] / count for name in (f"rewards/{side}", f"logps/{side}")}
-        if chosen and rejected:
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+            means |= {name: sums[name] / max(1, count) for name in (f"rewards/{side}", f"logps/{side}")}
+        return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
     def _preference(self, policy: Tensor, reference: Tensor | None, batch: Batch, total: PairTotals) -> Preference:
         assert reference is not None

@@ -155,6 +155,9 @@ def initial_loss(config: RunConfig) -> tuple[float, str] | None:
     the log-probabilities themselves."""
     if config.losses.keys() & REFERENCE_FREE:
         return None
+    if config.loss_type == "kto":
+        half = config.desirable_weight / 2
+        return (half, f"{half:g}") if config.undesirable_weight == config.desirable_weight else None
     equal = torch.zeros(1, 2, dtype=torch.float64)
     value = loss_of(config, equal, equal, equal + 1, 1.0).losses.item()
     return value, "ln 2" if math.isclose(value, math.log(2)) else f"{value:.4g}"

@@ -40,12 +40,12 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    on_gpu = groups[0]["params"][0].is_cuda
     if config.optim == "adamw_8bit":
         optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(groups, **settings)
     elif config.optim == "paged_adamw_8bit":
         optimizer = bnb.optim.PagedAdamW8bit(groups, **settings)
-    elif config.optim == "paged_adamw_32bit" and on_gpu:  # bitsandbytes has no 32-bit AdamW for CPUs
+    elif config.optim == "paged_adamw_32bit" and groups[0]["params"][0].is_cuda:
+        # bitsandbytes has no 32-bit AdamW for CPUs
         optimizer = bnb.optim.PagedAdamW32bit(groups, **settings)
     else:
         # It needs no memory during a step; torch's default on a GPU (foreach) takes several copies of all parameters.
@@ -64,9 +64,7 @@ def make_optimizer(config: RunConfig, parameters: dict[str, nn.Parameter]) -> to
 
 @torch.no_grad()
 def restore_state(
-    optimizer: torch.optim.Optimizer,
-    states: Mapping[nn.Parameter, dict[str, Any]],
-    groups: Sequence[dict[str, Any]],
+    optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, dict[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> None:
     """Copy a checkpoint's state into the allocated one, which may be paged.
 
@@ -95,7 +93,7 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
     """transformers' schedule, with warm-up over ``warmup_steps``, or the first ``warmup_ratio`` of the steps.
 
     Raises:
-        UserError: there is no schedule of that name, or it has not the options of ``lr_scheduler_kwargs``.
+        UserError: there is no schedule of that name, or it has no such option as one of ``lr_scheduler_kwargs``.
     """
     # a run of one step would be all warm-up, whose first learning rate is 0
     share = min(int(-(-total_steps * config.warmup_ratio // 1)), total_steps - 1)
@@ -109,12 +107,6 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
         hint = f"The options of this schedule, in lr_scheduler_kwargs: {', '.join(options) or 'none'}."
         if unknown := config.lr_scheduler_kwargs.keys() - options:
             raise ValueError(f"it has no option {short(min(unknown))}")
-        return get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
-        )
+        return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, config.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"lr_scheduler_type {config.lr_scheduler_type!r}: {error}", hint) from None

@@ -40,7 +40,7 @@ from ..memory.plan import Plan, make_plan
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base, load_tokenizer
-from ..model.base_folder import check_weights, empty_model, is_fingerprint_of, read_model_config
+from ..model.base_folder import check_length, check_weights, empty_model, is_fingerprint_of, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.files import named_folder
@@ -92,6 +92,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     # of a base on the hub first the small files: its weights are not downloaded for what is refused without them
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
+    if config.engine == "fused":
+        check_targets(config.lora_target_modules, base_config)
     stages = [_stage_of(adapter) for adapter in frozen]
     below = stages[-1] if stages else None
 
@@ -119,6 +121,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     fresh = loaded.automatic and before is None
     chosen = settle(method, loaded, parts, base_config.hidden_size) if fresh else []
     config = loaded.config
+    if config.engine == "fused":
+        check_length(base_config, config.max_length, f"{folder}/config.json")
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
     for line in chosen:
         logger.info(line)
@@ -234,8 +238,6 @@ def check_paths(config: RunConfig) -> None:
 
 def _check_settings(config: RunConfig) -> None:
     """Refuse values that can be known to be wrong before anything is read."""
-    if config.engine == "fused":
-        check_targets(config.lora_target_modules)
     make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
     if config.report_to:
         from .callbacks import trackers
