@@ -168,6 +168,7 @@ def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
     [
         ("---\ntags: [trl, dpo]\n---\nfine-tuned version of [org/Base-7B](x) with [TRL](y).", "dpo", None),
         ("---\ntags: [trl, dpo]\n---\na fine-tuned version of [org/base-7b-sft](x).", "dpo", Level.doubtful),
+        ("---\ntags: [trl, orpo]\n---\n", "orpo", None),
         ("---\nlibrary_name: peft\ntags: [llama-factory, sft]\n---\n", "sft", None),
         ("---\ntags: [unsloth]\nbase_model: unsloth/Base-7B-bnb-4bit\n---\n", None, None),
         ("---\n: [broken\n---\n", None, None),
@@ -197,6 +198,18 @@ def test_a_trainers_log_shows_where_dpo_began(run, tmp_path, record, level):
         (tmp_path / f"a/checkpoint-{number}/trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert gather(str(tmp_path / "a")).method == "dpo"
     assert files("reference", tmp_path / "a")[0][0] == level
+
+
+def test_the_first_loss_follows_from_the_losss_configuration(run, tmp_path):
+    shutil.copytree(run, tmp_path / "a")
+    config, log = tmp_path / "a/dpo/config.yaml", tmp_path / "a/dpo/metrics.jsonl"
+    assert "its log starts at ln 2" in files("reference", tmp_path / "a/dpo")[0][1]
+    config.write_text(config.read_text().replace("loss_type: sigmoid", "loss_type: hinge"))
+    assert files("reference", tmp_path / "a/dpo")[0][0] == Level.wrong
+    log.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+    assert "its log starts at 1:" in files("reference", tmp_path / "a/dpo")[0][1]
+    config.write_text(config.read_text().replace("loss_type: hinge", "loss_type: orpo"))
+    assert not files("reference", tmp_path / "a/dpo") and gather(str(tmp_path / "a/dpo")).method == "orpo"
 
 
 # Measurements

@@ -28,6 +28,18 @@ def test_micro_batches_do_not_change_a_step_of_pairs(windowed, run, pair_rows, t
         assert apart(grads[name], grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("loss", ["sigmoid,sft", "orpo"])
+def test_micro_batches_do_not_change_a_loss_that_is_a_mean_over_tokens(windowed, run, pair_rows, loss):
+    stage = open_dpo(windowed, run, pair_rows, loss_type=loss)
+    moved(stage)
+    task = DpoObjective(stage)
+    whole, wanted = step_of(stage, task, 10_000, 2)
+    split, grads = step_of(stage, task, 1, 2)
+    assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    for name, grad in wanted.items():
+        assert apart(grads[name], grad) < 1e-5, name
+
+
 @pytest.mark.parametrize("tokens", [40, 70, 10_000])
 @pytest.mark.parametrize(("step", "noise"), [(0, 0), (2, 0), (2, 5)])
 def test_micro_batches_do_not_change_the_step(tiny_base, chat_rows, tmp_path, tokens, step, noise):

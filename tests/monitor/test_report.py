@@ -155,6 +155,16 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.parametrize(
+    ("loss", "start"), [("sigmoid", "start (ln 2)"), ("hinge", "start (1)"), ("orpo", None), ("sigmoid,sft", None)]
+)
+def test_the_loss_at_the_start_is_marked(tmp_path, loss, start):
+    a_stage(tmp_path / "runs" / "mine", "dpo", "dpo", words=[f"loss_type={loss}"])
+    text = run_page(read_source(tmp_path / "runs" / "mine"))
+    assert "start (" not in text if start is None else start in text
+    assert ("the reference" in text) == (loss != "orpo")
+
+
 def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     text = run_page(read_source(run))

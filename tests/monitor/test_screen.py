@@ -223,6 +223,28 @@ def test_the_verdict_follows_from_the_metrics(tmp_path, method, steps, evaluatio
     assert verdict.kind == kind and text in verdict.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "kind", "text"),
+    [
+        ({"loss_type": "ipo", "beta": 0.1}, [{**PAIRS, "loss": 25.0}], "good", "the first loss is 25 (25.0000)"),
+        ({"loss_type": "ipo", "beta": 0.1}, [PAIRS], "bad", "0.6931 instead of 25"),
+        ({"loss_type": ["sigmoid", "sft"]}, [{**PAIRS, "loss": 3.0}], "open", "too early"),
+        # without a reference the accuracy does not begin at a half
+        ({"loss_type": "simpo"}, [PAIRS] * 60, "open", "90%, margin 0.300 (90% and 0.300 at the start)"),
+        (
+            {"loss_type": "simpo"},
+            [{**PAIRS, "rewards/accuracies": 0.3, "rewards/margins": -0.2}] * 40
+            + [{**PAIRS, "rewards/accuracies": 0.45, "rewards/margins": -0.1}] * 20,
+            "good",
+            "45%, margin -0.100 (30% and -0.200 at the start)",
+        ),
+    ],
+)
+def test_the_verdict_knows_the_loss(tmp_path, changes, steps, kind, text):
+    verdict = judged(stage_of(tmp_path, "dpo", **changes), steps)
+    assert verdict.kind == kind and text in verdict.text
+
+
 @pytest.mark.parametrize(("held_out", "kind"), [(0.75, "good"), (0.25, "open")])
 def test_the_verdict_on_pairs_agrees_with_the_held_out_ones(tmp_path, held_out, kind):
     verdict = judged(stage_of(tmp_path, "dpo"), [PAIRS] * 60, [0.69], held_out=held_out)

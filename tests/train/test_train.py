@@ -5,6 +5,7 @@ import shutil
 from contextlib import contextmanager
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,6 +122,36 @@ def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run,
     task.cache.sums += 40
     with pytest.raises(UserError, match="differ by"):
         task.loss([0, 1], 0, task.num_targets([0, 1]))
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "sigmoid,sft"])
+def test_losses_of_the_policys_own_log_probabilities(tiny_base, pair_rows, tmp_path, loss):
+    """Without a reference nothing is planned or computed for one. The held-out loss of the training rows is that of a step
+    with all of them."""
+    settings = {
+        "loss_type": loss,
+        "adapters": "none",
+        "max_steps": 3,
+        "beta": 0.5,
+        "batch_size": 100,
+        "warmup_ratio": 0,
+    }
+    stage = setup_stage("dpo", load_config("dpo", None, dpo_words(tiny_base, tmp_path, pair_rows, **settings)))
+    assert stage.workload.live_reference == (loss == "sigmoid,sft")
+    if loss != "sigmoid,sft":
+        stage.decoder.policy_and_reference = None
+    task = DpoObjective(stage)
+    evaluated = task.eval_metrics(task.evaluate())
+    loop.train(loop.TrainState(stage, task))
+    losses = [line for line in metrics(tmp_path / "dpo") if line]
+    assert losses[0] == pytest.approx(evaluated["eval_loss"], rel=1e-5) and losses[2] < losses[1] < losses[0]
+    first = metrics(tmp_path / "dpo", "rewards/chosen")[0]
+    sizes = [example.chosen_mask.sum() for example in stage.data.examples]
+    per_response = metrics(tmp_path / "dpo", "logps/chosen")[0]
+    if loss == "sigmoid,sft":
+        assert losses[0] == pytest.approx(LN2 - per_response / np.mean(sizes), rel=1e-4) and first == 0
+    else:  # β times a mean over tokens
+        assert 0.5 * per_response / min(sizes) < first < 0.5 * per_response / max(sizes)
 
 
 def test_rows_of_a_step_cover_each_epoch_once():

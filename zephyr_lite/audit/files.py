@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..config.schema import RunConfig
 from ..config.strict_yaml import read_front_matter, read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, stages_of
@@ -23,15 +24,17 @@ from ..model.overlap import overlap, same_name, tuned_from
 from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, fetch_adapter, read_adapter
 from ..monitor.charts import is_number
 from ..monitor.report import json_lines
+from ..train.losses import initial_loss
 
 LN2 = math.log(2)
-# distance of DPO's first logged loss from ln 2: noise of bfloat16, and the change in a few steps of warm-up
+# distance of DPO's first logged loss from the known one, a share of it where it is above 1: noise of bfloat16, and the change
+# in a few steps of warm-up
 FIRST_STEP, FIRST_STEPS = 0.02, 0.1
 LOG = "trainer_state.json"
 # files of a hub adapter that are fetched in addition to its weights and configuration
 BESIDE = [CARD, LOG, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
 TOPICS = ("weights", "base", "below", "reference", "bos", "end", "template")
-_PREFERENCE = {"dpo", "orpo", "kto", "ipo", "cpo", "simpo"}
+_METHODS = ("dpo", "orpo", "kto", "ipo", "cpo", "simpo", "sft")  # tags of a card
 
 
 class Level(IntEnum):
@@ -114,7 +117,7 @@ class Evidence:
     Attributes:
         adapter: its weights and adapter_config.json.
         stage, info: the stage of a run that it belongs to, and its stage.json (None and {} elsewhere).
-        tool: zephyr-lite and its engine, or another tool; method: sft or dpo, None if unknown.
+        tool: zephyr-lite and its engine, or another tool; method: sft, dpo, a loss without a reference, …, None if unknown.
         base: the base that it names.
         tuned_from: the model that its card says it was fine-tuned from.
         settings: config.yaml of the stage.
@@ -162,12 +165,15 @@ def gather(name: str) -> Evidence:
         found.tool = "zephyr-lite" if engine == "fused" else f"zephyr-lite (engine {engine})"
         found.base = (info.get("base") or {}).get("name_or_path") or found.base
         found.settings = read_yaml(stage.config) if stage.config.is_file() else {}
+        losses = RunConfig.model_construct(**found.settings)
+        if found.method == "dpo" and not losses.needs_reference:
+            found.method = " + ".join(losses.losses)
         found.log = json_lines(stage.metrics)
     else:
         if (folder / CARD).is_file():
             tags = read_front_matter(read_text(folder / CARD))[0].get("tags")
             methods = {str(tag).lower() for tag in tags} if isinstance(tags, list) else set()
-            found.method = "dpo" if methods & _PREFERENCE else "sft" if "sft" in methods else None
+            found.method = next((method for method in _METHODS if method in methods), None)
         found.tuned_from = tuned_from(folder)
         # transformers' Trainer writes it into the folder, or into its checkpoints only
         states = [place / LOG for place in (folder, Path(get_last_checkpoint(folder) or folder))]
@@ -233,8 +239,9 @@ def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: Adapter
         else:
             advice = "If that one was below it in training, give it as --below."
             audit.wrong("below", f"it was not continued from {start.path}", found.evidence, advice=advice)
-    if evidence.method == "dpo" and evidence.settings.get("loss_type", "sigmoid") == "sigmoid":
-        _check_log(evidence, audit)
+    known = initial_loss(RunConfig.model_construct(**evidence.settings)) if evidence.method == "dpo" else None
+    if known is not None:
+        _check_log(evidence, *known, audit)
 
 
 def _check_card(evidence: Evidence, below: Sequence[AdapterFile], audit: Audit) -> None:
@@ -270,24 +277,24 @@ def _check_chain(evidence: Evidence, stage: StageDir, audit: Audit) -> None:
     audit.right("below", f"{parts}: it belongs on the bare base", where)
 
 
-def _check_log(evidence: Evidence, audit: Audit) -> None:
-    """Whether the logged loss of DPO starts at ln 2, as it does if the policy starts from the reference."""
+def _check_log(evidence: Evidence, known: float, name: str, audit: Audit) -> None:
+    """Whether the logged loss of DPO starts at the known value, as it does if the policy starts from the reference."""
     first = next((record for record in evidence.log if is_number(record.get("loss"))), None)
     if first is None:
         audit.note("reference", "its folder has no training log, so its first loss is unknown")
         return
     loss, at_first = float(first["loss"]), first.get("step") in (0, 1)
-    facts = [f"loss at step {first.get('step', '?')} of its log: {loss:.4f}; ln 2 = {LN2:.4f}"]
+    facts = [f"loss at step {first.get('step', '?')} of its log: {loss:.4f}; {name} = {known:.4f}"]
     for key in ("rewards/margins", "rewards/accuracies"):
         if is_number(first.get(key)):
             facts.append(f"{key} {first[key]:.4g} there")
-    if abs(loss - LN2) <= (FIRST_STEP if at_first else FIRST_STEPS):
-        audit.right("reference", "its log starts at ln 2: training started from its reference", *facts)
+    if abs(loss - known) <= (FIRST_STEP if at_first else FIRST_STEPS) * max(1, known):
+        audit.right("reference", f"its log starts at {name}: training started from its reference", *facts)
         return
     audit.add(
         Level.wrong if at_first else Level.doubtful,
         "reference",
-        "its log does not start at ln 2: training did not start from its reference (often the bare base, with the SFT "
+        f"its log does not start at {name}: training did not start from its reference (often the bare base, with the SFT "
         "adapter only in the policy)",
         *facts,
         advice="Train it again against the right reference; --pairs FILE with --reference measures which it was.",

@@ -27,12 +27,12 @@ from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
 from ..monitor.report import Columns, StageRecord
+from ..train.losses import initial_loss
 from . import QUESTIONS
 from .child import child
 
 logger = logging.getLogger(__name__)
 MARK = "smoke.json"
-LN2 = math.log(2)
 STEPS = 20
 KILLED_AFTER = 10  # the first checkpoint's step
 MICRO_TOKENS = 8192  # about what a 24 GB card runs at once of a 7B model
@@ -163,8 +163,9 @@ def _resumed(folder: Path, method: Method, config: RunConfig) -> str:
             f"the loss is not finite at steps {bad}.",
             "Look at the rows (zephyr-lite data show), or lower learning_rate.",
         )
-    if method == "dpo" and config.engine == "fused" and config.loss_type == "sigmoid" and not config.label_smoothing:
-        assert abs(losses[0] - LN2) < 1e-3, f"first DPO loss {losses[0]}, not ln 2"
+    known = initial_loss(config) if method == "dpo" and config.engine == "fused" else None
+    if known is not None:
+        assert abs(losses[0] - known[0]) < 1e-3 * max(1, known[0]), f"first DPO loss {losses[0]}, not {known[1]}"
     held_out = record.values("eval_loss")
     told = f"held out {held_out[-1]:.3f}" if held_out else "nothing is held out"
     return f"from checkpoint-{began[-1]}, loss {losses[0]:.3f}, at the end {losses[-1]:.3f}, {told}"

@@ -60,7 +60,7 @@ def check_supported(method: Method, config: RunConfig) -> None:
     """
     if config.engine == "unsloth":
         start_unsloth()
-    if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo"}):
+    if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo", "kto"}):
         raise UserError(f"loss_type {', '.join(missing)}: TRL's DPO trainer does not have it.", "Set engine=fused.")
     if method == "dpo" and "sigmoid" in config.losses and config.label_smoothing:
         raise UserError(

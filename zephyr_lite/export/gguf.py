@@ -33,7 +33,7 @@ QUANT_WIDTH = 32  # values that share a scale in Q8_0
 _MAGIC = b"GGUF"
 _CONVERTER = "llama.cpp's own converter (convert_hf_to_gguf.py) knows the others."
 _WINDOWED = ("gemma3_text",)  # llama.cpp ignores the sliding window of the others
-_SCALED = {"gemma3_text": "linear", "ministral3": "yarn"}  # rotary embeddings that the metadata describe
+_SCALED = {"gemma3_text": "linear", "ministral3": "yarn", "phi3": "longrope"}  # what the metadata can say of rotations
 
 
 @dataclass
@@ -111,8 +111,9 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
     _check_fixed(folder, config)
     files = BaseFiles(folder)
     writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].gguf)
-    parts = [*_parts(gguf, folder, config, files, kind), *_add_rope(gguf, writer, folder, config)]
-    report = GgufReport(out, types=Counter(part.type.name for part in parts))
+    report = GgufReport(out)
+    parts = [*_parts(gguf, folder, config, files, kind), *_add_rope(gguf, writer, folder, config, report.notes)]
+    report.types.update(part.type.name for part in parts)
     _add_architecture(gguf, writer, folder, config, kind)
     if kind == "q8_0" and report.types["F16"]:
         report.notes.append(f"{report.types['F16']} tensors are no multiple of {QUANT_WIDTH} wide and stay in F16")
@@ -228,7 +229,7 @@ def _check_fixed(folder: Path, config: Any) -> None:
             )
 
 
-def _add_rope(gguf: Any, writer: Any, folder: Path, config: Any) -> list[_Part]:
+def _add_rope(gguf: Any, writer: Any, folder: Path, config: Any, notes: list[str]) -> list[_Part]:
     """Add the metadata of the rotary embeddings; returns the tensors that llama.cpp reads besides.
 
     Raises:
@@ -245,10 +246,19 @@ def _add_rope(gguf: Any, writer: Any, folder: Path, config: Any) -> list[_Part]:
         return []
     layer_type = None if rope is tables else "full_attention"
     frequencies, attention = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), layer_type=layer_type)
-    if attention != 1.0:
-        what = " scale attention, which this export does not support"
-    elif name == _SCALED.get(kind):
+    types = gguf.GGMLQuantizationType
+    if name == _SCALED.get(kind) and (attention == 1.0 or name == "longrope"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(name))
+        if name == "longrope":
+            length = rope["original_max_position_embeddings"]
+            writer.add_rope_scaling_attn_factors(attention)
+            writer.add_rope_scaling_orig_ctx_len(length)
+            notes.append(
+                f"with a context of more than {length:,} tokens, versions of llama.cpp rotate short conversations as this "
+                f"model rotates long ones: set its context to {length}"
+            )
+            factors = {which: torch.tensor(rope[f"{which}_factor"]) for which in ("long", "short")}
+            return [_Part(f"rope_factors_{n}.weight", tuple(f.shape), types.F32, values=f) for n, f in factors.items()]
         writer.add_rope_scaling_factor(float(rope["factor"]))
         if name == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
@@ -257,10 +267,11 @@ def _add_rope(gguf: Any, writer: Any, folder: Path, config: Any) -> list[_Part]:
             writer.add_rope_scaling_yarn_log_mul(float(rope["mscale_all_dim"]))
             writer.add_attn_temperature_scale(float(rope["llama_4_scaling_beta"]))
         return []
+    if attention != 1.0:
+        what = " scale attention, which this export does not support"
     elif FAMILIES[kind].rope_factors:
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
         factors = plain / frequencies.float()
-        types = gguf.GGMLQuantizationType
         return [_Part("rope_freqs.weight", tuple(factors.shape), types.F32, values=factors)]
     else:
         what = f"; in the {kind} family only {_SCALED.get(kind, 'plain')} ones are exported"

@@ -41,7 +41,7 @@ _KEYS = [
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "loss_on"),
     "seed",
 ]
-_DPO_KEYS = ["max_prompt_length", "beta", "loss_type", "label_smoothing"]
+_DPO_KEYS = ["max_prompt_length", "beta", "loss_type", "loss_weights", "label_smoothing", "simpo_gamma"]
 _MEASURED = {
     "kl": "KL(live ‖ merged), nats a token",
     "top1_agreement": "same likeliest token",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 
+from ..config.schema import RunConfig
+
 if TYPE_CHECKING:
     from .report import StageRecord
 
@@ -57,6 +59,7 @@ _BOTH: _Charts = [
     ("Gradient norm", "before clipping", {"grad_norm": "training"}),
     ("Throughput", "tokens a second", {"tokens_per_second": "training"}),
     ("Throughput", "pairs a second", {"pairs_per_second": "training"}),
+    ("Throughput", "answers a second", {"answers_per_second": "training"}),
     ("Memory", "GiB at the peak", {"peak_memory_gib": "measured"}),
 ]
 _NOT_SMOOTHED = ("Learning rate", "Memory")
@@ -76,6 +79,12 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
         marks: list[int] = []
         several = len(metrics) > 1
         for place, record in enumerate(records):
+            config = RunConfig.model_construct(**record.config)
+            known = None
+            if record.method == "dpo":
+                from ..train.losses import initial_loss  # torch, which other charts do not need
+
+                known = initial_loss(config)
             for index, (metric, label) in enumerate(metrics.items()):
                 # the color is the quantity of one run, or the run of two
                 hue, dashed = (place, index > 0) if labels else (index, False)
@@ -92,11 +101,11 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
                 name = record.who + (f"held-out {label}" if several else "held-out")
                 curves.append(Curve(name, xs, ys, hue if labels or several else 1, "dots", dashed))
             marks.extend(line["step"] for line in record.left_out)
-            if title == "Loss" and record.method == "dpo" and record.config.get("loss_type", "sigmoid") == "sigmoid":
-                rules["start (ln 2)"] = math.log(2)
+            if title == "Loss" and known is not None:
+                rules[f"start ({known[1]})"] = known[0]
             elif title == "Preference accuracy":
                 rules["chance"] = 0.5
-            elif title == "Reward margin":
+            elif title == "Reward margin" and config.needs_reference:
                 rules["the reference"] = 0.0
             elif title == "Gradient norm" and (limit := record.config.get("max_grad_norm")):
                 if max(record.values("grad_norm"), default=0) > limit / 3:  # far above the curve it would compress it

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..config.load import load_config
+from ..train.losses import initial_loss
 from ..train.stage import Sample, Stage
 from .console import is_evaluation
 from .report import json_lines
 
-LN2 = math.log(2)
 RECENT = 20  # steps of a recent mean
 FIRST = 10  # first steps that it is compared with
 RISEN = 0.05  # nats by which a loss has risen, and not fluctuated
@@ -39,7 +39,16 @@ DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), at_100=(0.681, 0.68
 # keys that must be the recipe's
 _KEYS = (
     *("model_name_or_path", "load_in_4bit", "dataset", "eval_dataset", "max_length", "max_prompt_length", "batch_size"),
-    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "loss_on", "loss_type", "label_smoothing"),
+    *(
+        "num_train_epochs",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "loss_on",
+        "loss_type",
+        "loss_weights",
+        "label_smoothing",
+    ),
     *("lr_scheduler_kwargs", "beta", "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules"),
     *("loraplus_lr_ratio", "neftune_noise_alpha"),
 )
@@ -61,7 +70,7 @@ class Progress:
     """Metrics of a stage so far, those logged by earlier processes of the run included.
 
     Attributes:
-        stage: the stage; unit: "tokens" or "pairs"; total: number of steps; step: steps done.
+        stage: the stage; unit: its objective's; total: number of steps; step: steps done.
         steps, evaluations: their metrics, with ``step``; a value that is not finite may be a word.
         sample: the last sample, or None.
         general_loss: of the ``Outcome``, at the end.
@@ -117,16 +126,15 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     Args:
         published: ranges of the published runs; None if this is another recipe.
     """
-    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit == "pairs"
+    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit != "tokens"
     if steps and not math.isfinite(float(steps[-1]["loss"])):
         return Verdict("bad", "the last loss is not a finite number")
     # policy and reference are the same function before the first step
-    starts_at_ln2 = pairs and progress.stage.config.loss_type in ("sigmoid", "robust")
+    config = progress.stage.config
+    known = initial_loss(config) if pairs else None
     start = float(steps[0]["loss"]) if steps and steps[0]["step"] == 1 else None
-    if starts_at_ln2 and start is not None and abs(start - LN2) >= 5e-3:
-        return Verdict(
-            "bad", f"the first loss was {start:.4f} instead of ln 2 = 0.6931: the reference is not the policy"
-        )
+    if known is not None and start is not None and abs(start - known[0]) >= 5e-3 * max(1, known[0]):
+        return Verdict("bad", f"the first loss was {start:.4f} instead of {known[1]}: the reference is not the policy")
     losses = [float(evaluation["eval_loss"]) for evaluation in evaluations]
     if losses and not math.isfinite(losses[-1]):
         return Verdict("bad", "the last held-out loss is not a finite number")
@@ -152,8 +160,8 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     recent = steps[-RECENT:]
     now = mean(recent, "loss")
     too_early = progress.step < min(2 * RECENT, max(1, progress.total // 2)) or len(recent) < 2
-    if too_early and starts_at_ln2 and start is not None:
-        return Verdict("good", f"healthy: the first loss is ln 2 ({start:.4f})")
+    if too_early and known is not None and start is not None:
+        return Verdict("good", f"healthy: the first loss is {known[1]} ({start:.4f})")
     first = mean(steps[:FIRST], "loss")
     if too_early or now is None or first is None:
         return Verdict("open", "too early to say")
@@ -163,19 +171,23 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
         if now < first:
             return Verdict("good", f"healthy: the loss fell from {first:.3f} to {now:.3f}")
         return Verdict("open", f"the loss has not fallen yet: {first:.3f} at the start, {now:.3f} now")
-    recent = moved(recent)
+    recent, level, above = moved(recent), 0.5, 0.0
+    if not config.needs_reference:  # the rewards are log-probabilities, which differ from the start
+        level, above = (mean(steps[:FIRST], f"rewards/{name}") or 0.0 for name in ("accuracies", "margins"))
     accuracy, margin = mean(recent, "rewards/accuracies") or 0.0, mean(recent, "rewards/margins") or 0.0
     text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
-    count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in recent)
+    if not config.needs_reference:
+        text += f" ({level:.0%} and {above:.3f} at the start)"
+    count = sum(float(metrics.get(f"num_{progress.unit}", 0.0)) for metrics in recent)
     chance = 1 / math.sqrt(max(count, 1.0))  # two standard errors of as many fair coin tosses
     if evaluations:
         held_out = float(evaluations[-1]["eval_rewards/accuracies"])
         text += f"; held-out accuracy {held_out:.0%}"
-        if accuracy > 0.5 and held_out <= 0.5:
+        if accuracy > level and held_out <= level:
             return Verdict("open", f"the preference does not extend to held-out pairs yet: {text}")
-    if accuracy > 0.5 + chance and margin > 0:
+    if accuracy > level + chance and margin > above:
         return Verdict("good", f"healthy: {text}")
-    if accuracy < 0.5 - chance or (progress.step > progress.total / 2 and margin <= 0):
+    if accuracy < level - chance or (progress.step > progress.total / 2 and margin <= above):
         return Verdict("bad", f"no preference is learned: {text}")
     return Verdict("open", f"not distinguishable from chance yet: {text}")
 
