@@ -6,10 +6,14 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Ministral3Config,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    MistralConfig,
     PixtralVisionConfig,
+    SiglipVisionConfig,
 )
 
 from tests.conftest import make_tokenizer
@@ -32,19 +36,31 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "sliding_window": None,
 }
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def mistral3():
-    """Mistral Small 3.1's parts: a Mistral with a head of its own, and Pixtral."""
-    vision = PixtralVisionConfig(**VISION, image_size=28, patch_size=14)
-    config = Mistral3Config(text_config=MistralConfig(**TEXT), vision_config=vision, tie_word_embeddings=False)
+    """A text model with a head of its own."""
+    vision = PixtralVisionConfig(**VISION, head_dim=16)
+    config = Mistral3Config(text_config=Ministral3Config(**TEXT), vision_config=vision, tie_word_embeddings=False)
     return Mistral3ForConditionalGeneration(config)
 
 
-MODELS = {"mistral3": mistral3}
+def gemma3():
+    """A tied one."""
+    text, vision = Gemma3TextConfig(**TEXT, sliding_window=9), SiglipVisionConfig(**VISION)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
+MODELS = {"mistral3": mistral3, "gemma3": gemma3}
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -191,11 +191,12 @@ class RunConfig(BaseModel):
         0.01,
         gt=0,
         le=1000,
-        description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo",
+        description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo and kto",
     )
-    loss_type: PairLoss | list[PairLoss] = Field(
+    loss_type: PairLoss | Literal["kto"] | list[PairLoss] = Field(
         "sigmoid",
-        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own",
+        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own; kto also "
+        "learns from single answers with a label",
     )
     loss_weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
         None, description="dpo: the weight of each loss of the list; null: 1 each"
@@ -204,6 +205,10 @@ class RunConfig(BaseModel):
         0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped (sigmoid, robust, simpo)"
     )
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
+    desirable_weight: float = Field(
+        1.0, gt=0, le=1000, description="kto: weight of the loss of answers with label true"
+    )
+    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: weight of those with label false")
     precompute_ref_log_probs: bool = Field(
         False, description="dpo: compute the reference once, before the first step, and cache it on disk"
     )
@@ -340,6 +345,10 @@ class RunConfig(BaseModel):
             self.eval_dataset = [spec.model_copy(update=rest) for spec in held_out] if size else named
         return self
 
+    def row_kind(self, method: Literal["sft", "dpo"]) -> Literal["sft", "dpo", "kto"]:
+        """The kind of rows that a stage reads: kto's are labelled answers or pairs."""
+        return "kto" if method == "dpo" and self.loss_type == "kto" else method
+
 
 # differences of the published DPO QLoRA recipe from the SFT recipe
 DPO_DEFAULTS: dict[str, Any] = {
@@ -354,9 +363,10 @@ DPO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5.0e-6,
     "optim": "paged_adamw_32bit",
 }
-# and what a loss without a reference needs instead, by default: SimPO's values for Mistral (its README), its rate being about
-# DPO's; ORPO's (Mistral-ORPO-β), its rate times ten for LoRA
+# and what some losses need instead, by default: SimPO's values for Mistral (its README), its rate being about DPO's; ORPO's
+# (Mistral-ORPO-β), its rate times ten for LoRA; KTO's paper's
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0},
     "orpo": {"beta": 0.1, "learning_rate": 5.0e-5},
+    "kto": {"beta": 0.1},
 }

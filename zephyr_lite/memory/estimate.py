@@ -113,11 +113,11 @@ def slab_bytes(job: Workload) -> int:
 def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
     """The frozen base on the device."""
     s, size = job.shape, job.dtype.itemsize
-    layer = norms = 0
+    layer, norms = 0, (2 + len(s.family.post_norms)) * s.hidden + len(s.family.head_norms) * s.head_dim
     for name in s.matrices:
         layer += sum(stored_bytes(job, name))
         norms += s.matrices[name][0] if name in s.biases else 0
-    norms = size * (s.layers * (2 * s.hidden + norms) + s.hidden)
+    norms = size * (s.layers * norms + s.hidden)
     if stream:
         return {"two layers' buffers": min(2, s.layers) * slab_bytes(job), "norms": norms}
     head = {} if s.tied else {"output head": size * s.head_weights}
@@ -249,6 +249,11 @@ def layer_bytes(
         attention_forward = gathered + attended
         attention_backward = gathered + bool(gathered) * 2 * d_kv + of(s.queries) + 2 * all_heads + d_kv
 
+    if s.family.head_norms:  # q and k as the attention takes them, and the norms' numbers
+        attention_forward += of(s.queries + s.keys) + wide * tokens * (s.heads + s.kv_heads)
+        attention_backward += of(s.queries + s.keys)
+    # of norms after the branches: the projections that they read, and a number a row
+    post = bool(s.family.post_norms)
     stacked = len(job.adapters) > 1
 
     def cast(rank: int, width: int) -> int:
@@ -277,7 +282,7 @@ def layer_bytes(
         whole = policy == "all"
         attention = of(s.hidden + qkv_rank + qkv) + attended + attention_forward
         held = of(qkv_rank + out_rank + s.hidden) + wide * tokens
-        held += attended * (policy in ("attention", "all")) + of(qkv) * whole
+        held += (attended + of(s.hidden) * post) * (policy in ("attention", "all")) + of(qkv) * whole
         if tiles > 1:
             held += of(s.hidden) + of(s.hidden, rows)  # the output, and the residual of the tile before
             held += of(both + mlp_rank + down_rank) * whole
@@ -297,7 +302,7 @@ def layer_bytes(
         whole = keep == "all"
         # after the recomputation the same activations are there under every policy
         there = of(2 * s.hidden + s.queries + qkv + qkv_rank + out_rank) + lse
-        there += of(both + mlp_rank + down_rank) * whole
+        there += of(both + mlp_rank + down_rank) * whole + (of(s.hidden) + wide * tokens) * post
         recompute = 0
         if keep == "input":
             recompute = of(2 * s.hidden + qkv_rank + qkv) + attended + attention_forward
@@ -308,10 +313,15 @@ def layer_bytes(
         down += products(down_rank, down_trained, s.inner, s.hidden, 1, rows)
         up = of(mlp_rank + down_rank * (not whole) + 2 * s.hidden, rows) + of_down
         up += products(mlp_rank, mlp_trained, s.hidden, both, in_mlp, rows)
+        if post:  # down is computed again, before the gradient of gate and up; its gradient is there until theirs is
+            down = max(down, of(s.inner + s.hidden, rows) - of(both, rows) * (whole and not owned)) + of(s.hidden, rows)
         mlp = there + work + max(down, up)
-        after = there - of(s.hidden) * (owned or keep == "input") - of(both) * (owned and whole)
-        after += of(s.hidden) + of_mlp + of_down
-        out = of(out_rank + s.queries) + products(out_rank, out_trained, s.queries, s.hidden, 1, tokens)
+        after = there - of(s.hidden) * (owned or keep == "input" or post) - of(both) * (owned and whole)
+        after += of(s.hidden) + of_mlp + of_down - of(s.hidden) * (post and (owned or keep == "input"))
+        if s.family.head_norms:
+            after += wide * tokens * (s.heads + s.kv_heads)
+        out = of(out_rank + s.queries + s.hidden * post)
+        out += products(out_rank, out_trained, s.queries, s.hidden, 1, tokens)
         attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
         last = of(qkv + qkv_rank + s.hidden) + of_out
         last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, in_qkv, tokens), of(2 * s.hidden))
@@ -355,7 +365,7 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     # those of a step's earlier micro-batches are there from the start
     earlier = gradients if job.step_most is None or job.step_most > tokens else 0
     # a micro-batch's ids, positions and streams; its rotary angles; rows and ids of its targets; its hidden states
-    inputs = tokens * (3 * 8 + 2 * s.head_dim * size) + round(tokens * job.targets) * 16
+    inputs = tokens * (3 * 8 + 2 * s.tables * (s.rotary or s.head_dim) * size) + round(tokens * job.targets) * 16
     states = inputs + x
     # (where, layer, bytes by the names below) at every moment that may be the peak
     moments: list[tuple[str, int, tuple[int, ...]]] = []

@@ -172,6 +172,7 @@ class Shape:
         biases: the projections that have one.
         family: what else the layer computes.
         rotary: channels of a head that are rotated; 0: all.
+        tables: of rotary angles, which all layers share.
     """
 
     hidden: int
@@ -186,6 +187,7 @@ class Shape:
     biases: tuple[str, ...] = ()
     family: Family = FAMILIES["llama"]
     rotary: int = 0
+    tables: int = 1
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -204,6 +206,7 @@ class Shape:
             biases=family_of(config).biases(config),
             family=family_of(config),
             rotary=int(head_width(config) * rope.get("partial_rotary_factor", 1.0)),
+            tables=len(set(family_of(config).rotations(config)) - {None}),
         )
 
     @property

@@ -70,7 +70,7 @@ class Progress:
     """Metrics of a stage so far, those logged by earlier processes of the run included.
 
     Attributes:
-        stage: the stage; unit: "tokens" or "pairs"; total: number of steps; step: steps done.
+        stage: the stage; unit: its objective's; total: number of steps; step: steps done.
         steps, evaluations: their metrics, with ``step``; a value that is not finite may be a word.
         sample: the last sample, or None.
         general_loss: of the ``Outcome``, at the end.
@@ -126,7 +126,7 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     Args:
         published: ranges of the published runs; None if this is another recipe.
     """
-    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit == "pairs"
+    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit != "tokens"
     if steps and not math.isfinite(float(steps[-1]["loss"])):
         return Verdict("bad", "the last loss is not a finite number")
     # policy and reference are the same function before the first step
@@ -178,7 +178,7 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
     if not config.needs_reference:
         text += f" ({level:.0%} and {above:.3f} at the start)"
-    count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in recent)
+    count = sum(float(metrics.get(f"num_{progress.unit}", 0.0)) for metrics in recent)
     chance = 1 / math.sqrt(max(count, 1.0))  # two standard errors of as many fair coin tosses
     if evaluations:
         held_out = float(evaluations[-1]["eval_rewards/accuracies"])

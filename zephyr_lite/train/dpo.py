@@ -31,7 +31,7 @@ from .main import run
 from .monitors import DpoCollapseMonitor
 from .oom import OomRetry
 from .reference import ReferenceCache, pair_sums
-from .stage import Metrics, Stage
+from .stage import Metrics, Objective, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class PairTotals(NamedTuple):
     chosen_tokens: int
 
 
-class DpoObjective:
+class DpoObjective(Objective):
     """Loss and metrics of preference optimization (see ``Objective``)."""
 
     unit = "pairs"
@@ -131,7 +131,7 @@ class DpoObjective:
     def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
         """At step 0 the adapter's B is zero, so policy and reference are the same function."""
         kind = "live" if self.cache is None else "cached"
-        apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
+        apart = ((policy - reference).abs() / batch.group_sizes.clamp(min=1).view(-1, 2)).max().item()
         if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # the loop handles what is not finite
             raise UserError(
                 f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
@@ -175,5 +175,14 @@ def _metric_sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
     }
 
 
+def preference_objective(stage: Stage) -> DpoObjective:
+    """The objective of a stage's ``loss_type``."""
+    if stage.config.loss_type != "kto":
+        return DpoObjective(stage)
+    from .kto import KtoObjective  # which builds on this module
+
+    return KtoObjective(stage)
+
+
 # Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``).
-run_dpo = partial(run, "dpo", DpoObjective)
+run_dpo = partial(run, "dpo", preference_objective)

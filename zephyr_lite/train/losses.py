@@ -27,6 +27,21 @@ def sft_loss(logps: Tensor, step_targets: int) -> Tensor:
     return -logps.sum() / step_targets
 
 
+def kto_loss(
+    policy: Tensor, reference: Tensor, z0: float, *, beta: float, weights: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """[P, 2] losses of desirable and undesirable answers, λ_D (1 − σ(β (r − z0))) and λ_U (1 − σ(β (z0 − r))) with
+    r = log π(y|x) − log π_ref(y|x); Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7.
+
+    Args:
+        policy, reference: [P, 2] summed log-probabilities of desirable and undesirable answers.
+        z0: an estimate of the policy's divergence from the reference.
+        beta, weights: β, (λ_D, λ_U).
+    """
+    above = beta * (policy - reference - z0)
+    return torch.stack([weights[0] * torch.sigmoid(-above[:, 0]), weights[1] * torch.sigmoid(above[:, 1])], 1)
+
+
 class Preference(NamedTuple):
     """Of a micro-batch of P pairs.
 
@@ -140,6 +155,9 @@ def initial_loss(config: RunConfig) -> tuple[float, str] | None:
     the log-probabilities themselves."""
     if config.losses.keys() & REFERENCE_FREE:
         return None
+    if config.loss_type == "kto":
+        half = config.desirable_weight / 2
+        return (half, f"{half:g}") if config.undesirable_weight == config.desirable_weight else None
     equal = torch.zeros(1, 2, dtype=torch.float64)
     value = loss_of(config, equal, equal, equal + 1, 1.0).losses.item()
     return value, "ln 2" if math.isclose(value, math.log(2)) else f"{value:.4g}"

@@ -22,10 +22,10 @@ from .losses import sft_loss
 from .main import run
 from .monitors import DpoCollapseMonitor
 from .oom import OomRetry
-from .stage import Metrics, Stage
+from .stage import Metrics, Objective, Stage
 
 
-class SftObjective:
+class SftObjective(Objective):
     """Loss and metrics of supervised fine-tuning (see ``Objective``)."""
 
     unit = "tokens"
