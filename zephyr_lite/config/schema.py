@@ -145,7 +145,7 @@ class RunConfig(BaseModel):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="modules with an adapter: all seven projections of a layer, or a list: [q_proj, v_proj]",
+        description="modules with an adapter: all projections of a layer, or a list: [q_proj, v_proj]",
     )
     # optimization
     batch_size: int = Field(
