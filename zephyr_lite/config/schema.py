@@ -205,10 +205,8 @@ class RunConfig(BaseModel):
         0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped (sigmoid, robust, simpo)"
     )
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
-    desirable_weight: float = Field(
-        1.0, gt=0, le=1000, description="kto: weight of the loss of answers with label true"
-    )
-    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: weight of those with label false")
+    desirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label true")
+    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label false")
     precompute_ref_log_probs: bool = Field(
         False, description="dpo: compute the reference once, before the first step, and cache it on disk"
     )
