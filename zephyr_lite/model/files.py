@@ -191,7 +191,7 @@ def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
     if has_text_model(check_config_file(folder)):
         for file in shards.values():
-            file.rename(_text_name)
+            file.rename(text_name)
     return shards
 
 
@@ -202,7 +202,7 @@ def has_text_model(told: dict[str, Any]) -> bool:
     return isinstance(text, dict) and text.get("model_type") in FAMILIES
 
 
-def _text_name(name: str) -> str | None:
+def text_name(name: str) -> str | None:
     """The text model's name of a multimodal checkpoint's tensor; None: it belongs to another part."""
     for pattern, new in TEXT_NAMES.items():
         name, count = re.subn(pattern, new, name)
