@@ -221,6 +221,9 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad(), chat.stack.only(["sft", "dpo"]):
         assert off(chat.stack.model, plain) < 1e-5
+    if name == "gemma3_text":  # the keys of transformers 4
+        told = json.loads((out / "config.json").read_text())
+        assert (told["rope_theta"], told["rope_local_base_freq"], told["rope_scaling"]["factor"]) == (1e4, 10.0, 8.0)
     composed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "dpo" / "adapter").eval()
     assert off(plain, composed) < 1e-5 < off(plain, AutoModelForCausalLM.from_pretrained(base))
 
