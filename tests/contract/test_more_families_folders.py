@@ -1,4 +1,5 @@
-"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile."""
+"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile; and its
+losses and gradients against TRL's."""
 
 import json
 import math
@@ -16,8 +17,10 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from tests.conftest import CONVERSATIONS, TEXT
+from tests.contract import test_trl_parity as parity
 from tests.contract.test_gguf import add_bos, fields, off
 from tests.contract.test_more_families import tiny
+from tests.contract.test_trl_parity import tokenizer  # noqa: F401
 from tests.export.test_export_ollama import SAID, modelfile_template, render_go
 from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
@@ -285,3 +288,11 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, changes, match, tmp_
     with pytest.raises(UserError, match=match):
         write_gguf(tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_trls(name, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """SFT's and DPO's, on the same rows."""
+    monkeypatch.setattr(parity, "make_model", lambda: tiny(name))
+    parity.test_sft(tokenizer, tmp_path)
+    parity.test_dpo(tokenizer, tmp_path, "sigmoid", 0.0, None)

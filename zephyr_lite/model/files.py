@@ -34,8 +34,8 @@ IGNORED = ["consolidated*"]
 CONVERT = "Only safetensors are read; convert the weights with transformers' save_pretrained first."
 # names of a language model's tensors in a multimodal checkpoint → in the text model's own
 TEXT_NAMES = {
-    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
-    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+    r"^(?:model\.)?(?:language|text)_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language|text)_model\.(?:model\.)?": "model.",
 }
 # keys of config.json that make transformers run a kernel of the hub, where they name a repository
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
