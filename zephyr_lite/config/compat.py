@@ -43,6 +43,10 @@ ALIASES = {
     "rl_beta": "beta",
     "orpo_alpha": "beta",
     "pref_beta": "beta",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "kto_desirable_weight": "desirable_weight",
+    "kto_undesirable_weight": "undesirable_weight",
     "dpo_label_smoothing": "label_smoothing",
 }
 # the weight of the chosen responses' negative log-likelihood beside the loss, in TRL's DPO and CPO and in LLaMA-Factory

@@ -145,7 +145,7 @@ class RunConfig(BaseModel):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="modules with an adapter: all seven projections of a layer, or a list: [q_proj, v_proj]",
+        description="modules with an adapter: all projections of a layer, or a list: [q_proj, v_proj]",
     )
     # optimization
     batch_size: int = Field(
@@ -203,10 +203,8 @@ class RunConfig(BaseModel):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped")
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
-    desirable_weight: float = Field(
-        1.0, gt=0, le=1000, description="kto: weight of the loss of answers with label true"
-    )
-    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: weight of those with label false")
+    desirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label true")
+    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label false")
     precompute_ref_log_probs: bool = Field(
         False, description="dpo: compute the reference once, before the first step, and cache it on disk"
     )

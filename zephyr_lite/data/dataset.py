@@ -50,13 +50,9 @@ class DataReport:
     supervised: int = 0
     fill: float | None = None  # tokens / (rows × max_length); None for pairs, which are packed by the plan
     longest: int = 0  # tokens of the longest example
+    unit: str = "conversation"  # what an example is: also a pair (dpo), or a row (kto)
     desirable: int = 0  # answers with label true, and chosen ones (kto)
     undesirable: int = 0
-
-    @property
-    def unit(self) -> str:
-        """What an example is."""
-        return "conversation" if self.fill is not None else "row" if self.desirable + self.undesirable else "pair"
 
     def lines(self, places: int | None = _PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
@@ -73,9 +69,7 @@ class DataReport:
         packed = "" if pairs else f" in {counted(self.rows, 'packed row')}, {self.fill:.1%} full"
         result.append(f"{counted(self.kept, unit)}{packed}; the longest has {self.longest:,} tokens")
         if unit == "row":
-            result.append(
-                f"answers: {self.desirable:,} desirable (label true), {self.undesirable:,} undesirable (false)"
-            )
+            result.append(f"answers: {self.desirable:,} desirable (true), {self.undesirable:,} undesirable (false)")
         result.append(
             f"{self.tokens:,} tokens, {self.supervised:,} supervised ({self.supervised / max(1, self.tokens):.1%})"
         )
@@ -168,6 +162,7 @@ def prepare(
     report = DataReport(
         what, notes=[*rows.notes, *template.notes], read=rows.read, dropped=rows.dropped, changed=rows.changed
     )
+    report.unit = {"sft": "conversation", "dpo": "pair", "kto": "row"}[method]
     features: dict[str, Any] = {}
     for name in _ARRAYS[method]:
         features[name] = datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))

@@ -153,11 +153,8 @@ def mapping_hint(columns: list[str], method: Method) -> str:
     """The command-line words that map a data set's columns, with likely names filled in."""
     wanted = {}
     lower = {column.lower(): column for column in columns}
-    for ours in (
-        ("prompt", "chosen", "rejected")
-        if method == "dpo"
-        else ("prompt", "completion", "label")[: 2 + (method == "kto")]
-    ):
+    names = ("prompt", "chosen", "rejected") if method == "dpo" else ("prompt", "completion", "label")
+    for ours in names[: 2 if method == "sft" else 3]:
         if ours not in columns:
             wanted[ours] = next((lower[name] for name in (ours, *_LIKELY[ours]) if name in lower), "COLUMN")
     found = f"(found {shown(', '.join(columns), 500)})"
@@ -273,9 +270,9 @@ def _read_labelled(row: Row, read: Callable[[Row], dict[str, Any]]) -> dict[str,
     start = max(i for i, turn in enumerate(messages) if turn["role"] in ("assistant", TEXT))
     if start == 0:
         raise RowError("no prompt before the answer")
-    prompt, answer = messages[:start], messages[start:]
+    answer = messages[start:]
     _refuse_untrained(answer, "the last answer")
-    return {"prompt": prompt, "chosen": answer if good else [], "rejected": [] if good else answer}
+    return {"prompt": messages[:start], "chosen": answer if good else [], "rejected": [] if good else answer}
 
 
 def _refuse_answered(prompt: list[Message]) -> None:

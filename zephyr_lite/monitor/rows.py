@@ -213,10 +213,10 @@ def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Text:
     if rows.method == "sft":
         count = counted(len(segments), "conversation")
         count += f", {tokens:,} of {rows.config.max_length:,} tokens"
-    elif len(segments) == 2:
-        count = f"an answer with label {'true' if segments[1].part == 'chosen' else 'false'}, {tokens:,} tokens"
     else:
-        count = f"a pair, the prompt computed once, {tokens:,} tokens"
+        label = "true" if segments[1].part == "chosen" else "false"
+        kind = "a pair, the prompt computed once" if len(segments) == 3 else f"an answer with label {label}"
+        count = f"{kind}, {tokens:,} tokens"
     what = f"{rows.data.report.what} row {number:,} of {len(rows.data.rows):,}"
     return Text(f"{what}: {count}, {supervised:,} supervised (loss_on {rows.config.loss_on})", style="bold")
 

@@ -29,7 +29,6 @@ from .distributed import sum_by_name
 from .losses import Preference, loss_of
 from .main import run
 from .monitors import DpoCollapseMonitor
-from .oom import OomRetry
 from .reference import ReferenceCache, pair_sums
 from .stage import Metrics, Objective, Stage
 
@@ -53,11 +52,8 @@ class DpoObjective(Objective):
     unit = "pairs"
 
     def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.data = stage.data
-        self.decoder = stage.decoder
-        self.oom = OomRetry(stage)
-        self.collapse: DpoCollapseMonitor | None = DpoCollapseMonitor()
+        super().__init__(stage)
+        self.collapse = DpoCollapseMonitor()
         self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs else None
 
     def num_targets(self, examples: Sequence[int]) -> PairTotals:

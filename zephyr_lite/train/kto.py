@@ -35,8 +35,7 @@ class KtoObjective(DpoObjective):
         self.counts = (0, 0, 0)  # rows, chosen and rejected answers of the current step
 
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
-        _, chosen, rejected = _counts(self.data, examples)
-        return PairTotals(chosen + rejected, 0)
+        return PairTotals(sum(_counts(self.data, examples)[1:]), 0)
 
     def begin_step(self, examples: Sequence[int]) -> None:
         self.counts = _counts(self.data, examples)
@@ -111,7 +110,8 @@ def mismatched(pairs: Sequence[PairExample], max_length: int) -> list[PairExampl
 def _counts(data: TokenizedDataset, examples: Sequence[int]) -> tuple[int, int, int]:
     """Rows, chosen and rejected answers."""
     pairs = [data.examples[index] for index in examples]
-    chosen, rejected = (
-        sum(len(ids) > 0 for ids in side) for side in zip(*((p.chosen_ids, p.rejected_ids) for p in pairs))
+    return (
+        len(pairs),
+        sum(len(pair.chosen_ids) > 0 for pair in pairs),
+        sum(len(pair.rejected_ids) > 0 for pair in pairs),
     )
-    return len(pairs), chosen, rejected

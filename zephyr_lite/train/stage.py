@@ -18,11 +18,11 @@ from ..model.adapters import AdapterStack
 from ..model.base import Base
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile
+from .oom import OomRetry
 
 if TYPE_CHECKING:
     from ..io.sync import Mirror
     from .monitors import DpoCollapseMonitor
-    from .oom import OomRetry
 
 Metrics = dict[str, float]
 
@@ -79,9 +79,14 @@ class Objective(Protocol):
     """
 
     unit: str
+    stage: Stage
     data: TokenizedDataset
+    decoder: Decoder
     oom: OomRetry
-    collapse: DpoCollapseMonitor | None
+    collapse: DpoCollapseMonitor | None = None
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.data, self.decoder, self.oom = stage, stage.data, stage.decoder, OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> Any:
         """What a step's loss is divided by: supervised tokens, or ``PairTotals``."""
