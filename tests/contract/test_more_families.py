@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import make_tokenizer
+from tests.contract import test_trl_parity as trl_parity
 from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
 from tests.contract.test_layer import KEEPS, compare, gradients, oracle, sixteen_bits
 from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
@@ -210,3 +211,12 @@ def test_what_only_a_familys_own_keys_say_changes_the_fingerprint(name, changes,
 def test_inside_another_trainer(name):
     ids = torch.randint(3, 440, RIGHT.shape, generator=torch.Generator().manual_seed(0))
     assert_same(both(peft_model(tiny(name)), input_ids=ids, attention_mask=RIGHT))
+
+
+def test_losses_and_gradients_are_trls(name, tmp_path, monkeypatch):
+    """SFT and sigmoid DPO on padded batches, the reference with an adapter of its own."""
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.pad_token = "<unk>"
+    monkeypatch.setattr(trl_parity, "make_model", lambda: tiny(name))
+    trl_parity.test_sft(tokenizer, tmp_path)
+    trl_parity.test_dpo(tokenizer, tmp_path, "sigmoid", 0.0, None)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
@@ -18,6 +20,7 @@ from transformers import (
 
 from tests.conftest import make_tokenizer
 from tests.contract.test_gguf import off
+from tests.numeric import apart
 from tests.train.test_train import LN2, dpo_words, metrics, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import load_config
@@ -25,6 +28,7 @@ from zephyr_lite.io.safetensors import SafetensorsFile
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.base_folder import check_weights, fingerprint, read_model_config
 from zephyr_lite.model.files import open_shards
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -108,6 +112,17 @@ def test_it_trains_merges_and_gives_the_live_logits(base, chat_rows, pair_rows, 
         assert off(plain, chat.stack.model) < 1e-5
     # a second run on the merged folder, whose modules have the same names
     run_sft(load_config("sft", None, words(out, tmp_path / "b", chat_rows, **small)))
+
+
+def test_an_adapter_that_was_trained_on_the_whole_model(base, tmp_path):
+    whole = AutoModelForImageTextToText.from_pretrained(base)
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    model = get_peft_model(whole, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    merge(base, [read_adapter(tmp_path / "adapter")], tmp_path / "merged")
+    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert apart(plain(ids).logits, model(input_ids=ids).logits) < 1e-5
 
 
 def test_it_trains_in_4_bits(base, chat_rows, tmp_path):

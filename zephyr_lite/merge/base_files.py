@@ -165,6 +165,9 @@ def _config(files: BaseFiles) -> dict[str, Any]:
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
     config["dtype"] = config["torch_dtype"] = files.dtype
     rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "full_attention" in rope:  # Gemma 3's
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
