@@ -219,4 +219,4 @@ def test_losses_and_gradients_are_trls(name, tmp_path, monkeypatch):
     tokenizer.pad_token = "<unk>"
     monkeypatch.setattr(trl_parity, "make_model", lambda: tiny(name))
     trl_parity.test_sft(tokenizer, tmp_path)
-    trl_parity.test_dpo(tokenizer, tmp_path, "sigmoid", 0.0, None)
+    trl_parity.test_dpo(tokenizer, tmp_path, "sigmoid", label_smoothing=0.0)
