@@ -231,14 +231,14 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     assert off(plain, composed) < 1e-5 < off(plain, AutoModelForCausalLM.from_pretrained(base))
 
     # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
-    tokenizer, template = AutoTokenizer.from_pretrained(out), chat.template
-    assert tokenizer.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
+    served, template = AutoTokenizer.from_pretrained(out), chat.template
+    assert served.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
     assert any("enable_thinking=false" in note for note in template.notes) is (name == "qwen3")
     streamer = Streamer(chat, [["sft", "dpo"]])
     messages = [{"role": "user", "content": "What do you like to cook on a rainy evening?"}]
     for _ in range(2):
         ids = template.prompt_ids(messages).tolist()
-        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+        assert served.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
         (drawn,) = streamer.draw([ids], [Sampling(temperature=0.0, max_new_tokens=8)])
         given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": chat.ends, "use_cache": False}
         want = plain.generate(torch.tensor([ids]), **given)[0, len(ids) :].tolist()
@@ -263,7 +263,7 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     assert told["tokenizer.ggml.pre"] == case.pre and told["tokenizer.chat_template"] == template.text
     reader, _ = convert_gguf_tokenizer(*get_gguf_tokenizer(str(report.out))[:2])
     text = template.text_of([{"role": "user", "content": "I'd cook 12345 soups,\n\n  é 日本?"}], True)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = served(text, add_special_tokens=False).input_ids
     assert reader.encode(text, add_special_tokens=False).ids == ids
 
     # Ollama
