@@ -55,7 +55,7 @@ def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[Row]:
     parts = prepare_parts(method, loaded, template)
     rows, report = choose(method, loaded, own, parts, base_config), parts[0].report
     loaded.automatic = set()
-    logger.info(f"{counted(report.kept, 'conversation' if method == 'sft' else 'pair')}, {report.tokens:,} tokens:")
+    logger.info(f"{counted(report.kept, report.unit)}, {report.tokens:,} tokens:")
     return rows
 
 
