@@ -149,7 +149,7 @@ def suggest(
     context: Context,
     config: StageConfig = None,
     probe: Annotated[
-        bool, Option("--probe", help="Also train 20 steps at each of three to five learning rates, and take the best.")
+        bool, Option("--probe", help="Also train 20 steps at each of at most five learning rates, and take the best.")
     ] = False,
     out: Annotated[
         Path | None, Option("--out", "-o", callback=nameable, help="Write the configuration to this YAML file.")
