@@ -87,14 +87,14 @@ def _nf4(bench: Bench) -> list[Case]:
 def _norm(bench: Bench) -> list[Case]:
     size = (bench.tokens, bench.shape["hidden_size"])
     x, residual, grad, more = (bench.random(*size) for _ in range(4))
-    weight = bench.random(size[1])
-    _, h, inverse = rms_norm.rms_norm_forward(x, weight, EPS, residual)
+    norm = rms_norm.Norm(bench.random(size[1]), EPS)
+    _, h, inverse = norm.forward(x, residual)
     one = bench.bytes(*size)
     runs: dict[str, tuple[int, Run]] = {
-        "forward": (2, lambda: rms_norm.rms_norm_forward(x, weight, EPS)),
-        "forward, adding": (4, lambda: rms_norm.rms_norm_forward(x, weight, EPS, residual)),
-        "backward": (3, lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse)),
-        "backward, adding": (4, lambda: rms_norm.rms_norm_backward(grad, h, weight, inverse, more)),
+        "forward": (2, lambda: norm.forward(x)),
+        "forward, adding": (4, lambda: norm.forward(x, residual)),
+        "backward": (3, lambda: norm.backward(grad, h, inverse)),
+        "backward, adding": (4, lambda: norm.backward(grad, h, inverse, more)),
     }
     return [Case(f"rms_norm {name}", "rms_norm", count * one, run) for name, (count, run) in runs.items()]
 

@@ -1,6 +1,7 @@
 """What only a GPU can show: run with ``pytest -m gpu``."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.conftest import make_model
 from tests.contract.test_fuse import IDS, RIGHT, both, peft_model
 from tests.contract.test_fuse import assert_same as assert_same_hidden
+from tests.contract.test_more_families import FAMILIES, tiny
 from tests.numeric import apart, conversation, live_stack, loss_and_gradients, pair
 from tests.ops.test_ops import UnderAutograd
 from tests.train.test_train import LN2, metrics, words
@@ -66,10 +68,11 @@ def test_every_attention_kernel_equals_float64(kind, dtype, size, window, monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_decoder_on_the_gpu_equals_float32_on_the_cpu(dtype):
+@pytest.mark.parametrize("make", [make_model, *(partial(tiny, name) for name in FAMILIES)])
+def test_the_decoder_on_the_gpu_equals_float32_on_the_cpu(make, dtype):
     batch = collate_pairs([pair(0, 40, 30, 20), pair(1, 9, 12, 30)])
-    want, wanted = loss_and_gradients(Decoder(live_stack(make_model()), torch.float32), batch)
-    stack = live_stack(make_model())
+    want, wanted = loss_and_gradients(Decoder(live_stack(make()), torch.float32), batch)
+    stack = live_stack(make())
     stack.model.cuda()
     for name, parameter in stack.model.named_parameters():
         if "lora_" not in name:

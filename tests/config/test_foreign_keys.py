@@ -7,7 +7,7 @@ import json
 
 import pytest
 import yaml
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from zephyr_lite.config.load import RunConfig, dump_config, load_config
@@ -15,7 +15,7 @@ from zephyr_lite.errors import UserError
 
 FIELDS = {
     field.name: field
-    for config in (SFTConfig, DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+    for config in (KTOConfig, SFTConfig, DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
     for field in dataclasses.fields(config)
 }
 
@@ -69,8 +69,8 @@ def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
         ("datasets: [{path: a/b, data_files: x.json}]", "data_files are read as path: json, csv or parquet"),
         ("datasets: [{path: a/b, columns: [messages, tools]}]", "columns: tools is given to no chat template"),
         ("assistant_only_loss: perhaps", "assistant_only_loss: 'perhaps' is not true or false"),
-        ("loss_type: [sigmoid, sft]\nloss_weights: [1]", "loss_weights one value for each of them"),
-        ("rpo_alpha: much", "rpo_alpha: 'much' is not a number"),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1]", "loss_weights one value for each"),
+        ("rpo_alpha: much", "loss_weights.1: expected a number"),
         ("model_init_kwargs: {attn_implementation: sdpa, quantization_config: {bits: 3}}", "quantization_config"),
         ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
         ("max_seq_length: 4096\nmax_length: 1024", "max_seq_length: 4096, but max_length: 1024: two names of one key"),
@@ -198,6 +198,8 @@ def test_null_is_not_set(key, tmp_path):
         ("pref_loss: orpo\npref_beta: 0.2\npref_ftx: 0.0", "beta", 0.2),
         ("rl: dpo\nrl_beta: 0.1\ndpo_label_smoothing: 0.1", "loss_type", "sigmoid"),
         ("rl: orpo\norpo_alpha: 0.25", "beta", 0.25),
+        ("rl: kto\nkto_undesirable_weight: 1.5", "undesirable_weight", 1.5),
+        ("pref_loss: kto\nkto_chosen_weight: 2.0", "desirable_weight", 2.0),
         ("chat_template_path: x.jinja", "chat_template", "x.jinja"),
         ("model_init_kwargs: {torch_dtype: bf16, revision: v2, use_cache: false}", "dtype", "bfloat16"),
         ("model_init_kwargs: {revision: v2}", "model_revision", "v2"),

@@ -147,9 +147,7 @@ def compare_rms_norm(device, dtype, rows, width) -> None:
     x, residual, grad, more = (rand(rows, width, device=device, dtype=dtype) for _ in range(4))
     weight = rand(width, device=device, dtype=dtype)
     for add in (True, False):
-        kernel, twin = both(
-            "rms_norm", lambda r=residual if add else None: rms_norm.rms_norm_forward(x, weight, eps, r), x
-        )
+        kernel, twin = both("rms_norm", lambda r=residual if add else None: rms_norm.Norm(weight, eps).forward(x, r), x)
         h = (x.double() + residual.double() if add else x.double()).requires_grad_()
         inverse = (h.square().mean(-1) + eps).rsqrt()
         y = weight.double() * h * inverse[:, None]
@@ -157,7 +155,7 @@ def compare_rms_norm(device, dtype, rows, width) -> None:
         hold("y", kernel[0], twin[0], y.detach())
         hold("h", kernel[1], twin[1], h.detach())
         # of the sum as it was rounded: what is kept for the backward pass is what was normalized
-        again = rms_norm.rms_norm_forward(kernel[1], weight, eps)[0]
+        again = rms_norm.Norm(weight, eps).forward(kernel[1])[0]
         assert (kernel[0].double() - again.double()).norm() <= 2e-4 * y.norm()
         assert add or kernel[1] is x
         if not add:
@@ -165,7 +163,7 @@ def compare_rms_norm(device, dtype, rows, width) -> None:
         for extra, exact in ((None, dx), (more, dx + more.double())):
 
             def back(h=twin[1], inverse=twin[2], extra=extra):
-                return rms_norm.rms_norm_backward(grad, h, weight, inverse, extra)
+                return rms_norm.Norm(weight, eps).backward(grad, h, inverse, extra)
 
             hold(f"dx {add}", *both("rms_norm", back, x), exact)
 
@@ -220,12 +218,12 @@ def test_rms_norm_with_an_offset_rounds_once(dtype):
 
 def test_rms_norm_of_large_values_and_of_strided_rows():
     x = rand(3, 576, dtype=torch.float16, scale=300)  # squares overflow float16
-    y, _, inverse = rms_norm.rms_norm_forward(x, torch.ones_like(x[0]), 1e-5)
+    y, _, inverse = rms_norm.Norm(torch.ones_like(x[0]), 1e-5).forward(x)
     assert torch.isfinite(y).all() and torch.isfinite(inverse).all() and abs(y.float().std() - 1) < 0.1
     wide = rand(3, 640)
-    weight, residual = rand(576), rand(3, 600)[:, :576]
-    got = rms_norm.rms_norm_forward(wide[:, :576], weight, 1e-5, residual)
-    for a, b in zip(got, rms_norm.rms_norm_forward(wide[:, :576].clone(), weight, 1e-5, residual.clone())):
+    norm, residual = rms_norm.Norm(rand(576), 1e-5), rand(3, 600)[:, :576]
+    got = norm.forward(wide[:, :576], residual)
+    for a, b in zip(got, norm.forward(wide[:, :576].clone(), residual.clone())):
         torch.testing.assert_close(a, b)  # a card may add in another order
 
 
@@ -416,10 +414,10 @@ def test_a_flat_distribution_keeps_its_digits_in_float16():
 
 def test_nothing_in_nothing_out():
     empty = torch.empty(0, 64, device=DEVICE)
-    weight, none = torch.ones(64, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
-    y, h, inverse = rms_norm.rms_norm_forward(empty, weight, 1e-5, empty)
+    norm, none = rms_norm.Norm(torch.ones(64, device=DEVICE), 1e-5), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    y, h, inverse = norm.forward(empty, empty)
     assert y.shape == h.shape == (0, 64) and inverse.shape == (0,)
-    assert rms_norm.rms_norm_backward(empty, empty, weight, inverse, empty).shape == (0, 64)
+    assert norm.backward(empty, empty, inverse, empty).shape == (0, 64)
     assert rope.rope_(empty.view(0, 4, 16), empty[:, :16], empty[:, :16]).shape == (0, 4, 16)
     assert swiglu.swiglu_forward(empty, empty).shape == (0, 64)
     assert [t.shape for t in swiglu.swiglu_backward(empty, empty, empty)] == [(0, 64)] * 3

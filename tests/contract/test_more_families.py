@@ -9,15 +9,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import make_tokenizer
+from tests.contract import test_trl_parity as trl_parity
 from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
-from tests.contract.test_layer import KEEPS, compare
+from tests.contract.test_layer import KEEPS, compare, gradients, oracle, sixteen_bits
 from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, plan_of, sft_steps
 from tests.numeric import apart, conversation, hugging_face_logps, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.base import load_base
-from zephyr_lite.model.base_folder import check_family
+from zephyr_lite.model.base_folder import check_family, fingerprint
 from zephyr_lite.model.decoder import Decoder, Dropout
 
 SIZES = {
@@ -113,6 +114,20 @@ def test_the_decoder_equals_the_hugging_face_model(name):
         assert apart(logps, hugging_face_logps(decoder.stack, example.ids, targets, ["sft", "dpo"])) < 1e-5
 
 
+def test_16_bits_are_as_near_to_float64_as_the_hugging_face_model_in_16_bits(name):
+    """In bfloat16: what a layer rounds, and where."""
+    example = conversation(0, 33)
+    batch = collate_conversations([example])
+    want, wanted = loss_and_gradients(Decoder(live_stack(tiny(name), torch.float64), torch.float64), batch)
+    logps, grads = loss_and_gradients(sixteen_bits(tiny(name), torch.bfloat16), batch)
+    plain = sixteen_bits(tiny(name), torch.bfloat16)
+    theirs = oracle(plain, example, batch)
+    theirs.float().sum().backward()
+    assert apart(logps.double(), want) <= 1.1 * apart(theirs.detach().double(), want) + 1e-3
+    ours, others = (max(apart(g[n].double(), wanted[n]) for n in wanted) for g in (grads, gradients(plain.stack)))
+    assert ours < 1.5 * others + 1e-2
+
+
 def test_the_layer_through_nf4_and_streamed(name, tmp_path):
     tiny(name).save_pretrained(tmp_path)
     make_tokenizer(tmp_path)
@@ -180,6 +195,28 @@ def test_variants_that_the_layer_does_not_compute_are_refused(name, changes, mat
     assert "engine=trl" in error.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"), [("smollm3", {"no_rope_layers": [1, 1]}), ("gemma3_text", {"query_pre_attn_scalar": 32})]
+)
+def test_what_only_a_familys_own_keys_say_changes_the_fingerprint(name, changes, tmp_path):
+    model = tiny(name)
+    model.save_pretrained(tmp_path)
+    before = fingerprint(tmp_path)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    model.config.save_pretrained(tmp_path)
+    assert fingerprint(tmp_path) != before
+
+
 def test_inside_another_trainer(name):
     ids = torch.randint(3, 440, RIGHT.shape, generator=torch.Generator().manual_seed(0))
     assert_same(both(peft_model(tiny(name)), input_ids=ids, attention_mask=RIGHT))
+
+
+def test_losses_and_gradients_are_trls(name, tmp_path, monkeypatch):
+    """SFT and sigmoid DPO on padded batches, the reference with an adapter of its own."""
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.pad_token = "<unk>"
+    monkeypatch.setattr(trl_parity, "make_model", lambda: tiny(name))
+    trl_parity.test_sft(tokenizer, tmp_path)
+    trl_parity.test_dpo(tokenizer, tmp_path, "sigmoid", label_smoothing=0.0)

@@ -1,6 +1,8 @@
-"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile."""
+"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile; and its
+losses and gradients against TRL's."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +17,18 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from tests.conftest import CONVERSATIONS, TEXT
+from tests.contract import test_trl_parity as parity
 from tests.contract.test_gguf import add_bos, fields, off
 from tests.contract.test_more_families import tiny
+from tests.contract.test_trl_parity import tokenizer  # noqa: F401
 from tests.export.test_export_ollama import SAID, modelfile_template, render_go
 from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
 from zephyr_lite.chat.generate import Streamer
 from zephyr_lite.config.load import load_config
+from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf import end_ids, write_gguf
-from zephyr_lite.export.gguf_vocab import _LLAMA3, _QWEN2
+from zephyr_lite.export.gguf_vocab import _GPT4O, _LLAMA3, _QWEN2, _TEKKEN
 from zephyr_lite.export.ollama import write_modelfile
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.sampling import Sampling
@@ -49,6 +54,17 @@ class Case:
     notes: tuple[str, ...] = ()  # of the GGUF file
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 CASES = {
     "qwen3": Case(
         "qwen3-4b",
@@ -99,6 +115,41 @@ CASES = {
             "query_pre_attn_scalar": 32,
         },
     ),
+    "ministral3": Case(
+        "ministral-3-8b",
+        _TEKKEN,
+        ("</s>", "<s>"),
+        "tekken",
+        {
+            "general.architecture": "mistral3",
+            "mistral3.attention.temperature_scale": 0.1,
+            "mistral3.rope.scaling.type": "yarn",
+            "mistral3.rope.scaling.factor": 16.0,
+            "mistral3.rope.scaling.original_context_length": 8,
+            "mistral3.rope.scaling.yarn_beta_fast": 32.0,
+            "mistral3.rope.scaling.yarn_log_multiplier": 1.0,
+        },
+        ("</s>",),
+        bos="<s>",
+        changes={"rope_parameters": YARN},
+    ),
+    "phi3": Case(
+        "phi-4-mini",
+        _GPT4O,
+        ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        "gpt-4o",
+        {
+            "general.architecture": "phi3",
+            "phi3.rope.dimension_count": 12,
+            "phi3.rope.scaling.type": "longrope",
+            "phi3.rope.scaling.original_context_length": 4096,
+            "phi3.rope.scaling.attn_factor": math.sqrt(1 + math.log(2) / math.log(4096)),
+        },
+        ("<|end|>", "<|endoftext|>"),
+        template="phi3",
+        changes={"original_max_position_embeddings": 4096, "max_position_embeddings": 8192},
+        notes=("set its context to 4096", "last 9 tokens"),
+    ),
 }
 
 
@@ -107,7 +158,8 @@ def save_tokenizer(folder: Path, case: Case) -> None:
     raw = Tokenizer(models.BPE(unk_token=None if case.split else "<unk>", byte_fallback=not case.split))
     special, alphabet = [*case.special], pre_tokenizers.ByteLevel.alphabet()
     if case.split:
-        split = pre_tokenizers.Split(Regex(case.split), behavior="isolated", invert=False)
+        way = ("removed", True) if case.split == _GPT4O else ("isolated", False)
+        split = pre_tokenizers.Split(Regex(case.split), *way)
         spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         raw.pre_tokenizer, raw.decoder = pre_tokenizers.Sequence([split, spelling]), decoders.ByteLevel()
     else:  # Gemma's
@@ -172,17 +224,21 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad(), chat.stack.only(["sft", "dpo"]):
         assert off(chat.stack.model, plain) < 1e-5
+    if name == "gemma3_text":  # the keys of transformers 4
+        told = json.loads((out / "config.json").read_text())
+        assert (told["rope_theta"], told["rope_local_base_freq"], told["rope_scaling"]["factor"]) == (1e4, 10.0, 8.0)
     composed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "dpo" / "adapter").eval()
     assert off(plain, composed) < 1e-5 < off(plain, AutoModelForCausalLM.from_pretrained(base))
 
     # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
-    tokenizer, template = AutoTokenizer.from_pretrained(out), chat.template
-    assert tokenizer.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
+    served, template = AutoTokenizer.from_pretrained(out), chat.template
+    assert served.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
+    assert any("enable_thinking=false" in note for note in template.notes) is (name == "qwen3")
     streamer = Streamer(chat, [["sft", "dpo"]])
     messages = [{"role": "user", "content": "What do you like to cook on a rainy evening?"}]
     for _ in range(2):
         ids = template.prompt_ids(messages).tolist()
-        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+        assert served.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
         (drawn,) = streamer.draw([ids], [Sampling(temperature=0.0, max_new_tokens=8)])
         given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": chat.ends, "use_cache": False}
         want = plain.generate(torch.tensor([ids]), **given)[0, len(ids) :].tolist()
@@ -207,12 +263,36 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     assert told["tokenizer.ggml.pre"] == case.pre and told["tokenizer.chat_template"] == template.text
     reader, _ = convert_gguf_tokenizer(*get_gguf_tokenizer(str(report.out))[:2])
     text = template.text_of([{"role": "user", "content": "I'd cook 12345 soups,\n\n  é 日本?"}], True)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = served(text, add_special_tokens=False).input_ids
     assert reader.encode(text, add_special_tokens=False).ids == ids
 
     # Ollama
     write_modelfile(out, report.out, tmp_path / "Modelfile")
     text = (tmp_path / "Modelfile").read_text()
-    assert [line.split('"')[1] for line in text.splitlines() if line.startswith("PARAMETER stop")] == [*case.ends]
+    stops = {line.split('"')[1] for line in text.splitlines() if line.startswith("PARAMETER stop")}
+    assert stops == {*case.ends}
     for messages in SAID:
         assert render_go(modelfile_template(text), messages) == template.text_of(messages, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("smollm3", {}, "no_rope_layers is .*; llama.cpp computes this architecture with"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "query_pre_attn_scalar is 20; .* with 32"),
+        ("ministral3", {}, "of type yarn scale attention"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(name, changes, match, tmp_path):
+    tiny(name, **changes).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=match):
+        write_gguf(tmp_path, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_trls(name, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """SFT's and DPO's, on the same rows."""
+    monkeypatch.setattr(parity, "make_model", lambda: tiny(name))
+    parity.test_sft(tokenizer, tmp_path)
+    parity.test_dpo(tokenizer, tmp_path, "sigmoid", 0.0, None)

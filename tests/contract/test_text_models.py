@@ -4,16 +4,23 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Ministral3Config,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    MistralConfig,
     PixtralVisionConfig,
+    SiglipVisionConfig,
 )
 
 from tests.conftest import make_tokenizer
 from tests.contract.test_gguf import off
+from tests.numeric import apart
 from tests.train.test_train import LN2, dpo_words, metrics, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import load_config
@@ -21,6 +28,7 @@ from zephyr_lite.io.safetensors import SafetensorsFile
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.base_folder import check_weights, fingerprint, read_model_config
 from zephyr_lite.model.files import open_shards
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -32,19 +40,31 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "sliding_window": None,
 }
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def mistral3():
-    """Mistral Small 3.1's parts: a Mistral with a head of its own, and Pixtral."""
-    vision = PixtralVisionConfig(**VISION, image_size=28, patch_size=14)
-    config = Mistral3Config(text_config=MistralConfig(**TEXT), vision_config=vision, tie_word_embeddings=False)
+    """A text model with a head of its own."""
+    vision = PixtralVisionConfig(**VISION, head_dim=16)
+    config = Mistral3Config(text_config=Ministral3Config(**TEXT), vision_config=vision, tie_word_embeddings=False)
     return Mistral3ForConditionalGeneration(config)
 
 
-MODELS = {"mistral3": mistral3}
+def gemma3():
+    """A tied one."""
+    text, vision = Gemma3TextConfig(**TEXT, sliding_window=9), SiglipVisionConfig(**VISION)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
+MODELS = {"mistral3": mistral3, "gemma3": gemma3}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -92,6 +112,17 @@ def test_it_trains_merges_and_gives_the_live_logits(base, chat_rows, pair_rows, 
         assert off(plain, chat.stack.model) < 1e-5
     # a second run on the merged folder, whose modules have the same names
     run_sft(load_config("sft", None, words(out, tmp_path / "b", chat_rows, **small)))
+
+
+def test_an_adapter_that_was_trained_on_the_whole_model(base, tmp_path):
+    whole = AutoModelForImageTextToText.from_pretrained(base)
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    model = get_peft_model(whole, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    merge(base, [read_adapter(tmp_path / "adapter")], tmp_path / "merged")
+    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert apart(plain(ids).logits, model(input_ids=ids).logits) < 1e-5
 
 
 def test_it_trains_in_4_bits(base, chat_rows, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from tests.conftest import make_tokenizer
 from tests.messages import messages_to
@@ -211,10 +211,21 @@ def test_any_architecture(run, tmp_path, chat_rows):
         run("sft", run="fused", engine="fused", model_name_or_path=str(folder))
 
 
+def test_a_mixture_of_experts_has_adapters_on_its_linear_layers(run, tmp_path):
+    sizes = {"vocab_size": 448, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 2}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    folder = tmp_path / "mixtral"
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
+    make_tokenizer(folder)
+    trained = run("sft", model_name_or_path=str(folder), lora_dropout=0.1)
+    assert {name.split(".")[-3] for name in weights(trained / "adapter")} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"loss_type": "ipo_sum"}, ["ipo_sum", "engine=fused"]),
+        ({"loss_type": "orpo"}, ["orpo", "engine=fused"]),
         ({"label_smoothing": 0.1}, ["TRL ignores it", "robust"]),
     ],
 )

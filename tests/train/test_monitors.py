@@ -112,7 +112,7 @@ def test_a_collapse_is_warned_of_once_with_its_cures():
     falling = list(steps(chosen=lambda i: -1.0 - 0.5 * i, rejected=lambda i: -5.0 - 1.5 * i, accuracy=1.0))
     first = said_by(watch, falling[:30])
     assert len(first) == 1 and first[0].startswith("step 20: ")
-    for cure in ("beta", "learning_rate", "early_stopping_patience", "label_smoothing", "loss_type=ipo"):
+    for cure in ("beta", "learning_rate", "early_stopping_patience", "label_smoothing", "loss_type=ipo", "rpo_alpha"):
         assert cure in first[0]
     assert said_by(watch, falling[30:]) == []
 

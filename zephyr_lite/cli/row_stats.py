@@ -31,7 +31,8 @@ def lengths_of(rows: TrainedRows) -> dict[str, np.ndarray]:
         name: pc.list_value_length(rows.column(f"{name}_ids")).to_numpy().astype(np.int64)
         for name in ("prompt", "chosen", "rejected")
     }
-    return {"prompt + longer response": parts["prompt"] + np.maximum(parts["chosen"], parts["rejected"]), **parts}
+    longer = np.maximum(parts["chosen"], parts["rejected"])
+    return {"prompt + longer response": parts["prompt"] + longer, **{k: v for k, v in parts.items() if v.any()}}
 
 
 def print_stats(rows: TrainedRows, places: int = 5) -> None:
@@ -50,17 +51,18 @@ def print_stats(rows: TrainedRows, places: int = 5) -> None:
     lengths = lengths_of(uncut_rows(rows))
     table = []
     for name, values in lengths.items():
+        values = values[values > 0]  # an answer with a label has no other side
         quantiles = np.quantile(values, [0.1, 0.5, 0.9, 0.99, 1], method="inverted_cdf")
         table.append([name, f"{values.mean():,.0f}", *(f"{value:,}" for value in quantiles)])
     header = ["tokens, before cutting", "mean", "10 % ≤", "median", "90 % ≤", "99 % ≤", "longest"]
     console.table(header, table)
-    if rows.method == "dpo":
+    if report.unit == "pair":
         share = (lengths["chosen"] > lengths["rejected"]).mean()
         console.say(f"the chosen response is the longer one in {share:.1%} of the pairs")
     _print_sources(rows)
     if training:
         per_epoch, steps = step_schedule(config, len(rows.data.rows))
-        batch = counted(config.batch_size, "row" if rows.method == "sft" else "pair")
+        batch = counted(config.batch_size, "row" if rows.method == "sft" else report.unit)
         tokens = report.tokens / per_epoch
         console.say(f"an epoch: {counted(per_epoch, 'step')} of {batch}, {tokens:,.0f} tokens each")
         why = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"

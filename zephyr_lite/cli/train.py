@@ -107,7 +107,8 @@ def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[
         following = (file or "").removesuffix("sft") + "dpo"
         preset = ["--config", following] if following in preset_configs() else []
         return [["dpo", *preset, f"output_dir={run}"]]
-    evaluation = [["eval", "loss" if method == "sft" else "preference", run]] if config.eval_dataset else []
+    evaluates = config.eval_dataset and config.row_kind(method) != "kto"
+    evaluation = [["eval", "loss" if method == "sft" else "preference", run]] if evaluates else []
     return [["chat", run, "--compare"], *evaluation, ["merge", "--run", run, "--out", "model/"]]
 
 
@@ -148,7 +149,7 @@ def suggest(
     context: Context,
     config: StageConfig = None,
     probe: Annotated[
-        bool, Option("--probe", help="Also train 20 steps at each of three to five learning rates, and take the best.")
+        bool, Option("--probe", help="Also train 20 steps at each of at most five learning rates, and take the best.")
     ] = False,
     out: Annotated[
         Path | None, Option("--out", "-o", callback=nameable, help="Write the configuration to this YAML file.")

@@ -20,7 +20,7 @@ _Compared = Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust", "sigmoid_nor
 _ReferenceFree = Literal["simpo", "orpo", "sft"]
 PairLoss = Literal[_Compared, _ReferenceFree]
 REFERENCE_FREE = set(get_args(_ReferenceFree))
-SMOOTHED = {"sigmoid", "robust", "simpo"}
+SMOOTHED = {"sigmoid", "robust"}
 # rows to hold out
 ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
@@ -145,7 +145,7 @@ class RunConfig(BaseModel):
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="modules with an adapter: all seven projections of a layer, or a list: [q_proj, v_proj]",
+        description="modules with an adapter: all projections of a layer, or a list: [q_proj, v_proj]",
     )
     # optimization
     batch_size: int = Field(
@@ -191,19 +191,20 @@ class RunConfig(BaseModel):
         0.01,
         gt=0,
         le=1000,
-        description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo",
+        description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo and kto",
     )
-    loss_type: PairLoss | list[PairLoss] = Field(
+    loss_type: PairLoss | Literal["kto"] | list[PairLoss] = Field(
         "sigmoid",
-        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own",
+        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own; kto also "
+        "learns from single answers with a label",
     )
     loss_weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
         None, description="dpo: the weight of each loss of the list; null: 1 each"
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped (sigmoid, robust, simpo)"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped")
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
+    desirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label true")
+    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label false")
     precompute_ref_log_probs: bool = Field(
         False, description="dpo: compute the reference once, before the first step, and cache it on disk"
     )
@@ -303,14 +304,10 @@ class RunConfig(BaseModel):
     def _together(self) -> RunConfig:
         losses, count = self.losses, 1 if isinstance(self.loss_type, str) else len(self.loss_type)
         if not losses or len(losses) < count or len(self.loss_weights or losses) != count:
-            raise ValueError(
-                "loss_type needs a loss, or several different ones; loss_weights one value for each of them"
-            )
+            raise ValueError("loss_type needs a loss, or several different ones; loss_weights one value for each")
         name = " + ".join(losses)
         if "robust" in losses and self.label_smoothing == 0:
-            raise ValueError(
-                f"loss_type {name} needs label_smoothing above 0: the share of pairs assumed to be swapped"
-            )
+            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
         if self.label_smoothing and not losses.keys() & SMOOTHED:
             raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
         if self.precompute_ref_log_probs and not self.needs_reference:
@@ -340,6 +337,10 @@ class RunConfig(BaseModel):
             self.eval_dataset = [spec.model_copy(update=rest) for spec in held_out] if size else named
         return self
 
+    def row_kind(self, method: Literal["sft", "dpo"]) -> Literal["sft", "dpo", "kto"]:
+        """The kind of rows that a stage reads: kto's are labelled answers or pairs."""
+        return "kto" if method == "dpo" and self.loss_type == "kto" else method
+
 
 # differences of the published DPO QLoRA recipe from the SFT recipe
 DPO_DEFAULTS: dict[str, Any] = {
@@ -354,9 +355,10 @@ DPO_DEFAULTS: dict[str, Any] = {
     "learning_rate": 5.0e-6,
     "optim": "paged_adamw_32bit",
 }
-# and what a loss without a reference needs instead, by default: SimPO's values for Mistral (its README), its rate being about
-# DPO's; ORPO's (Mistral-ORPO-β), its rate times ten for LoRA
+# and what some losses need instead, by default: SimPO's values for Mistral (its README), its rate being about DPO's; ORPO's
+# (Mistral-ORPO-β), its rate times ten for LoRA; KTO's paper's
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "simpo": {"beta": 2.0},
     "orpo": {"beta": 0.1, "learning_rate": 5.0e-5},
+    "kto": {"beta": 0.1},
 }

@@ -105,7 +105,8 @@ def collate_conversations(examples: Sequence[Example]) -> Batch:
 
 
 def collate_pairs(pairs: Sequence[PairExample]) -> Batch:
-    """Preference pairs side by side: [prompt, chosen] is one segment, [rejected] another that sees the prompt's keys.
+    """Preference pairs side by side: [prompt, chosen] is one segment, [rejected] another that sees the prompt's keys. An answer
+    with a label, where one side has no tokens, is one segment with its prompt.
 
     The first token of both responses is predicted by the same hidden state, the prompt's last.
     """
@@ -117,8 +118,11 @@ def collate_pairs(pairs: Sequence[PairExample]) -> Batch:
         tokens += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
         positions += [np.arange(prompt + chosen), np.arange(prompt, prompt + rejected)]
         streams += [np.full(prompt + chosen, 2 * pair.index), np.full(rejected, 2 * pair.index + 1)]
-        segments.append(Segment(first, second))
-        segments.append(Segment(second, second + rejected, prefix=(first, first + prompt)))
+        if chosen and rejected:
+            segments.append(Segment(first, second))
+            segments.append(Segment(second, second + rejected, prefix=(first, first + prompt)))
+        else:
+            segments.append(Segment(first, second + rejected))
         last = first + prompt - 1
         for start, response, mask in (
             (first + prompt, pair.chosen_ids, pair.chosen_mask),

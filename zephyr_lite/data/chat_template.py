@@ -94,7 +94,7 @@ class Example:
 @dataclass
 class PairExample:
     """One preference pair: prompt + chosen and prompt + rejected, with one copy of the prompt: the equal tokens of both texts
-    that end before the first answer begins."""
+    that end before the first answer begins. Of an answer with a label (KTO) the other side has no tokens."""
 
     prompt_ids: np.ndarray  # [P] int32, P ≥ 1, never supervised
     chosen_ids: np.ndarray  # [C] int32
@@ -237,14 +237,17 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         notes: list[str] | None = None,
     ) -> Pair:
-        """The ids of a preference pair, as ``encode``; answers in the prompt are never supervised."""
-        a, b = (self.encoding([*prompt, *turns], loss_on, tools, notes, len(prompt)) for turns in (chosen, rejected))
+        """The ids of a preference pair, as ``encode``; answers in the prompt are never supervised. ``chosen`` or ``rejected`` may
+        be []."""
+        both = (chosen or rejected, rejected or chosen)
+        a, b = (self.encoding([*prompt, *turns], loss_on, tools, notes, len(prompt)) for turns in both)
         shorter = min(len(a.ids), len(b.ids))
         shared = (a.ids[:shorter] == b.ids[:shorter]) & (a.ends[:shorter] <= min(a.first, b.first))
         length = shorter if shared.all() else int(np.argmin(shared))
         if length == 0:
             raise RowError("no token of the prompt is the same before both answers")
-        return Pair(a.ids[:length], a.ids[length:], a.mask[length:], b.ids[length:], b.mask[length:])
+        c, r = (slice(length, None if turns else length) for turns in (chosen, rejected))
+        return Pair(a.ids[:length], a.ids[c], a.mask[c], b.ids[r], b.mask[r])
 
     def encoding(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import tokenizers
 import transformers
 
@@ -28,7 +29,7 @@ _PLACES = 5
 
 # columns of arrays
 _COUNTS, _TEXTS = ("length", "supervised", "lost", "cut"), ("where", "fault", "note")
-_ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": Pair._fields}
+_ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": Pair._fields, "kto": Pair._fields}
 
 
 @dataclass
@@ -49,11 +50,13 @@ class DataReport:
     supervised: int = 0
     fill: float | None = None  # tokens / (rows × max_length); None for pairs, which are packed by the plan
     longest: int = 0  # tokens of the longest example
+    unit: str = "conversation"  # what an example is: also a pair (dpo), or a row (kto)
+    desirable: int = 0  # answers with label true, and chosen ones (kto)
+    undesirable: int = 0
 
     def lines(self, places: int | None = _PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
-        pairs = self.fill is None
-        unit = "pair" if pairs else "conversation"
+        pairs, unit = self.fill is None, self.unit
         result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
         for reason, where in sorted(self.changed.items(), key=_count):
@@ -65,6 +68,8 @@ class DataReport:
             )
         packed = "" if pairs else f" in {counted(self.rows, 'packed row')}, {self.fill:.1%} full"
         result.append(f"{counted(self.kept, unit)}{packed}; the longest has {self.longest:,} tokens")
+        if unit == "row":
+            result.append(f"answers: {self.desirable:,} desirable (true), {self.undesirable:,} undesirable (false)")
         result.append(
             f"{self.tokens:,} tokens, {self.supervised:,} supervised ({self.supervised / max(1, self.tokens):.1%})"
         )
@@ -120,7 +125,7 @@ class Examples(Sequence[Any]):
 class TokenizedDataset:
     """Data as a stage trains on it."""
 
-    examples: Examples  # ``Example`` (sft) or ``PairExample`` (dpo) by index, read lazily
+    examples: Examples  # ``Example`` (sft) or ``PairExample`` (dpo, kto) by index, read lazily
     lengths: np.ndarray  # int64 [n], the tokens of each example in a batch
     rows: list[list[int]]  # indices of the examples in each packed row (sft), or of one pair (dpo)
     report: DataReport
@@ -145,8 +150,8 @@ def prepare(
 
     Args:
         specs: ``config.dataset`` or ``config.eval_dataset``.
-        method: the stage.
-        config: for ``seed``, ``system``, ``loss_on``, ``max_length`` and ``max_prompt_length`` (dpo).
+        method: the kind of rows (``RunConfig.row_kind``).
+        config: for ``seed``, ``system``, ``loss_on``, ``max_length``, ``max_prompt_length`` (dpo) and weights (kto).
         template: of ``resolve_template``.
         what: the data's name in the report.
 
@@ -157,6 +162,7 @@ def prepare(
     report = DataReport(
         what, notes=[*rows.notes, *template.notes], read=rows.read, dropped=rows.dropped, changed=rows.changed
     )
+    report.unit = {"sft": "conversation", "dpo": "pair", "kto": "row"}[method]
     features: dict[str, Any] = {}
     for name in _ARRAYS[method]:
         features[name] = datasets.Sequence(datasets.Value("bool" if name.endswith("mask") else "int32"))
@@ -204,7 +210,25 @@ def prepare(
     data = TokenizedDataset(Examples(table, method), lengths, one_each, report, _fingerprint(table, method, template))
     if method == "sft":
         data.pack(config.max_length)
+    elif method == "kto":
+        ids = data.examples.columns("chosen_ids", "rejected_ids")[:]
+        report.desirable, report.undesirable = (
+            np.sum(pc.list_value_length(ids[name]).to_numpy() > 0).item() for name in ids.column_names
+        )
+        report.notes += _unbalanced(report, config) if what == "training" else []
     return data
+
+
+def _unbalanced(report: DataReport, config: RunConfig) -> list[str]:
+    """Notes on weights of desirable and undesirable answers that KTO's paper advises against (eq. 8)."""
+    if not (report.desirable and report.undesirable):
+        return [f"all labels are {'true' if report.desirable else 'false'}; KTO learns more from answers of both kinds"]
+    ratio = report.desirable * config.desirable_weight / (report.undesirable * config.undesirable_weight)
+    if 0.99 < ratio < 1.34:
+        return []
+    key, factor = ("desirable_weight", 1 / ratio) if ratio < 1 else ("undesirable_weight", ratio)
+    advice = f"KTO's paper advises 1 to 1.33: set {key}={getattr(config, key) * factor:.3g}"
+    return [f"the desirable answers weigh {ratio:.3g} times as much as the undesirable ones; {advice}"]
 
 
 def _encode(
@@ -235,7 +259,8 @@ def _encode(
                 turns = row["prompt"], row["chosen"], row["rejected"]
                 pair = template.encode_pair(*turns, loss_on, row.get("tools"), notes)
                 short = cut_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
-                masks = pair.chosen_mask, short.chosen_mask, pair.rejected_mask, short.rejected_mask
+                sides = (pair.chosen_mask, short.chosen_mask), (pair.rejected_mask, short.rejected_mask)
+                masks = tuple(mask for side, turn in zip(sides, turns[1:]) if turn for mask in side)
                 if short is not pair:
                     cut = 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
             counts = [int(mask.sum()) for mask in masks]  # of each response, before and after the cut
@@ -243,7 +268,7 @@ def _encode(
                 raise RowError("no supervised token")
             if not all(counts[1::2]):
                 raise RowError(f"no supervised token within max_length {max_length}")
-            if method == "dpo" and np.array_equal(short[1], short[3]):
+            if method != "sft" and np.array_equal(short[1], short[3]):
                 raise RowError(f"chosen equals rejected within max_length {max_length}")
             arrays, supervised, lost = short, sum(counts[1::2]), sum(counts[::2]) - sum(counts[1::2])
             length = sum(map(len, short)) - sum(map(len, masks[1::2]))

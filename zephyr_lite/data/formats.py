@@ -1,4 +1,4 @@
-"""The formats of rows (OpenAI, ShareGPT, Alpaca, Hermes, Capybara, UltraChat, preference pairs), read as messages.
+"""The formats of rows (OpenAI, ShareGPT, Alpaca, Hermes, Capybara, UltraChat, preference pairs, labels), read as messages.
 
 One row at a time: a faulty row is a ``RowError`` with a reason; the caller leaves it out, counts it and names its place.
 Columns and keys that have a value and are not read are listed.
@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..io.text import shown
 from .messages import Message, RowError, as_messages, as_text, as_tools, has_value, listed, message, truth
 
-Method = Literal["sft", "dpo"]
+Method = Literal["sft", "dpo", "kto"]
 
 # column of turns → the name of its format
 TURNS = {"messages": "messages", "conversations": "ShareGPT", "conversation": "conversation turns"}
@@ -35,11 +35,14 @@ _LIKELY = {
     "completion": ("answer", "a", "response", "output", "assistant", "solution", "target", "reply", "completions"),
     "chosen": ("preferred", "accepted", "better", "winner", "win", "good", "positive", "chosen_response"),
     "rejected": ("dispreferred", "refused", "worse", "loser", "lose", "bad", "negative", "rejected_response"),
+    "label": ("kto_tag", "liked", "thumbs_up", "feedback", "vote", "rating"),
 }
 _NEEDS = {
     "sft": "sft needs conversations: a column messages, conversations (ShareGPT), instruction and output (Alpaca), "
     "prompt and completion, data (raw UltraChat), or plain text: a column text",
     "dpo": "dpo needs preference rows: columns chosen and rejected, with or without prompt",
+    "kto": "loss_type kto needs answers with a label (true or false): columns prompt, completion and label, or messages and "
+    "label; or preference rows: chosen and rejected",
 }
 
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
@@ -51,7 +54,8 @@ class Row:
 
     Attributes:
         values: column → value, as given.
-        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo, and "tools" if it has any.
+        value: {"messages": …} for sft, {"prompt": …, "chosen": …, "rejected": …} for dpo and kto (an answer with a label is
+            chosen or rejected, and the other one is []), and "tools" if it has any.
         kind: the name of its format.
         changes: in words.
         unread_keys: keys of turns that have a value and were not read.
@@ -103,7 +107,7 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     row = Row(values)
     found = _format(set(row.filled), method) or _format(set(values), method)
     if found is None:
-        what = "conversation" if method == "sft" else "preference pair"
+        what = {"sft": "conversation", "dpo": "preference pair", "kto": "answer with a label, and no pair,"}[method]
         raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
     row.kind, read = found
     row.value = read(row)
@@ -140,9 +144,8 @@ def detect(columns: list[str], method: Method, where: str) -> str:
     hint = mapping_hint(columns, method)
     if other and method == "sft":
         what, hint = "preference rows (chosen and rejected)", "Train on them with zephyr-lite dpo."
-    elif method == "dpo" and {"prompt", "completion", "label"} <= have:
-        what = "prompt, completion and label (KTO rows)"
-        hint = "Pair answers to the same prompt: chosen has label true, rejected has label false."
+    elif method == "dpo" and (labelled := _format(have, "kto")):
+        what, hint = labelled[0], "Train on them with zephyr-lite dpo loss_type=kto."
     raise UserError(f"{where}: found {what}; {_NEEDS[method]}.", hint)
 
 
@@ -150,7 +153,8 @@ def mapping_hint(columns: list[str], method: Method) -> str:
     """The command-line words that map a data set's columns, with likely names filled in."""
     wanted = {}
     lower = {column.lower(): column for column in columns}
-    for ours in ("prompt", "completion") if method == "sft" else ("prompt", "chosen", "rejected"):
+    names = ("prompt", "chosen", "rejected") if method == "dpo" else ("prompt", "completion", "label")
+    for ours in names[: 2 if method == "sft" else 3]:
         if ours not in columns:
             wanted[ours] = next((lower[name] for name in (ours, *_LIKELY[ours]) if name in lower), "COLUMN")
     found = f"(found {shown(', '.join(columns), 500)})"
@@ -258,6 +262,19 @@ def _read_pair(row: Row) -> dict[str, Any]:
     return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
+def _read_labelled(row: Row, read: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
+    """A conversation whose last answer has a label, as a pair of which one side is empty."""
+    messages, good = read(row)["messages"], truth(row.take("label"))
+    if good is None:
+        raise RowError(f"label is {shown(row.values['label'], 40)}, not true or false")
+    start = max(i for i, turn in enumerate(messages) if turn["role"] in ("assistant", TEXT))
+    if start == 0:
+        raise RowError("no prompt before the answer")
+    answer = messages[start:]
+    _refuse_untrained(answer, "the last answer")
+    return {"prompt": messages[:start], "chosen": answer if good else [], "rejected": [] if good else answer}
+
+
 def _refuse_answered(prompt: list[Message]) -> None:
     """Refuse a prompt that ends with an answer: templates render neither two in a row nor the beginning of one."""
     if prompt and prompt[-1]["role"] == "assistant":
@@ -296,6 +313,10 @@ _FORMATS: dict[Method, list[tuple[set[str], str, Callable[[Row], dict[str, Any]]
         ({"chosen", "rejected"}, "preference pairs", _read_pair),
     ],
 }
+_FORMATS["kto"] = _FORMATS["dpo"] + [
+    ({*columns, "label"}, f"{name} with labels", partial(_read_labelled, read=read))
+    for columns, name, read in _FORMATS["sft"]
+]
 
 
 # -- columns to messages -------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def load_rows(specs: Sequence[DatasetSpec], method: Method, *, seed: int, system
 
     Args:
         specs: the sources, at least one.
-        method: ``sft`` gives conversations, ``dpo`` preference pairs.
+        method: ``sft`` gives conversations, ``dpo`` preference pairs, ``kto`` these and answers with labels.
         seed: of ``limit`` and ``weight``.
         system: a system turn for rows without one.
 

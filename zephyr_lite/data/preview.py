@@ -79,7 +79,7 @@ def example_segments(
     after = len(example.prompt_ids)
     first = int(template.bos_token_id is not None)  # a prompt is cut on its left, after BOS
     segments: list[Segment] = []
-    for part in ("chosen", "rejected"):
+    for part in (name for name in ("chosen", "rejected") if row[name]):
         ids, roles = _ids_and_roles(template, [*row["prompt"], *row[part]], loss_on, tools, len(row["prompt"]))
         own_ids, mask = getattr(example, f"{part}_ids"), getattr(example, f"{part}_mask")
         if not segments:

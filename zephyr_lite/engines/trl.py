@@ -24,6 +24,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
+from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ..config.load import Method, RunConfig
@@ -59,7 +60,7 @@ def check_supported(method: Method, config: RunConfig) -> None:
     """
     if config.engine == "unsloth":
         start_unsloth()
-    if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo"}):
+    if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo", "kto"}):
         raise UserError(f"loss_type {', '.join(missing)}: TRL's DPO trainer does not have it.", "Set engine=fused.")
     if method == "dpo" and "sigmoid" in config.losses and config.label_smoothing:
         raise UserError(
@@ -278,11 +279,15 @@ def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None
         for those of a fresh adapter.
     """
     config, model = stage.config, stage.base.model
+    targets, head = config.lora_target_modules, model.get_output_embeddings()
+    if isinstance(targets, str):  # by name: PEFT's all-linear takes experts too, which are no linear layers
+        linears = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+        targets = sorted({name.rsplit(".", 1)[-1] for name in linears})
     shape: dict[str, Any] = {
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
-        "target_modules": config.lora_target_modules,
+        "target_modules": targets,
     }
     below, names = None, ", ".join(str(a.path) for a in stage.frozen)
     if stage.frozen and stage.base.load_in_4bit:

@@ -133,18 +133,15 @@ def unsloth_model(model: Any, shape: dict[str, Any], *, dropout: float, seed: in
     """``FastLanguageModel.get_peft_model``: Unsloth's PeftModel with a fresh adapter.
 
     Args:
-        shape: the adapter's rank, alpha, patterns and targets; targets are projections, all-linear, or the full names of
-            modules where there is a rank_pattern.
+        shape: the adapter's rank, alpha, patterns and targets; targets are projections, or the full names of modules where
+            there is a rank_pattern.
         checkpointing: recompute activations in the backward pass, in Unsloth's way.
     """
-    from torch import nn
     from unsloth import FastLanguageModel
 
     from ..model.adapters import AdapterStack
 
-    targets, head = shape["target_modules"], model.get_output_embeddings()
-    if isinstance(targets, str):
-        targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    targets = shape["target_modules"]
     made = FastLanguageModel.get_peft_model(
         model,
         **{**shape, "target_modules": sorted({module.rsplit(".", 1)[-1] for module in targets})},

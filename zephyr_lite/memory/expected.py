@@ -83,7 +83,7 @@ def counted_rows(method: Method, config: RunConfig) -> list[KnownData | None]:
         known = KNOWN_DATA.get(spec.path)
         if known is None and local_path(spec) is not None:
             whole = spec.model_copy(update={"limit": None, "weight": 1.0})
-            rows = load_rows([whole], method, seed=config.seed).dataset["row"]
+            rows = load_rows([whole], config.row_kind(method), seed=config.seed).dataset["row"]
             known = KnownData(0, 0, len(rows), math.ceil(sum(map(len, rows)) / len(rows) / CHARACTERS))
         found.append(known)
     return found
@@ -104,7 +104,7 @@ def expected_job(
         below: the frozen adapters; None: they are not here, and their rank is assumed.
         data: of the training sets; None: as published.
     """
-    longest, size = longest_of(config, method), config.batch_size
+    longest, size, pairs = longest_of(config, method), config.batch_size, config.row_kind(method) == "dpo"
     data = [KNOWN_DATA.get(spec.path) for spec in config.dataset] if data is None else data
     parts = [(spec, known) for spec, known in zip(config.dataset, data, strict=True) if known is not None]
     means = [known.tokens for _, known in parts]
@@ -112,7 +112,7 @@ def expected_job(
     step_tokens = size * (config.max_length if method == "sft" else min(mean, longest))
     rows: dict[str, Any] = {
         "longest": longest,
-        "segment": int(min(mean, config.max_length) if method == "sft" else mean / 2),
+        "segment": int(mean / 2 if pairs else min(mean, config.max_length)),
         "step_tokens": int(step_tokens),
         "step_most": size * longest,
     }
@@ -122,7 +122,7 @@ def expected_job(
         epoch = sum(min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens for spec, known in parts)
         tokens = int(epoch * config.num_train_epochs)
         rows |= {"run_tokens": tokens, "steps": max(1, round(tokens / step_tokens))}
-    if method == "dpo":
+    if pairs:
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
     job = make_workload(config, method, base_config, dtype, **rows)
     if below is None:

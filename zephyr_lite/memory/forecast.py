@@ -83,7 +83,7 @@ def forecast_lines(
 
 def _detail_lines(job: Workload, machine: Machine, plan: Plan, config: RunConfig) -> list[str]:
     """The memory by name, the settings, and what is written to the disk."""
-    cuda, example = machine.device.cuda, "row" if job.method == "sft" else "pair"
+    cuda, example = machine.device.cuda, "row" if job.method == "sft" or job.mismatched else "pair"
     storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
     unit, unit_name = _unit(plan)
     account = {name: size for name, size in plan.account.items() if name != "peak"}

@@ -108,6 +108,8 @@ def _seconds(
             beside = one_pass(forward_operations, scores, moved_forward, LAUNCHES["forward"], extra)
             forward += beside
             waiting = max(0.0, slab - beside) if own_pass else 0.0
+        if job.mismatched:
+            forward += 2 * one_pass(forward_operations, scores, moved_forward, LAUNCHES["forward"], unpacked)
         backward = one_pass(
             backward_operations,
             (3.5 if keep == "input" else 2.5) * scores,
@@ -132,8 +134,9 @@ def _seconds(
             copies = max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward)
             seconds[keep, leaves] = forward + backward + waiting + copies
     targets = tokens * job.targets
-    head = s.head_weights * 2 * targets * (2 + job.live_reference) / rate
-    head += 6 * targets * (1 + job.live_reference) * s.vocabulary * size / memory
+    others = job.live_reference + 2 * job.mismatched  # passes without gradients
+    head = s.head_weights * 2 * targets * (2 + others) / rate
+    head += 6 * targets * (1 + others) * s.vocabulary * size / memory
     head += s.head_weights * size / link if stream else 0.0
     # AdamW reads and writes weights, gradients and states once; clipping reads and writes the gradients
     state, managed = optimizer_bytes(job.optim, job.trained_tensors)

@@ -81,6 +81,7 @@ class Workload:
     run_tokens: int | None = None  # of all steps; None: unknown
     steps: int | None = None  # of the run; None: unknown
     live_reference: bool = False  # a DPO reference runs beside the policy
+    mismatched: bool = False  # before a step policy and reference run on as many tokens, without gradients (kto)
     engine: str = "fused"  # fused, trl or unsloth
 
     @cached_property
@@ -148,7 +149,8 @@ def make_workload(
     for adapter in reversed(frozen):
         adapters.insert(0, AdapterSpec.read(shape, adapter.modules))
     fields.setdefault("longest", longest_of(config, method))
-    if method == "dpo":
+    kind = config.row_kind(method)
+    if kind == "dpo":
         fields.setdefault("keys", 4 / 3)  # a prompt as long as each response
     return Workload(
         shape=shape,
@@ -158,12 +160,13 @@ def make_workload(
         dropout=config.lora_dropout > 0,
         method=method,
         live_reference=method == "dpo" and config.needs_reference and not config.precompute_ref_log_probs,
+        mismatched=kind == "kto",
         engine=config.engine,
         **fields,
     )
 
 
 def longest_of(config: RunConfig, method: Method) -> int:
-    """Tokens of the longest example that the configuration lets through: an SFT row; a pair's prompt with both
-    responses, where the prompt is at least one token."""
-    return config.max_length if method == "sft" else 2 * config.max_length - 1
+    """Tokens of the longest example that the configuration lets through: an SFT row; an answer with a label, and its prompt; a
+    pair's prompt with both responses, where the prompt is at least one token."""
+    return 2 * config.max_length - 1 if config.row_kind(method) == "dpo" else config.max_length

@@ -162,9 +162,13 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
 
 def _config(files: BaseFiles) -> dict[str, Any]:
     """config.json of the merged folder, with the keys of transformers 4 and 5."""
-    config = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    left_out = ("quantization_config", "auto_map")  # the merged weights are dense; no code is copied
+    config = {key: value for key, value in files.config.items() if key not in left_out}
     config["dtype"] = config["torch_dtype"] = files.dtype
     rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "full_attention" in rope:  # Gemma 3's
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":

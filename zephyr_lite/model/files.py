@@ -34,8 +34,8 @@ IGNORED = ["consolidated*"]
 CONVERT = "Only safetensors are read; convert the weights with transformers' save_pretrained first."
 # names of a language model's tensors in a multimodal checkpoint → in the text model's own
 TEXT_NAMES = {
-    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
-    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+    r"^(?:model\.)?(?:language|text)_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language|text)_model\.(?:model\.)?": "model.",
 }
 # keys of config.json that make transformers run a kernel of the hub, where they name a repository
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -191,7 +191,7 @@ def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
     if has_text_model(check_config_file(folder)):
         for file in shards.values():
-            file.rename(_text_name)
+            file.rename(text_name)
     return shards
 
 
@@ -202,7 +202,7 @@ def has_text_model(told: dict[str, Any]) -> bool:
     return isinstance(text, dict) and text.get("model_type") in FAMILIES
 
 
-def _text_name(name: str) -> str | None:
+def text_name(name: str) -> str | None:
     """The text model's name of a multimodal checkpoint's tensor; None: it belongs to another part."""
     for pattern, new in TEXT_NAMES.items():
         name, count = re.subn(pattern, new, name)

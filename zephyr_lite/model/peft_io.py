@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, make_folder, write_text
 from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
 from ..io.text import expected, read_object, shown
-from .files import checked_place, download, named_folder, pickles
+from .files import checked_place, download, named_folder, pickles, text_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -183,6 +183,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     copies: dict[str, Tensor] = {}
     for name in file.entries:
         plain = _PREFIXES.sub("", _WRAPPERS.sub("", name))
+        plain = text_name(plain) or plain  # trained on a multimodal model
         match = _KEY.fullmatch(plain)
         if match is not None:
             sides = names[match["module"]]

@@ -59,6 +59,7 @@ _BOTH: _Charts = [
     ("Gradient norm", "before clipping", {"grad_norm": "training"}),
     ("Throughput", "tokens a second", {"tokens_per_second": "training"}),
     ("Throughput", "pairs a second", {"pairs_per_second": "training"}),
+    ("Throughput", "answers a second", {"answers_per_second": "training"}),
     ("Memory", "GiB at the peak", {"peak_memory_gib": "measured"}),
 ]
 _NOT_SMOOTHED = ("Learning rate", "Memory")

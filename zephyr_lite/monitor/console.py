@@ -175,7 +175,7 @@ def metrics_line(step: int, total: int, metrics: Metrics, left: float | None = N
     ):
         if key in found:
             parts.append(f"{name} {found[key]:{form}}")
-    for unit in ("tokens", "pairs"):
+    for unit in ("tokens", "pairs", "answers"):
         if f"{unit}_per_second" in found:
             parts.append(rate(found[f"{unit}_per_second"], unit))
     if left is not None:

@@ -39,18 +39,9 @@ DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), at_100=(0.681, 0.68
 # keys that must be the recipe's
 _KEYS = (
     *("model_name_or_path", "load_in_4bit", "dataset", "eval_dataset", "max_length", "max_prompt_length", "batch_size"),
-    *(
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "loss_on",
-        "loss_type",
-        "loss_weights",
-        "label_smoothing",
-    ),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "loss_on", "loss_type", "loss_weights"),
     *("lr_scheduler_kwargs", "beta", "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules"),
-    *("loraplus_lr_ratio", "neftune_noise_alpha"),
+    *("loraplus_lr_ratio", "neftune_noise_alpha", "label_smoothing"),
 )
 
 
@@ -70,7 +61,7 @@ class Progress:
     """Metrics of a stage so far, those logged by earlier processes of the run included.
 
     Attributes:
-        stage: the stage; unit: "tokens" or "pairs"; total: number of steps; step: steps done.
+        stage: the stage; unit: its objective's; total: number of steps; step: steps done.
         steps, evaluations: their metrics, with ``step``; a value that is not finite may be a word.
         sample: the last sample, or None.
         general_loss: of the ``Outcome``, at the end.
@@ -126,7 +117,7 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
     Args:
         published: ranges of the published runs; None if this is another recipe.
     """
-    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit == "pairs"
+    steps, evaluations, pairs = progress.steps, progress.evaluations, progress.unit != "tokens"
     if steps and not math.isfinite(float(steps[-1]["loss"])):
         return Verdict("bad", "the last loss is not a finite number")
     # policy and reference are the same function before the first step
@@ -171,14 +162,13 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
         if now < first:
             return Verdict("good", f"healthy: the loss fell from {first:.3f} to {now:.3f}")
         return Verdict("open", f"the loss has not fallen yet: {first:.3f} at the start, {now:.3f} now")
-    recent, level, above = moved(recent), 0.5, 0.0
+    recent, level, above, began = moved(recent), 0.5, 0.0, ""
     if not config.needs_reference:  # the rewards are log-probabilities, which differ from the start
         level, above = (mean(steps[:FIRST], f"rewards/{name}") or 0.0 for name in ("accuracies", "margins"))
+        began = f" ({level:.0%} and {above:.3f} at the start)"
     accuracy, margin = mean(recent, "rewards/accuracies") or 0.0, mean(recent, "rewards/margins") or 0.0
-    text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
-    if not config.needs_reference:
-        text += f" ({level:.0%} and {above:.3f} at the start)"
-    count = sum(float(metrics.get("num_pairs", 0.0)) for metrics in recent)
+    text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}{began}"
+    count = sum(float(metrics.get(f"num_{progress.unit}", 0.0)) for metrics in recent)
     chance = 1 / math.sqrt(max(count, 1.0))  # two standard errors of as many fair coin tosses
     if evaluations:
         held_out = float(evaluations[-1]["eval_rewards/accuracies"])

@@ -137,7 +137,7 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
     accuracy, margin = mean(moved(recent), "rewards/accuracies"), mean(moved(recent), "rewards/margins")
     if accuracy is not None and margin is not None:
         curve = spark([float(metrics["rewards/margins"]) for metrics in steps], CURVE)
-        grid.add_row("pairs", Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", (curve, "cyan")))
+        grid.add_row(progress.unit, Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", (curve, "cyan")))
 
     parts = []
     seconds, done = mean(recent, "seconds"), mean(recent, f"num_{progress.unit}")

@@ -145,7 +145,7 @@ class StageRecord:
                 facts[name] = form(statistics.fmean(values[-tenth:]))
         if general := result.get("general_loss"):
             facts["general text, before → after"] = f"{number(general['before'])} → {number(general['after'])}"
-        for unit in ("tokens", "pairs"):
+        for unit in ("tokens", "pairs", "answers"):
             if speeds := self.values(f"{unit}_per_second"):
                 facts[f"{unit} a second"] = number(float(f"{statistics.median(speeds):.3g}"))
         if "seconds" in result:

@@ -39,7 +39,7 @@ class ReportWriter(Observer):
         [BINS + 1], ``whole`` and ``cut`` [BINS] (counts of complete examples and of those cut to ``max_length``), ``mean``,
         ``median``, ``p95``, ``longest``.
         """
-        told: dict[str, Any] = {"format": 1, "unit": "conversation" if stage.method == "sft" else "pair"}
+        told: dict[str, Any] = {"format": 1, "unit": stage.data.report.unit}
         for part, data in (("training", stage.data), ("held-out", stage.eval_data)):
             if data is None:
                 continue

@@ -50,7 +50,7 @@ class TrainedRows:
     def prepare(self, held_out: bool) -> TrainedRows:
         """Prepare the rows of ``dataset``, or of ``eval_dataset``; returns itself."""
         self.specs, what = (self.config.eval_dataset, "held-out") if held_out else (self.config.dataset, "training")
-        self.data = prepare(self.specs, self.method, self.config, self.template, what=what)
+        self.data = prepare(self.specs, self.config.row_kind(self.method), self.config, self.template, what=what)
         return self
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -104,7 +104,7 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
     """
     count = len(rows.data.rows)
     if not 1 <= number <= count:
-        what = "packed row" if rows.method == "sft" else "pair"
+        what = "packed row" if rows.method == "sft" else rows.data.report.unit
         raise UserError(f"row {number}: the number of {what}s is {count:,}.", f"Give --row 1 to --row {count}.")
     return [s for index in rows.data.rows[number - 1] for s in segments_of_example(rows, index)]
 
@@ -146,7 +146,8 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
 def segments_of_example(rows: TrainedRows, index: int) -> list[Segment]:
     """The segments of example ``index`` (from 0): its conversation, or a pair's prompt and responses."""
     example = rows.data.examples[index]
-    raw = load_rows(rows.specs, rows.method, seed=rows.config.seed, system=rows.config.system).dataset
+    kind = rows.config.row_kind(rows.method)
+    raw = load_rows(rows.specs, kind, seed=rows.config.seed, system=rows.config.system).dataset
     places = raw.select_columns(["where"]).with_format("arrow")[:].column("where")
     row: dict[str, Any] = json.loads(raw[pc.index(places, example.where).as_py()]["row"])
     return example_segments(rows.template, example, row, rows.config.loss_on)
@@ -213,7 +214,9 @@ def _heading(rows: TrainedRows, number: int, segments: list[Segment]) -> Text:
         count = counted(len(segments), "conversation")
         count += f", {tokens:,} of {rows.config.max_length:,} tokens"
     else:
-        count = f"a pair, the prompt computed once, {tokens:,} tokens"
+        label = "true" if segments[1].part == "chosen" else "false"
+        kind = "a pair, the prompt computed once" if len(segments) == 3 else f"an answer with label {label}"
+        count = f"{kind}, {tokens:,} tokens"
     what = f"{rows.data.report.what} row {number:,} of {len(rows.data.rows):,}"
     return Text(f"{what}: {count}, {supervised:,} supervised (loss_on {rows.config.loss_on})", style="bold")
 

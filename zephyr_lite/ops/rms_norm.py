@@ -37,17 +37,34 @@ class Norm(NamedTuple):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return rms_norm_forward(x, self.weight, self.eps, residual, offset=self.offset, out=out)
+        """RMSNorm of x + residual, in one pass.
+
+        Args:
+            x: [T, D], or [T, H, D] with each token's heads dense beside each other; any floating dtype.
+            residual: [T, D] in x's dtype.
+            out: where y is written, of x's shape; tokens may lie any distance apart.
+        Returns:
+            y like x = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h like x, the
+            sum rounded to x's dtype (x itself without a residual); inverse [T] or [T, H] in max(float32, x's dtype).
+        """
+        run = _kernel_forward if runs_triton("rms_norm", x) else _twin_forward
+        return run(self, x, residual, out)
 
     def backward(
-        self,
-        grad: Tensor,
-        h: Tensor,
-        inverse: Tensor,
-        residual_grad: Tensor | None = None,
-        out: Tensor | None = None,
+        self, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        return rms_norm_backward(grad, h, self.weight, inverse, residual_grad, offset=self.offset, out=out)
+        """The gradient to h, and so to x and to the residual alike.
+
+        Args:
+            grad: the gradient to y, of h's shape.
+            h, inverse: as ``forward`` returned them.
+            residual_grad: [T, D], what else reaches h; added before the one rounding.
+            out: where it is written; may be grad.
+        Returns:
+            A tensor of h's shape and dtype: `out`, or new.
+        """
+        run = _kernel_backward if runs_triton("rms_norm", h) else _twin_backward
+        return run(self, grad, h, inverse, residual_grad, out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
@@ -62,78 +79,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Ten
     return _RMSNorm.apply(x, Norm(weight, eps, offset))
 
 
-def rms_norm_forward(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    residual: Tensor | None = None,
-    *,
-    offset: bool = False,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of x + residual, in one pass.
-
-    Args:
-        x: [T, D], or [T, H, D] with each token's heads dense beside each other; any floating dtype.
-        weight, eps, offset: see ``Norm``.
-        residual: [T, D] in x's dtype.
-        out: where y is written, of x's shape and any distance from token to token.
-    Returns:
-        y like x = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h [T, D], the
-        sum rounded to x's dtype (x itself without a residual); inverse [T] or [T, H] in max(float32, x's dtype).
-    """
-    run = _kernel_forward if runs_triton("rms_norm", x) else _twin_forward
-    return run(x, weight, eps, residual, offset, out)
-
-
-def rms_norm_backward(
-    grad: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    inverse: Tensor,
-    residual_grad: Tensor | None = None,
-    *,
-    offset: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient to h, and so to x and to the residual alike.
-
-    Args:
-        grad: the gradient to y, of h's shape.
-        h, inverse: as ``rms_norm_forward`` returned them.
-        residual_grad: [T, D], what else reaches h; added before the one rounding.
-        out: where it is written; may be grad.
-    Returns:
-        A tensor of h's shape and dtype: `out`, or new.
-    """
-    run = _kernel_backward if runs_triton("rms_norm", h) else _twin_backward
-    return run(grad, h, weight, inverse, residual_grad, offset, out)
-
-
 def _twin_forward(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: bool = False, out: Tensor | None = None
+    norm: Norm, x: Tensor, residual: Tensor | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
-    inverse = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+    inverse = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1]).add_(norm.eps).rsqrt_()
     normalized = h * inverse[..., None]
     # the Hugging Face layers round the normalized value before they multiply it by the weight; Gemma's afterwards
-    y = normalized.mul_(weight.to(wide) + 1).to(x.dtype) if offset else normalized.to(x.dtype).mul_(weight)
+    if norm.offset:
+        y = normalized.mul_(norm.weight.to(wide) + 1).to(x.dtype)
+    else:
+        y = normalized.to(x.dtype).mul_(norm.weight)
     return y if out is None else out.copy_(y), h, inverse
 
 
 def _twin_backward(
-    grad: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    inverse: Tensor,
-    residual_grad: Tensor | None,
-    offset: bool = False,
-    out: Tensor | None = None,
+    norm: Norm, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     # with n = h · inverse: dx = inverse · (w · grad - n · mean(w · grad · n)) = inverse · w · grad - h · inverse² · mean
     wide, scale = inverse.dtype, inverse[..., None]
-    weighted = (grad.to(wide) * (weight.to(wide) + 1 if offset else weight)).mul_(scale)
+    weighted = (grad.to(wide) * (norm.weight.to(wide) + 1 if norm.offset else norm.weight)).mul_(scale)
     mean = (weighted * h).sum(-1, keepdim=True).mul_(scale.square()).div_(h.shape[-1])
     weighted.addcmul_(h.to(wide), mean, value=-1)
     if residual_grad is not None:
@@ -222,7 +188,7 @@ def _grid(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
 
 
 def _kernel_forward(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: bool = False, out: Tensor | None = None
+    norm: Norm, x: Tensor, residual: Tensor | None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = rows_dense(x)
     residual = None if residual is None else rows_dense(residual)
@@ -231,60 +197,29 @@ def _kernel_forward(
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if y.numel():
         other = x if residual is None else residual
+        tensors, rows = (x, other, norm.weight.contiguous(), y, h, inverse), (x.stride(0), other.stride(0), y.stride(0))
         grid, options = _grid(x)
         with on_device(x):
-            _forward[grid](
-                x,
-                other,
-                weight.contiguous(),
-                y,
-                h,
-                inverse,
-                eps,
-                x.stride(0),
-                other.stride(0),
-                y.stride(0),
-                ADD=residual is not None,
-                OFFSET=offset,
-                **options,
-            )
+            _forward[grid](*tensors, norm.eps, *rows, ADD=residual is not None, OFFSET=norm.offset, **options)
     return y, h, inverse
 
 
 def _kernel_backward(
-    grad: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    inverse: Tensor,
-    residual_grad: Tensor | None,
-    offset: bool = False,
-    out: Tensor | None = None,
+    norm: Norm, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     grad, h = rows_dense(grad), rows_dense(h)
     other = h if residual_grad is None else rows_dense(residual_grad)
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if out is None else out
     if dx.numel():
+        tensors = (grad, h, norm.weight.contiguous(), inverse, other, dx)
+        rows = (t.stride(0) for t in (grad, h, other, dx))
         grid, options = _grid(h)
         with on_device(h):
-            _backward[grid](
-                grad,
-                h,
-                weight.contiguous(),
-                inverse,
-                other,
-                dx,
-                grad.stride(0),
-                h.stride(0),
-                other.stride(0),
-                dx.stride(0),
-                ADD=residual_grad is not None,
-                OFFSET=offset,
-                **options,
-            )
+            _backward[grid](*tensors, *rows, ADD=residual_grad is not None, OFFSET=norm.offset, **options)
     return dx
 
 
-def _exact(h: Tensor, norm: Norm, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(norm: Norm, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, inverse and the gradient to h in float64 by autograd."""
     h = h.detach().double().requires_grad_()
     with torch.enable_grad():
@@ -297,34 +232,35 @@ def _exact(h: Tensor, norm: Norm, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, dtype)
-    shape, heads = [3, widths.hidden], widths.rotated if widths.head_norms else 0
+    shape = [3, widths.hidden]
     x, residual, grad = draw(*shape), draw(*shape), draw(*shape)
     # of one channel only eps leaves a gradient
     norm = Norm(draw(shape[1]), 1.0 if shape[1] == 1 else 1e-5, widths.norm_offset)
     for other in (residual, None):
-        given = (x, norm.weight, norm.eps, other, norm.offset)
-        got, want = _kernel_forward(*given), _twin_forward(*given)
+        got, want = _kernel_forward(norm, x, other), _twin_forward(norm, x, other)
         total = x.double() if other is None else x.double() + other.double()
         name = f"{shape}{'' if other is None else ', adding'}"
-        yield Comparison(f"y {name}", got[0], want[0], _exact(total, norm, grad)[0])
+        yield Comparison(f"y {name}", got[0], want[0], _exact(norm, total, grad)[0])
         yield Comparison(f"h {name}", got[1], want[1], total)
-        _, inverse, dx = _exact(want[1], norm, grad)
+        _, inverse, dx = _exact(norm, want[1], grad)
         if other is None:  # of another sum, which truncation rounds otherwise
             yield Comparison(f"inverse {name}", got[2], want[2], inverse)
-        back = (grad, want[1], norm.weight, want[2], None if other is None else grad, norm.offset)
+        back = (norm, grad, want[1], want[2], None if other is None else grad)
         exact = dx if other is None else dx + grad.double()
         yield Comparison(f"dx {name}", _kernel_backward(*back), _twin_backward(*back), exact)
-    if heads:  # of a buffer with other values beside them
-        wide, both, width = draw(3, heads + 2, widths.head), draw(3, heads + 2, widths.head), widths.head
-        norm, x, grad = Norm(draw(width), 1e-5, norm.offset), wide[:, :heads], both[:, :heads]
-        exact, found = _exact(x, norm, grad), []
+    if widths.head_norms:  # of a buffer with other values beside them
+        heads, width = widths.rotated, widths.head
+        wide, both = draw(3, heads + 2, width), draw(3, heads + 2, width)
+        norm, x = Norm(draw(width), 1e-5, norm.offset), wide[:, :heads]
+        runs = []
         for forward, backward in ((_kernel_forward, _kernel_backward), (_twin_forward, _twin_backward)):
             y, dx = torch.empty_like(wide)[:, :heads], both.clone()
-            inverse = forward(x, norm.weight, norm.eps, None, norm.offset, y)[2]
-            backward(dx[:, :heads], x, norm.weight, inverse, None, norm.offset, dx[:, :heads])
-            found.append((y, inverse, dx[:, :heads], dx[:, heads:]))
-        for what, got_, want_, exact_ in zip(("y", "inverse", "dx", "beside dx"), *found, (*exact, None)):
-            yield Comparison(f"{what} of {heads} heads of {width}", got_, want_, exact_)
+            inverse = forward(norm, x, None, y)[2]
+            backward(norm, dx[:, :heads], x, inverse, None, dx[:, :heads])
+            runs.append((y, inverse, dx[:, :heads], dx[:, heads:]))
+        results = zip(("y", "inverse", "dx", "beside dx"), *runs, (*_exact(norm, x, both[:, :heads]), None))
+        for what, kernel, twin, right in results:
+            yield Comparison(f"{what} of {heads} heads of {width}", kernel, twin, right)
 
 
 class _RMSNorm(torch.autograd.Function):

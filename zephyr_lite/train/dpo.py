@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,8 @@ from .distributed import sum_by_name
 from .losses import Preference, loss_of
 from .main import run
 from .monitors import DpoCollapseMonitor
-from .oom import OomRetry
 from .reference import ReferenceCache, pair_sums
-from .stage import Metrics, Stage
+from .stage import Metrics, Objective, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +46,20 @@ class PairTotals(NamedTuple):
     chosen_tokens: int
 
 
-class DpoObjective:
+class DpoObjective(Objective):
     """Loss and metrics of preference optimization (see ``Objective``)."""
 
     unit = "pairs"
 
     def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.data = stage.data
-        self.decoder = stage.decoder
-        self.oom = OomRetry(stage)
-        self.collapse: DpoCollapseMonitor | None = DpoCollapseMonitor()
+        super().__init__(stage)
+        self.collapse = DpoCollapseMonitor()
         self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs else None
 
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
         return _totals(self.data, examples)
 
-    def loss(
-        self, examples: Sequence[int], step: int, total: PairTotals
-    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
@@ -73,10 +67,8 @@ class DpoObjective:
         if step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch, total)
-        return found.losses.sum() / total.pairs, {
-            **_metric_sums(found, policy.detach()),
-            "num_tokens": float(len(batch)),
-        }
+        sums = _metric_sums(found, policy.detach())
+        return found.losses.sum() / total.pairs, {**sums, "num_tokens": float(len(batch))}
 
     def metrics(self, sums: Metrics, total: PairTotals) -> Metrics:
         means = {k: v / total.pairs for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
@@ -131,7 +123,7 @@ class DpoObjective:
     def _check_start(self, policy: Tensor, reference: Tensor, batch: Batch) -> None:
         """At step 0 the adapter's B is zero, so policy and reference are the same function."""
         kind = "live" if self.cache is None else "cached"
-        apart = ((policy - reference).abs() / batch.group_sizes.view(-1, 2)).max().item()
+        apart = ((policy - reference).abs() / batch.group_sizes.clamp(min=1).view(-1, 2)).max().item()
         if math.isfinite(apart) and apart > START_TOLERANCE[kind]:  # the loop handles what is not finite
             raise UserError(
                 f"step 1: policy and {kind} reference differ by {apart:.2e} nats a token before the first update, where "
@@ -175,5 +167,14 @@ def _metric_sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
     }
 
 
+def preference_objective(stage: Stage) -> DpoObjective:
+    """The objective of a stage's ``loss_type``."""
+    if stage.config.loss_type != "kto":
+        return DpoObjective(stage)
+    from .kto import KtoObjective  # which builds on this module
+
+    return KtoObjective(stage)
+
+
 # Train the stage of a configuration, from its last checkpoint if there is one (see ``main.run``).
-run_dpo = partial(run, "dpo", DpoObjective)
+run_dpo = partial(run, "dpo", preference_objective)

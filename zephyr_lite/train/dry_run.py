@@ -13,7 +13,7 @@ import numpy as np
 from ..config.load import Loaded, Method
 from ..errors import UserError
 from ..memory.machine import peak_memory, reset_peak_memory
-from .dpo import DpoObjective
+from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update, warmup_largest_batch
 from .setup import setup_stage
 from .sft import SftObjective
@@ -49,7 +49,7 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
         logger.info(line)
     for title, spans in first_row(stage):
         show(title, spans)
-    objective: Objective = SftObjective(stage) if method == "sft" else DpoObjective(stage)
+    objective: Objective = SftObjective(stage) if method == "sft" else preference_objective(stage)
     state = TrainState(stage, objective)
     if stage.base.device.type == "cuda":
         warmup_largest_batch(state)
@@ -85,6 +85,7 @@ def first_row(stage: Stage) -> list[tuple[str, Spans]]:
                 ("chosen", example.chosen_ids, example.chosen_mask),
                 ("rejected", example.rejected_ids, example.rejected_mask),
             )
+            if len(ids)
         ]
     shown = []
     for part, ids, mask in parts:

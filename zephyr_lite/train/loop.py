@@ -1,4 +1,4 @@
-"""The training loop that SFT and DPO share.
+"""The training loop that all methods share.
 
 One step is ``batch_size`` rows of the recipe (packed rows, or pairs), run in as many micro-batches as the plan says. Losses
 are divided by the step's own number of targets, so neither the split nor a last partial step changes a gradient.
@@ -168,14 +168,14 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
         the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
     """
     objective, here, oom = state.objective, world(), state.objective.oom
-    lengths, total = objective.data.lengths, None
+    lengths, examples = objective.data.lengths, examples_of_step(state, step)
+    total = objective.num_targets(examples)
+    objective.begin_step(examples)
     sums: dict[str, Any] = {}
     for attempt in oom.attempts():
         zero_gradients(state)
         sums.clear()
         with attempt:
-            examples = examples_of_step(state, step)
-            total = objective.num_targets(examples)
             for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
                 for name, value in forward_backward(state, group, step, total).items():
                     sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)

@@ -138,5 +138,6 @@ class DpoCollapseMonitor:
             f"rejected answers fell together (rewards {(c1 + c2) / 2:.2f} and {(r1 + r2) / 2:.2f}), while the accuracy is "
             f"{(a1 + a2) / 2:.2f} and the margin {(m1 + m2) / 2:.2f} grows.\n"
             "Known cures: a larger beta, a lower learning_rate, fewer steps (early_stopping_patience, "
-            "load_best_model_at_end), label_smoothing=0.1, loss_type=ipo. Read some answers of the model before you use it."
+            "load_best_model_at_end), label_smoothing=0.1, loss_type=ipo, rpo_alpha=0.2. Read some answers of the model before "
+            "you use it."
         )

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -21,8 +21,10 @@ from ..errors import UserError
 from ..memory.machine import Machine, this_machine
 from ..memory.plan import Plan, smaller
 from .distributed import world
-from .stage import Stage
 from .steps import micro_batches
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -93,7 +93,7 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
     """transformers' schedule, with warm-up over ``warmup_steps``, or the first ``warmup_ratio`` of the steps.
 
     Raises:
-        UserError: there is no schedule of that name, or it has not the options of ``lr_scheduler_kwargs``.
+        UserError: there is no schedule of that name, or it has no such option as one of ``lr_scheduler_kwargs``.
     """
     # a run of one step would be all warm-up, whose first learning rate is 0
     share = min(int(-(-total_steps * config.warmup_ratio // 1)), total_steps - 1)

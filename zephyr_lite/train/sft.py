@@ -20,22 +20,13 @@ from ..model.decoder import Dropout
 from .distributed import sum_by_name
 from .losses import sft_loss
 from .main import run
-from .monitors import DpoCollapseMonitor
-from .oom import OomRetry
-from .stage import Metrics, Stage
+from .stage import Metrics, Objective
 
 
-class SftObjective:
+class SftObjective(Objective):
     """Loss and metrics of supervised fine-tuning (see ``Objective``)."""
 
     unit = "tokens"
-    collapse: DpoCollapseMonitor | None = None
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.data = stage.data
-        self.decoder = stage.decoder
-        self.oom = OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> int:
         return sum(int(self.data.examples[i].mask[1:].sum()) for i in examples)

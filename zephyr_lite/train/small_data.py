@@ -34,10 +34,11 @@ DPO_STEPS, DPO_MOST = 600, 4
 def prepare_parts(method: Method, loaded: Loaded, template: ChatTemplate) -> list[TokenizedDataset]:
     """The training rows and, if there are any, the held-out ones; ``val_size: auto`` becomes 0 where it holds nothing out."""
     config = loaded.config
-    parts = [prepare(config.dataset, method, config, template, what="training")]
+    kind = config.row_kind(method)
+    parts = [prepare(config.dataset, kind, config, template, what="training")]
     try:
         if config.eval_dataset:
-            parts.append(prepare(config.eval_dataset, method, config, template, what="held-out"))
+            parts.append(prepare(config.eval_dataset, kind, config, template, what="held-out"))
     except NothingHeldOut as nothing:
         logger.info(nothing.message)
         loaded.config = _with(config, {"val_size": 0.0})
@@ -68,7 +69,7 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
     if not changed:
         return []
     words, others = (" ".join(f"{key}={getattr(each, key):g}" for key in changed) for each in (config, recipe))
-    rows = counted(len(data.lengths), "conversation" if method == "sft" else "pair")
+    rows = counted(len(data.lengths), data.report.unit)
     return [
         f"chosen for {rows}: {words}",
         f"(a key that you set is kept; the recipe has {others})",
@@ -102,7 +103,8 @@ def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequenc
         rows = len(best_fit(parts[0].lengths, chosen["max_length"]))
     epochs = EPOCHS[method] if "num_train_epochs" in free else config.num_train_epochs
     if "batch_size" in free:
-        chosen["batch_size"] = batch = max(1, min(batch, int(rows * epochs / STEPS)))
+        least = 4 if config.row_kind(method) == "kto" else 1  # for KTO's z0, as TRL's documentation advises
+        chosen["batch_size"] = batch = max(least, min(batch, int(rows * epochs / STEPS)))
     per_epoch = math.ceil(rows / batch)
     if "num_train_epochs" in free:
         chosen["num_train_epochs"] = epochs = min(MOST_EPOCHS, math.ceil(STEPS / per_epoch))

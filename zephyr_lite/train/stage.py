@@ -1,4 +1,4 @@
-"""What a training run is made of: the stage, its objective (SFT, DPO), its observers and its outcome."""
+"""What a training run is made of: the stage, its objective (SFT, DPO, KTO), its observers and its outcome."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..model.adapters import AdapterStack
 from ..model.base import Base
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile
+from .oom import OomRetry
 
 if TYPE_CHECKING:
     from ..io.sync import Mirror
     from .monitors import DpoCollapseMonitor
-    from .oom import OomRetry
 
 Metrics = dict[str, float]
 
@@ -72,19 +72,28 @@ class Objective(Protocol):
     """Losses and metrics of a method.
 
     Attributes:
-        unit: what throughput counts: "tokens" or "pairs".
+        unit: what throughput counts: "tokens", "pairs" or "answers".
         data: the training rows.
         oom: holds the plan, and replaces it by a smaller one where memory runs out.
         collapse: looks at every step's metrics, or None.
     """
 
     unit: str
+    stage: Stage
     data: TokenizedDataset
+    decoder: Decoder
     oom: OomRetry
-    collapse: DpoCollapseMonitor | None
+    collapse: DpoCollapseMonitor | None = None
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.data, self.decoder, self.oom = stage, stage.data, stage.decoder, OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> Any:
         """What a step's loss is divided by: supervised tokens, or ``PairTotals``."""
+
+    def begin_step(self, examples: Sequence[int]) -> None:
+        """Before a step's micro-batches: compute what its losses depend on beside their own rows; by default nothing."""
+        return
 
     def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """A micro-batch's share of the step's loss, differentiable, and sums for the metrics (tensors, so that no step waits
@@ -154,7 +163,7 @@ class Observer:
     """Called during training in the process that writes; every method does nothing by default."""
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        """Training begins, or is resumed after ``step`` steps of ``total``; ``unit``: "tokens" or "pairs"."""
+        """Training begins, or is resumed after ``step`` steps of ``total``; ``unit``: the objective's."""
 
     def on_step_begin(self, step: int) -> None:
         """A step begins after ``step`` steps."""

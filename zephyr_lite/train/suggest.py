@@ -16,11 +16,11 @@ from ..errors import UserError
 from ..io.text import counted, duration
 from ..memory.workload import AdapterSpec
 from ..model.families import Shape
-from .dpo import DpoObjective
+from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update
 from .setup import open_template, setup_stage
 from .sft import SftObjective
-from .small_data import WIDTH, prepare_parts, settle
+from .small_data import STEPS, WIDTH, prepare_parts, settle
 from .stage import Objective, Stage
 from .steps import step_schedule
 
@@ -34,7 +34,7 @@ SOURCES = (
     "[4] Tunstall et al. 2023, Zephyr, arXiv 2310.16944, and its QLoRA recipe",
 )
 PROBE_STEPS, MOST_RATES = 20, 5
-NEAR = 0.01  # losses that differ by no more than this share are equally good
+HORIZON = 0.32  # the best rate falls with the steps of a run to this power
 
 Row = tuple[str, str, str]  # key, value, reason
 
@@ -55,7 +55,7 @@ def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[Row]:
     parts = prepare_parts(method, loaded, template)
     rows, report = choose(method, loaded, own, parts, base_config), parts[0].report
     loaded.automatic = set()
-    logger.info(f"{counted(report.kept, 'conversation' if method == 'sft' else 'pair')}, {report.tokens:,} tokens:")
+    logger.info(f"{counted(report.kept, report.unit)}, {report.tokens:,} tokens:")
     return rows
 
 
@@ -87,7 +87,7 @@ def choose(
         rank += "the highest rank that is suggested"
     else:
         rank += f"at least one for each of {report.supervised:,} supervised tokens [1]"
-    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-7'} [1, 2, 4]"
+    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-6' if 'orpo' in recipe.losses else '5e-7'} [1, 2, 4]"
     if config.learning_rate != recipe.learning_rate:
         why = f"hidden size {width:,} instead of {WIDTH:,} [1]" if sft else f"a run of {steps}"
         rate += f", × {config.learning_rate / recipe.learning_rate:.2g} for {why}"
@@ -160,7 +160,7 @@ class Probe:
         # a stage of another name: the run's own may be there already
         alone = {"stage": "probe", "precompute_ref_log_probs": False, "report_to": []}
         self.stage = setup_stage(method, replace(loaded, config=config.model_copy(update=alone), notes=[]), claim=False)
-        self.objective: Callable[[Stage], Objective] = SftObjective if method == "sft" else DpoObjective
+        self.objective: Callable[[Stage], Objective] = SftObjective if method == "sft" else preference_objective
         self.start = self.stage.stack.weights("probe")
         self.before = self._held_out(self.objective(self.stage))
 
@@ -181,47 +181,63 @@ class Probe:
 
 
 def search(loss: Callable[[float], float], first: float) -> dict[float, float]:
-    """{learning rate: loss} of three to five rates, each twice the one below, until the best one has neighbours on both sides."""
-    losses = {rate: loss(rate) for rate in (first / 2, first, first * 2)}
-    while len(losses) < MOST_RATES:
-        best = min(losses, key=lambda rate: losses[rate])
-        if best not in (min(losses), max(losses)):
-            break
-        other = best / 2 if best == min(losses) else best * 2
-        losses[other] = loss(other)
+    """{learning rate: loss} of at most ``MOST_RATES`` rates: from ``first`` by factors of 4 while the loss falls, then by a factor
+    of 2 on both sides of the best one."""
+    losses = {rate: loss(rate) for rate in (first, 4 * first)}
+    step = 4.0 if losses[4 * first] < losses[first] else 0.25
+    while len(losses) < MOST_RATES - 1 and (rate := _best(losses) * step) not in losses:
+        losses[rate] = loss(rate)
+    best = _best(losses)
+    for side in sorted((2.0, 0.5), key=lambda side: losses.get(best * side**2, math.inf)):
+        if len(losses) < MOST_RATES:
+            losses[best * side] = loss(best * side)
     return dict(sorted(losses.items()))
 
 
-def pick(losses: Mapping[float, float], before: float) -> float | None:
-    """The rate for the whole run; None: no rate lowered the loss.
+def _best(losses: Mapping[float, float]) -> float:
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def pick(losses: Mapping[float, float], before: float, steps: int) -> float | None:
+    """The rate for a run of so many steps; None: no rate lowered the loss. The best rate of the short runs was also the best one of
+    60 steps (bench/results/learning-rate-*.json). Longer runs need lower ones: of tokens to the power of -0.32 (Bjorck et al. 2024,
+    arXiv 2409.19913, in pre-training).
 
     Args:
         losses: of ``search``.
         before: the loss of the start.
     """
-    best = min(losses, key=lambda rate: losses[rate])
-    if losses[best] >= before:
-        return None
-    return best
+    best = _best(losses)
+    return float(f"{best * min(1.0, STEPS / steps) ** HORIZON:.2g}") if losses[best] < before else None
 
 
 def probe(method: Method, loaded: Loaded) -> list[str]:
-    """Probe learning rates and set the best one for the run; returns the table of losses.
+    """Probe learning rates and set the one for the run; returns the table of losses.
 
     Raises:
         UserError: as ``Probe``.
     """
     runs, first = Probe(method, loaded), loaded.config.learning_rate
-    stage = runs.stage
-    steps = min(PROBE_STEPS, step_schedule(loaded.config, len(stage.data.rows))[1])
-    most = duration(steps * MOST_RATES * stage.plan.seconds_per_step)
-    logger.info(f"probe: {counted(steps, 'step')} at each of three to five learning rates, {most} of steps at most")
-    losses = search(lambda rate: runs.loss(rate, steps), first)
-    chosen = pick(losses, runs.before)
+    total = step_schedule(loaded.config, len(runs.stage.data.rows))[1]
+    steps = min(PROBE_STEPS, total)
+    most = duration(steps * MOST_RATES * runs.stage.plan.seconds_per_step)
+    logger.info(f"probe: {counted(steps, 'step')} at each of {MOST_RATES} learning rates, {most} of steps")
+
+    def loss(rate: float) -> float:
+        found = runs.loss(rate, steps)
+        logger.info(f"  learning_rate={rate:g}: {found:.4f}")
+        return found
+
+    losses = search(loss, first)
+    chosen, best = pick(losses, runs.before, total), _best(losses)
     lines = [f"held-out loss after {counted(steps, 'step')} (before: {runs.before:.4f})"]
-    for rate, loss in losses.items():
-        lines.append(f"  learning_rate {rate:<10g} {loss:.4f}{'  picked' * (rate == chosen)}")
+    lines += [f"  learning_rate {rate:<10g} {losses[rate]:.4f}{'  best' * (rate == best)}" for rate in losses]
     if chosen is None:
-        return [*lines, f"  no rate lowered the loss; learning_rate stays {first:g}", ""]
+        return [*lines, f"  no rate lowers it; learning_rate stays {first:g}", ""]
     loaded.config = loaded.config.model_copy(update={"learning_rate": chosen})
+    lines.append(f"  picked for {counted(total, 'step')}: {chosen:g}")
+    if total > STEPS:
+        lines.append(
+            f"  longer runs need lower rates: × ({STEPS} / {total:,})^{HORIZON}, Bjorck et al. 2024, arXiv 2409.19913"
+        )
     return [*lines, ""]

@@ -33,7 +33,7 @@ CHARTS: dict[str, dict[str, str]] = {
         "eval_rewards/accuracies": "held-out",
     },
     "Learning rate": {"learning_rate": "training"},
-    "Tokens or pairs a second": {"tokens_per_second": "training", "pairs_per_second": "training"},
+    "Tokens, pairs or answers a second": {f"{unit}_per_second": "training" for unit in ("tokens", "pairs", "answers")},
 }
 MERGED = "model"  # the usual folder of a merged model
 COLORS = {"training": "#10b981", "held-out": "#f59e0b"}

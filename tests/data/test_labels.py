@@ -1,0 +1,156 @@
+"""Answers with labels, for KTO: the formats, the counts of both kinds, advice on weights, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.conftest import make_tokenizer
+from zephyr_lite.cli.options import console
+from zephyr_lite.cli.row_stats import print_stats
+from zephyr_lite.config.load import DatasetSpec, RunConfig
+from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
+from zephyr_lite.data.chat_template import Example, resolve_template
+from zephyr_lite.data.dataset import prepare
+from zephyr_lite.data.load import load_rows
+from zephyr_lite.errors import UserError
+from zephyr_lite.monitor.rows import open_rows, segments_of_row, view_lines
+
+HI = {"role": "user", "content": "Hi"}
+HELLO = {"role": "assistant", "content": "Hello"}
+GOOD = {"prompt": "Hi", "completion": "Hello", "label": True}
+
+
+def load(folder, *rows, method="kto", **options):
+    path = folder / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_rows([DatasetSpec(path=str(path), **options)], method, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "Hi", "completion": "Hello"}, "prompt and completion with labels"),
+        ({"prompt": [HI], "completion": [HELLO]}, "prompt and completion with labels"),
+        ({"messages": [HI, HELLO]}, "messages with labels"),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            "ShareGPT with labels",
+        ),
+        ({"instruction": "Hi", "output": "Hello"}, "Alpaca with labels"),
+    ],
+)
+@pytest.mark.parametrize(("label", "side"), [(True, "chosen"), (1, "chosen"), ("false", "rejected"), (0, "rejected")])
+def test_formats(tmp_path, row, kind, label, side):
+    rows = load(tmp_path, {**row, "label": label})
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    assert list(rows.values()) == [{"prompt": [HI], side: [HELLO], other: []}]
+    assert f"read as {kind}, 1 row" in rows.notes[0] and "not read" not in str(rows.notes)
+
+
+def test_the_last_answer_has_the_label_and_pairs_have_both(tmp_path):
+    talk = [HI, HELLO, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "No."}
+    first, second = load(tmp_path, {"messages": talk, "label": False}, pair).values()
+    assert (first["prompt"], first["chosen"], first["rejected"]) == (talk[:3], [], talk[3:])
+    assert (second["prompt"], second["chosen"], second["rejected"]) == ([HI], [HELLO], talk[3:])
+    mapped = load(
+        tmp_path, {"q": "Hi", "a": "Hello", "liked": 0}, columns={"prompt": "q", "completion": "a", "label": "liked"}
+    )
+    assert list(mapped.values()) == [{"prompt": [HI], "chosen": [], "rejected": [HELLO]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**GOOD, "label": "maybe"}, "label is maybe, not true or false"),
+        ({**GOOD, "label": None}, "label is None, not true or false"),
+        ({"messages": [HELLO], "label": True}, "no prompt before the answer"),
+        ({"messages": [HI, {**HELLO, "train": False}], "label": True}, "every answer is marked as not to be trained"),
+    ],
+)
+def test_faulty_rows_are_dropped_counted_and_named(tmp_path, row, reason):
+    rows = load(tmp_path, GOOD, row)
+    assert rows.dropped == {reason: [f"{tmp_path}/labels.jsonl row 2"]} and len(rows.dataset) == 1
+
+
+def test_other_rows_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="found prompt and completion with labels; dpo needs preference rows") as told:
+        load(tmp_path, GOOD, method="dpo")
+    assert told.value.hint == "Train on them with zephyr-lite dpo loss_type=kto."
+    with pytest.raises(
+        UserError, match=r"found prompt and completion rows; loss_type kto needs answers with a label"
+    ) as told:
+        load(tmp_path, {"prompt": "Hi", "completion": "Hello", "kto_tag": True})
+    assert "add dataset.columns.label=kto_tag" in told.value.hint
+
+
+def test_counts_and_advice(tmp_path):
+    template = resolve_template("zephyr", make_tokenizer(tmp_path / "tokenizer"))
+    specs = [DatasetSpec(path=str(tmp_path / "labels.jsonl"))]
+
+    def notes(*labels, **weights):
+        load(tmp_path, *[{**GOOD, "prompt": f"Hi {i}", "label": label} for i, label in enumerate(labels)])
+        return "\n".join(prepare(specs, "kto", RunConfig(loss_type="kto", **weights), template).report.lines())
+
+    assert "answers: 3 desirable (true), 1 undesirable (false)" in notes(1, 1, 1, 0)
+    assert (
+        "weigh 3 times as much as the undesirable ones; KTO's paper advises 1 to 1.33: set undesirable_weight=3"
+        in notes(1, 1, 1, 0)
+    )
+    assert "set desirable_weight=3" in notes(1, 0, 0, 0)
+    assert "advises" not in notes(1, 1, 1, 0, undesirable_weight=2.5) + notes(1, 0) + notes(1, 1, 1, 1, 0, 0, 0)
+    assert "all labels are true" in notes(1, 1) and "4 rows; the longest has" in notes(0, 0, 0, 0)
+
+
+def test_an_answer_with_a_label_is_one_sequence(tmp_path):
+    """As a conversation of the same tokens, of which the prompt is not supervised; a second start tells labels apart."""
+    template = resolve_template("zephyr", make_tokenizer(tmp_path / "tokenizer"))
+    specs, prints = [DatasetSpec(path=str(tmp_path / "labels.jsonl"))], set()
+    for label in (True, False):
+        load(tmp_path, {**GOOD, "label": label})
+        data = prepare(specs, "kto", RunConfig(loss_type="kto"), template)
+        (example,) = data.examples[:]
+        prints.add(data.fingerprint)
+        ids, mask = template.encode([HI, HELLO])
+        prompt = template.prompt_ids([HI])
+        assert np.array_equal(example.prompt_ids, prompt) and data.lengths.tolist() == [len(ids)]
+        assert [len(example.chosen_ids), len(example.rejected_ids)][:: 1 if label else -1] == [
+            len(ids) - len(prompt),
+            0,
+        ]
+        batch, alone = collate_pairs([example]), collate_conversations([Example(ids, mask, "", 0)])
+        assert batch.segments == (Segment(0, len(ids)),)
+        for name in ("tokens", "positions", "target_rows", "target_ids"):
+            assert getattr(batch, name).tolist() == getattr(alone, name).tolist(), name
+        size = int(mask.sum())
+        assert batch.group_sizes.tolist() == ([size, 0] if label else [0, size])
+    assert len(prints) == 2
+
+
+def test_show_and_stats(tiny_base, tmp_path, capsys, monkeypatch):
+    load(
+        tmp_path,
+        GOOD,
+        {**GOOD, "completion": "No.", "label": False},
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "No."},
+    )
+    words = ["loss_type=kto", f"model_name_or_path={tiny_base}", "adapters=none", "val_size=0", "batch_size=2"]
+    rows = open_rows("dpo", None, [*words, f"dataset={tmp_path / 'labels.jsonl'}"])
+    heads = ("an answer with label true", "an answer with label false", "a pair, the prompt computed once")
+    for number, head in enumerate(heads, 1):
+        segments = segments_of_row(rows, number)
+        assert f"row {number} of 3: {head}, " in next(view_lines(rows, number, segments, 80)).plain
+        assert [s.part for s in segments] == [
+            ["prompt", "chosen"],
+            ["prompt", "rejected"],
+            ["prompt", "chosen", "rejected"],
+        ][number - 1]
+    monkeypatch.setattr(console.out, "width", 300)
+    print_stats(rows)
+    text = re.sub(r"[│┃]", " ", capsys.readouterr().out)
+    assert "answers: 2 desirable (true), 2 undesirable (false)" in text and "2 steps of 2 rows" in text
+    assert "the chosen response is the longer one" not in text
