@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..io.text import counted, duration
 from ..memory.workload import AdapterSpec
 from ..model.families import Shape
-from .dpo import DpoObjective
+from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update
 from .setup import open_template, setup_stage
 from .sft import SftObjective
@@ -160,7 +160,7 @@ class Probe:
         # a stage of another name: the run's own may be there already
         alone = {"stage": "probe", "precompute_ref_log_probs": False, "report_to": []}
         self.stage = setup_stage(method, replace(loaded, config=config.model_copy(update=alone), notes=[]), claim=False)
-        self.objective: Callable[[Stage], Objective] = SftObjective if method == "sft" else DpoObjective
+        self.objective: Callable[[Stage], Objective] = SftObjective if method == "sft" else preference_objective
         self.start = self.stage.stack.weights("probe")
         self.before = self._held_out(self.objective(self.stage))
 
