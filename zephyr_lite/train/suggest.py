@@ -74,7 +74,7 @@ def choose(
         covered = f"at least one for each of {report.supervised:,} supervised tokens [1]"
     if not sft:
         covered = "the recipe's [4]; a pair tells about one bit, so a lower rank works, too [1]"
-    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-7'} [1, 2, 4]"
+    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-6' if 'orpo' in recipe.losses else '5e-7'} [1, 2, 4]"
     if config.learning_rate != recipe.learning_rate:
         why = f"hidden size {width:,} instead of {WIDTH:,} [1]" if sft else f"a run of {steps}"
         rate += f", × {config.learning_rate / recipe.learning_rate:.2g} for {why}"
