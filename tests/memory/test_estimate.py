@@ -164,6 +164,18 @@ def peaks_of_layers(monkeypatch):
         yield found
 
 
+def model_of(family, layers):
+    """With no window that cuts: the CPU's attention takes a mask for one."""
+    if family == "mistral":
+        return make_model(num_hidden_layers=layers)
+    changes = {"sliding_window": 1024, "num_hidden_layers": layers}
+    if family == "smollm3":
+        changes["no_rope_layers"] = [0, 1, 1, 1][:layers]
+    if family == "gemma3_text":
+        changes["layer_types"] = (["sliding_attention", "full_attention"] * 2)[:layers]
+    return tiny(family, **changes)
+
+
 def tiny_job(dtype, dropout, shape=None, **changes) -> Workload:
     """Of ``live_stack``: a frozen adapter of rank 2, a trained one of rank 4."""
     shape = shape or Shape.of(tiny_config())
@@ -209,12 +221,7 @@ def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pai
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_other_families_take(monkeypatch, family):
     """The base, and what a layer of each policy keeps, to the byte; its peaks, on the kernels' path with the CPU's attention."""
-    changes = {"sliding_window": 1024, "num_hidden_layers": 3}
-    if family == "smollm3":
-        changes["no_rope_layers"] = [0, 1, 1]
-    if family == "gemma3_text":
-        changes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
-    model, dtype = tiny(family, **changes).bfloat16(), torch.bfloat16
+    model, dtype = model_of(family, 3).bfloat16(), torch.bfloat16
     job = tiny_job(dtype, False, Shape.of(model.config))
     assert sum(base_bytes(job).values()) == sum(p.nbytes for p in model.parameters())
     decoder, batch = Decoder(live_stack(model), dtype), collate_conversations([conversation(0, 256)])
@@ -318,26 +325,29 @@ def test_what_lies_on_the_host():
 
 
 @pytest.mark.parametrize(
-    ("method", "keeps", "offload", "tile"),
+    ("family", "method", "keeps", "offload", "tile"),
     [
-        ("sft", ("all",) * 4, 0, None),
-        ("sft", ("input", "input", "all", "all"), 0, None),
-        ("sft", ("all",) * 4, 4, 16),
-        ("sft", ("input",) * 4, 2, None),
-        ("dpo", ("attention",) * 4, 0, None),
-        ("kto", ("all",) * 4, 0, None),
-        ("kto", ("input",) * 4, 0, None),
+        ("mistral", "sft", ("all",) * 4, 0, None),
+        ("mistral", "sft", ("input", "input", "all", "all"), 0, None),
+        ("mistral", "sft", ("all",) * 4, 4, 16),
+        ("mistral", "sft", ("input",) * 4, 2, None),
+        ("mistral", "dpo", ("attention",) * 4, 0, None),
+        ("mistral", "kto", ("all",) * 4, 0, None),
+        ("mistral", "kto", ("input",) * 4, 0, None),
+        *((family, "sft", ("input", "attention", "all", "all"), 2, 16) for family in FAMILIES),
+        *((family, "dpo", ("input", "attention", "all", "all"), 0, None) for family in FAMILIES),
     ],
 )
-def test_the_peak_of_a_whole_micro_batch(monkeypatch, method, keeps, offload, tile):
+def test_the_peak_of_a_whole_micro_batch(monkeypatch, family, method, keeps, offload, tile):
     """The second micro-batch of a step, from the embedding to the last gradient: 2 % beside what is not counted on a CPU
     (ids that were there before) or is otherwise there (the head's plain softmax, a pair's masks)."""
     dtype = torch.bfloat16
-    decoder = Decoder(live_stack(make_model(num_hidden_layers=4).to(dtype)), dtype)
+    model = model_of(family, 4).to(dtype)
+    decoder = Decoder(live_stack(model), dtype)
     decoder.follow(ExecutionConfig(64, keeps, offload=offload, tile=tile))
     pairs = {"dpo": [pair(0, 8, 10, 6)], "kto": [pair(0, 6, 10, 0), pair(1, 9, 0, 7)]}
     batch = collate_conversations([conversation(0, 32)]) if method == "sft" else collate_pairs(pairs[method])
-    shape = Shape.of(tiny_config(num_hidden_layers=4))
+    shape = Shape.of(model.config)
     adapters = (AdapterSpec.fresh(shape, 2, trained=False), AdapterSpec.fresh(shape, 4))
     share = len(batch.target_ids) / len(batch)
     job = Workload(
