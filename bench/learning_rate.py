@@ -30,7 +30,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(words)
     from zephyr_lite.config.load import load_config
     from zephyr_lite.demo.base import demo_base
-    from zephyr_lite.train.suggest import PROBE_STEPS, Probe, pick, search
+    from zephyr_lite.train.suggest import PROBE_STEPS, pick, search, short_runs
 
     settings = {
         "model_name_or_path": tiny_base(args.tiny) if args.tiny else demo_base(),
@@ -43,15 +43,16 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         "max_steps": args.steps,
         "warmup_ratio": 0,
     }
-    runs = Probe("sft", load_config("sft", None, [f"{key}={value}" for key, value in settings.items()]))
-    probed = search(lambda rate: runs.loss(rate, min(PROBE_STEPS, args.steps)), RATE)
-    picked = pick(probed, runs.before, args.steps)
-    grid = {RATE * factor: runs.loss(RATE * factor, args.steps) for factor in FACTORS}
-    grid[picked] = grid.get(picked) or runs.loss(picked, args.steps)
+    loss, _ = short_runs("sft", load_config("sft", None, [f"{key}={value}" for key, value in settings.items()]))
+    before = loss(RATE, 0)
+    probed = search(lambda rate: loss(rate, min(PROBE_STEPS, args.steps)), RATE)
+    picked = pick(probed, before, args.steps)
+    grid = {RATE * factor: loss(RATE * factor, args.steps) for factor in FACTORS}
+    grid[picked] = grid.get(picked) or loss(picked, args.steps)
     result = {
         **header(),
         "steps": args.steps,
-        "before": runs.before,
+        "before": before,
         "probe": probed,
         "picked": picked,
         "grid": dict(sorted(grid.items())),

@@ -95,6 +95,7 @@ def test_a_probe_picks_a_rate_that_trains_and_leaves_nothing(own, invoke, tmp_pa
     assert best >= 3.2e-4 and losses[best][1:] == ["best"] and float(losses[best][0]) < float(table[0][:-1].split()[-1])
     assert f"  picked for 63 steps: {pick({best: 0.0}, 1.0, 63):g}" in table
     assert f"learning_rate={pick({best: 0.0}, 1.0, 63):g}" in table[-1].split()
+    assert "probe: held-out loss " in out and " after 0 steps at learning_rate=1e-05" in out
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
@@ -107,8 +108,6 @@ def test_the_rate_of_a_longer_run_is_lower_and_none_is_picked_where_none_trains(
 def test_a_probe_needs_held_out_rows(own, invoke):
     code, _, err = invoke("suggest", "sft", *own, "val_size=0", "--probe")
     assert code == 2 and "no rows are held out" in err and "Set val_size=0.1" in err
-    code, _, err = invoke("suggest", "sft", *own, "engine=trl", "--probe")
-    assert code == 2 and "--probe trains on the fused engine" in err
 
 
 def test_a_search_goes_to_the_lowest_loss_in_at_most_five_rates():
