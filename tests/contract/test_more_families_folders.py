@@ -295,4 +295,4 @@ def test_losses_and_gradients_are_trls(name, tokenizer, tmp_path, monkeypatch): 
     """SFT's and DPO's, on the same rows."""
     monkeypatch.setattr(parity, "make_model", lambda: tiny(name))
     parity.test_sft(tokenizer, tmp_path)
-    parity.test_dpo(tokenizer, tmp_path, "sigmoid", 0.0, None)
+    parity.test_dpo(tokenizer, tmp_path, loss_type="sigmoid", label_smoothing=0.0)

@@ -38,11 +38,7 @@ HORIZON = 0.32  # the best rate falls with the steps of a run to this power
 
 
 def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[tuple[str, str, str]]:
-    """Choose values for the keys ``SUGGESTED`` except ``own``, which the user set; returns key, value and reason of each.
-
-    Raises:
-        UserError: as the run itself, except for weights and memory.
-    """
+    """Choose values for the keys ``SUGGESTED`` except ``own``, which the user set; returns key, value and reason of each."""
     template, base_config, notes = open_template(method, loaded.config)
     for note in (*loaded.notes, *notes):
         logger.info(note)
@@ -50,7 +46,7 @@ def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[tuple[str, st
     parts = prepare_parts(method, loaded, template)
     rows, report = choose(method, loaded, own, parts, base_config), parts[0].report
     loaded.automatic = set()
-    logger.info(f"{counted(report.kept, 'conversation' if method == 'sft' else 'pair')}, {report.tokens:,} tokens:")
+    logger.info(f"{counted(report.kept, report.unit)}, {report.tokens:,} tokens:")
     return rows
 
 
@@ -96,8 +92,7 @@ def choose(
             reasons[key] = "set by you" if key in loaded.typed else "set in the configuration file"
         elif getattr(config, key) == getattr(recipe, key) and key in ("max_length", "warmup_ratio", "eval_steps"):
             reasons[key] = "the recipe's [4]"
-    values = config.model_dump(mode="json")
-    return [(key, _shown(values[key]), reason) for key, reason in reasons.items()]
+    return [(key, _shown(getattr(config, key)), reason) for key, reason in reasons.items()]
 
 
 def table_lines(rows: Iterable[tuple[str, str, str]]) -> list[str]:
@@ -111,7 +106,7 @@ def table_lines(rows: Iterable[tuple[str, str, str]]) -> list[str]:
 
 def changed_words(config: RunConfig, recipe: RunConfig) -> list[str]:
     """``key=value`` of the suggested values that differ from those before."""
-    values, before = config.model_dump(mode="json"), recipe.model_dump(mode="json")
+    values, before = vars(config), vars(recipe)
     return [f"{key}={_shown(values[key])}" for key in values if key in SUGGESTED and values[key] != before[key]]
 
 
@@ -124,11 +119,7 @@ def _shown(value: Any) -> str:
 
 def short_runs(method: Method, loaded: Loaded) -> tuple[Callable[[float, int], float], int]:
     """(a function of learning rate and steps; the steps of the whole run). The function trains from the same start on the same rows
-    with a whole schedule and writes nothing; it returns the held-out loss, infinite if a step was not finite.
-
-    Raises:
-        UserError: no rows are held out; as the run itself.
-    """
+    with a whole schedule and writes nothing; it returns the held-out loss, infinite if a step was not finite."""
     config = loaded.config
     if not config.eval_dataset:
         raise UserError(
@@ -157,43 +148,31 @@ def search(loss: Callable[[float], float], first: float) -> dict[float, float]:
     of 2 on both sides of the best one."""
     losses = {rate: loss(rate) for rate in (first, 4 * first)}
     step = 4.0 if losses[4 * first] < losses[first] else 0.25
-    while len(losses) < MOST_RATES - 1 and (rate := _best(losses) * step) not in losses:
+    while len(losses) < MOST_RATES - 1 and (rate := min(losses, key=losses.__getitem__) * step) not in losses:
         losses[rate] = loss(rate)
-    best = _best(losses)
+    best = min(losses, key=losses.__getitem__)
     for side in sorted((2.0, 0.5), key=lambda side: losses.get(best * side**2, math.inf)):
         if len(losses) < MOST_RATES:
             losses[best * side] = loss(best * side)
     return dict(sorted(losses.items()))
 
 
-def _best(losses: Mapping[float, float]) -> float:
-    return min(losses, key=lambda rate: losses[rate])
-
-
 def pick(losses: Mapping[float, float], before: float, steps: int) -> float | None:
-    """The rate for a run of so many steps; None: no rate lowered the loss. The best rate of the short runs was also the best one of
-    60 steps (bench/results/learning-rate-*.json). Longer runs need lower ones: of tokens to the power of -0.32 (Bjorck et al. 2024,
-    arXiv 2409.19913, in pre-training).
+    """The rate for a run of so many steps from ``search``'s losses; None: no rate lowered the loss of the start.
 
-    Args:
-        losses: of ``search``.
-        before: the loss of the start.
-    """
-    best = _best(losses)
+    The best rate of the short runs was also the best of 60 steps (bench/results/learning-rate.json). Longer runs need lower rates:
+    tokens to the power of -0.32 (Bjorck et al. 2024, arXiv 2409.19913, in pre-training)."""
+    best = min(losses, key=losses.__getitem__)
     return float(f"{best * min(1.0, STEPS / steps) ** HORIZON:.2g}") if losses[best] < before else None
 
 
 def probe(method: Method, loaded: Loaded) -> list[str]:
-    """Probe learning rates and set the one for the run; returns the table of losses.
-
-    Raises:
-        UserError: as ``short_runs``.
-    """
+    """Probe learning rates and set the one for the run; returns the table of losses."""
     first = loaded.config.learning_rate
     loss, total = short_runs(method, loaded)
     steps, before = min(PROBE_STEPS, total), loss(first, 0)
     losses = search(lambda rate: loss(rate, steps), first)
-    chosen, best = pick(losses, before, total), _best(losses)
+    chosen, best = pick(losses, before, total), min(losses, key=losses.__getitem__)
     lines = ["", f"held-out loss after {counted(steps, 'step')} (before: {before:.4f})"]
     lines += [f"  learning_rate {rate:<10g} {losses[rate]:.4f}{'  best' * (rate == best)}" for rate in losses]
     if chosen is None:
