@@ -11,7 +11,7 @@ import pytest
 import torch
 import trl
 from peft import PeftModel
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -194,6 +194,8 @@ def save_tokenizer(folder: Path, case: Case) -> None:
         extra_special_tokens=[token for token in case.special[1:] if token != case.bos],
         **({} if case.split else {"unk_token": "<unk>"}),
     )
+    if not case.split:
+        fast.add_tokens([AddedToken("\n\n", normalized=False)])  # Gemma's runs of newlines are tokens of their own
     if case.template:
         fast.chat_template = (TEMPLATES / f"{case.template}.jinja").read_text()
     fast.save_pretrained(folder)
