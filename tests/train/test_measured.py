@@ -14,10 +14,10 @@ from zephyr_lite.memory.earlier import earlier_runs
 from zephyr_lite.memory.plan import Plan
 from zephyr_lite.train import main
 from zephyr_lite.train.main import _compare, save_stage
-from zephyr_lite.train.stage import Outcome
 from zephyr_lite.train.resume import machine_now
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
+from zephyr_lite.train.stage import Outcome
 
 
 @pytest.fixture(autouse=True)
