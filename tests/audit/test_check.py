@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import CONVERSATIONS, make_model
 from tests.train.test_train import dpo_words, words
-from zephyr_lite.audit.files import Level, gather
-from zephyr_lite.audit.measure import with_bos
+from zephyr_lite.audit.files import Audit, Level, gather
+from zephyr_lite.audit.measure import RowSums, _check_below, with_bos
 from zephyr_lite.audit.run import audit
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import load_config
@@ -251,6 +251,20 @@ def test_without_an_effect_no_difference_is_claimed(run, chat_rows, tmp_path):
     assert told[0][0] == Level.note and "neither clearly likelier nor less likely" in told[0][1]
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_no_adapter_is_missed_below_where_the_files_say_that_none_belongs_there(known):
+    told = Audit("a", "zephyr-lite", "dpo")
+    if known:
+        told.right("below", "one adapter: it belongs on the bare base")
+    sums = {
+        name: RowSums(torch.tensor([-1.0, -2, -3]) * loss, torch.ones(3), torch.empty(0))
+        for name, loss in (("base", 1), ("policy", 9))
+    }
+    _check_below(sums, told)
+    assert told.findings[-1].level == Level.note and "less likely" in told.findings[-1].text
+    assert ("--below" in told.findings[-1].advice) != known
+
+
 def test_a_bos_that_begins_every_turn_cannot_be_doubled(chat_rows, run, tmp_path):
     """SmolLM2's and Qwen's tokenizers call <|im_start|> their BOS."""
     shutil.copytree(run / "sft/adapter", tmp_path / "a")
@@ -313,7 +327,8 @@ def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, t
     told = json.loads((tmp_path / "sub/check.json").read_text())
     assert told["verdict"] == "sound" and told["numbers"]["pairs"]["start"]["pairs"] == 8
     assert cli.run(["check", str(run / "dpo"), *given, "--reference", "base"]) == 2
-    assert "verdict: WRONG (reference)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "verdict: WRONG (reference)" in said.out and not said.err  # the finding is in the table
 
 
 def test_bos_is_counted_exactly():

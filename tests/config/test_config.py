@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from zephyr_lite.config.load import RunConfig, dump_config, load_config, preset_configs
+from zephyr_lite.config.load import RunConfig, dump_config, load_config, preset_configs, words_by_scope
 from zephyr_lite.errors import UserError
 
 
@@ -43,6 +43,9 @@ def test_the_stages_differ_in_their_defaults():
         ("engine=magic", "engine"),
         ("loss_type=robust", "label_smoothing"),
         ("loss_type=sigmoid,sigmoid", "several different ones"),
+        ("loss_type=sigmoid,kto", r"loss_type: kto cannot be in a list: .* \(found \['sigmoid', 'kto'\]\)\.\n`zephyr"),
+        ("loss_type=simp", r"loss_type: there is no such loss; did you mean 'simpo'\? \(found 'simp'\)\."),
+        ("loss_type=[[x]]", "there is no such loss; `zephyr-lite keys loss_type` lists them"),
         ("dataset=[]", "dataset"),
         ("dataset.limit=0", "limit"),
         ("learning_rate=inf", "learning_rate"),
@@ -51,7 +54,7 @@ def test_the_stages_differ_in_their_defaults():
 )
 def test_a_value_that_does_not_fit_names_its_key(word, place):
     with pytest.raises(UserError, match=place):
-        load(word)
+        load(word, method="dpo" if "loss" in word else "sft")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,32 @@ def test_a_file_keeps_its_values_under_another_loss(tmp_path):
     assert (config.beta, config.learning_rate, config.losses) == (0.5, 5e-5, {"orpo": 1})
     with pytest.raises(UserError, match="precompute_ref_log_probs has no effect on loss_type orpo"):
         load("loss_type=orpo", "precompute_ref_log_probs=true", file=file, method="dpo")
+
+
+def test_faults_of_losses_and_noise_are_told_once_and_together():
+    with pytest.raises(UserError) as told:
+        load("loss_weights=1,2", "neftune_noise_alpha=-1", "batch_size=0", method="dpo")
+    assert told.value.message == (
+        "the command line: neftune_noise_alpha: a key of sft, which dpo does not read. Remove it.\n"
+        "the command line: batch_size: expected a number greater than or equal to 1 (found 0).\n"
+        "the command line: loss_weights: expected 1 number, one for each loss of loss_type (found ['1', '2'])."
+    )
+    for word in ("loss_type=sft", "loss_type=[sft]"):
+        with pytest.raises(UserError, match=r"sft alone is the training of zephyr-lite sft\. .*sigmoid,sft"):
+            load(word, method="dpo")
+
+
+@pytest.mark.parametrize("key", ["loss_type=kto", "simpo_gamma=2", "pref_beta=0.1", "desirable_weight=2"])
+def test_keys_of_dpo_are_refused_in_sft_where_typed_and_noted_where_in_a_file(key, tmp_path):
+    name, value = key.split("=")
+    ours = name.replace("pref_", "")
+    with pytest.raises(UserError, match=f"the command line: {ours}: a key of dpo, which sft does not read"):
+        load(key)
+    loaded = load(file=write(tmp_path, f"{name}: {value}\n"))
+    assert f"{ours} changes nothing here: only dpo reads it" in loaded.notes
+    (tmp_path / "all.yaml").write_text(dump_config(RunConfig()))
+    assert not any("changes nothing" in note for note in load(file=str(tmp_path / "all.yaml")).notes)
+    assert words_by_scope([key, "seed=1"]) == {"dpo": [key], "": ["seed=1"]}
 
 
 @pytest.mark.parametrize("words", [["5"], ["--seed"], ["--use-peft", "--seed", "3"], ["-x"]])

@@ -69,7 +69,7 @@ def test_a_refused_field_is_taken_at_its_default_only(name, tmp_path):
         ("datasets: [{path: a/b, data_files: x.json}]", "data_files are read as path: json, csv or parquet"),
         ("datasets: [{path: a/b, columns: [messages, tools]}]", "columns: tools is given to no chat template"),
         ("assistant_only_loss: perhaps", "assistant_only_loss: 'perhaps' is not true or false"),
-        ("loss_type: [sigmoid, sft]\nloss_weights: [1]", "loss_weights one value for each"),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1]", "loss_weights: expected 2 numbers, one for each loss"),
         ("rpo_alpha: much", "loss_weights.1: expected a number"),
         ("model_init_kwargs: {attn_implementation: sdpa, quantization_config: {bits: 3}}", "quantization_config"),
         ("dataset_kwargs: {skip_prepare_dataset: true}", "skip_prepare_dataset: True"),
@@ -212,8 +212,9 @@ def test_values_that_have_another_name_here(text, key, value, tmp_path):
 
 
 def test_dpo_has_no_noise(tmp_path):
-    assert "neftune_noise_alpha: only sft adds noise" in refused(tmp_path, "neftune_noise_alpha: 5", "dpo")
-    assert load(tmp_path, "neftune_noise_alpha: null", "dpo").config.neftune_noise_alpha is None
+    loaded = load(tmp_path, "neftune_noise_alpha: 5", "dpo")
+    assert loaded.config.neftune_noise_alpha is None
+    assert "neftune_noise_alpha changes nothing here: only sft reads it" in loaded.notes
 
 
 def test_dpo_has_no_dropout_unless_the_file_says_so(tmp_path):

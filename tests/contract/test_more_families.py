@@ -196,6 +196,14 @@ def test_variants_that_the_layer_does_not_compute_are_refused(name, changes, mat
     assert "engine=trl" in error.value.hint
 
 
+def test_a_scale_of_queries_without_its_length_is_refused():
+    rope = {k: v for k, v in FAMILIES["ministral3"]["rope_parameters"].items() if not k.startswith("original")}
+    config = tiny("ministral3").config
+    config.rope_parameters = rope
+    with pytest.raises(UserError, match="rope_parameters has no original_max_position_embeddings"):
+        check_family(config, "config.json")
+
+
 def test_what_phi3s_frequencies_and_matrices_refuse():
     """Beyond its first length longrope has other frequencies for all of a micro-batch; q, k and v are one matrix."""
     config = tiny("phi3").config

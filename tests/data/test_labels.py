@@ -66,8 +66,8 @@ def test_the_last_answer_has_the_label_and_pairs_have_both(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({**GOOD, "label": "maybe"}, "label is maybe, not true or false"),
-        ({**GOOD, "label": None}, "label is None, not true or false"),
+        ({**GOOD, "label": "maybe"}, "label is maybe: expected true or false, or 1 or 0"),
+        ({**GOOD, "label": None}, "label is None: expected true or false, or 1 or 0"),
         ({"messages": [HELLO], "label": True}, "no prompt before the answer"),
         ({"messages": [HI, {**HELLO, "train": False}], "label": True}, "every answer is marked as not to be trained"),
     ],
@@ -75,6 +75,19 @@ def test_the_last_answer_has_the_label_and_pairs_have_both(tmp_path):
 def test_faulty_rows_are_dropped_counted_and_named(tmp_path, row, reason):
     rows = load(tmp_path, GOOD, row)
     assert rows.dropped == {reason: [f"{tmp_path}/labels.jsonl row 2"]} and len(rows.dataset) == 1
+
+
+def test_sft_leaves_rejected_answers_out_and_refuses_other_words(tmp_path):
+    talk = {"messages": [HI, HELLO]}
+    rows = load(tmp_path, GOOD, {**GOOD, "label": 0}, {**GOOD, "label": None}, {**talk, "label": 3}, method="sft")
+    assert rows.dropped == {"label is false: a rejected answer": [f"{tmp_path}/labels.jsonl row 2"]}
+    assert len(rows.dataset) == 3
+    for row in (GOOD, talk):
+        with pytest.raises(UserError, match=r"none of 1 rows .*label is bad: expected true or false, or 1 or 0"):
+            load(tmp_path, {**row, "label": "bad"}, method="sft")
+        assert (
+            len(load(tmp_path, {**row, "label": "bad"}, method="sft", columns=[*row.keys() - {"label"}]).dataset) == 1
+        )
 
 
 def test_other_rows_are_refused_with_what_to_do(tmp_path):

@@ -54,6 +54,13 @@ def pairs(live):
     return held_out(live.chain, live.template, "dpo")
 
 
+def test_rows_that_would_change_the_angles_of_others_are_refused(live, conversations, monkeypatch):
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 8}
+    monkeypatch.setattr(live.base.model.config, "rope_parameters", rope)
+    with pytest.raises(UserError, match="type longrope, which change in sequences of more than 8 tokens"):
+        evaluate_loss(live, conversations, Bootstrap())
+
+
 def last_evaluation(trained, stage):
     return StageDir(trained / stage).info()["result"]["evaluations"][-1]
 

@@ -460,6 +460,7 @@ def test_a_plan_says_in_three_lines_what_one_wants_to_know(said):
     )
     assert re.fullmatch(r"  change  --config zephyr-7b/overnight-sft: 6,000 of 207,865 rows, \d h \d+ min", lines[3])
     assert "plan of dpo on 3060: " in out and "decoder layers" not in out and lines[-1] == "details: add --details"
+    assert "$" not in said("sft", "--gpu", "3060", "--price", "0.00001")[1]
     code, out, _ = said("sft", "--gpu", "3060", "--details")
     assert code == 0 and max(map(len, out.splitlines())) <= 80 and "add --details" not in out
     for text in ("decoder layers", "3.35", "together", "what was chosen", "main memory, locked", "disk"):

@@ -188,6 +188,7 @@ def test_without_rows_of_its_own_the_demos_are_taken(trained, tmp_path):
     base = chain.base["name_or_path"]
     with messages_to(lines.append):
         found = run_merge(out, adapters=[str(alone)], base=base, rows=3)
+    assert "on 3 conversations of zephyr-lite's demo, since none of its own are held out" in found.live_line()
     assert found.origin == "the demo's conversations" and found.rows == 3 and list(found.logps) == ["base"]
     assert lines[-1].startswith("no stage says which conversations to evaluate on, so the 16-bit base is kept;")
 

@@ -66,7 +66,7 @@ def test_a_schedule_takes_its_own_options_only():
         optimizer.step()
         scheduler.step()
     for name, options, says, hint in (
-        ("cosine", {"min_lr": 1e-6}, "no option 'min_lr'", "lr_scheduler_kwargs: num_cycles."),
+        ("cosine", {"min_lr": 1e-6}, "no option 'min_lr'; cosine_with_min_lr has", "lr_scheduler_kwargs: num_cycles."),
         ("constant", {"num_cycles": 2}, "no option 'num_cycles'", "lr_scheduler_kwargs: none."),
         ("cosine_with_min_lr", {}, "One of min_lr or min_lr_rate", "num_cycles, min_lr, min_lr_rate"),
         ("cosin", {}, "cosin is not a valid", "Try cosine"),

@@ -258,6 +258,10 @@ def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
     gain, loss = gap(sums["policy"], sums[other]), gap(sums[other], sums["policy"])
     where = f"{'on the adapters below it' if other == 'alone' else 'with it'} than with {_MODELS[other]}"
     advice = "Is this its base? Name the adapters that belong below it with --below, and no others."
+    if other == "base" and any(
+        f.topic == "below" and f.level == Level.right for f in found.findings
+    ):  # its files say so
+        advice = "Is this its base?" if found.method == "sft" else "This can be so after preference optimization."
     if gain.clear:
         found.right("below", f"conversations are likelier {where}", *facts, f"by {gain}")
     elif loss.clear:

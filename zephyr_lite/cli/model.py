@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, Context, Option
+from typer import Argument, Context, Exit, Option
 
 from ..errors import UserError
 from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, next_lines, say_all
@@ -208,8 +208,7 @@ def check(
         write_json(out, found.as_dict())
         console.say(f"written: {out}")
     if found.level == Level.wrong:
-        worst = next(finding for finding in found.findings if finding.level == Level.wrong)
-        raise UserError(f"{found.adapter}: {worst.text.rstrip('.')}.", worst.advice)
+        raise Exit(2)
 
 
 def report(

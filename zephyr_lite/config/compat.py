@@ -286,8 +286,6 @@ def rename(
     for key in _UNSET:
         if result.get(key, key) is None:
             del result[key]
-    if dpo and number(result.get("neftune_noise_alpha")):
-        faults.append("neftune_noise_alpha: only sft adds noise to the embeddings. Remove the key.")
     # TRL's DPO disables every dropout by default, so the handbook's lora_dropout has no effect there
     if no_dropout or (no_dropout is None and dpo and file and theirs and result.get("lora_dropout")):
         notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.text import comma_list, expected, is_file, refuse_special, short
-from .compat import ALIASES, BATCH_PARTS, SFT_WEIGHTS, of_others, rename, unknown_key
-from .schema import DPO_DEFAULTS, LOSS_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
+from .compat import ALIASES, BATCH_PARTS, SFT_WEIGHTS, TRANSLATED, of_others, rename, unknown_key
+from .schema import DPO_DEFAULTS, LOSS_DEFAULTS, OWN_KEYS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
 Method = Literal["sft", "dpo"]
@@ -139,9 +139,21 @@ def load_config(
         replaced = replaced or key == "dataset.path"
     if replaced and "eval_dataset" not in typed:
         given["eval_dataset"], unset = None, True
+    elsewhere: Method = "dpo" if method == "sft" else "sft"
+    for key in OWN_KEYS[elsewhere]:
+        if key in typed:
+            faults[WORDS].append(f"{key}: a key of {elsewhere}, which {method} does not read. Remove it.")
+            del given[key]
+        elif given.get(key, own[key].default) != own[key].default:
+            notes.append(f"{key} changes nothing here: only {elsewhere} reads it")
+            if method == "dpo":
+                del given[key]
     if method == "dpo":
         own_file = path is not None and not path.is_relative_to(CONFIGS)
         losses = given.get("loss_type")
+        if losses in ("sft", ["sft"]):
+            fault = "loss_type: sft alone is the training of zephyr-lite sft. Run that, or add sft to another loss: sigmoid,sft."
+            faults[WORDS if "loss_type" in typed else str(path)].append(fault)
         for loss in losses if isinstance(losses, list) else [losses]:  # the recipe's values are those of sigmoid
             tuned = {
                 k: v for k, v in LOSS_DEFAULTS.get(str(loss), {}).items() if k not in (given if own_file else typed)
@@ -211,7 +223,8 @@ def _read_words(words: Iterable[str], faults: list[str]) -> list[tuple[str, Any]
 
 
 def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
-    """The words of a command that runs several stages: ``key=value`` for all of them, under "", and ``SCOPE.key=value``.
+    """The words of a command that runs several stages: ``key=value`` for all of them, under "", or for the one that reads the
+    key (``OWN_KEYS``), and ``SCOPE.key=value``.
 
     Raises:
         UserError: a key of ``PLACED``.
@@ -221,6 +234,8 @@ def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
         head, dot, tail = key.partition(".")
         scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
         key = tail if scope else key
+        ours = (ALIASES | TRANSLATED).get(key.replace("-", "_"), key.replace("-", "_"))
+        scope = scope or next((method for method, keys in OWN_KEYS.items() if ours in keys), "")
         refuse_placed([key.partition(".")[0].replace("-", "_")], WORDS)
         scoped.setdefault(scope, []).append(f"{key}={text}")
     return scoped

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -21,6 +22,22 @@ _ReferenceFree = Literal["simpo", "orpo", "sft"]
 PairLoss = Literal[_Compared, _ReferenceFree]
 REFERENCE_FREE = set(get_args(_ReferenceFree))
 SMOOTHED = {"sigmoid", "robust"}
+# keys that only one stage reads
+OWN_KEYS = {
+    "sft": ("neftune_noise_alpha",),
+    "dpo": (
+        *(
+            "beta",
+            "loss_type",
+            "loss_weights",
+            "label_smoothing",
+            "simpo_gamma",
+            "desirable_weight",
+            "undesirable_weight",
+        ),
+        "precompute_ref_log_probs",
+    ),
+}
 # rows to hold out
 ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
@@ -193,10 +210,11 @@ class RunConfig(BaseModel):
         le=1000,
         description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo and kto",
     )
-    loss_type: PairLoss | Literal["kto"] | list[PairLoss] = Field(
+    loss_type: PairLoss | list[PairLoss] | Literal["kto"] = Field(
         "sigmoid",
-        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own; kto also "
-        "learns from single answers with a label",
+        description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own; sft (in a "
+        "list only) is the chosen response's negative log-likelihood; kto (never in a list) also learns from single answers "
+        "with a label",
     )
     loss_weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
         None, description="dpo: the weight of each loss of the list; null: 1 each"
@@ -274,7 +292,8 @@ class RunConfig(BaseModel):
             case "push_to_hub":
                 return None if value is False else value
             case "loss_type":
-                return value[0] if isinstance(value, list) and len(value) == 1 else value
+                _check_losses(names := value if isinstance(value, list) else [value])
+                return names[0] if len(names) == 1 else names
             case "report_to" if value in ("none", ["none"]):
                 return []
             case "adapters" if value == "none":
@@ -293,6 +312,15 @@ class RunConfig(BaseModel):
                 raise ValueError("expected module names such as q_proj; regular expressions are not read")
         return value
 
+    @field_validator("loss_weights")
+    @classmethod
+    def _one_for_each_loss(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        losses = info.data.get("loss_type")  # None: it has a fault of its own
+        count = len(losses) if isinstance(losses, list) else 1
+        if value and losses and len(value) != count:
+            raise ValueError(f"expected {count} number{'s' * (count > 1)}, one for each loss of loss_type")
+        return value
+
     @field_validator("model_name_or_path", "model_revision", "output_dir", "push_to_hub", "sync", "adapters")
     @classmethod
     def _is_a_place(cls, value: Any) -> Any:
@@ -302,10 +330,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
-        losses, count = self.losses, 1 if isinstance(self.loss_type, str) else len(self.loss_type)
-        if not losses or len(losses) < count or len(self.loss_weights or losses) != count:
-            raise ValueError("loss_type needs a loss, or several different ones; loss_weights one value for each")
-        name = " + ".join(losses)
+        losses, name = self.losses, " + ".join(self.losses)
         if "robust" in losses and self.label_smoothing == 0:
             raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
         if self.label_smoothing and not losses.keys() & SMOOTHED:
@@ -340,6 +365,19 @@ class RunConfig(BaseModel):
     def row_kind(self, method: Literal["sft", "dpo"]) -> Literal["sft", "dpo", "kto"]:
         """The kind of rows that a stage reads: kto's are labelled answers or pairs."""
         return "kto" if method == "dpo" and self.loss_type == "kto" else method
+
+
+def _check_losses(names: list[Any]) -> None:
+    known = (*get_args(PairLoss), "kto")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name)[:100], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`zephyr-lite keys loss_type` lists them"
+            raise ValueError(f"there is no such loss; {hint}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError("expected a loss, or several different ones")
+    if "kto" in names and len(names) > 1:
+        raise ValueError("kto cannot be in a list: it learns from single answers, the other losses from pairs")
 
 
 # differences of the published DPO QLoRA recipe from the SFT recipe

@@ -45,6 +45,7 @@ _NEEDS = {
     "label; or preference rows: chosen and rejected",
 }
 
+_NUMBER = re.compile(r"\s*-?[\d.]+\s*")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
 _OPEN_TRANSCRIPT = re.compile(r"(\s*\n\n)?[ \t]*Human:.*\n\nAssistant:\s*", re.DOTALL)
 
@@ -111,14 +112,11 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
         raise RowError(f"no {what} in columns {shown(', '.join(values) or 'none', 200)}")
     row.kind, read = found
     row.value = read(row)
-    label = values.get("label")
-    # KTO's; in other rows a number may be a class
-    if method == "sft" and (row.kind == "prompt and completion" or str(label).strip().lower() in ("true", "false")):
-        is_good = truth(label)
-        if is_good is False:
+    if method == "sft" and "label" in row.filled:
+        # KTO's; in other rows a number may be a class
+        is_class = row.kind != "prompt and completion" and _NUMBER.fullmatch(str(values["label"]))
+        if not (is_class or _is_good(row)):
             raise RowError("label is false: a rejected answer")
-        if is_good:
-            row.read.add("label")
     if tools := as_tools(row.take("tools", "functions")):
         row.value["tools"] = tools
     try:
@@ -264,15 +262,21 @@ def _read_pair(row: Row) -> dict[str, Any]:
 
 def _read_labelled(row: Row, read: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """A conversation whose last answer has a label, as a pair of which one side is empty."""
-    messages, good = read(row)["messages"], truth(row.take("label"))
-    if good is None:
-        raise RowError(f"label is {shown(row.values['label'], 40)}, not true or false")
+    messages, good = read(row)["messages"], _is_good(row)
     start = max(i for i, turn in enumerate(messages) if turn["role"] in ("assistant", TEXT))
     if start == 0:
         raise RowError("no prompt before the answer")
     answer = messages[start:]
     _refuse_untrained(answer, "the last answer")
     return {"prompt": messages[:start], "chosen": answer if good else [], "rejected": [] if good else answer}
+
+
+def _is_good(row: Row) -> bool:
+    """The label of the last answer."""
+    good = truth(row.take("label"))
+    if good is None:
+        raise RowError(f"label is {shown(row.values['label'], 40)}: expected true or false, or 1 or 0")
+    return good
 
 
 def _refuse_answered(prompt: list[Message]) -> None:

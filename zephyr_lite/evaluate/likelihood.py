@@ -20,6 +20,7 @@ from ..data.dataset import TokenizedDataset
 from ..data.packing import best_fit
 from ..io.text import duration
 from ..model.adapters import AdapterStack
+from ..model.base_folder import check_length
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
 from ..model.loaded import LoadedModel
@@ -130,7 +131,7 @@ def evaluate_loss(live: LoadedModel, held_out: HeldOut, bootstrap: Bootstrap) ->
     Losses are in nats per supervised token, each token counted once. A difference is the loss of one model minus that of
     another.
     """
-    logps = score_each(live, held_out.data)
+    logps = score_each(live, held_out)
     ratios: dict[Any, Ratio] = {name: (-of.sums[:, 0].numpy(), of.tokens[:, 0].numpy()) for name, of in logps.items()}
     pairs = comparisons(live)
     for one, other in pairs:
@@ -161,7 +162,7 @@ def evaluate_preference(
     Args:
         beta: β; None: of the stage whose configuration the rows have, or unknown, and margins are in nats alone.
     """
-    logps = score_each(live, held_out.data)
+    logps = score_each(live, held_out)
     if beta is None and held_out.stage is not None:
         beta = held_out.config.beta
     values: dict[Any, np.ndarray] = {}
@@ -206,9 +207,11 @@ def evaluate_preference(
     return Evaluation(body, tables, notes)
 
 
-def score_each(live: LoadedModel, data: TokenizedDataset) -> dict[str, Logps]:
+def score_each(live: LoadedModel, held_out: HeldOut) -> dict[str, Logps]:
     """{model: ``row_logps``} of every model."""
     found: dict[str, Logps] = {}
+    data, longest = held_out.data, min(held_out.config.max_length, int(max(held_out.data.lengths)))
+    check_length(live.base.model.config, longest, live.source)
     for name in live.models:
         start = time.monotonic()
         found[name] = row_logps(scorer_of(live, name), data)

@@ -70,8 +70,9 @@ def forecast_lines(
     time = f"about {duration(plan.seconds_per_step)} a step ({told} {basis}); the rows are not counted yet"
     if job.run_tokens:
         seconds = job.run_tokens / max(speed, 1e-9)
-        price = card.price if price is None else price
-        money = f", ${seconds / 3600 * price:,.2f} at ${price:.2f}/h" if price is not None else ""
+        price = (card.price if price is None else price) or 0.0
+        cost = round(seconds / 3600 * price, 2)
+        money = f", ${cost:,.2f} at ${price:.2f}/h" if cost else ""
         time = f"about {duration(seconds)}{money} ({told} {basis})"
         if not cuda and seconds > LONGEST_ON_A_CPU:
             time = f"{Path(config.model_name_or_path).name} does not train on a CPU ({told})"

@@ -154,7 +154,10 @@ class MergeMeasure:
     def live_line(self) -> str:
         """The live stack's loss, for the console."""
         numbers = self.numbers["live"]
-        told = f"loss as trained: {numbers['loss'].value:.3f}, on {counted(self.rows, 'held-out conversation')} ({self.origin})"
+        rows = f"{counted(self.rows, 'held-out conversation')} ({self.origin})"
+        if self.lost is not None:
+            rows = f"{counted(self.rows, 'conversation')} of zephyr-lite's demo, since none of its own are held out"
+        told = f"loss as trained: {numbers['loss'].value:.3f}, on {rows}"
         if self.trained:
             told += f"; {numbers['trained_loss'].value:.3f}, on {counted(self.trained, 'trained one')}"
         return told

@@ -95,6 +95,9 @@ def check_family(config: Any, where: str) -> None:
         problem = "rotary embeddings of type dynamic, which depend on the length of a sequence"
     elif activation != known:
         problem = f"hidden_act {activation!r}; the fused engine knows {known}"
+    elif family_of(config).q_scale and "original_max_position_embeddings" not in rope:
+        problem = "rope_parameters has no original_max_position_embeddings, which the scale of the queries depends on"
+        hint = "Copy config.json again from where it came from."
     elif refused:
         problem = f"{refused[0]} is {getattr(config, refused[0])}, which the fused engine does not compute"
     else:
@@ -112,7 +115,7 @@ def check_length(config: Any, max_length: int, where: str) -> None:
     Raises:
         UserError: the type is longrope, which has other frequencies from a length on, and max_length is beyond it.
     """
-    rope: dict[str, Any] = config.rope_parameters
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and max_length > (limit := rope["original_max_position_embeddings"]):
         raise UserError(
             f"{where}: rotary embeddings of type longrope, which change in sequences of more than {limit:,} tokens; "
