@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,9 +59,7 @@ class DpoObjective(Objective):
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
         return _totals(self.data, examples)
 
-    def loss(
-        self, examples: Sequence[int], step: int, total: PairTotals
-    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
@@ -69,10 +67,8 @@ class DpoObjective(Objective):
         if step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch, total)
-        return found.losses.sum() / total.pairs, {
-            **_metric_sums(found, policy.detach()),
-            "num_tokens": float(len(batch)),
-        }
+        sums = _metric_sums(found, policy.detach())
+        return found.losses.sum() / total.pairs, {**sums, "num_tokens": float(len(batch))}
 
     def metrics(self, sums: Metrics, total: PairTotals) -> Metrics:
         means = {k: v / total.pairs for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}

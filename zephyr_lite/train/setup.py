@@ -309,11 +309,7 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
 
 
 def open_template(method: Method, config: RunConfig) -> tuple[ChatTemplate, Any, list[str]]:
-    """(the chat template, the base's configuration, notes) of a run, for commands that show its rows before it begins.
-
-    Raises:
-        UserError: as the run itself, except for weights.
-    """
+    """(the chat template, the base's configuration, notes) of a run, for commands that look at its rows before it begins."""
     check_paths(config)
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config: Any = read_model_config(folder, any_family=True)
