@@ -78,21 +78,22 @@ class DpoObjective(Objective):
     def evaluate(self) -> Metrics:
         """Sums over this process's held-out pairs: loss, rewards, accuracy, margin."""
         data = self.stage.eval_data
-        total = None if data is None else _totals(data, range(len(data.lengths)))
+        assert data is not None
+        total = _totals(data, range(len(data.lengths)))
 
         def of_group(group: list[int]) -> Metrics:
-            assert data is not None and total is not None
             batch = self._batch(data, group)
             policy, reference = self._sums(batch)
             found = self._preference(policy, reference, batch, total)
             sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
             return {name: value.item() for name, value in sums.items()}
 
-        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
+        return sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        data = self.stage.eval_data
-        return {} if data is None else {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
+        assert self.stage.eval_data is not None
+        count = len(self.stage.eval_data.lengths)
+        return {f"eval_{name}": value / count for name, value in sums.items()}
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)
