@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
-from bench import compare, contest, gpu, mistral, ops, rows, turns
+from bench import compare, contest, gpu, learning_rate, mistral, ops, rows, turns
 from bench.cases import Bench, cases
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import resolve_template
@@ -301,3 +301,22 @@ def test_bytes_are_the_least_that_must_move():
     assert found["nf4.dequantize gate_proj"].bytes == 192 * 64 // 2 + 192 * 64 // 64 + 4 + 192 * 64 * 4
     # q and k read and written, half of cos and sin
     assert found["rope forward"].bytes == 2 * 4 * (4 + 2) * 16 * 4 + 2 * 4 * 8 * 4
+
+
+# -- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_and_the_grid_run(tmp_path, chat_rows):
+    words = [
+        str(chat_rows),
+        str(chat_rows),
+        "--steps",
+        "2",
+        "--tiny",
+        str(tmp_path / "base"),
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    found = learning_rate.main(words)
+    assert len(found["probe"]) == 5 and found["picked"] in found["grid"] and found["above_the_best"] >= 0
+    assert json.loads((tmp_path / "out.json").read_text())["steps"] == 2

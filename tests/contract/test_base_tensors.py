@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.cli import app as cli
@@ -59,14 +59,14 @@ def test_fewer_layers_in_the_configuration_than_in_the_weights(base):
 
 def test_of_a_family_that_only_trl_knows(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=448, num_key_value_heads=2, **sizes))
-    model.save_pretrained(tmp_path / "qwen")
-    make_tokenizer(tmp_path / "qwen")
-    asked = RunConfig(model_name_or_path=str(tmp_path / "qwen"), engine="trl", load_in_4bit=False)
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=448, num_key_value_heads=2, **sizes))
+    model.save_pretrained(tmp_path / "gemma2")
+    make_tokenizer(tmp_path / "gemma2")
+    asked = RunConfig(model_name_or_path=str(tmp_path / "gemma2"), engine="trl", load_in_4bit=False)
     load_base(asked)
-    config = json.loads((tmp_path / "qwen" / "config.json").read_text())
+    config = json.loads((tmp_path / "gemma2" / "config.json").read_text())
     fewer = {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
-    (tmp_path / "qwen" / "config.json").write_text(json.dumps({**config, **fewer}))
+    (tmp_path / "gemma2" / "config.json").write_text(json.dumps({**config, **fewer}))
     with pytest.raises(UserError, match=r"holds tensor model\.layers\.1\..* and \d+ more, for which the model"):
         load_base(asked)
 

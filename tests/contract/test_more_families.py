@@ -17,8 +17,9 @@ from tests.numeric import apart, conversation, hugging_face_logps, live_stack, l
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.errors import UserError
+from zephyr_lite.model.adapters import check_targets
 from zephyr_lite.model.base import load_base
-from zephyr_lite.model.base_folder import check_family, fingerprint
+from zephyr_lite.model.base_folder import check_family, check_length, fingerprint
 from zephyr_lite.model.decoder import Decoder, Dropout
 
 SIZES = {
@@ -195,6 +196,17 @@ def test_variants_that_the_layer_does_not_compute_are_refused(name, changes, mat
     assert "engine=trl" in error.value.hint
 
 
+def test_what_phi3s_frequencies_and_matrices_refuse():
+    """Beyond its first length longrope has other frequencies for all of a micro-batch; q, k and v are one matrix."""
+    config = tiny("phi3").config
+    check_length(config, 512, "config.json")
+    with pytest.raises(UserError, match="more than 512 tokens; max_length is 513"):
+        check_length(config, 513, "config.json")
+    assert check_targets("all-linear", config) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    with pytest.raises(UserError, match="'q_proj' is none of qkv_proj, o_proj, gate_up_proj, down_proj"):
+        check_targets(["q_proj"], config)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"), [("smollm3", {"no_rope_layers": [1, 1]}), ("gemma3_text", {"query_pre_attn_scalar": 32})]
 )
@@ -219,4 +231,4 @@ def test_losses_and_gradients_are_trls(name, tmp_path, monkeypatch):
     tokenizer.pad_token = "<unk>"
     monkeypatch.setattr(trl_parity, "make_model", lambda: tiny(name))
     trl_parity.test_sft(tokenizer, tmp_path)
-    trl_parity.test_dpo(tokenizer, tmp_path, "sigmoid", 0.0, None)
+    trl_parity.test_dpo(tokenizer, tmp_path, "sigmoid", label_smoothing=0.0)

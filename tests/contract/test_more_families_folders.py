@@ -1,4 +1,5 @@
-"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile."""
+"""The shipped configurations of each family, in small, and what comes out: merge, adapter, GGUF, ids, chat, Modelfile; and its
+losses and gradients against TRL's."""
 
 import json
 import math
@@ -16,8 +17,10 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from tests.conftest import CONVERSATIONS, TEXT
+from tests.contract import test_trl_parity as parity
 from tests.contract.test_gguf import add_bos, fields, off
 from tests.contract.test_more_families import tiny
+from tests.contract.test_trl_parity import tokenizer  # noqa: F401
 from tests.export.test_export_ollama import SAID, modelfile_template, render_go
 from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
@@ -228,14 +231,14 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     assert off(plain, composed) < 1e-5 < off(plain, AutoModelForCausalLM.from_pretrained(base))
 
     # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
-    tokenizer, template = AutoTokenizer.from_pretrained(out), chat.template
-    assert tokenizer.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
+    served, template = AutoTokenizer.from_pretrained(out), chat.template
+    assert served.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
     assert any("enable_thinking=false" in note for note in template.notes) is (name == "qwen3")
     streamer = Streamer(chat, [["sft", "dpo"]])
     messages = [{"role": "user", "content": "What do you like to cook on a rainy evening?"}]
     for _ in range(2):
         ids = template.prompt_ids(messages).tolist()
-        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+        assert served.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
         (drawn,) = streamer.draw([ids], [Sampling(temperature=0.0, max_new_tokens=8)])
         given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": chat.ends, "use_cache": False}
         want = plain.generate(torch.tensor([ids]), **given)[0, len(ids) :].tolist()
@@ -260,7 +263,7 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     assert told["tokenizer.ggml.pre"] == case.pre and told["tokenizer.chat_template"] == template.text
     reader, _ = convert_gguf_tokenizer(*get_gguf_tokenizer(str(report.out))[:2])
     text = template.text_of([{"role": "user", "content": "I'd cook 12345 soups,\n\n  é 日本?"}], True)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = served(text, add_special_tokens=False).input_ids
     assert reader.encode(text, add_special_tokens=False).ids == ids
 
     # Ollama
@@ -285,3 +288,11 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, changes, match, tmp_
     with pytest.raises(UserError, match=match):
         write_gguf(tmp_path, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_trls(name, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    """SFT's and DPO's, on the same rows."""
+    monkeypatch.setattr(parity, "make_model", lambda: tiny(name))
+    parity.test_sft(tokenizer, tmp_path)
+    parity.test_dpo(tokenizer, tmp_path, loss_type="sigmoid", label_smoothing=0.0)

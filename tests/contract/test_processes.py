@@ -66,7 +66,7 @@ def among_two(folder, *arguments, code=0):
 def logged(stage):
     """What does not depend on the clock or the machine."""
     records = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    skipped = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib")
+    skipped = ("seconds", "tokens_per_second", "pairs_per_second", "answers_per_second", "peak_memory_gib")
     return [{k: v for k, v in record.items() if k not in skipped} for record in records]
 
 
@@ -89,7 +89,7 @@ import json, os, signal, sys, time
 from zephyr_lite.cli import app as cli
 from zephyr_lite.train import loop
 from zephyr_lite.train.distributed import joined
-sft, dpo = json.loads(sys.argv[1])
+sft, dpo, kto = json.loads(sys.argv[1])
 plain = loop.accumulate_gradients
 def signalled(state, step):
     if here.rank == 1:
@@ -106,27 +106,29 @@ with joined() as here:
     loop.accumulate_gradients = signalled
     assert command(["sft", *sft]) == 130
     loop.accumulate_gradients = plain
-    assert command(["sft", *sft]) == command(["dpo", *dpo]) == 0
+    assert command(["sft", *sft]) == command(["dpo", *dpo]) == command(["dpo", *kto]) == 0
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_base, chat_rows, pair_rows, tmp_path_factory):
-    """Both stages in one process, and in two."""
+    """The stages in one process, and in two."""
     folder = tmp_path_factory.mktemp("world")
     sft = words(tiny_base, folder / "one", chat_rows, lora_dropout=0.1)
     run_sft(load_config("sft", None, sft))
     dpo = words(tiny_base, folder / "one", pair_rows, precompute_ref_log_probs="true", beta=0.1)
     run_dpo(load_config("dpo", None, dpo))
-    sft, dpo = ([word.replace(str(folder / "one"), str(folder / "two")) for word in line] for line in (sft, dpo))
+    kto = words(tiny_base, folder / "one", pair_rows, stage="kto", loss_type="kto", max_steps=3)
+    run_dpo(load_config("dpo", None, kto))
+    lines = [[word.replace(str(folder / "one"), str(folder / "two")) for word in line] for line in (sft, dpo, kto)]
     (folder / "both.py").write_text(BOTH)
-    text = among_two(folder, str(folder / "both.py"), json.dumps([sft, dpo]))
-    return folder, dict(zip(("stopped", "sft", "dpo"), text.split("== next")))
+    text = among_two(folder, str(folder / "both.py"), json.dumps(lines))
+    return folder, dict(zip(("stopped", "sft", "dpo", "kto"), text.split("== next")))
 
 
 def test_two_processes_are_as_one(runs, tiny_base, chat_rows, tmp_path):
     """One test, so that one worker makes the runs."""
-    for stage in ("sft", "dpo"):
+    for stage in ("sft", "dpo", "kto"):
         two_are_as_one(runs, stage)
     both_stopped_after_the_same_step(runs)
     a_checkpoint_of_two_goes_on_with_one(runs, tiny_base, chat_rows, tmp_path)
@@ -137,7 +139,9 @@ def two_are_as_one(runs, stage):
     close(folder / "two" / stage, folder / "one" / stage)
     info = json.loads((folder / "two" / stage / "stage.json").read_text())
     assert info["status"] == "complete" and info["machine"]["processes"] == 2
-    assert said[stage].count("step 4/4") == 2  # the step and its evaluation, by one of them alone
+    assert (
+        said[stage].count("step 3/3" if stage == "kto" else "step 4/4") == 2
+    )  # the step and its evaluation, by one of them alone
     assert "2 processes" in said[stage]
 
 

@@ -88,7 +88,9 @@ def test_code_beside_a_known_model_is_never_run(base, tmp_path):
     edit(base / "config.json", auto_map=told)
     edit(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.C", "own.C"]})
     loaded(base)
+    merge(base, [read_adapter(make_adapter(tmp_path / "a"))], tmp_path / "out")
     assert not (tmp_path / "ran").exists()
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

@@ -161,12 +161,13 @@ TEXTS = Dataset.from_list(
 )  # what is compared is given to the trainer
 
 
-def dpo_oracle(tokenizer, tmp_path, weights, loss_type, label_smoothing=0.0, with_sft=True, loss_weights=None):
+def dpo_oracle(tokenizer, tmp_path, weights, loss_type, label_smoothing=0.0, with_sft=True):
+    losses = {loss_type: 1.0} if isinstance(loss_type, str) else loss_type
     args = DPOConfig(
         **settings(tmp_path),
         beta=BETA,
-        loss_type=loss_type,
-        loss_weights=loss_weights,
+        loss_type=list(losses),
+        loss_weights=list(losses.values()),
         label_smoothing=label_smoothing,
     )
     return oracle(DPOTrainer, args, TEXTS, tokenizer, weights, merged_base(with_sft))
@@ -198,27 +199,25 @@ def our_dpo(stack, decoder, pairs, loss_type, label_smoothing=0.0, *, free=False
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "label_smoothing", "weights"),
+    ("loss_type", "label_smoothing"),
     [
-        ("sigmoid", 0.0, None),
-        ("ipo", 0.0, None),
-        ("hinge", 0.0, None),
-        ("robust", 0.2, None),
-        ("sigmoid_norm", 0.0, None),
-        ("apo_zero", 0.0, None),
-        ("apo_down", 0.0, None),
-        ("bco_pair", 0.0, None),
-        (["sigmoid", "sft"], 0.0, [1.0, 0.3]),
-        (["sigmoid", "bco_pair", "sft"], 0.0, [0.8, 0.2, 1.0]),  # MPO
+        ("sigmoid", 0.0),
+        ("ipo", 0.0),
+        ("hinge", 0.0),
+        ("robust", 0.2),
+        ("sigmoid_norm", 0.0),
+        ("apo_zero", 0.0),
+        ("apo_down", 0.0),
+        ("bco_pair", 0.0),
+        ({"sigmoid": 1.0, "sft": 0.3}, 0.0),
+        ({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}, 0.0),  # MPO
     ],
 )
-def test_dpo(tokenizer, tmp_path, loss_type, label_smoothing, weights):
+def test_dpo(tokenizer, tmp_path, loss_type, label_smoothing):
     stack, decoder = ours()
-    found, policy, reference = our_dpo(stack, decoder, PAIRS, loss_type, label_smoothing, loss_weights=weights)
+    found, policy, reference = our_dpo(stack, decoder, PAIRS, loss_type, label_smoothing)
     assert (policy - reference).abs().min() > 1e-3  # the adapter moved the policy, or nothing would be compared
-    trainer, layers = dpo_oracle(
-        tokenizer, tmp_path, stack.weights("dpo"), loss_type, label_smoothing, loss_weights=weights
-    )
+    trainer, layers = dpo_oracle(tokenizer, tmp_path, stack.weights("dpo"), loss_type, label_smoothing)
     wanted = trainer.compute_loss(trainer.model, collated(PAIRS))
     wanted.backward()
     assert apart(found.losses.mean().detach(), wanted.detach()) <= TOLERANCE
@@ -259,23 +258,22 @@ SHORT = [random_pair(i, 1, *lengths) for i, lengths in enumerate([(21, 5), (3, 1
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "trainer_class", "config", "theirs", "parameters"),
+    ("loss_type", "trainer_class", "config", "theirs"),
     [
-        ("simpo", CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}, {}),
+        ("simpo", CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
         (
-            ["simpo", "sft"],
+            {"simpo": 1.0, "sft": 0.4},
             CPOTrainer,
             CPOConfig,
-            {"loss_type": "simpo", "cpo_alpha": 0.4, "label_smoothing": 0.1},
-            {"loss_weights": [1.0, 0.4], "label_smoothing": 0.1},
+            {"loss_type": "simpo", "cpo_alpha": 0.4},
         ),
-        ("orpo", ORPOTrainer, ORPOConfig, {}, {}),
+        ("orpo", ORPOTrainer, ORPOConfig, {}),
     ],
 )
-def test_losses_without_a_reference(tokenizer, tmp_path, loss_type, trainer_class, config, theirs, parameters):
+def test_losses_without_a_reference(tokenizer, tmp_path, loss_type, trainer_class, config, theirs):
     pairs, simpo = (SHORT, {}) if loss_type == "orpo" else (PAIRS, {"simpo_gamma": 0.7})
     stack, decoder = ours()
-    found, _, _ = our_dpo(stack, decoder, pairs, loss_type, free=True, **simpo, **parameters)
+    found, _, _ = our_dpo(stack, decoder, pairs, loss_type, free=True, **simpo)
     args = config(**settings(tmp_path) | {"max_length": 64}, beta=BETA, **simpo, **theirs)
     trainer, layers = oracle(trainer_class, args, TEXTS, tokenizer, stack.weights("dpo"), merged_base())
     wanted, metrics = trainer.get_batch_loss_metrics(trainer.model, padded(pairs))

@@ -119,18 +119,21 @@ def test_configurations_in_yaml_load(tmp_path):
         load_config("sft", str(tmp_path / "my.yaml"))
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(8))
 def test_rows_of_every_format_are_read(number, tmp_path):
     lines = [line for block in blocks("json", GUIDES["your-own.md"]) for line in block.splitlines()]
-    assert len(lines) == 6
-    method = "dpo" if "chosen" in json.loads(lines[number]) else "sft"
+    assert len(lines) == 8
+    method = next(
+        (kind for column, kind in (("label", "kto"), ("chosen", "dpo")) if column in json.loads(lines[number])), "sft"
+    )
     path = tmp_path / "rows.jsonl"
     path.write_text(lines[number] + "\n")
     rows = load_rows([DatasetSpec(path=str(path))], method, seed=0)
     assert len(rows.dataset) == 1
     row = next(rows.values())
-    said = row["messages"] if method == "sft" else row["prompt"] + row["chosen"]
-    assert [turn["content"] for turn in said] == ["Name a river.", "The Rhine."]
+    said = row["messages"] if method == "sft" else row["prompt"] + (row["chosen"] or row["rejected"])
+    answer = "The Rhine." if method == "sft" or row["chosen"] else "Many."
+    assert [turn["content"] for turn in said] == ["Name a river.", answer]
 
 
 def test_the_line_for_trl_runs_in_small(tmp_path, tiny_base, chat_rows, monkeypatch):

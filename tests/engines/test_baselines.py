@@ -225,6 +225,7 @@ def test_a_mixture_of_experts_has_adapters_on_its_linear_layers(run, tmp_path):
     ("changes", "words"),
     [
         ({"loss_type": "ipo_sum"}, ["ipo_sum", "engine=fused"]),
+        ({"loss_type": "orpo"}, ["orpo", "engine=fused"]),
         ({"label_smoothing": 0.1}, ["TRL ignores it", "robust"]),
     ],
 )

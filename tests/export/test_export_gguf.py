@@ -62,7 +62,9 @@ def test_pre_tokenizers_are_known_by_what_they_do(mistral, tmp_path):
     for name, steps, ignore in (
         ("smollm", [digits, plain["pre_tokenizer"]], False),
         ("llama-bpe", [split, bytes_only], True),
-        (None, [split, bytes_only], False),  # llama.cpp takes whole words by that name
+        ("dbrx", [split, bytes_only], False),  # llama.cpp takes whole words by the name above
+        ("dbrx", [{**split, "behavior": "Removed", "invert": True}, bytes_only], False),
+        (None, [{**split, "behavior": "Removed"}, bytes_only], False),
         (None, [{**digits, "individual_digits": False}, plain["pre_tokenizer"]], False),
         (None, [{**split, "pattern": {"Regex": r"\d+"}}, bytes_only], True),
     ):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tests.conftest import tiny_config
 from tests.messages import messages_to
@@ -53,6 +54,7 @@ from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+MEMORY_PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
 FREE = MemorySpec()
 
@@ -127,6 +129,70 @@ def test_no_setting_that_the_search_leaves_out_is_better(size, host):
             found = estimate(job, other, machine.device)
             if found.peak <= budget(job, machine) and sum(found.host.values()) <= machine.host:
                 assert step_time(job, other, machine.card)[0] >= step_time(job, plan, machine.card)[0] * 0.9
+
+
+# the published sizes, and their billions of parameters (of the multimodal ones without the vision tower)
+BASES = {
+    "Qwen3-8B": ("qwen3", 8.19, {"intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}),
+    "SmolLM3-3B": (
+        "smollm3",
+        3.08,
+        {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+        | {"num_key_value_heads": 4, "vocab_size": 128256, "tie_word_embeddings": True},
+    ),
+    "gemma-3-4b": (
+        "gemma3_text",
+        3.88,
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8}
+        | {
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262208,
+            "sliding_window": 1024,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma-3-12b": (
+        "gemma3_text",
+        11.77,
+        {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16}
+        | {"head_dim": 256, "vocab_size": 262208, "sliding_window": 1024, "tie_word_embeddings": True},
+    ),
+    "Phi-4-mini": (
+        "phi3",
+        3.84,
+        {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "sliding_window": 262144}
+        | {"vocab_size": 200064, "tie_word_embeddings": True},
+    ),
+    "Ministral-3-8B": ("ministral3", 8.49, {"intermediate_size": 14336, "num_hidden_layers": 34, "vocab_size": 131072}),
+}
+COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_bases_of_other_families_on_common_cards(name):
+    """Their sizes are the published ones; SFT fits into 8 GB, everything into 24, there faster and with the base on the card; the
+    page on memory has their speeds."""
+    kind, billions, sizes = BASES[name]
+    config = AutoConfig.for_model(kind, **{**COMMON, **sizes})
+    shape = Shape.of(config)
+    heads = shape.head_weights * (1 if shape.tied else 2)
+    assert (shape.layers * shape.layer_weights + heads) / 1e9 == pytest.approx(billions, rel=0.003)
+    row = f"| {name} |"
+    for method in ("sft", "dpo"):
+        recipe = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit"]).config
+        job = expected_job(method, recipe, config, torch.bfloat16)
+        large = make_plan(job, plain(24), FREE)
+        assert large.peak <= 24 * GIB * (1 - MARGIN) and not large.stream
+        if feasible(job, plain(8), FREE):
+            small = make_plan(job, plain(8), FREE)
+            assert small.peak <= 8 * GIB and small.tokens_per_second < large.tokens_per_second
+            row += f" {small.tokens_per_second:,.0f} |"
+        else:
+            assert (name, method) == ("gemma-3-12b", "dpo")
+            row += " does not fit |"
+        row += f" {large.tokens_per_second:,.0f} |"
+    assert row in MEMORY_PAGE
 
 
 # -- smaller ones ------------------------------------------------------------------------------------------------------

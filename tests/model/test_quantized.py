@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
 )
 
 from tests.conftest import make_model, make_tokenizer
@@ -140,11 +140,11 @@ def test_plain_bases_and_quantized_ones_are_not_kept(base, cache):
 
 def test_a_family_that_may_rename_its_weights_is_quantized_in_memory(tmp_path, cache):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=448, num_key_value_heads=2, **sizes))
-    model.save_pretrained(tmp_path / "qwen")
-    make_tokenizer(tmp_path / "qwen")
-    found = load_base(config(tmp_path / "qwen", engine="trl"))
-    assert_same(found.model, reference(tmp_path / "qwen", torch.float32, True))
+    model = Olmo2ForCausalLM(Olmo2Config(vocab_size=448, num_key_value_heads=2, **sizes))
+    model.save_pretrained(tmp_path / "olmo2")
+    make_tokenizer(tmp_path / "olmo2")
+    found = load_base(config(tmp_path / "olmo2", engine="trl"))
+    assert_same(found.model, reference(tmp_path / "olmo2", torch.float32, True))
     assert not entries(cache)
 
 

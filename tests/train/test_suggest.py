@@ -14,7 +14,7 @@ from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.data.dataset import DataReport, TokenizedDataset
 from zephyr_lite.memory.expected import MISTRAL_SHAPE
 from zephyr_lite.train.setup import setup_stage
-from zephyr_lite.train.suggest import SUGGESTED, choose, search
+from zephyr_lite.train.suggest import SUGGESTED, choose, pick, search
 
 
 def suggested(method, rows, tokens, *words):
@@ -86,33 +86,35 @@ def test_the_printed_command_and_the_file_have_the_suggested_values(own, invoke,
 
 
 def test_a_probe_picks_a_rate_that_trains_and_leaves_nothing(own, invoke, tmp_path):
-    code, out, err = invoke("suggest", "sft", *own, "learning_rate=1e-4", "lora_r=4", "--probe")
+    code, out, err = invoke("suggest", "sft", *own, "learning_rate=1e-5", "lora_r=4", "--probe")
     assert code == 0, err
-    losses = {}
-    for line in out.splitlines():
-        if line.startswith("  learning_rate ") and len(line.split()) in (3, 4):
-            _, rate, loss, *picked = line.split()
-            losses[float(rate)] = float(loss)
-            if picked:
-                chosen = float(rate)
-    before = float(out.split("(before: ")[1].split(")")[0])
-    assert len(losses) == 5 and max(losses) == 8e-4 and losses[chosen] < before
-    assert out.rstrip().endswith(f"learning_rate={chosen:g}") or f" learning_rate={chosen:g} " in out.splitlines()[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl"]
+    table = out[out.index("held-out loss after 20 steps (before: ") :].splitlines()
+    losses = {float(line.split()[1]): line.split()[2:] for line in table if line.startswith("  learning_rate ")}
+    assert losses.keys() == {1e-5, 4e-5, 1.6e-4, 3.2e-4, 6.4e-4}  # it goes up from a rate that hardly trains
+    best = min(losses, key=lambda rate: float(losses[rate][0]))
+    assert best >= 3.2e-4 and losses[best][1:] == ["best"] and float(losses[best][0]) < float(table[0][:-1].split()[-1])
+    assert f"  picked for 63 steps: {pick({best: 0.0}, 1.0, 63):g}" in table
+    assert f"learning_rate={pick({best: 0.0}, 1.0, 63):g}" in table[-1].split()
+    assert "probe: held-out loss " in out and " after 0 steps at learning_rate=1e-05" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_the_rate_of_a_longer_run_is_lower_and_none_is_picked_where_none_trains():
+    losses = {1e-3: 2.0, 2e-3: 1.5, 4e-3: 3.0}
+    assert [pick(losses, 2.5, steps) for steps in (20, 60, 600, 6000)] == [2e-3, 2e-3, 9.6e-4, 4.6e-4]
+    assert pick(losses, 1.4, 60) is None and pick({1e-3: math.inf}, 2.0, 60) is None
 
 
 def test_a_probe_needs_held_out_rows(own, invoke):
     code, _, err = invoke("suggest", "sft", *own, "val_size=0", "--probe")
     assert code == 2 and "no rows are held out" in err and "Set val_size=0.1" in err
-    code, _, err = invoke("suggest", "sft", *own, "engine=trl", "--probe")
-    assert code == 2 and "--probe trains on the fused engine" in err
 
 
-def test_a_search_ends_with_neighbours_on_both_sides_or_after_five_rates():
+def test_a_search_goes_to_the_lowest_loss_in_at_most_five_rates():
     def curve(best):
         return lambda rate: abs(math.log2(rate / best))
 
-    assert list(search(curve(1.0), 1.0)) == [0.5, 1.0, 2.0]
-    assert list(search(curve(4.0), 1.0)) == [0.5, 1.0, 2.0, 4.0, 8.0]
-    assert list(search(curve(0.5), 1.0)) == [0.25, 0.5, 1.0, 2.0]
-    assert list(search(curve(100.0), 1.0)) == [0.5, 1.0, 2.0, 4.0, 8.0]
+    assert list(search(curve(1.0), 1.0)) == [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert list(search(curve(4.0), 1.0)) == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert list(search(curve(0.2), 1.0)) == [0.0625, 0.125, 0.25, 1.0, 4.0]
+    assert list(search(curve(100.0), 1.0)) == [1.0, 4.0, 16.0, 32.0, 64.0]

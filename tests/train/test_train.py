@@ -279,7 +279,7 @@ def by_equation(beta, eps, gamma):
         "apo_down": sigma(won) + 1 - sigma(won - lost),
         "bco_pair": -log(won) - log(-lost),
         "sft": sft,
-        "simpo": -(1 - eps) * log(z) - eps * log(-z),
+        "simpo": -log(z),
         "orpo": sft - beta * log(odds[:, 0] - odds[:, 1]),
     }
 
@@ -298,7 +298,7 @@ def test_preference_losses_follow_their_equations():
         free = preference_loss(policy, None, sizes, loss_type=name, **parameters)
         assert torch.equal(free.losses, found.losses) == (name in REFERENCE_FREE)
         assert free.chosen_rewards.tolist() == [-0.75, -1.5]  # β times the mean log-probability
-    both = preference_loss(policy, reference, sizes, loss_type=["ipo", "sft"], loss_weights=[1, 0.2], **parameters)
+    both = preference_loss(policy, reference, sizes, loss_type={"ipo": 1, "sft": 0.2}, **parameters)
     torch.testing.assert_close(both.losses, wanted["ipo"] + 0.2 * wanted["sft"])
 
 

@@ -148,12 +148,8 @@ def plan(
 def suggest(
     context: Context,
     config: StageConfig = None,
-    probe: Annotated[
-        bool, Option("--probe", help="Also train 20 steps at each of three to five learning rates, and take the best.")
-    ] = False,
-    out: Annotated[
-        Path | None, Option("--out", "-o", callback=nameable, help="Write the configuration to this YAML file.")
-    ] = None,
+    probe: Annotated[bool, Option("--probe", help="Also train 20 steps at each of five learning rates.")] = False,
+    out: Annotated[Path | None, Option("--out", "-o", callback=nameable, help="Write it as a YAML file.")] = None,
     gpu: Annotated[str | None, Option(help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
 ) -> None:
     """Rank, learning rate, epochs and batch size for your rows, each with its reason; and the plan for the card."""

@@ -250,10 +250,7 @@ def rename(
         if (loss := taken.pop(key, None)) is not None:
             taken["loss_type"] = "sigmoid" if loss == "dpo" else loss
     for key in SFT_WEIGHTS:
-        weight = number(value := taken.pop(key, None))
-        if weight is None and value is not None:
-            faults.append(f"{key}: {short(value)} is not a number.")
-        if weight:
+        if weight := taken.pop(key, None):
             losses = taken.get("loss_type") or "sigmoid"
             losses = losses if isinstance(losses, list) else [losses]
             taken["loss_weights"] = [*(taken.get("loss_weights") or [1.0] * len(losses)), weight]

@@ -20,7 +20,7 @@ _Compared = Literal["sigmoid", "ipo", "ipo_sum", "hinge", "robust", "sigmoid_nor
 _ReferenceFree = Literal["simpo", "orpo", "sft"]
 PairLoss = Literal[_Compared, _ReferenceFree]
 REFERENCE_FREE = set(get_args(_ReferenceFree))
-SMOOTHED = {"sigmoid", "robust", "simpo"}
+SMOOTHED = {"sigmoid", "robust"}
 # rows to hold out
 ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
@@ -201,9 +201,7 @@ class RunConfig(BaseModel):
     loss_weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
         None, description="dpo: the weight of each loss of the list; null: 1 each"
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped (sigmoid, robust, simpo)"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo: the share of pairs assumed to be swapped")
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
     desirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label true")
     undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label false")
@@ -306,14 +304,10 @@ class RunConfig(BaseModel):
     def _together(self) -> RunConfig:
         losses, count = self.losses, 1 if isinstance(self.loss_type, str) else len(self.loss_type)
         if not losses or len(losses) < count or len(self.loss_weights or losses) != count:
-            raise ValueError(
-                "loss_type needs a loss, or several different ones; loss_weights one value for each of them"
-            )
+            raise ValueError("loss_type needs a loss, or several different ones; loss_weights one value for each")
         name = " + ".join(losses)
         if "robust" in losses and self.label_smoothing == 0:
-            raise ValueError(
-                f"loss_type {name} needs label_smoothing above 0: the share of pairs assumed to be swapped"
-            )
+            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
         if self.label_smoothing and not losses.keys() & SMOOTHED:
             raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
         if self.precompute_ref_log_probs and not self.needs_reference:

@@ -51,12 +51,9 @@ class DataReport:
     fill: float | None = None  # tokens / (rows × max_length); None for pairs, which are packed by the plan
     longest: int = 0  # tokens of the longest example
     unit: str = "conversation"  # what an example is: also a pair (dpo), or a row (kto)
-    desirable: int = 0  # answers with label true, and chosen ones (kto)
-    undesirable: int = 0
 
     def lines(self, places: int | None = _PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
-        pairs, unit = self.fill is None, self.unit
         result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
         for reason, where in sorted(self.changed.items(), key=_count):
@@ -64,12 +61,10 @@ class DataReport:
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
-                f"{counted(self.cut, unit)} cut to max_length{extra}; {self.supervised_lost:,} supervised tokens lost"
+                f"{counted(self.cut, self.unit)} cut to max_length{extra}; {self.supervised_lost:,} supervised tokens lost"
             )
-        packed = "" if pairs else f" in {counted(self.rows, 'packed row')}, {self.fill:.1%} full"
-        result.append(f"{counted(self.kept, unit)}{packed}; the longest has {self.longest:,} tokens")
-        if unit == "row":
-            result.append(f"answers: {self.desirable:,} desirable (true), {self.undesirable:,} undesirable (false)")
+        packed = "" if self.fill is None else f" in {counted(self.rows, 'packed row')}, {self.fill:.1%} full"
+        result.append(f"{counted(self.kept, self.unit)}{packed}; the longest has {self.longest:,} tokens")
         result.append(
             f"{self.tokens:,} tokens, {self.supervised:,} supervised ({self.supervised / max(1, self.tokens):.1%})"
         )
@@ -130,6 +125,11 @@ class TokenizedDataset:
     rows: list[list[int]]  # indices of the examples in each packed row (sft), or of one pair (dpo)
     report: DataReport
     fingerprint: str  # hash of all ids, masks and the template
+
+    def answers(self) -> np.ndarray:
+        """[n, 2] bool: which rows have a chosen and a rejected answer; an answer with a label (kto) is alone."""
+        table = self.examples.columns("chosen_ids", "rejected_ids")[:]
+        return np.stack([pc.list_value_length(column).to_numpy() > 0 for column in table.columns], 1)
 
     def pack(self, capacity: int) -> None:
         """Pack conversations into rows of at most ``capacity`` tokens."""
@@ -211,19 +211,17 @@ def prepare(
     if method == "sft":
         data.pack(config.max_length)
     elif method == "kto":
-        ids = data.examples.columns("chosen_ids", "rejected_ids")[:]
-        report.desirable, report.undesirable = (
-            np.sum(pc.list_value_length(ids[name]).to_numpy() > 0).item() for name in ids.column_names
-        )
-        report.notes += _unbalanced(report, config) if what == "training" else []
+        desirable, undesirable = data.answers().sum(0).tolist()
+        report.notes.append(f"answers: {desirable:,} desirable (true), {undesirable:,} undesirable (false)")
+        report.notes += _unbalanced(desirable, undesirable, config) if what == "training" else []
     return data
 
 
-def _unbalanced(report: DataReport, config: RunConfig) -> list[str]:
+def _unbalanced(desirable: int, undesirable: int, config: RunConfig) -> list[str]:
     """Notes on weights of desirable and undesirable answers that KTO's paper advises against (eq. 8)."""
-    if not (report.desirable and report.undesirable):
-        return [f"all labels are {'true' if report.desirable else 'false'}; KTO learns more from answers of both kinds"]
-    ratio = report.desirable * config.desirable_weight / (report.undesirable * config.undesirable_weight)
+    if not (desirable and undesirable):
+        return [f"all labels are {'true' if desirable else 'false'}; KTO learns more from answers of both kinds"]
+    ratio = desirable * config.desirable_weight / (undesirable * config.undesirable_weight)
     if 0.99 < ratio < 1.34:
         return []
     key, factor = ("desirable_weight", 1 / ratio) if ratio < 1 else ("undesirable_weight", ratio)

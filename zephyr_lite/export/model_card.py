@@ -33,7 +33,7 @@ OURS = "<!-- made by zephyr-lite; `zephyr-lite export card` replaces this file a
 BLUE, ORANGE = "#3b6ea8", "#d0722b"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_METHODS = {"sft": "supervised fine-tuning on conversations", "dpo": "direct preference optimization"}
+_METHODS = {"sft": "supervised fine-tuning on conversations", "dpo": "preference optimization"}
 _KEYS = [
     *("lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules", "load_in_4bit"),
     *("bnb_4bit_use_double_quant", "max_length", "batch_size", "num_train_epochs", "max_steps", "learning_rate"),
@@ -41,7 +41,10 @@ _KEYS = [
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "loss_on"),
     "seed",
 ]
-_DPO_KEYS = ["max_prompt_length", "beta", "loss_type", "loss_weights", "label_smoothing", "simpo_gamma"]
+_DPO_KEYS = [
+    *("max_prompt_length", "beta", "loss_type", "loss_weights", "label_smoothing", "simpo_gamma"),
+    *("desirable_weight", "undesirable_weight"),
+]
 _MEASURED = {
     "kl": "KL(live ‖ merged), nats a token",
     "top1_agreement": "same likeliest token",

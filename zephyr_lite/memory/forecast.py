@@ -20,6 +20,7 @@ from ..model.families import Shape
 from .estimate import GIB, MIB, PAGED, in_words
 from .expected import (
     KNOWN_DATA,
+    MISTRAL,
     MISTRAL_SHAPE,
     adapters_below,
     base_shape,
@@ -82,7 +83,7 @@ def forecast_lines(
 
 def _detail_lines(job: Workload, machine: Machine, plan: Plan, config: RunConfig) -> list[str]:
     """The memory by name, the settings, and what is written to the disk."""
-    cuda, example = machine.device.cuda, "row" if job.method == "sft" else "pair"
+    cuda, example = machine.device.cuda, "row" if job.method == "sft" or job.mismatched else "pair"
     storage = {"dense": str(job.dtype).removeprefix("torch."), "nf4": "NF4", "nf4 nested": "NF4, scales in 8 bits"}
     unit, unit_name = _unit(plan)
     account = {name: size for name, size in plan.account.items() if name != "peak"}
@@ -134,7 +135,8 @@ def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memo
     whole = [(spec.path, spec.limit) for spec in config.dataset] == [(night.path, None)] and config.max_steps is None
     if whole and night.limit and (job.run_tokens or 0) > 86400 * plan.tokens_per_second:
         seconds = night.limit * known[night.path].tokens / plan.tokens_per_second
-        return f"--config {name}: {night.limit:,} of {known[night.path].rows:,} rows, {duration(seconds)}"
+        words = f"--config {name}" if config.model_name_or_path == MISTRAL else f"dataset.limit={night.limit}"
+        return f"{words}: {night.limit:,} of {known[night.path].rows:,} rows, {duration(seconds)}"
     speed, text = fastest_change(job, machine, memory)
     if speed > WORTH_SAYING * plan.tokens_per_second:
         return f"{text} makes it {speed / plan.tokens_per_second - 1:.0%} faster"

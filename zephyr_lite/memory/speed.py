@@ -24,7 +24,7 @@ ATTENTION_SHARE = 0.6
 BANDWIDTH_SHARE = 0.8
 # Matrix products of so many tokens reach half of the card's rate.
 HALF_RATE_TOKENS = 96
-# Sites whose products the backward pass computes again, by what is kept (``layer``: never down_proj's).
+# Sites whose products the backward pass computes again, by what is kept (``layer``: down_proj's only where a norm follows it).
 AGAIN: dict[Keep, tuple[int, ...]] = {"input": (0, 1, 2), "attention": (0, 2), "all": ()}
 
 
@@ -80,8 +80,10 @@ def _seconds(
     forward_operations, scores = sum(products), attention_operations(job)
     # bytes a token through the card's memory beside matrix products: norms, rotations, SwiGLU, dropout, residuals
     dropped = job.dropout * (2 * s.hidden + s.queries + s.inner)
-    moved_forward = size * (6 * s.hidden + 2 * (s.queries + s.keys) + 3 * s.inner + 2 * dropped)
-    moved_backward = size * (10 * s.hidden + 2 * (s.queries + s.keys) + 6 * s.inner + 5 * dropped)
+    heads, posts = 2 * (s.queries + s.keys), len(s.family.post_norms)
+    heads += heads * bool(s.family.head_norms)
+    moved_forward = size * ((6 + 2 * posts) * s.hidden + heads + 3 * s.inner + 2 * dropped)
+    moved_backward = size * ((10 + 3 * posts) * s.hidden + heads + 6 * s.inner + 5 * dropped)
     small = scratch == "small"
     unpacking = memory / (0.53 + size) if card.unpacking is None else card.unpacking * 1e9
     unpacked = 0.0 if job.storage == "dense" else weights / unpacking
@@ -97,7 +99,7 @@ def _seconds(
     seconds: dict[Kind, float] = {}
     for keep, again in AGAIN.items():
         backward_operations = forward_operations + trained
-        for index in again:
+        for index in (*again, *([3] if posts else [])):  # a norm reads down_proj's output
             backward_operations += products[index]
         forward = one_pass(forward_operations, scores, moved_forward, LAUNCHES["forward"], unpacked)
         waiting = 0.0

@@ -162,7 +162,8 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
 
 def _config(files: BaseFiles) -> dict[str, Any]:
     """config.json of the merged folder, with the keys of transformers 4 and 5."""
-    config = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    left_out = ("quantization_config", "auto_map")  # the merged weights are dense; no code is copied
+    config = {key: value for key, value in files.config.items() if key not in left_out}
     config["dtype"] = config["torch_dtype"] = files.dtype
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "full_attention" in rope:  # Gemma 3's

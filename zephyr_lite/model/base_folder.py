@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +67,13 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
             f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
         ) from error
     if has_text_model(told):
-        config = text_config(config, told)
+        config = config.get_text_config()
+        for key in ("quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if key in told:
+                setattr(config, key, told[key])
     if not any_family:
         check_family(config, str(path))
     return config
-
-
-def text_config(config: Any, told: Mapping[str, Any]) -> Any:
-    """The text model's configuration in a multimodal model's, with what the file says of the whole model.
-
-    Args:
-        told: the content of config.json.
-    """
-    text = config.get_text_config()
-    for key in ("quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
-        if key in told:
-            setattr(text, key, told[key])
-    return text
 
 
 def check_family(config: Any, where: str) -> None:

@@ -39,18 +39,9 @@ DPO = Published(loss=(0.475, 0.490), accuracy=(0.74, 0.755), at_100=(0.681, 0.68
 # keys that must be the recipe's
 _KEYS = (
     *("model_name_or_path", "load_in_4bit", "dataset", "eval_dataset", "max_length", "max_prompt_length", "batch_size"),
-    *(
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "loss_on",
-        "loss_type",
-        "loss_weights",
-        "label_smoothing",
-    ),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "loss_on", "loss_type", "loss_weights"),
     *("lr_scheduler_kwargs", "beta", "lora_r", "lora_alpha", "use_rslora", "lora_dropout", "lora_target_modules"),
-    *("loraplus_lr_ratio", "neftune_noise_alpha"),
+    *("loraplus_lr_ratio", "neftune_noise_alpha", "label_smoothing"),
 )
 
 
@@ -171,13 +162,12 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
         if now < first:
             return Verdict("good", f"healthy: the loss fell from {first:.3f} to {now:.3f}")
         return Verdict("open", f"the loss has not fallen yet: {first:.3f} at the start, {now:.3f} now")
-    recent, level, above = moved(recent), 0.5, 0.0
+    recent, level, above, began = moved(recent), 0.5, 0.0, ""
     if not config.needs_reference:  # the rewards are log-probabilities, which differ from the start
         level, above = (mean(steps[:FIRST], f"rewards/{name}") or 0.0 for name in ("accuracies", "margins"))
+        began = f" ({level:.0%} and {above:.3f} at the start)"
     accuracy, margin = mean(recent, "rewards/accuracies") or 0.0, mean(recent, "rewards/margins") or 0.0
-    text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}"
-    if not config.needs_reference:
-        text += f" ({level:.0%} and {above:.3f} at the start)"
+    text = f"preference accuracy {accuracy:.0%}, margin {margin:.3f}{began}"
     count = sum(float(metrics.get(f"num_{progress.unit}", 0.0)) for metrics in recent)
     chance = 1 / math.sqrt(max(count, 1.0))  # two standard errors of as many fair coin tosses
     if evaluations:

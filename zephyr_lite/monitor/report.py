@@ -35,7 +35,7 @@ from .console import visible
 REPORT = "report.html"
 LENGTHS = "lengths.json"
 MARK = Markup("<!-- a report of zephyr-lite -->")  # by which a report is recognized
-_METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
+_METHODS = {"sft": "supervised fine-tuning", "dpo": "preference optimization"}
 # objects and lists of stage.json
 _PARTS = ("adapters", "base", "data", "eval_data", "machine", "own", "plan", "result", "resumed", "versions")
 SAMPLES = 6  # prompts that are shown

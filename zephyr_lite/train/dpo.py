@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,9 +59,7 @@ class DpoObjective(Objective):
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
         return _totals(self.data, examples)
 
-    def loss(
-        self, examples: Sequence[int], step: int, total: PairTotals
-    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         self.oom.begin(self.data, examples, training=True)
         batch = self._batch(self.data, examples)
         config = self.stage.config
@@ -69,10 +67,8 @@ class DpoObjective(Objective):
         if step == 0 and reference is not None:
             self._check_start(policy.detach(), reference, batch)
         found = self._preference(policy, reference, batch, total)
-        return found.losses.sum() / total.pairs, {
-            **_metric_sums(found, policy.detach()),
-            "num_tokens": float(len(batch)),
-        }
+        sums = _metric_sums(found, policy.detach())
+        return found.losses.sum() / total.pairs, {**sums, "num_tokens": float(len(batch))}
 
     def metrics(self, sums: Metrics, total: PairTotals) -> Metrics:
         means = {k: v / total.pairs for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
@@ -82,21 +78,22 @@ class DpoObjective(Objective):
     def evaluate(self) -> Metrics:
         """Sums over this process's held-out pairs: loss, rewards, accuracy, margin."""
         data = self.stage.eval_data
-        total = None if data is None else _totals(data, range(len(data.lengths)))
+        assert data is not None
+        total = _totals(data, range(len(data.lengths)))
 
         def of_group(group: list[int]) -> Metrics:
-            assert data is not None and total is not None
             batch = self._batch(data, group)
             policy, reference = self._sums(batch)
             found = self._preference(policy, reference, batch, total)
             sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
             return {name: value.item() for name, value in sums.items()}
 
-        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
+        return sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        data = self.stage.eval_data
-        return {} if data is None else {f"eval_{name}": value / len(data.lengths) for name, value in sums.items()}
+        assert self.stage.eval_data is not None
+        count = len(self.stage.eval_data.lengths)
+        return {f"eval_{name}": value / count for name, value in sums.items()}
 
     def _batch(self, data: TokenizedDataset, examples: Sequence[int]) -> Batch:
         return collate_pairs([data.examples[i] for i in examples]).to(self.decoder.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,39 +32,37 @@ class KtoObjective(DpoObjective):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.collapse = None  # the loss rises if desirable answers become less likely
+        self.answers = self.data.answers()
         self.z0 = 0.0  # of the current step or evaluation
-        self.counts = (0, 0, 0)  # rows, chosen and rejected answers of the current step
+        self.counts = self.answers[:0]  # the current step's part of ``answers``
 
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
-        return PairTotals(sum(_counts(self.data, examples)[1:]), 0)
+        return PairTotals(int(self.answers[examples].sum()), 0)
 
     def begin_step(self, examples: Sequence[int]) -> None:
-        self.counts = _counts(self.data, examples)
+        self.counts = self.answers[examples]
         self.z0 = self._divergence(self.data, examples, shared=True)
 
     def metrics(self, sums: Metrics, total: PairTotals) -> Metrics:
-        means = self._means(sums, *self.counts)
+        means = self._means(sums, self.counts)
         return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_answers": float(total.pairs)}
 
     def evaluate(self) -> Metrics:
         """As DPO's; z0 is of all held-out rows, and every process computes it."""
-        data = self.stage.eval_data
-        if data is not None:
-            self.z0 = self._divergence(data, range(len(data.lengths)), shared=False)
+        assert self.stage.eval_data is not None
+        self.z0 = self._divergence(self.stage.eval_data, range(len(self.stage.eval_data.lengths)), shared=False)
         return super().evaluate()
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        data = self.stage.eval_data
-        if data is None:
-            return {}
-        chosen, rejected = data.report.desirable, data.report.undesirable
-        means = {"loss": sums["loss"] / (chosen + rejected), **self._means(sums, len(data.lengths), chosen, rejected)}
-        return {f"eval_{name}": value for name, value in means.items()}
+        assert self.stage.eval_data is not None
+        answers = self.stage.eval_data.answers()
+        means = {"loss": sums["loss"] / answers.sum(), **self._means(sums, answers)}
+        return {f"eval_{name}": float(value) for name, value in means.items()}
 
-    def _means(self, sums: Metrics, rows: int, chosen: int, rejected: int) -> Metrics:
+    def _means(self, sums: Metrics, answers: np.ndarray) -> Metrics:
         """TRL's metrics, and the accuracy: the share of rows with a positive margin. Answers that there are none of count 0."""
-        means = {"rewards/accuracies": sums["rewards/accuracies"] / rows, "kl": self.z0}
-        for side, count in (("chosen", chosen), ("rejected", rejected)):
+        means = {"rewards/accuracies": sums["rewards/accuracies"] / len(answers), "kl": self.z0}
+        for side, count in zip(("chosen", "rejected"), answers.sum(0).tolist()):
             means |= {name: sums[name] / max(1, count) for name in (f"rewards/{side}", f"logps/{side}")}
         return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
@@ -93,7 +92,8 @@ class KtoObjective(DpoObjective):
                     assert reference is not None
                     total += (policy - reference).double().sum().item()
         parts = world().all_gather(total) if shared else [total]
-        return max(0.0, sum(parts) / sum(_counts(data, examples)[1:]))
+        count = sum(len(ids) > 0 for row in rows for ids in (row.chosen_ids, row.rejected_ids))
+        return max(0.0, sum(parts) / max(1, count))
 
 
 def mismatched(pairs: Sequence[PairExample], max_length: int) -> list[PairExample]:
@@ -105,13 +105,3 @@ def mismatched(pairs: Sequence[PairExample], max_length: int) -> list[PairExampl
         chosen, chosen_mask, rejected, rejected_mask = (array[:room] for array in arrays)
         rows.append(PairExample(pair.prompt_ids, chosen, chosen_mask, rejected, rejected_mask, pair.where, pair.index))
     return rows
-
-
-def _counts(data: TokenizedDataset, examples: Sequence[int]) -> tuple[int, int, int]:
-    """Rows, chosen and rejected answers."""
-    pairs = [data.examples[index] for index in examples]
-    return (
-        len(pairs),
-        sum(len(pair.chosen_ids) > 0 for pair in pairs),
-        sum(len(pair.rejected_ids) > 0 for pair in pairs),
-    )

@@ -169,7 +169,10 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
         the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
     """
     objective, here, oom = state.objective, world(), state.objective.oom
-    lengths, examples = objective.data.lengths, examples_of_step(state, step)
+    lengths, examples = objective.data.lengths, list[int]()
+    for attempt in oom.attempts():
+        with attempt:
+            examples = examples_of_step(state, step)
     total = objective.num_targets(examples)
     objective.begin_step(examples)
     sums: dict[str, Any] = {}
@@ -339,7 +342,7 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
         Interrupted: a signal came during the evaluation; a resumed run makes it first.
     """
     step, every = state.step, state.stage.config.eval_steps
-    if step != state.total and not (every and step % every == 0):
+    if state.stage.eval_data is None or (step != state.total and not (every and step % every == 0)):
         return
     sums: Any = None
     with suppress(KeyboardInterrupt), stop.at_once():
@@ -350,8 +353,6 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
         save(state, pending=True)
         raise interrupted(signal, state.stage.dir, step, state.total)
     found = state.objective.eval_metrics(sum_by_name(parts))
-    if not found:
-        return
     state.evaluations.append({"step": step, **found})
     _log(state, found)
     loss = found["eval_loss"]

@@ -7,7 +7,7 @@ tokens; r = log π(y|x) − log π_ref(y|x), p = log π(y|x) / |y|, h = r_w − 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,8 +61,7 @@ def preference_loss(
     sizes: Tensor,
     *,
     beta: float,
-    loss_type: str | Sequence[str],
-    loss_weights: Sequence[float] | None = None,
+    loss_type: str | Mapping[str, float],
     label_smoothing: float = 0.0,
     simpo_gamma: float = 1.0,
     chosen_size: float | None = None,
@@ -73,7 +72,7 @@ def preference_loss(
         policy, reference: [P, 2] summed log-probabilities of chosen and rejected; without a reference None.
         sizes: [P, 2] how many tokens were summed.
         beta, label_smoothing, simpo_gamma: β, ε (below 0.5), γ.
-        loss_type: one of these, or several.
+        loss_type: one of these, or several with their weights.
             ``sigmoid``: −log σ(β h); DPO, Rafailov et al. 2023, arXiv 2305.18290, eq. 7. With ε the conservative mixture
                 −(1 − ε) log σ(β h) − ε log σ(−β h) (E. Mitchell's note on DPO with noisy labels).
             ``robust``: (−(1 − ε) log σ(β h) + ε log σ(−β h)) / (1 − 2 ε), unbiased when a share ε of the pairs is
@@ -87,11 +86,9 @@ def preference_loss(
             ``bco_pair``: −log σ(β r_w) − log σ(−β r_l); Jung et al. 2024, arXiv 2404.04656, without its running mean.
             ``sft``: −log π(y_w|x), over ``chosen_size``: its mean is that over tokens. The second term of RPO, Pang et al.
                 2024, arXiv 2404.19733. No reference.
-            ``simpo``: −(1 − ε) log σ(z) − ε log σ(−z), z = β (p_w − p_l) − γ; Meng et al. 2024, arXiv 2405.14734, eq. 6.
-                No reference.
+            ``simpo``: −log σ(β (p_w − p_l) − γ); Meng et al. 2024, arXiv 2405.14734, eq. 6. No reference.
             ``orpo``: the loss ``sft`` − β log σ(o_w − o_l), the log-odds o = p − log(1 − exp p); Hong et al. 2024,
                 arXiv 2403.07691, eq. 6 and 7, where β is λ. No reference.
-        loss_weights: None: 1 each.
         chosen_size: tokens of a chosen response, a mean over the whole optimizer step; None: over these pairs.
     """
     ratios = policy / sizes if reference is None else policy - reference
@@ -99,13 +96,10 @@ def preference_loss(
     h = _gap(ratios)
     chosen_size = sizes[:, 0].double().mean().item() if chosen_size is None else chosen_size
 
-    def mixture(gap: Tensor) -> Tensor:
-        return -(1 - label_smoothing) * F.logsigmoid(beta * gap) - label_smoothing * F.logsigmoid(-beta * gap)
-
     def loss(name: str) -> Tensor:
         match name:
             case "sigmoid":
-                return mixture(h)
+                return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
             case "robust":
                 swapped = label_smoothing * F.logsigmoid(-beta * h)
                 return (-(1 - label_smoothing) * F.logsigmoid(beta * h) + swapped) / (1 - 2 * label_smoothing)
@@ -126,15 +120,15 @@ def preference_loss(
             case "sft":
                 return -policy[:, 0] / chosen_size
             case "simpo":
-                return mixture(_gap(policy / sizes) - simpo_gamma / beta)
+                return -F.logsigmoid(beta * _gap(policy / sizes) - simpo_gamma)
             case "orpo":
                 mean = policy / sizes
                 return loss("sft") - beta * F.logsigmoid(_gap(mean - torch.log(-torch.expm1(mean))))
         raise ValueError(f"unknown loss_type {name!r}")
 
-    names = [loss_type] if isinstance(loss_type, str) else loss_type
-    losses = [w * loss(name) for name, w in zip(names, loss_weights or [1.0] * len(names), strict=True)]
-    return Preference(sum(losses[1:], losses[0]), chosen.detach(), rejected.detach())
+    weights = {loss_type: 1.0} if isinstance(loss_type, str) else loss_type
+    first, *others = (weight * loss(name) for name, weight in weights.items())
+    return Preference(sum(others, first), chosen.detach(), rejected.detach())
 
 
 def _gap(values: Tensor) -> Tensor:
@@ -144,10 +138,7 @@ def _gap(values: Tensor) -> Tensor:
 def loss_of(config: RunConfig, policy: Tensor, reference: Tensor | None, sizes: Tensor, size: float) -> Preference:
     """``preference_loss`` with a configuration's losses and parameters; ``size``: its ``chosen_size``."""
     parameters = {key: getattr(config, key) for key in ("beta", "label_smoothing", "simpo_gamma")}
-    names, weights = list(config.losses), list(config.losses.values())
-    return preference_loss(
-        policy, reference, sizes, loss_type=names, loss_weights=weights, chosen_size=size, **parameters
-    )
+    return preference_loss(policy, reference, sizes, loss_type=config.losses, chosen_size=size, **parameters)
 
 
 def initial_loss(config: RunConfig) -> tuple[float, str] | None:

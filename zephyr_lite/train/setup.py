@@ -309,11 +309,7 @@ def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time
 
 
 def open_template(method: Method, config: RunConfig) -> tuple[ChatTemplate, Any, list[str]]:
-    """(the chat template, the base's configuration, notes) of a run, for commands that show its rows before it begins.
-
-    Raises:
-        UserError: as the run itself, except for weights.
-    """
+    """(the chat template, the base's configuration, notes) of a run, for commands that look at its rows before it begins."""
     check_paths(config)
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config: Any = read_model_config(folder, any_family=True)
@@ -349,23 +345,22 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
     _, steps = step_schedule(config, len(rows))
     in_a_step = min(config.batch_size, len(rows)) * rows.mean()
-    columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids", "chosen_ids", "rejected_ids"]
+    columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids"]
     table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
-    answers = (data.report.desirable + data.report.undesirable) / len(data.rows)
     found: dict[str, Any] = {
         "longest": int(max(lengths.max(), 0 if config.engine == "fused" else rows.max())),  # TRL takes whole rows
         "step_tokens": int(np.ceil(in_a_step)),
         "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
         "run_tokens": int(steps * in_a_step),
         "steps": steps,
-        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else answers or 2))),
+        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else data.answers().sum(1).mean()))),
         "targets": _largest_share(table["supervised"].to_numpy(), lengths),
     }
     if method == "dpo":
         # a prompt's keys are gathered twice if it has two answers
-        prompts, *sides = (pc.list_value_length(table[name]).to_numpy() for name in columns[1:])
-        found["keys"] = 1 + _largest_share(np.where(np.minimum(*sides) > 0, prompts, 0), lengths)
+        pairs = np.concatenate([part.answers().all(1) for part in parts])
+        found["keys"] = 1 + _largest_share(pc.list_value_length(table["prompt_ids"]).to_numpy() * pairs, lengths)
     return found
 
 

@@ -56,9 +56,9 @@ class SftObjective(Objective):
     def evaluate(self) -> Metrics:
         """Sums over the supervised tokens of this process's held-out rows: loss, top-1 hits, entropy, targets."""
         data = self.stage.eval_data
+        assert data is not None
 
         def of_group(group: list[int]) -> Metrics:
-            assert data is not None
             logps, stats = self.decoder.token_stats(self._batch(data, group))
             return {
                 "loss": -logps.double().sum().item(),
@@ -67,11 +67,9 @@ class SftObjective(Objective):
                 "targets": float(logps.numel()),
             }
 
-        return {} if data is None else sum_by_name(self.oom.groups(data, of_group))
+        return sum_by_name(self.oom.groups(data, of_group))
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        if not sums:
-            return {}
         means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items()}
         return {**means, "eval_targets": sums["targets"]}
 

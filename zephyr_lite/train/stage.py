@@ -109,10 +109,10 @@ class Objective(Protocol):
         """The step's metrics from the sums over its micro-batches and processes."""
 
     def evaluate(self) -> Metrics:
-        """Sums over this process's share of the held-out rows; empty where there are none."""
+        """Sums over this process's share of the held-out rows."""
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
-        """``eval_loss`` and other metrics from the sums over all held-out rows; empty if these are."""
+        """``eval_loss`` and other metrics from the sums over all held-out rows."""
 
 
 @dataclass

@@ -13,15 +13,15 @@ from ..config.load import Loaded, Method, RunConfig
 from ..config.resolve import AUTOMATIC
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..io.text import counted, duration
+from ..io.text import counted
 from ..memory.workload import AdapterSpec
 from ..model.families import Shape
-from .dpo import DpoObjective
+from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update
 from .setup import open_template, setup_stage
 from .sft import SftObjective
-from .small_data import WIDTH, prepare_parts, settle
-from .stage import Objective, Stage
+from .small_data import STEPS, WIDTH, prepare_parts, settle
+from .stage import Objective
 from .steps import step_schedule
 
 logger = logging.getLogger(__name__)
@@ -34,20 +34,11 @@ SOURCES = (
     "[4] Tunstall et al. 2023, Zephyr, arXiv 2310.16944, and its QLoRA recipe",
 )
 PROBE_STEPS, MOST_RATES = 20, 5
-NEAR = 0.01  # losses that differ by no more than this share are equally good
-
-Row = tuple[str, str, str]  # key, value, reason
+HORIZON = 0.32  # the best rate falls with the steps of a run to this power
 
 
-def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[Row]:
-    """Choose values for the keys ``SUGGESTED``; returns key, value and reason of each.
-
-    Args:
-        own: the keys that the user set, which are kept.
-
-    Raises:
-        UserError: as the run itself, except for weights and memory.
-    """
+def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[tuple[str, str, str]]:
+    """Choose values for the keys ``SUGGESTED`` except ``own``, which the user set; returns key, value and reason of each."""
     template, base_config, notes = open_template(method, loaded.config)
     for note in (*loaded.notes, *notes):
         logger.info(note)
@@ -55,20 +46,14 @@ def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[Row]:
     parts = prepare_parts(method, loaded, template)
     rows, report = choose(method, loaded, own, parts, base_config), parts[0].report
     loaded.automatic = set()
-    logger.info(f"{counted(report.kept, 'conversation' if method == 'sft' else 'pair')}, {report.tokens:,} tokens:")
+    logger.info(f"{counted(report.kept, report.unit)}, {report.tokens:,} tokens:")
     return rows
 
 
 def choose(
     method: Method, loaded: Loaded, own: set[str], parts: Sequence[TokenizedDataset], base_config: Any
-) -> list[Row]:
-    """Choose the keys of ``loaded.automatic``: the rank of SFT, and the others by ``settle``, as a run does.
-
-    Args:
-        own: the keys that the user set.
-        parts: of ``prepare_parts``.
-        base_config: the base's configuration.
-    """
+) -> list[tuple[str, str, str]]:
+    """Choose the keys of ``loaded.automatic``: the rank of SFT, and the others by ``settle``, as a run does."""
     recipe, data, width, sft = loaded.config, parts[0], base_config.hidden_size, method == "sft"
     report, shape = data.report, Shape.of(base_config)
     settle(method, loaded, parts, width)
@@ -80,14 +65,12 @@ def choose(
     config, count = loaded.config, len(data.rows)
     steps = counted(step_schedule(config, count)[1], "step")
     tokens = report.tokens / count * min(config.batch_size, count)
-    rank = f"{per_rank * config.lora_r:,} parameters: "
+    covered = "the highest that is suggested"
+    if config.lora_r < MOST_RANK:
+        covered = f"at least one for each of {report.supervised:,} supervised tokens [1]"
     if not sft:
-        rank += "the recipe's [4]; a pair tells about one bit, so a lower rank works, too [1]"
-    elif config.lora_r == MOST_RANK:
-        rank += "the highest rank that is suggested"
-    else:
-        rank += f"at least one for each of {report.supervised:,} supervised tokens [1]"
-    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-7'} [1, 2, 4]"
+        covered = "the recipe's [4]; a pair tells about one bit, so a lower rank works, too [1]"
+    rate = f"ten times full fine-tuning's {'2e-5' if sft else '5e-6' if 'orpo' in recipe.losses else '5e-7'} [1, 2, 4]"
     if config.learning_rate != recipe.learning_rate:
         why = f"hidden size {width:,} instead of {WIDTH:,} [1]" if sft else f"a run of {steps}"
         rate += f", × {config.learning_rate / recipe.learning_rate:.2g} for {why}"
@@ -95,7 +78,7 @@ def choose(
     repeated = f", raised from {recipe.num_train_epochs:g}" * (config.num_train_epochs > recipe.num_train_epochs)
     reasons = {
         "lora_target_modules": "attention alone learns less, even with as many parameters [1, 2]",
-        "lora_r": rank,
+        "lora_r": f"{per_rank * config.lora_r:,} parameters: {covered}",
         "lora_alpha": "kept when lora_r changes: with the scale alpha / r the best learning rate hardly depends on r [1, 3]",
         "learning_rate": rate,
         "batch_size": f"{tokens:,.0f} tokens a step{lowered}; LoRA loses more by large batches than full fine-tuning [1]",
@@ -109,11 +92,10 @@ def choose(
             reasons[key] = "set by you" if key in loaded.typed else "set in the configuration file"
         elif getattr(config, key) == getattr(recipe, key) and key in ("max_length", "warmup_ratio", "eval_steps"):
             reasons[key] = "the recipe's [4]"
-    values = config.model_dump(mode="json")
-    return [(key, _shown(values[key]), reason) for key, reason in reasons.items()]
+    return [(key, _shown(getattr(config, key)), reason) for key, reason in reasons.items()]
 
 
-def table_lines(rows: Iterable[Row]) -> list[str]:
+def table_lines(rows: Iterable[tuple[str, str, str]]) -> list[str]:
     """The rows as a table of at most 80 columns, and the sources."""
     lines = []
     for key, value, reason in rows:
@@ -124,7 +106,7 @@ def table_lines(rows: Iterable[Row]) -> list[str]:
 
 def changed_words(config: RunConfig, recipe: RunConfig) -> list[str]:
     """``key=value`` of the suggested values that differ from those before."""
-    values, before = config.model_dump(mode="json"), recipe.model_dump(mode="json")
+    values, before = vars(config), vars(recipe)
     return [f"{key}={_shown(values[key])}" for key in values if key in SUGGESTED and values[key] != before[key]]
 
 
@@ -135,93 +117,68 @@ def _shown(value: Any) -> str:
 # -- the probe of learning rates ------------------------------------------------------------------------------------------
 
 
-class Probe:
-    """Short runs from one start on the same rows, which write nothing.
+def short_runs(method: Method, loaded: Loaded) -> tuple[Callable[[float, int], float], int]:
+    """(a function of learning rate and steps; the steps of the whole run). The function trains from the same start on the same rows
+    with a whole schedule and writes nothing; it returns the held-out loss, infinite if a step was not finite."""
+    config = loaded.config
+    if not config.eval_dataset:
+        raise UserError(
+            "--probe compares held-out losses, and no rows are held out.", "Set val_size=0.1, or name an eval_dataset."
+        )
+    # a stage of another name: the run's own may be there already
+    alone = {"stage": "probe", "engine": "fused", "precompute_ref_log_probs": False, "report_to": []}
+    stage = setup_stage(method, replace(loaded, config=config.model_copy(update=alone), notes=[]), claim=False)
+    start = stage.stack.weights("probe")
 
-    Args:
-        loaded: the run's configuration.
-
-    Attributes:
-        before: the held-out loss of the start.
-
-    Raises:
-        UserError: no rows are held out, or another engine is set; as the run itself.
-    """
-
-    def __init__(self, method: Method, loaded: Loaded) -> None:
-        config = loaded.config
-        if config.engine != "fused":
-            raise UserError(f"--probe trains on the fused engine; engine is {config.engine}.", "Leave --probe out.")
-        if not config.eval_dataset:
-            raise UserError(
-                "--probe compares held-out losses, and no rows are held out.",
-                "Set val_size=0.1, or name an eval_dataset.",
-            )
-        # a stage of another name: the run's own may be there already
-        alone = {"stage": "probe", "precompute_ref_log_probs": False, "report_to": []}
-        self.stage = setup_stage(method, replace(loaded, config=config.model_copy(update=alone), notes=[]), claim=False)
-        self.objective: Callable[[Stage], Objective] = SftObjective if method == "sft" else DpoObjective
-        self.start = self.stage.stack.weights("probe")
-        self.before = self._held_out(self.objective(self.stage))
-
-    def loss(self, rate: float, steps: int) -> float:
-        """The held-out loss after a run of so many steps with its whole schedule; infinite if a step was not finite."""
-        stage = self.stage
+    def loss(rate: float, steps: int) -> float:
         stage.config = stage.config.model_copy(update={"learning_rate": rate, "max_steps": steps})
-        stage.stack.load("probe", self.start)
-        state = TrainState(stage, self.objective(stage))
-        for step in range(steps):
-            if not update(state, accumulate_gradients(state, step)):
-                return math.inf
-        return self._held_out(state.objective)
+        stage.stack.load("probe", start)
+        objective: Objective = SftObjective(stage) if method == "sft" else preference_objective(stage)
+        state = TrainState(stage, objective)
+        finite = all(update(state, accumulate_gradients(state, step)) for step in range(steps))
+        found = objective.eval_metrics(objective.evaluate())["eval_loss"] if finite else math.inf
+        logger.info(f"probe: held-out loss {found:.4f} after {counted(steps, 'step')} at learning_rate={rate:g}")
+        return found if math.isfinite(found) else math.inf
 
-    def _held_out(self, objective: Objective) -> float:
-        loss = objective.eval_metrics(objective.evaluate())["eval_loss"]
-        return loss if math.isfinite(loss) else math.inf
+    return loss, step_schedule(config, len(stage.data.rows))[1]
 
 
 def search(loss: Callable[[float], float], first: float) -> dict[float, float]:
-    """{learning rate: loss} of three to five rates, each twice the one below, until the best one has neighbours on both sides."""
-    losses = {rate: loss(rate) for rate in (first / 2, first, first * 2)}
-    while len(losses) < MOST_RATES:
-        best = min(losses, key=lambda rate: losses[rate])
-        if best not in (min(losses), max(losses)):
-            break
-        other = best / 2 if best == min(losses) else best * 2
-        losses[other] = loss(other)
+    """{learning rate: loss} of at most ``MOST_RATES`` rates: from ``first`` by factors of 4 while the loss falls, then by a factor
+    of 2 on both sides of the best one."""
+    losses = {rate: loss(rate) for rate in (first, 4 * first)}
+    step = 4.0 if losses[4 * first] < losses[first] else 0.25
+    while len(losses) < MOST_RATES - 1 and (rate := min(losses, key=losses.__getitem__) * step) not in losses:
+        losses[rate] = loss(rate)
+    best = min(losses, key=losses.__getitem__)
+    for side in sorted((2.0, 0.5), key=lambda side: losses.get(best * side**2, math.inf)):
+        if len(losses) < MOST_RATES:
+            losses[best * side] = loss(best * side)
     return dict(sorted(losses.items()))
 
 
-def pick(losses: Mapping[float, float], before: float) -> float | None:
-    """The rate for the whole run; None: no rate lowered the loss.
+def pick(losses: Mapping[float, float], before: float, steps: int) -> float | None:
+    """The rate for a run of so many steps from ``search``'s losses; None: no rate lowered the loss of the start.
 
-    Args:
-        losses: of ``search``.
-        before: the loss of the start.
-    """
-    best = min(losses, key=lambda rate: losses[rate])
-    if losses[best] >= before:
-        return None
-    return best
+    The best rate of the short runs was also the best of 60 steps (bench/results/learning-rate.json). Longer runs need lower rates:
+    tokens to the power of -0.32 (Bjorck et al. 2024, arXiv 2409.19913, in pre-training)."""
+    best = min(losses, key=losses.__getitem__)
+    return float(f"{best * min(1.0, STEPS / steps) ** HORIZON:.2g}") if losses[best] < before else None
 
 
 def probe(method: Method, loaded: Loaded) -> list[str]:
-    """Probe learning rates and set the best one for the run; returns the table of losses.
-
-    Raises:
-        UserError: as ``Probe``.
-    """
-    runs, first = Probe(method, loaded), loaded.config.learning_rate
-    stage = runs.stage
-    steps = min(PROBE_STEPS, step_schedule(loaded.config, len(stage.data.rows))[1])
-    most = duration(steps * MOST_RATES * stage.plan.seconds_per_step)
-    logger.info(f"probe: {counted(steps, 'step')} at each of three to five learning rates, {most} of steps at most")
-    losses = search(lambda rate: runs.loss(rate, steps), first)
-    chosen = pick(losses, runs.before)
-    lines = [f"held-out loss after {counted(steps, 'step')} (before: {runs.before:.4f})"]
-    for rate, loss in losses.items():
-        lines.append(f"  learning_rate {rate:<10g} {loss:.4f}{'  picked' * (rate == chosen)}")
+    """Probe learning rates and set the one for the run; returns the table of losses."""
+    first = loaded.config.learning_rate
+    loss, total = short_runs(method, loaded)
+    steps, before = min(PROBE_STEPS, total), loss(first, 0)
+    losses = search(lambda rate: loss(rate, steps), first)
+    chosen, best = pick(losses, before, total), min(losses, key=losses.__getitem__)
+    lines = ["", f"held-out loss after {counted(steps, 'step')} (before: {before:.4f})"]
+    lines += [f"  learning_rate {rate:<10g} {losses[rate]:.4f}{'  best' * (rate == best)}" for rate in losses]
     if chosen is None:
-        return [*lines, f"  no rate lowered the loss; learning_rate stays {first:g}", ""]
+        return [*lines, f"  no rate lowers it; learning_rate stays {first:g}", ""]
     loaded.config = loaded.config.model_copy(update={"learning_rate": chosen})
+    lines.append(f"  picked for {counted(total, 'step')}: {chosen:g}")
+    if total > STEPS:
+        lines.append(f"  ({best:g} × ({STEPS} / {total:,})^{HORIZON}: longer runs need lower rates, arXiv 2409.19913)")
     return [*lines, ""]

@@ -101,7 +101,7 @@ def chart(names: dict[str, str], columns: Columns) -> Any:
 
 def presets(method: str, chosen: str = "") -> Any:
     """The list of a method's presets."""
-    names = [name for name in preset_configs() if name.startswith("zephyr-7b/") and name.endswith(method)]
+    names = [name for name in preset_configs() if not name.startswith("ablations/") and name.endswith(method)]
     return gr.Dropdown(
         choices=[("none", ""), *names],
         value=chosen if chosen in names else "",
