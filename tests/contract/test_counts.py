@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_model
@@ -19,6 +20,7 @@ from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.families import Shape
 from zephyr_lite.ops import token_logps as token_logps_file
+from zephyr_lite.train.optim import make_buffers, make_optimizer
 
 MISTRAL = SimpleNamespace(
     hidden_size=4096,
@@ -43,6 +45,39 @@ def kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield result
     result.bytes = sum(size for size, _ in seen.values())
+
+
+class Updates(TorchDispatchMode):
+    """Counts the optimizers' kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "fused_adamw" in str(func) or "optimizer_update" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("optim", "ratio", "updates", "waits"),
+    [
+        ("adamw_torch", None, 1, 0),
+        ("adamw_8bit", None, 1, 1),
+        ("paged_adamw_8bit", None, 1, 2),
+        ("adamw_8bit", 4.0, 2, 2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_calls_of_an_update(optim, ratio, updates, waits, monkeypatch):
+    """One for all matrices of an adapter, two with LoRA+. bitsandbytes waits for the card after each, and at the end of a paged
+    one."""
+    config = RunConfig(optim=optim, loraplus_lr_ratio=ratio)
+    parameters = live_stack(make_model(), r=128).parameters()
+    assert min(p.numel() for p in parameters.values()) >= 4096 and len(parameters) == 28
+    optimizer, waited = make_optimizer(config, make_buffers(config, parameters)[0]), []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", waited.append)
+    with Updates() as found:
+        optimizer.step()
+    assert (found.count, len(waited)) == (updates, waits)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
