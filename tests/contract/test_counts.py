@@ -114,13 +114,13 @@ def test_bytes_kept_a_token_of_mistral():
 def dequantized(monkeypatch):
     """Which weights were dequantized, in order."""
     found = []
-    plain = memory.dequantize
+    plain = memory.dequantize_into
 
-    def counting(weight, dtype, out=None):
-        found.append(weight)
-        return plain(weight, dtype, out=out)
+    def counting(buffer, weights):
+        found.extend(weight for _, weight in weights)
+        plain(buffer, weights)
 
-    monkeypatch.setattr(memory, "dequantize", counting)
+    monkeypatch.setattr(memory, "dequantize_into", counting)
     return found
 
 
