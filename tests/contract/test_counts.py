@@ -1,6 +1,7 @@
 """The performance claims that need no GPU, as exact integers: bytes kept, dequantizations, head rows and FLOPs of a step."""
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,10 @@ from zephyr_lite.memory.estimate import kept_bytes, scratch_bytes
 from zephyr_lite.model import dequant_buffer as memory
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.execution import layer_of
 from zephyr_lite.model.families import Shape
 from zephyr_lite.ops import token_logps as token_logps_file
+from zephyr_lite.ops.dropout import DropoutKey
 from zephyr_lite.train.optim import make_buffers, make_optimizer
 
 MISTRAL = SimpleNamespace(
@@ -47,13 +50,15 @@ def kept():
     result.bytes = sum(size for size, _ in seen.values())
 
 
-class Updates(TorchDispatchMode):
-    """Counts the optimizers' kernels."""
+class Calls(TorchDispatchMode):
+    """Counts the calls of operations with one of these names."""
 
-    count = 0
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.count = names, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "fused_adamw" in str(func) or "optimizer_update" in str(func)
+        self.count += any(name in str(func) for name in self.names)
         return func(*args, **(kwargs or {}))
 
 
@@ -75,9 +80,29 @@ def test_calls_of_an_update(optim, ratio, updates, waits, monkeypatch):
     assert min(p.numel() for p in parameters.values()) >= 4096 and len(parameters) == 28
     optimizer, waited = make_optimizer(config, make_buffers(config, parameters)[0]), []
     monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", waited.append)
-    with Updates() as found:
+    with Calls("fused_adamw", "optimizer_update") as found:
         optimizer.step()
     assert (found.count, len(waited)) == (updates, waits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "copies"), [(torch.bfloat16, None, 4), (torch.bfloat16, "dpo", 2), (torch.float32, None, 1)]
+)
+def test_copies_of_a_layers_adapters(dtype, off, copies):
+    """A pass casts all A of an adapter at once, and all s B; in float32 it scales the B whose s is not 1. With dropout the adapter
+    that is off has products of its own, which are not computed."""
+    decoder = Decoder(live_stack(make_model(), r=6), dtype)
+    places = torch.arange(3)
+    pairs, key = partial(decoder._pairs, off=off), DropoutKey(0.5, 1, 1, places, places)
+    for _, module in decoder.stack.lora_layers():
+        module.scaling["dpo"] = 1.0
+    layer = layer_of(decoder.stack.base.model.layers[1], pairs, key, index=1)
+    with Calls("_to_copy", "mul") as found:
+        cast = layer.cast(dtype)
+    assert found.count == copies
+    for p in (p for site in cast.sites for p in site.stack if not p.off):
+        a, b = p.cast
+        assert torch.equal(a, p.a.to(dtype)) and torch.equal(b, (p.b * p.scale).to(dtype))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -40,7 +40,7 @@ class LoraPair:
         scale: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters.
         off: keep the columns, but set them to zero.
         dropout: whether the site's dropout applies to this adapter's input.
-        cast: a and scale · b in the compute dtype, from ``cast_adapters``.
+        cast: a and scale · b in the compute dtype, from ``cast_adapters``; None: not made, or not needed.
     """
 
     projection: int
@@ -149,11 +149,13 @@ class LinearGroup:
 
 
 def cast_adapters(sites: Sequence[LinearGroup], dtype: torch.dtype) -> tuple[LinearGroup, ...]:
-    """The sites with copies of A and s B in the compute dtype. What needs neither a cast nor a scale is not copied."""
-    pairs = [pair for site in sites for pair in site.stack]
+    """The sites with copies of A and s B in the compute dtype, but for groups that are off. What needs neither a cast nor a
+    scale is not copied."""
+    pairs = [pair for site in sites for group in site.groups if not group.off for pair, _ in group.pairs]
     of_a = _copies([(pair.a.detach(), 1.0) for pair in pairs], dtype)
-    casts = zip(of_a, _copies([(pair.b.detach(), pair.scale) for pair in pairs], dtype))
-    return tuple(replace(site, stack=tuple(replace(pair, cast=next(casts)) for pair in site.stack)) for site in sites)
+    of_b = _copies([(pair.b.detach(), pair.scale) for pair in pairs], dtype)
+    casts = dict(zip(map(id, pairs), zip(of_a, of_b)))
+    return tuple(replace(site, stack=tuple(replace(p, cast=casts.get(id(p))) for p in site.stack)) for site in sites)
 
 
 def _copies(matrices: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> list[Tensor]:
