@@ -11,8 +11,16 @@ import pytest
 import torch
 import trl
 from peft import PeftModel
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
@@ -20,17 +28,20 @@ from tests.conftest import CONVERSATIONS, TEXT
 from tests.contract import test_trl_parity as parity
 from tests.contract.test_gguf import add_bos, fields, off
 from tests.contract.test_more_families import tiny
+from tests.contract.test_text_models import VISION
 from tests.contract.test_trl_parity import tokenizer  # noqa: F401
 from tests.export.test_export_ollama import SAID, modelfile_template, render_go
 from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
 from zephyr_lite.chat.generate import Streamer
+from zephyr_lite.cli.app import run as zephyr_lite
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf import end_ids, write_gguf
 from zephyr_lite.export.gguf_vocab import _GPT4O, _LLAMA3, _QWEN2, _TEKKEN
 from zephyr_lite.export.ollama import write_modelfile
 from zephyr_lite.merge import chain_of_run, merge
+from zephyr_lite.model.files import TEXT_NAMES
 from zephyr_lite.model.sampling import Sampling
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -183,11 +194,31 @@ def save_tokenizer(folder: Path, case: Case) -> None:
         extra_special_tokens=[token for token in case.special[1:] if token != case.bos],
         **({} if case.split else {"unk_token": "<unk>"}),
     )
+    if not case.split:
+        fast.add_tokens([AddedToken("\n\n", normalized=False)])  # Gemma's runs of newlines are tokens of their own
     if case.template:
         fast.chat_template = (TEMPLATES / f"{case.template}.jinja").read_text()
     fast.save_pretrained(folder)
     if case.bos is not None:
         add_bos(folder, case.bos)
+
+
+def multimodal(text):
+    """A base as the hub has it: around the text model, with a vision encoder."""
+    vision = PixtralVisionConfig(**VISION, head_dim=16)
+    config = Mistral3Config(text_config=text.config, vision_config=vision, tie_word_embeddings=False)
+    whole = Mistral3ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    return whole
+
+
+def bare(base: Path):
+    """The base as an adapter's card loads it."""
+    config = AutoConfig.from_pretrained(base)
+    if hasattr(config, "text_config"):
+        return AutoModelForCausalLM.from_pretrained(base, config=config.text_config, key_mapping=TEXT_NAMES)
+    return AutoModelForCausalLM.from_pretrained(base)
 
 
 def read_tensors(file: Path, config) -> torch.nn.Module:
@@ -209,7 +240,8 @@ def read_tensors(file: Path, config) -> torch.nn.Module:
 @pytest.mark.parametrize("name", CASES)
 def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, pair_rows):
     case, base, run, out = CASES[name], tmp_path / "base", tmp_path / "run", tmp_path / "merged"
-    tiny(name, eos_token_id=0, **case.changes).save_pretrained(base)
+    model = tiny(name, eos_token_id=0, **case.changes)
+    (multimodal(model) if name == "ministral3" else model).save_pretrained(base)
     save_tokenizer(base, case)
     small = ["max_steps=2", "batch_size=3", "lora_r=4", "lora_alpha=8", "learning_rate=0.02", "samples=0"]
     small += [f"model_name_or_path={base}", f"output_dir={run}", "load_in_4bit=false"]
@@ -227,8 +259,13 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
     if name == "gemma3_text":  # the keys of transformers 4
         told = json.loads((out / "config.json").read_text())
         assert (told["rope_theta"], told["rope_local_base_freq"], told["rope_scaling"]["factor"]) == (1e4, 10.0, 8.0)
-    composed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "dpo" / "adapter").eval()
-    assert off(plain, composed) < 1e-5 < off(plain, AutoModelForCausalLM.from_pretrained(base))
+    composed = PeftModel.from_pretrained(bare(base), run / "dpo" / "adapter").eval()
+    assert off(plain, composed) < 1e-5 < off(plain, bare(base))
+    if name == "ministral3":
+        assert zephyr_lite(["merge", "--run", str(run), "--out", str(tmp_path / "adapter"), "--adapter-only"]) == 0
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert "config=text_config, key_mapping=names" in card and "Serve a merged model" in card
+        assert all(f'r"{theirs}": "{ours}"' in card for theirs, ours in TEXT_NAMES.items())
 
     # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
     served, template = AutoTokenizer.from_pretrained(out), chat.template

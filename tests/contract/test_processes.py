@@ -118,7 +118,10 @@ def runs(tiny_base, chat_rows, pair_rows, tmp_path_factory):
     run_sft(load_config("sft", None, sft))
     dpo = words(tiny_base, folder / "one", pair_rows, precompute_ref_log_probs="true", beta=0.1)
     run_dpo(load_config("dpo", None, dpo))
-    kto = words(tiny_base, folder / "one", pair_rows, stage="kto", loss_type="kto", max_steps=3)
+    labels = [{**json.loads(line), "label": True} for line in chat_rows.read_text().splitlines()]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    labelled = {"stage": "kto", "loss_type": "kto", "adapters": "none", "max_steps": 3}
+    kto = words(tiny_base, folder / "one", folder / "labels.jsonl", **labelled)
     run_dpo(load_config("dpo", None, kto))
     lines = [[word.replace(str(folder / "one"), str(folder / "two")) for word in line] for line in (sft, dpo, kto)]
     (folder / "both.py").write_text(BOTH)
@@ -137,6 +140,7 @@ def test_two_processes_are_as_one(runs, tiny_base, chat_rows, tmp_path):
 def two_are_as_one(runs, stage):
     folder, said = runs
     close(folder / "two" / stage, folder / "one" / stage)
+    assert stage != "kto" or max(record.get("kl", 0) for record in logged(folder / "two" / stage)) > 0.1
     info = json.loads((folder / "two" / stage / "stage.json").read_text())
     assert info["status"] == "complete" and info["machine"]["processes"] == 2
     assert (

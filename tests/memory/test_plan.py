@@ -48,7 +48,7 @@ from zephyr_lite.memory.plan import (
     smaller,
     with_rank,
 )
-from zephyr_lite.memory.speed import step_time
+from zephyr_lite.memory.speed import attention_operations, step_time
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
@@ -182,6 +182,10 @@ def test_bases_of_other_families_on_common_cards(name):
     for method in ("sft", "dpo"):
         recipe = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit"]).config
         job = expected_job(method, recipe, config, torch.bfloat16)
+        length = min(job.segment, job.longest)
+        keys = [min(place, window or length) for window in shape.windows for place in range(1, length + 1)]
+        seen = sum(keys) / len(keys)  # by a query, in a layer on average
+        assert attention_operations(job) == pytest.approx(4 * shape.queries * seen, rel=0.01)
         large = make_plan(job, plain(24), FREE)
         assert large.peak <= 24 * GIB * (1 - MARGIN) and not large.stream
         if feasible(job, plain(8), FREE):

@@ -17,6 +17,7 @@ from zephyr_lite.train.main import _compare, save_stage
 from zephyr_lite.train.resume import machine_now
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
+from zephyr_lite.train.stage import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def test_the_next_plan_is_corrected_by_a_run(tiny_base, chat_rows, tmp_path, mon
 def test_the_speed_is_that_of_the_median_step_but_for_the_first(tiny_base, chat_rows, tmp_path):
     loaded = load_config("sft", None, words(tiny_base, tmp_path / "a", chat_rows, load_in_4bit="false"))
     stage = setup_stage("sft", loaded)
-    outcome = SimpleNamespace(step=4, metrics={}, evaluations=[], best=None, seconds=9, skipped=0, warnings=[])
+    outcome = Outcome(4, {}, None, 9)
     save_stage(stage, outcome, seconds=[50.0, 1.0, 2.0, 9.0])
     assert stage.dir.info()["result"]["tokens_per_second"] == stage.workload.step_tokens / 2
     assert not (cache_dir() / "measured.json").exists()  # too few steps

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from .. import __version__
 from ..config.load import RunConfig
@@ -20,7 +20,7 @@ from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
 from ..io.run_dir import StageDir, read_json
 from ..merge.weights import COMPOSED, MARK
 from ..model.base_folder import fingerprint
-from ..model.files import local_folder
+from ..model.files import TEXT_NAMES, has_text_model, local_folder
 from ..model.peft_io import read_adapter
 from ..monitor.charts import number
 from ..monitor.report import StageRecord, leaves, value_text
@@ -181,7 +181,11 @@ def _card_text(
     if license is None and here is not None and (here / CARD).is_file():
         theirs = ModelCard((here / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
         license = theirs.data.to_dict().get("license")
+    config = here / "config.json" if here is not None else base_id and try_to_load_from_cache(base_id, "config.json")
+    multimodal = is_adapter and isinstance(config, (str, Path)) and has_text_model(read_json(Path(config)) or {})
     served, not_served = _vllm(folder, is_adapter, base_id or "PATH/TO/BASE")
+    if multimodal:
+        not_served = "it is the text model's, and vLLM loads this base as a multimodal model. Serve a merged model."
     measure = mark.get("measured") or {}
     measured = {title: dict(leaves(measure[key])) for key, title in _MERGED.items() if measure.get(key)}
     methods = list(dict.fromkeys(stage.method for stage in stages))
@@ -208,7 +212,9 @@ def _card_text(
         lost=lost,
         methods=_METHODS,
         in_four_bits=any(stage.config["load_in_4bit"] for stage in stages),
-        served=served,
+        multimodal=multimodal,
+        text_names=TEXT_NAMES,
+        served="" if multimodal else served,
         not_served=not_served,
         results=[_result(kind, told) for kind, told in results.items()],
         pictures=pictures,

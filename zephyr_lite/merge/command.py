@@ -183,7 +183,7 @@ def _write_adapter(chain: Chain, out: Path, overwrite: bool) -> None:
         overwrite=overwrite,
     )
     logger.info(
-        f"{out}: the whole chain as one PEFT adapter for the bare {name}: vLLM and PEFT load it so, without a merge."
+        f"{out}: the whole chain as one PEFT adapter for the bare {name}, which needs no merge. Its card says how to load it."
     )
 
 

@@ -137,8 +137,16 @@ def _gap(values: Tensor) -> Tensor:
 
 def loss_of(config: RunConfig, policy: Tensor, reference: Tensor | None, sizes: Tensor, size: float) -> Preference:
     """``preference_loss`` with a configuration's losses and parameters; ``size``: its ``chosen_size``."""
-    parameters = {key: getattr(config, key) for key in ("beta", "label_smoothing", "simpo_gamma")}
-    return preference_loss(policy, reference, sizes, loss_type=config.losses, chosen_size=size, **parameters)
+    return preference_loss(
+        policy,
+        reference,
+        sizes,
+        beta=config.beta,
+        loss_type=config.losses,
+        label_smoothing=config.label_smoothing,
+        simpo_gamma=config.simpo_gamma,
+        chosen_size=size,
+    )
 
 
 def initial_loss(config: RunConfig) -> tuple[float, str] | None:
