@@ -5,6 +5,7 @@ PyTorch operation is one launch, unless it returns a view or only allocates. ``a
 it adds to is two: it copies first.
 """
 
+import math
 from collections import Counter
 from contextlib import nullcontext
 
@@ -85,21 +86,30 @@ def nf4(out, width):
     return weight
 
 
+KEYS = KV_HEADS * SIZE
+# the width of each site's input, and of its outputs
+SITES = ((HIDDEN, HEADS * SIZE, KEYS, KEYS), (HEADS * SIZE, HIDDEN), (HIDDEN, INNER, INNER), (INNER, HIDDEN))
+
+
+def adapter(rank, trained):
+    """A and B of each projection, in one buffer, as ``AdapterStack`` lays them out: all A, then all B."""
+    shapes = [(rank, width) for width, *outs in SITES for _ in outs]
+    shapes += [(out, rank) for _, *outs in SITES for out in outs]
+    buffer = torch.empty(sum(map(math.prod, shapes)), device=CUDA)
+    parts = [part.view(shape) for part, shape in zip(buffer.split([*map(math.prod, shapes)]), shapes)]
+    return zip(*([part.requires_grad_(trained) for part in half] for half in (parts[:7], parts[7:])))
+
+
 def mistral(rank, frozen_rank=0, dropout=0.0):
     """A layer of Mistral-7B, with a trained adapter and a frozen one under it on all seven projections."""
-    keys, sites = KV_HEADS * SIZE, []
+    sites, adapters = [], [(adapter(r, trained), trained) for r, trained in ((frozen_rank, False), (rank, True)) if r]
     token = torch.empty(TOKENS, dtype=torch.int64, device=CUDA)
     key = DropoutKey(dropout, 42, 1, token, token) if dropout else None
-    for index, (width, *outs) in enumerate(
-        ((HIDDEN, HEADS * SIZE, keys, keys), (HEADS * SIZE, HIDDEN), (HIDDEN, INNER, INNER), (INNER, HIDDEN))
-    ):
+    for index, (width, *outs) in enumerate(SITES):
         pairs = []
-        for projection, out in enumerate(outs):
-            for r, trained in ((frozen_rank, False), (rank, True)):
-                if r:
-                    a, b = torch.empty(r, width, device=CUDA), torch.empty(out, r, device=CUDA)
-                    a, b = a.requires_grad_(trained), b.requires_grad_(trained)
-                    pairs.append(LoraPair(projection, a, b, 1.0, dropout=trained))
+        for projection in range(len(outs)):
+            for matrices, trained in adapters:
+                pairs.append(LoraPair(projection, *next(matrices), 1.0, dropout=trained))
         weights = tuple(nf4(out, width) for out in outs)
         sites.append(
             LinearGroup(weights, (None,) * len(outs), tuple(outs), tuple(pairs), key.at(0, index) if key else None)
@@ -111,10 +121,10 @@ def mistral(rank, frozen_rank=0, dropout=0.0):
 @pytest.mark.parametrize(
     ("keep", "options", "segments", "forward", "backward"),
     [
-        ("all", {"rank": 16}, SFT, 36, 50),
-        ("input", {"rank": 16}, SFT, 36, 82),
-        ("all", {"rank": 16, "dropout": 0.05}, SFT, 44, 62),
-        ("all", {"rank": 128, "frozen_rank": 16}, DPO, 44, 64),
+        ("all", {"rank": 16}, SFT, 23, 37),
+        ("input", {"rank": 16}, SFT, 23, 55),
+        ("all", {"rank": 16, "dropout": 0.05}, SFT, 31, 49),
+        ("all", {"rank": 128, "frozen_rank": 16}, DPO, 37, 57),
     ],
     ids=["sft", "sft, keep=input", "sft, dropout", "dpo"],
 )
@@ -133,7 +143,8 @@ def test_launches_of_a_layer(launches, keep, options, segments, forward, backwar
         if keep == "input":
             acts = layer_file._Activations(x)
         scratch = DequantBuffer()  # as if other layers came in between
-        layer_file._recompute(acts, layer, context, scratch)
-        layer_file._backward(torch.empty_like(x), acts, layer, context, scratch, owned=False, need_x=True)
+        cast = layer.cast(DTYPE)
+        layer_file._recompute(acts, cast, context, scratch)
+        layer_file._backward(torch.empty_like(x), acts, cast, context, scratch, owned=False, need_x=True)
         second = launches.count
     assert (first.total(), second.total()) == (forward, backward), f"{first}\n{second}"

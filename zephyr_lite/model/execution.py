@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
-from ..ops.lora import LinearGroup, LoraPair
+from ..ops.lora import LinearGroup, LoraPair, cast_adapters
 from ..ops.rms_norm import Norm
 from .dequant_buffer import ScratchMode
 from .families import PARENTS, family_of, layer_windows
@@ -74,6 +75,10 @@ class Layer:
     scale: float
     activation: str
     index: int = 0
+
+    def cast(self, dtype: torch.dtype) -> Layer:
+        """With copies of the adapters in the compute dtype, for one pass."""
+        return replace(self, sites=cast_adapters(self.sites, dtype))
 
 
 @dataclass(frozen=True)

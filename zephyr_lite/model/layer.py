@@ -99,7 +99,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        layer, state, scratch = ctx.layer, ctx.state, ctx.scratch
+        layer, state, scratch = ctx.layer.cast(grad.dtype), ctx.state, ctx.scratch
         if state.stream is not None:
             state.stream.begin(layer.index, -1)
         acts = _restore(ctx)
@@ -141,6 +141,7 @@ def _forward(
     """The layer's output, and the activations that `keep` names (None: none); others are freed as soon as they were read."""
     if state.stream is not None:
         state.stream.begin(layer.index, 1)
+    layer = layer.cast(x.dtype)
     acts = _Activations(x)
     normed, _, _ = layer.norms[0].forward(x)
     qkv_lora = _attend(acts, normed, layer, state, scratch)
