@@ -26,14 +26,13 @@ from .steps import step_schedule
 
 logger = logging.getLogger(__name__)
 SUGGESTED = AUTOMATIC - {"val_size"} | {"lora_r"}
-MOST_RANK = 256
 SOURCES = (
     "[1] Schulman et al. 2025, LoRA Without Regret, and Tinker's LoRA primer",
     "[2] Biderman et al. 2024, LoRA Learns Less and Forgets Less, arXiv 2405.09673",
     "[3] Hu et al. 2021, LoRA, arXiv 2106.09685",
     "[4] Tunstall et al. 2023, Zephyr, arXiv 2310.16944, and its QLoRA recipe",
 )
-PROBE_STEPS, MOST_RATES = 20, 5
+MOST_RANK, PROBE_STEPS, MOST_RATES = 256, 20, 5
 HORIZON = 0.32  # the best rate falls with the steps of a run to this power
 
 
