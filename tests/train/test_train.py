@@ -284,6 +284,13 @@ def by_equation(beta, eps, gamma):
     }
 
 
+def test_orpo_is_finite_where_a_response_is_certain():
+    policy = torch.tensor([[0.0, -3.0], [-3.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    losses = preference_loss(policy, None, torch.tensor([[1, 4], [2, 4], [2, 4]]), beta=0.1, loss_type="orpo").losses
+    losses.sum().backward()
+    assert losses.isfinite().all() and policy.grad.abs().max() < 2000
+
+
 def test_preference_losses_follow_their_equations():
     policy = torch.tensor([[-3.0, -5.0], [-9.0, -4.0]], dtype=torch.float64)
     reference = torch.tensor([[-4.0, -4.0], [-8.0, -6.0]], dtype=torch.float64)

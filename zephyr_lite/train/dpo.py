@@ -156,7 +156,8 @@ def _totals(data: TokenizedDataset, examples: Sequence[int]) -> PairTotals:
 
 
 def _metric_sums(found: Preference, policy: Tensor) -> dict[str, Tensor]:
-    """A micro-batch's sums of what TRL's metrics average; but a tie, as at step 0, is half right, where TRL's is wrong."""
+    """A micro-batch's sums of what TRL's metrics average; but a tie, as at step 0 with a live reference, is half right,
+    where TRL's is wrong."""
     chosen, rejected = found.chosen_rewards, found.rejected_rewards
     return {
         "rewards/chosen": chosen.sum(),

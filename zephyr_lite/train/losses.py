@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..config.schema import REFERENCE_FREE, RunConfig
 
+# ORPO's log-odds of a response whose tokens are almost certain would be infinite
+CERTAIN = -1e-4
+
 
 def sft_loss(logps: Tensor, step_targets: int) -> Tensor:
     """Negative log-likelihood of a micro-batch's targets, as its share of the step's mean.
@@ -87,7 +90,8 @@ def preference_loss(
             ``sft``: −log π(y_w|x), over ``chosen_size``: its mean is that over tokens. The second term of RPO, Pang et al.
                 2024, arXiv 2404.19733. No reference.
             ``simpo``: −log σ(β (p_w − p_l) − γ); Meng et al. 2024, arXiv 2405.14734, eq. 6. No reference.
-            ``orpo``: the loss ``sft`` − β log σ(o_w − o_l), the log-odds o = p − log(1 − exp p); Hong et al. 2024,
+            ``orpo``: the loss ``sft`` − β log σ(o_w − o_l), the log-odds o = p − log(1 − exp p) of
+                p ≤ −1e-4; Hong et al. 2024,
                 arXiv 2403.07691, eq. 6 and 7, where β is λ. No reference.
         chosen_size: tokens of a chosen response, a mean over the whole optimizer step; None: over these pairs.
     """
@@ -122,7 +126,7 @@ def preference_loss(
             case "simpo":
                 return -F.logsigmoid(beta * _gap(policy / sizes) - simpo_gamma)
             case "orpo":
-                mean = policy / sizes
+                mean = (policy / sizes).clamp(max=CERTAIN)
                 return loss("sft") - beta * F.logsigmoid(_gap(mean - torch.log(-torch.expm1(mean))))
         raise ValueError(f"unknown loss_type {name!r}")
 
