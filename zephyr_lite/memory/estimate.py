@@ -294,15 +294,15 @@ def layer_bytes(
     for policy in policies:
         whole = policy == "all"
         attention = of(s.hidden + qkv_rank + qkv) + attended + attention_forward
-        held = of(qkv_rank + out_rank + s.hidden) + wide * tokens
+        # the residual before the MLP, and y, which is in its place where it is not kept
+        apart = policy in ("attention", "all") or post
+        held = of(qkv_rank + out_rank + s.hidden * (1 + apart)) + wide * tokens
         held += (attended + of(s.hidden) * post) * (policy in ("attention", "all")) + of(qkv) * whole
-        if tiles > 1:
-            held += of(s.hidden) + of(s.hidden, rows)  # the output, and the residual of the tile before
-            held += of(both + mlp_rank + down_rank) * whole
+        held += of(both + mlp_rank + down_rank) * (whole and tiles > 1)
         gate_up = both if tiles == 1 or not whole else 0
-        activated = of(s.hidden + mlp_rank + gate_up, rows) + wide * rows
+        activated = of(mlp_rank + gate_up, rows) + wide * rows
         activated += max(of(s.inner, rows), of(s.hidden, rows) + concatenated(mlp_rank // in_mlp, both // in_mlp))
-        down = of(down_rank + max(s.inner * job.dropout, s.hidden * (tiles == 1)), rows)
+        down = of(down_rank + s.inner * job.dropout, rows)
         down = max(down, concatenated(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
         forward[policy] = casts + max(attention, held + max(activated + max(0, down), joined))

@@ -156,7 +156,8 @@ def _forward(
         out, _, _ = layer.post_norms[0].forward(out)
     if keep in (None, "input"):
         acts.attn_out = acts.lse = acts.out = None
-    y, acts.residual, kept = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep == "all")
+    y, kept = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep)
+    acts.residual = None if y is out else out
     if kept is not None:
         acts.gate_up, *of_mlp = kept
         acts.lora = (qkv_lora, o_lora, *of_mlp)
@@ -252,8 +253,9 @@ def _backward(
     d_qkv = torch.empty_like(qkv)
     q, k, v, inverses = _query_key_value(qkv, layer, state)
     out = attn_out.unflatten(1, (layer.heads, layer.head_dim))
-    attention_backward(d_attn_out.view_as(out), q, k, v, out, lse, state.table, layer.scale, into=_heads(d_qkv, layer))
-    del d_attn_out, out, attn_out, q, k, v
+    into = d_qkv.unflatten(1, (-1, layer.head_dim))
+    attention_backward(d_attn_out.view_as(out), q, k, v, out, lse, state.table, layer.scale, into)
+    del d_attn_out, out, attn_out, q, k, v, into
     _rotate(_rotated(d_qkv, layer), layer, state, inverse=True)
     for norm, part, h, inverse in zip(layer.head_norms, _heads(d_qkv, layer), _heads(qkv, layer), inverses):
         norm.backward(part, h, inverse, out=part)

@@ -219,7 +219,7 @@ def project(
     site: LinearGroup,
     products: Sequence[Tensor],
     *,
-    add: Tensor | None = None,
+    add: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """y of all projections beside each other.
@@ -228,7 +228,7 @@ def project(
         x: [T, in].
         parts: the frozen matrices in x's dtype.
         products: of ``low_rank``.
-        add: [T, Σ out], added to the result (a residual).
+        add: add to what `out` holds (a residual).
         out: where the result goes.
     Returns:
         [T, Σ out] in x's dtype: `out`, or a new tensor.
@@ -236,10 +236,10 @@ def project(
     y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device) if out is None else out
     for start, weight in parts:
         columns = slice(start, start + weight.shape[0])
-        if add is None:
-            torch.mm(x, weight.T, out=y[:, columns])
+        if add:
+            y[:, columns].addmm_(x, weight.T)
         else:
-            torch.addmm(add[:, columns], x, weight.T, out=y[:, columns])
+            torch.mm(x, weight.T, out=y[:, columns])
     for bias, columns in zip(site.biases, site.slices):
         if bias is not None:
             y[:, columns] += bias.to(x.dtype)

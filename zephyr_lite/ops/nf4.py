@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -81,8 +80,7 @@ def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
         out = torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out
         if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
             raise ValueError(f"out is {list(out.shape)} {out.dtype}; a contiguous {list(shape)} {dtype} is wanted")
-        _kernel([(0, weight)], out)
-        return out
+        return _kernel([(0, weight)], out)
     weight = weight.detach().to(dtype) if out is None else weight.detach()
     return weight if out is None else out.copy_(weight)
 
@@ -94,16 +92,15 @@ def dequantize_into(buffer: Tensor, weights: Sequence[tuple[int, Tensor]]) -> No
         buffer: contiguous, in the dtype of the products.
         weights: (first element of its place in the buffer, weight).
     """
-    if runs_triton("nf4", buffer):
-        _kernel(weights, buffer)
-    else:
-        _twins(weights, buffer)
+    run = _kernel if runs_triton("nf4", buffer) else _twins
+    run(weights, buffer)
 
 
-def _twins(weights: Sequence[tuple[int, Tensor]], buffer: Tensor) -> None:
+def _twins(weights: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
     for start, weight in weights:
         shape = weight.quant_state.shape  # type: ignore[attr-defined]
         _twin(weight, buffer.dtype, buffer[start : start + shape.numel()].view(shape))
+    return buffer
 
 
 def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
@@ -192,7 +189,7 @@ def _dequantize(
         scale = tl.load(tl.load(entry + 4).to(tl.pointer_type(tl.float32)) + row, mask=filled, other=0.0)
     byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
     place = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    # a mask by rows lets loads and stores take 16 bytes
+    # a mask by rows lets a store take 16 bytes
     there, stored = (filled[:, None], filled[:, None]) if WHOLE else (byte < (elements + 1) // 2, place < elements)
     pair = tl.load(packed + byte, mask=there, other=0).to(tl.int32)
     # the high half of a byte is the earlier value
@@ -205,7 +202,7 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
-def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
     """Weights of one kind of storage, in one launch, each to its place in `out` (see ``dequantize_into``)."""
     state = weights[0][1].quant_state  # type: ignore[attr-defined]
     nested, half = state.state2, state.blocksize // 2
@@ -224,7 +221,7 @@ def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
         programs += -(-elements // (2 * half * rows))
         whole = whole and elements % (2 * half) == 0
     if not programs:
-        return
+        return out
     with on_device(out):
         _dequantize[(programs,)](
             _on_device(tuple(numbers), out.device),
@@ -238,6 +235,7 @@ def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
             num_warps=4,
             enable_fp_fusion=False,
         )
+    return out
 
 
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
@@ -246,10 +244,8 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
     shapes = [torch.Size((rows, widths.inner)) for rows in (33, 3)]
     starts = [0, -(-shapes[0].numel() // 16) * 16]
 
-    def filled(run: Any, dtype: torch.dtype) -> Tensor:
-        buffer = torch.zeros(starts[1] + shapes[1].numel(), dtype=dtype, device=device)
-        run(buffer)
-        return buffer
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(starts[1] + shapes[1].numel(), dtype=dtype, device=device)
 
     for nested in (True, False):
         weights = []
@@ -257,9 +253,8 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
             data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
             weights.append((start, Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)))
         name = f"{[list(shape) for shape in shapes]} {'nested' if nested else 'plain'}"
-        kernel, twin = filled(partial(_kernel, weights), dtype), filled(partial(_twins, weights), dtype)
-        exact = filled(partial(_twins, weights), torch.float64) if truncates(device, dtype) else None
-        yield Comparison(name, kernel, twin, exact)
+        exact = _twins(weights, empty(torch.float64)) if truncates(device, dtype) else None
+        yield Comparison(name, _kernel(weights, empty(dtype)), _twins(weights, empty(dtype)), exact)
 
 
 BLOCK = 64
