@@ -22,15 +22,16 @@ from ..ops.lora import ALIGNMENT, SMALL
 IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable", "maximize"}
 # the state's tensors that have a number for each of the parameter's
 MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
-# Numbers of a buffer at most: bitsandbytes counts in 32 bits, and moves a paged buffer's moments to the card all at once.
+# Numbers that one call updates at most: bitsandbytes counts in 32 bits, and moves a paged buffer's moments to the card all
+# at once, for which a full card has little room.
 LARGEST = 2**26
 # arguments of transformers' schedules that are not options
 GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
 
 def make_buffers(config: RunConfig, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], Tensor]:
-    """The ranges of an adapter's buffer (see ``AdapterStack``) that an optimizer updates in one call each: one, or with
-    ``loraplus_lr_ratio`` one of all A and one of all B; and those that an 8-bit optimizer keeps in 32 bits.
+    """The ranges of an adapter's buffer (see ``AdapterStack``) that an optimizer updates in one call each: one for every
+    ``LARGEST`` numbers; A and B apart with ``loraplus_lr_ratio``; those apart that an 8-bit optimizer keeps in 32 bits.
 
     Returns:
         the ranges for ``make_optimizer``, with their gradients; all gradients in one tensor, laid out as the buffer.
@@ -44,7 +45,7 @@ def make_buffers(config: RunConfig, parameters: Mapping[str, nn.Parameter]) -> t
         kind = "lora_B" if config.loraplus_lr_ratio is not None and "lora_B" in name else "lora_A"
         kind += ".small" if "8bit" in config.optim and parameter.numel() < SMALL else ""
         start = parameter.storage_offset()
-        if not starts or kind != starts[-1][0] or start - starts[-1][1] >= LARGEST:
+        if not starts or kind != starts[-1][0] or start + parameter.numel() - starts[-1][1] > LARGEST:
             starts.append((kind, start))
     gradients, buffers = torch.zeros_like(whole), {}
     for (kind, start), (_, end) in pairwise([*starts, ("", len(whole))]):
