@@ -18,7 +18,7 @@ from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.ops import attention as attention_file
-from zephyr_lite.ops.attention import SegmentTable
+from zephyr_lite.ops.attention import SegmentTable, segment_starts
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
@@ -51,7 +51,7 @@ def test_every_attention_kernel_equals_float64(kind, dtype, size, window, monkey
     whole = torch.randn(190, 12, size, device="cuda", dtype=dtype, requires_grad=True)
     if kind == "flash" and attention_file.backend(whole) != "flash":
         pytest.skip("this card has no FlashAttention")
-    table = SegmentTable.build(segments, window, whole.device)
+    table = SegmentTable.build(segments, window, segment_starts(segments).to(whole.device))
     upstream = torch.randn_like(whole[:, :8])
 
     def run(whole):

@@ -106,7 +106,7 @@ def test_keys_of_dpo_are_refused_in_sft_where_typed_and_noted_where_in_a_file(ke
     assert f"{ours} changes nothing here: only dpo reads it" in loaded.notes
     (tmp_path / "all.yaml").write_text(dump_config(RunConfig()))
     assert not any("changes nothing" in note for note in load(file=str(tmp_path / "all.yaml")).notes)
-    assert words_by_scope([key, "seed=1"]) == {"dpo": [key], "": ["seed=1"]}
+    assert words_by_scope([key, "seed=1", "rpo_alpha=1"]) == {"dpo": [key, "rpo_alpha=1"], "": ["seed=1"]}
 
 
 @pytest.mark.parametrize("words", [["5"], ["--seed"], ["--use-peft", "--seed", "3"], ["-x"]])

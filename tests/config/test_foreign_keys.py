@@ -1,4 +1,4 @@
-"""TRL's and the alignment handbook's YAML files: a verdict on every field of TRL, and the handbook's recipes."""
+"""YAML files of TRL, the alignment handbook, LLaMA-Factory and Axolotl: a verdict on every field of TRL, and recipes."""
 
 from __future__ import annotations
 
@@ -345,6 +345,172 @@ def test_a_recipe_of_the_handbook_runs_as_it_is(name, tmp_path):
     assert loaded.config.model_name_or_path == values["model_name_or_path"]
     assert loaded.config.push_to_hub == "some-model"
     assert any("full fine-tuning" in note for note in loaded.notes) == ("use_peft" not in values)
+
+
+# -- LLaMA-Factory and Axolotl ---------------------------------------------------------------------------------------------
+
+LLAMA_FACTORY = """
+model_name_or_path: Qwen/Qwen2.5-7B
+trust_remote_code: true
+quantization_bit: 4
+quantization_method: bnb
+stage: kto
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+lora_dropout: 0.1
+pref_beta: 0.2
+dataset: a.jsonl,b.jsonl
+dataset_dir: data
+template: qwen
+cutoff_len: 256
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+output_dir: saves/x
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+val_size: 0.1
+"""
+AXOLOTL = """
+base_model: NousResearch/Llama-3.2-1B
+model_type: AutoModelForCausalLM
+tokenizer_type: AutoTokenizer
+load_in_8bit: false
+load_in_4bit: true
+strict: false
+rl: dpo
+chat_template: tokenizer_default
+datasets:
+  - path: a/b
+    type: chat_template.default
+    field_messages: conversation
+    field_chosen: chosen
+    field_rejected: worse
+    message_property_mappings: {role: from, content: value}
+  - {path: json, ds_type: json, data_files: rows.jsonl, type: alpaca}
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.1
+output_dir: ./outputs/out
+adapter: qlora
+lora_model_dir:
+sequence_len: 512
+sample_packing: true
+eval_sample_packing: false
+pad_to_sequence_len: true
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+lora_fan_in_fan_out:
+wandb_project:
+wandb_entity:
+wandb_watch:
+wandb_name:
+wandb_log_model:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+train_on_inputs: false
+group_by_length: false
+bf16: auto
+fp16:
+tf32: false
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+early_stopping_patience:
+resume_from_checkpoint:
+local_rank:
+logging_steps: 1
+xformers_attention:
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 4
+eval_table_size:
+saves_per_epoch: 1
+debug:
+deepspeed:
+weight_decay: 0.0
+fsdp:
+fsdp_config:
+special_tokens:
+  pad_token: "<|end_of_text|>"
+"""
+
+
+def test_a_file_of_llama_factory(tmp_path):
+    loaded = load(tmp_path, LLAMA_FACTORY + "pref_loss: sigmoid\n", "dpo")
+    config, notes = loaded.config, "\n".join(loaded.notes)
+    assert (config.stage, config.loss_type, config.beta, config.lora_r, config.max_length) == (
+        "dpo",
+        "kto",
+        0.2,
+        8,
+        256,
+    )
+    assert [(s.path, s.limit, s.val_size) for s in config.dataset] == [("a.jsonl", 1000, 0.1), ("b.jsonl", 1000, 0.1)]
+    assert (config.batch_size, config.lora_dropout) == (8, 0.1)
+    assert "stage: loss_type=kto here" in notes and "not LLaMA-Factory's" in notes
+    assert "TRL" not in notes and "fine-tuning" not in notes
+    assert "stage: kto: this file is for zephyr-lite dpo" in refused(tmp_path, LLAMA_FACTORY)
+    assert load(tmp_path, LLAMA_FACTORY.replace("stage: kto", "stage: sft")).config.stage == "sft"
+    assert load(tmp_path, "stage: kto\nbeta: 0.1\n", "dpo").config.stage == "kto"  # a file of our own
+
+
+def test_a_file_of_axolotl(tmp_path):
+    loaded = load(tmp_path, AXOLOTL, "dpo")
+    config, notes = loaded.config, "\n".join(loaded.notes)
+    assert [(s.path, s.columns) for s in config.dataset] == [
+        ("a/b", {"messages": "conversation", "rejected": "worse"}),
+        ("rows.jsonl", {}),
+    ]
+    assert (config.loss_type, config.batch_size, config.lora_dropout) == ("sigmoid", 8, 0.05)
+    assert (config.optim, config.chat_template, config.max_length) == ("paged_adamw_8bit", "auto", 512)
+    assert "not Axolotl's" in notes and "TRL" not in notes and "fine-tuning" not in notes
+    full = AXOLOTL.replace("adapter: qlora\n", "").replace("lora_r: 8\n", "")
+    assert any("full fine-tuning (no adapter)" in note for note in load(tmp_path, full, "dpo").notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stage: rm\nfinetuning_type: lora", "stage: 'rm': sft, dpo and kto are trained here"),
+        (
+            "finetuning_type: full",
+            "finetuning_type: 'full': only plain LoRA is trained. Remove the key, or set it to 'lora'",
+        ),
+        ("quantization_bit: 8", "quantization_bit: 8: a base is held in 4 bits"),
+        ("max_samples: many\ndataset: a.jsonl", "max_samples: 'many' is not a whole number"),
+        ("max_samples: 5", "max_samples: limits the rows of dataset, which is not there"),
+        ("sequence_len: 8\ngradient_accumulation_steps: 4", "needs micro_batch_size too. Or set batch_size alone"),
+        ("micro_batch_size: 2\nper_device_train_batch_size: 2", "the batch size is set twice"),
+        ("special_tokens: {eos_token: x}", "eos_token: 'x': answers end as the chat template ends them"),
+        ("datasets: [{path: a/b, type: {format: x}}]", "is none of chat_template"),
+        ("datasets: [{path: a/b, message_property_mappings: {role: speaker}}]", "a turn has role and content here"),
+        ("max_completion_length: 256", "max_completion_length: 256: an answer is cut only where"),
+        ("is_encoder_decoder: true", "only decoder models are trained"),
+    ],
+)
+def test_what_would_change_training_is_refused_with_the_reason(text, says, tmp_path):
+    assert says in refused(tmp_path, text) and "Did you mean" not in refused(tmp_path, text)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ def test_a_word_filters_by_name_and_description_and_finds_other_tools_keys(capsy
         ("use_dora", "refused, except null, false"),
     ):
         assert f"\n  {name}: {what}" in keys(capsys, name)
+    kto, loss = keys(capsys, "kto"), keys(capsys, "loss")
+    assert "\n  stage: " in kto and "\n  rl: loss_type (" in kto and "\n  rl: loss_type (" in loss
+    assert "(docs/recipe.md)" in loss and "LLaMA-Factory and Axolotl\n" in loss
     assert cli.run(["keys", "learnign_rate"]) == 2
     assert capsys.readouterr().err == (
         f"error: there is no key 'learnign_rate'. Did you mean 'learning_rate'?\n{LIST_KEYS}\n"

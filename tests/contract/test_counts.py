@@ -1,11 +1,13 @@
 """The performance claims that need no GPU, as exact integers: bytes kept, dequantizations, head rows and FLOPs of a step."""
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_model
@@ -17,8 +19,11 @@ from zephyr_lite.memory.estimate import kept_bytes, scratch_bytes
 from zephyr_lite.model import dequant_buffer as memory
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.execution import layer_of
 from zephyr_lite.model.families import Shape
 from zephyr_lite.ops import token_logps as token_logps_file
+from zephyr_lite.ops.dropout import DropoutKey
+from zephyr_lite.train.optim import make_buffers, make_optimizer
 
 MISTRAL = SimpleNamespace(
     hidden_size=4096,
@@ -43,6 +48,61 @@ def kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield result
     result.bytes = sum(size for size, _ in seen.values())
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of operations with one of these names."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.count = names, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(name in str(func) for name in self.names)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("optim", "ratio", "updates", "waits"),
+    [
+        ("adamw_torch", None, 1, 0),
+        ("adamw_8bit", None, 1, 1),
+        ("paged_adamw_8bit", None, 1, 2),
+        ("adamw_8bit", 4.0, 2, 2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_calls_of_an_update(optim, ratio, updates, waits, monkeypatch):
+    """One for all matrices of an adapter, two with LoRA+. bitsandbytes waits for the card after each, and at the end of a paged
+    one."""
+    config = RunConfig(optim=optim, loraplus_lr_ratio=ratio)
+    parameters = live_stack(make_model(), r=128).parameters()
+    assert min(p.numel() for p in parameters.values()) >= 4096 and len(parameters) == 28
+    optimizer, waited = make_optimizer(config, make_buffers(config, parameters)[0]), []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", waited.append)
+    with Calls("fused_adamw", "optimizer_update") as found:
+        optimizer.step()
+    assert (found.count, len(waited)) == (updates, waits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "copies"), [(torch.bfloat16, None, 4), (torch.bfloat16, "dpo", 2), (torch.float32, None, 1)]
+)
+def test_copies_of_a_layers_adapters(dtype, off, copies):
+    """A pass casts all A of an adapter at once, and all s B; in float32 it scales the B whose s is not 1. With dropout the adapter
+    that is off has products of its own, which are not computed."""
+    decoder = Decoder(live_stack(make_model(), r=6), dtype)
+    places = torch.arange(3)
+    pairs, key = partial(decoder._pairs, off=off), DropoutKey(0.5, 1, 1, places, places)
+    for _, module in decoder.stack.lora_layers():
+        module.scaling["dpo"] = 1.0
+    layer = layer_of(decoder.stack.base.model.layers[1], pairs, key, index=1)
+    with Calls("_to_copy", "mul") as found:
+        cast = layer.cast(dtype)
+    assert found.count == copies
+    for p in (p for site in cast.sites for p in site.stack if not p.off):
+        a, b = p.cast
+        assert torch.equal(a, p.a.to(dtype)) and torch.equal(b, (p.b * p.scale).to(dtype))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -79,13 +139,13 @@ def test_bytes_kept_a_token_of_mistral():
 def dequantized(monkeypatch):
     """Which weights were dequantized, in order."""
     found = []
-    plain = memory.dequantize
+    plain = memory.dequantize_into
 
-    def counting(weight, dtype, out=None):
-        found.append(weight)
-        return plain(weight, dtype, out=out)
+    def counting(buffer, weights):
+        found.extend(weight for _, weight in weights)
+        plain(buffer, weights)
 
-    monkeypatch.setattr(memory, "dequantize", counting)
+    monkeypatch.setattr(memory, "dequantize_into", counting)
     return found
 
 

@@ -132,6 +132,27 @@ def test_nf4_equals_bitsandbytes(nested):
     assert torch.equal(nf4.dequantize(stored_otherwise, torch.float32), bnb.dequantize_4bit(data, state))
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("width", [128, 100])  # whole blocks, and weights that end within one
+def test_nf4_weights_beside_each_other_equal_bitsandbytes(nested, width):
+    """One launch for all; what lies between and after them stays."""
+    weights, wanted, start = [], torch.full((60_000,), 7.0, device=DEVICE), 16
+    for rows in (300, 1, 70, 43):
+        data, state = bnb.quantize_4bit(rand(rows * width), quant_type="nf4", compress_statistics=nested)
+        exact = bnb.dequantize_4bit(data, state).view(-1)
+        state.shape = torch.Size((rows, width))
+        weights.append((start, Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)))
+        wanted[start : start + len(exact)] = exact
+        start = -(-(start + len(exact)) // 16) * 16 + 16
+    buffer = torch.full_like(wanted, 7.0)
+    assert runs_triton("nf4", buffer)
+    nf4.dequantize_into(buffer, weights)
+    assert torch.equal(buffer, wanted)
+    with twins():
+        nf4.dequantize_into(buffer.fill_(7.0), weights)
+    assert torch.equal(buffer, wanted)
+
+
 def test_nf4_refuses_a_buffer_that_does_not_fit():
     weight = stored((4, 64))
     for out in (torch.empty(4, 128)[:, ::2], torch.empty(5, 64), torch.empty(4, 64, dtype=torch.float16)):

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 from zephyr_lite.ops import attention as attention_file
 from zephyr_lite.ops import token_logps as token_logps_file
-from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward
+from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward, segment_starts
 from zephyr_lite.ops.dropout import DropoutKey, dropout_mask, dropout_scale
 from zephyr_lite.ops.nf4 import dequantize, is_quantized
 from zephyr_lite.ops.rms_norm import rms_norm
@@ -80,9 +80,10 @@ class UnderAutograd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        into = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        heads = [q.shape[1], k.shape[1], k.shape[1]]
+        into = q.new_empty(q.shape[0], sum(heads), q.shape[2])
         attention_backward(grad.contiguous(), q, k, v, out, lse, *ctx.options, into)
-        return (*into, None, None)
+        return (*into.split(heads, 1), None, None)
 
 
 def dense_attention(q, k, v, segments, window, scale):
@@ -114,7 +115,7 @@ def test_attention_over_the_segment_table(window, kind, at_once, monkeypatch):
     }[kind]
     total = segments[-1].end
     q, k, v = rand(total, 4, 8, grad=True), rand(total, 2, 8, grad=True), rand(total, 2, 8, grad=True)
-    table = SegmentTable.build(segments, window, q.device)
+    table = SegmentTable.build(segments, window, segment_starts(segments))
     got, want = UnderAutograd.apply(q, k, v, table, 0.3), dense_attention(q, k, v, segments, window, 0.3)
     torch.testing.assert_close(got, want)
     upstream = torch.randn_like(want)
@@ -127,7 +128,7 @@ def test_segments_of_like_length_run_together():
     lengths = [20, 2000, 30, 31, 29, 1, 1, 900, 1000, 5]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     segments = [Seg(a, b, (0, 7) if i == 3 else None) for i, (a, b) in enumerate(pairwise(starts))]
-    runs = attention_file._like_lengths(SegmentTable.build(segments, None, torch.device("cpu")))
+    runs = attention_file._like_lengths(SegmentTable.build(segments, None, segment_starts(segments)))
     assert [n for run in runs for n in run.queries] == lengths and 1 < len(runs) < len(lengths)
     assert all(len(run.queries) * max(run.queries) <= 2 * sum(run.queries) for run in runs)
 
@@ -202,9 +203,9 @@ def test_the_memory_efficient_kernels_gradients_under_a_window(window, at_once, 
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", kernel.backward)
     monkeypatch.setattr(attention_file, "backend", lambda q: "efficient")
     monkeypatch.setattr(attention_file, "_AT_ONCE", at_once)
-    segments = [Seg(0, 9), Seg(9, 14, (0, 6)), Seg(14, 15), Seg(15, 31), Seg(31, 34, (15, 24)), Seg(34, 36, (15, 17))]
+    segments = [Seg(0, 9), Seg(9, 14, (0, 6)), Seg(14, 15), Seg(15, 31), Seg(31, 34, (15, 24)), Seg(34, 36, (31, 33))]
     q, k, v = rand(36, 4, 8, grad=True), rand(36, 2, 8, grad=True), rand(36, 2, 8, grad=True)
-    table = SegmentTable.build(segments, window, q.device)
+    table = SegmentTable.build(segments, window, segment_starts(segments))
     got, want = UnderAutograd.apply(q, k, v, table, 0.3), dense_attention(q, k, v, segments, window, 0.3)
     torch.testing.assert_close(got, want)
     upstream = torch.randn_like(want)

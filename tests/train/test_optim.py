@@ -9,9 +9,11 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 from tests.conftest import make_model
+from tests.numeric import live_stack
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.train.optim import make_optimizer, make_scheduler, restore_state
+from zephyr_lite.train import optim
+from zephyr_lite.train.optim import make_buffers, make_optimizer, make_scheduler, restore_state, state_of
 
 KINDS = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -100,6 +102,33 @@ def test_the_update_is_that_of_torch_and_of_pefts_lora_plus(ratio):
             train(optimizer, named, 1, seed=step)
             scheduler.step()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine) and any("lora_B" in name for name in mine)
+
+
+@pytest.mark.parametrize(("ratio", "largest"), [(None, optim.LARGEST), (4.0, optim.LARGEST), (None, 9000)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_of_buffers_is_that_of_each_parameter(kind, ratio, largest, monkeypatch):
+    """Bit for bit: the weights and the state, which a checkpoint has for each parameter."""
+    monkeypatch.setattr(optim, "LARGEST", largest)
+    config = RunConfig(optim=kind, learning_rate=1e-2, weight_decay=0.1, loraplus_lr_ratio=ratio)
+    named = live_stack(make_model(), frozen=False, r=50).parameters()
+    assert {p.numel() < 4096 for p in named.values()} == {True, False}
+    apart = {name: torch.nn.Parameter(p.detach().clone()) for name, p in named.items()}
+    buffers, gradients = make_buffers(config, named)
+    ours, theirs = make_optimizer(config, buffers), make_optimizer(config, apart)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for name, p in named.items():
+            apart[name].grad = torch.randn(p.shape, generator=generator)
+            gradients.as_strided(p.shape, p.stride(), p.storage_offset()).copy_(apart[name].grad)
+        ours.step()
+        theirs.step()
+    for name, p in named.items():
+        assert torch.equal(p, apart[name]), name
+        found, wanted = state_of(ours, p), theirs.state[apart[name]]
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)), (name, key)
+            assert torch.as_tensor(found[key]).shape == torch.as_tensor(value).shape, (name, key)
 
 
 @pytest.mark.parametrize("kind", KINDS)

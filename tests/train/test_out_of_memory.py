@@ -319,24 +319,13 @@ def test_an_evaluation_that_does_not_fit_is_split_and_what_is_done_stays(opened,
     assert task.evaluate() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
-def test_the_warmup_is_retried_too_and_has_the_gradients_of_a_later_micro_batch(opened):
+def test_the_warmup_is_retried_too_and_leaves_no_gradient(opened):
     state = opened("sft", 250, ("all", "all"))
     assert len(warmup_largest_batch(state)[0]) > 2
     with Fails(40, times=3):
         groups = warmup_largest_batch(state)
     assert int(np.argmax(state.stage.data.lengths)) in groups[0] and state.stage.plan.micro_tokens < 250
-    assert all(p.grad is None for p in state.parameters.values())
-    plain, found = state.objective.loss, []
-
-    def watched(*args):
-        found.append({p.grad is not None for p in state.parameters.values()})
-        return plain(*args)
-
-    state.objective.loss = watched
-    for tokens in (60, 10_000):  # several micro-batches a step, or one
-        state.objective.oom.follow(replace(state.stage.plan, micro_tokens=tokens))
-        warmup_largest_batch(state)
-    assert found[0] == {True} and found[-1] == {False}
+    assert not any(p.grad.any() for p in state.parameters.values())
 
 
 @pytest.mark.parametrize("asked_for", [False, True])

@@ -28,7 +28,7 @@ _PARTS = {
 }
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true, false", type(None): "null"}
 REQUIRED = "required"
-_THEIRS = "Keys of TRL, transformers and the alignment handbook"
+_THEIRS = "Keys of TRL, transformers, alignment-handbook, LLaMA-Factory and Axolotl"
 # keys that the published recipe sets to other values than the defaults, because they depend on a run's length
 _RECIPE = ("eval_steps", "save_steps")
 
@@ -73,7 +73,7 @@ def keys_as_lines(word: str | None, width: int) -> Iterator[str]:
                 found.setdefault(heading, []).extend((facts, deeper + _plain(key.meaning)))
     if word is None:
         found[_THEIRS] = ["  `zephyr-lite keys NAME` says what a key of theirs does here."]
-    elif others := [f"  {name}: {what}" for name, what in _others() if wanted.replace("-", "_") in name]:
+    elif others := [f"  {name}: {what}" for name, what in _others(wanted)]:
         found[_THEIRS] = others
     if not found:
         raise UserError(unknown_key(wanted, RunConfig.model_fields), LIST_KEYS)
@@ -99,11 +99,12 @@ def keys_as_markdown() -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _others() -> Iterator[tuple[str, str]]:
-    """Other tools' keys, and what each does here."""
-    yield from ((theirs, f"{ours} here") for theirs, ours in (ALIASES | TRANSLATED).items())
-    yield from ((key, f"accepted, and without effect: {why}") for key, why in ACCEPTED.items())
-    for key, (_, why) in REFUSED.items():
+def _others(word: str) -> Iterator[tuple[str, str]]:
+    """Other tools' keys with the word in their name, or in the name of the key here; and what each does here."""
+    name = word.replace("-", "_")
+    yield from ((key, f"{ours} here") for key, ours in (ALIASES | TRANSLATED).items() if name in key or word in ours)
+    yield from ((key, f"accepted, and without effect: {why}") for key, why in ACCEPTED.items() if name in key)
+    for key, (_, why) in ((key, verdict) for key, verdict in REFUSED.items() if name in key):
         yield key, f"refused, except {', '.join(filter(None, ('null', _accepted(key))))}: {why}"
 
 
@@ -114,7 +115,8 @@ def _accepted(key: str) -> str:
 
 
 def _plain(markdown: str) -> str:
-    """Without links and code marks."""
+    """Without code marks and links; the page of a link to another one stays."""
+    markdown = re.sub(r"\[([^\]]+)\]\((\w+\.md)[^)]*\)", r"\1 (docs/\2)", markdown)
     return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", markdown).replace("`", "")
 
 

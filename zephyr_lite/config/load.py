@@ -1,7 +1,8 @@
 """The configuration of a run: one flat set of keys for both stages (``schema``), YAML files, ``key=value`` overrides.
 
-Keys have the names of TRL, PEFT and transformers. A YAML file written for TRL or for the alignment handbook runs
-unchanged (``compat``). Unknown keys are refused, with the nearest known one. All faults are reported at once.
+Keys have the names of TRL, PEFT and transformers. A YAML file of TRL, the alignment handbook, LLaMA-Factory or Axolotl
+runs unchanged, or is refused with the reason (``compat``). Unknown keys are refused, with the nearest known one. All
+faults are reported at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.text import comma_list, expected, is_file, refuse_special, short
-from .compat import ALIASES, BATCH_PARTS, SFT_WEIGHTS, TRANSLATED, of_others, rename, unknown_key
+from .compat import ALIASES, BATCH_PARTS, SFT_WEIGHTS, TRANSLATED, rename, tool_of, unknown_key
 from .schema import DPO_DEFAULTS, LOSS_DEFAULTS, OWN_KEYS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
@@ -45,7 +46,7 @@ class Loaded:
     config: RunConfig
     given: set[str]  # the keys that the file or the command line set; the others are defaults
     notes: list[str] = field(default_factory=list)  # one line for each key that was renamed or has no effect
-    foreign: bool = False  # the file is another tool's
+    tool: str | None = None  # that the file is for, if it is another's
     announce: bool = False  # print what the run downloads and writes, before it does
     typed: set[str] = field(default_factory=set)  # the keys that the command line set
     automatic: set[str] = field(default_factory=set)  # keys whose values the rows decide (``train.small_data``)
@@ -114,7 +115,7 @@ def load_config(
             given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
         if given.get("stage") == ("dpo" if method == "sft" else "sft"):
             raise UserError(
-                f"{path}: stage: {given['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
+                f"{path}: stage: {written['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
                 "Give the other command, or another file.",
             )
     words = _read_words(overrides or [], faults[WORDS])
@@ -180,7 +181,7 @@ def load_config(
             )
     if unset and not config.eval_dataset:
         notes.append(NOT_HELD_OUT)
-    return Loaded(config, set(given), notes, of_others(written), typed=typed)
+    return Loaded(config, set(given), notes, tool_of(written), typed=typed)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -234,7 +235,8 @@ def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
         head, dot, tail = key.partition(".")
         scope = head if dot and head.replace("-", "_") not in RunConfig.model_fields else ""
         key = tail if scope else key
-        ours = (ALIASES | TRANSLATED).get(key.replace("-", "_"), key.replace("-", "_"))
+        name = key.replace("-", "_")
+        ours = (ALIASES | TRANSLATED).get(name, name).partition(" ")[0]
         scope = scope or next((method for method, keys in OWN_KEYS.items() if ours in keys), "")
         refuse_placed([key.partition(".")[0].replace("-", "_")], WORDS)
         scoped.setdefault(scope, []).append(f"{key}={text}")

@@ -89,10 +89,11 @@ def resolve_run(
         _set(loaded, **{key: inherited[key] for key in INHERITED if key in inherited and key not in own})
     elif file or "model_name_or_path" in loaded.typed:
         _adapter_as_model(loaded)
-        if loaded.foreign and "model_name_or_path" in loaded.given and loaded.config.adapters == []:
+        if loaded.tool and "model_name_or_path" in loaded.given and loaded.config.adapters == []:
             _set(loaded, adapters="none")
             loaded.notes.append(
-                "adapters: none, as TRL's DPO begins from the model itself; name an SFT adapter to begin from that"
+                f"adapters: none, as with {loaded.tool} the stage begins from the model itself; name an SFT adapter to begin "
+                "from that"
             )
     return loaded
 

@@ -103,7 +103,10 @@ class RunConfig(BaseModel):
         "runs/zephyr-7b", description="the run's folder; dpo: by default the newest run with a complete stage sft"
     )
     stage: str = Field(
-        "sft", pattern=r"^[\w-]+$", description="the stage's name, one word, and its folder's in `output_dir`"
+        "sft",
+        pattern=r"^[\w-]+$",
+        description="the stage's name, one word, and its folder's in `output_dir`; in LLaMA-Factory's files the method: sft, "
+        "dpo or kto",
     )
     engine: Literal["fused", "trl", "unsloth"] = Field(
         "fused",

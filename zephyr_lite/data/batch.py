@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.attention import segment_starts
 from .chat_template import Example, PairExample
 
 
@@ -48,6 +50,7 @@ class Batch:
         streams: [T] int64, whose token this is (twice the example's index; one more in a rejected response). With
             ``positions`` it names a token independently of how rows are packed, which dropout relies on.
         segments: cover 0:T in order without gaps.
+        segment_starts: [2, S + 1] int32, where the queries and the keys of each begin (``ops.attention.segment_starts``).
         target_rows: [N] int64, the hidden state that predicts each target; ordered by group.
         target_ids: [N] int64, the token that it should predict.
         group_sizes: [G] int64, how many targets each response has, in order: one group an example (SFT), chosen and
@@ -60,6 +63,7 @@ class Batch:
     positions: Tensor
     streams: Tensor
     segments: tuple[Segment, ...]
+    segment_starts: Tensor
     target_rows: Tensor
     target_ids: Tensor
     group_sizes: Tensor
@@ -70,10 +74,22 @@ class Batch:
         return self.tokens.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "streams", "target_rows", "target_ids", "group_sizes")
+        """The batch on a device, in one copy: from page-locked memory, because the CPU would wait for another one."""
+        device = torch.device(device)
+        tables = {
+            name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "host_tokens"
         }
+        # each begins at a multiple of 16 bytes, for which kernels are compiled
+        starts = list(accumulate((-(-table.nbytes // 16) * 16 for table in tables.values()), initial=0))
+        host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+        def views(memory: Tensor) -> dict[str, Tensor]:
+            parts = zip(tables.items(), starts)
+            return {name: memory[s : s + t.nbytes].view(t.dtype).view(t.shape) for (name, t), s in parts}
+
+        for name, view in views(host).items():
+            view.copy_(tables[name])
+        moved = views(host.to(device, non_blocking=True))
         return replace(self, host_tokens=self.tokens if self.host_tokens is None else self.host_tokens, **moved)
 
     def sum_by_group(self, values: Tensor) -> Tensor:
@@ -155,6 +171,7 @@ def _batch(
         positions=flat(positions),
         streams=flat(streams),
         segments=tuple(segments),
+        segment_starts=segment_starts(segments),
         target_rows=flat(target_rows),
         target_ids=flat(target_ids),
         group_sizes=torch.tensor(sizes, dtype=torch.int64),

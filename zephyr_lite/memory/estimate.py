@@ -17,11 +17,12 @@ from typing import Literal
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
 from ..model.families import Shape
+from ..ops.lora import ALIGNMENT, SMALL
 from ..ops.token_logps import CHUNK_BYTES
 from .workload import Workload
 
 MIB, GIB = 2**20, 2**30
-ALIGNMENT = 256  # of a tensor in a streamed layer's block (``weight_streaming``)
+SLAB_ALIGNMENT = 256  # of a tensor in a streamed layer's block (``weight_streaming``)
 NF4_BLOCK, NESTED_BLOCK = 64, 256  # numbers that share a scale; scales that share one of their own
 # A process's CUDA context, its kernels and the driver's own memory, outside the allocator: 0.4 to 0.8 GiB.
 CONTEXT_BYTES = 3 * GIB // 4
@@ -38,7 +39,6 @@ Kind = tuple[Keep, bool]
 KEEPS: tuple[Keep, ...] = ("input", "attention", "all")
 # what is on the device at one moment of a step, beside what is resident
 TRANSIENT = (
-    "gradients",
     "kept activations",
     "reference's hidden states",
     "a layer at work",
@@ -107,7 +107,7 @@ def stored_bytes(job: Workload, projection: str) -> list[int]:
 def slab_bytes(job: Workload) -> int:
     """A streamed layer's projections in one block, each tensor aligned."""
     sizes = [size for name in job.shape.matrices for size in stored_bytes(job, name)]
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(-(-size // SLAB_ALIGNMENT) * SLAB_ALIGNMENT for size in sizes)
 
 
 def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
@@ -124,28 +124,32 @@ def base_bytes(job: Workload, *, stream: bool = False) -> dict[str, int]:
     return {"decoder layers": s.layers * layer, "embedding": size * s.head_weights, **head, "norms": norms}
 
 
+def buffer_numbers(tensors: Sequence[int]) -> int:
+    """Of a buffer of an adapter's matrices, each aligned."""
+    return sum(-(-n // ALIGNMENT) * ALIGNMENT for n in tensors)
+
+
 def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) -> tuple[int, int]:
     """(on the device, managed) bytes of the optimizer's state.
 
     Two moments a number, of 4 bytes or of one with a scale for every 256 (bitsandbytes; tensors under 4,096 numbers: 4 bytes).
-    The paged optimizers' states of tensors from 100,000 numbers on are managed memory. torch keeps a float32 step number.
+    The paged optimizers' states of buffers from 100,000 numbers on are managed memory. torch keeps a float32 step number.
 
     Args:
         tensors: float32 numbers in each trained tensor.
     """
     if optim == "adamw_torch" or (optim == "paged_adamw_32bit" and not cuda):
-        return 8 * sum(tensors) + 4 * len(tensors), 0
+        return 8 * buffer_numbers(tensors) + 4, 0
+    small = [n for n in tensors if "8bit" in optim and n < SMALL]  # a buffer of their own
     device = managed = 0
-    for n in tensors:
-        small = optim == "paged_adamw_32bit" or n < 4096
-        states = 8 * n if small else 2 * n
-        device += 0 if small else 2 * 4 * -(-n // 256)
+    for buffer, eight in ((small, False), ([n for n in tensors if n >= SMALL or not small], "8bit" in optim)):
+        n = buffer_numbers(buffer)
         if optim.startswith("paged") and n >= 100_000 and cuda:
-            managed += states
+            managed += (2 if eight else 8) * n
         else:
-            device += states
-    if optim != "paged_adamw_32bit" and max(tensors, default=0) >= 4096:
-        device += 2 * 4 * 256  # the two codes, shared by all
+            device += (2 if eight else 8) * n
+        if eight and n:  # the scales, and the two codes
+            device += 2 * 4 * n // ALIGNMENT + 2 * 4 * 256
     return device, managed
 
 
@@ -160,11 +164,12 @@ def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
 def resident_bytes(job: Workload, stream: bool, scratch: ScratchMode, device: Device) -> tuple[dict[str, int], int]:
     """(bytes by name on the device from the first step to the last; optimizer states that CUDA may move to the host)."""
     optimizer, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
-    adapters = sum(4 * sum(adapter.tensors(job.shape)) for adapter in job.adapters)
+    adapters = sum(4 * buffer_numbers(adapter.tensors(job.shape)) for adapter in job.adapters)
     parts = base_bytes(job, stream=stream)
     for name, size in (
         ("dequantized weights", 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch)),
         ("adapters", adapters),
+        ("gradients", 4 * buffer_numbers(job.trained_tensors)),
         ("optimizer's state", optimizer),
         # the forward pass has one, and the backward pass, which runs in autograd's thread, another
         ("matrix products' workspace", 2 * device.workspace),
@@ -256,43 +261,51 @@ def layer_bytes(
     post = bool(s.family.post_norms)
     stacked = len(job.adapters) > 1
 
-    def cast(rank: int, width: int) -> int:
-        """An adapter's float32 matrix in the computation's dtype, beside its concatenation in float32."""
-        return rank * width * (size + 4 * stacked * (size < 4))
+    def concatenated(rank: int, width: int) -> int:
+        """The matrices of a stack's adapters beside each other."""
+        return rank * width * size * (stacked and not job.dropout)
 
-    def gradients(trained: int, width: int, outs: int, projections: int) -> int:
-        """Of a site's adapters: all A, and the B of each projection."""
-        return wide * trained * width + wide * trained * outs // projections
+    def numbers(rank: int, width: int, outs: int, projections: int) -> int:
+        """Of a site's adapters: all A (width 0: without them), and the B of each projection."""
+        return rank * width + rank * outs // projections
 
     def products(rank: int, trained: int, width: int, outs: int, projections: int, count: int) -> int:
-        """Beside the rest while a site's adapters are differentiated: the adapters' casts, or the gradients and the trained
-        adapter's columns; the dropped input; on a CPU 16-bit factors are copied to 32 bits."""
+        """Beside the rest while a site's adapters are differentiated: the adapters beside each other, or the gradients and the
+        trained adapter's columns; the dropped input; on a CPU 16-bit factors are copied to 32 bits."""
         dropped = of(width, count) if job.dropout else 0
         columns = of(trained, count) if stacked and not job.dropout else 0
         copies = 4 * count * (max(width, outs // projections) + trained) if size < 4 and not device.cuda else 0
-        return dropped + max(cast(rank, width), columns + copies + gradients(trained, width, outs, projections))
+        return dropped + max(
+            concatenated(rank, width), columns + copies + wide * numbers(trained, width, outs, projections)
+        )
 
-    of_mlp = gradients(mlp_trained, s.hidden, both, in_mlp)
-    of_down = gradients(down_trained, s.inner, s.hidden, 1)
-    of_out = gradients(out_trained, s.queries, s.hidden, 1)
+    # the gradients of the sites' adapters
+    of_mlp = wide * numbers(mlp_trained, s.hidden, both, in_mlp)
+    of_down = wide * numbers(down_trained, s.inner, s.hidden, 1)
+    of_out = wide * numbers(out_trained, s.queries, s.hidden, 1)
+    # the adapters in the compute dtype, which a pass of the layer makes once; in 32 bits B only, for its scale
+    half = size < 4
+    casts = numbers(qkv_rank, half * s.hidden, qkv, in_qkv) + numbers(out_rank, half * s.queries, s.hidden, 1)
+    casts += numbers(mlp_rank, half * s.hidden, both, in_mlp) + numbers(down_rank, half * s.inner, s.hidden, 1)
+    casts *= size
 
     forward: dict[Keep | None, int] = {}
     policies: tuple[Keep | None, ...] = (None, "input", "attention", "all")
     for policy in policies:
         whole = policy == "all"
         attention = of(s.hidden + qkv_rank + qkv) + attended + attention_forward
-        held = of(qkv_rank + out_rank + s.hidden) + wide * tokens
+        # the residual before the MLP, and y, which is in its place where it is not kept
+        apart = policy in ("attention", "all") or post
+        held = of(qkv_rank + out_rank + s.hidden * (1 + apart)) + wide * tokens
         held += (attended + of(s.hidden) * post) * (policy in ("attention", "all")) + of(qkv) * whole
-        if tiles > 1:
-            held += of(s.hidden) + of(s.hidden, rows)  # the output, and the residual of the tile before
-            held += of(both + mlp_rank + down_rank) * whole
+        held += of(both + mlp_rank + down_rank) * (whole and tiles > 1)
         gate_up = both if tiles == 1 or not whole else 0
-        activated = of(s.hidden + mlp_rank + gate_up, rows) + wide * rows
-        activated += max(of(s.inner, rows), of(s.hidden, rows) + cast(mlp_rank // in_mlp, both // in_mlp))
-        down = of(down_rank + max(s.inner * job.dropout, s.hidden * (tiles == 1)), rows)
-        down = max(down, cast(down_rank, s.inner)) - of(both, rows) * (not whole)
+        activated = of(mlp_rank + gate_up, rows) + wide * rows
+        activated += max(of(s.inner, rows), of(s.hidden, rows) + concatenated(mlp_rank // in_mlp, both // in_mlp))
+        down = of(down_rank + s.inner * job.dropout, rows)
+        down = max(down, concatenated(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
-        forward[policy] = max(attention, held + max(activated + max(0, down), joined))
+        forward[policy] = casts + max(attention, held + max(activated + max(0, down), joined))
 
     kept: dict[Keep, int] = {}
     backward: dict[Kind, int] = {}
@@ -325,7 +338,7 @@ def layer_bytes(
         attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
         last = of(qkv + qkv_rank + s.hidden) + of_out
         last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, in_qkv, tokens), of(2 * s.hidden))
-        backward[keep, owned] = max(recompute, mlp, after + max(out, attention, last))
+        backward[keep, owned] = casts + max(recompute, mlp, after + max(out, attention, last))
     return kept, forward, backward
 
 
@@ -360,10 +373,8 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     resident, managed = resident_bytes(job, execution.stream, execution.scratch, device)
     kept_by, forward, backward = layer_bytes(job, tokens, execution.tile, device)
     head, head_at = head_bytes(job, tokens, execution.stream, together, device.cuda)
-    gradients, x = 4 * job.parameters, tokens * s.hidden * size
+    x = tokens * s.hidden * size
     beside = x * together
-    # those of a step's earlier micro-batches are there from the start
-    earlier = gradients if job.step_most is None or job.step_most > tokens else 0
     # a micro-batch's ids, positions and streams; its rotary angles; rows and ids of its targets; its hidden states
     inputs = tokens * (3 * 8 + 2 * s.tables * (s.rotary or s.head_dim) * size) + round(tokens * job.targets) * 16
     states = inputs + x
@@ -373,26 +384,24 @@ def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, train
     resting = moving = on_host = 0
     for index, keep in enumerate(execution.keep if training else ()):
         away, kept, there = index < execution.offload, kept_by[keep], resting + moving
-        moments.append(("forward pass of layer", index, (earlier, there, beside, forward[keep], 0, states)))
+        moments.append(("forward pass of layer", index, (there, beside, forward[keep], 0, states)))
         if together:
-            found = (earlier, resting + kept, x, forward[None], 0, states)
+            found = (resting + kept, x, forward[None], 0, states)
             moments.append(("reference's pass of layer", index, found))
-        later = earlier or gradients * (s.layers - index - 1) // s.layers
-        moments.append(("backward pass of layer", index, (later, there, 0, backward[keep, away], 0, states)))
+        moments.append(("backward pass of layer", index, (there, 0, backward[keep, away], 0, states)))
         moving = kept if away else 0
         on_host += moving
         resting += kept - moving
     if training:
-        moments.append((head_at, -1, (earlier, resting, 0, 0, head, inputs)))
-        moments.append(("optimizer's step", -1, (gradients, 0, 0, 0, 0, 0)))
+        moments.append((head_at, -1, (resting, 0, 0, head, inputs)))
     else:
-        moments.append(("evaluation", -1, (0, 0, beside, max(head, forward[None]), 0, states)))
+        moments.append(("evaluation", -1, (0, beside, max(head, forward[None]), 0, states)))
     at, index, peak = max(moments, key=lambda moment: sum(moment[2]))
     transient = {name: n for name, n in zip(TRANSIENT, peak) if n}
     if job.engine != "fused":
-        transient = {name: n if name == "gradients" else OTHER_ENGINES * n for name, n in transient.items()}
+        transient = {name: OTHER_ENGINES * n for name, n in transient.items()}
     if device.cuda:
-        transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * sum(peak[1:]))
+        transient["allocator's slack"] = SLACK_BYTES + round(SLACK_SHARE * sum(peak))
     host = {"kept activations": on_host} if on_host else {}
     if execution.stream:
         copied = s.head_weights * size

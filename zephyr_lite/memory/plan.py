@@ -300,7 +300,7 @@ def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, mac
     return Plan(
         **vars(execution),
         bytes_per_token=kept_per_token(job, execution.keep),
-        free_bytes=max(0, machine.free - sum(found.resident.values()) - 4 * job.parameters),
+        free_bytes=max(0, machine.free - sum(found.resident.values())),
         account={**found.resident, **found.transient, "peak": found.peak},
         host=found.host,
         managed=found.managed,

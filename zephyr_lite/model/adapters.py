@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..io.text import shown
+from ..ops.lora import ALIGNMENT, SMALL
 from .families import family_of
 from .peft_io import AdapterFile, LoraWeights
 
@@ -239,12 +240,19 @@ class AdapterStack:
             self.model.add_adapter(name, config)
         else:
             self.model = get_peft_model(self.model, config, adapter_name=name)
-        for _, layer in self.lora_layers():
-            for part in (layer.lora_A, layer.lora_B):
-                if name in part:
-                    part[name].to(self._device)
-                    if part[name].weight.dtype.itemsize < 4:
-                        part[name].float()
+        self._lay_out(name)
+
+    def _lay_out(self, name: str) -> None:
+        """Put an adapter's weights into one buffer, each aligned: all A, then all B, so that a layer casts and an optimizer
+        updates many at once. Those that an 8-bit optimizer would keep in 32 bits are at the end."""
+        layers = [layer for _, layer in self.lora_layers() if name in layer.lora_A]
+        a, b = ([part[name].weight for part in parts] for parts in zip(*((x.lora_A, x.lora_B) for x in layers)))
+        weights = [w for w in (*a, *b) if w.numel() >= SMALL] + [w for w in (*b, *a) if w.numel() < SMALL]
+        sizes = [-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights]
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=self._device or weights[0].device)
+        for weight, part in zip(weights, buffer.split(sizes)):
+            weight.data = part[: weight.numel()].view_as(weight).copy_(weight.data)
 
     def _activate(self, names: list[str]) -> None:
         """Switch adapters on; PEFT makes all of them trainable, only the trainable adapter may be."""
@@ -267,5 +275,5 @@ def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm over all tensors."""
-    return torch.nn.utils.get_total_norm(tensors, foreach=False)  # one kernel a tensor: the same bits on every device
+    """The Euclidean norm over all tensors: of the norms of each."""
+    return torch.nn.utils.get_total_norm(tensors)

@@ -158,7 +158,7 @@ class Decoder:
             tokens = batch.tokens.cpu() if batch.host_tokens is None else batch.host_tokens
             x = self.stream.embedded(model.embed_tokens, tokens).to(self.dtype)
         shared = {"mlp_chunk": self.tile, "offload": self.offload, "stream": self.stream}
-        contexts = layer_contexts(model, x, batch.positions, batch.segments, **shared)
+        contexts = layer_contexts(model, x, batch.positions, batch.segments, batch.segment_starts, **shared)
         key = None
         if dropout is not None and (dropout.p > 0 or dropout.noise):
             key = DropoutKey(dropout.p, dropout.seed, dropout.step, batch.streams, batch.positions)

@@ -1,7 +1,8 @@
 """The dequantized weights of one decoder layer, in a buffer that all layers share.
 
-layer   [qkv | o | gate_up | down], 416 MiB for Mistral-7B in 16 bits: one dequantization per weight and pass, one matrix
-        product for q, k, v and one for gate, up. A pass that begins with the layer that the last pass ended with reuses it.
+layer   [qkv | o | gate_up | down], 416 MiB for Mistral-7B in 16 bits: one dequantization per weight and pass, on CUDA in one
+        launch; one matrix product for q, k, v and one for gate, up. A pass that begins with the layer that the last pass
+        ended with reuses it.
 small   two buffers of 112 MiB: [qkv | o], and one that gate, up and down use in turn. The backward pass dequantizes gate and
         up twice.
 """
@@ -9,13 +10,15 @@ small   two buffers of 112 MiB: [qkv | o], and one that gate, up and down use in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..ops.dispatch import runs_triton
 from ..ops.lora import LinearGroup
-from ..ops.nf4 import dequantize, is_quantized
+from ..ops.nf4 import dequantize, dequantize_into, is_quantized
 
 ScratchMode = Literal["layer", "small"]
 
@@ -51,30 +54,39 @@ class DequantBuffer:
             sizes = scratch_elements(sites, self.mode)
             self._buffers = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
         if self.mode == "layer" or index < 2:
-            start = sum(sum(other.outs) * _width(other) for other in sites[:index])
-            yield 0, self._fill(0, start, site, range(len(site.weights)), dtype)
+            beside = sites if self.mode == "layer" else sites[:2]
+            starts = list(accumulate((sum(other.outs) * _width(other) for other in beside), initial=0))
+            # in one launch on CUDA; elsewhere no sooner than they are read: the first layer's backward pass may not read q, k, v
+            at_once = range(len(beside)) if runs_triton("nf4", self._buffers[0]) else [index]
+            self._fill(0, [place for i in at_once for place in _places(starts[i], beside[i])])
+            yield 0, self._buffers[0][starts[index] : starts[index + 1]].view(-1, _width(site))
             return
-        for projection, columns in enumerate(site.slices):
-            yield columns.start, self._fill(1, 0, site, [projection], dtype)
+        for weight, out, columns in zip(site.weights, site.outs, site.slices):
+            self._fill(1, [(0, weight)])
+            yield columns.start, self._buffers[1][: out * _width(site)].view(-1, _width(site))
 
     def free(self) -> None:
         """Free the memory."""
         self._buffers, self._held = [], {}
 
-    def _fill(
-        self, buffer: int, start: int, site: LinearGroup, projections: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:
-        """Projections of a site next to each other, dequantized unless the buffer holds them already."""
-        width = _width(site)
-        end = start
-        for projection in projections:
-            weight, size = site.weights[projection], site.outs[projection] * width
-            held = self._held.get((buffer, end))
+    def _fill(self, buffer: int, places: Sequence[tuple[int, Tensor]]) -> None:
+        """Dequantize weights to their places in a buffer, unless it holds them already."""
+        missing = []
+        for start, weight in places:
+            held = self._held.get((buffer, start))
             if held is None or held[0] is not weight or held[1] != weight._version:
-                dequantize(weight, dtype, out=self._buffers[buffer][end : end + size].view(-1, width))
-                self._held[buffer, end] = (weight, weight._version)
-            end += size
-        return self._buffers[buffer][start:end].view(-1, width)
+                missing.append((start, weight))
+        if missing:
+            dequantize_into(self._buffers[buffer], missing)
+        for start, weight in missing:
+            self._held[buffer, start] = (weight, weight._version)
+
+
+def _places(start: int, site: LinearGroup) -> Iterator[tuple[int, Tensor]]:
+    """Where a site's quantized weights go, beside each other."""
+    for weight, columns in zip(site.weights, site.slices):
+        if is_quantized(weight):
+            yield start + columns.start * _width(site), weight
 
 
 def scratch_elements(sites: Sequence[LinearGroup], mode: ScratchMode) -> list[int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
-from ..ops.lora import LinearGroup, LoraPair
+from ..ops.lora import LinearGroup, LoraPair, cast_adapters
 from ..ops.rms_norm import Norm
 from .dequant_buffer import ScratchMode
 from .families import PARENTS, family_of, layer_windows
@@ -75,6 +76,10 @@ class Layer:
     activation: str
     index: int = 0
 
+    def cast(self, dtype: torch.dtype) -> Layer:
+        """With copies of the adapters in the compute dtype, for one pass."""
+        return replace(self, sites=cast_adapters(self.sites, dtype))
+
 
 @dataclass(frozen=True)
 class ForwardContext:
@@ -99,7 +104,7 @@ class ForwardContext:
 
 
 def layer_contexts(
-    model: Any, x: Tensor, positions: Tensor, segments: Sequence[Any], **shared: Any
+    model: Any, x: Tensor, positions: Tensor, segments: Sequence[Any], starts: Tensor, **shared: Any
 ) -> list[ForwardContext]:
     """The context of each layer; layers with the same window and rotation have the same one.
 
@@ -107,7 +112,7 @@ def layer_contexts(
         model: the Hugging Face decoder, embeddings to final norm.
         x: [T, D], its dtype and device.
         positions: [T].
-        segments: of the batch.
+        segments, starts: of the batch (``data.batch``).
         shared: other fields of ``ForwardContext``.
     """
     family, windows = family_of(model.config), layer_windows(model.config)
@@ -119,7 +124,7 @@ def layer_contexts(
         if rotation is not None:
             cos, sin = model.rotary_emb(x, positions[None], *rotation)
             angles[rotation] = cos[0].to(x.dtype), sin[0].to(x.dtype)
-    tables = {window: SegmentTable.build(segments, window, x.device) for window in set(windows)}
+    tables = {window: SegmentTable.build(segments, window, starts) for window in set(windows)}
     contexts = {(w, r): ForwardContext(tables[w], *angles[r], **shared) for w, r in set(zip(windows, rotations))}
     return [contexts[kind] for kind in zip(windows, rotations, strict=True)]
 

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
 from ..errors import UserError
+from ..ops.attention import segment_starts
 from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
@@ -141,7 +142,7 @@ class _Fused:
 
     def _layers(self, x: Tensor, positions: Tensor, segments: list[Segment]) -> Tensor:
         inner, config = self.inner, self.inner.config
-        contexts = layer_contexts(inner, x, positions, segments)
+        contexts = layer_contexts(inner, x, positions, segments, segment_starts(segments).to(x.device))
         recompute = any(getattr(m, "gradient_checkpointing", False) for m in (inner, *inner.layers))
         keep: Keep = self.keep or ("input" if recompute and inner.training else "all")
         if inner.training and getattr(config, "attention_dropout", 0):

@@ -99,7 +99,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        layer, state, scratch = ctx.layer, ctx.state, ctx.scratch
+        layer, state, scratch = ctx.layer.cast(grad.dtype), ctx.state, ctx.scratch
         if state.stream is not None:
             state.stream.begin(layer.index, -1)
         acts = _restore(ctx)
@@ -141,6 +141,7 @@ def _forward(
     """The layer's output, and the activations that `keep` names (None: none); others are freed as soon as they were read."""
     if state.stream is not None:
         state.stream.begin(layer.index, 1)
+    layer = layer.cast(x.dtype)
     acts = _Activations(x)
     normed, _, _ = layer.norms[0].forward(x)
     qkv_lora = _attend(acts, normed, layer, state, scratch)
@@ -155,7 +156,8 @@ def _forward(
         out, _, _ = layer.post_norms[0].forward(out)
     if keep in (None, "input"):
         acts.attn_out = acts.lse = acts.out = None
-    y, acts.residual, kept = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep == "all")
+    y, kept = mlp_forward(out, x, layer, scratch, mlp_chunk=state.mlp_chunk, keep=keep)
+    acts.residual = None if y is out else out
     if kept is not None:
         acts.gate_up, *of_mlp = kept
         acts.lora = (qkv_lora, o_lora, *of_mlp)
@@ -251,8 +253,9 @@ def _backward(
     d_qkv = torch.empty_like(qkv)
     q, k, v, inverses = _query_key_value(qkv, layer, state)
     out = attn_out.unflatten(1, (layer.heads, layer.head_dim))
-    attention_backward(d_attn_out.view_as(out), q, k, v, out, lse, state.table, layer.scale, into=_heads(d_qkv, layer))
-    del d_attn_out, out, attn_out, q, k, v
+    into = d_qkv.unflatten(1, (-1, layer.head_dim))
+    attention_backward(d_attn_out.view_as(out), q, k, v, out, lse, state.table, layer.scale, into)
+    del d_attn_out, out, attn_out, q, k, v, into
     _rotate(_rotated(d_qkv, layer), layer, state, inverse=True)
     for norm, part, h, inverse in zip(layer.head_norms, _heads(d_qkv, layer), _heads(qkv, layer), inverses):
         norm.backward(part, h, inverse, out=part)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops.lora import grad_adapters, grad_input, grad_low_rank, low_rank, project
 from ..ops.swiglu import swiglu_backward, swiglu_forward
 from .dequant_buffer import DequantBuffer
-from .execution import DOWN, GATE_UP, Layer
+from .execution import DOWN, GATE_UP, Keep, Layer
 
 LoraActivations = tuple[Tensor, ...]
 # what the backward pass would otherwise recompute: gate and up [T, 2 I], and the adapters' narrow products of gate and up, and
@@ -26,58 +26,61 @@ Kept = tuple[Tensor, LoraActivations, LoraActivations]
 
 
 def mlp_forward(
-    out: Tensor, x: Tensor, layer: Layer, scratch: DequantBuffer, *, mlp_chunk: int | None, keep: bool
-) -> tuple[Tensor, Tensor, Kept | None]:
-    """From the attention's projected output [T, D] and the residual x [T, D]; `out` may be overwritten.
+    out: Tensor, x: Tensor, layer: Layer, scratch: DequantBuffer, *, mlp_chunk: int | None, keep: Keep | None
+) -> tuple[Tensor, Kept | None]:
+    """From the attention's projected output [T, D] and the residual x [T, D]. `out` becomes the residual before the MLP, or y
+    where that is not kept.
 
     Args:
         mlp_chunk: tokens at a time, or None.
-        keep: return gate, up and the adapters' products as well.
+        keep: of the layer; "all": return gate, up and the adapters' products as well.
     Returns:
-        y [T, D], the residual before the MLP [T, D], and what was kept.
+        y [T, D], and what was kept.
     """
     count = x.shape[0]
+    y = out if keep in (None, "input") and not layer.post_norms else torch.empty_like(out)
     if mlp_chunk is None or mlp_chunk >= count:
-        return _chunk_forward(out, x, layer, scratch, keep)
-    y = torch.empty_like(x)
-    gate_up = x.new_empty(count, sum(layer.sites[GATE_UP].outs)) if keep else None
+        return y, _chunk_forward(out, x, y, layer, scratch, keep)
+    gate_up = x.new_empty(count, sum(layer.sites[GATE_UP].outs)) if keep == "all" else None
     kept: list[Any] = []
     for start in range(0, count, mlp_chunk):
         rows = slice(start, min(count, start + mlp_chunk))
+        part = out[rows]
         into = None if gate_up is None else gate_up[rows]
-        _, residual, of_rows = _chunk_forward(out[rows], x[rows], _rows(layer, rows), scratch, keep, y[rows], into)
-        out[rows] = residual  # read for the last time
-        kept.append(of_rows)
+        kept.append(
+            _chunk_forward(part, x[rows], part if y is out else y[rows], _rows(layer, rows), scratch, keep, into)
+        )
     if gate_up is None:
-        return y, out, None
+        return y, None
     _, gate_up_lora, down_lora = zip(*kept)
-    return y, out, (gate_up, tuple(map(torch.cat, zip(*gate_up_lora))), tuple(map(torch.cat, zip(*down_lora))))
+    return y, (gate_up, tuple(map(torch.cat, zip(*gate_up_lora))), tuple(map(torch.cat, zip(*down_lora))))
 
 
 def _chunk_forward(
     out: Tensor,
     x: Tensor,
+    y: Tensor,
     layer: Layer,
     scratch: DequantBuffer,
-    keep: bool,
-    y: Tensor | None = None,
+    keep: Keep | None,
     gate_up: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Kept | None]:
-    """Some of the tokens; y and gate_up are output buffers."""
-    sites = layer.sites
-    normed, residual, _ = layer.norms[1].forward(out, residual=x)
+) -> Kept | None:
+    """Some of the tokens; y (which may be `out`) and gate_up are output buffers."""
+    sites, post_norms = layer.sites, layer.post_norms
+    # the residual is in y before down_proj's product is added to it
+    copy = None if y is out or post_norms else y
+    normed, _, _ = layer.norms[1].forward(out, residual=x, h=out, copy=copy)
     gate_up_lora = low_rank(normed, sites[GATE_UP])
     both = project(normed, scratch.parts(sites, GATE_UP, x.dtype), sites[GATE_UP], gate_up_lora, out=gate_up)
     del normed
     act = swiglu_forward(*both.chunk(2, dim=1), activation=layer.activation)
-    if not keep:
-        del both
+    kept = both if keep == "all" else None
+    del both
     down_lora = low_rank(act, sites[DOWN])
-    add = None if layer.post_norms else residual
-    y = project(act, scratch.parts(sites, DOWN, x.dtype), sites[DOWN], down_lora, add=add, out=y)
-    if layer.post_norms:
-        y = layer.post_norms[1].forward(y, out=y)[0].add_(residual)
-    return y, residual, (both, gate_up_lora, down_lora) if keep else None
+    project(act, scratch.parts(sites, DOWN, x.dtype), sites[DOWN], down_lora, add=not post_norms, out=y)
+    if post_norms:
+        post_norms[1].forward(y, out=y)[0].add_(out)
+    return None if kept is None else (kept, gate_up_lora, down_lora)
 
 
 def mlp_backward(

@@ -39,7 +39,7 @@ class SegmentTable:
         query_starts, key_starts: [S + 1] where each segment's queries, and its gathered keys, begin.
         runs: the runs of keys in the order in which they are gathered, or None where that is the identity.
         window: how many keys back a query sees, itself included; None: all.
-        cu_queries, cu_keys: [S + 1] int32, the starts on the device.
+        cu_queries, cu_keys: [S + 1] int32, the starts on the device (``segment_starts``).
     """
 
     query_lengths: list[int]
@@ -62,16 +62,23 @@ class SegmentTable:
         return frozenset(i for i, (q, k) in lengths if self.window is not None and q < k and self.window < k)
 
     @classmethod
-    def build(cls, segments: Sequence[Any], window: int | None, device: torch.device) -> SegmentTable:
-        """The table of a batch's segments (``data.batch.Segment``)."""
-        queries, keys, runs = [], [], []
-        for segment in segments:
-            queries.append(segment.queries)
-            keys.append(segment.keys)
-            runs += segment.key_runs()
-        starts = list(accumulate(queries, initial=0)), list(accumulate(keys, initial=0))
-        on_device = (torch.tensor(s, dtype=torch.int32).to(device, non_blocking=True) for s in starts)
-        return cls(queries, keys, *starts, None if keys == queries else runs, window, *on_device)
+    def build(cls, segments: Sequence[Any], window: int | None, starts: Tensor) -> SegmentTable:
+        """The table of a batch's segments (``data.batch.Segment``), no two of which see the same prefix.
+
+        Args:
+            starts: ``segment_starts`` of them, on the device.
+        """
+        queries = [segment.queries for segment in segments]
+        keys = [segment.keys for segment in segments]
+        begin = list(accumulate(queries, initial=0)), list(accumulate(keys, initial=0))
+        runs = None if keys == queries else [run for segment in segments for run in segment.key_runs()]
+        return cls(queries, keys, *begin, runs, window, *starts)
+
+
+def segment_starts(segments: Sequence[Any]) -> Tensor:
+    """Where each segment's queries, and its gathered keys, begin: [2, S + 1] int32 on the host."""
+    lengths = ([segment.queries for segment in segments], [segment.keys for segment in segments])
+    return torch.tensor([list(accumulate(n, initial=0)) for n in lengths], dtype=torch.int32)
 
 
 def backend(q: Tensor) -> Backend:
@@ -98,7 +105,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
         layout of their own; hand it to ``attention_backward`` as it is.
     """
     kind = backend(q)
-    k, v = _gathered(k, table), _gathered(v, table)
+    k, v = _gathered(k, v, table)
     if kind == "flash":
         left, right = _window(table)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -156,7 +163,7 @@ def attention_backward(
     lse: Tensor,
     table: SegmentTable,
     scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Tensor,
 ) -> None:
     """Write the gradients of q, k and v.
 
@@ -164,17 +171,16 @@ def attention_backward(
         grad: [T, H, d], of out.
         q, k, v, table, scale: as for the forward pass.
         out, lse: what it returned.
-        into: dq [T, H, d], dk and dv [T, H_kv, d], dense in their last dimension; overwritten.
+        into: [T, H + 2 H_kv, d], dq, dk and dv beside each other; overwritten.
     """
     kind = backend(q)
-    d_q, d_k, d_v = into
-    shape = k.shape
-    k, v = _gathered(k, table), _gathered(v, table)
+    d_q, d_k, d_v = into.split([q.shape[1], k.shape[1], k.shape[1]], dim=1)
+    k, v = _gathered(k, v, table)
     if kind == "flash":
         left, right = _window(table)
         none = torch.empty(0, device=q.device)
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not: never read
-        a, b, c = torch.ops.aten._flash_attention_backward(
+        d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
             grad,
             q,
             k,
@@ -195,7 +201,6 @@ def attention_backward(
         )
     else:
         direct = kind != "efficient" and table.runs is None
-        a = d_q
         b, c = (d_k.zero_(), d_v.zero_()) if direct else (k.new_zeros(k.shape), v.new_zeros(v.shape))
         if kind == "efficient":
             seed = torch.zeros((), dtype=torch.int64, device=q.device)
@@ -221,7 +226,7 @@ def attention_backward(
                     scale=scale,
                     window_size=run.window,
                 )
-                a[run.q] = gq[0]
+                d_q[run.q] = gq[0]
                 b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
         backward = _cpu_backward if kind == "cpu" else _plain_backward
         for rows, keys, window in _pieces(table, kind, q.shape[1]):
@@ -235,14 +240,14 @@ def attention_backward(
                 window,
                 scale,
             )
-            _grouped(a, k, rows).copy_(gq)
+            _grouped(d_q, k, rows).copy_(gq)
             b[keys] += gk.sum(1).transpose(0, 1)
             c[keys] += gv.sum(1).transpose(0, 1)
         if direct:
             return
-    for found, target in ((a, d_q), (_scattered(b, shape, table), d_k), (_scattered(c, shape, table), d_v)):
-        if found is not target:
-            target.copy_(found)
+        d_k, d_v, into = b, c, into[:, q.shape[1] :]
+    d_k, d_v = _scattered(d_k, d_v, table)
+    torch.cat([d_q, d_k, d_v] if kind == "flash" else [d_k, d_v], dim=1, out=into)
 
 
 def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[tuple[slice, slice, int | None]]:
@@ -336,20 +341,32 @@ def _window(table: SegmentTable) -> tuple[int, int]:
     return (-1 if table.window is None or table.window >= max(table.key_lengths) else table.window - 1), 0
 
 
-def _gathered(x: Tensor, table: SegmentTable) -> Tensor:
-    return x if table.runs is None else torch.cat([x[start:end] for start, end in table.runs])
-
-
-def _scattered(grad: Tensor, shape: torch.Size, table: SegmentTable) -> Tensor:
-    """The gradient of ``_gathered``, added run by run, in order: deterministic, unlike an index_add."""
+def _gathered(k: Tensor, v: Tensor, table: SegmentTable) -> tuple[Tensor, Tensor]:
+    """The keys and values of every run, in one launch."""
     if table.runs is None:
-        return grad
-    result = grad.new_zeros(shape)
-    position = 0
-    for start, end in table.runs:
-        result[start:end] += grad[position : position + end - start]
-        position += end - start
-    return result
+        return k, v
+    both = torch.cat([x[start:end] for x in (k, v) for start, end in table.runs])
+    return both[: len(both) // 2], both[len(both) // 2 :]
+
+
+def _scattered(d_k: Tensor, d_v: Tensor, table: SegmentTable) -> tuple[Tensor, Tensor]:
+    """The gradients of ``_gathered``, in two launches: the segments' own runs, to which the prefixes' are added. A token is in
+    one prefix at most, so that the sum has an order, unlike an index_add's."""
+    if table.runs is None:
+        return d_k, d_v
+    own, prefixes, done = [], [], 0
+    for (start, end), place in zip(table.runs, accumulate((b - a for a, b in table.runs), initial=0)):
+        if start == done:
+            own.append(slice(place, place + end - start))
+            done = end
+        else:
+            prefixes.append((slice(start, end), slice(place, place + end - start)))
+    result = torch.cat([x[run] for x in (d_k, d_v) for run in own]).unflatten(0, (2, done))
+    torch._foreach_add_(
+        [part[rows] for part in result for rows, _ in prefixes],
+        [x[run] for x in (d_k, d_v) for _, run in prefixes],
+    )
+    return result[0], result[1]
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:

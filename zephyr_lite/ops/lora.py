@@ -7,8 +7,9 @@ that read the same x are one product z = x Aᵀ; an adapter with dropout has an 
 adapter that is switched off keeps its columns of the product, set to zero: the shapes, and so the rounding, are those
 of the adapter switched on, and a reference equals its policy to the bit as long as B is zero.
 
-Forward and backward are separate functions, because the decoder layer decides what is kept between them. The frozen
-matrices come in parts, an iterable of (first column of y, W): one part where a site's matrices lie beside each other.
+Forward and backward are separate functions, because the decoder layer decides what is kept between them. They read the
+adapters in the compute dtype, as ``cast_adapters`` gives them for one pass of a layer. The frozen matrices come in parts,
+an iterable of (first column of y, W): one part where a site's matrices lie beside each other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from torch import Tensor
 from .dropout import DropoutKey, add_dropped_, drop
 
 Parts = Iterable[tuple[int, Tensor]]
+# bitsandbytes' 8-bit optimizers scale blocks of 256 numbers, to which an adapter's matrices are aligned in its buffer, and
+# keep 32 bits for tensors of less than 4,096
+ALIGNMENT, SMALL = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class LoraPair:
         scale: alpha / r, or alpha / sqrt(r) for rank-stabilized adapters.
         off: keep the columns, but set them to zero.
         dropout: whether the site's dropout applies to this adapter's input.
+        cast: a and scale · b in the compute dtype, from ``cast_adapters``; None: not made, or not needed.
     """
 
     projection: int
@@ -43,6 +49,7 @@ class LoraPair:
     scale: float
     off: bool = False
     dropout: bool = False
+    cast: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,13 @@ class _Group:
     rank: int
     off: bool
 
-    def a(self, dtype: torch.dtype) -> Tensor:
-        """[R, in]"""
-        return torch.cat([pair.a.detach() for pair, _ in self.pairs]).to(dtype)
+    def a(self) -> Tensor:
+        """[R, in]: a view where the A's follow each other in memory, else a copy."""
+        parts = [_cast(pair)[0] for pair, _ in self.pairs]
+        for before, after in pairwise(parts):
+            if _gap(before, after) != 0:
+                return torch.cat(parts)
+        return parts[0].as_strided((self.rank, parts[0].shape[1]), parts[0].stride())
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,50 @@ class LinearGroup:
         return found
 
 
+def cast_adapters(sites: Sequence[LinearGroup], dtype: torch.dtype) -> tuple[LinearGroup, ...]:
+    """The sites with copies of A and s B in the compute dtype, but for groups that are off. What needs neither a cast nor a
+    scale is not copied."""
+    pairs = [pair for site in sites for group in site.groups if not group.off for pair, _ in group.pairs]
+    of_a = _copies([(pair.a.detach(), 1.0) for pair in pairs], dtype)
+    of_b = _copies([(pair.b.detach(), pair.scale) for pair in pairs], dtype)
+    casts = dict(zip(map(id, pairs), zip(of_a, of_b)))
+    return tuple(replace(site, stack=tuple(replace(p, cast=casts.get(id(p))) for p in site.stack)) for site in sites)
+
+
+def _copies(matrices: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> list[Tensor]:
+    """scale · matrix, scaled in the matrix's own dtype, then rounded: one launch for all that follow each other in memory
+    and have the same scale, as those of one adapter do (``AdapterStack``)."""
+    places = [(m.untyped_storage()._cdata, m.storage_offset()) for m, _ in matrices]
+    runs: list[list[int]] = []
+    for index in sorted(range(len(matrices)), key=places.__getitem__):
+        matrix, scale = matrices[index]
+        before, scale_before = matrices[runs[-1][-1]] if runs else (None, scale)
+        if before is None or scale != scale_before or not 0 <= _gap(before, matrix) < ALIGNMENT:
+            runs.append([])
+        runs[-1].append(index)
+    copies = [matrix for matrix, _ in matrices]
+    for run in runs:
+        (first, scale), (last, _) = matrices[run[0]], matrices[run[-1]]
+        start = first.storage_offset()
+        whole = first.as_strided((last.storage_offset() + last.numel() - start,), (1,))
+        if scale == 1:
+            whole = whole.to(dtype)
+        else:
+            whole = torch.mul(whole, scale, out=torch.empty(whole.shape, dtype=dtype, device=whole.device))
+        for index in run:
+            matrix = matrices[index][0]
+            offset = matrix.storage_offset() - start + whole.storage_offset()
+            copies[index] = whole.as_strided(matrix.shape, matrix.stride(), offset)
+    return copies
+
+
+def _gap(a: Tensor, b: Tensor) -> int:
+    """Numbers between the end of a and the beginning of b, which is negative if they are not in one storage in this order."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return -1
+    return b.storage_offset() - a.storage_offset() - a.numel()
+
+
 def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
     """z = x Aᵀ, [T, R] a group of adapters, with dropout where the group has it. None is computed of adapters that are
     all switched off: their columns are zero, and adding zero changes no bit."""
@@ -145,7 +200,7 @@ def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
         if group.off:
             products.append(x.new_empty(0, group.rank))
             continue
-        a = group.a(x.dtype)
+        a = group.a()
         if group.dropout is None:
             product = x @ a.T
         else:
@@ -164,7 +219,7 @@ def project(
     site: LinearGroup,
     products: Sequence[Tensor],
     *,
-    add: Tensor | None = None,
+    add: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """y of all projections beside each other.
@@ -173,7 +228,7 @@ def project(
         x: [T, in].
         parts: the frozen matrices in x's dtype.
         products: of ``low_rank``.
-        add: [T, Σ out], added to the result (a residual).
+        add: add to what `out` holds (a residual).
         out: where the result goes.
     Returns:
         [T, Σ out] in x's dtype: `out`, or a new tensor.
@@ -181,10 +236,10 @@ def project(
     y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device) if out is None else out
     for start, weight in parts:
         columns = slice(start, start + weight.shape[0])
-        if add is None:
-            torch.mm(x, weight.T, out=y[:, columns])
+        if add:
+            y[:, columns].addmm_(x, weight.T)
         else:
-            torch.addmm(add[:, columns], x, weight.T, out=y[:, columns])
+            torch.mm(x, weight.T, out=y[:, columns])
     for bias, columns in zip(site.biases, site.slices):
         if bias is not None:
             y[:, columns] += bias.to(x.dtype)
@@ -192,7 +247,7 @@ def project(
         if group.off:
             continue
         for projection, columns, pairs in group.blocks:
-            y[:, site.slices[projection]].addmm_(product[:, columns], _scaled_b(pairs, x.dtype).T)
+            y[:, site.slices[projection]].addmm_(product[:, columns], _scaled_b(pairs).T)
     return y
 
 
@@ -211,7 +266,7 @@ def grad_low_rank(grad: Tensor, site: LinearGroup, *, need_all: bool = True) -> 
         d_product = grad.new_empty(grad.shape[0], group.rank)
         for projection, columns, pairs in group.blocks:
             d_y = grad[:, site.slices[projection]]
-            torch.mm(d_y, _scaled_b(pairs, grad.dtype), out=d_product[:, columns])
+            torch.mm(d_y, _scaled_b(pairs), out=d_product[:, columns])
         for pair, columns in group.pairs:
             if pair.off:
                 d_product[:, columns] = 0
@@ -237,7 +292,7 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
     for group, d_product in zip(site.groups, d_products):
         if group.off:
             continue
-        a = group.a(grad.dtype)
+        a = group.a()
         if group.dropout is None:
             result.addmm_(d_product, a)
         else:
@@ -261,23 +316,23 @@ def grad_adapters(
         start = 0
         for pair, columns in group.trained:
             rank = pair.a.shape[0]
-            d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns]).mul_(pair.scale)
+            d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns])
+            if pair.scale != 1:
+                d_b.mul_(pair.scale)
             result += [d_a[start : start + rank].to(pair.a.dtype), d_b.to(pair.b.dtype)]
             start += rank
     return result
 
 
-def _scaled_b(pairs: Sequence[LoraPair], dtype: torch.dtype) -> Tensor:
-    """s B of adapters on one projection beside each other: [out, Σ r], scaled in B's own dtype, then rounded."""
-    whole, scale = pairs[0].b.detach(), pairs[0].scale
-    if len(pairs) > 1:
-        if any(pair.scale != scale for pair in pairs):
-            whole, scale = torch.cat([pair.b.detach() * pair.scale for pair in pairs], dim=1), 1.0
-        else:
-            whole = torch.cat([pair.b.detach() for pair in pairs], dim=1)
-    if scale == 1:
-        return whole.to(dtype)
-    return torch.mul(whole, scale, out=torch.empty(whole.shape, dtype=dtype, device=whole.device))
+def _cast(pair: LoraPair) -> tuple[Tensor, Tensor]:
+    assert pair.cast is not None, "cast_adapters comes first"
+    return pair.cast
+
+
+def _scaled_b(pairs: Sequence[LoraPair]) -> Tensor:
+    """s B of adapters on one projection beside each other: [out, Σ r]."""
+    parts = [_cast(pair)[1] for pair in pairs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -73,10 +74,33 @@ def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
         [out, in]; `out` where it is given, ``weight`` itself where it is plain and of that dtype, else a new tensor.
     """
     if is_quantized(weight):
-        run = _kernel if runs_triton("nf4", weight, dtype) else _twin
-        return run(weight, dtype, out)
+        if not runs_triton("nf4", weight, dtype):
+            return _twin(weight, dtype, out)
+        shape = weight.quant_state.shape  # type: ignore[attr-defined]
+        out = torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out
+        if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+            raise ValueError(f"out is {list(out.shape)} {out.dtype}; a contiguous {list(shape)} {dtype} is wanted")
+        return _kernel([(0, weight)], out)
     weight = weight.detach().to(dtype) if out is None else weight.detach()
     return weight if out is None else out.copy_(weight)
+
+
+def dequantize_into(buffer: Tensor, weights: Sequence[tuple[int, Tensor]]) -> None:
+    """Dequantize 4-bit weights of one model into a flat buffer; on CUDA in one launch.
+
+    Args:
+        buffer: contiguous, in the dtype of the products.
+        weights: (first element of its place in the buffer, weight).
+    """
+    run = _kernel if runs_triton("nf4", buffer) else _twins
+    run(weights, buffer)
+
+
+def _twins(weights: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
+    for start, weight in weights:
+        shape = weight.quant_state.shape  # type: ignore[attr-defined]
+        _twin(weight, buffer.dtype, buffer[start : start + shape.numel()].view(shape))
+    return buffer
 
 
 def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
@@ -126,64 +150,85 @@ def _block_by_block(
     return flat
 
 
-@jit
+@jit(do_not_specialize=["count"])
 def _dequantize(
-    packed,
-    absmax,
-    code,
-    nested_absmax,
-    nested_code,
-    offset,
+    table,
     out,
-    elements,
-    size,
+    count,
     NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
     HALF: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A row is a block of 2 · HALF values that share a scale; a program takes ROWS of them."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """A row is a block of 2 · HALF values that share a scale; a program takes ROWS of them, of one of `count` weights.
+
+    The table has nine numbers a weight: its first program, its place in out, its elements (WHOLE: whole blocks), and the
+    addresses of its tensors.
+    """
+    program = tl.program_id(0)
+    which = 0
+    for i in range(1, count):
+        which += (program >= tl.load(table + 9 * i)).to(tl.int32)
+    entry = table + 9 * which
+    row = (program - tl.load(entry)) * ROWS + tl.arange(0, ROWS)
+    start = tl.multiple_of(tl.load(entry + 1), 16)
+    elements = tl.load(entry + 2)
+    packed = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.uint8)), 16)
+    code = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
     filled = row * (2 * HALF) < elements
     if NESTED:
+        absmax = tl.load(entry + 4).to(tl.pointer_type(tl.uint8))
+        nested_absmax = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
+        nested_code = tl.load(entry + 7).to(tl.pointer_type(tl.float32))
+        offset = tl.load(entry + 8).to(tl.pointer_type(tl.float32))
         scale = tl.load(nested_code + tl.load(absmax + row, mask=filled, other=0).to(tl.int32))
         # the sum is after the product and both round, as in bitsandbytes: launched with enable_fp_fusion=False
         scale = scale * tl.load(nested_absmax + row // NESTED_BLOCK, mask=filled, other=0.0) + tl.load(offset)
     else:
-        scale = tl.load(absmax + row, mask=filled, other=0.0).to(tl.float32)
+        scale = tl.load(tl.load(entry + 4).to(tl.pointer_type(tl.float32)) + row, mask=filled, other=0.0)
     byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    pair = tl.load(packed + byte, mask=byte < size, other=0).to(tl.int32)
+    place = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    # a mask by rows lets a store take 16 bytes
+    there, stored = (filled[:, None], filled[:, None]) if WHOLE else (byte < (elements + 1) // 2, place < elements)
+    pair = tl.load(packed + byte, mask=there, other=0).to(tl.int32)
     # the high half of a byte is the earlier value
     value = tl.interleave(tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))) * scale[:, None]
-    place = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < elements)
+    tl.store(out + start + place, value.to(out.dtype.element_ty), mask=stored)
 
 
-def _kernel(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    state = weight.quant_state  # type: ignore[attr-defined]
-    if out is None:
-        out = torch.empty(state.shape, dtype=dtype, device=weight.device)
-    elements = out.numel()
-    if not elements:
-        return out
-    if out.shape != state.shape or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(f"out is {list(out.shape)} {out.dtype}; a contiguous {list(state.shape)} {dtype} is wanted")
-    packed = weight.data.contiguous().view(-1).view(torch.uint8)  # its dtype is a matter of storage
-    nested = state.state2
-    half = state.blocksize // 2
+@lru_cache(maxsize=1024)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
+    """Weights of one kind of storage, in one launch, each to its place in `out` (see ``dequantize_into``)."""
+    state = weights[0][1].quant_state  # type: ignore[attr-defined]
+    nested, half = state.state2, state.blocksize // 2
     rows = max(1, 1024 // half)
-    with on_device(weight):
-        _dequantize[(-(-elements // (2 * half * rows)),)](
-            packed,
-            state.absmax,
-            state.code.to(weight.device),
-            nested.absmax if nested else packed,
-            nested.code.to(weight.device) if nested else packed,
-            state.offset.to(weight.device) if nested else packed,
+    numbers: list[int] = []
+    programs, whole = 0, True
+    for start, weight in weights:
+        own = weight.quant_state  # type: ignore[attr-defined]
+        elements = own.shape.numel()
+        tensors = [weight, own.absmax, own.code]
+        if nested:
+            tensors += [own.state2.absmax, own.state2.code, own.offset]
+        assert own.blocksize == state.blocksize and all(t.device == out.device and t.is_contiguous() for t in tensors)
+        assert start % 16 == 0 and start + elements <= out.numel()
+        numbers += [programs, start, elements, *(t.data_ptr() for t in tensors), *[0] * (6 - len(tensors))]
+        programs += -(-elements // (2 * half * rows))
+        whole = whole and elements % (2 * half) == 0
+    if not programs:
+        return out
+    with on_device(out):
+        _dequantize[(programs,)](
+            _on_device(tuple(numbers), out.device),
             out,
-            elements,
-            (elements + 1) // 2,
+            len(weights),
             NESTED=bool(nested),
+            WHOLE=whole,
             HALF=half,
             NESTED_BLOCK=nested.blocksize if nested else 1,
             ROWS=rows,
@@ -196,13 +241,20 @@ def _kernel(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
     """Kernel and twin side by side (``dispatch.check_kernels``)."""
     draw = samples(device, torch.float32)
+    shapes = [torch.Size((rows, widths.inner)) for rows in (33, 3)]
+    starts = [0, -(-shapes[0].numel() // 16) * 16]
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(starts[1] + shapes[1].numel(), dtype=dtype, device=device)
+
     for nested in (True, False):
-        shape = (33, widths.inner)
-        data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
-        weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
-        name = f"{list(shape)} {'nested' if nested else 'plain'}"
-        exact = _twin(weight, torch.float64, None) if truncates(device, dtype) else None
-        yield Comparison(name, _kernel(weight, dtype, None), _twin(weight, dtype, None), exact)
+        weights = []
+        for start, shape in zip(starts, shapes):
+            data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
+            weights.append((start, Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)))
+        name = f"{[list(shape) for shape in shapes]} {'nested' if nested else 'plain'}"
+        exact = _twins(weights, empty(torch.float64)) if truncates(device, dtype) else None
+        yield Comparison(name, _kernel(weights, empty(dtype)), _twins(weights, empty(dtype)), exact)
 
 
 BLOCK = 64

@@ -35,7 +35,12 @@ class Norm(NamedTuple):
     offset: bool = False
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        h: Tensor | None = None,
+        copy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """RMSNorm of x + residual, in one pass.
 
@@ -43,12 +48,13 @@ class Norm(NamedTuple):
             x: [T, D], or [T, H, D] with each token's heads dense beside each other; any floating dtype.
             residual: [T, D] in x's dtype.
             out: where y is written, of x's shape; tokens may lie any distance apart.
+            h, copy: contiguous [T, D] where the sum is written; h may be x. None: h is new, and there is no copy.
         Returns:
             y like x = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h like x, the
             sum rounded to x's dtype (x itself without a residual); inverse [T] or [T, H] in max(float32, x's dtype).
         """
         run = _kernel_forward if runs_triton("rms_norm", x) else _twin_forward
-        return run(self, x, residual, out)
+        return run(self, x, residual, out, h, copy)
 
     def backward(
         self, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None = None, out: Tensor | None = None
@@ -80,9 +86,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Ten
 
 
 def _twin_forward(
-    norm: Norm, x: Tensor, residual: Tensor | None, out: Tensor | None = None
+    norm: Norm,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None = None,
+    h: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = x if residual is None else x + residual
+    h = x if residual is None else torch.add(x, residual, out=h)
+    if copy is not None:
+        copy.copy_(h)
     wide = torch.promote_types(x.dtype, torch.float32)
     inverse = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1]).add_(norm.eps).rsqrt_()
     normalized = h * inverse[..., None]
@@ -114,6 +127,7 @@ def _forward(
     weight,
     y,
     h,
+    copy,
     inverse,
     eps,
     x_row,
@@ -122,9 +136,10 @@ def _forward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    COPY: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """A program takes a row, or a head of one, which stays in registers."""
+    """A program takes a row, or a head of one, which stays in registers; everything is read before h is written."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = token * tl.num_programs(1) + head
     column = tl.arange(0, BLOCK)
@@ -134,6 +149,8 @@ def _forward(
         value += tl.load(residual + row * residual_row + column, mask=there, other=0.0).to(tl.float32)
         rounded = value.to(h.dtype.element_ty)
         tl.store(h + row * D + column, rounded, mask=there)
+        if COPY:
+            tl.store(copy + row * D + column, rounded, mask=there)
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     tl.store(inverse + row, scale)
@@ -188,19 +205,29 @@ def _grid(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
 
 
 def _kernel_forward(
-    norm: Norm, x: Tensor, residual: Tensor | None, out: Tensor | None = None
+    norm: Norm,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None = None,
+    h: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = rows_dense(x)
     residual = None if residual is None else rows_dense(residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if residual is None:
+        h = x
+    elif h is None:
+        h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if y.numel():
         other = x if residual is None else residual
-        tensors, rows = (x, other, norm.weight.contiguous(), y, h, inverse), (x.stride(0), other.stride(0), y.stride(0))
+        tensors = (x, other, norm.weight.contiguous(), y, h, h if copy is None else copy, inverse)
+        rows = (x.stride(0), other.stride(0), y.stride(0))
         grid, options = _grid(x)
+        options |= {"ADD": residual is not None, "COPY": copy is not None, "OFFSET": norm.offset}
         with on_device(x):
-            _forward[grid](*tensors, norm.eps, *rows, ADD=residual is not None, OFFSET=norm.offset, **options)
+            _forward[grid](*tensors, norm.eps, *rows, **options)
     return y, h, inverse
 
 
@@ -248,6 +275,11 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
         back = (norm, grad, want[1], want[2], None if other is None else grad)
         exact = dx if other is None else dx + grad.double()
         yield Comparison(f"dx {name}", _kernel_backward(*back), _twin_backward(*back), exact)
+    again = x.clone(), torch.empty_like(x)  # the sum over x, and a copy of it
+    y = _kernel_forward(norm, again[0], residual, None, *again)[0]
+    want = _kernel_forward(norm, x, residual)
+    for what, found, wanted in zip(("y", "h", "copy"), (y, *again), (*want[:2], want[1])):
+        yield Comparison(f"{what} {shape}, adding in place", found, wanted, None)
     if widths.head_norms:  # of a buffer with other values beside them
         heads, width = widths.rotated, widths.head
         wide, both = draw(3, heads + 2, width), draw(3, heads + 2, width)

@@ -28,7 +28,7 @@ from ..io.redact import redact
 from ..io.run_dir import StageDir, read_json
 from ..io.safetensors import DTYPE_NAMES, tensor_bytes, write_stream
 from .distributed import world
-from .optim import restore_state
+from .optim import restore_state, state_of
 
 if TYPE_CHECKING:
     from .loop import TrainState
@@ -53,7 +53,7 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in state.parameters.items():
         tensors[f"adapter.{name}"] = parameter.detach()
-        for key, value in state.optimizer.state[parameter].items():
+        for key, value in state_of(state.optimizer, parameter).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{key}.{name}"] = value.detach()
             else:

@@ -26,9 +26,9 @@ from ..model.adapters import total_norm
 from .checkpoint import MetricsLog, restore_best, resume, save
 from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
-from .optim import make_optimizer, make_scheduler
+from .optim import make_buffers, make_optimizer, make_scheduler
 from .stage import Metrics, Objective, Observer, Outcome, Sample, Stage
-from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule, tokens_of_largest_step
+from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class TrainState:
         best, stale: the lowest eval_loss with its step, and evaluations since.
         warnings: printed about the run's numbers.
         before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
-        gradients: with several processes, all gradients in one tensor, which one all-reduce sums in place.
+        gradients: all gradients in one tensor, of which the parameters' are views. One all-reduce sums them in place.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class TrainState:
         self.output = Output(on_metrics)
         self.parameters = stage.stack.parameters()
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
-        self.optimizer = make_optimizer(stage.config, self.parameters)
+        buffers, self.gradients = make_buffers(stage.config, self.parameters)
+        self.optimizer = make_optimizer(stage.config, buffers)
         self.scheduler = make_scheduler(stage.config, self.optimizer, self.total)
         self.scaler = torch.amp.GradScaler(stage.base.device.type, enabled=stage.base.dtype == torch.float16)
         self.log = MetricsLog(stage.dir.metrics, writes=stage.writes)
@@ -84,7 +85,7 @@ class TrainState:
         self.best: tuple[float, int] | None = None
         self.warnings: list[str] = []
         self.before_skips: int | None = None
-        self.gradients: Tensor | None = None
+        zero_gradients(self)
 
 
 def train(state: TrainState) -> Outcome:
@@ -184,21 +185,20 @@ def accumulate_gradients(state: TrainState, step: int) -> Metrics:
                     sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
             for name, value in sums.items():
                 sums[name] = float(value)
-    if state.gradients is not None:
-        here.all_reduce(state.gradients)
+    here.all_reduce(state.gradients)
     metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
 
     # remove the loss scale, clip to max_grad_norm (0: no clipping)
     for attempt in oom.attempts():
         with attempt:
             state.scaler.unscale_(state.optimizer)
-    grads, max_norm = gradients_of(state), state.stage.config.max_grad_norm
+    max_norm = state.stage.config.max_grad_norm
     for attempt in oom.attempts():
         with attempt:
-            norm = total_norm(grads)
+            norm = gradient_norm(state)
             metrics["grad_norm"] = norm.item()
             if max_norm and math.isfinite(metrics["grad_norm"]):
-                torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+                state.gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
     return metrics
 
@@ -234,47 +234,34 @@ def update(state: TrainState, metrics: Metrics) -> bool:
         state.optimizer.step()  # not through the scaler: the gradients are unscaled and finite
     if state.scaler.is_enabled():
         state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
     state.scheduler.step()
     return applied
 
 
-def gradients_of(state: TrainState) -> list[Tensor]:
-    return [p.grad for p in state.parameters.values() if p.grad is not None]
+def gradient_norm(state: TrainState) -> Tensor:
+    return total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
 
 
 def zero_gradients(state: TrainState) -> None:
-    """Remove all gradients; with several processes set them to zero, as views of one tensor."""
-    if world().size == 1:
-        state.optimizer.zero_grad(set_to_none=True)
-        return
-    parameters = list(state.parameters.values())
-    if state.gradients is None:
-        state.gradients = parameters[0].new_zeros(sum(p.numel() for p in parameters))
+    """Set all gradients to zero, as views of ``state.gradients``."""
     state.gradients.zero_()
-    for parameter, part in zip(parameters, state.gradients.split([p.numel() for p in parameters])):
-        parameter.grad = part.view_as(parameter)
+    for p in state.parameters.values():
+        p.grad = state.gradients.as_strided(p.shape, p.stride(), p.storage_offset())
 
 
 def warmup_largest_batch(state: TrainState) -> list[list[int]]:
     """Forward and backward of the largest possible micro-batches (that of the longest example, and the one of most tokens),
-    without an update: what does not fit shows before the first step, and the plan adapts. If a step can have several
-    micro-batches, gradients are allocated first, as they are for the later ones.
+    without an update: what does not fit shows before the first step, and the plan adapts.
 
     Returns:
         the examples of each micro-batch.
     """
     objective = state.objective
-    data, config = objective.data, state.stage.config
     groups: list[list[int]] = []
     for attempt in objective.oom.attempts():
         zero_gradients(state)
-        tokens = state.stage.plan.micro_tokens
-        groups = largest_micro_batches(data.lengths, tokens)
+        groups = largest_micro_batches(objective.data.lengths, state.stage.plan.micro_tokens)
         with attempt:
-            if world().size == 1 and tokens_of_largest_step(config, data.rows, data.lengths) > tokens:
-                for parameter in state.parameters.values():
-                    parameter.grad = torch.zeros_like(parameter)
             for group in groups:
                 forward_backward(state, group, state.total, objective.num_targets(group))
     zero_gradients(state)
@@ -331,7 +318,7 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
                 zero_gradients(state)
                 loss, _ = objective.loss([example], state.step, total)
                 loss.backward()  # without the loss scale
-                if not (loss.isfinite() and total_norm(gradients_of(state)).isfinite()):
+                if not (loss.isfinite() and gradient_norm(state).isfinite()):
                     found.append(example)
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)

@@ -43,9 +43,3 @@ def largest_micro_batches(lengths: Lengths, tokens: int) -> list[list[int]]:
     longest = max(groups, key=lambda group: max(int(lengths[i]) for i in group))
     fullest = max(groups, key=lambda group: sum(int(lengths[i]) for i in group))
     return [longest] if fullest == longest else [longest, fullest]
-
-
-def tokens_of_largest_step(config: RunConfig, rows: Sequence[Sequence[int]], lengths: Lengths) -> int:
-    """No step has more tokens than this."""
-    sizes = sorted((sum(int(lengths[i]) for i in row) for row in rows), reverse=True)
-    return sum(sizes[: config.batch_size])
