@@ -9,7 +9,7 @@ import pytest
 import yaml
 from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
+from zephyr_lite.config.foreign_keys import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from zephyr_lite.config.load import RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
 

@@ -20,7 +20,7 @@ from tests.docs.test_readme import GROUP, GUIDES, OURS, ROOT, parse
 from zephyr_lite import __version__
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.examples import EXAMPLES
-from zephyr_lite.config.compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED
+from zephyr_lite.config.foreign_keys import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 
 KEYS = GUIDES["configuration.md"]
 

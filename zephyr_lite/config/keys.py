@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .compat import ACCEPTED, ALIASES, REFUSED, TRANSLATED, unknown_key
+from .compat import unknown_key
+from .foreign_keys import ACCEPTED, ALIASES, REFUSED, TRANSLATED
 from .load import LIST_KEYS, load_config
 from .schema import DPO_DEFAULTS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.text import comma_list, expected, is_file, refuse_special, short
-from .compat import ALIASES, BATCH_PARTS, SFT_WEIGHTS, TRANSLATED, rename, tool_of, unknown_key
+from .compat import BATCH_PARTS, rename, tool_of, unknown_key
+from .foreign_keys import ALIASES, SFT_WEIGHTS, TRANSLATED
 from .schema import DPO_DEFAULTS, LOSS_DEFAULTS, OWN_KEYS, DatasetSpec, MemorySpec, RunConfig
 from .strict_yaml import dump_yaml, read_word, read_yaml
 
