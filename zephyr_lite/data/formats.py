@@ -45,7 +45,6 @@ _NEEDS = {
     "label; or preference rows: chosen and rejected",
 }
 
-_NUMBER = re.compile(r"\s*-?[\d.]+\s*")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)[ \t]*(Human|Assistant):")
 _OPEN_TRANSCRIPT = re.compile(r"(\s*\n\n)?[ \t]*Human:.*\n\nAssistant:\s*", re.DOTALL)
 
@@ -113,8 +112,8 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     row.kind, read = found
     row.value = read(row)
     if method == "sft" and "label" in row.filled:
-        # KTO's; in other rows a number may be a class
-        is_class = row.kind != "prompt and completion" and _NUMBER.fullmatch(str(values["label"]))
+        # KTO's; in other rows a number or another word may be a class
+        is_class = row.kind != "prompt and completion" and str(values["label"]).strip().lower() not in ("true", "false")
         if not (is_class or _is_good(row)):
             raise RowError("label is false: a rejected answer")
     if tools := as_tools(row.take("tools", "functions")):
