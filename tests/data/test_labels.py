@@ -82,12 +82,10 @@ def test_sft_leaves_rejected_answers_out_and_refuses_other_words(tmp_path):
     rows = load(tmp_path, GOOD, {**GOOD, "label": 0}, {**GOOD, "label": None}, {**talk, "label": 3}, method="sft")
     assert rows.dropped == {"label is false: a rejected answer": [f"{tmp_path}/labels.jsonl row 2"]}
     assert len(rows.dataset) == 3
-    for row in (GOOD, talk):
-        with pytest.raises(UserError, match=r"none of 1 rows .*label is bad: expected true or false, or 1 or 0"):
-            load(tmp_path, {**row, "label": "bad"}, method="sft")
-        assert (
-            len(load(tmp_path, {**row, "label": "bad"}, method="sft", columns=[*row.keys() - {"label"}]).dataset) == 1
-        )
+    bad = {**GOOD, "label": "bad"}
+    with pytest.raises(UserError, match=r"none of 1 rows .*label is bad: expected true or false, or 1 or 0"):
+        load(tmp_path, bad, method="sft")
+    assert len(load(tmp_path, bad, method="sft", columns=["prompt", "completion"]).dataset) == 1
 
 
 def test_other_rows_are_refused_with_what_to_do(tmp_path):
