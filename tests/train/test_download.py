@@ -35,7 +35,7 @@ def start(out, rows, **changes):
         ("eval_dataset.path", "./held", "held: there is no such file", False),
         ("adapters", "runs/x/sft/adapter", "runs/x/sft/adapter: there is no such folder", False),
         ("chat_template", "mine.jinja", "mine.jinja'?: neither a template", False),
-        ("lora_target_modules", "[k_prj]", "k_prj", False),
+        ("lora_target_modules", "[k_prj]", "k_prj", True),
         ("dataset.columns.messages", "chats", "there is no column 'chats'", True),
         ("eval_dataset.split", "test", "there is no split 'test'", True),
         ("chat_template", "chatml", "does not know", True),

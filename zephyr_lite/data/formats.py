@@ -142,7 +142,8 @@ def detect(columns: list[str], method: Method, where: str) -> str:
     if other and method == "sft":
         what, hint = "preference rows (chosen and rejected)", "Train on them with zephyr-lite dpo."
     elif method == "dpo" and (labelled := _format(have, "kto")):
-        what, hint = labelled[0], "Train on them with zephyr-lite dpo loss_type=kto."
+        what = labelled[0]
+        hint = "Train on them with zephyr-lite dpo loss_type=kto. Pair answers to the same prompt for another loss."
     raise UserError(f"{where}: found {what}; {_NEEDS[method]}.", hint)
 
 
