@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -367,14 +367,15 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
 
 
 def _sample(state: TrainState, stop: StopRequest) -> None:
-    """Answer the held-out prompts, unless the log has this step's answers already; a signal ends it."""
+    """Answer the held-out prompts, unless the log has this step's answers already; a signal ends it before the last step."""
     stage = state.stage
     if state.step in state.sampled or not stage.writes or stage.eval_data is None or not stage.config.samples:
         return
     from .samples import draw_samples  # the chat room, which a run without samples does not need
 
     samples: list[Sample] | None = None
-    with suppress(KeyboardInterrupt), stop.at_once():  # ``stop`` remembers it
+    last = state.step == state.total  # the stage is completed after these, so that no later start would draw them
+    with suppress(KeyboardInterrupt), nullcontext() if last else stop.at_once():  # ``stop`` remembers it
         samples = draw_samples(stage, state.step)
     if samples is None:
         return
