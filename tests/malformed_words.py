@@ -65,7 +65,7 @@ CASES = [
     Case(
         "yaml: nested deep",
         config_of("memory: " + "[" * 5000),
-        "run.yaml: not readable as YAML: maximum recursion depth exceeded.",
+        "run.yaml: not readable as YAML: it is nested too deeply.",
         YAML,
     ),
     Case(

@@ -64,7 +64,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        words = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        problem = getattr(error, "problem", None) or words
         raise UserError(
             f"{path}{f' line {mark.line + 1}' if mark else ''}: not readable as YAML: {problem}.", "Correct the line."
         ) from None
