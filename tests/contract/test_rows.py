@@ -447,7 +447,7 @@ def test_one_line_lists_all_that_was_not_read(tmp_path):
             {"prompt": "q", "winner": "a", "loser": "b"},
             "dataset.columns.chosen=winner dataset.columns.rejected=loser",
         ),
-        ("dpo", {"prompt": "q", "completion": "a", "label": True}, "zephyr-lite dpo loss_type=kto"),
+        ("dpo", {"prompt": "q", "completion": "a", "label": True}, "Pair answers to the same prompt"),
         ("sft", {"prompt": "q", "chosen": "a", "rejected": "b"}, "zephyr-lite dpo"),
     ],
 )
