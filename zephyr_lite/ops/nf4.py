@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ with compile_later(), no_hub_kernels():
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is bitsandbytes' ``Params4bit`` with its quantization state."""
     return getattr(weight, "quant_state", None) is not None
+
+
+def _state(weight: Tensor) -> Any:
+    """How bitsandbytes stored a 4-bit weight."""
+    return weight.quant_state  # type: ignore[attr-defined]
 
 
 def stored_tensors(weight: Tensor) -> dict[str, Tensor]:
@@ -76,7 +82,7 @@ def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
     if is_quantized(weight):
         if not runs_triton("nf4", weight, dtype):
             return _twin(weight, dtype, out)
-        shape = weight.quant_state.shape  # type: ignore[attr-defined]
+        shape = _state(weight).shape
         out = torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out
         if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
             raise ValueError(f"out is {list(out.shape)} {out.dtype}; a contiguous {list(shape)} {dtype} is wanted")
@@ -98,13 +104,13 @@ def dequantize_into(buffer: Tensor, weights: Sequence[tuple[int, Tensor]]) -> No
 
 def _twins(weights: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
     for start, weight in weights:
-        shape = weight.quant_state.shape  # type: ignore[attr-defined]
+        shape = _state(weight).shape
         _twin(weight, buffer.dtype, buffer[start : start + shape.numel()].view(shape))
     return buffer
 
 
 def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    state = weight.quant_state  # type: ignore[attr-defined]
+    state = _state(weight)
     kind = torch.float32 if dtype == torch.float64 else dtype  # bitsandbytes knows no float64
     if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
@@ -204,13 +210,13 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
     """Weights of one kind of storage, in one launch, each to its place in `out` (see ``dequantize_into``)."""
-    state = weights[0][1].quant_state  # type: ignore[attr-defined]
+    state = _state(weights[0][1])
     nested, half = state.state2, state.blocksize // 2
     rows = max(1, 1024 // half)
     numbers: list[int] = []
     programs, whole = 0, True
     for start, weight in weights:
-        own = weight.quant_state  # type: ignore[attr-defined]
+        own = _state(weight)
         elements = own.shape.numel()
         tensors = [weight, own.absmax, own.code]
         if nested:
