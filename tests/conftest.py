@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from tests.messages import messages_to
+from zephyr_lite.cli import app
 from zephyr_lite.train import general
 
 general.CPU_EVERY = 64  # a stage of the tests measures one passage
@@ -64,15 +65,21 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
+# of a model small enough for a unit test, with grouped queries
+SIZES = {
+    "vocab_size": 448,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def tiny_config(kind: str = "mistral", **changes):
-    """A Mistral or Llama configuration small enough for a unit test, with grouped queries."""
+    """A Mistral or Llama configuration of ``SIZES``."""
     settings = {
-        "vocab_size": 448,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
@@ -87,13 +94,17 @@ def make_model(kind: str = "mistral", seed: int = 0, **changes):
     """A model of random weights, larger than the usual initialization so that errors show."""
     torch.manual_seed(seed)
     config = tiny_config(kind, **changes)
-    model = MistralForCausalLM(config) if kind == "mistral" else LlamaForCausalLM(config)
+    return randomized(MistralForCausalLM(config) if kind == "mistral" else LlamaForCausalLM(config))
+
+
+def randomized(model, bias: float = 0.08):
+    """The model with random weights. ``bias``: the biases' standard deviation."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(0, 0.08)
+                parameter.normal_(0, bias if name.endswith("bias") else 0.08)
     return model.eval()
 
 
@@ -103,6 +114,19 @@ def working_folder(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cwd")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def invoke(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = app.run([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,14 @@ def windowed(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """For TRL's trainers, with a token for padding."""
+    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    tokenizer.pad_token = "<unk>"
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def sft_run(windowed, chat_rows, tmp_path_factory):
     """A run whose SFT stage is complete, the base in float32, so that a merge rounds nothing."""
     out = tmp_path_factory.mktemp("runs") / "a"

@@ -15,19 +15,6 @@ from zephyr_lite.cli import app as cli
 
 
 @pytest.fixture
-def invoke(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        code = cli.run([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def refused(invoke, tmp_path):
     """A command that must end with exit code 2, a message that names what is asked for, and nothing half-written."""
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tests.conftest import CONVERSATIONS, TEXT
+from tests.conftest import CONVERSATIONS, SIZES, TEXT, randomized
 from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
 from tests.contract.test_gguf import fields, off, read_back
 from tests.contract.test_layer import KEEPS, compare
@@ -50,24 +50,12 @@ def qwen2(seed=0, **changes):
     """Random weights and biases, as large as in the other tests; embeddings tied, as in the small ones of the hub."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": 448,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
         **changes,
     }
-    model = Qwen2ForCausalLM(Qwen2Config(**settings))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.3 if name.endswith("bias") else 0.08)
-    return model.eval()
+    return randomized(Qwen2ForCausalLM(Qwen2Config(**settings)), bias=0.3)
 
 
 def save_tokenizer(folder):
@@ -187,7 +175,7 @@ def test_the_recipe_starts_dpo_at_ln_2_and_learns(run):
 
 
 def test_merged_equals_live_and_talks_alike(base, run, tmp_path):
-    """Logits, and the tokens of two turns with a cache that goes on past the window of one layer."""
+    """Logits, and the tokens of two turns that share a cache longer than a layer's window."""
     out = tmp_path / "merged"
     chain = chain_of_run(run)
     merge(base, chain.adapters, out, tokenizer_from=chain.tokenizer_from)

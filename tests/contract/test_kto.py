@@ -11,7 +11,6 @@ from trl import KTOConfig, KTOTrainer
 
 from tests.contract.steps import open_dpo, step_of
 from tests.contract.test_trl_parity import TOLERANCE, apart, assert_same_gradients, merged_base, oracle, ours, settings
-from tests.contract.test_trl_parity import tokenizer as tokenizer
 from tests.numeric import apart as distance
 from tests.train.test_train import dpo_words, killed_at, metrics
 from zephyr_lite.config.load import RunConfig, load_config

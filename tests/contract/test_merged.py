@@ -35,16 +35,21 @@ from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 
 
-def test_the_written_adapter_and_the_merged_folder_are_the_live_policy(windowed, run, pair_rows, tmp_path):
-    """``dpo/adapter`` alone on the bare base, and the merge in plain transformers; ``delta`` alone is something else."""
-    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)))
-    chain = chain_of_run(run)
-    stack = AdapterStack(AutoModelForCausalLM.from_pretrained(windowed))
+def live_logps(base, chain):
+    """A conversation, and the log-probability of each of its tokens but the first under base, sft and dpo."""
+    stack = AdapterStack(AutoModelForCausalLM.from_pretrained(base))
     for name, adapter in zip(("sft", "dpo"), chain.adapters, strict=True):
         stack.add_frozen(name, adapter)
     example = conversation(0, 30)
     example.mask[:] = True
-    live = Decoder(stack, torch.float32).token_logps(collate_conversations([example]))
+    return example, Decoder(stack, torch.float32).token_logps(collate_conversations([example]))
+
+
+def test_the_written_adapter_and_the_merged_folder_are_the_live_policy(windowed, run, pair_rows, tmp_path):
+    """``dpo/adapter`` alone on the bare base, and the merge in plain transformers; ``delta`` alone is something else."""
+    run_dpo(load_config("dpo", None, dpo_words(windowed, run, pair_rows, **PLAIN)))
+    chain = chain_of_run(run)
+    example, live = live_logps(windowed, chain)
     merge(windowed, chain.adapters, tmp_path / "merged", tokenizer_from=chain.tokenizer_from)
     folders = {
         "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),

@@ -8,15 +8,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.contract.steps import PLAIN
-from tests.numeric import apart, conversation
+from tests.contract.test_merged import live_logps
+from tests.numeric import apart
 from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.audit.run import audit
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.strict_yaml import read_yaml
-from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.merge import chain_of_run, merge
-from zephyr_lite.model.adapters import AdapterStack
-from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -54,12 +52,7 @@ def test_both_stages_resume_and_merge_with_every_method(windowed, chat_rows, pai
         assert found.verdict() == "no fault found in the files" and "rank 64, scale 3" in str(found.findings)
     composed = read_adapter(run / "dpo" / "adapter")
     assert (composed.config["use_rslora"], composed.config["lora_alpha"], composed.config["r"]) == (False, 128, 128)
-    stack = AdapterStack(AutoModelForCausalLM.from_pretrained(windowed))
-    for name, adapter in zip(("sft", "dpo"), chain.adapters, strict=True):
-        stack.add_frozen(name, adapter)
-    example = conversation(0, 30)
-    example.mask[:] = True
-    live = Decoder(stack, torch.float32).token_logps(collate_conversations([example]))
+    example, live = live_logps(windowed, chain)
     merge(windowed, chain.adapters, tmp_path / "merged", tokenizer_from=chain.tokenizer_from)
     base = [AutoModelForCausalLM.from_pretrained(windowed) for _ in range(2)]
     stacked = PeftModel.from_pretrained(base[0], run / "sft" / "adapter", adapter_name="sft")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.conftest import make_tokenizer
+from tests.conftest import SIZES, make_tokenizer, randomized
 from tests.contract import test_trl_parity as trl_parity
 from tests.contract.test_fuse import RIGHT, assert_same, both, peft_model
 from tests.contract.test_layer import KEEPS, compare, gradients, oracle, sixteen_bits
@@ -22,13 +22,8 @@ from zephyr_lite.model.base import load_base
 from zephyr_lite.model.base_folder import check_family, check_length, fingerprint
 from zephyr_lite.model.decoder import Decoder, Dropout
 
-SIZES = {
-    "vocab_size": 448,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+SETTINGS = {
+    **SIZES,
     "head_dim": 32,
     "max_position_embeddings": 1024,
     "pad_token_id": 0,
@@ -81,14 +76,8 @@ FAMILIES = {
 def tiny(name, seed=0, **changes):
     """Random weights and biases, as large as in the other tests."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **FAMILIES[name], **changes}))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "norm" in key:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.3 if key.endswith("bias") else 0.08)
-    return model.eval()
+    config = AutoConfig.for_model(name, **{**SETTINGS, **FAMILIES[name], **changes})
+    return randomized(AutoModelForCausalLM.from_config(config), bias=0.3)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -192,7 +181,7 @@ def test_the_layer_on_the_triton_kernels(keep, monkeypatch):
 )
 def test_variants_that_the_layer_does_not_compute_are_refused(name, changes, match):
     with pytest.raises(UserError, match=match) as error:
-        check_family(AutoConfig.for_model(name, **{**SIZES, **FAMILIES[name], **changes}), "config.json")
+        check_family(AutoConfig.for_model(name, **{**SETTINGS, **FAMILIES[name], **changes}), "config.json")
     assert "engine=trl" in error.value.hint
 
 

@@ -29,7 +29,6 @@ from tests.contract import test_trl_parity as parity
 from tests.contract.test_gguf import add_bos, fields, off
 from tests.contract.test_more_families import tiny
 from tests.contract.test_text_models import VISION
-from tests.contract.test_trl_parity import tokenizer  # noqa: F401
 from tests.export.test_export_ollama import SAID, modelfile_template, render_go
 from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
@@ -267,7 +266,7 @@ def test_a_shipped_configuration_and_what_comes_out(name, tmp_path, chat_rows, p
         assert "config=text_config, key_mapping=names" in card and "Serve a merged model" in card
         assert all(f'r"{theirs}": "{ours}"' in card for theirs, ours in TEXT_NAMES.items())
 
-    # a server's ids, and the tokens of two turns with a cache that goes on past the window of a layer
+    # the ids of a server's prompt, and the tokens of two turns that share a cache longer than a layer's window
     served, template = AutoTokenizer.from_pretrained(out), chat.template
     assert served.convert_ids_to_tokens(end_ids(out, plain.config)) == [*case.ends]
     assert any("enable_thinking=false" in note for note in template.notes) is (name == "qwen3")
@@ -328,7 +327,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, changes, match, tmp_
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_gradients_are_trls(name, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+def test_losses_and_gradients_are_trls(name, tokenizer, tmp_path, monkeypatch):
     """SFT's and DPO's, on the same rows."""
     monkeypatch.setattr(parity, "make_model", lambda: tiny(name))
     parity.test_sft(tokenizer, tmp_path)

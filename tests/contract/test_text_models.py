@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tests.conftest import make_tokenizer
+from tests.conftest import SIZES, make_tokenizer
 from tests.contract.test_gguf import off
 from tests.numeric import apart
 from tests.train.test_train import LN2, dpo_words, metrics, words
@@ -32,15 +32,7 @@ from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 
-TEXT = {
-    "vocab_size": 448,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+TEXT = {**SIZES, "head_dim": 32}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

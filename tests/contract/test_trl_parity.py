@@ -11,7 +11,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_model
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import Example, PairExample
 from zephyr_lite.model.adapters import AdapterStack
@@ -26,13 +26,6 @@ TOLERANCE = 1e-5
 
 def apart(found, wanted):
     return ((found - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.pad_token = "<unk>"
-    return tokenizer
 
 
 def sft_adapter():
@@ -156,9 +149,8 @@ def random_pair(index, prompt, chosen, rejected):
 PAIRS = [random_pair(i, *lengths) for i, lengths in enumerate([(9, 21, 5), (4, 3, 17), (16, 8, 8)])]
 
 
-TEXTS = Dataset.from_list(
-    [{"prompt": "a", "chosen": " b", "rejected": " c"}]
-)  # what is compared is given to the trainer
+# a trainer needs a data set; the tests pass their batches to its compute_loss
+TEXTS = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
 
 
 def dpo_oracle(tokenizer, tmp_path, weights, loss_type, label_smoothing=0.0, with_sft=True):

@@ -18,7 +18,7 @@ from tests.train.test_train import dpo_words, killed_at, metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory.estimate import Device
+from zephyr_lite.memory.device import Device
 from zephyr_lite.memory.gpus import CARDS
 from zephyr_lite.memory.machine import Machine
 from zephyr_lite.memory.plan import Plan

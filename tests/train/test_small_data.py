@@ -83,15 +83,6 @@ def test_the_rate_of_a_small_base_is_higher():
     assert "learning_rate" not in settled("sft", 25, 60, "learning_rate=1e-5", width=576)[0]
 
 
-@pytest.fixture
-def own(tiny_base, tmp_path):
-    """Words of a run on thirty rows of the user, without a configuration file."""
-    path = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}."} for n in range(30)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [f"model_name_or_path={tiny_base}", f"dataset={path}", f"output_dir={tmp_path / 'run'}", "samples=0"]
-
-
 def test_a_run_on_own_rows_goes_on_and_is_found_complete(own, tmp_path):
     words = [*own, "lora_r=2", "save_steps=20"]
     with killed_at(30):

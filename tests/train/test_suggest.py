@@ -1,5 +1,4 @@
 """`zephyr-lite suggest`: values with reasons, the command that it prints, and the probe of learning rates."""
-# ruff: noqa: F811
 
 import math
 import shlex
@@ -7,8 +6,6 @@ import shlex
 import numpy as np
 import pytest
 
-from tests.contract.test_bad_input import invoke  # noqa: F401 (a fixture)
-from tests.train.test_small_data import own  # noqa: F401 (a fixture)
 from zephyr_lite.config.load import load_config
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.data.dataset import DataReport, TokenizedDataset
