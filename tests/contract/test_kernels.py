@@ -135,7 +135,7 @@ def test_nf4_equals_bitsandbytes(nested):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("width", [128, 100])  # whole blocks, and weights that end within one
 def test_nf4_weights_beside_each_other_equal_bitsandbytes(nested, width):
-    """One launch for all; what lies between and after them stays."""
+    """All weights in one launch; other elements of the buffer do not change."""
     weights, wanted, start = [], torch.full((60_000,), 7.0, device=DEVICE), 16
     for rows in (300, 1, 70, 43):
         data, state = bnb.quantize_4bit(rand(rows * width), quant_type="nf4", compress_statistics=nested)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.attention import segment_starts
+from ..ops.segments import segment_starts
 from .chat_template import Example, PairExample
 
 

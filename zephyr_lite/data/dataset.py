@@ -50,7 +50,7 @@ class DataReport:
     supervised: int = 0
     fill: float | None = None  # tokens / (rows × max_length); None for pairs, which are packed by the plan
     longest: int = 0  # tokens of the longest example
-    unit: str = "conversation"  # what an example is: also a pair (dpo), or a row (kto)
+    unit: str = "conversation"  # name of an example in messages: conversation (sft), pair (dpo), row (kto)
 
     def lines(self, places: int | None = _PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""

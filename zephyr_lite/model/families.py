@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.dispatch import Widths
 
-# what a layer's rotary table is made with beside the positions; None: q and k are not rotated
+# further arguments of the Hugging Face rotary embedding for a layer, beside the positions; None: q and k are not rotated
 Rotation = tuple[str, ...] | None
 # the decoder layer's inputs: the module of the matrices that read each, and the matrices' names in most families
 PARENTS = ("self_attn", "self_attn", "mlp", "mlp")

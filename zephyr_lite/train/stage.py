@@ -1,4 +1,4 @@
-"""What a training run is made of: the stage, its objective (SFT, DPO, KTO), its observers and its outcome."""
+"""The parts of a training run: the stage, its objective (SFT, DPO, KTO), its observers and its outcome."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Objective(Protocol):
         self.stage, self.data, self.decoder, self.oom = stage, stage.data, stage.decoder, OomRetry(stage)
 
     def num_targets(self, examples: Sequence[int]) -> Any:
-        """What a step's loss is divided by: supervised tokens, or ``PairTotals``."""
+        """The denominator of a step's loss: the number of supervised tokens, or ``PairTotals``."""
 
     def begin_step(self, examples: Sequence[int]) -> None:
         """Before a step's micro-batches: compute what its losses depend on beside their own rows; by default nothing."""
