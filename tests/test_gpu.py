@@ -18,7 +18,7 @@ from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.ops import attention as attention_file
-from zephyr_lite.ops.attention import SegmentTable, segment_starts
+from zephyr_lite.ops.segments import SegmentTable, segment_starts
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

@@ -15,7 +15,8 @@ from tests.contract.test_layer import KEEPS
 from tests.numeric import conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.memory.estimate import kept_bytes, scratch_bytes
+from zephyr_lite.memory.activations import kept_bytes
+from zephyr_lite.memory.estimate import scratch_bytes
 from zephyr_lite.model import dequant_buffer as memory
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout

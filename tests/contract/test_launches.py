@@ -21,10 +21,10 @@ from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.dequant_buffer import DequantBuffer
 from zephyr_lite.model.execution import ForwardContext, Layer
 from zephyr_lite.ops import dispatch
-from zephyr_lite.ops.attention import SegmentTable, segment_starts
 from zephyr_lite.ops.dropout import DropoutKey
 from zephyr_lite.ops.lora import LinearGroup, LoraPair
 from zephyr_lite.ops.rms_norm import Norm
+from zephyr_lite.ops.segments import SegmentTable, segment_starts
 
 TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, SIZE = 256, 4096, 14336, 32, 8, 128
 DTYPE = torch.bfloat16

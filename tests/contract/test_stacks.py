@@ -19,7 +19,7 @@ from zephyr_lite.model.chain import check_stack
 from zephyr_lite.model.compose import compose
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
-from zephyr_lite.train.setup import adapters_below
+from zephyr_lite.train.below import adapters_below
 
 MODULES = [f"model.layers.{layer}.mlp.{leaf}" for layer in range(2) for leaf in ("gate_proj", "up_proj")]
 SFT_CARD = "---\ntags: [trl, sft]\n---\nThis model is a fine-tuned version of [org/Base-7B](https://huggingface.co/x)."

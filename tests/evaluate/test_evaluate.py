@@ -21,7 +21,8 @@ from zephyr_lite.evaluate.likelihood import evaluate_loss, evaluate_preference, 
 from zephyr_lite.evaluate.rows import held_out
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.loaded import open_live
-from zephyr_lite.monitor.report import read_source, run_page
+from zephyr_lite.monitor.records import read_source
+from zephyr_lite.monitor.report import run_page
 from zephyr_lite.train import general as train_general
 
 SMALL = "max_steps=3 lora_r=4 batch_size=4 learning_rate=5e-3 lora_dropout=0 max_length=128 samples=0"

@@ -22,16 +22,9 @@ from tests.contract.test_more_families import FAMILIES, tiny
 from tests.numeric import conversation, live_stack, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
-from zephyr_lite.memory.estimate import (
-    CPU,
-    Device,
-    base_bytes,
-    estimate,
-    kept_per_token,
-    layer_bytes,
-    optimizer_bytes,
-    slab_bytes,
-)
+from zephyr_lite.memory.activations import kept_per_token, layer_bytes
+from zephyr_lite.memory.device import CPU, Device
+from zephyr_lite.memory.estimate import base_bytes, estimate, optimizer_bytes, slab_bytes
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.base import load_base

@@ -22,7 +22,8 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory import earlier, expected, forecast
 from zephyr_lite.memory import machine as machine_file
-from zephyr_lite.memory.estimate import CONTEXT_BYTES, CPU, GIB, estimate
+from zephyr_lite.memory.device import CONTEXT_BYTES, CPU, GIB
+from zephyr_lite.memory.estimate import estimate
 from zephyr_lite.memory.expected import MISTRAL_SHAPE, expected_job
 from zephyr_lite.memory.gpus import CARDS, find_gpu, gpu_of_size
 from zephyr_lite.memory.machine import (

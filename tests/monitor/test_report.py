@@ -27,7 +27,8 @@ from zephyr_lite.monitor.charts import (
     line_chart,
     smoothed,
 )
-from zephyr_lite.monitor.report import MARK, StageRecord, read_source, run_page, side_by_side
+from zephyr_lite.monitor.records import StageRecord, read_source
+from zephyr_lite.monitor.report import MARK, run_page, side_by_side
 from zephyr_lite.monitor.report_writer import ReportWriter
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}

@@ -12,10 +12,11 @@ from torch.autograd import gradcheck
 
 from zephyr_lite.ops import attention as attention_file
 from zephyr_lite.ops import token_logps as token_logps_file
-from zephyr_lite.ops.attention import SegmentTable, attention_backward, attention_forward, segment_starts
+from zephyr_lite.ops.attention import attention_backward, attention_forward
 from zephyr_lite.ops.dropout import DropoutKey, dropout_mask, dropout_scale
 from zephyr_lite.ops.nf4 import dequantize, is_quantized
 from zephyr_lite.ops.rms_norm import rms_norm
+from zephyr_lite.ops.segments import SegmentTable, segment_starts
 from zephyr_lite.ops.token_logps import token_logps
 
 D = torch.float64

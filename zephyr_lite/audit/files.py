@@ -23,7 +23,7 @@ from ..model.chain import chain_of_run
 from ..model.overlap import overlap, same_name, tuned_from
 from ..model.peft_io import CARD, CONFIG_NAME, AdapterFile, fetch_adapter, read_adapter
 from ..monitor.charts import is_number
-from ..monitor.report import json_lines
+from ..monitor.records import json_lines
 from ..train.losses import initial_loss
 
 LN2 = math.log(2)

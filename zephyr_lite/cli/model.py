@@ -226,7 +226,8 @@ def report(
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
     from ..io.atomic import make_folder, write_text
-    from ..monitor.report import MARK, REPORT, read_source, run_page, side_by_side
+    from ..monitor.records import read_source
+    from ..monitor.report import MARK, REPORT, run_page, side_by_side
 
     def name(place: Path | None) -> str:
         whole = (place or Path()).expanduser().absolute()

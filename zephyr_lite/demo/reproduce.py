@@ -22,7 +22,7 @@ from ..io.atomic import write_json
 from ..io.run_dir import StageDir, read_json
 from ..merge.weights import MARK
 from ..model.chain import chain_of_run
-from ..monitor.report import StageRecord
+from ..monitor.records import StageRecord
 from .child import child
 from .smoke import DISK_RESERVE, base_files, speed
 

@@ -25,7 +25,7 @@ from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
 from ..model.sampling import Sampling
 from ..monitor.console import Console
-from ..monitor.report import json_lines
+from ..monitor.records import json_lines
 from ..monitor.report_writer import ReportWriter
 from ..recipe.ultrafeedback import to_pairs
 from ..train.dpo import run_dpo

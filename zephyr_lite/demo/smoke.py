@@ -26,7 +26,7 @@ from ..io.text import duration
 from ..merge.base_files import BaseFiles
 from ..model.chain import chain_of_run
 from ..model.files import fetch_base
-from ..monitor.report import Columns, StageRecord
+from ..monitor.records import Columns, StageRecord
 from ..train.losses import initial_loss
 from . import QUESTIONS
 from .child import child

@@ -23,7 +23,8 @@ from ..model.base_folder import fingerprint
 from ..model.files import TEXT_NAMES, has_text_model, local_folder
 from ..model.peft_io import read_adapter
 from ..monitor.charts import number
-from ..monitor.report import StageRecord, leaves, value_text
+from ..monitor.records import StageRecord
+from ..monitor.report import leaves, value_text
 
 logger = logging.getLogger(__name__)
 

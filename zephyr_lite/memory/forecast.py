@@ -17,7 +17,8 @@ from ..io.text import counted, duration
 from ..model.adapters import check_targets
 from ..model.base import compute_device, compute_dtype
 from ..model.families import Shape
-from .estimate import GIB, MIB, PAGED, in_words
+from .device import GIB, MIB, in_words
+from .estimate import PAGED
 from .expected import (
     KNOWN_DATA,
     MISTRAL,

@@ -22,7 +22,7 @@ from ..config.load import MemorySpec
 from ..errors import UserError
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
-from .estimate import CONTEXT_BYTES, CPU, GIB, Device
+from .device import CONTEXT_BYTES, CPU, GIB, Device
 from .gpus import PROCESSOR, Gpu
 
 # Share of the available main memory that a run may lock for what is offloaded or streamed.

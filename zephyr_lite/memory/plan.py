@@ -18,8 +18,10 @@ from ..config.load import MemorySpec
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
+from .activations import kept_per_token
+from .device import CONTEXT_BYTES, GIB, in_words
 from .earlier import earlier_runs
-from .estimate import CONTEXT_BYTES, GIB, MemoryBreakdown, estimate, in_words, kept_per_token
+from .estimate import MemoryBreakdown, estimate
 from .gpus import PROCESSOR
 from .machine import Machine
 from .speed import step_time

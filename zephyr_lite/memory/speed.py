@@ -11,7 +11,8 @@ from functools import lru_cache
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
-from .estimate import Kind, kept_bytes, optimizer_bytes, slab_bytes
+from .activations import Kind, kept_bytes
+from .estimate import optimizer_bytes, slab_bytes
 from .gpus import Gpu
 from .workload import Workload
 

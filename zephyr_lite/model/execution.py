@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops.attention import SegmentTable
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LinearGroup, LoraPair, cast_adapters
 from ..ops.rms_norm import Norm
+from ..ops.segments import SegmentTable
 from .dequant_buffer import ScratchMode
 from .families import PARENTS, family_of, layer_windows
 

@@ -18,12 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..data.batch import Segment
 from ..errors import UserError
-from ..ops.attention import segment_starts
 from ..ops.dispatch import check_kernels
 from ..ops.dropout import DropoutKey
 from ..ops.lora import LoraPair
 from ..ops.nf4 import is_quantized
 from ..ops.rms_norm import rms_norm
+from ..ops.segments import segment_starts
 from .base_folder import check_family
 from .dequant_buffer import DequantBuffer, ScratchMode
 from .execution import Keep, layer_contexts, layer_of, norm_of

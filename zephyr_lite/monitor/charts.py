@@ -13,7 +13,7 @@ import numpy as np
 from ..config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from .report import StageRecord
+    from .records import StageRecord
 
 WIDTH = 400
 LEFT, RIGHT, TOP, BOTTOM = 46, 390, 8, 191  # edges of the plot

@@ -13,7 +13,7 @@ from ..config.load import load_config
 from ..train.losses import initial_loss
 from ..train.stage import Sample, Stage
 from .console import is_evaluation
-from .report import json_lines
+from .records import json_lines
 
 RECENT = 20  # steps of a recent mean
 FIRST = 10  # first steps that it is compared with

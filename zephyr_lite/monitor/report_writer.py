@@ -12,7 +12,8 @@ import numpy as np
 
 from ..io.atomic import sweep, write_json, write_text
 from ..train.stage import Metrics, Observer, Outcome, Sample
-from .report import LENGTHS, REPORT, read_source, run_page
+from .records import LENGTHS, read_source
+from .report import REPORT, run_page
 
 if TYPE_CHECKING:
     from ..train.stage import Stage

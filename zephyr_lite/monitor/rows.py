@@ -21,7 +21,7 @@ from ..data.preview import Segment, Token, example_segments
 from ..errors import UserError
 from ..io.text import counted
 from ..memory.forecast import stages_of
-from ..train.setup import open_template
+from ..train.below import open_template
 from ..train.small_data import prepare_parts, settle
 
 # columns left of a line of tokens: the turn's role, and the position of the line's first token

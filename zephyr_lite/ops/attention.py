@@ -16,69 +16,19 @@ computes is one of PyTorch's kernels (``backend``):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .segments import SegmentTable, gathered, scattered
+
 Backend = Literal["flash", "efficient", "cpu", "plain"]
 _AT_ONCE = 2**24  # scores of a head that are masked at once
 _CAUSAL_FROM_BOTTOM_RIGHT = 2  # what the memory-efficient kernel calls it
-
-
-@dataclass(frozen=True)
-class SegmentTable:
-    """A segment table made ready for a device: built once a micro-batch, read by every layer.
-
-    Attributes:
-        query_lengths, key_lengths: a number a segment.
-        query_starts, key_starts: [S + 1] where each segment's queries, and its gathered keys, begin.
-        runs: the runs of keys in the order in which they are gathered, or None where that is the identity.
-        window: how many keys back a query sees, itself included; None: all.
-        cu_queries, cu_keys: [S + 1] int32, the starts on the device (``segment_starts``).
-    """
-
-    query_lengths: list[int]
-    key_lengths: list[int]
-    query_starts: list[int]
-    key_starts: list[int]
-    runs: list[tuple[int, int]] | None
-    window: int | None
-    cu_queries: Tensor
-    cu_keys: Tensor
-
-    @cached_property
-    def misaligned(self) -> frozenset[int]:
-        """The segments that the window cuts and that have more keys than queries.
-
-        PyTorch's memory-efficient kernel (2.11 to 2.14) applies the window from the bottom right in its forward pass, but
-        from the top left in its backward pass (kernel_backward.h, "Apply mask"), so that their gradients are wrong.
-        """
-        lengths = enumerate(zip(self.query_lengths, self.key_lengths))
-        return frozenset(i for i, (q, k) in lengths if self.window is not None and q < k and self.window < k)
-
-    @classmethod
-    def build(cls, segments: Sequence[Any], window: int | None, starts: Tensor) -> SegmentTable:
-        """The table of a batch's segments (``data.batch.Segment``), no two of which see the same prefix.
-
-        Args:
-            starts: ``segment_starts`` of them, on the device.
-        """
-        queries = [segment.queries for segment in segments]
-        keys = [segment.keys for segment in segments]
-        begin = list(accumulate(queries, initial=0)), list(accumulate(keys, initial=0))
-        runs = None if keys == queries else [run for segment in segments for run in segment.key_runs()]
-        return cls(queries, keys, *begin, runs, window, *starts)
-
-
-def segment_starts(segments: Sequence[Any]) -> Tensor:
-    """Where each segment's queries, and its gathered keys, begin: [2, S + 1] int32 on the host."""
-    lengths = ([segment.queries for segment in segments], [segment.keys for segment in segments])
-    return torch.tensor([list(accumulate(n, initial=0)) for n in lengths], dtype=torch.int32)
 
 
 def backend(q: Tensor) -> Backend:
@@ -105,7 +55,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
         layout of their own; hand it to ``attention_backward`` as it is.
     """
     kind = backend(q)
-    k, v = _gathered(k, v, table)
+    k, v = gathered(k, v, table)
     if kind == "flash":
         left, right = _window(table)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -175,7 +125,7 @@ def attention_backward(
     """
     kind = backend(q)
     d_q, d_k, d_v = into.split([q.shape[1], k.shape[1], k.shape[1]], dim=1)
-    k, v = _gathered(k, v, table)
+    k, v = gathered(k, v, table)
     if kind == "flash":
         left, right = _window(table)
         none = torch.empty(0, device=q.device)
@@ -246,7 +196,7 @@ def attention_backward(
         if direct:
             return
         d_k, d_v, into = b, c, into[:, q.shape[1] :]
-    d_k, d_v = _scattered(d_k, d_v, table)
+    d_k, d_v = scattered(d_k, d_v, table)
     torch.cat([d_q, d_k, d_v] if kind == "flash" else [d_k, d_v], dim=1, out=into)
 
 
@@ -339,34 +289,6 @@ def _padded(lse: Tensor, lengths: list[int]) -> Tensor:
 def _window(table: SegmentTable) -> tuple[int, int]:
     """FlashAttention counts the keys to the left of a query's own; -1: all."""
     return (-1 if table.window is None or table.window >= max(table.key_lengths) else table.window - 1), 0
-
-
-def _gathered(k: Tensor, v: Tensor, table: SegmentTable) -> tuple[Tensor, Tensor]:
-    """The keys and values of every run, in one launch."""
-    if table.runs is None:
-        return k, v
-    both = torch.cat([x[start:end] for x in (k, v) for start, end in table.runs])
-    return both[: len(both) // 2], both[len(both) // 2 :]
-
-
-def _scattered(d_k: Tensor, d_v: Tensor, table: SegmentTable) -> tuple[Tensor, Tensor]:
-    """The gradients of ``_gathered``, in two launches: the segments' own runs, to which the prefixes' are added. A token is in
-    one prefix at most, so that the sum has an order, unlike an index_add's."""
-    if table.runs is None:
-        return d_k, d_v
-    own, prefixes, done = [], [], 0
-    for (start, end), place in zip(table.runs, accumulate((b - a for a, b in table.runs), initial=0)):
-        if start == done:
-            own.append(slice(place, place + end - start))
-            done = end
-        else:
-            prefixes.append((slice(start, end), slice(place, place + end - start)))
-    result = torch.cat([x[run] for x in (d_k, d_v) for run in own]).unflatten(0, (2, done))
-    torch._foreach_add_(
-        [part[rows] for part in result for rows, _ in prefixes],
-        [x[run] for x in (d_k, d_v) for _, run in prefixes],
-    )
-    return result[0], result[1]
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
+from ..memory.device import in_words
 from ..memory.earlier import add_run
-from ..memory.estimate import in_words
 from ..memory.machine import THE_CPU, peak_memory
 from ..model.compose import compose
 from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter

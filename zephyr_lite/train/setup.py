@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import uuid
 from contextlib import suppress
@@ -17,17 +16,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
-from ..data.chat_template import ChatTemplate, find_template, resolve_template
 from ..data.dataset import TokenizedDataset
-from ..data.sources import local_path
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.run_dir import (
     FORMAT,
-    STAGE_FILE,
     StageDir,
     check_rendering,
-    checked,
     stages_of,
     text_sha256,
     tokenizer_sha256,
@@ -39,14 +34,14 @@ from ..memory.needs import needs_lines
 from ..memory.plan import Plan, make_plan
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
-from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base, load_tokenizer
-from ..model.base_folder import check_length, check_weights, empty_model, is_fingerprint_of, read_model_config
+from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base
+from ..model.base_folder import check_length, check_weights, empty_model, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
-from ..model.files import named_folder
-from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
+from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary
 from ..ops.dispatch import check_kernels
+from .below import adapters_below, check_paths, check_trained_on, stage_of, template_of
 from .distributed import world
 from .optim import make_scheduler
 from .resume import Comparison, StageComplete, kept_plan, machine_now, now, versions
@@ -94,13 +89,13 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     if config.engine == "fused":
         check_targets(config.lora_target_modules, base_config)
-    stages = [_stage_of(adapter) for adapter in frozen]
+    stages = [stage_of(adapter) for adapter in frozen]
     below = stages[-1] if stages else None
 
     def check_base() -> None:
         fetch_base(config.model_name_or_path, config.model_revision)
         check_weights(folder, base_config)
-        _check_trained_on(folder, frozen, stages)
+        check_trained_on(folder, frozen, stages)
         compared.model(folder, frozen)
 
     here = any(folder.glob("*.safetensors"))
@@ -226,16 +221,6 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     )
 
 
-def check_paths(config: RunConfig) -> None:
-    """Raise a UserError for a file or folder that is not there, before anything is printed or downloaded."""
-    for spec in (*config.dataset, *config.eval_dataset):
-        local_path(spec)
-    named_folder("model", config.model_name_or_path)
-    for name in () if config.adapters == "none" else config.adapters:
-        named_folder("adapter", name)
-    find_template(config.chat_template)
-
-
 def _check_settings(config: RunConfig) -> None:
     """Refuse values that can be known to be wrong before anything is read."""
     make_scheduler(config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 10)
@@ -248,80 +233,6 @@ def _check_settings(config: RunConfig) -> None:
             validate_repo_id(config.push_to_hub)
         except HFValidationError as error:
             raise UserError(f"push_to_hub {config.push_to_hub}: {error}", "Set push_to_hub=OWNER/NAME.") from None
-
-
-def adapters_below(method: Method, config: RunConfig, stage: StageDir) -> list[AdapterFile]:
-    """The adapters below this stage, read and verified: those of the key ``adapters``, or dpo's stage sft."""
-    if config.adapters == "none":
-        return []
-    if not config.adapters and method == "sft":
-        return []
-    from ..model.chain import chain_of_run, check_stack
-
-    if config.adapters:
-        adapters = [read_adapter(fetch_adapter(name, beside=[CARD])) for name in config.adapters]
-        for note in check_stack(adapters, config.model_name_or_path):
-            logger.warning(note)
-        return adapters
-    if not StageDir(stage.run / "sft").complete():
-        raise UserError(
-            f"{stage.run}: has no finished stage sft, so there is nothing for dpo to start from.",
-            "Run `zephyr-lite sft` first, name an SFT adapter (adapters=[FOLDER]), or set adapters=none to train on the "
-            "base itself.",
-        )
-    adapters = chain_of_run(stage.run, stage="sft").adapters
-    start = "the reference is" if config.needs_reference else "training starts from"
-    logger.info(f"{start} the base with {', '.join(str(a.path) for a in adapters)}")
-    return adapters
-
-
-def _stage_of(adapter: AdapterFile) -> dict[str, Any] | None:
-    """stage.json of the stage that trained an adapter; None where that is another tool's."""
-    stage = StageDir(adapter.path.parent)
-    info = stage.info() if adapter.path.name in ("adapter", "delta") else None
-    return None if info is None else checked(info, stage.path / STAGE_FILE, needs=("base.fingerprint",))
-
-
-def _check_trained_on(folder: Path, frozen: list[AdapterFile], stages: list[dict[str, Any] | None]) -> None:
-    """Raise a UserError if an adapter was trained on another base than the one in ``folder``."""
-    for adapter, info in zip(frozen, stages):
-        if info is not None and not is_fingerprint_of(info["base"]["fingerprint"], folder):
-            raise UserError(
-                f"adapter {adapter.path}: was trained on another model than {folder}.",
-                "Give the folder of that model: model_name_or_path=FOLDER.",
-            )
-
-
-def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:
-    """The chat template of a run. ``auto`` is that of the adapter below if it was saved with one, else the base's.
-
-    Args:
-        time: when the stage began, for a template that writes the date; None: now.
-    """
-    now = datetime.datetime.fromisoformat(time) if time else None
-    if config.chat_template == "auto":
-        for adapter in reversed(frozen):
-            # a stage keeps its tokenizer in adapter/, beside delta/
-            for candidate in (adapter.path, adapter.path.parent / "adapter"):
-                if (candidate / "tokenizer_config.json").is_file():
-                    return resolve_template("auto", load_tokenizer(candidate), now)
-    return resolve_template(config.chat_template, load_tokenizer(folder), now)
-
-
-def open_template(method: Method, config: RunConfig) -> tuple[ChatTemplate, Any, list[str]]:
-    """(the chat template, the base's configuration, notes) of a run, for commands that look at its rows before it begins."""
-    check_paths(config)
-    folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
-    base_config: Any = read_model_config(folder, any_family=True)
-    stage, notes = StageDir(Path(config.output_dir) / config.stage), []
-    frozen: list[AdapterFile] = []
-    if method == "dpo" and config.adapters == [] and not StageDir(stage.run / "sft").complete():
-        notes.append(f"{stage.run} has no finished stage sft yet: chat_template auto is looked for in the base")
-    else:
-        frozen = adapters_below(method, config, stage)
-    template = template_of(config, folder, frozen)
-    check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
-    return template, base_config, notes
 
 
 def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | None) -> None:

@@ -16,9 +16,10 @@ from ..errors import UserError
 from ..io.text import counted
 from ..memory.workload import AdapterSpec
 from ..model.families import Shape
+from .below import open_template
 from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update
-from .setup import open_template, setup_stage
+from .setup import setup_stage
 from .sft import SftObjective
 from .small_data import STEPS, WIDTH, prepare_parts, settle
 from .stage import Objective

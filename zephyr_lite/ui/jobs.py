@@ -21,7 +21,9 @@ from ..config.resolve import resolve_run
 from ..errors import UserError
 from ..io.atomic import LOCK_FILE, make_folder
 from ..io.run_dir import STAGE_FILE, StageDir
-from ..monitor.report import REPORT, Columns, StageRecord, number
+from ..monitor.charts import number
+from ..monitor.records import Columns, StageRecord
+from ..monitor.report import REPORT
 
 RUNS = Path("runs")  # with all runs of the page
 KEYS = (

@@ -14,7 +14,7 @@ import pandas as pd
 from ..config.load import preset_configs
 from ..errors import UserError
 from ..memory.gpus import CARDS, Gpu
-from ..monitor.report import Columns
+from ..monitor.records import Columns
 from . import jobs
 from .jobs import error_html, errors_on_page, words_of
 from .rows import read_rows, show_row, upload
