@@ -40,7 +40,7 @@ START_TOLERANCE = {"live": 1e-6, "cached": 5e-2}
 
 
 class PairTotals(NamedTuple):
-    """What the losses of a step are divided by: its pairs, and the supervised tokens of their chosen responses."""
+    """The denominators of a step's losses: the number of its pairs, and of the supervised tokens of their chosen responses."""
 
     pairs: int
     chosen_tokens: int
