@@ -17,7 +17,6 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
     dpo_words,
     files_of_runs,
     finished,
-    invoke,
     refused,
     runs,
     sft_words,
