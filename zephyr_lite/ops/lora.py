@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .dropout import DropoutKey, add_dropped_, drop
+from .int8 import Int8Matrix, int8_mm, quantize_rows
 
-Parts = Iterable[tuple[int, Tensor]]
+Parts = Iterable[tuple[int, Tensor | Int8Matrix]]
 # bitsandbytes' 8-bit optimizers scale blocks of 256 numbers, to which an adapter's matrices are aligned in its buffer, and
 # keep 32 bits for tensors of less than 4,096
 ALIGNMENT, SMALL = 256, 4096
@@ -82,6 +83,19 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class Int8Site:
+    """What the int8 products of a site's frozen matrices need beside them; the same for the whole run.
+
+    Attributes:
+        outliers: [R], the channels of x that stay in the compute dtype.
+        scales: float32 scales of each matrix: of its rows, and of its columns, which are the rows in the backward pass.
+    """
+
+    outliers: Tensor
+    scales: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class LinearGroup:
     """Projections that read the same input.
 
@@ -91,6 +105,8 @@ class LinearGroup:
         outs: out_j.
         stack: the adapters.
         dropout: for the adapters marked with ``dropout``; None: there is none.
+        int8: the matrices' products are in int8; None: in the compute dtype.
+        peaks: [in], which ``project`` raises to the largest absolute value of each channel of x; None: it does not.
     """
 
     weights: tuple[Tensor, ...]
@@ -98,6 +114,8 @@ class LinearGroup:
     outs: tuple[int, ...]
     stack: tuple[LoraPair, ...]
     dropout: DropoutKey | None = None
+    int8: Int8Site | None = None
+    peaks: Tensor | None = None
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -234,7 +252,15 @@ def project(
         [T, Σ out] in x's dtype: `out`, or a new tensor.
     """
     y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device) if out is None else out
+    if site.peaks is not None:
+        torch.maximum(site.peaks, x.abs().amax(0), out=site.peaks)
+    codes = None if site.int8 is None else quantize_rows(x, site.int8.outliers)
     for start, weight in parts:
+        if codes is not None:
+            assert isinstance(weight, Int8Matrix)
+            int8_mm(codes, weight, y[:, start : start + weight.codes.shape[0]], add=add)
+            continue
+        assert isinstance(weight, Tensor)
         columns = slice(start, start + weight.shape[0])
         if add:
             y[:, columns].addmm_(x, weight.T)
@@ -286,6 +312,12 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
     """
     result = None
     for start, weight in parts:
+        if isinstance(weight, Int8Matrix):
+            codes = quantize_rows(grad[:, start : start + weight.codes.shape[1]])
+            add = result is not None
+            result = grad.new_empty(grad.shape[0], weight.codes.shape[0]) if result is None else result
+            int8_mm(codes, weight, result, add=add)
+            continue
         d_y = grad[:, start : start + weight.shape[0]]
         result = d_y @ weight if result is None else result.addmm_(d_y, weight)
     assert result is not None
