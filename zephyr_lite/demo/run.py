@@ -14,16 +14,16 @@ from typing import Any
 from rich.table import Column, Table
 
 from ..chat import load_chat
+from ..chat.generate import Sampling
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
 from ..data.dataset import prepare
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss
-from ..io.atomic import alone, file_aside, make_folder, sweep, write_json
+from ..io.atomic import alone, file_aside, sweep, write_json
 from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..model.sampling import Sampling
 from ..monitor.console import Console
 from ..monitor.records import json_lines
 from ..monitor.report_writer import ReportWriter
@@ -91,7 +91,7 @@ def run_demo(
             logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
 
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         folder = base or demo_base()
         sweep(out)
@@ -122,7 +122,7 @@ def run_demo(
 
 def _write_data(folder: Path) -> None:
     """Files to train on and held out: conversations, and pairs of the best mean score against a random other one."""
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     for part, chats, feedback in (("train", CONVERSATIONS, FEEDBACK), ("test", CONVERSATIONS_TEST, FEEDBACK_TEST)):
         pairs, counts = to_pairs(json_lines(feedback), seed=42)

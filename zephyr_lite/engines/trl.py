@@ -33,9 +33,8 @@ from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
 from ..memory.machine import reset_peak_memory
 from ..model.adapters import AdapterStack
-from ..model.compose import compose
 from ..model.families import FAMILIES
-from ..model.peft_io import LoraWeights, read_adapter
+from ..model.peft_io import LoraWeights, compose, read_adapter
 from ..train.callbacks import open_wandb
 from ..train.checkpoint import resume_point
 from ..train.loop import OnMetrics, interrupted

@@ -15,14 +15,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Interrupted
 from ..io.interrupts import StopRequest
 from ..io.logging import Output, output_fault
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
-from ..model.adapters import total_norm
 from .checkpoint import MetricsLog, restore_best, resume, save
 from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
@@ -239,7 +238,7 @@ def update(state: TrainState, metrics: Metrics) -> bool:
 
 
 def gradient_norm(state: TrainState) -> Tensor:
-    return total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+    return nn.utils.get_total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
 
 
 def zero_gradients(state: TrainState) -> None:

@@ -18,10 +18,8 @@ from ..errors import Interrupted, UserError
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
 from ..memory.device import in_words
-from ..memory.earlier import add_run
-from ..memory.machine import THE_CPU, peak_memory
-from ..model.compose import compose
-from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
+from ..memory.machine import THE_CPU, add_run, peak_memory
+from ..model.peft_io import LoraWeights, adapter_sha256, compose, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer
 from .distributed import everywhere, world
 from .general import measure_general_loss
