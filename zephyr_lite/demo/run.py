@@ -63,7 +63,6 @@ class DemoResult:
 def run_demo(
     out: Path,
     *,
-    on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
     base: Path | None = None,
     overrides: Sequence[str] = (),
@@ -72,7 +71,7 @@ def run_demo(
 
     Args:
         out: the run's folder; ``out/merged`` is the model. Finished stages are not repeated.
-        on_metrics, observers: of both stages.
+        observers: of both stages.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
 
@@ -86,7 +85,7 @@ def run_demo(
         words = [f"model_name_or_path={folder}", f"output_dir={out}", *data, *overrides]
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
         try:
-            run(loaded, on_metrics=on_metrics, observers=[*observers, ReportWriter()])
+            run(loaded, observers=[*observers, ReportWriter()])
         except StageComplete as done:
             logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
