@@ -225,7 +225,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
-    from ..io.atomic import make_folder, write_text
+    from ..io.atomic import write_text
     from ..monitor.records import read_source
     from ..monitor.report import MARK, REPORT, run_page, side_by_side
 
@@ -244,6 +244,6 @@ def report(
         raise UserError(f"--out {target}: is a folder.", f"Name the file: --out {target / 'report.html'}")
     if target.exists() and MARK.encode() not in target.read_bytes()[:200]:
         raise UserError(f"{target}: exists and is not a report of zephyr-lite.", "Choose another --out.")
-    make_folder(target.absolute().parent)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page)
     console.say(f"{target} ({len(page.encode('utf-8', 'replace')) / 2**10:.0f} KiB); open it in a browser.")

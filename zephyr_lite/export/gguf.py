@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UserError
-from ..io.atomic import bytes_aside, make_folder
+from ..io.atomic import bytes_aside
 from ..io.safetensors import row_blocks
 from ..io.text import read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
@@ -128,7 +128,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
     for part in parts:
         shape = gguf.quant_shape_to_byte_shape(part.shape, part.type)
         writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=part.type)
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     squares = torch.zeros(2, dtype=torch.float64)
     with bytes_aside(out) as aside:
         writer.write_header_to_file(Path(aside.name))

@@ -16,7 +16,7 @@ from secrets import token_hex
 from ..data.chat_template import resolve_template
 from ..data.messages import Message
 from ..errors import UserError
-from ..io.atomic import bytes_aside, check_room, make_folder, remove_tree
+from ..io.atomic import bytes_aside, check_room, remove_tree
 from ..model.tokenizer import load_tokenizer
 from .gguf import GgufReport, check_place, gguf_package, model_folder, write_gguf
 
@@ -63,7 +63,7 @@ def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | 
     quantizer = find_quantizer(llama_quantize)
     folder, out = model_folder(folder), Path(out).expanduser()
     check_place(out, folder)
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
     half = out.with_name(f".{out.name}.{token_hex(4)}")

@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.load import RunConfig
 from ..errors import UserError
 from ..evaluate.results import have_matplotlib
-from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
+from ..io.atomic import bytes_aside, copy_file, write_text
 from ..io.run_dir import StageDir, read_json
 from ..merge.weights import COMPOSED, MARK
 from ..model.base_folder import fingerprint
@@ -100,7 +100,7 @@ def write_card(
     results, pictures = _results(folder, mark, stages)
     drawn = have_matplotlib() if plots is None else plots
     if drawn or pictures:
-        make_folder(folder / PLOTS)
+        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
     named = {}
     for stage in stages if drawn else []:
         if _draw_stage(folder / PLOTS / f"{stage.name}.png", stage):

@@ -20,7 +20,7 @@ from typing import Any
 from ..data.chat_template import ChatTemplate
 from ..data.messages import Message, RowError
 from ..errors import UserError
-from ..io.atomic import make_folder, write_text
+from ..io.atomic import write_text
 from ..model.base_folder import read_model_config
 from ..model.loaded import template_of_folder
 from ..model.tokenizer import load_tokenizer
@@ -179,7 +179,7 @@ def write_modelfile(
     text = "\n".join(lines) + "\n"
     if out.is_dir() or (out.exists() and not overwrite and out.read_text(encoding="utf-8", errors="replace") != text):
         raise UserError(f"{out}: is there already, and says something else.", "Add --overwrite, or name another file.")
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return [
         f"{out}: for {gguf}; answers end at {', '.join(stops)}",

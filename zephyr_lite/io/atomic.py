@@ -163,11 +163,6 @@ def sync_file(path: Path) -> None:
     _flush_folder(path.parent)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents."""
-    path.mkdir(parents=True, exist_ok=True)
-
-
 def remove_folder(path: Path) -> None:
     """Remove a folder; if that is interrupted, no half of it keeps its name.
 

@@ -20,10 +20,13 @@ from bitsandbytes.nn import Params4bit
 
 from ..config.load import MemorySpec
 from ..errors import UserError
+from ..io.atomic import write_json
+from ..io.run_dir import cache_dir, read_json
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
 from .device import CONTEXT_BYTES, CPU, GIB, Device
 from .gpus import PROCESSOR, Gpu
+from .workload import Workload
 
 # Share of the available main memory that a run may lock for what is offloaded or streamed.
 HOST_SHARE = 0.5
@@ -33,6 +36,7 @@ THE_CPU = "the CPU"
 # of each measurement of speed, at least
 SECONDS, CALLS = 0.15, 25
 COPY_BYTES = 128 * 2**20
+RUNS = 5  # the newest ones of a kind whose measured speed corrects the predicted one
 # of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
 TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 
@@ -174,6 +178,24 @@ def _rate(device: torch.device, run: Callable[[], object], amount: float) -> flo
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - started) / repeat)
     return float(f"{amount / min(times):.2g}")
+
+
+def _kind(machine: str, job: Workload) -> str:
+    dtype = str(job.dtype).removeprefix("torch.")
+    return f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}"
+
+
+def earlier_runs(machine: str, job: Workload) -> list[float]:
+    """Measured over predicted speed of the last runs of a base of this size on a machine, oldest first."""
+    return list((read_json(cache_dir() / "measured.json") or {}).get(_kind(machine, job), []))
+
+
+def add_run(machine: str, job: Workload, ratio: float) -> None:
+    """Record a run's measured over predicted speed, in ``measured.json`` in the cache."""
+    file = cache_dir() / "measured.json"
+    found, ratios = read_json(file) or {}, [*earlier_runs(machine, job), round(ratio, 4)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**found, _kind(machine, job): ratios[-RUNS:]})
 
 
 def free_memory(device: torch.device) -> int:

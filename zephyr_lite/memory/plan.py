@@ -20,10 +20,9 @@ from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
 from .activations import kept_per_token
 from .device import CONTEXT_BYTES, GIB, in_words
-from .earlier import earlier_runs
 from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
 from .gpus import PROCESSOR
-from .machine import Machine
+from .machine import Machine, earlier_runs
 from .speed import step_time
 from .workload import AdapterSpec, Workload
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
 from ..io.text import shown
@@ -272,8 +272,3 @@ def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
         name = re.sub(r"[^\w-]", "_", name) or f"adapter{place}"
         names.append(f"{name}_{place}" if name in [*names, "base"] else name)
     return names
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm over all tensors: of the norms of each."""
-    return torch.nn.utils.get_total_norm(tensors)

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
+from ..io.atomic import folder_aside, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
 from ..io.text import shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
@@ -237,7 +237,7 @@ def _load_quantized(
 
     kept, model = quantized_dir(), None
     try:
-        make_folder(kept)
+        kept.mkdir(parents=True, exist_ok=True)
         with FileLock(kept / f".lock-{suffix}"):
             # the base may have had another name when it was made
             own = kept / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"

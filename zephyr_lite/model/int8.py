@@ -8,14 +8,15 @@ rows are packed, and in a resumed run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..ops.dispatch import runs_triton
-from ..ops.int8 import Int8Matrix, outlier_count, requantize, static_scales
+from ..ops.int8 import Int8Matrix, OutlierChannels, largest_channels, outlier_count, requantize, static_scales
 from ..ops.lora import Int8Site, LinearGroup
-from .dequant_buffer import DequantBuffer, scratch_elements, width_of
+from .dequant_buffer import DequantBuffer, ScratchMode, scratch_elements, width_of
 from .execution import layer_of
 
 if TYPE_CHECKING:
@@ -25,18 +26,22 @@ if TYPE_CHECKING:
 
 class Int8Buffer(DequantBuffer):
     """Frozen matrices as int8 codes, [out, in] for the forward pass beside [in, out] for the backward pass: together as many
-    bytes as a matrix has in 16 bits. The weights of outlier channels are in tensors of their own."""
+    bytes as a matrix has in 16 bits. The columns of outlier channels are in tensors of their own."""
+
+    def __init__(self, mode: ScratchMode = "layer") -> None:
+        super().__init__(mode)
+        self._outliers: list[Tensor] = []  # of each site
 
     def parts(
         self, sites: Sequence[LinearGroup], index: int, dtype: torch.dtype, *, backward: bool = False
     ) -> Iterator[tuple[int, Int8Matrix]]:
         site = sites[index]
-        if not self._buffers or self._tails[0].dtype != dtype or self._tails[0].device != site.weights[0].device:
+        if not self._buffers or self._outliers[0].dtype != dtype:
             self._allocate(sites, dtype)
         apart = self.mode == "small" and index >= 2  # gate, up and down are in one place in turn
         if not apart:
             beside = range(len(sites) if self.mode == "layer" else 2)
-            at_once = beside if runs_triton("int8", self._tails[0]) else [index]
+            at_once = beside if runs_triton("int8", self._outliers[0]) else [index]
             self._requantize(sites, [(i, j) for i in at_once for j in range(len(sites[i].outs))], backward)
         for j, columns in enumerate(site.slices):
             if apart:
@@ -48,9 +53,13 @@ class Int8Buffer(DequantBuffer):
         device = sites[0].weights[0].device
         for size in scratch_elements(sites, self.mode):
             self._buffers.append(torch.empty(2 * size, dtype=torch.int8, device=device))
-        self._tails = [
-            torch.empty(sum(site.outs), outlier_count(width_of(site)), dtype=dtype, device=device) for site in sites
-        ]
+        for site in sites:
+            shape = (sum(site.outs), outlier_count(width_of(site)))
+            self._outliers.append(torch.empty(shape, dtype=dtype, device=device))
+
+    def free(self) -> None:
+        super().free()
+        self._outliers = []
 
     def _matrix(self, sites: Sequence[LinearGroup], index: int, projection: int, backward: bool) -> Int8Matrix:
         """The place of a matrix."""
@@ -65,19 +74,22 @@ class Int8Buffer(DequantBuffer):
         size = out * width
         if backward:
             return Int8Matrix(buffer[start + size : start + 2 * size].view(width, out), columns)
-        tail = self._tails[index][site.slices[projection]]
-        return Int8Matrix(buffer[start : start + size].view(out, width), rows, tail)
+        outliers = self._outliers[index][site.slices[projection]]
+        return Int8Matrix(buffer[start : start + size].view(out, width), rows, outliers)
 
     def _requantize(self, sites: Sequence[LinearGroup], wanted: Sequence[tuple[int, int]], backward: bool) -> None:
         """Fill the places of (site, projection), unless they hold these matrices already."""
+        missing: list[tuple[Tensor, Int8Matrix, OutlierChannels | None]] = []
         for index, projection in wanted:
             site, into = sites[index], self._matrix(sites, index, projection, backward)
-            weight, place = site.weights[projection], (into.codes.data_ptr(), backward)
+            weight, place = site.weights[projection], (into.codes.storage_offset(), backward)
             held = self._held.get(place)
             if held is None or held[0] is not weight or held[1] != weight._version:
                 assert site.int8 is not None
-                requantize(weight, into, transposed=backward, outliers=None if backward else site.int8.outliers)
+                missing.append((weight, into, None if backward else site.int8.outliers))
                 self._held[place] = (weight, weight._version)
+        if missing:
+            requantize(missing, self._outliers[0].dtype, transposed=backward)
 
 
 @torch.no_grad()
@@ -99,13 +111,11 @@ def calibrate(decoder: Decoder, batch: Batch) -> None:
     decoder.of_sites = [[{"peaks": each} for each in of_layer] for of_layer in peaks]
     decoder._run(batch, None, "input", (decoder.stack.trainable,))
     decoder.scratch.free()
-    found = []
+    found: list[list[dict[str, Any]]] = []
     for layer, of_layer in zip(layers, peaks):
         if decoder.stream is not None:
             decoder.stream.begin(layer.index, 1)
         found.append([])
         for site, each in zip(layer.sites, of_layer):
-            # a stable order: channels with the same largest value are taken in turn
-            outliers = each.argsort(descending=True, stable=True)[: outlier_count(len(each))].sort().values
-            found[-1].append({"int8": Int8Site(outliers, tuple(map(static_scales, site.weights)))})
+            found[-1].append({"int8": Int8Site(largest_channels(each), tuple(map(static_scales, site.weights)))})
     decoder.of_sites, decoder.scratch = found, Int8Buffer(decoder.scratch.mode)

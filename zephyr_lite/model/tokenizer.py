@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..io.atomic import copy_file, make_folder, write_json, write_text
+from ..io.atomic import copy_file, write_json, write_text
 from ..io.text import read_object, shown
 from .files import again, checked_place
 
@@ -115,7 +115,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
         copy_files(source, out, TOKENIZER_FILES)
         more = source / "additional_chat_templates"
         if more.is_dir():
-            make_folder(out / more.name)
+            (out / more.name).mkdir(parents=True, exist_ok=True)
             copy_files(more, out / more.name, ("*.jinja",))
     else:
         tokenizer.save_pretrained(out)

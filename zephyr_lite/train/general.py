@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..data.batch import collate_conversations
-from ..data.general import general_text
+from ..data.dataset import general_text
 from ..io.run_dir import StageDir
 from .distributed import sum_by_name, world
 from .oom import OomRetry

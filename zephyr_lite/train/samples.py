@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..chat.generate import Chat
+from ..chat.generate import Chat, Sampling
 from ..data.chat_template import Example
 from ..errors import UserError
 from ..model.loaded import LoadedModel
-from ..model.sampling import Sampling
 from .stage import Sample, Stage
 
 logger = logging.getLogger(__name__)

@@ -304,7 +304,7 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], template: Ch
         stream = WeightStreamer(base.model, base.device)
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the other engines attach theirs, to any architecture
-        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths._replace(int8=plan.int8)):
             logger.info(note)
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)

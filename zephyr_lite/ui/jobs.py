@@ -19,7 +19,7 @@ import psutil
 from ..config.load import Method
 from ..config.resolve import resolve_run
 from ..errors import UserError
-from ..io.atomic import LOCK_FILE, make_folder
+from ..io.atomic import LOCK_FILE
 from ..io.run_dir import STAGE_FILE, StageDir
 from ..monitor.charts import number
 from ..monitor.records import Columns, StageRecord
@@ -97,7 +97,7 @@ def start(method: Method, config: str | None, words: list[str]) -> Path:
     stage = StageDir(Path(os.path.relpath(found.output_dir)) / found.stage)
     if stage.run.parent != RUNS:
         raise UserError(f"{stage.run} is not in {RUNS}/, where the page looks for runs.", f"Write {RUNS}/NAME.")
-    make_folder(stage.run)
+    stage.run.mkdir(parents=True, exist_ok=True)
     command = [method, *(["--config", config] if config else []), *words]
     with log_of(stage.path).open("ab") as log:
         log.write(_title(command).encode())
