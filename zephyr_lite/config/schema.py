@@ -361,7 +361,9 @@ class RunConfig(BaseModel):
                 )
         if self.memory.int8 and (self.engine != "fused" or not self.load_in_4bit):
             other = f"engine {self.engine}" if self.engine != "fused" else "load_in_4bit false"
-            raise ValueError(f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit")
+            raise ValueError(
+                f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit"
+            )
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules is empty; name modules, or set all-linear")
         if not self.dataset:

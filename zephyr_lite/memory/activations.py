@@ -166,7 +166,9 @@ def layer_bytes(
         if tiles > 1:  # the whole gradient, the one of the tile before, and its adapters' gradients and their sums
             work += of(s.hidden) + of(s.hidden, rows) + min(2, tiles - 1) * (of_mlp + of_down)
         down = of(down_rank + s.inner + down_rank * (not whole), rows)
-        down += max(products(down_rank, down_trained, s.inner, s.hidden, 1, rows), codes(s.hidden, rows, outliers=False))
+        down += max(
+            products(down_rank, down_trained, s.inner, s.hidden, 1, rows), codes(s.hidden, rows, outliers=False)
+        )
         up = of(mlp_rank + down_rank * (not whole) + s.hidden, rows) + of_down
         trained = of(s.hidden, rows) + products(mlp_rank, mlp_trained, s.hidden, both, in_mlp, rows)
         up += max(trained, codes(s.inner, rows, outliers=False))

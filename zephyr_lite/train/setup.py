@@ -18,8 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.batch import collate_conversations
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import TokenizedDataset
-from ..data.general import general_text
+from ..data.dataset import TokenizedDataset, general_text
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.run_dir import (
