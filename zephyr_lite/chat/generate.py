@@ -160,9 +160,6 @@ class Chat:
             temperature: 0 is greedy.
             adapters: the active adapters; None: all, []: the base alone.
             seed: for sampling.
-
-        Raises:
-            UserError: as ``prompt_ids``.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
@@ -222,11 +219,7 @@ def load_chat(
     base: str | None = None,
     chat_template: str | None = "auto",
 ) -> Chat:
-    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
-
-    Raises:
-        UserError: as ``open_live``.
-    """
+    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run."""
     return Chat(open_live(source, stage=stage, base=base, chat_template=chat_template))
 
 
@@ -266,9 +259,6 @@ class Streamer:
             rows: the settings of each answer, which the model's context may end before its ``max_new_tokens``.
             on_text: called with (row, piece of text) as it is drawn. The pieces together are the answer's text.
             stop: called before every token.
-
-        Raises:
-            UserError: the model computes NaN.
         """
         ends, context = set(self._chat.ends), self._chat.context
         sampler = RowSampler(rows)

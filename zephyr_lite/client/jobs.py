@@ -66,9 +66,6 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
     Args:
         file: a path, or the name of a shipped file.
         options: ``{"key": value}`` or ``{"key.nested": value}``; None leaves the file's value.
-
-    Raises:
-        UserError: the file cannot be read, a key is unknown (with the nearest one), a value does not fit.
     """
     path = find_config(file, "feedback") if file else None
     where = str(path or "the command line")
@@ -110,11 +107,7 @@ def refuse_equal_names(specs: Iterable[EndpointSpec]) -> None:
 
 
 def claim_folder(out: Path, command: str, config: BaseModel) -> None:
-    """Create a job's folder with its config.yaml, or continue the job that is in it.
-
-    Raises:
-        UserError: the folder cannot be created, or holds something else; the configuration holds a secret.
-    """
+    """Create a job's folder with its config.yaml, or continue the job that is in it."""
     first_line = f"# zephyr-lite {command}\n"
     values = config.model_dump(mode="json", exclude_unset=True)
     refuse_secrets(values, "the job's configuration")

@@ -74,9 +74,6 @@ def run_demo(
         observers: of both stages.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
-
-    Raises:
-        UserError: the base is not installed, or ``out`` holds something else.
     """
 
     def train(run: Callable[..., Any], method: Method) -> None:

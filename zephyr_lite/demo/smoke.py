@@ -84,11 +84,7 @@ def smoke_folder(run: Path) -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Empty the folder of an earlier smoke test, and mark it as one.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Empty the folder of an earlier smoke test, and mark it as one."""
     inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
     if inside and not (folder / MARK).is_file():
         raise UserError(

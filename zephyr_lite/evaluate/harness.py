@@ -94,11 +94,7 @@ def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
 
 
 def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
-    """The harness's index of tasks (``TaskManager``), without loading their data.
-
-    Raises:
-        UserError: the harness is not installed, or has no such task; the folder ``include`` does not exist.
-    """
+    """The harness's index of tasks (``TaskManager``), without loading their data."""
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such folder.", "Give a folder with task files (YAML).")
     try:

@@ -49,11 +49,7 @@ class Upload:
 
 
 def check_repo(repo: str) -> None:
-    """Check what can be known before there is anything to upload.
-
-    Raises:
-        UserError: ``repo`` is not OWNER/NAME, there is no token, or the hub is switched off.
-    """
+    """Check what can be known before there is anything to upload."""
     if not _REPO.fullmatch(repo):
         raise UserError(f"{repo}: is not a repository's name.", "Write OWNER/NAME.")
     if constants.HF_HUB_OFFLINE or get_token() is None:
@@ -62,11 +58,7 @@ def check_repo(repo: str) -> None:
 
 
 def prepare(folder: str | Path, repo: str) -> Upload:
-    """Choose the files of a model's or an adapter's folder.
-
-    Raises:
-        UserError: the folder holds neither; a file holds a secret of this machine.
-    """
+    """Choose the files of a model's or an adapter's folder."""
     folder = Path(folder).expanduser()
     found = sorted({path for pattern in _BELONGS for path in folder.glob(pattern)})
     # a link may lead anywhere

@@ -40,11 +40,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text about a run, without secrets (see ``redact``); data is written with ``file_aside``, unchanged.
-
-    Raises:
-        OSError: as ``file_aside``.
-    """
+    """Write a text about a run, without secrets (see ``redact``); data is written with ``file_aside``, unchanged."""
     with bytes_aside(path) as file:
         file.write(redact(text).encode())
 
@@ -129,11 +125,7 @@ def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's content.
-
-    Raises:
-        OSError: it cannot be read or written.
-    """
+    """Copy a file's content."""
     with source.open("rb") as file, bytes_aside(target) as out:
         shutil.copyfileobj(file, out, COPY_CHUNK)
 

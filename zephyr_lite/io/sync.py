@@ -122,11 +122,7 @@ Place = FolderPlace | HubPlace
 
 
 def place_of(sync: str, run: Path) -> Place:
-    """The place that the key ``sync`` names, for copies of ``run``.
-
-    Raises:
-        UserError: it names none, or a folder in the run's own.
-    """
+    """The place that the key ``sync`` names, for copies of ``run``."""
     if sync.startswith("hub:"):
         return HubPlace(sync.removeprefix("hub:"))
     folder, here = Path(sync).expanduser().resolve(), run.resolve()
@@ -321,9 +317,6 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
 
     Args:
         run: a run's folder here.
-
-    Raises:
-        UserError: the place cannot be read.
     """
     place, found = place_of(sync, run), []
     try:
@@ -338,11 +331,7 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
 
 
 def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> None:
-    """Replace a stage here by its copy: its files and the undamaged ones of these folders.
-
-    Raises:
-        UserError: the folder here is not a stage's; all checkpoints or an adapter at the place are damaged.
-    """
+    """Replace a stage here by its copy: its files and the undamaged ones of these folders."""
     if here.path.exists():
         here.claim()
     complete, brought = copy.complete(), []

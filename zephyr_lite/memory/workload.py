@@ -136,9 +136,6 @@ def make_workload(
         frozen: the adapters below.
         folder: of the base, for messages.
         fields: others of ``Workload``, most of all those that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
-
-    Raises:
-        UserError: the base is stored quantized in another way than NF4.
     """
     shape = Shape.of(base_config)
     if "storage" not in fields:

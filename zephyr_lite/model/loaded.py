@@ -63,11 +63,7 @@ class LoadedModel:
         return list(self.models)[max(0, len(self.models) - 2)]
 
     def decoder(self, model: str) -> Decoder:
-        """Log-probabilities of one of the models (families of the fused engine).
-
-        Raises:
-            UserError: an adapter reaches the output head, or another architecture.
-        """
+        """Log-probabilities of one of the models (families of the fused engine)."""
         return Decoder(self.stack, self.dtype, self.models[model])
 
 
@@ -142,9 +138,6 @@ def live_of(chain: Chain, *, chat_template: str | None = None, dtype: Dtype = "a
         chain: base and adapters.
         chat_template: see ``open_live``.
         dtype: the compute dtype, as the configuration's key.
-
-    Raises:
-        UserError: the base's files changed since the stage was trained; an adapter does not fit it.
     """
     for note in chain.notes:
         logger.info(note)
@@ -174,11 +167,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, dtype: Dtype = "a
 
 
 def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) -> ChatTemplate:
-    """The chat template saved in a folder, or the chosen one.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The chat template saved in a folder, or the chosen one."""
     if choice is None and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{folder}: its tokenizer has no chat template.",

@@ -39,11 +39,7 @@ _Groups = list[tuple[str, Sequence[StageRecord], Sequence[str]]]
 
 
 def side_by_side(first: Sequence[StageRecord], second: Sequence[StageRecord]) -> str:
-    """The page of two runs, or of two stages: stages of one name side by side, then the others.
-
-    Raises:
-        UserError: they have no stage in common, or stages of one name have different methods.
-    """
+    """The page of two runs, or of two stages: stages of one name side by side, then the others."""
     pairs = [(one, other) for one in first for other in second if one.name == other.name]
     if len(first) == len(second) == 1:
         pairs = [(first[0], second[0])]

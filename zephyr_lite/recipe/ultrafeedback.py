@@ -297,9 +297,6 @@ def make_pairs(
 
     Returns:
         None: ``out`` is the result of this very request already.
-
-    Raises:
-        UserError: an input is unreadable or of another schema; no pair is left; ``out`` has other contents.
     """
     rules = rules or PairRules()
     if not rules.margin > 0:

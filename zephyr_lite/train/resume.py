@@ -165,9 +165,6 @@ class Comparison:
 
         Returns:
             whether the evaluations so far used other held-out rows.
-
-        Raises:
-            UserError: the rows differ.
         """
         if self.before is None:
             return False
