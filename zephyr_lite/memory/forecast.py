@@ -66,6 +66,8 @@ def forecast_lines(
     basis = "by a short measurement" if card.measured else "by data sheets"
     if plan.earlier_runs:
         basis = f"corrected by {counted(plan.earlier_runs, 'earlier run')} here: {plan.speed_ratio:.2f} of what was predicted"
+    if plan.int8:
+        basis += ", int8 by estimate"
     speed = plan.tokens_per_second
     told = f"{roughly}{speed:,.0f} tokens/s" if speed >= 10 else f"{roughly}{speed:.2g} tokens/s"
     time = f"about {duration(plan.seconds_per_step)} a step ({told} {basis}); the rows are not counted yet"

@@ -83,6 +83,7 @@ class Workload:
     live_reference: bool = False  # a DPO reference runs beside the policy
     mismatched: bool = False  # before a step policy and reference run on as many tokens, without gradients (kto)
     engine: str = "fused"  # fused, trl or unsloth
+    int8: bool = False  # products with the base are in int8
 
     @cached_property
     def trained_tensors(self) -> tuple[int, ...]:
@@ -159,6 +160,7 @@ def make_workload(
         live_reference=method == "dpo" and config.needs_reference and not config.precompute_ref_log_probs,
         mismatched=kind == "kto",
         engine=config.engine,
+        int8=config.memory.int8,
         **fields,
     )
 
