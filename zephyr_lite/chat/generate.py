@@ -122,12 +122,7 @@ class Chat:
     """
 
     def __init__(self, live: LoadedModel) -> None:
-        self.live, self.stack, self.template, self.dtype = live, live.stack, live.template, live.dtype
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters, from the bottom up."""
-        return self.stack.names
+        self.live, self.stack, self.template = live, live.stack, live.template
 
     @property
     def ends(self) -> list[int]:
@@ -204,7 +199,7 @@ class Chat:
             adapters: the active adapters; None: all, []: the base alone.
             stop: called at every token; True ends all answers.
         """
-        names = self.adapters if adapters is None else adapters
+        names = self.stack.names if adapters is None else adapters
         return Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
 
     def decode(self, tokens: list[int]) -> str:

@@ -39,9 +39,10 @@ def merge(
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads. `chat` and `eval` need no merge."""
     from ..export.model_card import CARD, write_card
-    from ..export.push import check_repo, prepare
+    from ..export.push import prepare
     from ..export.push import push as upload
     from ..io.redact import refuse_secrets
+    from ..io.sync import check_repo
     from ..merge.command import run_merge
     from ..merge.weights import MARK
 

@@ -26,16 +26,8 @@ SMOOTHED = {"sigmoid", "robust"}
 OWN_KEYS = {
     "sft": ("neftune_noise_alpha",),
     "dpo": (
-        *(
-            "beta",
-            "loss_type",
-            "loss_weights",
-            "label_smoothing",
-            "simpo_gamma",
-            "desirable_weight",
-            "undesirable_weight",
-        ),
-        "precompute_ref_log_probs",
+        *("beta", "loss_type", "loss_weights", "label_smoothing", "simpo_gamma"),
+        *("desirable_weight", "undesirable_weight", "precompute_ref_log_probs"),
     ),
 }
 # rows to hold out

@@ -57,7 +57,7 @@ class DataReport:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
-        for reason, where in sorted(self.changed.items(), key=_count):
+        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
             result.append(summarise({reason: where}, places))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
@@ -73,7 +73,7 @@ class DataReport:
 
     def dropped_lines(self, places: int | None = _PLACES) -> list[str]:
         """The reasons for which rows were left out, the most frequent first."""
-        dropped = sorted(self.dropped.items(), key=_count)
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         return [f"left out, {summarise({reason: where}, places)}" for reason, where in dropped]
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,10 +84,6 @@ class DataReport:
             for reason, where in getattr(self, key).items():
                 values[key][reason] = {"count": len(where), "first": where[:_PLACES]}
         return values
-
-
-def _count(item: tuple[str, list[str]]) -> int:
-    return -len(item[1])
 
 
 class Examples(Sequence[Any]):

@@ -207,7 +207,7 @@ def _cell(entry: dict[str, Any]) -> str:
 
 def _identity(live: LoadedModel, model: str, settings: HarnessSettings) -> str:
     """Hash of everything that the numbers depend on: weights, template, task files."""
-    parts = [live.base.fingerprint, str(live.base.load_in_4bit), str(live.dtype)]
+    parts = [live.base.fingerprint, str(live.base.load_in_4bit), str(live.base.dtype)]
     if live.chain is not None:
         parts += [adapter.sha256 for adapter in live.chain.adapters[: len(live.models[model])]]
     if settings.chat:

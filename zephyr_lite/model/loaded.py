@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config.load import RunConfig
 from ..config.schema import Dtype
 from ..data.chat_template import ChatTemplate, resolve_template
@@ -49,10 +47,6 @@ class LoadedModel:
     chain: Chain | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
     def policy(self) -> str:
         """The model at the top, which was trained last."""
         return list(self.models)[-1]
@@ -64,7 +58,7 @@ class LoadedModel:
 
     def decoder(self, model: str) -> Decoder:
         """Log-probabilities of one of the models (families of the fused engine)."""
-        return Decoder(self.stack, self.dtype, self.models[model])
+        return Decoder(self.stack, self.base.dtype, self.models[model])
 
 
 def open_live(
