@@ -124,6 +124,14 @@ def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             remove_tree(aside)
 
 
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Create the folder that an option or key names, with a UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}.", f"Choose another {option}.") from None
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content."""
     with source.open("rb") as file, bytes_aside(target) as out:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
-from .atomic import sweep, write_json
+from .atomic import make_folder, sweep, write_json
 from .text import duration, expected, read_object, short
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,7 @@ class StageDir:
                 f"{self.path} exists and is not a stage of a run (it holds {names}).",
                 "Choose another output_dir or stage, or move that folder away.",
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
+        make_folder(self.path, "output_dir")
 
 
 def newest_run(
