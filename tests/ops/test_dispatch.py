@@ -16,18 +16,19 @@ pytest.importorskip("triton")
 from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.ops import dispatch, dropout, dropout_products, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
 from zephyr_lite.train import setup
 
 # with a small vocabulary
 GEMMA = Widths(2560, 10240, 2048, 12, 256, 448, "gelu_pytorch_tanh", norm_offset=True, head_norms=True)
-OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps"}
+OPS = {"nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA]
+    "widths",
+    [Widths(), Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
 )
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
@@ -48,6 +49,9 @@ def zeroed(result):
     ("op", "module", "function"),
     [
         ("nf4", nf4, "_kernel"),
+        ("int8", int8, "_kernel_requantize"),
+        ("int8", int8, "_kernel_quantize"),
+        ("int8", int8, "_kernel_mm"),
         ("rms_norm", rms_norm, "_kernel_forward"),
         ("rms_norm", rms_norm, "_kernel_backward"),
         ("rope", rope, "_kernel"),
@@ -66,7 +70,7 @@ def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypat
     dtype, other = torch.float32, torch.float16
     if op == "dropout_products":  # of 16 bits only
         dtype, other = other, dtype
-    (note,) = check_kernels(DEVICE, dtype)
+    (note,) = check_kernels(DEVICE, dtype, Widths(64, 64, int8=True))
     assert f"kernel {op} is not used in {dtype}" in note and "plain PyTorch" in note
     x = torch.empty(1, device=DEVICE, dtype=dtype)
     assert [o for o in OPS if not runs_triton(o, x)] == [op]
@@ -114,7 +118,7 @@ from zephyr_lite.ops import dispatch
 dispatch.truncates = lambda *args: False  # the interpreter's widening of bfloat16
 from zephyr_lite.model.families import Shape
 from zephyr_lite.memory.expected import MISTRAL_SHAPE
-from zephyr_lite.ops import dropout, dropout_products, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps
 
 class Card:
     def get_current_target(self): return GPUTarget("cuda", capability, 32)
@@ -183,20 +187,32 @@ def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested
     """Every registered kernel is compared above."""
     kernels = {
         name
-        for module in (dropout, dropout_products, nf4, rms_norm, rope, swiglu, token_logps)
+        for module in (dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps)
         for name, value in vars(module).items()
         if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
     }
-    parts = {"_mix32", "hash_tokens", "hash_channels", "zero_dropped", "_dot"}
-    kernels -= parts
-    assert kernels == {
+    launched = {
         "_backward",
         "_dequantize",
         "_drop",
         "_forward",
         "_input",
         "_matrix",
+        "_mm",
         "_product",
+        "_quantize",
+        "_requantize",
         "_rotate",
         "_softmax",
     }
+    parts = {
+        "_add_product",
+        "_dot",
+        "_mix32",
+        "_nearest",
+        "block_values",
+        "hash_channels",
+        "hash_tokens",
+        "zero_dropped",
+    }
+    assert kernels == launched | parts
