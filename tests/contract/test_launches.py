@@ -122,11 +122,12 @@ def mistral(rank, frozen_rank=0, dropout=0.0):
     ("keep", "options", "segments", "forward", "backward"),
     [
         ("all", {"rank": 16}, SFT, 23, 37),
+        ("attention", {"rank": 16}, SFT, 23, 51),
         ("input", {"rank": 16}, SFT, 23, 55),
         ("all", {"rank": 16, "dropout": 0.05}, SFT, 31, 49),
         ("all", {"rank": 128, "frozen_rank": 16}, DPO, 37, 57),
     ],
-    ids=["sft", "sft, keep=input", "sft, dropout", "dpo"],
+    ids=["sft", "sft, keep=attention", "sft, keep=input", "sft, dropout", "dpo"],
 )
 def test_launches_of_a_layer(launches, keep, options, segments, forward, backward):
     layer = mistral(**options)
