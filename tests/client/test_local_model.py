@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.client.test_client import ask_all, records, run
 from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.chat.generate import RowSampler, Sampling
 from zephyr_lite.client import client
 from zephyr_lite.client.client import ModelClient, Request, RequestFailed
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.request_log import Reply
 from zephyr_lite.errors import UserError
 from zephyr_lite.model import loaded
-from zephyr_lite.model.sampling import RowSampler, Sampling
 
 QUESTIONS = [
     "Name three rivers.",

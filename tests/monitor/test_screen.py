@@ -89,7 +89,7 @@ def ran(screen, stage, steps=3, total=10, metrics=STEP):
     screen.on_train_begin(stage, "tokens", total, 0)
     for step in range(1, steps + 1):
         screen.on_step_end(step, metrics)
-        screen.metrics(step, total, metrics)
+        screen.on_log(step, metrics)
 
 
 # -- which screen ------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_a_pipe_gets_lines(tmp_path):
     out = io.StringIO()
     with open_screen(Console(out=out)) as screen:
         ran(screen, stage_of(tmp_path), steps=2)
-        screen.metrics(2, 10, {"eval_loss": 1.0})
+        screen.on_log(2, {"eval_loss": 1.0})
     assert out.getvalue().splitlines() == [
         "step  1/10  loss 1.2500  1,500 tokens/s  18 s left",
         "step  2/10  loss 1.2500  1,500 tokens/s  16 s left",
@@ -138,7 +138,7 @@ def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_pat
         screen.progress.begun -= 6  # three steps in six seconds
         screen.on_sample(0, [SAMPLE])
         screen.on_evaluate(3, {"eval_loss": 1.1})
-        screen.metrics(3, 10, {"eval_loss": 1.1})
+        screen.on_log(3, {"eval_loss": 1.1})
         screen.progress.general_loss = {"before": 2.911, "after": 2.953}
         raise UserError("no room", "make some")
     console.user_error(UserError("no room", "make some"))
@@ -324,7 +324,7 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
         console.say("a row, say")
         print("a library's line")
         ran(screen, stage, steps=1)
-        screen.metrics(1, 10, {"eval_loss": math.nan})
+        screen.on_log(1, {"eval_loss": math.nan})
         screen.on_sample(1, [SAMPLE])
         screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0))
         raise UserError("no room", "make some")
@@ -349,9 +349,10 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
 def test_a_notebook_is_not_flooded(tmp_path):
     out = io.StringIO()
     screen = screens.Screen(Console(out=out), most=screens.NOTEBOOK_LINES)
+    screen.on_train_begin(stage_of(tmp_path), "tokens", 1000, 0)
     for step in range(1, 1001):
-        screen.metrics(step, 1000, STEP)
-    screen.metrics(1000, 1000, {"eval_loss": 1.0})
+        screen.on_log(step, STEP)
+    screen.on_log(1000, {"eval_loss": 1.0})
     lines = out.getvalue().splitlines()
     assert len(lines) == 1 + screens.NOTEBOOK_LINES + 1
     assert lines[0].startswith("step    1/1000") and lines[-1].startswith("step 1000/1000  held-out")

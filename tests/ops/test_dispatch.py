@@ -16,18 +16,19 @@ pytest.importorskip("triton")
 from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, int8, nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
 from zephyr_lite.train import setup
 
 # with a small vocabulary
 GEMMA = Widths(2560, 10240, 2048, 12, 256, 448, "gelu_pytorch_tanh", norm_offset=True, head_norms=True)
-OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
+OPS = {"nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "widths", [Widths(), Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA]
+    "widths",
+    [Widths(), Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
 )
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
@@ -48,6 +49,9 @@ def zeroed(result):
     ("op", "module", "function"),
     [
         ("nf4", nf4, "_kernel"),
+        ("int8", int8, "_kernel_requantize"),
+        ("int8", int8, "_kernel_quantize"),
+        ("int8", int8, "_kernel_mm"),
         ("rms_norm", rms_norm, "_kernel_forward"),
         ("rms_norm", rms_norm, "_kernel_backward"),
         ("rope", rope, "_kernel"),
@@ -60,7 +64,7 @@ def zeroed(result):
 def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypatch):
     kernel = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *a, **k: zeroed(kernel(*a, **k)))
-    (note,) = check_kernels(DEVICE, torch.float32)
+    (note,) = check_kernels(DEVICE, torch.float32, Widths(64, 64, int8=True))
     assert f"kernel {op} is not used in torch.float32" in note and "plain PyTorch" in note
     x = torch.empty(1, device=DEVICE)
     assert [o for o in OPS if not runs_triton(o, x)] == [op]
@@ -106,7 +110,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from zephyr_lite.model.families import Shape
 from zephyr_lite.memory.expected import MISTRAL_SHAPE
-from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, int8, nf4, rms_norm, rope, swiglu, token_logps
 
 class Card:
     def get_current_target(self): return GPUTarget("cuda", capability, 32)
@@ -172,8 +176,19 @@ def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested
     """Every registered kernel is compared above."""
     kernels = {
         name
-        for module in (dropout, nf4, rms_norm, rope, swiglu, token_logps)
+        for module in (dropout, int8, nf4, rms_norm, rope, swiglu, token_logps)
         for name, value in vars(module).items()
         if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
     }
-    assert kernels == {"_backward", "_dequantize", "_drop", "_forward", "_rotate", "_softmax", "_mix32"}
+    launched = {
+        "_backward",
+        "_dequantize",
+        "_drop",
+        "_forward",
+        "_mm",
+        "_quantize",
+        "_requantize",
+        "_rotate",
+        "_softmax",
+    }
+    assert kernels == launched | {"_add_product", "_mix32", "_nearest", "block_values"}

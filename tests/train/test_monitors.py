@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from tests.messages import Logged
 from tests.train.test_train import metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
@@ -161,13 +162,13 @@ def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, 
 
 
 def at_step(step, number):
-    """on_metrics that sends the process a signal when that step is logged."""
+    """An observer that sends the process a signal when that step is logged."""
 
-    def send(found, total, logged):
+    def send(found, logged):
         if found == step and "loss" in logged:
             os.kill(os.getpid(), number)
 
-    return send
+    return Logged(send)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -177,7 +178,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
     with pytest.raises(
         Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"
     ):
-        run_sft(loaded(**options), on_metrics=at_step(3, number))
+        run_sft(loaded(**options), observers=[at_step(3, number)])
     assert signal.getsignal(number) is handler
     assert "finishing the step" in capfd.readouterr().err
     run_sft(loaded(**options))
@@ -201,12 +202,12 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
             run_sft(loaded(**options))
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
 
-    def dies(step, total, logged):  # after the evaluation was logged, before a checkpoint knows of it
+    def dies(step, logged):  # after the evaluation was logged, before a checkpoint knows of it
         if "eval_loss" in logged:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run_sft(loaded(**options), on_metrics=dies)
+        run_sft(loaded(**options), observers=[Logged(dies)])
     assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
     run_sft(loaded(**options))
     run_sft(loaded("other", **options))
@@ -219,14 +220,14 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
 def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, also):
     """``sft | tee log`` and Ctrl-C: tee gets the same signal."""
 
-    def gone(step, total, logged):
+    def gone(step, logged):
         if step == 3:
             if also is not None:
                 os.kill(os.getpid(), also)
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError if also is None else Interrupted):
-        run_sft(loaded(save_steps=100, eval_steps=100), on_metrics=gone)
+        run_sft(loaded(save_steps=100, eval_steps=100), observers=[Logged(gone)])
     assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
 
 
@@ -235,12 +236,12 @@ def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
 
-    def late(step, total, logged):
+    def late(step, logged):
         if step == 6 and "eval_loss" in logged:
             os.kill(os.getpid(), signal.SIGHUP)
 
     with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
-        run_sft(loaded(samples=1, sample_tokens=2), on_metrics=late)
+        run_sft(loaded(samples=1, sample_tokens=2), observers=[Logged(late)])
     stage = StageDir(tmp_path / "run/sft")
     assert stage.complete()
     assert [json.loads(line)["step"] for line in stage.samples.read_text().splitlines()][-1] == 6  # drawn all the same
@@ -255,7 +256,7 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
         )
 
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        run_sft(load("run"), on_metrics=at_step(2, signal.SIGTERM))
+        run_sft(load("run"), observers=[at_step(2, signal.SIGTERM)])
     checkpoint = tmp_path / "run/sft/checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
     run_sft(load("run"))
