@@ -152,7 +152,7 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
 
 def test_a_stage_is_talked_to_on_its_own_base_only(windowed, run, tmp_path):
     chat = load_chat(run / "sft")
-    assert chat.adapters == ["sft"]
+    assert chat.stack.names == ["sft"]
     ours, bare = (chat.ask(["Who are you?"], max_new_tokens=12, adapters=names) for names in (None, []))
     assert ours != bare and ours == chat.ask(["Who are you?"], max_new_tokens=12)
     info = StageDir(run / "sft").info()

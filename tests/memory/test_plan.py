@@ -46,10 +46,12 @@ from zephyr_lite.memory.plan import (
     feasible,
     fitting,
     make_plan,
+    plan_run,
+    run_seconds,
     smaller,
     with_rank,
 )
-from zephyr_lite.memory.speed import attention_operations, step_time
+from zephyr_lite.memory.speed import attention_operations, step_time, token_seconds
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
@@ -130,6 +132,35 @@ def test_no_setting_that_the_search_leaves_out_is_better(size, host):
             found = estimate(job, other, machine.device)
             if found.peak <= budget(job, machine) and sum(found.host.values()) <= machine.host:
                 assert step_time(job, other, machine.card)[0] >= step_time(job, plan, machine.card)[0] * 0.9
+
+
+@pytest.mark.parametrize(
+    ("words", "cached", "said"),
+    [
+        ([], False, "would not save time"),
+        (["num_train_epochs=2"], True, "that makes 2 epochs 16% shorter"),
+        (["num_train_epochs=3"], True, "that makes 3 epochs 21% shorter"),
+        (["num_train_epochs=3", "max_steps=100"], False, "would not save time"),  # of 3,821 an epoch
+        (["num_train_epochs=3", "precompute_ref_log_probs=false"], False, ""),
+        (["precompute_ref_log_probs=true"], True, ""),
+        (["num_train_epochs=3", "engine=trl"], False, ""),
+        (["num_train_epochs=3", "loss_type=orpo"], False, ""),
+        (["num_train_epochs=3", "dataset=some/where"], False, ""),  # nobody knows how many rows
+    ],
+)
+def test_a_reference_is_cached_where_the_run_is_shorter_with_it(words, cached, said):
+    """A value in the configuration wins. The pass that computes it takes as long as a live reference does in one epoch."""
+    config = load_config("dpo", "zephyr-7b/dpo", ["optim=adamw_8bit", *words]).config
+    machine, live = card("3060"), expected_job("dpo", config, MISTRAL_SHAPE, torch.bfloat16)
+    job, plan, why = plan_run(live, machine, FREE, config)
+    assert (job.cached_reference, why != "") == (cached, said != "") and said in why
+    assert job.live_reference == (config.needs_reference and not cached) and plan == make_plan(job, machine, FREE)
+    if cached and live.live_reference:
+        other = make_plan(live, machine, FREE)
+        assert run_seconds(job, plan, machine) < run_seconds(live, other, machine)
+        assert run_seconds(job, plan, machine) > job.run_tokens / plan.tokens_per_second
+        one_epoch = token_seconds(replace(job, epochs=1.0), plan, machine.card)
+        assert one_epoch == pytest.approx(1 / step_time(live, other, machine.card)[1], rel=0.02)
 
 
 # the published sizes, and their billions of parameters (of the multimodal ones without the vision tower)
@@ -655,8 +686,8 @@ def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
     }
     (stage.path / "stage.json").write_text(json.dumps(info))
     seen = []
-    real = forecast.make_plan
-    monkeypatch.setattr(forecast, "make_plan", lambda job, *rest: seen.append(job) or real(job, *rest))
+    real = forecast.plan_run
+    monkeypatch.setattr(forecast, "plan_run", lambda job, *rest: seen.append(job) or real(job, *rest))
     code, out, err = said("dpo", f"output_dir={tmp_path / 'run'}", "max_length=64")
     assert code == 0, err
     assert str(tiny_base) in out.replace("\n    ", "") and "assuming rank" not in out

@@ -105,11 +105,7 @@ _BY_MEMORY = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by its name, spelled as people do ("RTX 4090", "A100 80GB").
-
-    Raises:
-        UserError: it is not known; the message lists those that are.
-    """
+    """A card by its name, spelled as people do ("RTX 4090", "A100 80GB")."""
     plain = "".join(c for c in name.lower() if c.isalnum()).removesuffix("gb").removesuffix("gib")
     for word, known_as in (("nvidia", ""), ("geforce", ""), ("tesla", ""), ("generation", ""), ("dgxspark", "gb10")):
         plain = plain.replace(word, known_as)
