@@ -11,12 +11,11 @@ import torch
 
 from tests.train.test_train import dpo_words, words
 from zephyr_lite.chat import Chat, load_chat
-from zephyr_lite.chat.generate import Drawn, Streamer
+from zephyr_lite.chat.generate import Drawn, Sampling, Streamer
 from zephyr_lite.chat.rows import append_rows, check_file, vote_rows
 from zephyr_lite.chat.session import Session, Settings
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.sampling import Sampling
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

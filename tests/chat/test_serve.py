@@ -14,14 +14,13 @@ import pytest
 import torch
 
 from zephyr_lite.chat import Chat, load_chat
-from zephyr_lite.chat.generate import Streamer
+from zephyr_lite.chat.generate import RowSampler, Streamer
 from zephyr_lite.chat.serve import listen, make_server
 from zephyr_lite.chat.session import Session, Settings
 from zephyr_lite.cli import app as cli
 from zephyr_lite.client.client import ModelClient, Request
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.sampling import RowSampler
 
 HI = [{"role": "user", "content": "Who are you?"}]
 

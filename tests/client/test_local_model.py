@@ -12,10 +12,10 @@ import torch
 
 from tests.client.test_client import ask_all, run
 from zephyr_lite.chat import Chat, load_chat
+from zephyr_lite.chat.generate import RowSampler, Sampling
 from zephyr_lite.client.client import Request, RequestFailed
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.request_log import Reply
-from zephyr_lite.model.sampling import RowSampler, Sampling
 
 QUESTIONS = [
     "Name three rivers.",

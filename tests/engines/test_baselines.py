@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import make_tokenizer
-from tests.messages import messages_to
+from tests.messages import Logged, messages_to
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.chain import chain_of_run
@@ -38,11 +38,11 @@ def settings(method, base, rows, **changes):
 def run(tiny_base, chat_rows, pair_rows, tmp_path):
     """Runs a stage and returns its folder; keyword arguments are configuration keys."""
 
-    def go(method, *, run="run", on_metrics=None, said=None, **changes):
+    def go(method, *, run="run", on_log=None, said=None, **changes):
         file = tmp_path / f"{method}.yaml"
         own = {"engine": "trl", "output_dir": str(tmp_path / run), "load_in_4bit": False, "num_train_epochs": 2}
         file.write_text(settings(method, tiny_base, chat_rows if method == "sft" else pair_rows, **own | changes))
-        options = {"on_metrics": on_metrics} if on_metrics else {}
+        options = {"observers": [Logged(on_log)]} if on_log else {}
         with messages_to(said.append if said is not None else lambda _: None):
             RUN[method](load_config(method, str(file), []), **options)
         return tmp_path / run / method
@@ -152,12 +152,12 @@ def test_a_killed_run_is_resumed(run, method, four_bit):
     class Killed(Exception):
         pass
 
-    def kill(step, total, found):
+    def kill(step, found):
         if step == 4:
             raise Killed
 
     with pytest.raises(Killed):
-        run(method, on_metrics=kill, **keys)
+        run(method, on_log=kill, **keys)
     resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)
     a, b = metrics(resumed), metrics(undisturbed)
     assert [r["step"] for r in a] == [r["step"] for r in b]

@@ -24,6 +24,7 @@ from zephyr_lite.export import model_card as card
 from zephyr_lite.export import push as pushing
 from zephyr_lite.export.model_card import write_card
 from zephyr_lite.export.push import prepare, push
+from zephyr_lite.io import sync
 from zephyr_lite.model.loaded import open_live
 
 SMALL = [
@@ -147,8 +148,8 @@ def test_the_chain_as_one_adapter_is_the_model_and_its_card_serves_it_with_vllm(
 def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, monkeypatch, capsys):
     hub, model = FakeHub(), tmp_path / "m"
     monkeypatch.setattr(pushing, "HfApi", hub)
-    monkeypatch.setattr(pushing, "get_token", lambda: "t")
-    monkeypatch.setattr(pushing.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sync, "get_token", lambda: "t")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     shutil.copytree(place / "my-model", model)
     write_card(model)
     strays = ["checkpoint-2/model.safetensors", "notes.txt", ".env", "optimizer.pt", "plots/x.svg"]
@@ -180,7 +181,7 @@ def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, 
     with pytest.raises(UserError, match="the network is away"):
         push(prepare(model, "me/model"))
     assert len(hub.repos["me/model"]) == 2
-    monkeypatch.setattr(pushing, "get_token", lambda: None)
+    monkeypatch.setattr(sync, "get_token", lambda: None)
     with pytest.raises(UserError, match="no token"):
         push(prepare(model, "me/model"))
 

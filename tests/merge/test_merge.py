@@ -24,9 +24,8 @@ from tests.contract.test_merged import (
 )
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import adapter_only, chain_of_run, merge
-from zephyr_lite.model.compose import compose
 from zephyr_lite.model.loaded import find_chain
-from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
+from zephyr_lite.model.peft_io import LoraWeights, compose, read_adapter, write_adapter
 
 
 def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def ran(screen, stage, steps=3, total=10, metrics=STEP):
     screen.on_train_begin(stage, "tokens", total, 0)
     for step in range(1, steps + 1):
         screen.on_step_end(step, metrics)
-        screen.metrics(step, total, metrics)
+        screen.on_log(step, metrics)
 
 
 # -- which screen ------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_the_panel_shows_the_metrics_and_restores_the_terminal(terminal, tmp_pat
         screen.progress.begun -= 6  # three steps in six seconds
         screen.on_sample(0, [SAMPLE])
         screen.on_evaluate(3, {"eval_loss": 1.1})
-        screen.metrics(3, 10, {"eval_loss": 1.1})
+        screen.on_log(3, {"eval_loss": 1.1})
         screen.progress.general_loss = {"before": 2.911, "after": 2.953}
         raise UserError("no room", "make some")
     console.user_error(UserError("no room", "make some"))
@@ -215,7 +215,7 @@ def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):
         console.say("a row, say")
         print("a library's line")
         ran(screen, stage, steps=1)
-        screen.metrics(1, 10, {"eval_loss": math.nan})
+        screen.on_log(1, {"eval_loss": math.nan})
         screen.on_sample(1, [SAMPLE])
         screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0))
         raise UserError("no room", "make some")

@@ -15,17 +15,20 @@ pytest.importorskip("triton")
 from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, int8, nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
 from zephyr_lite.train import setup
 
 # with a small vocabulary
 GEMMA = Widths(2560, 10240, 2048, 12, 256, 448, "gelu_pytorch_tanh", norm_offset=True, head_norms=True)
-OPS = {"nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
+OPS = {"nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [Widths(1, 1, 1, 1, 2, 1), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA])
+@pytest.mark.parametrize(
+    "widths",
+    [Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
+)
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
     assert check_kernels(DEVICE, dtype, widths) == []
@@ -45,6 +48,9 @@ def zeroed(result):
     ("op", "module", "function"),
     [
         ("nf4", nf4, "_kernel"),
+        ("int8", int8, "_kernel_requantize"),
+        ("int8", int8, "_kernel_quantize"),
+        ("int8", int8, "_kernel_mm"),
         ("rms_norm", rms_norm, "_kernel_forward"),
         ("rms_norm", rms_norm, "_kernel_backward"),
         ("rope", rope, "_kernel"),
@@ -57,7 +63,7 @@ def zeroed(result):
 def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypatch):
     kernel = getattr(module, function)
     monkeypatch.setattr(module, function, lambda *a, **k: zeroed(kernel(*a, **k)))
-    (note,) = check_kernels(DEVICE, torch.float32)
+    (note,) = check_kernels(DEVICE, torch.float32, Widths(64, 64, int8=True))
     assert f"kernel {op} is not used in torch.float32" in note and "plain PyTorch" in note
     x = torch.empty(1, device=DEVICE)
     assert [o for o in OPS if not runs_triton(o, x)] == [op]
@@ -83,7 +89,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from zephyr_lite.model.families import Shape
 from zephyr_lite.memory.expected import MISTRAL_SHAPE
-from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, int8, nf4, rms_norm, rope, swiglu, token_logps
 
 class Card:
     def get_current_target(self): return GPUTarget("cuda", capability, 32)

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from tests.messages import Logged
 from tests.train.test_train import metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
@@ -133,13 +134,13 @@ def test_what_is_no_collapse_is_not_warned_of(healthy):
 
 
 def at_step(step, number):
-    """on_metrics that sends the process a signal when that step is logged."""
+    """An observer that sends the process a signal when that step is logged."""
 
-    def send(found, total, logged):
+    def send(found, logged):
         if found == step and "loss" in logged:
             os.kill(os.getpid(), number)
 
-    return send
+    return Logged(send)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
@@ -149,7 +150,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
     with pytest.raises(
         Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"
     ):
-        run_sft(loaded(**options), on_metrics=at_step(3, number))
+        run_sft(loaded(**options), observers=[at_step(3, number)])
     assert signal.getsignal(number) is handler
     assert "finishing the step" in capfd.readouterr().err
     run_sft(loaded(**options))
@@ -173,12 +174,12 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
             run_sft(loaded(**options))
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
 
-    def dies(step, total, logged):  # after the evaluation was logged, before a checkpoint knows of it
+    def dies(step, logged):  # after the evaluation was logged, before a checkpoint knows of it
         if "eval_loss" in logged:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run_sft(loaded(**options), on_metrics=dies)
+        run_sft(loaded(**options), observers=[Logged(dies)])
     assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
     run_sft(loaded(**options))
     run_sft(loaded("other", **options))
@@ -196,7 +197,7 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
         )
 
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        run_sft(load("run"), on_metrics=at_step(2, signal.SIGTERM))
+        run_sft(load("run"), observers=[at_step(2, signal.SIGTERM)])
     checkpoint = tmp_path / "run/sft/checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
     run_sft(load("run"))

@@ -26,16 +26,8 @@ SMOOTHED = {"sigmoid", "robust"}
 OWN_KEYS = {
     "sft": ("neftune_noise_alpha",),
     "dpo": (
-        *(
-            "beta",
-            "loss_type",
-            "loss_weights",
-            "label_smoothing",
-            "simpo_gamma",
-            "desirable_weight",
-            "undesirable_weight",
-        ),
-        "precompute_ref_log_probs",
+        *("beta", "loss_type", "loss_weights", "label_smoothing", "simpo_gamma"),
+        *("desirable_weight", "undesirable_weight", "precompute_ref_log_probs"),
     ),
 }
 # rows to hold out
@@ -89,6 +81,16 @@ class MemorySpec(BaseModel):
     stream: bool | None = Field(
         None, description="keep the base's layers in RAM and copy each to the GPU just before it runs"
     )
+    compute: Literal["auto", "16bit", "int8"] = Field(
+        "auto",
+        description="products with a 4-bit base: 16bit is the compute dtype; int8 is faster by estimate, and "
+        "[rounds more](numerics.md#int8); auto is 16bit",
+    )
+
+    @property
+    def int8(self) -> bool:
+        """``auto`` is 16bit until int8 has been measured on a card."""
+        return self.compute == "int8"
 
 
 class RunConfig(BaseModel):
@@ -349,6 +351,9 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"memory.{key} has no effect with engine {self.engine}; only memory.keep and memory.micro_tokens do"
                 )
+        if self.memory.int8 and (self.engine != "fused" or not self.load_in_4bit):
+            other = f"engine {self.engine}" if self.engine != "fused" else "load_in_4bit false"
+            raise ValueError(f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit")
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules is empty; name modules, or set all-linear")
         if not self.dataset:

@@ -20,7 +20,7 @@ from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
 from ..config.resolve import resolve_run
 from ..data.sources import open_source
 from ..errors import Interrupted, UserError
-from ..io.atomic import LOCK_FILE, alone, make_folder, remove_tree, write_json, write_text
+from ..io.atomic import LOCK_FILE, alone, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
@@ -84,11 +84,7 @@ def smoke_folder(run: Path) -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Empty the folder of an earlier smoke test, and mark it as one.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Empty the folder of an earlier smoke test, and mark it as one."""
     inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
     if inside and not (folder / MARK).is_file():
         raise UserError(
@@ -98,7 +94,7 @@ def claim(folder: Path) -> None:
     for path in inside:
         remove_tree(path)
     write_json(folder / MARK, {"status": "running"})
-    make_folder(folder / "logs")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
 
 
 def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]) -> list[Part]:

@@ -74,9 +74,6 @@ def decimal(size: int) -> str:
 def counted_rows(method: Method, config: RunConfig) -> list[KnownData | None]:
     """Of each training set the number of rows and their mean tokens: known, or of rows on the disk with ``CHARACTERS`` a token;
     None: neither.
-
-    Raises:
-        UserError: rows on the disk cannot be read.
     """
     found = []
     for spec in config.dataset:
@@ -139,9 +136,6 @@ def assumed_adapter(shape: Shape, config: RunConfig) -> AdapterSpec:
 def adapters_below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
     """(the adapters below, from folders and from the finished SFT stage of a run that was named, or assumed where they are not
     here; notes).
-
-    Raises:
-        UserError: an adapter's folder is missing, or holds no plain LoRA.
     """
     config = loaded.config
     assumed = assumed_adapter(shape, config)

@@ -66,6 +66,8 @@ def forecast_lines(
     basis = "by a short measurement" if card.measured else "by data sheets"
     if plan.earlier_runs:
         basis = f"corrected by {counted(plan.earlier_runs, 'earlier run')} here: {plan.speed_ratio:.2f} of what was predicted"
+    if plan.int8:
+        basis += ", int8 by estimate"
     speed = plan.tokens_per_second
     told = f"{roughly}{speed:,.0f} tokens/s" if speed >= 10 else f"{roughly}{speed:.2g} tokens/s"
     time = f"about {duration(plan.seconds_per_step)} a step ({told} {basis}); the rows are not counted yet"
@@ -148,11 +150,7 @@ def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memo
 def planned_lines(
     method: Method, loaded: Loaded, *, gpu: str | None, vram: str | None, price: float | None, details: bool = False
 ) -> list[str]:
-    """The plan of a configuration on this machine, on a card by name, or on one of the size ``vram``.
-
-    Raises:
-        UserError: an unknown card, a base whose configuration cannot be read; or nothing fits.
-    """
+    """The plan of a configuration on this machine, on a card by name, or on one of the size ``vram``."""
     config = loaded.config
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price {price}: is not a price.", "Give US dollars an hour.")
@@ -200,11 +198,7 @@ def planned_lines(
 
 
 def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, ...], list[str]]:
-    """(the stages named by the first word, or by the configuration file's name or keys; the other words).
-
-    Raises:
-        UserError: the first word is none of sft, dpo and both.
-    """
+    """(the stages named by the first word, or by the configuration file's name or keys; the other words)."""
     meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
     if words and "=" not in words[0] and not words[0].startswith("-"):
         if words[0].lower() not in meant:
@@ -228,9 +222,6 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
     Args:
         words: key=value.
         others: other options of the command, by name; those that are not None are refused.
-
-    Raises:
-        UserError: an option or key that the table fixes.
     """
     fixed = [name for name, value in (others or {}).items() if value is not None]
     keys = (word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in words)

@@ -20,10 +20,9 @@ from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
 from .activations import kept_per_token
 from .device import CONTEXT_BYTES, GIB, in_words
-from .earlier import earlier_runs
-from .estimate import MemoryBreakdown, estimate
+from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
 from .gpus import PROCESSOR
-from .machine import Machine
+from .machine import Machine, earlier_runs
 from .speed import step_time
 from .workload import AdapterSpec, Workload
 
@@ -47,6 +46,8 @@ TIE = 0.002
 WORTH_THE_HOST = 0.04
 # A smaller plan saves at least this share of the transient bytes of the one that did not fit.
 SAVING = 0.1
+# int8 kernels need the tensor cores of this compute capability.
+INT8_CAPABILITY = (7, 5)
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 
@@ -107,6 +108,8 @@ class Plan(ExecutionConfig):
             said.append("gate and up are dequantized twice, in a smaller buffer")
         if self.reference == "own":
             said.append("the reference runs in a pass of its own")
+        if self.int8:
+            said.append("products with the base in int8")
         return said
 
 
@@ -183,7 +186,7 @@ def fitting(
     for count, stream, scratch, reference, tile in product(tokens, streams, scratches, references, tiles):
         if tile is not None and tile >= max(count, job.longest):
             continue
-        setting = ExecutionConfig(count, (), 0, stream, tile, scratch, reference, threads)
+        setting = ExecutionConfig(count, (), 0, stream, tile, scratch, reference, threads, job.int8)
         for first, last, offloads, fewest, many in splits:
             # more layers take less of the device and more of the host
             of = partial(found, setting, first, last, offloads)
@@ -253,6 +256,8 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
         UserError: nothing fits; tells how much is missing, and what would help. (Only memory.host is refused on a CPU and for
             other engines.)
     """
+    if job.int8:
+        _check_int8(job, machine)
     fastest = min(fitting(job, machine, memory), key=lambda found: _cost(job, found[0], machine), default=None)
     if fastest is None and not is_exact(job, machine):
         smallest = fitting(job, machine, memory, most=math.inf, least=True)
@@ -260,6 +265,20 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
     if fastest is None:
         raise _refusal(job, machine, memory)
     return _plan(job, *fastest, machine)
+
+
+def _check_int8(job: Workload, machine: Machine) -> None:
+    """Refuse a run in int8 that the kernels do not serve."""
+    uneven = [f"{name} {width}" for name, (_, width) in job.shape.matrices.items() if width % NF4_BLOCK]
+    if job.storage == "dense":
+        what = "the base is not in 4 bits"
+    elif machine.device.cuda and machine.card.capability < INT8_CAPABILITY:
+        what = f"{machine.name} has compute capability {'.'.join(map(str, machine.card.capability))}; int8 needs 7.5"
+    elif uneven:
+        what = f"inputs of this base are no multiple of {NF4_BLOCK} channels wide ({', '.join(uneven)})"
+    else:
+        return
+    raise UserError(f"memory.compute=int8: {what}.", "Set memory.compute=16bit.")
 
 
 def smaller(

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
+from ..ops.int8 import outlier_count
 from .activations import Kind, kept_bytes
 from .estimate import optimizer_bytes, slab_bytes
 from .gpus import Gpu
@@ -21,6 +22,8 @@ LAUNCHES = {"forward": 70, "backward": 130}
 LAUNCH = 7e-6
 # Attention's operations run at this share of the rate of matrix products.
 ATTENTION_SHARE = 0.6
+# By estimate int8 products reach this share of the card's int8 rate as 16-bit ones reach it of theirs.
+INT8_SHARE = 0.75
 # Share of the memory's rate that kernels reach.
 BANDWIDTH_SHARE = 0.8
 # Matrix products of so many tokens reach half of the card's rate.
@@ -67,11 +70,13 @@ def _seconds(
     # operations a token of a layer on average, by site: of the base and of the adapters (the same again for the gradient of
     # the input), and of the trained adapter's gradients
     products, trained = [], 0.0
+    # operations of the base count as those of 16 bits that take the same time
+    faster = card.int8 * INT8_SHARE if job.int8 else 1.0
     for site in s.family.sites:
         operations = 0.0
         for name in site:
             out, width = s.matrices[name]
-            operations += 2.0 * out * width
+            operations += 2.0 * out * width / faster + job.int8 * 2 * out * outlier_count(width)
             for adapter in job.adapters:
                 for layer in adapter.ranks:
                     narrow = 2 * layer.get(name, 0) * (out + width) / s.layers
@@ -85,6 +90,9 @@ def _seconds(
     heads += heads * bool(s.family.head_norms)
     moved_forward = size * ((6 + 2 * posts) * s.hidden + heads + 3 * s.inner + 2 * dropped)
     moved_backward = size * ((10 + 3 * posts) * s.hidden + heads + 6 * s.inner + 5 * dropped)
+    if job.int8:  # activations and gradients are read once more, and their codes written
+        moved_forward += (size + 1) * sum(s.matrices[site[0]][1] for site in s.family.sites)
+        moved_backward += (size + 1) * sum(out for out, _ in s.matrices.values())
     small = scratch == "small"
     unpacking = memory / (0.53 + size) if card.unpacking is None else card.unpacking * 1e9
     unpacked = 0.0 if job.storage == "dense" else weights / unpacking

@@ -83,6 +83,7 @@ class Workload:
     live_reference: bool = False  # a DPO reference runs beside the policy
     mismatched: bool = False  # before a step policy and reference run on as many tokens, without gradients (kto)
     engine: str = "fused"  # fused, trl or unsloth
+    int8: bool = False  # products with the base are in int8
 
     @cached_property
     def trained_tensors(self) -> tuple[int, ...]:
@@ -136,9 +137,6 @@ def make_workload(
         frozen: the adapters below.
         folder: of the base, for messages.
         fields: others of ``Workload``, most of all those that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
-
-    Raises:
-        UserError: the base is stored quantized in another way than NF4.
     """
     shape = Shape.of(base_config)
     if "storage" not in fields:
@@ -162,6 +160,7 @@ def make_workload(
         live_reference=method == "dpo" and config.needs_reference and not config.precompute_ref_log_probs,
         mismatched=kind == "kto",
         engine=config.engine,
+        int8=config.memory.int8,
         **fields,
     )
 

@@ -9,7 +9,8 @@ of the adapter switched on, and a reference equals its policy to the bit as long
 
 Forward and backward are separate functions, because the decoder layer decides what is kept between them. They read the
 adapters in the compute dtype, as ``cast_adapters`` gives them for one pass of a layer. The frozen matrices come in parts,
-an iterable of (first column of y, W): one part where a site's matrices lie beside each other.
+an iterable of (first column of y, W): one part where a site's matrices lie beside each other. In int8 (``LinearGroup.int8``) it
+is an ``Int8Matrix`` a projection, transposed for ``grad_input``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dropout import DropoutKey, add_dropped_, drop
+from .int8 import OutlierChannels, int8_mm, quantize_rows
 
-Parts = Iterable[tuple[int, Tensor]]
+Parts = Iterable[tuple[int, Any]]
 # bitsandbytes' 8-bit optimizers scale blocks of 256 numbers, to which an adapter's matrices are aligned in its buffer, and
 # keep 32 bits for tensors of less than 4,096
 ALIGNMENT, SMALL = 256, 4096
@@ -82,6 +85,19 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class Int8Site:
+    """What the int8 products of a site's frozen matrices need beside them; the same for the whole run.
+
+    Attributes:
+        outliers: the channels of x that stay in the compute dtype.
+        scales: float32 scales of each matrix: of its rows, and of its columns, which are the rows in the backward pass.
+    """
+
+    outliers: OutlierChannels
+    scales: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class LinearGroup:
     """Projections that read the same input.
 
@@ -91,6 +107,8 @@ class LinearGroup:
         outs: out_j.
         stack: the adapters.
         dropout: for the adapters marked with ``dropout``; None: there is none.
+        int8: the matrices' products are in int8; None: in the compute dtype.
+        peaks: [in], which ``project`` raises to the largest absolute value of each channel of x; None: it does not.
     """
 
     weights: tuple[Tensor, ...]
@@ -98,6 +116,8 @@ class LinearGroup:
     outs: tuple[int, ...]
     stack: tuple[LoraPair, ...]
     dropout: DropoutKey | None = None
+    int8: Int8Site | None = None
+    peaks: Tensor | None = None
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -234,18 +254,26 @@ def project(
         [T, Σ out] in x's dtype: `out`, or a new tensor.
     """
     y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device) if out is None else out
-    for start, weight in parts:
-        columns = slice(start, start + weight.shape[0])
-        if add:
-            y[:, columns].addmm_(x, weight.T)
-        else:
-            torch.mm(x, weight.T, out=y[:, columns])
+    if site.peaks is not None:
+        torch.maximum(site.peaks, x.abs().amax(0), out=site.peaks)
+    on = [pair for pair in zip(site.groups, products) if not pair[0].off]
+    if site.int8 is None:
+        for start, weight in parts:
+            columns = slice(start, start + weight.shape[0])
+            if add:
+                y[:, columns].addmm_(x, weight.T)
+            else:
+                torch.mm(x, weight.T, out=y[:, columns])
+    else:
+        group, product = on.pop(0) if on else (None, x)
+        low_rank = {p: (product[:, c], _scaled_b(pairs)) for p, c, pairs in group.blocks} if group else {}
+        codes = quantize_rows(x, site.int8.outliers)
+        for projection, (start, weight) in enumerate(parts):
+            int8_mm(codes, weight, y[:, start : start + len(weight.codes)], low_rank.get(projection), add=add)
     for bias, columns in zip(site.biases, site.slices):
         if bias is not None:
             y[:, columns] += bias.to(x.dtype)
-    for group, product in zip(site.groups, products):
-        if group.off:
-            continue
+    for group, product in on:
         for projection, columns, pairs in group.blocks:
             y[:, site.slices[projection]].addmm_(product[:, columns], _scaled_b(pairs).T)
     return y
@@ -285,13 +313,24 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
         d_products: of ``grad_low_rank``.
     """
     result = None
-    for start, weight in parts:
-        d_y = grad[:, start : start + weight.shape[0]]
-        result = d_y @ weight if result is None else result.addmm_(d_y, weight)
+    on = [pair for pair in zip(site.groups, d_products) if not pair[0].off]
+    if site.int8 is None:
+        for start, weight in parts:
+            d_y = grad[:, start : start + weight.shape[0]]
+            result = d_y @ weight if result is None else result.addmm_(d_y, weight)
+    else:
+        low_rank = None
+        if on and on[0][0].dropout is None:
+            group, d_product = on.pop(0)
+            low_rank = d_product, group.a().T
+        for start, weight in parts:
+            codes = quantize_rows(grad[:, start : start + weight.codes.shape[1]])
+            if result is None:
+                result = int8_mm(codes, weight, grad.new_empty(len(grad), len(weight.codes)), low_rank)
+            else:
+                int8_mm(codes, weight, result, add=True)
     assert result is not None
-    for group, d_product in zip(site.groups, d_products):
-        if group.off:
-            continue
+    for group, d_product in on:
         a = group.a()
         if group.dropout is None:
             result.addmm_(d_product, a)

@@ -141,6 +141,7 @@ class DpoObjective(Objective):
             template=stage.template.text,
             base={k: v for k, v in stage.base.describe().items() if k not in ("name_or_path", "revision")},
             adapters=[a.sha256 for a in stage.frozen],
+            **({"compute": "int8"} if stage.plan.int8 else {}),
         )
         if cache.load():
             logger.info(f"reference log-probabilities read from {cache.path}")

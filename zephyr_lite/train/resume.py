@@ -28,7 +28,7 @@ from .distributed import world
 
 logger = logging.getLogger(__name__)
 
-# keys that gradients do not depend on
+# keys that gradients do not depend on, memory.compute aside
 ALLOWED = {
     "eval_dataset",
     "eval_steps",
@@ -123,6 +123,9 @@ class Comparison:
         for key in ("dataset", "eval_dataset"):
             defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
             old[key] = [{**defaults, **spec} for spec in old[key] or []]
+        old["memory"] = MemorySpec().model_dump(mode="json") | (old["memory"] or {})
+        if MemorySpec(**old["memory"]).int8 != loaded.config.memory.int8:
+            self.refused.append(f"memory.compute: {old['memory']['compute']} then, {new['memory']['compute']} now")
         for key in {**new, **old}:
             if key == "output_dir" or (key in new and old[key] == new[key]):
                 continue
@@ -165,9 +168,6 @@ class Comparison:
 
         Returns:
             whether the evaluations so far used other held-out rows.
-
-        Raises:
-            UserError: the rows differ.
         """
         if self.before is None:
             return False

@@ -16,7 +16,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
+from ..data.batch import collate_conversations
+from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
+from ..data.general import general_text
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.run_dir import (
@@ -52,6 +55,8 @@ from .steps import step_schedule
 logger = logging.getLogger(__name__)
 # a run of fewer is warned of
 FEW_STEPS = 30
+# int8 is calibrated on one passage of so many
+CALIBRATION_EVERY = 8
 
 
 def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
@@ -149,7 +154,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     # base, adapters
     if writes:
         stage.claim()
-    base, decoder = _load(config, plan, frozen)
+    base, decoder = _load(config, plan, frozen, template)
     stack = decoder.stack
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
@@ -282,7 +287,7 @@ def _largest_share(counted: np.ndarray, lengths: np.ndarray) -> float:
     return float(max((counted[long] / lengths[long]).max(), counted.sum() / lengths.sum()))
 
 
-def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Base, Decoder]:
+def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], template: ChatTemplate) -> tuple[Base, Decoder]:
     """Load the base, attach the adapters, and follow the plan."""
     logger.info(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     cap_allocator(compute_device(), config.memory)
@@ -299,7 +304,7 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         stream = WeightStreamer(base.model, base.device)
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the other engines attach theirs, to any architecture
-        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths._replace(int8=plan.int8)):
             logger.info(note)
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)
@@ -315,6 +320,11 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         keep_freed_pages()
     decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
     decoder.follow(plan)
+    if plan.int8:
+        from ..model.int8 import calibrate
+
+        text = general_text(template, CALIBRATION_EVERY)
+        calibrate(decoder, collate_conversations(list(text.examples)).to(decoder.device))
     return base, decoder
 
 
