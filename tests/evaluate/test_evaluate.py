@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from zephyr_lite.cli.app import run
-from zephyr_lite.data import general
+from zephyr_lite.data.dataset import general_text
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate import likelihood
 from zephyr_lite.evaluate.bootstrap import Bootstrap
@@ -177,7 +177,7 @@ def test_commands_write_what_they_show(trained, capsys, tmp_path):
 def test_every_stage_measures_general_text_before_and_after(trained, live, capsys):
     """In the stages' own passes as the models' plain forward has it, and by the command."""
     sft, dpo = (StageDir(trained / stage).info()["result"]["general_loss"] for stage in ("sft", "dpo"))
-    data = general.general_text(live.template, train_general.CPU_EVERY)
+    data = general_text(live.template, train_general.CPU_EVERY)
     found = {}
     for name, adapters in live.models.items():
         logps = row_logps(likelihood.PlainScorer(live.stack, adapters), data)

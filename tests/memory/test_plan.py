@@ -408,8 +408,8 @@ def test_dpo_is_planned_on_the_run(said, tmp_path, tiny_base, monkeypatch):
     }
     (stage.path / "stage.json").write_text(json.dumps(info))
     seen = []
-    real = forecast.make_plan
-    monkeypatch.setattr(forecast, "make_plan", lambda job, *rest: seen.append(job) or real(job, *rest))
+    real = forecast.plan_run
+    monkeypatch.setattr(forecast, "plan_run", lambda job, *rest: seen.append(job) or real(job, *rest))
     code, out, err = said("dpo", f"output_dir={tmp_path / 'run'}", "max_length=64")
     assert code == 0, err
     assert str(tiny_base) in out.replace("\n    ", "") and "assuming rank" not in out

@@ -61,7 +61,8 @@ def sft_run(tiny_base, chat_rows, tmp_path_factory):
 
 
 def dpo_words(tiny_base, run, pair_rows, **changes):
-    return words(tiny_base, run, pair_rows, **{"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3, **changes})
+    own = {"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3, "precompute_ref_log_probs": False}
+    return words(tiny_base, run, pair_rows, **{**own, **changes})
 
 
 @pytest.fixture
@@ -102,6 +103,25 @@ def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_row
     assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
     assert DpoObjective(stage).cache.path != first.path
+
+
+def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_choice(tiny_base, run, pair_rows, said):
+    def loaded(**changes):
+        changes = {"precompute_ref_log_probs": "auto", "save_steps": 1, **changes}
+        return load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, **changes))
+
+    one = setup_stage("dpo", loaded(num_train_epochs=1), claim=False)
+    assert one.config.precompute_ref_log_probs is False and one.workload.live_reference
+    with killed_at(2):
+        run_dpo(loaded())  # two epochs
+    assert "that makes 2 epochs" in " ".join(" ".join(said).split())
+    assert "precompute_ref_log_probs: true\n" in (run / "dpo" / "config.yaml").read_text()
+    assert len(list((run / "dpo").glob("reference-*.safetensors"))) == 1
+    assert metrics(run / "dpo")[0] == pytest.approx(LN2, abs=1e-4)
+    stage = setup_stage("dpo", loaded())
+    assert stage.config.precompute_ref_log_probs is True and not stage.workload.live_reference
+    with pytest.raises(UserError, match="precompute_ref_log_probs: True then, False now"):
+        setup_stage("dpo", loaded(precompute_ref_log_probs=False))
 
 
 def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
