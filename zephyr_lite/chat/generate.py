@@ -122,12 +122,7 @@ class Chat:
     """
 
     def __init__(self, live: LoadedModel) -> None:
-        self.live, self.stack, self.template, self.dtype = live, live.stack, live.template, live.dtype
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters, from the bottom up."""
-        return self.stack.names
+        self.live, self.stack, self.template = live, live.stack, live.template
 
     @property
     def ends(self) -> list[int]:
@@ -160,9 +155,6 @@ class Chat:
             temperature: 0 is greedy.
             adapters: the active adapters; None: all, []: the base alone.
             seed: for sampling.
-
-        Raises:
-            UserError: as ``prompt_ids``.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
@@ -207,7 +199,7 @@ class Chat:
             adapters: the active adapters; None: all, []: the base alone.
             stop: called at every token; True ends all answers.
         """
-        names = self.adapters if adapters is None else adapters
+        names = self.stack.names if adapters is None else adapters
         return Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
 
     def decode(self, tokens: list[int]) -> str:
@@ -222,11 +214,7 @@ def load_chat(
     base: str | None = None,
     chat_template: str | None = "auto",
 ) -> Chat:
-    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
-
-    Raises:
-        UserError: as ``open_live``.
-    """
+    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run."""
     return Chat(open_live(source, stage=stage, base=base, chat_template=chat_template))
 
 
@@ -266,9 +254,6 @@ class Streamer:
             rows: the settings of each answer, which the model's context may end before its ``max_new_tokens``.
             on_text: called with (row, piece of text) as it is drawn. The pieces together are the answer's text.
             stop: called before every token.
-
-        Raises:
-            UserError: the model computes NaN.
         """
         ends, context = set(self._chat.ends), self._chat.context
         sampler = RowSampler(rows)

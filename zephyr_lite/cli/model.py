@@ -39,9 +39,10 @@ def merge(
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads. `chat` and `eval` need no merge."""
     from ..export.model_card import CARD, write_card
-    from ..export.push import check_repo, prepare
+    from ..export.push import prepare
     from ..export.push import push as upload
     from ..io.redact import refuse_secrets
+    from ..io.sync import check_repo
     from ..merge.command import run_merge
     from ..merge.weights import MARK
 
@@ -186,13 +187,12 @@ def check(
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
     from ..audit.files import Level
     from ..audit.run import audit
-    from ..evaluate.results import claim_folder
-    from ..io.atomic import write_json
+    from ..io.atomic import make_folder, write_json
 
     if out is not None:  # before anything is measured
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
-        claim_folder(out.parent)
+        make_folder(out.parent)
     found = audit(**{name: value for name, value in ctx.params.items() if name != "out"})
     signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
     console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")

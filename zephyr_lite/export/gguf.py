@@ -71,11 +71,7 @@ class _Part:
 
 
 def gguf_package() -> Any:
-    """The ``gguf`` package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The ``gguf`` package."""
     try:
         import gguf
     except ImportError:
@@ -149,11 +145,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
 
 
 def model_folder(folder: str | Path) -> Path:
-    """Check that a folder holds a whole model, and not a run or an adapter.
-
-    Raises:
-        UserError: it has no config.json.
-    """
+    """Check that a folder holds a whole model, and not a run or an adapter."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise UserError(
@@ -182,11 +174,7 @@ def end_ids(folder: Path, config: Any) -> list[int]:
 
 
 def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -> Iterator[_Part]:
-    """Every tensor of the folder, in the order of its bytes.
-
-    Raises:
-        UserError: a weight is missing.
-    """
+    """Every tensor of the folder, in the order of its bytes."""
     types = gguf.GGMLQuantizationType
     wanted = {name for name in empty_model(folder, config).state_dict() if not files.tied or name != "lm_head.weight"}
     if missing := wanted - files.entries.keys():
@@ -208,11 +196,7 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
 
 
 def _check_fixed(folder: Path, config: Any) -> None:
-    """Refuse a configuration that differs from what llama.cpp has in its code, and not in the file.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a configuration that differs from what llama.cpp has in its code, and not in the file."""
     count, fixed = config.num_hidden_layers, dict[str, Any]()
     if config.model_type == "smollm3":
         fixed["no_rope_layers"] = [int(layer % 4 != 3) for layer in range(count)]

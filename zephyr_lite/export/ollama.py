@@ -69,11 +69,7 @@ def _literal(text: str) -> str:
 
 
 def turns_of(template: ChatTemplate) -> Turns:
-    """The parts of a model's chat template, which are compared with what the template renders.
-
-    Raises:
-        UserError: the template is not a sequence of turns, or refuses plain ones.
-    """
+    """The parts of a model's chat template, which are compared with what the template renders."""
     tokenizer, question = template.tokenizer, [{"role": "user", "content": "a question"}]
     try:
         # Phi's templates write eos after the last turn, unless an answer follows
@@ -197,9 +193,6 @@ def _server_adds_bos(gguf: Path, folder: Path, tokenizer: Any, template: str | N
 
     Args:
         template: the expected chat template; None: another one was asked for.
-
-    Raises:
-        UserError: the file does not exist, or has another tokenizer or template than the folder.
     """
     try:
         fields = {key: field.contents() for key, field in gguf_package().GGUFReader(gguf).fields.items()}

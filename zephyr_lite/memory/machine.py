@@ -68,9 +68,6 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
         memory: ``vram`` caps the free memory to that of a card of this size (less its context; on a CPU as it is); ``host``
             is the main memory that may be locked.
         measure: measure the speed; False: it does not matter.
-
-    Raises:
-        UserError: ``vram`` or ``host`` is no size.
     """
     vram = None if memory.vram is None else parse_size(memory.vram, "memory.vram")
     host = None if memory.host is None else parse_size(memory.host, "memory.host")
@@ -130,6 +127,7 @@ def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
         bandwidth=memory,
         pcie=link,
         capability=torch.cuda.get_device_capability(device),
+        int8=4.0 if "GeForce" in properties.name else 2.0,
         share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
         measured=True,
     )
@@ -264,11 +262,7 @@ _UNITS = {"": GIB, "t": 2**40, "g": GIB, "m": 2**20}
 
 
 def parse_size(text: str, what: str) -> int:
-    """Bytes of "8GiB", "7.5 GB", "8" (GiB: a card's GB are powers of two) or "512MiB".
-
-    Raises:
-        UserError: it is no size.
-    """
+    """Bytes of "8GiB", "7.5 GB", "8" (GiB: a card's GB are powers of two) or "512MiB"."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[tgm](?:i?b)?)\s*", str(text).lower())
     if found is None or not float(found[1]):
         raise UserError(f"{what}: {text!r} is no size.", "Write 8GiB, for instance.")

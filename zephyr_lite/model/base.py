@@ -93,11 +93,7 @@ class Base:
 
 
 def compute_device() -> torch.device:
-    """The current CUDA device, or the CPU where there is none.
-
-    Raises:
-        UserError: torch is a ROCm build, whose devices it calls CUDA's.
-    """
+    """The current CUDA device, or the CPU where there is none."""
     if torch.version.hip is not None and torch.cuda.is_available():
         raise UserError(
             f"torch {torch.__version__} is a ROCm build; zephyr-lite supports NVIDIA cards only.",
@@ -283,11 +279,7 @@ def frozen_base(
     double_quant: bool,
     streamed: bool = False,
 ) -> Base:
-    """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer.
-
-    Raises:
-        UserError: there is no tokenizer, or one of another model.
-    """
+    """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer."""
     model.requires_grad_(False)
     model.config.use_cache = False
     tokenizer = load_tokenizer(folder)

@@ -248,9 +248,6 @@ def compose(adapters: Sequence[AdapterFile]) -> dict[str, LoraWeights]:
 
     Returns:
         module name → LoraWeights with scale 1, float32.
-
-    Raises:
-        UserError: two adapters change the same module with different shapes.
     """
     parts: dict[str, list[LoraWeights]] = defaultdict(list)
     for adapter in adapters:
@@ -374,9 +371,6 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, besi
 
     Args:
         beside: patterns of further files to download.
-
-    Raises:
-        UserError: there is no such folder, and no such adapter on the hub, or no access to it.
     """
     if (local := named_folder("adapter", str(name_or_path))) is not None:
         return local

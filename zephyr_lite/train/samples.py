@@ -60,11 +60,7 @@ def draw_samples(stage: Stage, step: int) -> list[Sample]:
 
 
 def _answers(stage: Stage, prompts: list[list[int]]) -> list[str]:
-    """One answer per prompt.
-
-    Raises:
-        UserError: the model's logits are not finite.
-    """
+    """One answer per prompt."""
     stack = stage.stack
     live = LoadedModel(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})
     chat = Chat(live)

@@ -60,11 +60,7 @@ def words_of(*fields: str) -> list[str]:
 
 
 def run_command(*words: str) -> Iterator[str]:
-    """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed.
-
-    Raises:
-        UserError: the command failed, with its own message.
-    """
+    """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed."""
     process = subprocess.Popen(
         [*_PROGRAM, *words],
         stdin=subprocess.DEVNULL,
@@ -87,11 +83,7 @@ def run_command(*words: str) -> Iterator[str]:
 
 
 def start(method: Method, config: str | None, words: list[str]) -> Path:
-    """Start training; returns the stage's folder. The output goes to ``RUN/STAGE.log``, after that of earlier starts.
-
-    Raises:
-        UserError: a wrong key, a folder that is not in runs/, or a process works on a run already.
-    """
+    """Start training; returns the stage's folder. The output goes to ``RUN/STAGE.log``, after that of earlier starts."""
     refuse_while_training()
     found = resolve_run(method, config, words, fetch=False).config
     stage = StageDir(Path(os.path.relpath(found.output_dir)) / found.stage)
