@@ -8,6 +8,7 @@ it adds to is two: it copies first.
 import math
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from zephyr_lite.data.batch import Segment
+from zephyr_lite.memory import speed
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.dequant_buffer import DequantBuffer
 from zephyr_lite.model.execution import ForwardContext, Layer
@@ -122,12 +124,13 @@ def mistral(rank, frozen_rank=0, dropout=0.0):
     ("keep", "options", "segments", "forward", "backward"),
     [
         ("all", {"rank": 16}, SFT, 23, 37),
+        ("attention", {"rank": 16}, SFT, 23, 51),
         ("input", {"rank": 16}, SFT, 23, 55),
         # a sum over the tokens is four, which a launch adds up: one for each site
         ("all", {"rank": 16, "dropout": 0.05}, SFT, 23, 41),
         ("all", {"rank": 128, "frozen_rank": 16}, DPO, 37, 57),
     ],
-    ids=["sft", "sft, keep=input", "sft, dropout", "dpo"],
+    ids=["sft", "sft, keep=attention", "sft, keep=input", "sft, dropout", "dpo"],
 )
 def test_launches_of_a_layer(launches, keep, options, segments, forward, backward):
     layer = mistral(**options)
@@ -149,3 +152,5 @@ def test_launches_of_a_layer(launches, keep, options, segments, forward, backwar
         layer_file._backward(torch.empty_like(x), acts, cast, context, scratch, owned=False, need_x=True)
         second = launches.count
     assert (first.total(), second.total()) == (forward, backward), f"{first}\n{second}"
+    job = SimpleNamespace(adapters=["sft", "dpo"][: 1 + ("frozen_rank" in options)], dropout="dropout" in options)
+    assert speed.launches(job, keep) == (forward, backward), "the cost model counts others"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.contract.test_merged import (
     distance,
-    in_4bit,
     live,
     load,
     logits,
@@ -27,18 +24,8 @@ from tests.contract.test_merged import (
 )
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import adapter_only, chain_of_run, merge
-from zephyr_lite.merge import weights as merging
 from zephyr_lite.model.loaded import find_chain
 from zephyr_lite.model.peft_io import LoraWeights, compose, read_adapter, write_adapter
-
-
-@pytest.mark.parametrize("block", [1, 1000])
-def test_blocks_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    base = make_base(tmp_path / "base")
-    chain = make_chain(base, tmp_path)
-    monkeypatch.setattr(merging, "BLOCK_BYTES", block)
-    merge(base, read(chain), tmp_path / "out", onto="nf4", quant_dtype=torch.float32)
-    assert distance(logits(load(tmp_path / "out")), live(in_4bit(base, True), chain)) < 1e-5
 
 
 def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -166,45 +153,3 @@ def test_newest_run_and_its_last_stage(tmp_path: Path, monkeypatch: pytest.Monke
     stage = tmp_path / "runs" / "new" / "dpo" / "stage.json"
     stage.write_text(json.dumps({**json.loads(stage.read_text()), "status": "running"}))
     assert chain_of_run(tmp_path / "runs" / "new").stage == "sft"
-
-
-def test_missing_runs_and_stages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no run there has a complete stage"):
-        find_chain(None)
-    run = tmp_path / "runs" / "one"
-    make_run(run, make_base(tmp_path / "base"))
-    (tmp_path / "runs" / "other" / "sft").mkdir(parents=True)
-    (tmp_path / "runs" / "other" / "sft" / "stage.json").write_text("{")
-    assert find_chain(None).run == Path("runs/one")  # a broken stage.json of another run does not matter
-    with pytest.raises(UserError, match="no complete stage third"):
-        chain_of_run(run, stage="third")
-    shutil.rmtree(run / "sft" / "adapter")
-    with pytest.raises(UserError, match=r"sft/adapter: no adapter_config\.json there"):
-        chain_of_run(run)
-
-
-@pytest.mark.parametrize("which", ["sft/adapter", "dpo/delta"])
-def test_a_chain_whose_hash_does_not_match_is_refused(tmp_path: Path, which: str) -> None:
-    base = make_base(tmp_path / "base")
-    run = tmp_path / "runs" / "one"
-    make_run(run, base)
-    info = json.loads((run / "dpo" / "stage.json").read_text())
-    trained_on = (info["adapters"][0] if which == "sft/adapter" else info["own"])["sha256"]
-    weights = run / which / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    next(iter(tensors.values()))[0, 0] += 1e-3
-    save_file(tensors, weights)
-    with pytest.raises(UserError, match=trained_on[:12]) as caught:
-        chain_of_run(run)
-    assert which in caught.value.message and read_adapter(run / which).sha256[:12] in caught.value.message
-    assert caught.value.hint
-
-
-def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_base(tmp_path / "base")
-    chain = read(make_chain(base, tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match="are free"):
-        merge(base, chain, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

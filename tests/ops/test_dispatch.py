@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ OPS = {"nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "dropout_products
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "widths",
-    [Widths(), Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
+    [Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
 )
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
@@ -75,26 +74,6 @@ def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypat
     x = torch.empty(1, device=DEVICE, dtype=dtype)
     assert [o for o in OPS if not runs_triton(o, x)] == [op]
     assert runs_triton(op, x.to(other))  # another dtype has its own check
-
-
-def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
-    class Broken:
-        def __getitem__(self, grid):
-            raise RuntimeError("ptxas died\nof something")
-
-    monkeypatch.setattr(swiglu, "_forward", Broken())
-    gate = rand(2, 8)
-    with pytest.raises(RuntimeError, match="ptxas"):
-        swiglu.swiglu_forward(gate, gate)
-    (note,) = check_kernels(DEVICE, torch.float32)
-    assert "swiglu" in note and "RuntimeError: ptxas died" in note and "\n" not in note
-    torch.testing.assert_close(swiglu.swiglu_forward(gate, gate), torch.nn.functional.silu(gate) * gate)
-
-
-def test_the_checks_leave_the_runs_random_numbers_alone():
-    before = torch.get_rng_state()
-    check_kernels(DEVICE, torch.float32)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_processor_and_float64_run_the_twins(monkeypatch):
@@ -187,38 +166,3 @@ def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, t
             rotary=shape.head_dim,
         )
     ]
-
-
-def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested():
-    """Every registered kernel is compared above."""
-    kernels = {
-        name
-        for module in (dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps)
-        for name, value in vars(module).items()
-        if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
-    }
-    launched = {
-        "_backward",
-        "_dequantize",
-        "_drop",
-        "_forward",
-        "_input",
-        "_matrix",
-        "_mm",
-        "_product",
-        "_quantize",
-        "_requantize",
-        "_rotate",
-        "_softmax",
-    }
-    parts = {
-        "_add_product",
-        "_dot",
-        "_mix32",
-        "_nearest",
-        "block_values",
-        "hash_channels",
-        "hash_tokens",
-        "zero_dropped",
-    }
-    assert kernels == launched | parts

@@ -228,8 +228,10 @@ class RunConfig(BaseModel):
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
     desirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label true")
     undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label false")
-    precompute_ref_log_probs: bool = Field(
-        False, description="dpo: compute the reference once, before the first step, and cache it on disk"
+    precompute_ref_log_probs: bool | Literal["auto"] = Field(
+        "auto",
+        description="dpo: compute the reference once, before the first step, and cache it on disk; auto: where that makes the run "
+        "shorter by the plan (with more than one epoch it does)",
     )
     # evaluation, checkpoints, trackers
     eval_steps: int | None = Field(100, ge=1, lt=2**31, description="steps between evaluations; null: at the end only")
@@ -340,7 +342,7 @@ class RunConfig(BaseModel):
             raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
         if self.label_smoothing and not losses.keys() & SMOOTHED:
             raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
-        if self.precompute_ref_log_probs and not self.needs_reference:
+        if self.precompute_ref_log_probs is True and not self.needs_reference:
             raise ValueError(f"precompute_ref_log_probs has no effect on loss_type {name}, which has no reference")
         if self.dtype == "float64" and self.load_in_4bit:
             raise ValueError(
@@ -353,7 +355,9 @@ class RunConfig(BaseModel):
                 )
         if self.memory.int8 and (self.engine != "fused" or not self.load_in_4bit):
             other = f"engine {self.engine}" if self.engine != "fused" else "load_in_4bit false"
-            raise ValueError(f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit")
+            raise ValueError(
+                f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit"
+            )
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules is empty; name modules, or set all-linear")
         if not self.dataset:

@@ -143,7 +143,10 @@ def resident_bytes(job: Workload, stream: bool, scratch: ScratchMode, device: De
     adapters = sum(4 * buffer_numbers(adapter.tensors(job.shape)) for adapter in job.adapters)
     parts = base_bytes(job, stream=stream)
     for name, size in (
-        ("dequantized weights", 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch, job.int8)),
+        (
+            "dequantized weights",
+            0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch, job.int8),
+        ),
         ("int8 scales", job.int8 and int8_bytes(job.shape)),
         ("adapters", adapters),
         ("gradients", 4 * buffer_numbers(job.trained_tensors)),

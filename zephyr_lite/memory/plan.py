@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..config.load import MemorySpec
+from ..config.load import MemorySpec, RunConfig
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
@@ -23,7 +23,7 @@ from .device import CONTEXT_BYTES, GIB, in_words
 from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
 from .gpus import PROCESSOR
 from .machine import Machine, earlier_runs
-from .speed import step_time
+from .speed import step_time, token_seconds
 from .workload import AdapterSpec, Workload
 
 # (more, less): what layers keep where they do not keep alike
@@ -44,6 +44,8 @@ TIE = 0.002
 # How much faster a setting must be to be worth locking main memory: that slows the rest of the machine, and the cost model is
 # from data sheets until a card was measured.
 WORTH_THE_HOST = 0.04
+# How much shorter a run must become for a cached reference: a live one rounds as its policy does.
+WORTH_CACHING = 0.02
 # A smaller plan saves at least this share of the transient bytes of the one that did not fit.
 SAVING = 0.1
 # int8 kernels need the tensor cores of this compute capability.
@@ -265,6 +267,36 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
     if fastest is None:
         raise _refusal(job, machine, memory)
     return _plan(job, *fastest, machine)
+
+
+def plan_run(job: Workload, machine: Machine, memory: MemorySpec, config: RunConfig) -> tuple[Workload, Plan, str]:
+    """The plan of a run; with ``precompute_ref_log_probs: auto`` the shorter one of a run with a live reference and of one that
+    computes it before the first step.
+
+    Returns:
+        the workload that was planned, with either reference; its plan; why it is that reference.
+    """
+    plan = make_plan(job, machine, memory)
+    choose = config.precompute_ref_log_probs == "auto" and job.live_reference and job.engine == "fused"
+    if not choose or not job.epochs:
+        return job, plan, ""
+    cached = replace(job, live_reference=False, cached_reference=True)
+    cached_plan = make_plan(cached, machine, memory)
+    saved = 1 - run_seconds(cached, cached_plan, machine) / run_seconds(job, plan, machine)
+    if saved < WORTH_CACHING:
+        why = "the reference is computed in every step: computing it once, before the first step, would not save time"
+        return job, plan, why
+    why = (
+        f"the reference is computed once, before the first step: that makes {job.epochs:.3g} epochs {saved:.0%} shorter"
+    )
+    return cached, cached_plan, why
+
+
+def run_seconds(job: Workload, plan: Plan, machine: Machine) -> float:
+    """Predicted seconds of all steps, and of the pass that computes a cached reference before them."""
+    assert job.run_tokens is not None
+    with_pass = token_seconds(job, plan, machine.card) * step_time(job, plan, machine.card)[1]
+    return job.run_tokens / max(plan.tokens_per_second, 1e-9) * with_pass
 
 
 def _check_int8(job: Workload, machine: Machine) -> None:

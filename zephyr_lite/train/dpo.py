@@ -54,7 +54,7 @@ class DpoObjective(Objective):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.collapse = DpoCollapseMonitor()
-        self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs else None
+        self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs is True else None
 
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
         return _totals(self.data, examples)

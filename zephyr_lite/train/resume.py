@@ -79,7 +79,8 @@ class Comparison:
     """A stage on the disk, compared with what would resume it. Every difference is one line.
 
     A stage without a checkpoint starts again, with any configuration. Processes other than rank 0 resume what that has
-    written just now, so their configuration is not compared. ``loaded.automatic`` keys take the stage's values.
+    written just now, so their configuration is not compared. ``loaded.automatic`` keys take the stage's values, and so does
+    ``precompute_ref_log_probs: auto``.
 
     Attributes:
         before: stage.json of a stage that can be resumed or is complete, or None.
@@ -116,6 +117,8 @@ class Comparison:
         old = RunConfig.model_construct().model_dump(mode="json") | (DPO_DEFAULTS if method == "dpo" else {})
         old |= read_yaml(stage.config)
         kept = {key: old[key] for key in loaded.automatic}
+        if loaded.config.precompute_ref_log_probs == "auto":
+            kept["precompute_ref_log_probs"] = old["precompute_ref_log_probs"]
         self.config = loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **kept})
         if not main:
             return

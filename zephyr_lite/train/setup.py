@@ -18,8 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.batch import collate_conversations
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import TokenizedDataset
-from ..data.general import general_text
+from ..data.dataset import TokenizedDataset, general_text
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.run_dir import (
@@ -34,7 +33,7 @@ from ..io.text import counted
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.needs import needs_lines
-from ..memory.plan import Plan, make_plan
+from ..memory.plan import Plan, plan_run
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base
@@ -144,8 +143,10 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
         machine = this_machine(device, dtype, config.memory)
-        plan = make_plan(workload, machine, config.memory)
-        for line in forecast_lines(workload, machine, plan, config):
+        workload, plan, reference = plan_run(workload, machine, config.memory, config)
+        if method == "dpo":
+            loaded.config = config = config.model_copy(update={"precompute_ref_log_probs": workload.cached_reference})
+        for line in forecast_lines(workload, machine, plan, config, reference=reference):
             logger.info(line)
     torch.set_num_threads(plan.threads)
     if not weights_first:
@@ -259,7 +260,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
     """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
     data = parts[0]
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
-    _, steps = step_schedule(config, len(rows))
+    per_epoch, steps = step_schedule(config, len(rows))
     in_a_step = min(config.batch_size, len(rows)) * rows.mean()
     columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids"]
     table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
@@ -270,6 +271,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
         "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
         "run_tokens": int(steps * in_a_step),
         "steps": steps,
+        "epochs": steps / per_epoch,
         "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else data.answers().sum(1).mean()))),
         "targets": _largest_share(table["supervised"].to_numpy(), lengths),
     }
