@@ -1,6 +1,5 @@
 """The benches run, and count what they should. What they measure here means nothing."""
 
-import json
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
-from bench import compare, learning_rate, mistral, rows
+from bench import mistral, rows
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.data.dataset import prepare
@@ -17,29 +16,6 @@ from zephyr_lite.model.base import load_tokenizer
 from zephyr_lite.train.steps import rows_of_step
 
 CPU = torch.device("cpu")
-
-
-# -- engines side by side on a CPU -----------------------------------------------------------------------------------
-
-
-def test_tiny(tmp_path, capsys):
-    out = tmp_path / "compare.json"
-    compare.main(["--tiny", "--sweep", "--out", str(out)])
-    results = json.loads(out.read_text())
-    found = {method: results[method]["variants"] for method in ("sft", "dpo")}
-    assert list(found["sft"]) == ["fused", "trl", "trl recompute", "trl padded"]
-    assert set(found["dpo"]) >= {"fused live", "fused cached", "trl live", "trl live recompute", "trl cached"}
-    for variants in found.values():
-        tokens = [v["tokens"] for v in variants.values()]
-        assert len(tokens[0]) == 2 and all(t == tokens[0][: len(t)] for t in tokens)  # the same rows in the same rounds
-    # medians of quotients: of the sign of what was measured, and no more can be said of a tiny model
-    assert results["sft"]["ratios"].keys() == {f"fused over {best}" for best in [_fastest(found["sft"])]}
-    printed = capsys.readouterr().out
-    assert "tokens/s" in printed and "fused cached over trl live" in printed
-
-
-def _fastest(variants):
-    return min((v for v in variants if v.startswith("trl")), key=lambda name: variants[name]["seconds"][0])
 
 
 # -- the random Mistral, and rows of real lengths ---------------------------------------------------------------------
@@ -110,22 +86,3 @@ def test_rows_have_the_lengths_of_the_real_ones(random_base, tmp_path):
 # -- bench.gpu -------------------------------------------------------------------------------------------------------
 
 SMALL = ["--tiny", "--rounds", "1", "--per-device", "1", "2", "--sft-rows", "2", "--dpo-pairs", "2"]
-
-
-# -- learning rates ---------------------------------------------------------------------------------------------------
-
-
-def test_the_probe_and_the_grid_run(tmp_path, chat_rows):
-    words = [
-        str(chat_rows),
-        str(chat_rows),
-        "--steps",
-        "2",
-        "--tiny",
-        str(tmp_path / "base"),
-        "--out",
-        str(tmp_path / "out.json"),
-    ]
-    found = learning_rate.main(words)
-    assert len(found["probe"]) == 5 and found["picked"] in found["grid"] and found["above_the_best"] >= 0
-    assert json.loads((tmp_path / "out.json").read_text())["steps"] == 2
