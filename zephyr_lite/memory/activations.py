@@ -11,6 +11,7 @@ from itertools import product
 
 from ..model.execution import Keep
 from ..model.families import Shape
+from ..ops.dropout_products import matrix_gradient_sums
 from ..ops.int8 import outlier_count
 from ..ops.token_logps import CHUNK_BYTES
 from .device import Device
@@ -102,6 +103,7 @@ def layer_bytes(
     # of norms after the branches: the projections that they read, and a number a row
     post = bool(s.family.post_norms)
     stacked = len(job.adapters) > 1
+    copied = job.dropout and not device.fuses_dropout  # dropout makes a copy of an input
 
     def concatenated(rank: int, width: int) -> int:
         """The matrices of a stack's adapters beside each other."""
@@ -113,13 +115,14 @@ def layer_bytes(
 
     def products(rank: int, trained: int, width: int, outs: int, projections: int, count: int) -> int:
         """Beside the rest while a site's adapters are differentiated: the adapters beside each other, or the gradients and the
-        trained adapter's columns; the dropped input; on a CPU 16-bit factors are copied to 32 bits."""
-        dropped = of(width, count) if job.dropout else 0
+        trained adapter's columns; the dropped input, or the sums over the tokens; on a CPU 16-bit factors are copied to 32 bits."""
+        dropped = of(width, count) if copied else 0
         columns = of(trained, count) if stacked and not job.dropout else 0
         copies = 4 * count * (max(width, outs // projections) + trained) if size < 4 and not device.cuda else 0
-        return dropped + max(
-            concatenated(rank, width), columns + copies + wide * numbers(trained, width, outs, projections)
-        )
+        splits = matrix_gradient_sums(count) if job.dropout and not copied else 1
+        sums = 4 * (splits + 1) * trained * width if splits > 1 else 0
+        gradients = columns + copies + wide * numbers(trained, width, outs, projections)
+        return dropped + max(concatenated(rank, width), gradients, sums)
 
     # the gradients of the sites' adapters
     of_mlp = wide * numbers(mlp_trained, s.hidden, both, in_mlp)
@@ -145,7 +148,7 @@ def layer_bytes(
         activated = of(mlp_rank + gate_up, rows) + wide * rows
         projected = concatenated(mlp_rank // in_mlp, both // in_mlp) + codes(s.hidden, rows)
         activated += max(of(s.inner, rows), of(s.hidden, rows) + projected)
-        down = of(down_rank, rows) + max(of(s.inner * job.dropout, rows), codes(s.inner, rows))
+        down = of(down_rank, rows) + max(of(s.inner * copied, rows), codes(s.inner, rows))
         down = max(down, concatenated(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
         forward[policy] = casts + max(attention, held + max(activated + max(0, down), joined))

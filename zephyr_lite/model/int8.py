@@ -82,7 +82,7 @@ class Int8Buffer(DequantBuffer):
         missing: list[tuple[Tensor, Int8Matrix, OutlierChannels | None]] = []
         for index, projection in wanted:
             site, into = sites[index], self._matrix(sites, index, projection, backward)
-            weight, place = site.weights[projection], (into.codes.storage_offset(), backward)
+            weight, place = site.weights[projection], (index // 2, into.codes.storage_offset())
             held = self._held.get(place)
             if held is None or held[0] is not weight or held[1] != weight._version:
                 assert site.int8 is not None

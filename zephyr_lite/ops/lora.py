@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dropout import DropoutKey, add_dropped_, drop
+from .dropout import DropoutKey
+from .dropout_products import add_input_gradient_, dropped_product, matrix_gradient
 from .int8 import OutlierChannels, int8_mm, quantize_rows
+from .wide_mm import wide_mm
 
 Parts = Iterable[tuple[int, Any]]
 # bitsandbytes' 8-bit optimizers scale blocks of 256 numbers, to which an adapter's matrices are aligned in its buffer, and
@@ -221,11 +223,7 @@ def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
             products.append(x.new_empty(0, group.rank))
             continue
         a = group.a()
-        if group.dropout is None:
-            product = x @ a.T
-        else:
-            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
-            product = (drop(x, group.dropout) @ a.T).div_(1 - group.dropout.p)
+        product = x @ a.T if group.dropout is None else dropped_product(x, a, group.dropout)
         for pair, columns in group.pairs:
             if pair.off:
                 product[:, columns] = 0
@@ -298,8 +296,6 @@ def grad_low_rank(grad: Tensor, site: LinearGroup, *, need_all: bool = True) -> 
         for pair, columns in group.pairs:
             if pair.off:
                 d_product[:, columns] = 0
-        if group.dropout is not None:
-            d_product.div_(1 - group.dropout.p)
         result.append(d_product)
     return tuple(result)
 
@@ -335,7 +331,7 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
         if group.dropout is None:
             result.addmm_(d_product, a)
         else:
-            add_dropped_(result, d_product @ a, group.dropout)
+            add_input_gradient_(result, d_product, a, group.dropout)
     return result
 
 
@@ -348,14 +344,16 @@ def grad_adapters(
     for group, product, d_product in zip(site.groups, products, d_products):
         if not group.trained:
             continue
-        source = x if group.dropout is None else drop(x, group.dropout)
         if len(group.trained) < len(group.pairs):
             d_product = torch.cat([d_product[:, columns] for _, columns in group.trained], dim=1)
-        d_a = _wide_mm(d_product.T, source)
+        if group.dropout is None:
+            d_a = wide_mm(d_product.T, x)
+        else:
+            d_a = matrix_gradient(d_product, x, group.dropout)
         start = 0
         for pair, columns in group.trained:
             rank = pair.a.shape[0]
-            d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns])
+            d_b = wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns])
             if pair.scale != 1:
                 d_b.mul_(pair.scale)
             result += [d_a[start : start + rank].to(pair.a.dtype), d_b.to(pair.b.dtype)]
@@ -372,12 +370,3 @@ def _scaled_b(pairs: Sequence[LoraPair]) -> Tensor:
     """s B of adapters on one projection beside each other: [out, Σ r]."""
     parts = [_cast(pair)[1] for pair in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a result of at least 32 bits: a sum over all tokens, rounded to 16 bits, would lose small gradients."""
-    if a.dtype.itemsize >= 4:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
