@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ OPS = {"nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "dropout_products
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "widths",
-    [Widths(), Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
+    [Widths(1, 1, 1, 1, 2, 1, int8=True), Widths(1024, 2048, 1024, 3, 64, 33000, rotary=48), GEMMA],
 )
 def test_the_checks_pass_and_cover_every_operation(widths, dtype):
     assert set(dispatch.OPERATIONS) == OPS
@@ -77,26 +76,6 @@ def test_a_kernel_that_returns_zeros_is_replaced(op, module, function, monkeypat
     assert runs_triton(op, x.to(other))  # another dtype has its own check
 
 
-def test_a_kernel_that_does_not_compile_is_replaced(monkeypatch):
-    class Broken:
-        def __getitem__(self, grid):
-            raise RuntimeError("ptxas died\nof something")
-
-    monkeypatch.setattr(swiglu, "_forward", Broken())
-    gate = rand(2, 8)
-    with pytest.raises(RuntimeError, match="ptxas"):
-        swiglu.swiglu_forward(gate, gate)
-    (note,) = check_kernels(DEVICE, torch.float32)
-    assert "swiglu" in note and "RuntimeError: ptxas died" in note and "\n" not in note
-    torch.testing.assert_close(swiglu.swiglu_forward(gate, gate), torch.nn.functional.silu(gate) * gate)
-
-
-def test_the_checks_leave_the_runs_random_numbers_alone():
-    before = torch.get_rng_state()
-    check_kernels(DEVICE, torch.float32)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_a_processor_and_float64_run_the_twins(monkeypatch):
     assert check_kernels(DEVICE, torch.float64) == []
     assert not runs_triton("rope", torch.empty(1, dtype=torch.float64, device=DEVICE))
@@ -109,8 +88,9 @@ def test_a_processor_and_float64_run_the_twins(monkeypatch):
 
 
 COMPILE = """
-import os, sys
+import os, subprocess, sys
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -130,13 +110,18 @@ class Card:
 FULLY = (75, 90)
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
 names, once = set(), set()
+cubin = os.path.join(os.environ["TRITON_CACHE_DIR"], "cubin")
+def check(kernel):
+    with open(cubin, "wb") as file: file.write(kernel.asm["cubin"])
+    usage = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-res-usage", cubin], text=True)
+    # registers that are spilled are on the stack
+    assert "STACK:0 " in usage and kernel.metadata.shared <= SHARED[capability] * 1024, (capability, usage)
 def launch(kernel, grid):
     def run(*args, **options):
         names.add(kernel.__name__)
         if capability in FULLY or (capability, id(kernel)) not in once:
             once.add((capability, id(kernel)))
-            compiled = kernel.warmup(*args, grid=grid, **options)
-            assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED[capability] * 1024, kernel.__name__
+            check(kernel.warmup(*args, grid=grid, **options))
     return run
 JITFunction.__getitem__ = launch
 os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
@@ -181,38 +166,3 @@ def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, t
             rotary=shape.head_dim,
         )
     ]
-
-
-def test_every_kernel_of_an_operation_is_launched_by_one_of_the_functions_tested():
-    """Every registered kernel is compared above."""
-    kernels = {
-        name
-        for module in (dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps)
-        for name, value in vars(module).items()
-        if not isinstance(value, types.FunctionType) and hasattr(value, "arg_names")
-    }
-    launched = {
-        "_backward",
-        "_dequantize",
-        "_drop",
-        "_forward",
-        "_input",
-        "_matrix",
-        "_mm",
-        "_product",
-        "_quantize",
-        "_requantize",
-        "_rotate",
-        "_softmax",
-    }
-    parts = {
-        "_add_product",
-        "_dot",
-        "_mix32",
-        "_nearest",
-        "block_values",
-        "hash_channels",
-        "hash_tokens",
-        "zero_dropped",
-    }
-    assert kernels == launched | parts
