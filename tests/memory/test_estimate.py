@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import make_model, tiny_config
-from tests.contract.test_counts import kept
+from tests.contract.test_counts import int8_decoder, kept
 from tests.contract.test_layer import KEEPS
 from tests.contract.test_more_families import FAMILIES, tiny
-from tests.numeric import conversation, live_stack, pair
+from tests.numeric import conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.memory.activations import kept_per_token, layer_bytes
@@ -178,26 +178,30 @@ def tiny_job(dtype, dropout, shape=None, **changes) -> Workload:
     return Workload(shape, dtype, adapters=adapters, dropout=dropout, **settings | changes)
 
 
-# (dtype, dropout, keep, tile, pairs): every policy with and without dropout and tiles; the interpreter is slow
+# (dtype, dropout, keep, tile, pairs, int8): every policy with and without dropout and tiles; the interpreter is slow
 CASES = [
-    (torch.float32, True, "all", None, False),
-    (torch.float32, True, "input", 8, True),
-    (torch.bfloat16, False, "attention", None, True),
-    (torch.bfloat16, True, "attention", 16, False),
-    (torch.bfloat16, False, "all", 8, False),
+    (torch.float32, True, "all", None, False, False),
+    (torch.float32, True, "input", 8, True, False),
+    (torch.bfloat16, False, "attention", None, True, False),
+    (torch.bfloat16, True, "attention", 16, False, False),
+    (torch.bfloat16, False, "all", 8, False, False),
+    (torch.bfloat16, False, "all", None, False, True),
+    (torch.bfloat16, True, "input", 8, False, True),
+    (torch.float32, False, "attention", 16, True, True),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "dropout", "keep", "tile", "pairs"), CASES)
-def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pairs):
+@pytest.mark.parametrize(("dtype", "dropout", "keep", "tile", "pairs", "int8"), CASES)
+def test_what_a_layer_holds_at_most(monkeypatch, tiny_base, dtype, dropout, keep, tile, pairs, int8):
     """Forward and backward, on the kernels' path with the CPU's attention. Dropout copies its input in 32 bits."""
-    model = make_model().to(dtype)
-    device = replace(CPU, fuses_dropout=dtype == torch.bfloat16)
-    decoder = Decoder(live_stack(model), dtype)
-    decoder.follow(ExecutionConfig(64, (keep,) * 2, tile=tile))
     batch = collate_pairs([pair(0, 12, 10, 10)]) if pairs else collate_conversations([conversation(0, 32)])
+    device = replace(CPU, fuses_dropout=dtype == torch.bfloat16)
+    decoder = int8_decoder(tiny_base, dtype) if int8 else Decoder(live_stack(make_model().to(dtype)), dtype)
+    if int8:  # its buffer is there from now on
+        loss_and_gradients(decoder, batch)
+    decoder.follow(ExecutionConfig(64, (keep,) * 2, tile=tile))
     keys = sum(s.keys for s in batch.segments)
-    job = tiny_job(dtype, dropout)
+    job = tiny_job(dtype, dropout, int8=int8)
     with peaks_of_layers(monkeypatch) as found:
         logps = decoder.token_logps(batch, keep=keep, dropout=Dropout(0.3, 1, 1) if dropout else None)
         logps.sum().backward()
