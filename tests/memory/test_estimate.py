@@ -28,7 +28,7 @@ from zephyr_lite.memory.estimate import base_bytes, estimate, slab_bytes
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.base import load_base
-from zephyr_lite.model.decoder import Decoder, Dropout
+from zephyr_lite.model.decoder import Decoder
 from zephyr_lite.model.execution import ExecutionConfig
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.weight_streaming import WeightStreamer
@@ -176,41 +176,6 @@ def tiny_job(dtype, dropout, shape=None, **changes) -> Workload:
     adapters = (AdapterSpec.fresh(shape, 2, trained=False), AdapterSpec.fresh(shape, 4))
     settings = {"storage": "dense", "optim": "adamw_torch", "method": "sft", "longest": 40}
     return Workload(shape, dtype, adapters=adapters, dropout=dropout, **settings | changes)
-
-
-# (dtype, dropout, keep, tile, pairs): every policy with and without dropout and tiles; the interpreter is slow
-CASES = [
-    (torch.float32, True, "all", None, False),
-    (torch.float32, True, "input", 8, True),
-    (torch.bfloat16, False, "attention", None, True),
-    (torch.bfloat16, True, "attention", 16, False),
-    (torch.bfloat16, False, "all", 8, False),
-]
-
-
-@pytest.mark.parametrize(("dtype", "dropout", "keep", "tile", "pairs"), CASES)
-def test_what_a_layer_holds_at_most(monkeypatch, dtype, dropout, keep, tile, pairs):
-    """Forward and backward, on the kernels' path with the CPU's attention. Dropout copies its input in 32 bits."""
-    model = make_model().to(dtype)
-    device = replace(CPU, fuses_dropout=dtype == torch.bfloat16)
-    decoder = Decoder(live_stack(model), dtype)
-    decoder.follow(ExecutionConfig(64, (keep,) * 2, tile=tile))
-    batch = collate_pairs([pair(0, 12, 10, 10)]) if pairs else collate_conversations([conversation(0, 32)])
-    keys = sum(s.keys for s in batch.segments)
-    job = tiny_job(dtype, dropout)
-    with peaks_of_layers(monkeypatch) as found:
-        logps = decoder.token_logps(batch, keep=keep, dropout=Dropout(0.3, 1, 1) if dropout else None)
-        logps.sum().backward()
-    job = replace(job, method="dpo", keys=keys / len(batch))
-    kept_by, forward, backward_by = layer_bytes(job, len(batch), tile, device)
-    # at these sizes an adapter's cast is as large as an activation; and of a pair the CPU's attention takes one response at a
-    # time, with a mask
-    share = 0.09
-    assert found.forward == pytest.approx([forward[keep]] * 2, rel=share)
-    first, second = found.backward
-    backward = backward_by[keep, False] - kept_by[keep]
-    assert first == pytest.approx(backward, rel=share)
-    assert second <= backward * (1 + share)  # nothing wants the gradient of the embeddings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
