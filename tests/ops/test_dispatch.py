@@ -88,8 +88,9 @@ def test_a_processor_and_float64_run_the_twins(monkeypatch):
 
 
 COMPILE = """
-import os, sys
+import os, subprocess, sys
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -109,13 +110,18 @@ class Card:
 FULLY = (75, 90)
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
 names, once = set(), set()
+cubin = os.path.join(os.environ["TRITON_CACHE_DIR"], "cubin")
+def check(kernel):
+    with open(cubin, "wb") as file: file.write(kernel.asm["cubin"])
+    usage = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-res-usage", cubin], text=True)
+    # registers that are spilled are on the stack
+    assert "STACK:0 " in usage and kernel.metadata.shared <= SHARED[capability] * 1024, (capability, usage)
 def launch(kernel, grid):
     def run(*args, **options):
         names.add(kernel.__name__)
         if capability in FULLY or (capability, id(kernel)) not in once:
             once.add((capability, id(kernel)))
-            compiled = kernel.warmup(*args, grid=grid, **options)
-            assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED[capability] * 1024, kernel.__name__
+            check(kernel.warmup(*args, grid=grid, **options))
     return run
 JITFunction.__getitem__ = launch
 os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
