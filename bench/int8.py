@@ -18,12 +18,13 @@ import torch
 
 from bench.command import header, run, save
 from bench.mistral import tiny_base
+from zephyr_lite.config.load import Method, load_config
 
 COMPUTES = ("16bit", "int8")
-STAGES = ("sft", "dpo")
+STAGES: tuple[Method, ...] = ("sft", "dpo")
 
 
-def settings(method: str, compute: str, args: argparse.Namespace, base: Path) -> list[str]:
+def settings(method: Method, compute: str, args: argparse.Namespace, base: Path) -> list[str]:
     """A stage's words: about 512 tokens a step."""
     data = {"sft": ("ultrachat_200k", "sft"), "dpo": ("ultrafeedback_binarized", "prefs")}[method]
     common = {
@@ -64,7 +65,6 @@ def curves(stage: Path) -> dict[str, Any]:
 def gradients(args: argparse.Namespace, base: Path) -> dict[str, float]:
     """Of the trained SFT adapter on held-out rows, int8 against 16bit: the gradient's cosine and relative error, and the
     difference of the losses."""
-    from zephyr_lite.config.load import load_config
     from zephyr_lite.data.batch import collate_conversations
     from zephyr_lite.model.decoder import Decoder
     from zephyr_lite.model.peft_io import read_adapter
@@ -99,7 +99,6 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tiny", type=Path, help="an empty folder for a tiny random model: does the bench run?")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     args = parser.parse_args(words)
-    from zephyr_lite.config.load import load_config
     from zephyr_lite.demo.base import demo_base
     from zephyr_lite.train.dpo import run_dpo
     from zephyr_lite.train.sft import run_sft
