@@ -88,8 +88,9 @@ def test_a_processor_and_float64_run_the_twins(monkeypatch):
 
 
 COMPILE = """
-import os, sys
-import torch
+import os, re, subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -108,18 +109,32 @@ class Card:
 # another one is compiled for fully, the first launch of each kernel
 FULLY = (75, 90)
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
+INT8 = {80: "IMMA", 90: "IGMMA", 120: "IMMA"}  # the products' instruction (86 and 89 get the code of 80)
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 names, once = set(), set()
+def inspect(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = lambda tool, word: subprocess.run([BIN / tool, word, file.name], capture_output=True, text=True).stdout
+        # registers spill to the stack; _softmax, which has a row of the vocabulary in them, spills up to 12
+        stack = int(re.search(r"STACK:(\\d+)", run("cuobjdump", "-res-usage"))[1])
+        assert stack <= 48 * (compiled.name == "_softmax"), (compiled.name, stack, capability)
+        if compiled.name == "_mm":
+            assert re.search(rf"\\b{INT8[capability]}\\.", run("nvdisasm", "-c")), capability
 def launch(kernel, grid):
     def run(*args, **options):
         names.add(kernel.__name__)
         if capability in FULLY or (capability, id(kernel)) not in once:
             once.add((capability, id(kernel)))
             compiled = kernel.warmup(*args, grid=grid, **options)
-            assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED[capability] * 1024, kernel.__name__
+            assert compiled.metadata.shared <= SHARED[capability] * 1024, kernel.__name__
+            inspect(compiled)
     return run
 JITFunction.__getitem__ = launch
 os.environ["TRITON_INTERPRET"] = "1"  # only now: the kernels above are the compiler's
 driver.set_active(Card())
+int8._major = lambda device: capability // 10
 mistral = Shape.of(MISTRAL_SHAPE).widths
 gemma = dispatch.Widths(2560, 10240, 2048, 12, 256, 262144, "gelu_pytorch_tanh", True, True)
 for capability in SHARED:
@@ -129,6 +144,9 @@ for capability in SHARED:
     once.clear()
     for op in (rms_norm, rope, swiglu):
         for _ in op.comparisons(torch.device("cpu"), dtype, gemma): pass
+FULLY = ()
+for capability in INT8:
+    for _ in int8.comparisons(torch.device("cpu"), torch.bfloat16, dispatch.Widths(64, 4096, int8=True)): pass
 print(*sorted(names))
 """
 
@@ -138,8 +156,8 @@ def test_the_kernels_compile_for_cards_that_are_not_there(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = ["_backward", "_dequantize", "_drop", "_forward", "_input", "_matrix", "_product", "_rotate", "_softmax"]
-    assert done.stdout.split() == kernels
+    first = ["_backward", "_dequantize", "_drop", "_forward", "_input", "_matrix", "_mm", "_product", "_quantize"]
+    assert done.stdout.split() == [*first, "_requantize", "_rotate", "_softmax"]
 
 
 def test_a_stage_checks_the_kernels_at_its_models_widths(tiny_base, chat_rows, tmp_path, monkeypatch):
