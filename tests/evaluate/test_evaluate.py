@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from zephyr_lite.cli.app import run
-from zephyr_lite.data import general
+from zephyr_lite.data import dataset
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate import likelihood
 from zephyr_lite.evaluate.bootstrap import Bootstrap
@@ -23,7 +23,7 @@ from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.monitor.records import read_source
 from zephyr_lite.monitor.report import run_page
-from zephyr_lite.train import general as train_general
+from zephyr_lite.train import general
 
 SMALL = "max_steps=3 lora_r=4 batch_size=4 learning_rate=5e-3 lora_dropout=0 max_length=128 samples=0"
 
@@ -223,9 +223,9 @@ def test_nothing_held_out(trained, live, capsys, tmp_path):
 
 
 def test_general_text_is_64_different_short_passages(live):
-    texts = Path(general.__file__).with_name("general.txt").read_text(encoding="utf-8").split("\n%\n")
+    texts = Path(dataset.__file__).with_name("general.txt").read_text(encoding="utf-8").split("\n%\n")
     assert len(set(texts)) == 64 and all(60 <= len(text.split()) <= 120 for text in texts)
-    data = general.general_text(live.template, 4)
+    data = dataset.general_text(live.template, 4)
     assert [example.where for example in data.examples][:2] == ["general.txt passage 1", "general.txt passage 5"]
     assert len(data.examples) == 16 and live.template.tokenizer.decode(data.examples[4].ids).endswith("at 230 degrees.")
 
@@ -233,7 +233,7 @@ def test_general_text_is_64_different_short_passages(live):
 def test_every_stage_measures_general_text_before_and_after(trained, live, capsys):
     """In the stages' own passes as the models' plain forward has it, and by the command."""
     sft, dpo = (StageDir(trained / stage).info()["result"]["general_loss"] for stage in ("sft", "dpo"))
-    data = general.general_text(live.template, train_general.CPU_EVERY)
+    data = dataset.general_text(live.template, general.CPU_EVERY)
     found = {}
     for name, adapters in live.models.items():
         logps = row_logps(likelihood.PlainScorer(live.stack, adapters), data)
@@ -253,7 +253,7 @@ def test_every_stage_measures_general_text_before_and_after(trained, live, capsy
 
 
 def test_forgetting_causes_a_warning(tiny_base, chat_rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_general, "RISEN", -10.0)
+    monkeypatch.setattr(general, "RISEN", -10.0)
     words = [f"model_name_or_path={tiny_base}", f"output_dir={tmp_path / 'r'}", f"dataset={chat_rows}", *SMALL.split()]
     assert run(["sft", *words, "max_steps=1", "load_in_4bit=false"]) == 0
     warnings = StageDir(tmp_path / "r" / "sft").info()["result"]["warnings"]

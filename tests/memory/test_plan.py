@@ -20,7 +20,7 @@ from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory import earlier, expected, forecast
+from zephyr_lite.memory import expected, forecast
 from zephyr_lite.memory import machine as machine_file
 from zephyr_lite.memory.device import CONTEXT_BYTES, CPU, GIB
 from zephyr_lite.memory.estimate import estimate
@@ -507,16 +507,16 @@ def test_a_plan_is_corrected_by_earlier_runs_of_this_kind(processor):
     )
     first = make_plan(job, processor, FREE)
     for ratio in (9, 9, 0.5, 0.8, 0.9, 0.7, 1.2):
-        earlier.add_run("the CPU", job, ratio)
+        machine_file.add_run("the CPU", job, ratio)
     plan = make_plan(job, processor, FREE)
-    assert (plan.speed_ratio, plan.earlier_runs) == (0.8, earlier.RUNS)
+    assert (plan.speed_ratio, plan.earlier_runs) == (0.8, machine_file.RUNS)
     assert plan.tokens_per_second == pytest.approx(0.8 * first.tokens_per_second, abs=0.01)
     assert replace(first, seconds_per_step=0, tokens_per_second=0) == replace(
         plan, seconds_per_step=0, tokens_per_second=0, speed_ratio=1.0, earlier_runs=0
     )
     said = " ".join(" ".join(forecast.forecast_lines(job, processor, plan, RunConfig())).split())
     assert "corrected by 5 earlier runs here: 0.80 of what was predicted" in said
-    assert not earlier.earlier_runs("the CPU", replace(job, engine="trl"))
+    assert not machine_file.earlier_runs("the CPU", replace(job, engine="trl"))
     assert make_plan(job, replace(processor, card=CARDS["3060"]), FREE).earlier_runs == 0  # data sheets
 
 
