@@ -239,6 +239,6 @@ def test_without_trl_the_extra_is_named(run, monkeypatch):
     monkeypatch.delitem(sys.modules, "zephyr_lite.engines.trl")
     monkeypatch.delattr("zephyr_lite.engines.trl")
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match="needs the package trl") as error:
+    with pytest.raises(UserError, match="optional package: import of trl") as error:
         run("sft", engine="trl")
     assert "zephyr-lite[trl]" in error.value.hint
