@@ -236,8 +236,8 @@ def test_losses_that_trl_does_not_have(run, changes, words):
 
 
 def test_without_trl_the_extra_is_named(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "zephyr_lite.engines.trl")
-    monkeypatch.delattr("zephyr_lite.engines.trl")
+    monkeypatch.delitem(sys.modules, "zephyr_lite.engines.trl", raising=False)
+    monkeypatch.delattr("zephyr_lite.engines.trl", raising=False)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match="optional package: import of trl") as error:
         run("sft", engine="trl")

@@ -132,9 +132,9 @@ def test_a_key_of_another_version(place):
     ("key", "value", "message"),
     [
         ("base", None, "has no 'base.name_or_path'"),
-        ("adapters", ["x"], "'adapters.0' is 'x': expected keys and values"),
+        ("adapters", ["x"], "adapters.0 is 'x': expected keys and values"),
         ("data", {}, "has no 'data.fingerprint'"),
-        ("method", "ppo", "'method' is 'ppo': expected 'sft' or 'dpo'"),
+        ("method", "ppo", "method is 'ppo': expected 'sft' or 'dpo'"),
         ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
         ("format", 2, "has format 2; this version reads formats up to 1 (written by zephyr-lite"),
     ],

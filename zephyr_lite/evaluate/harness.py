@@ -80,8 +80,7 @@ def table(tasks: Sequence[TaskSpec], models: Models, roles: dict[str, str]) -> t
 
 def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
     """Tasks from ``NAME`` or ``NAME:SHOTS``, separated by commas; none: the paper's. The paper's tasks have its shots
-    unless given.
-    """
+    unless given."""
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     tasks: list[TaskSpec] = []
     for name in names or PAPER:
