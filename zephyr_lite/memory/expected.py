@@ -114,10 +114,11 @@ def expected_job(
     }
     if config.max_steps is not None:
         rows |= {"run_tokens": int(config.max_steps * step_tokens), "steps": config.max_steps}
-    elif len(parts) == len(data):
+    if len(parts) == len(data):
         epoch = sum(min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens for spec, known in parts)
-        tokens = int(epoch * config.num_train_epochs)
-        rows |= {"run_tokens": tokens, "steps": max(1, round(tokens / step_tokens))}
+        tokens = rows.setdefault("run_tokens", int(epoch * config.num_train_epochs))
+        rows.setdefault("steps", max(1, round(tokens / step_tokens)))
+        rows["epochs"] = tokens / epoch
     if pairs:
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
     job = make_workload(config, method, base_config, dtype, **rows)

@@ -127,6 +127,7 @@ def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
         bandwidth=memory,
         pcie=link,
         capability=torch.cuda.get_device_capability(device),
+        int8=4.0 if "GeForce" in properties.name else 2.0,
         share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
         measured=True,
     )

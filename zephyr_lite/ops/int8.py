@@ -322,17 +322,19 @@ def _kernel_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
 
 
 @jit
-def _add_product(total, left, right, left_row, right_row, right_column, inner, row, column, WIDEN: tl.constexpr):
-    """total + left[row] · right[column]ᵀ, of `inner` values in 16 bits. WIDEN: the interpreter knows no bfloat16 here."""
-    k = tl.arange(0, 32)
-    for start in range(0, inner, 32):
-        there = k < inner - start
-        a = tl.load(left + row[:, None] * left_row + (start + k)[None, :], mask=there[None, :], other=0.0)
-        place = column[None, :] * right_row + (start + k)[:, None] * right_column
-        b = tl.load(right + place, mask=there[:, None], other=0.0)
+def _add_product(total, left, right, left_row, right_row, right_column, inner, m, n, WIDEN: tl.constexpr):
+    """total + left[m] · right[n]ᵀ, of `inner` values in 16 bits. WIDEN: the interpreter knows no bfloat16 here."""
+    k = tl.arange(0, 16)
+    left += m[:, None] * left_row + k[None, :]
+    right += n[:, None] * right_row + k[None, :] * right_column
+    for start in range(0, inner, 16):
+        there = (k < inner - start)[None, :]
+        a, b = tl.load(left, mask=there, other=0.0), tl.load(right, mask=there, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        left += 16
+        right += 16 * right_column
     return total
 
 
@@ -370,36 +372,42 @@ def _mm(
     first = program // (GROUP * wide) * GROUP
     size = tl.minimum(high - first, GROUP)
     program %= GROUP * wide
-    row, column = (first + program % size) * BM + tl.arange(0, BM), program // size * BN + tl.arange(0, BN)
-    # what lies outside is read from the beginning and not stored: without masks
-    r, c, k = (row % rows).to(tl.int64), (column % columns).to(tl.int64), tl.arange(0, BK)
-    a, b = x + r[:, None] * inner + k[None, :], w + c[None, :] * inner + k[:, None]
+    top, start = ((first + program % size) * BM).to(tl.int64), (program // size * BN).to(tl.int64)
+    # beyond the end the last row is read again, without masks, and not stored
+    row, column, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    m = tl.minimum(row, (rows - top - 1).to(tl.int32))
+    n = tl.minimum(column, (columns - start - 1).to(tl.int32))
+    a = x + top * inner + (m[:, None] * inner + k[None, :])
+    b = w + start * inner + (n[:, None] * inner + k[None, :])
     sums = tl.zeros((BM, BN), tl.int32)
-    for start in range(0, inner, BK):
+    for done in range(0, inner, BK):
         if EVEN:
-            sums = tl.dot(tl.load(a), tl.load(b), sums)
+            left_codes, right_codes = tl.load(a), tl.load(b)
         else:
-            there = k < inner - start
-            sums = tl.dot(tl.load(a, mask=there[None, :], other=0), tl.load(b, mask=there[:, None], other=0), sums)
+            there = (k < inner - done)[None, :]
+            left_codes, right_codes = tl.load(a, mask=there, other=0), tl.load(b, mask=there, other=0)
+        sums = tl.dot(left_codes, tl.trans(right_codes), sums)
         a += BK
         b += BK
-    y = sums.to(tl.float32) * tl.load(x_scale + r)[:, None] * tl.load(w_scale + c)[None, :]
-    y = _add_product(y, x_kept, w_kept, kept, kept, 1, kept, r, c, WIDEN)
-    y = _add_product(y, left, right, left_row, right_row, right_column, rank, r, c, WIDEN)
-    place = out + row[:, None].to(tl.int64) * out_row + column[None, :]
-    there = (row < rows)[:, None] & (column < columns)[None, :]
+    y = sums.to(tl.float32) * tl.load(x_scale + top + m)[:, None] * tl.load(w_scale + start + n)[None, :]
+    y = _add_product(y, x_kept + top * kept, w_kept + start * kept, kept, kept, 1, kept, m, n, WIDEN)
+    left += top * left_row
+    right += start * right_row
+    y = _add_product(y, left, right, left_row, right_row, right_column, rank, m, n, WIDEN)
+    place = out + top * out_row + start + (row[:, None] * out_row + column[None, :])
+    there = (row < rows - top)[:, None] & (column < columns - start)[None, :]
     if ADD:
         y += tl.load(place, mask=there, other=0.0).to(tl.float32)
     tl.store(place, y.to(out.dtype.element_ty), mask=there)
 
 
-# capability → BM, BN, BK, stages; None: the interpreter. What fits shared memory, and 192 registers without spills
-_TILES = {None: (16, 64, 64, 1), (7, 5): (128, 128, 64, 2), (9, 0): (128, 256, 128, 3)}
+# major compute capability → BM, BN, BK, stages: what needs no spills and fits the shared memory; 0: the interpreter
+_TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3)}
 _TILE = (128, 256, 64, 3)
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _kernel_mm(
@@ -410,7 +418,7 @@ def _kernel_mm(
     left, right = (nothing, nothing) if low_rank is None else low_rank
     assert all(t.is_contiguous() for t in (x.codes, weight.codes, *kept)) and out.stride(1) == left.stride(1) == 1
     assert kept[0].shape[1] == kept[1].shape[1] and left.shape[1] == right.shape[1]
-    bm, bn, bk, stages = _TILES.get(_capability(out.device), _TILE)
+    bm, bn, bk, stages = _TILES.get(_major(out.device), _TILE)
     if rows:
         tensors = (x.codes, weight.codes, x.scale, weight.scale, *kept, left, right, out)
         numbers = (
