@@ -74,7 +74,8 @@ def launches(job: Workload, keep: Keep) -> tuple[int, int]:
     forward, backward = (
         count + stacked * more + job.dropout * dropped for count, more, dropped in zip(LAUNCHES[keep], STACKED, DROPPED)
     )
-    return forward, backward
+    # in int8 every projection's gradient is quantized and has a product of its own
+    return forward, backward + job.int8 * (6 + (keep != "all") + 4 * job.dropout)
 
 
 def attention_operations(job: Workload) -> float:
