@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from tests.contract.test_merged import (
     save_tokenizer,
 )
 from zephyr_lite.errors import UserError
-from zephyr_lite.merge import adapter_only, chain_of_run, merge
+from zephyr_lite.merge import adapter_only, chain_of_run, merge, weights
 from zephyr_lite.model.loaded import find_chain
 from zephyr_lite.model.peft_io import LoraWeights, compose, read_adapter, write_adapter
 
@@ -81,20 +79,19 @@ def test_a_weight_that_overflows_is_named_and_nothing_is_left(tmp_path: Path) ->
 def test_killed_in_the_middle_there_is_no_folder(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", sharded=True)
     chain = make_chain(base, tmp_path)
-    script = f"""
-import os
-from zephyr_lite.merge import merge, weights
-from zephyr_lite.model.peft_io import read_adapter
-written = []
-def write(entry, *rest):
-    written.append(entry)
-    if len(written) > 3:
-        os.kill(os.getpid(), 9)
-    plain(entry, *rest)
-plain, weights._write_rows = weights._write_rows, write
-merge({str(base)!r}, [read_adapter(p) for p in {[str(p) for p in chain]!r}], {str(tmp_path / "out")!r})
-"""
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    if not (child := os.fork()):
+        plain, written = weights._write_rows, []
+
+        def write(*arguments):
+            written.append(arguments)
+            if len(written) > 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            plain(*arguments)
+
+        weights._write_rows = write
+        merge(base, read(chain), tmp_path / "out")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".out.*/*.safetensors")), "it was not killed in the middle"
     merge(base, read(chain), tmp_path / "out")

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -238,8 +237,7 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
     assert all(sizes[name] <= bound.tokens for name, bound in bounds.items())
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_command_continues(tmp_path: Path, stop: signal.Signals) -> None:
+def test_a_killed_command_continues(tmp_path: Path) -> None:
     with ChatServer(script) as server:
         whole = settings(tmp_path, server.url, "whole", count=10)
         run(whole)
@@ -254,18 +252,14 @@ def test_a_killed_command_continues(tmp_path: Path, stop: signal.Signals) -> Non
             text=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
         deadline = time.monotonic() + 60
         while len(server.seen) < 20 and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(stop)
+        process.kill()
         said, _ = process.communicate(timeout=60)
         assert 20 <= len(server.seen) < 80, said
         answered = len(records(Path(config.out), "replied"))
-        if stop == signal.SIGINT:
-            assert process.returncode == 130 and "the same command continues" in said, said
-            assert answered == len(server.seen)  # replies in flight were waited for
         server.seen.clear()
         server.script = script
         run(config)

@@ -267,7 +267,7 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
         scale, of_x, of_z, of_a = dropout_scale(key, width, torch.float64), x.double(), d_z.double(), a.double()
         of, exact = f"[{rows}, {width}], rank {rank}", (of_x * scale) @ of_a.T
         yield Comparison(f"product of {of}", _kernel_product(x, a, key), _twin_product(x, a, key), exact)
-        gradients = (run(d_x.clone(), d_z, a, key) for run in (_kernel_input, _twin_input))
-        yield Comparison(f"input gradient of {of}", *gradients, d_x.double() + of_z @ of_a * scale)
-        gradients = (run(d_z, x, key) for run in (_kernel_matrix, _twin_matrix))
-        yield Comparison(f"matrix gradient of {of}", *gradients, of_z.T @ (of_x * scale))
+        kernel, twin = (run(d_x.clone(), d_z, a, key) for run in (_kernel_input, _twin_input))
+        yield Comparison(f"input gradient of {of}", kernel, twin, d_x.double() + of_z @ of_a * scale)
+        kernel, twin = _kernel_matrix(d_z, x, key), _twin_matrix(d_z, x, key)
+        yield Comparison(f"matrix gradient of {of}", kernel, twin, of_z.T @ (of_x * scale))
