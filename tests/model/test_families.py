@@ -3,18 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
-from tests.contract.test_families import MIXED, qwen2, save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen2")
-    qwen2(eos_token_id=0, **MIXED).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
 
 def test_the_guide_names_what_is_there():
     """Files and tests of docs/extending.md exist, its entry is the one of the table, and each row's file reads what it says."""
