@@ -28,7 +28,7 @@ from zephyr_lite.memory.estimate import base_bytes, estimate, slab_bytes
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.base import load_base
-from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.execution import ExecutionConfig
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.weight_streaming import WeightStreamer

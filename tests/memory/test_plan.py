@@ -41,6 +41,7 @@ from zephyr_lite.memory.plan import (
     with_rank,
 )
 from zephyr_lite.memory.workload import AdapterSpec, Workload
+from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
