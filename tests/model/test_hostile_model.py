@@ -17,7 +17,7 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.merge import merge
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base_folder import read_model_config
-from zephyr_lite.model.files import SINGLE, fetch_base
+from zephyr_lite.model.files import SINGLE, fetch_base, named_folder
 from zephyr_lite.model.peft_io import fetch_adapter, read_adapter
 from zephyr_lite.model.tokenizer import check_vocabulary, load_tokenizer
 
@@ -91,6 +91,22 @@ def test_configurations_that_are_refused(base, keys, said):
     with pytest.raises(UserError, match=said) as caught:
         read_model_config(base)
     assert str(base) in caught.value.message and caught.value.message.isprintable()
+
+
+def test_the_older_name_of_longrope_is_explained(base):
+    edit(base / "config.json", model_type="phi3", rope_parameters=None, rope_scaling={"type": "su", "short_factor": []})
+    with pytest.raises(UserError) as caught:
+        read_model_config(base)
+    assert caught.value.hint.startswith('Write "longrope" instead of "su"')
+
+
+def test_a_hub_id_may_end_as_a_file_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named_folder("model", "owner/model.gguf") is None
+    Path("owner").mkdir()
+    Path("owner/model.gguf").touch()
+    with pytest.raises(UserError, match="there is no such folder"):
+        named_folder("model", "owner/model.gguf")
 
 
 def test_an_adapter_of_another_base_is_not_attached(tmp_path):

@@ -157,11 +157,20 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss", "start"), [("sigmoid", "start (ln 2)"), ("hinge", "start (1)"), ("orpo", None), ("sigmoid,sft", None)]
+    ("loss", "start", "name"),
+    [
+        ("sigmoid", "start (ln 2)", "DPO loss"),
+        ("hinge", "start (1)", "hinge loss"),
+        ("kto", "start (0.5)", "kto loss"),
+        ("orpo", None, "orpo loss"),
+        ("sigmoid,sft", None, "DPO + sft loss"),
+    ],
 )
-def test_the_loss_at_the_start_is_marked(tmp_path, loss, start):
+def test_the_loss_is_named_and_its_start_is_marked(tmp_path, loss, start, name):
     a_stage(tmp_path / "runs" / "mine", "dpo", "dpo", words=[f"loss_type={loss}"])
     text = run_page(read_source(tmp_path / "runs" / "mine"))
+    assert name in text and text.count("DPO loss") == text.count(name) * (name == "DPO loss")
+    assert ("share of rows" in text) == (loss == "kto")
     assert "start (" not in text if start is None else start in text
     assert ("the reference" in text) == (loss != "orpo")
 

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from zephyr_lite.config.load import DatasetSpec, RunConfig, load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.interrupts import StopRequest
-from zephyr_lite.io.logging import messages_to
+from zephyr_lite.io.logging import RESULT, messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
@@ -59,8 +59,8 @@ class Terminal(io.StringIO):
         return re.sub(r"\x1b\[[\d;]*[A-Za-z]|\r", "", self.getvalue())
 
 
-def message(text):
-    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"})
+def message(text, **extra):
+    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO", **extra})
 
 
 def stage_of(folder, method="sft", **changes):
@@ -312,7 +312,8 @@ def test_quiet_prints_warnings_and_the_result(tmp_path):
     ]
     out = io.StringIO()
     with screens.QuietScreen(Console(out=out)) as screen:
-        screen.log(message("sft is complete"))
+        screen.log(message("loading the base"))
+        screen.log(message("sft is complete", **RESULT))
     assert out.getvalue() == "sft is complete\n"
 
 

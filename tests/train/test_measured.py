@@ -10,7 +10,7 @@ from tests.messages import messages_to
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.io.run_dir import StageDir, cache_dir
-from zephyr_lite.memory.earlier import earlier_runs
+from zephyr_lite.memory.earlier import add_run, earlier_runs
 from zephyr_lite.memory.plan import Plan
 from zephyr_lite.train import main
 from zephyr_lite.train.main import _compare, save_stage
@@ -67,3 +67,14 @@ def test_only_a_plan_of_this_machine_is_compared_and_more_memory_than_planned_is
         _compare(stage, 900.0, 2**30)
     assert said == ["memory: 3.00 GiB at the peak, more than the 2.00 GiB of the plan"]
     assert earlier_runs(now["processor"], job) == [0.4, 0.4]
+
+
+@pytest.mark.parametrize("content", ['{"x": ', '{"x": "fast"}', "[]"])
+def test_a_damaged_file_is_named_and_started_anew(content):
+    job, said = SimpleNamespace(dtype=torch.float32, engine="fused", shape=SimpleNamespace(layers=2, hidden=64)), []
+    cache_dir().mkdir()
+    (cache_dir() / "measured.json").write_text(content)
+    with messages_to(said.append):
+        assert earlier_runs("here", job) == [] and said[0].startswith(f"{cache_dir() / 'measured.json'}: damaged; ")
+    add_run("here", job, 0.5)
+    assert earlier_runs("here", job) == [0.5]

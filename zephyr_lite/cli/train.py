@@ -13,7 +13,7 @@ from typer import Argument, Context, Option
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.interrupts import launched
-from ..io.logging import messages_to
+from ..io.logging import RESULT, messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
 from .options import StageConfig, console, nameable, next_lines, say_all
@@ -89,12 +89,12 @@ def train(
                 if dry_run:
                     from ..train.dry_run import run_dry
 
-                    run_dry(method, loaded, show=console.row)
+                    run_dry(method, loaded, show=None if quiet else console.row)
                     return
                 run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
             except StageComplete as done:
-                logger.info(done.message)
-            logger.info(next_lines(*_next_commands(method, config, loaded.config)))
+                logger.info(done.message, extra=RESULT)
+            logger.info(next_lines(*_next_commands(method, config, loaded.config)), extra=RESULT)
 
 
 def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[list[str]]:
@@ -155,11 +155,14 @@ def suggest(
     """Rank, learning rate, epochs and batch size for your rows, each with its reason; and the plan for the card."""
     from ..config.load import dump_config
     from ..config.resolve import resolve_run
+    from ..evaluate.results import claim_folder
     from ..memory.forecast import planned_lines
     from ..monitor.rows import stage_of_words
     from ..train import suggest as suggestions
 
     method, words = stage_of_words(list(context.args), config)
+    if out is not None:
+        claim_folder(out.parent)  # before anything is computed
     loaded = resolve_run(method, config, words)
     before = loaded.config
     rows = suggestions.suggest(method, loaded, loaded.given if config else loaded.typed)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 PACKAGE = logging.getLogger("zephyr_lite")
+# ``extra`` of a message that ``--quiet`` prints, too
+RESULT = {"result": True}
 
 
 class Output(logging.Handler):

@@ -16,9 +16,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
+from ..data.chat_template import NO_THINKING
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..io.atomic import write_text
+from ..io.logging import RESULT
 from ..io.run_dir import (
     FORMAT,
     StageDir,
@@ -132,6 +134,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     forget_best = compared.rows(rows, held_out, told)
     if compared.complete:
         raise StageComplete(f"{stage.path} is complete already.")
+    if before is not None:
+        template.use(before.get("chat_template") or template.text)
+    elif template.block_end is not None and not data.supervises(template.block_end):
+        template.use(NO_THINKING + template.text)
+        logger.info("no answer has reasoning: enable_thinking=false becomes the default of the saved chat template")
 
     # plan
     sizes = _row_sizes(method, config, parts)
@@ -141,7 +148,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         machine = this_machine(device, dtype, config.memory)
         plan = make_plan(workload, machine, config.memory)
         for line in forecast_lines(workload, machine, plan, config):
-            logger.info(line)
+            logger.info(line, extra=None if claim else RESULT)  # a dry run has no other
     torch.set_num_threads(plan.threads)
     if not weights_first:
         check_base()
