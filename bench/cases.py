@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
-from zephyr_lite.ops import dispatch, dropout, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, dropout_products, nf4, rms_norm, rope, swiglu, token_logps
 
 EPS = 1e-5
 
@@ -136,12 +137,30 @@ def _dropout(bench: Bench) -> list[Case]:
     streams = torch.arange(size[0], device=bench.device) // 512
     positions = torch.arange(size[0], device=bench.device) % 512
     key = dropout.DropoutKey(0.05, 42, 7, streams, positions).at(3, 1)
-    one = bench.bytes(*size)
+    one, rank, products = bench.bytes(*size), 48, dropout_products
+    a, d_z = bench.random(rank, size[1]), bench.random(size[0], rank)
+    narrow = bench.bytes(rank, size[0] + size[1])
     theirs = {"torch": lambda: F.dropout(x, 0.05, training=True)}
-    return [
+    found = [
         Case("dropout", "dropout", 2 * one, lambda: dropout.drop(x, key, out), peers=theirs),
         Case("dropout backward, adding", "dropout", 3 * one, lambda: dropout.add_dropped_(target, x, key)),
     ]
+    # torch: a product of the dropped copy, which other cards run
+    for name, moved, ours, apart in (
+        ("product", one, partial(products.dropped_product, x, a), partial(products._twin_product, x, a)),
+        (
+            "input gradient",
+            2 * one,
+            partial(products.add_input_gradient_, target, d_z, a),
+            partial(products._twin_input, target, d_z, a),
+        ),
+        ("matrix gradient", one, partial(products.matrix_gradient, d_z, x), partial(products._twin_matrix, d_z, x)),
+    ):
+        peers = {"torch": partial(apart, key)}
+        found.append(
+            Case(f"dropout {name}, rank {rank}", "dropout_products", moved + narrow, partial(ours, key), peers=peers)
+        )
+    return found
 
 
 def _logps(bench: Bench) -> list[Case]:

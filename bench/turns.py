@@ -277,7 +277,7 @@ def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
             **({"use_liger_kernel": True} if variant.liger else {}),
         }
     }
-    trainer, _ = baselines.make_trainer(stage, on_metrics=lambda step, total, found: None)
+    trainer, _ = baselines.make_trainer(stage)
     if variant.engine == "unsloth" and "unsloth" not in sys.modules:
         raise UserError("engine unsloth: its trainer was made without importing unsloth, so it is another's.")
     if variant.padded:

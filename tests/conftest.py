@@ -15,7 +15,16 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     # Triton decides at its own import, and at each kernel's, whether they are for its interpreter. Whether an operation
     # runs them is decided at every call: test_kernels.py sets the variable again, everything else runs the twins.
     os.environ["TRITON_INTERPRET"] = "1"
-    from zephyr_lite.ops import dropout, nf4, rms_norm, rope, swiglu, token_logps  # noqa: F401
+    from zephyr_lite.ops import (  # noqa: F401
+        dropout,
+        dropout_products,
+        int8,
+        nf4,
+        rms_norm,
+        rope,
+        swiglu,
+        token_logps,
+    )
 
     del os.environ["TRITON_INTERPRET"]
 

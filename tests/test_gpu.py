@@ -67,17 +67,18 @@ def test_every_attention_kernel_equals_float64(kind, dtype, size, window, monkey
     assert apart(grad.double(), wanted) < 2 * tolerance
 
 
+@pytest.mark.parametrize("dropout", [None, Dropout(0.2, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("make", [make_model, *(partial(tiny, name) for name in FAMILIES)])
-def test_the_decoder_on_the_gpu_equals_float32_on_the_cpu(make, dtype):
+def test_the_decoder_on_the_gpu_equals_float32_on_the_cpu(make, dtype, dropout):
     batch = collate_pairs([pair(0, 40, 30, 20), pair(1, 9, 12, 30)])
-    want, wanted = loss_and_gradients(Decoder(live_stack(make()), torch.float32), batch)
+    want, wanted = loss_and_gradients(Decoder(live_stack(make()), torch.float32), batch, dropout=dropout)
     stack = live_stack(make())
     stack.model.cuda()
     for name, parameter in stack.model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
-    got, grads = loss_and_gradients(Decoder(stack, dtype), batch.to("cuda"))
+    got, grads = loss_and_gradients(Decoder(stack, dtype), batch.to("cuda"), dropout=dropout)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     assert apart(got.cpu().float(), want) < tolerance
     for name, grad in wanted.items():

@@ -16,19 +16,13 @@ from tests.conftest import make_model
 from tests.contract.steps import PLAIN, moved, open_dpo
 from tests.numeric import apart
 from tests.train.test_train import LN2, Killed, dpo_words, killed_at, metrics, words
-from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import MemorySpec, RunConfig, load_config
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
-from zephyr_lite.memory.machine import this_machine
-from zephyr_lite.memory.plan import make_plan
-from zephyr_lite.memory.workload import AdapterSpec, Shape, Workload
 from zephyr_lite.merge import chain_of_run
-from zephyr_lite.model.adapters import AdapterStack
-from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
+from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.loop import (
@@ -72,26 +66,6 @@ def run(sft_run, tmp_path):
 # Going on
 
 
-def test_a_stage_goes_on_from_its_own_base_and_adapters_only(windowed, run, pair_rows, tmp_path):
-    base, below = tmp_path / "base", tmp_path / "below"
-    shutil.copytree(windowed, base)
-    shutil.copytree(run / "sft" / "adapter", below)
-    settings = dpo_words(base, tmp_path / "r", pair_rows, adapters=f"[{below}]", save_steps=1, **PLAIN)
-    with killed_at(1):
-        run_dpo(load_config("dpo", None, settings))
-    adapter = read_adapter(below)
-    changed = {m: LoraWeights(w.a.clone(), w.b.clone() * 1.01, w.scale) for m, w in adapter.modules.items()}
-    kept = {p.name: p.read_bytes() for p in below.iterdir()}
-    write_adapter(below, changed, base_model_name="x")
-    with pytest.raises(UserError, match="adapters below: "):
-        run_dpo(load_config("dpo", None, settings))
-    for name, content in kept.items():
-        (below / name).write_bytes(content)
-    make_model(seed=1, sliding_window=9).save_pretrained(base)
-    with pytest.raises(UserError, match=": weights "):
-        run_dpo(load_config("dpo", None, settings))
-
-
 def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypatch):
     """A run that was too large for the card must be able to go on with a smaller plan, and only then has a new one."""
     settings = {"save_steps": 1, **PLAIN}
@@ -105,22 +79,6 @@ def test_memory_may_be_changed_to_go_on(windowed, chat_rows, tmp_path, monkeypat
         stage = setup_stage("sft", loaded)
         assert list(stage.plan.keep) == keep and (stage.plan.as_dict() == first) == (memory is None)
     assert set(stage.dir.info()["plan"]["keep"]) == {"input"}
-
-
-@pytest.mark.parametrize("plan", [{"micro_tokens": 64, "tea": 1}, None])
-def test_a_plan_of_another_version_is_said(windowed, chat_rows, tmp_path, plan):
-    settings = {"save_steps": 1, **PLAIN}
-    loaded = load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings))
-    with killed_at(1):
-        run_sft(loaded)
-    stage = StageDir(tmp_path / "r" / "sft")
-    info = stage.info()
-    stage.write_info({**info, "plan": plan} if plan else {k: v for k, v in info.items() if k != "plan"})
-    with pytest.raises(UserError, match=r"stage.json: its plan is none of this version's"):
-        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)))
-    stage.write_info({**info, "plan": {**info["plan"], "keep": ["all"] * 7}})
-    with pytest.raises(UserError, match="it is for 7 layers"):
-        run_sft(load_config("sft", None, words(windowed, tmp_path / "r", chat_rows, **settings)))
 
 
 @pytest.mark.parametrize("where", ["early", "end"])
@@ -150,24 +108,10 @@ def test_killed_before_the_adapter_is_written(windowed, chat_rows, tmp_path, mon
     assert outcome.step == 3 or where == "end"
 
 
-def test_a_stage_is_talked_to_on_its_own_base_only(windowed, run, tmp_path):
-    chat = load_chat(run / "sft")
-    assert chat.adapters == ["sft"]
-    ours, bare = (chat.ask(["Who are you?"], max_new_tokens=12, adapters=names) for names in (None, []))
-    assert ours != bare and ours == chat.ask(["Who are you?"], max_new_tokens=12)
-    info = StageDir(run / "sft").info()
-    shutil.copytree(windowed, tmp_path / "base")
-    make_model(seed=1, sliding_window=9).save_pretrained(tmp_path / "base")
-    info["base"]["name_or_path"] = str(tmp_path / "base")
-    StageDir(run / "sft").write_info(info)
-    with pytest.raises(UserError, match="files changed"):
-        load_chat(run / "sft")
-
-
 # What a stage takes over
 
 
-@pytest.mark.parametrize("system", ["Answer: in 'one' line.\nBe kind.", "word " * 40 + "end", "42", "null"])
+@pytest.mark.parametrize("system", ["Answer: in 'one' line.\nBe kind.", "null"])
 def test_the_system_turn_is_inherited_as_it_is(windowed, run, pair_rows, system):
     text = run / "sft" / "config.yaml"
     text.write_text(json.dumps({**read_yaml(text), "system": system}))
@@ -246,40 +190,12 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
     assert apart(scaled[name] / scale, state.parameters[name].grad) < 2e-2
     # a gradient that no scale makes finite must not be skipped for days
     state = TrainState(stage, objective)
-    plain = loop_file.total_norm
-    monkeypatch.setattr(loop_file, "total_norm", lambda grads: plain(grads) * float("nan"))
+    plain = loop_file.gradient_norm
+    monkeypatch.setattr(loop_file, "gradient_norm", lambda state: plain(state) * float("nan"))
     real = state.scaler.update
     monkeypatch.setattr(state.scaler, "update", lambda: real(state.scaler.get_scale() / 2))
     with pytest.raises(UserError, match="not finite three times"):
         train(state)
-
-
-def test_the_plan_leaves_room_for_gradients_and_moments(monkeypatch):
-    """A rank of 128 on a 7B model: 335 million parameters, 4 GB that are not there yet when the plan is made."""
-    monkeypatch.setattr("zephyr_lite.memory.machine.free_memory", lambda device: 10**9)
-    shape, cpu, spec = Shape.of(make_model().config), torch.device("cpu"), MemorySpec()
-
-    def plan(optim, r):
-        adapter = AdapterSpec.fresh(shape, r)
-        job = Workload(shape, torch.float32, "dense", (adapter,), optim, False, "sft", longest=10)
-        return job.parameters, make_plan(job, this_machine(cpu, job.dtype, spec), spec)
-
-    # of a parameter: itself, its gradient, and two moments of 4 bytes or of one
-    for optim, least, most in (("adamw_torch", 16, 16.1), ("adamw_8bit", 10, 10.1), ("paged_adamw_32bit", 16, 16.1)):
-        small, large = plan(optim, 128), plan(optim, 256)
-        a_parameter = (small[1].free_bytes - large[1].free_bytes) / (large[0] - small[0])
-        assert least <= a_parameter <= most
-    assert plan("adamw_torch", 10**5)[1].micro_tokens == 10  # one example runs, come what may
-
-
-def test_an_adapter_on_the_output_head_is_not_ignored(tmp_path):
-    model = make_model()
-    stack = AdapterStack(model)
-    a, b = torch.randn(2, 64), torch.randn(448, 2)
-    write_adapter(tmp_path / "head", {"lm_head": LoraWeights(a, b, 1.0)}, base_model_name="x")
-    stack.add_frozen("head", read_adapter(tmp_path / "head"))
-    with pytest.raises(UserError, match="output head"):
-        Decoder(stack, torch.float32)
 
 
 def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, chat_rows, tmp_path):

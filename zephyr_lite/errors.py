@@ -4,7 +4,8 @@
 class UserError(Exception):
     """Something in the user's input, files or machine has to change; the command line prints it and exits with 2.
 
-    The message names the place (file, row, key), what was found there, and what to do.
+    The message names the place (file, row, key), what was found there, and what to do. Whatever reads input may raise it, so
+    docstrings name it only where the reason is not plain.
 
     Args:
         message: one or two sentences; what was found, and where.

@@ -4,20 +4,18 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from tests.conftest import CONVERSATIONS, make_model
 from tests.train.test_train import dpo_words, words
-from zephyr_lite.audit.files import Audit, Level, gather
-from zephyr_lite.audit.measure import RowSums, _check_below, with_bos
+from zephyr_lite.audit.files import Level, gather
+from zephyr_lite.audit.measure import with_bos
 from zephyr_lite.audit.run import audit
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.data.chat_template import Example, resolve_template
-from zephyr_lite.errors import UserError
 from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import load_tokenizer
 from zephyr_lite.model.decoder import Decoder
@@ -117,17 +115,6 @@ def test_a_delta_needs_the_adapters_below_it(run, chat_rows, tmp_path):
     assert lone.numbers["rows"]["policy"]["loss"] == pytest.approx(rows["policy"]["loss"], rel=1e-6)
 
 
-def test_a_stage_contains_what_its_stage_json_says(run):
-    sft, dpo = str(run / "sft"), run / "dpo"
-    for path, option, level in (
-        (dpo, {"start": sft}, Level.right),
-        (dpo, {"below": [sft]}, Level.wrong),
-        (dpo / "delta", {"start": sft}, Level.wrong),
-        (dpo / "delta", {"below": [sft]}, Level.note),
-    ):
-        assert max(level for level, _ in files("below", path, **option)) == level, (path, option)
-
-
 # Adapters of other tools
 
 
@@ -150,13 +137,6 @@ def test_a_continued_adapter_is_told_from_a_stacked_one(run, tmp_path, change, c
     assert (as_below, as_start) == ((Level.wrong, Level.right) if continued else (Level.right, Level.wrong))
 
 
-def test_step_zero_against_itself_is_no_evidence(run, chat_rows, pair_rows, tmp_path):
-    shutil.copytree(run / "dpo/adapter", tmp_path / "a")
-    given = {"rows": str(chat_rows), "pairs": str(pair_rows), "load_in_4bit": False, "limit": 4}
-    ((level, text),) = found("reference", tmp_path / "a", **given)
-    assert level == Level.note and "by definition: the bare base is taken as both" in text
-
-
 def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
     stack = AdapterStack(make_model())
     stack.add_trainable("own", r=4, alpha=8, targets="all-linear", seed=1)
@@ -164,30 +144,10 @@ def test_an_untrained_adapter_is_found(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("card", "method", "level"),
-    [
-        ("---\ntags: [trl, dpo]\n---\nfine-tuned version of [org/Base-7B](x) with [TRL](y).", "dpo", None),
-        ("---\ntags: [trl, dpo]\n---\na fine-tuned version of [org/base-7b-sft](x).", "dpo", Level.doubtful),
-        ("---\ntags: [trl, orpo]\n---\n", "orpo", None),
-        ("---\nlibrary_name: peft\ntags: [llama-factory, sft]\n---\n", "sft", None),
-        ("---\ntags: [unsloth]\nbase_model: unsloth/Base-7B-bnb-4bit\n---\n", None, None),
-        ("---\n: [broken\n---\n", None, None),
-    ],
-)
-def test_a_card_is_read(run, tmp_path, card, method, level):
-    save(tmp_path / "a", read_adapter(run / "sft/adapter").modules, "org/Base-7B")
-    (tmp_path / "a/README.md").write_text(card)
-    evidence = gather(str(tmp_path / "a"))
-    assert (evidence.tool, evidence.method) == ("another tool (PEFT)", method)
-    assert [found for found, _ in files("below", tmp_path / "a")] == ([] if level is None else [level])
-
-
-@pytest.mark.parametrize(
     ("record", "level"),
     [
         ({"step": 1, "loss": 0.6931, "rewards/margins": 0.0, "rewards/accuracies": 0.0}, Level.right),
         ({"step": 1, "loss": 0.61, "rewards/margins": 0.2, "rewards/accuracies": 0.8}, Level.wrong),
-        ({"step": 10, "loss": 0.66, "rewards/accuracies": 0.6}, Level.right),
         ({"step": 10, "loss": 0.41, "rewards/accuracies": 0.8}, Level.doubtful),
     ],
 )
@@ -198,18 +158,6 @@ def test_a_trainers_log_shows_where_dpo_began(run, tmp_path, record, level):
         (tmp_path / f"a/checkpoint-{number}/trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert gather(str(tmp_path / "a")).method == "dpo"
     assert files("reference", tmp_path / "a")[0][0] == level
-
-
-def test_the_first_loss_follows_from_the_losss_configuration(run, tmp_path):
-    shutil.copytree(run, tmp_path / "a")
-    config, log = tmp_path / "a/dpo/config.yaml", tmp_path / "a/dpo/metrics.jsonl"
-    assert "its log starts at ln 2" in files("reference", tmp_path / "a/dpo")[0][1]
-    config.write_text(config.read_text().replace("loss_type: sigmoid", "loss_type: hinge"))
-    assert files("reference", tmp_path / "a/dpo")[0][0] == Level.wrong
-    log.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
-    assert "its log starts at 1:" in files("reference", tmp_path / "a/dpo")[0][1]
-    config.write_text(config.read_text().replace("loss_type: hinge", "loss_type: orpo"))
-    assert not files("reference", tmp_path / "a/dpo") and gather(str(tmp_path / "a/dpo")).method == "orpo"
 
 
 # Measurements
@@ -243,66 +191,7 @@ def test_another_template_than_the_saved_one_is_found(tiny_base, chat_rows, tmp_
     assert [t[0] for t in told] == [Level.doubtful, Level.note] and "zephyr fits it best" in told[1][1]
 
 
-def test_without_an_effect_no_difference_is_claimed(run, chat_rows, tmp_path):
-    weak = {n: LoraWeights(w.a, w.b * 1e-4, w.scale) for n, w in read_adapter(run / "sft/adapter").modules.items()}
-    shutil.copytree(run / "sft/adapter", tmp_path / "a", ignore=shutil.ignore_patterns("adapter_*"))
-    save(tmp_path / "a", weak, gather(str(run / "sft")).base)
-    told = found("below", tmp_path / "a", rows=str(chat_rows), load_in_4bit=False)
-    assert told[0][0] == Level.note and "neither clearly likelier nor less likely" in told[0][1]
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_no_adapter_is_missed_below_where_the_files_say_that_none_belongs_there(known):
-    told = Audit("a", "zephyr-lite", "dpo")
-    if known:
-        told.right("below", "one adapter: it belongs on the bare base")
-    sums = {
-        name: RowSums(torch.tensor([-1.0, -2, -3]) * loss, torch.ones(3), torch.empty(0))
-        for name, loss in (("base", 1), ("policy", 9))
-    }
-    _check_below(sums, told)
-    assert told.findings[-1].level == Level.note and "less likely" in told.findings[-1].text
-    assert ("--below" in told.findings[-1].advice) != known
-
-
-def test_a_bos_that_begins_every_turn_cannot_be_doubled(chat_rows, run, tmp_path):
-    """SmolLM2's and Qwen's tokenizers call <|im_start|> their BOS."""
-    shutil.copytree(run / "sft/adapter", tmp_path / "a")
-    tokenizer = load_tokenizer(tmp_path / "a")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
-    )
-    tokenizer.save_pretrained(tmp_path / "a")
-    told = found("bos", tmp_path / "a", rows=str(chat_rows), load_in_4bit=False)
-    assert any("apart from the tokens of its turns" in text for _, text in told)
-
-
 # Mistakes
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (["--out", "FOLDER"], "is a folder"),
-        (["--pairs", "none.jsonl"], "there is no such file"),
-        (["--reference", "FOLDER"], "no adapter_config.json"),
-        (["--beta", "0"], "DPO's beta is above 0"),
-        (["--start", "x", "--below", "y"], "--start and --below cannot be combined"),
-    ],
-)
-def test_mistakes_are_found_before_the_base_is_loaded(given, told, run, chat_rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.audit.run.load_base", lambda *a, **k: pytest.fail("the base was loaded"))
-    given = [str(tmp_path) if word == "FOLDER" else word for word in given]
-    assert cli.run(["check", str(run / "sft"), "--rows", str(chat_rows), *given]) == 2
-    assert told in capsys.readouterr().err
-
-
-def test_a_run_of_several_stages_and_a_wrong_template_are_refused(run, chat_rows):
-    with pytest.raises(UserError, match="neither a template's name nor a file"):
-        audit(str(run / "sft"), rows=str(chat_rows), chat_template="nonsense")
-    with pytest.raises(UserError, match=r"several stages \(dpo, sft\)"):
-        audit(str(run))
 
 
 def test_a_missing_base_is_a_finding_and_another_base_is_wrong(run, tmp_path):
@@ -329,10 +218,3 @@ def test_the_command_prints_a_verdict_and_writes_it(run, chat_rows, pair_rows, t
     assert cli.run(["check", str(run / "dpo"), *given, "--reference", "base"]) == 2
     said = capsys.readouterr()
     assert "verdict: WRONG (reference)" in said.out and not said.err  # the finding is in the table
-
-
-def test_bos_is_counted_exactly():
-    example = Example(np.array([1, 5, 6, 7], dtype=np.int32), np.array([False, False, True, True]), "", 0)
-    for count in (0, 1, 2):
-        changed = with_bos(example, 1, count)
-        assert changed.ids.tolist() == [1] * count + [5, 6, 7] and changed.ids[changed.mask].tolist() == [6, 7]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -88,93 +86,12 @@ def test_the_whole_at_a_tiny_size(tmp_path, monkeypatch, capsys):
 
 # -- stages that fail, hang, or are cut short --------------------------------------------------------------------------
 
-STUB = """
-import os, subprocess, sys, time, signal
-words, out = sys.argv[1:], sys.argv[sys.argv.index("--out") + 1]
-open(out, "w").write('{"told": 1}')
-if words[0] == "fails":
-    sys.exit("no such thing")
-if words[0] == "hangs":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    open(out + ".child", "w").write(str(child.pid))
-    open(out + ".ready", "w").close()
-    time.sleep(600)
-"""
-
-
-def stub(words, log, environment):
-    command = [sys.executable, "-c", STUB, *words]
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-
-def table_of(*modules):
-    return tuple(evidence.Stage(module, 1, module) for module in modules)
-
 
 def runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-@pytest.fixture
-def stubs(monkeypatch):
-    monkeypatch.setattr(evidence, "start", stub)
-    monkeypatch.setattr(evidence, "GRACE", 0.2)
-    monkeypatch.setattr(evidence, "LEAST", 0.5)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_stage_that_fails_or_hangs_stops_no_other(stubs, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evidence, "STAGES", table_of("fails", "hangs", "works"))
-    assert evidence.main(["--out", str(tmp_path), "--minutes", "0.15"]) == 1
-    found = json.loads((tmp_path / "evidence.json").read_text())["stages"]
-    assert {n: s["status"] for n, s in found.items()} == {"fails": "failed", "hangs": "timed out", "works": "ok"}
-    assert found["fails"]["exit_code"] == 1 and found["fails"]["last_lines"] == ["no such thing"]
-    assert not runs(int((tmp_path / "hangs.json.child").read_text()))
-    assert json.loads((tmp_path / "works.json").read_text()) == {"told": 1}
-    # what the first did not use is the others'
-    assert found["hangs"]["limit"] > found["fails"]["limit"]
-    printed = capsys.readouterr().out
-    assert "timed out" in printed and "no such thing" in printed
-
-
-def test_what_was_red_is_run_again_alone(stubs, monkeypatch, tmp_path):
-    stages = table_of("works", "fails")
-    monkeypatch.setattr(evidence, "STAGES", stages)
-    assert evidence.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
-    first = json.loads((tmp_path / "evidence.json").read_text())["stages"]
-    monkeypatch.setattr(evidence, "STAGES", (stages[0], evidence.Stage("fails", 1, "works")))
-    assert evidence.main(["--out", str(tmp_path), "--minutes", "1", "--only", "fails"]) == 0
-    again = json.loads((tmp_path / "evidence.json").read_text())["stages"]
-    assert again["works"] == first["works"] and again["fails"]["status"] == "ok"
-    with pytest.raises(SystemExit):
-        evidence.main(["--out", str(tmp_path), "--only", "nothing"])
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_ends_its_stage_and_tells(tmp_path, number):
-    code = (
-        f"import subprocess, sys\nfrom bench import evidence\nSTUB = {STUB!r}\n{inspect.getsource(stub)}\n"
-        "evidence.start, evidence.GRACE = stub, 0.2\n"
-        "evidence.STAGES = tuple(evidence.Stage(name, 1, name) for name in ('works', 'hangs', 'fails'))\n"
-        "sys.exit(evidence.main(sys.argv[1:]))"
-    )
-    words = [sys.executable, "-c", code, "--out", str(tmp_path), "--minutes", "60"]
-    # as in a shell's background, where SIGINT is ignored
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-    )
-    while not (tmp_path / "hangs.json.ready").is_file() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(60) == 1
-    found = json.loads((tmp_path / "evidence.json").read_text())["stages"]
-    assert {n: s["status"] for n, s in found.items()} == {"works": "ok", "hangs": "interrupted", "fails": "skipped"}
-    assert not runs(int((tmp_path / "hangs.json.child").read_text()))
 
 
 def test_the_commands_are_ones_that_the_benches_take(tmp_path):
@@ -246,58 +163,3 @@ def kernels(monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
     return flash_attn_shim, calls
-
-
-@pytest.mark.parametrize(
-    ("causal", "window", "used"),
-    [(True, (-1, -1), (-1, 0)), (True, (2, 2), (2, 0)), (False, (-1, -1), (-1, -1)), (False, (1, 2), (1, 2))],
-)
-def test_packed_sequences_through_pytorchs_kernel(kernels, causal, window, used):
-    shim, calls = kernels
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(9, h, 8, dtype=torch.double, requires_grad=True) for h in (4, 2, 2))
-    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-    out = shim.flash_attn_varlen_func(q, k, v, cu, cu, 5, torch.tensor(5), causal=causal, window_size=window)
-    want = reference(q, k, v, [0, 4, 9], [0, 4, 9], *used, 8**-0.5)
-    assert torch.allclose(out, want) and calls == [used]
-    grad = torch.randn_like(out)
-    for got, wanted in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(want, (q, k, v), grad)):
-        assert torch.allclose(got, wanted)
-
-
-def test_a_batch_through_the_same_kernel(kernels):
-    shim, _ = kernels
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 5, h, 8, dtype=torch.double) for h in (4, 2, 2))
-    out = shim.flash_attn_func(q, k, v, causal=True, softmax_scale=0.3)
-    for row in range(2):
-        assert torch.allclose(out[row], reference(q[row], k[row], v[row], [0, 5], [0, 5], -1, 0, 0.3))
-    with pytest.raises(NotImplementedError, match="dropout_p"):
-        shim.flash_attn_func(q, k, v, dropout_p=0.1)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    rows, places, cu, longest, _ = shim.unpad_input(q, mask)
-    assert (
-        cu.tolist() == [0, 3, 8]
-        and longest == 5
-        and torch.equal(shim.pad_input(rows, places, 2, 5), q * mask[..., None, None])
-    )
-
-
-def test_transformers_takes_it_for_flash_attention(tmp_path):
-    """In a process of its own: what is installed is looked up once."""
-    code = (
-        "import sys\nfrom bench.process import install_flash_attn\ninstall_flash_attn(sys.argv[1])\n"
-        "assert 'torch' not in sys.modules\nimport transformers.utils.import_utils as utils\n"
-        "utils.is_torch_cuda_available = lambda: True\nassert utils.is_flash_attn_2_available()\n"
-        "from transformers.modeling_flash_attention_utils import _lazy_imports, _lazy_define_process_function\n"
-        "found = _lazy_imports('flash_attention_2')\nprint(*[f.__module__ for f in found])\n"
-        "kept = _lazy_define_process_function(found[1])\n"
-        "print(sorted(kept(query_length=9, key_length=9, is_causal=True, sliding_window=4, max_seqlen_q=9, max_seqlen_k=9)))\n"
-        "from flash_attn.flash_attn_interface import flash_attn_gpu\n"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stderr
-    modules, keywords = told.stdout.strip().splitlines()
-    assert modules.split() == ["bench.flash_attn_shim"] * 5
-    assert "window_size" in keywords and "max_seqlen_q" in keywords

@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 
 import zephyr_lite
-from tests.conftest import make_model
-from zephyr_lite.chat import Chat, load_chat, repl
+from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.chat.generate import Drawn
-from zephyr_lite.chat.repl import side_by_side
 from zephyr_lite.chat.session import Session
 from zephyr_lite.cli import app as cli
 from zephyr_lite.cli import talk
-from zephyr_lite.monitor.console import Console, visible
+from zephyr_lite.monitor.console import visible
 
 SHORT = ["--max-new-tokens", "8", "--temperature", "0"]
 
@@ -80,23 +78,6 @@ def test_a_session_and_its_commands(typed, tmp_path):
     assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant"] and row["model"] == "sft"
 
 
-def test_ctrl_c_at_the_prompt(typed):
-    interrupt = KeyboardInterrupt()
-    assert typed(interrupt, "Hi", interrupt)[0] == 0
-    code, out, err = typed("Hi", interrupt, interrupt, "never asked")
-    assert code == 130 and "Ctrl-C once more" in out and err.strip() == "interrupted"
-    assert [typed(word, "never asked")[0] for word in ("exit", "quit", "/exit")] == [0, 0, 0]
-
-
-def test_a_full_disk_does_not_end_a_session(typed, monkeypatch, tmp_path):
-    def full(path, rows):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(repl, "append_rows", full)
-    code, out, err = typed("Hi", f"/save {tmp_path / 'a.jsonl'}", "/model")
-    assert code == 0 and "No space left on device" in err and "dpo (this one)" in out
-
-
 def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
     """The answers are made to name their models, so that what is shown can be told apart."""
     ask = Session.ask
@@ -146,25 +127,6 @@ def test_a_vote_hides_whose_answer_is_whose(typed, tmp_path, monkeypatch):
     assert again[0] == 0 and "votes: 0; skipped: 0" in again[1] and len(file.read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--vote", "v.jsonl", "--prompts", "p.txt"], "--vote needs a terminal"),
-        (["--model", "sft", "--model", "rlhf"], "no model 'rlhf'"),
-        (["--model", "rlhf"], "no model 'rlhf'"),
-        (["--compare", "--model", "sft"], "is one model, sft"),
-        (["--prompts", "p.txt"], "go together"),
-        (["--vote", "v.txt"], ".jsonl file"),
-        (["--top-p", "0"], "top-p 0.0"),
-        (["--temperature", "nan"], "temperature nan"),
-        (["--system", "<s>"], "control token"),
-    ],
-)
-def test_options_that_do_not_go_together(typed, options, said):
-    code, _, err = typed(options=options)
-    assert code == 2 and said in err
-
-
 def test_a_prompt_on_stdin_is_answered_on_stdout(talk_run, monkeypatch, capsys):
     loaded = load_chat(talk_run).live
     monkeypatch.setattr("zephyr_lite.model.loaded.open_live", lambda *a, **k: loaded)
@@ -208,19 +170,6 @@ def test_a_file_of_prompts_is_answered_in_batches(talk_run, monkeypatch, capsys,
     assert cli.run(given) == 2 and "is there already" in capsys.readouterr().err
     prompts.write_text(json.dumps({"prompt": "</s>"}))
     assert cli.run([*given[:-4], "--out", str(tmp_path / "x.jsonl")]) == 2 and not (tmp_path / "x.jsonl").exists()
-
-
-@pytest.mark.parametrize("width", [40, 80, 160])
-def test_answers_stand_beside_each_other_where_there_is_room(width):
-    console = Console(out=io.StringIO())
-    console.out.width = width
-    texts = ["one two three " * 9, "\x1b[2Jcleared\tTab", "(stopped)"]
-    console.out.print(side_by_side(console, ["base", "sft", "dpo"], texts), soft_wrap=False)
-    lines = console.out.file.getvalue().splitlines()
-    assert max(map(len, lines)) <= width and "\x1b" not in console.out.file.getvalue()
-    assert any("base" in line and "dpo" in line for line in lines) == (width == 160)
-    text = "".join(re.sub(r"[│┃]", " ", line) for line in lines)
-    assert text.count("three") == 9 and "\\x1b[2Jcleared    Tab" in text and "(stopped)" in text
 
 
 # A real terminal
@@ -267,35 +216,3 @@ class Terminal:
         except OSError:
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def test_ctrl_c_ends_an_answer_and_not_the_session_in_a_real_terminal(tmp_path):
-    """A model that never ends its answers, and whose context is long."""
-    from tests.conftest import make_tokenizer
-
-    model = make_model(max_position_embeddings=100_000)
-    model.lm_head.weight.data[[0, 1, 2]] = 0.0
-    model.save_pretrained(tmp_path / "m")
-    tokenizer = make_tokenizer(tmp_path / "m")
-    from zephyr_lite.data.chat_template import resolve_template
-
-    resolve_template("zephyr", tokenizer)
-    tokenizer.save_pretrained(tmp_path / "m")
-    terminal = Terminal(["chat", "m", "--max-new-tokens", "90000"], tmp_path)
-    terminal.until("> $")
-    terminal.type("Name three rivers.\r")
-    terminal.until(r"rivers\." + SAID)
-    terminal.type(KEYS["INT"])
-    terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
-    terminal.type("/save a.jsonl\r")
-    terminal.until("training would learn to end there[\\s\\S]*> $")
-    terminal.type("\x1b[200~one line\nand another\x1b[201~\r")  # as a terminal pastes
-    terminal.until("another" + SAID)
-    terminal.type(KEYS["INT"])
-    terminal.until(r"stopped after \d+ tokens[\s\S]*> $")
-    terminal.type("/save a.jsonl\r")
-    terminal.until("saved to a.jsonl[\\s\\S]*> $")
-    terminal.type(KEYS["EOF"])
-    assert terminal.code() == 0
-    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [turn["content"] for turn in rows[1]["messages"]][0::2] == ["Name three rivers.", "one line\nand another"]

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
-import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from tests.client.test_client import ask_all, records, run
+from tests.client.test_client import ask_all, run
 from zephyr_lite.chat import Chat, load_chat
-from zephyr_lite.client import client
-from zephyr_lite.client.client import ModelClient, Request, RequestFailed
+from zephyr_lite.chat.generate import RowSampler, Sampling
+from zephyr_lite.client.client import Request, RequestFailed
 from zephyr_lite.client.endpoints import EndpointSpec
 from zephyr_lite.client.request_log import Reply
-from zephyr_lite.errors import UserError
-from zephyr_lite.model import loaded
-from zephyr_lite.model.sampling import RowSampler, Sampling
 
 QUESTIONS = [
     "Name three rivers.",
@@ -73,54 +65,6 @@ def test_answers_do_not_depend_on_the_batch_and_are_paid_for_once(tmp_path, tiny
     assert totals_after.requests == totals.requests == 5 and totals_after.from_log == 5
 
 
-def test_why_an_answer_ended(tiny_base, monkeypatch):
-    """The model says 5, then 6, then its end."""
-    chat = load_chat(tiny_base)
-    end = chat.template.tokenizer.eos_token_id
-
-    def script(self: RowSampler, scores: torch.Tensor) -> torch.Tensor:
-        self.step = getattr(self, "step", -1) + 1
-        return torch.full((len(scores),), (5, 6, end)[min(self.step, 2)])
-
-    monkeypatch.setattr(RowSampler, "choose", script)
-    drawn = chat.sample([[1, 2, 3, 4], [3, 4]], [Sampling(9), Sampling(9)])
-    assert [(s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in drawn] == [("stop", 4, 3), ("stop", 2, 3)]
-    assert drawn[0].text == chat.template.tokenizer.decode([5, 6]).strip()
-    cut, whole = chat.sample([[1, 2, 3, 4], [3, 4]], [Sampling(2), Sampling(3)])
-    assert (cut.finish_reason, cut.completion_tokens) == ("length", 2)
-    assert (whole.finish_reason, whole.completion_tokens) == ("stop", 3)
-
-
-def test_weights_that_change_are_asked_anew(tmp_path, tiny_base):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_base, folder)
-    run([local(folder)], tmp_path / "job", lambda d: ask_all(d, QUESTIONS[:2]))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(-1)
-    model.save_pretrained(folder)
-    _, totals = run([local(folder)], tmp_path / "job", lambda d: ask_all(d, QUESTIONS[:2]))
-    assert totals.requests == 4 and totals.from_log == 0
-
-
-def test_conversations_that_cannot_be_asked_are_gone_past(tmp_path, tiny_base):
-    context = json.loads((tiny_base / "config.json").read_text())["max_position_embeddings"]
-
-    async def work(client):
-        turns = [
-            ({"role": "user", "content": "Hi"},),
-            ({"role": "user", "content": "</s> Hi"},),
-            ({"role": "user", "content": "fox " * context},),
-        ]
-        asked = (client.ask(Request(f"k{i}", "m", t)) for i, t in enumerate(turns))
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    replies, totals = run([local(tiny_base)], tmp_path, work)
-    assert [type(r) for r in replies] == [Reply, RequestFailed, RequestFailed]
-    assert totals.failed_tries == {"refused by the chat template": 1, "longer than the context": 1}
-    assert totals.lost_tokens == 0
-
-
 def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, batches, monkeypatch):
     sample = Chat.sample
     expected, _ = run([local(tiny_base)], tmp_path / "whole", ask_with_seeds)
@@ -142,42 +86,6 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path, tiny_base, ba
     monkeypatch.setattr(Chat, "sample", none)
     (reply,), _ = run([local(tiny_base)], tmp_path / "none", lambda d: ask_all(d, ["Hi"]))
     assert isinstance(reply, RequestFailed) and "do not fit" in str(reply)
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_job(tmp_path, tiny_base, monkeypatch):
-    def refuse(path: Any, **settings: Any) -> Any:
-        raise UserError(f"{path}: cannot be loaded.", "Fetch it again.")
-
-    monkeypatch.setattr(loaded, "open_live", refuse)
-    replies, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, QUESTIONS))
-    assert all(isinstance(r, UserError) and r.hint == "Fetch it again." for r in replies) and totals.replies == 0
-
-
-def test_stopping_ends_a_generation_at_its_next_token_and_keeps_no_half_answer(tmp_path, tiny_base, monkeypatch):
-    begun = threading.Event()
-    draw = RowSampler.choose
-
-    def slow(self: RowSampler, *args: Any) -> Any:
-        begun.set()
-        time.sleep(0.05)
-        return draw(self, *args)
-
-    monkeypatch.setattr(RowSampler, "choose", slow)
-    monkeypatch.setattr(client, "GRACE", 0.1)
-
-    async def main() -> None:
-        async with ModelClient([local(tiny_base, max_tokens=400, temperature=3.0)], tmp_path) as opened:
-            task = asyncio.create_task(opened.ask(ask("Hi")))
-            await asyncio.to_thread(begun.wait)
-            assert not task.done()
-
-    before = time.monotonic()
-    asyncio.run(main())
-    assert time.monotonic() - before < 10  # of 20 s and more
-    assert records(tmp_path, "replied") == []
-    monkeypatch.undo()
-    _, totals = run([local(tiny_base)], tmp_path, lambda d: ask_all(d, ["Hi"]))
-    assert totals.replies == 1
 
 
 def test_draws_follow_the_distribution():

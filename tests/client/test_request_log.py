@@ -139,12 +139,3 @@ def test_a_job_that_is_killed_again_and_again_pays_once_and_keeps_its_budget(tmp
             assert not {f"k{seen.question[1:]}" for seen in server.seen[before:]} & paid
             assert sum(spent) <= tokens and len(server.seen) <= requests
     assert tokens <= 5_000 or kinds.count("BudgetSpent") + kinds.count("RequestFailed") < 20
-
-
-# The file
-
-
-def test_a_file_that_is_no_log(tmp_path):
-    (tmp_path / NAME).write_text("my notes, which are long enough to be no empty database " * 20)
-    with ChatServer() as server, pytest.raises(UserError, match="cannot be read or written"):
-        one(server, tmp_path)

@@ -16,12 +16,14 @@ from tests.numeric import conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.memory.activations import kept_bytes
-from zephyr_lite.memory.estimate import scratch_bytes
+from zephyr_lite.memory.estimate import int8_bytes, scratch_bytes
 from zephyr_lite.model import dequant_buffer as memory
+from zephyr_lite.model import int8 as int8_file
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.execution import layer_of
 from zephyr_lite.model.families import Shape
+from zephyr_lite.model.int8 import calibrate
 from zephyr_lite.ops import token_logps as token_logps_file
 from zephyr_lite.ops.dropout import DropoutKey
 from zephyr_lite.train.optim import make_buffers, make_optimizer
@@ -106,13 +108,20 @@ def test_copies_of_a_layers_adapters(dtype, off, copies):
         assert torch.equal(a, p.a.to(dtype)) and torch.equal(b, (p.b * p.scale).to(dtype))
 
 
+def int8_decoder(folder, dtype=torch.float32, scratch="layer"):
+    base = load_base(RunConfig(model_name_or_path=str(folder), dtype=str(dtype).removeprefix("torch.")))
+    decoder = Decoder(live_stack(base.model), dtype, scratch=scratch)
+    calibrate(decoder, collate_conversations([conversation(0, 20)]))
+    return decoder
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_kept_for_the_backward_pass(dtype, keep, p):
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_bytes_kept_for_the_backward_pass(tiny_base, dtype, int8, keep, p):
     """Exactly what the policy says, a token and layer, and what the head keeps a target; the planner's figure is this."""
-    model = make_model().to(dtype)
-    decoder = Decoder(live_stack(model), dtype)
+    decoder = int8_decoder(tiny_base, dtype) if int8 else Decoder(live_stack(make_model().to(dtype)), dtype)
+    model = decoder.stack.base
     batch = collate_conversations([conversation(0, 40), conversation(1, 24)])
     with kept() as found:
         decoder.token_logps(batch, keep=keep, dropout=Dropout(p, 1, 1) if p else None)
@@ -177,6 +186,20 @@ def test_dequantizations_of_a_step(tiny_base, dequantized, keep):
     assert len(dequantized) == first + 7 * layers
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+def test_requantizations_of_a_step_in_int8(tiny_base, monkeypatch, keep):
+    """Seven weights a layer and pass, and those whose products are computed again, but in the layer that was the last."""
+    decoder, found, plain = int8_decoder(tiny_base), [], int8_file.requantize
+
+    def counting(places, *args, **options):
+        found.extend(places)
+        plain(places, *args, **options)
+
+    monkeypatch.setattr(int8_file, "requantize", counting)
+    loss_and_gradients(decoder, collate_conversations([conversation(0, 20)]), keep=keep)
+    assert len(found) == 7 * 4 - 3 + {"all": 0, "attention": 5, "input": 6}[keep]
+
+
 def test_dequantizations_of_a_step_in_the_small_scratch(tiny_base, dequantized):
     base = load_base(RunConfig(model_name_or_path=str(tiny_base)))
     decoder = Decoder(live_stack(base.model), base.dtype, scratch="small")
@@ -197,6 +220,21 @@ def test_the_scratch_is_as_large_as_the_design_says(mode):
     sizes = [2 * n / 2**20 for n in memory.scratch_elements(sites, mode)]
     assert sizes == {"layer": [416.0], "small": [80.0, 112.0]}[mode]
     assert scratch_bytes(Shape.of(MISTRAL), 2, mode) == sum(sizes) * 2**20  # what the planner counts with
+
+
+@pytest.mark.parametrize("scratch", ["layer", "small"])
+def test_bytes_of_int8_are_as_the_planner_counts_them(tiny_base, scratch):
+    """For Mistral-7B: the buffer of 16 bits, and 6.6 MiB of outlier channels."""
+    decoder = int8_decoder(tiny_base, scratch=scratch)
+    decoder.token_logps(collate_conversations([conversation(0, 20)]))
+    shape, buffer = Shape.of(decoder.stack.base.config), decoder.scratch
+    assert sum(t.nbytes for t in buffer._buffers + buffer._outliers) == scratch_bytes(shape, 4, scratch, True)
+    sites = [site["int8"] for of_layer in decoder.of_sites for site in of_layer]
+    scales = sum(t.nbytes for site in sites for pair in site.scales for t in pair)
+    assert scales + sum(t.nbytes for site in sites for t in site.outliers) == int8_bytes(shape)
+    mistral = Shape.of(MISTRAL)
+    more = scratch_bytes(mistral, 2, scratch, True) - scratch_bytes(mistral, 2, scratch)
+    assert more == 2 * (38912 * 64 + 4096 * 224)
 
 
 def test_the_head_multiplies_target_rows_only(monkeypatch):
@@ -223,7 +261,7 @@ def _product(*shapes):
     return 2 * m * k * n
 
 
-def flops(run):
+def flops(run, more=None):
     """Of every matrix product, and of attention as full rectangles: 4 q k d a head forward, 10 backward."""
 
     def forward(q, k, *args, **kwargs):
@@ -236,10 +274,32 @@ def flops(run):
         _ATTENTION: forward,
         _ATTENTION_BACKWARD: backward,
         torch.ops.aten.addmm_: lambda y, a, b, **kwargs: _product(a, b),
+        **(more or {}),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_operations_of_a_step_in_int8(tiny_base, keep):
+    """All products with the frozen matrices; beside them those of outlier channels, forward only."""
+    decoder = int8_decoder(tiny_base)
+    batch = collate_conversations([conversation(0, 40), conversation(1, 24)])
+    in_int8 = []
+
+    def count(a, b, **kwargs):
+        in_int8.append(_product(a, b))
+        return 0
+
+    found = flops(lambda: loss_and_gradients(decoder, batch, keep=keep), {torch.ops.aten._int_mm: count})
+    t, outs = 2 * len(batch), {"qkv": 128, "o": 64, "gate_up": 256, "down": 64}  # of sites
+    again = {"all": (), "attention": ("qkv", "gate_up"), "input": ("qkv", "o", "gate_up")}[keep]
+    weights = {name: out * (128 if name == "down" else 64) for name, out in outs.items()}
+    passes = [[*outs, *again], list(outs)]  # of a layer: forward, backward
+    assert sum(in_int8) == t * (2 * sum(weights[name] for names in passes for name in names) - weights["qkv"])
+    outliers = t * 16 * 2 * sum(outs[name] for name in passes[0])
+    assert found - angles(decoder, batch) == expected_flops(batch, keep) - sum(in_int8) + outliers
 
 
 def expected_flops(batch, keep, *, policy=True, reference=False, drop=False, layers=2):

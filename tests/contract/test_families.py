@@ -20,7 +20,7 @@ from tests.contract.test_streaming import assert_bits, decoder_over, dpo_steps, 
 from tests.numeric import apart, conversation, hugging_face_logps, live_stack, pair
 from tests.train.test_train import LN2, dpo_words, metrics, words
 from zephyr_lite.chat import load_chat
-from zephyr_lite.chat.generate import Streamer
+from zephyr_lite.chat.generate import Sampling, Streamer
 from zephyr_lite.config.load import RunConfig, load_config
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import resolve_template
@@ -32,7 +32,6 @@ from zephyr_lite.model.base import load_base
 from zephyr_lite.model.base_folder import read_model_config
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.families import FAMILIES, layer_windows
-from zephyr_lite.model.sampling import Sampling
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

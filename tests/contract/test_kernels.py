@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from tests.numeric import apart
 from zephyr_lite.ops import dispatch, nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import runs_triton, twins
-from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask
+from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask, dropout_scale
+from zephyr_lite.ops.dropout_products import add_input_gradient_, dropped_product, matrix_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -366,6 +367,64 @@ def test_dropout_of_all_and_of_nothing(p, left):
     assert torch.equal(kernel, x * left) and torch.equal(twin, x * left)
 
 
+# Products under dropout
+
+
+def compare_dropout_products(device, dtype, rows, width, rank, p=0.3) -> None:
+    streams = torch.randint(-(2**62), 2**62, (rows,), device=device)
+    key = DropoutKey(p, 2**35 + 1, 17, streams, torch.arange(rows, device=device) + 2**31, 31, 3)
+    x, target, d_z, a = (
+        rand(*shape, device=device, dtype=dtype)
+        for shape in ((rows, width + 8), (rows, width), (rows, rank), (rank, width))
+    )
+    x, scale = x[:, :width], dropout_scale(key, width, torch.float64)
+    of_x, of_z, of_a = x.double() * scale, d_z.double(), a.double()
+    for what, run, exact in (
+        ("product", lambda: dropped_product(x, a, key), of_x @ of_a.T),
+        ("input", lambda: add_input_gradient_(target.clone(), d_z, a, key), target.double() + of_z @ of_a * scale),
+        ("matrix", lambda: matrix_gradient(d_z, x, key), of_z.T @ of_x),
+    ):
+        kernel, twin = both("dropout_products", run, x)
+        hold(what, kernel, twin, exact)
+        assert torch.equal(run(), kernel)
+        if what == "input":
+            assert torch.equal(kernel[scale == 0], target[scale == 0])
+    assert kernel.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "width", "rank"),
+    [
+        (1, 40, 1),
+        (33, 576, 16),
+        (70, 300, 48),
+        (5, 130, 256),
+        (2049, 24, 8),  # two sums over the tokens
+        (65, 64, 130),
+    ],
+)
+def test_products_under_dropout(dtype, rows, width, rank):
+    compare_dropout_products(DEVICE, dtype, rows, width, rank)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no CUDA GPU")
+@pytest.mark.parametrize(("width", "rank"), [(4096, 48), (4096, 384), (14336, 16)])
+def test_products_under_dropout_at_the_recipes_sizes(width, rank):
+    compare_dropout_products(DEVICE, torch.bfloat16, 4096, width, rank, p=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_under_dropout_without_a_kernel_are_dropped_copies(dtype):
+    key = DropoutKey(0.3, 1, 2, torch.arange(3, device=DEVICE), torch.arange(3, device=DEVICE))
+    x, d_z, a = (rand(*shape, dtype=dtype) for shape in ((3, 40), (3, 2), (2, 40)))
+    with twins():
+        wanted = drop(x, key) @ a.T / 0.7, x + drop(d_z / 0.7 @ a, key), (d_z / 0.7).T @ drop(x, key)
+        found = dropped_product(x, a, key), add_input_gradient_(x.clone(), d_z, a, key), matrix_gradient(d_z, x, key)
+    assert all(map(torch.equal, found, wanted))
+
+
 # token_logps
 
 
@@ -444,6 +503,9 @@ def test_nothing_in_nothing_out():
     assert [t.shape for t in swiglu.swiglu_backward(empty, empty, empty)] == [(0, 64)] * 3
     key = DropoutKey(0.1, 1, 2, none, none)
     assert drop(empty, key).shape == add_dropped_(empty, empty, key).shape == (0, 64)
+    half, of_z, a = empty.half(), empty[:, :3].half(), torch.zeros(3, 64, dtype=torch.float16, device=DEVICE)
+    assert dropped_product(half, a, key).shape == (0, 3) and add_input_gradient_(half, of_z, a, key).shape == (0, 64)
+    assert torch.equal(matrix_gradient(of_z, half, key), torch.zeros(3, 64, device=DEVICE))
     hidden = empty.clone().requires_grad_()
     logps, stats = token_logps.token_logps(hidden, rand(9, 64), none, stats=True)
     logps.sum().backward()

@@ -8,6 +8,7 @@ it adds to is two: it copies first.
 import math
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -17,16 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from zephyr_lite.data.batch import Segment
+from zephyr_lite.memory import speed
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.dequant_buffer import DequantBuffer
 from zephyr_lite.model.execution import ForwardContext, Layer
+from zephyr_lite.model.int8 import Int8Buffer
 from zephyr_lite.ops import dispatch
 from zephyr_lite.ops.dropout import DropoutKey
-from zephyr_lite.ops.lora import LinearGroup, LoraPair
+from zephyr_lite.ops.int8 import OutlierChannels
+from zephyr_lite.ops.lora import Int8Site, LinearGroup, LoraPair
 from zephyr_lite.ops.rms_norm import Norm
 from zephyr_lite.ops.segments import SegmentTable, segment_starts
 
-TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, SIZE = 256, 4096, 14336, 32, 8, 128
+TOKENS, HIDDEN, INNER, HEADS, KV_HEADS, SIZE = 4096, 4096, 14336, 32, 8, 128
 DTYPE = torch.bfloat16
 CUDA = torch.device("meta")
 SFT = [Segment(0, 100), Segment(100, TOKENS)]
@@ -100,7 +104,13 @@ def adapter(rank, trained):
     return zip(*([part.requires_grad_(trained) for part in half] for half in (parts[:7], parts[7:])))
 
 
-def mistral(rank, frozen_rank=0, dropout=0.0):
+def int8_site(width, outs):
+    sizes = (width // 64, torch.int64), (width, torch.int16)
+    channels = OutlierChannels(*(torch.empty(size, dtype=dtype, device=CUDA) for size, dtype in sizes))
+    return Int8Site(channels, tuple((torch.empty(out, device=CUDA), torch.empty(width, device=CUDA)) for out in outs))
+
+
+def mistral(rank, frozen_rank=0, dropout=0.0, int8=False):
     """A layer of Mistral-7B, with a trained adapter and a frozen one under it on all seven projections."""
     sites, adapters = [], [(adapter(r, trained), trained) for r, trained in ((frozen_rank, False), (rank, True)) if r]
     token = torch.empty(TOKENS, dtype=torch.int64, device=CUDA)
@@ -111,9 +121,8 @@ def mistral(rank, frozen_rank=0, dropout=0.0):
             for matrices, trained in adapters:
                 pairs.append(LoraPair(projection, *next(matrices), 1.0, dropout=trained))
         weights = tuple(nf4(out, width) for out in outs)
-        sites.append(
-            LinearGroup(weights, (None,) * len(outs), tuple(outs), tuple(pairs), key.at(0, index) if key else None)
-        )
+        fields = weights, (None,) * len(outs), tuple(outs), tuple(pairs), key.at(0, index) if key else None
+        sites.append(LinearGroup(*fields, int8=int8_site(width, outs) if int8 else None))
     norms = (Norm(torch.empty(HIDDEN, dtype=DTYPE, device=CUDA), 1e-5),) * 2
     return Layer(tuple(sites), norms, (), (), HEADS, KV_HEADS, SIZE, SIZE**-0.5, "silu")
 
@@ -122,29 +131,37 @@ def mistral(rank, frozen_rank=0, dropout=0.0):
     ("keep", "options", "segments", "forward", "backward"),
     [
         ("all", {"rank": 16}, SFT, 23, 37),
+        ("attention", {"rank": 16}, SFT, 23, 51),
         ("input", {"rank": 16}, SFT, 23, 55),
-        ("all", {"rank": 16, "dropout": 0.05}, SFT, 31, 49),
+        # a sum over the tokens is four, which a launch adds up: one for each site
+        ("all", {"rank": 16, "dropout": 0.05}, SFT, 23, 41),
         ("all", {"rank": 128, "frozen_rank": 16}, DPO, 37, 57),
+        ("all", {"rank": 16, "int8": True}, SFT, 0, 0),
+        ("attention", {"rank": 16, "int8": True}, SFT, 0, 0),
+        ("input", {"rank": 16, "int8": True}, SFT, 0, 0),
+        ("all", {"rank": 16, "dropout": 0.05, "int8": True}, SFT, 0, 0),
+        ("all", {"rank": 128, "frozen_rank": 16, "int8": True}, DPO, 0, 0),
     ],
-    ids=["sft", "sft, keep=input", "sft, dropout", "dpo"],
 )
 def test_launches_of_a_layer(launches, keep, options, segments, forward, backward):
-    layer = mistral(**options)
+    layer, buffer = mistral(**options), Int8Buffer if "int8" in options else DequantBuffer
     cos = torch.empty(TOKENS, SIZE, dtype=DTYPE, device=CUDA)
     context = ForwardContext(SegmentTable.build(segments, 4096, segment_starts(segments).to(CUDA)), cos, cos)
     x = torch.empty(TOKENS, HIDDEN, dtype=DTYPE, device=CUDA)
     # a table of addresses is copied once for each layer
-    layer_file._forward(x, layer, context, DequantBuffer(), keep)
+    layer_file._forward(x, layer, context, buffer(), keep)
     launches.count.clear()
     with launches:
-        _, acts = layer_file._forward(x, layer, context, DequantBuffer(), keep)
+        _, acts = layer_file._forward(x, layer, context, buffer(), keep)
         first = launches.count
         launches.count = Counter()
         if keep == "input":
             acts = layer_file._Activations(x)
-        scratch = DequantBuffer()  # as if other layers came in between
+        scratch = buffer()  # as if other layers came in between
         cast = layer.cast(DTYPE)
         layer_file._recompute(acts, cast, context, scratch)
         layer_file._backward(torch.empty_like(x), acts, cast, context, scratch, owned=False, need_x=True)
         second = launches.count
     assert (first.total(), second.total()) == (forward, backward), f"{first}\n{second}"
+    job = SimpleNamespace(adapters=["sft", "dpo"][: 1 + ("frozen_rank" in options)], dropout="dropout" in options)
+    assert speed.launches(job, keep) == (forward, backward), "the cost model counts others"

@@ -29,9 +29,8 @@ from zephyr_lite.data.batch import collate_conversations
 from zephyr_lite.errors import UserError
 from zephyr_lite.merge import adapter_only, chain_of_run, compare_logps, merge
 from zephyr_lite.model.adapters import AdapterStack
-from zephyr_lite.model.compose import compose
 from zephyr_lite.model.decoder import Decoder
-from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.model.peft_io import compose, read_adapter
 from zephyr_lite.train.dpo import run_dpo
 
 

@@ -32,7 +32,7 @@ from tests.contract.test_text_models import VISION
 from tests.export.test_export_ollama import SAID, modelfile_template, render_go
 from tests.train.test_train import LN2, metrics
 from zephyr_lite.chat import load_chat
-from zephyr_lite.chat.generate import Streamer
+from zephyr_lite.chat.generate import Sampling, Streamer
 from zephyr_lite.cli.app import run as zephyr_lite
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
@@ -41,7 +41,6 @@ from zephyr_lite.export.gguf_vocab import _GPT4O, _LLAMA3, _QWEN2, _TEKKEN
 from zephyr_lite.export.ollama import write_modelfile
 from zephyr_lite.merge import chain_of_run, merge
 from zephyr_lite.model.files import TEXT_NAMES
-from zephyr_lite.model.sampling import Sampling
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.chat_server import ChatServer, error
-from tests.malformed_weights import make_adapter
+from tests.malformed import make_adapter
 from tests.recipe.test_feedback import prompts_file, script
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import RunConfig

@@ -16,9 +16,8 @@ from zephyr_lite.evaluate.judge import Answering
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.chain import check_stack
-from zephyr_lite.model.compose import compose
 from zephyr_lite.model.loaded import open_live
-from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
+from zephyr_lite.model.peft_io import LoraWeights, compose, read_adapter, write_adapter
 from zephyr_lite.train.below import adapters_below
 
 MODULES = [f"model.layers.{layer}.mlp.{leaf}" for layer in range(2) for leaf in ("gate_proj", "up_proj")]

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from tests.messages import Logged
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted
@@ -80,7 +81,7 @@ def wandb(monkeypatch, tmp_path):
 
 
 def test_a_resumed_stage_continues_its_wandb_run(tiny_base, chat_rows, tmp_path, wandb):
-    def interrupt(step, total, metrics):
+    def interrupt(step, metrics):
         if step == 2:
             raise KeyboardInterrupt
 
@@ -88,7 +89,7 @@ def test_a_resumed_stage_continues_its_wandb_run(tiny_base, chat_rows, tmp_path,
         tiny_base, tmp_path / "r", chat_rows, max_steps=4, save_steps=1, report_to="[wandb]", load_in_4bit="false"
     )
     with pytest.raises((KeyboardInterrupt, Interrupted)):
-        run_sft(load_config("sft", None, given), on_metrics=interrupt)
+        run_sft(load_config("sft", None, given), observers=[Logged(interrupt)])
     wandb.run = None  # another process
     run_sft(load_config("sft", None, given))
     first, second = wandb.begun

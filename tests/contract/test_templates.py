@@ -13,6 +13,7 @@ import pytest
 import trl
 
 from tests.conftest import make_tokenizer
+from tests.messages import Logged
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data import chat_template
@@ -442,7 +443,7 @@ def test_a_run_is_resumed_on_another_day(tiny_base, chat_rows, tmp_path, monkeyp
     class Killed(Exception):
         pass
 
-    def kill(step, total, metrics):
+    def kill(step, metrics):
         if step == 2:
             raise Killed
 
@@ -450,7 +451,7 @@ def test_a_run_is_resumed_on_another_day(tiny_base, chat_rows, tmp_path, monkeyp
     clock.write_text(CLOCK)
     config = load_config("sft", None, words(tiny_base, tmp_path / "run", chat_rows, chat_template=clock, save_steps=1))
     with pytest.raises(Killed):
-        run_sft(config, on_metrics=kill)
+        run_sft(config, observers=[Logged(kill)])
     time = json.loads((tmp_path / "run/sft/stage.json").read_text())["template_time"]
     later = datetime.datetime.fromisoformat(time) + datetime.timedelta(days=1, hours=1)
     monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: later)))

@@ -152,10 +152,7 @@ PROMPT = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
         ("{% for m in messages[-2:] %}" + TAG + "</s>\n{% endfor %}" + PROMPT, "does not write the user turn"),
         ("{% for m in messages %}" + TAG + "\n{% endfor %}" + PROMPT, "no end token"),
         ("{% for m in messages %}" + TAG + "</s>\n{% endfor %}", "ignores add_generation_prompt"),
-        ("{% for m in messages %}{{ m.content }}", "line 1"),
-        ("{{ raise_exception('tools are needed') }}", "tools are needed"),
         ("chatml", "does not know"),
-        ("zefyr", "neither a template's name nor a file"),
     ],
 )
 def test_templates_that_cannot_be_trained_on_are_refused(tiny, text, said):
@@ -183,13 +180,3 @@ def test_typed_control_tokens_forge_no_turn(template):
     ):
         with pytest.raises(RowError, match="control token"):
             encode()
-
-
-def test_the_fingerprint_follows_template_and_tokenizer(mistral_folder, smol_folder):
-    templates = [
-        resolve_template(choice, AutoTokenizer.from_pretrained(folder))
-        for folder, choice in ((mistral_folder, "auto"), (mistral_folder, "zephyr"), (smol_folder, "zephyr"))
-    ]
-    templates[0].encode(turns("Hi", "Hello"))
-    first, second, third = (template.fingerprint for template in templates)
-    assert first == second != third

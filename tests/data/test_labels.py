@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
 
 from tests.conftest import make_tokenizer
-from zephyr_lite.cli.options import console
-from zephyr_lite.cli.row_stats import print_stats
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
 from zephyr_lite.data.chat_template import Example, resolve_template
 from zephyr_lite.data.dataset import prepare
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.monitor.rows import open_rows, segments_of_row, view_lines
 
 HI = {"role": "user", "content": "Hi"}
 HELLO = {"role": "assistant", "content": "Hello"}
@@ -34,16 +30,11 @@ def load(folder, *rows, method="kto", **options):
     ("row", "kind"),
     [
         ({"prompt": "Hi", "completion": "Hello"}, "prompt and completion with labels"),
-        ({"prompt": [HI], "completion": [HELLO]}, "prompt and completion with labels"),
         ({"messages": [HI, HELLO]}, "messages with labels"),
-        (
-            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
-            "ShareGPT with labels",
-        ),
         ({"instruction": "Hi", "output": "Hello"}, "Alpaca with labels"),
     ],
 )
-@pytest.mark.parametrize(("label", "side"), [(True, "chosen"), (1, "chosen"), ("false", "rejected"), (0, "rejected")])
+@pytest.mark.parametrize(("label", "side"), [(True, "chosen"), ("false", "rejected")])
 def test_formats(tmp_path, row, kind, label, side):
     rows = load(tmp_path, {**row, "label": label})
     other = {"chosen": "rejected", "rejected": "chosen"}[side]
@@ -61,20 +52,6 @@ def test_the_last_answer_has_the_label_and_pairs_have_both(tmp_path):
         tmp_path, {"q": "Hi", "a": "Hello", "liked": 0}, columns={"prompt": "q", "completion": "a", "label": "liked"}
     )
     assert list(mapped.values()) == [{"prompt": [HI], "chosen": [], "rejected": [HELLO]}]
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({**GOOD, "label": "maybe"}, "label is maybe: expected true or false, or 1 or 0"),
-        ({**GOOD, "label": None}, "label is None: expected true or false, or 1 or 0"),
-        ({"messages": [HELLO], "label": True}, "no prompt before the answer"),
-        ({"messages": [HI, {**HELLO, "train": False}], "label": True}, "every answer is marked as not to be trained"),
-    ],
-)
-def test_faulty_rows_are_dropped_counted_and_named(tmp_path, row, reason):
-    rows = load(tmp_path, GOOD, row)
-    assert rows.dropped == {reason: [f"{tmp_path}/labels.jsonl row 2"]} and len(rows.dataset) == 1
 
 
 def test_sft_leaves_rejected_answers_out_and_refuses_other_words(tmp_path):
@@ -141,28 +118,3 @@ def test_an_answer_with_a_label_is_one_sequence(tmp_path):
         size = int(mask.sum())
         assert batch.group_sizes.tolist() == ([size, 0] if label else [0, size])
     assert len(prints) == 2
-
-
-def test_show_and_stats(tiny_base, tmp_path, capsys, monkeypatch):
-    load(
-        tmp_path,
-        GOOD,
-        {**GOOD, "completion": "No.", "label": False},
-        {"prompt": "Hi", "chosen": "Hello", "rejected": "No."},
-    )
-    words = ["loss_type=kto", f"model_name_or_path={tiny_base}", "adapters=none", "val_size=0", "batch_size=2"]
-    rows = open_rows("dpo", None, [*words, f"dataset={tmp_path / 'labels.jsonl'}"])
-    heads = ("an answer with label true", "an answer with label false", "a pair, the prompt computed once")
-    for number, head in enumerate(heads, 1):
-        segments = segments_of_row(rows, number)
-        assert f"row {number} of 3: {head}, " in next(view_lines(rows, number, segments, 80)).plain
-        assert [s.part for s in segments] == [
-            ["prompt", "chosen"],
-            ["prompt", "rejected"],
-            ["prompt", "chosen", "rejected"],
-        ][number - 1]
-    monkeypatch.setattr(console.out, "width", 300)
-    print_stats(rows)
-    text = re.sub(r"[│┃]", " ", capsys.readouterr().out)
-    assert "answers: 2 desirable (true), 2 undesirable (false)" in text and "2 steps of 2 rows" in text
-    assert "the chosen response is the longer one" not in text

@@ -62,10 +62,3 @@ def test_a_prompt_that_leaves_no_room_is_refused():
         with pytest.raises(RowError, match="leaves no room in max_length 10"):
             cut_pair(make_pair(20, 4, 4), 10, longest, True)
     assert len(cut_pair(make_pair(20, 4, 4), 10, 9, True).chosen_ids) == 1
-
-
-def test_two_hundred_thousand_conversations_fill_the_rows():
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(6.5, 0.8, 200_000).astype(int), 1, 2048)
-    bins = best_fit(lengths, 2048)
-    assert lengths.sum() / (len(bins) * 2048) > 0.98

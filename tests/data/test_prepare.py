@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import make_tokenizer
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data import workers
-from zephyr_lite.data.chat_template import Example, PairExample, resolve_template
+from zephyr_lite.data.chat_template import Example, resolve_template
 from zephyr_lite.data.dataset import prepare
 
 
@@ -124,19 +124,3 @@ def test_several_processes_give_the_same_examples(chat_rows, template, monkeypat
     monkeypatch.setattr(workers, "cache_key", lambda table, key: f"several-{'template' in key}")
     two = prepare(specs, "sft", config, template)
     assert two.fingerprint == one.fingerprint and two.rows == one.rows and two.report == one.report
-
-
-def test_pairs(pair_rows, template):
-    data = prepare([DatasetSpec(path=str(pair_rows))], "dpo", RunConfig(max_length=512), template, what="evaluation")
-    assert data.rows == [[i] for i in range(8)]
-    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
-    for index, example in enumerate(data.examples):
-        assert isinstance(example, PairExample) and example.index == index
-        chosen, _ = template.encode(rows[index]["chosen"])
-        assert np.concatenate([example.prompt_ids, example.chosen_ids]).tolist() == chosen.tolist()
-        assert data.lengths[index] == sum(
-            len(a) for a in (example.prompt_ids, example.chosen_ids, example.rejected_ids)
-        )
-        assert example.chosen_mask.any() and example.rejected_mask.any()
-    assert any(line.startswith("evaluation data: ") for line in data.report.lines())
-    assert data.report.fill is None and "8 pairs; the longest has" in data.report.lines()[-2]

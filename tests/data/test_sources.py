@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from zephyr_lite.config.load import DatasetSpec
-from zephyr_lite.data import workers
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.data.sources import open_source
 from zephyr_lite.errors import UserError
@@ -76,15 +72,9 @@ SFT, DPO = {"messages": turns("Hi", "Hello")}, {"chosen": turns("Hi", "a"), "rej
         ("sft", {"messages": turns("Hi")}, "no assistant turn"),
         ("sft", {"messages": turns("Hi", " ")}, "a turn without content"),
         ("sft", {"messages": [{"role": "wizard", "content": "Hi"}]}, "unknown role 'wizard'"),
-        ("sft", {"messages": []}, "messages is empty"),
         ("sft", {"messages": [*turns("Hi", "a"), *turns("b", "c", system="s")]}, "a system turn that is not the first"),
         ("dpo", {**DPO, "rejected": DPO["chosen"]}, "chosen equals rejected"),
         ("dpo", {**DPO, "rejected": turns("Ho", "b")}, "chosen and rejected answer different prompts"),
-        (
-            "dpo",
-            {**DPO, "rejected": turns("", "b")[1:]},
-            "one of chosen and rejected repeats the prompt, the other does not",
-        ),
     ],
 )
 def test_faulty_rows_are_dropped_counted_and_named(tmp_path, method, row, reason):
@@ -93,16 +83,6 @@ def test_faulty_rows_are_dropped_counted_and_named(tmp_path, method, row, reason
     assert len(rows.dataset) == 2 and rows.read == 3
     assert rows.dropped == {reason: [f"{tmp_path}/a.jsonl row 2"]}
     assert rows.dataset["where"][1].endswith("row 3")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("empty.jsonl", "\n"), ("list.json", "[]"), ("head.csv", "prompt,completion\n")],
-)
-def test_empty_files(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=rf"{name}: empty"):
-        load(tmp_path / name)
 
 
 def test_a_folder_in_the_hubs_layout(tmp_path):
@@ -119,16 +99,6 @@ def test_a_folder_in_the_hubs_layout(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             load(tmp_path, **options)
-
-
-def test_the_hubs_errors_are_explained(monkeypatch):
-    def refuse(*args, **options):
-        assert "trust_remote_code" not in options
-        raise ValueError("""Unknown split "train". Should be one of ['train_sft', 'test_sft'].""")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"org/set: .*Should be one of \['train_sft', 'test_sft'\]"):
-        load("org/set", split="train")
 
 
 def numbered(tmp_path, count: int, name: str = "n", tag: str = "") -> str:
@@ -171,33 +141,15 @@ def test_sources_are_spread_through_each_other(tmp_path):
 LINE = json.dumps({"prompt": "Name a river.", "completion": "The Rhine."}) + "\n"
 
 
-@pytest.mark.parametrize("name", ["[train]", "\x1b[31mx", "*", "{a}", "a b", "train#1?", "%2e", "tr\nain"])
+@pytest.mark.parametrize("name", ["[train]", "*", "%2e"])
 def test_a_folder_with_one_file_of_any_name_is_read(tmp_path, name):
     (tmp_path / f"{name}.jsonl").write_text(LINE * 3)
     assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
 
 
-def test_a_column_that_is_named_twice_and_text_that_is_not_utf_8(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"x": "a"}])
-    with pytest.raises(UserError, match="one column is named twice"):
-        load(path, columns={"prompt": "x", "completion": "x"})
-    raw = pa.array([b"\xff\xfe", b"ok"], type=pa.binary())
-    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.utf8(), 2, raw.buffers())}), tmp_path / "bad.parquet")
-    with pytest.raises(UserError, match=r"bad\.parquet: text that is not UTF-8"):
-        load(tmp_path / "bad.parquet")
-
-
 @pytest.mark.parametrize(
     ("text", "rows"),
-    [
-        ("[{0},\n{0}]", 2),
-        ("\n [ {0} , {0} , ]\n", 2),
-        ("\n[{0}\n{0}]", r"a\.json line 2: broken JSON"),  # where the comma is missing
-        ("[{0}", r"a\.json line 1: broken JSON"),
-        ("[{0}] {0}", r"a\.json line 1: broken JSON"),
-        ("[" * 100_000, r"a\.json: broken JSON"),
-        ('[{"text": ' + "1" * 5000 + "}]", r"a\.json: broken JSON"),  # more digits than Python reads
-    ],
+    [("[{0},\n{0}]", 2), ("\n[{0}\n{0}]", r"a\.json line 2: broken JSON"), ("[" * 100_000, r"a\.json: broken JSON")],
 )
 def test_json_arrays(tmp_path, text, rows):
     (tmp_path / "a.json").write_text(text.replace("{0}", LINE.strip()))
@@ -239,24 +191,8 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert answers(load(path)) == ["new0", "new1", "new2", "new3"]
 
 
-def test_several_processes_read_the_same(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", [{"messages": turns("Hi", f"{i}") if i % 7 else turns("Hi")} for i in range(60)])
-    one = load(path)
-    monkeypatch.setattr(workers, "PARALLEL_ROWS", 1)
-    monkeypatch.setattr(workers, "cache_key", lambda *args: "several")
-    two = load(path)
-    assert one.dataset.to_list() == two.dataset.to_list() and one.dropped == two.dropped
-
-
 @pytest.mark.parametrize(("split", "rows"), [("my-chats", 4), ("my-chats[:2]", 2), ("train[:50%]", 4), ("[x]", 1)])
 def test_one_of_several_files_is_named_by_split_and_cut(tmp_path, split, rows):
     for name, count in (("my-chats", 4), ("train", 8), ("[x]", 1)):
         (tmp_path / f"{name}.jsonl").write_text(LINE * count)
     assert len(open_source(DatasetSpec(path=str(tmp_path), split=split))) == rows
-
-
-def test_a_shard_may_be_named_by_itself(tmp_path):
-    for number in range(2):
-        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(LINE * (number + 1))
-    assert len(open_source(DatasetSpec(path=str(tmp_path)))) == 3
-    assert len(open_source(DatasetSpec(path=str(tmp_path), split="train-00001-of-00002"))) == 2

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.data.test_sources import messages, turns, write
-from zephyr_lite.config.load import DatasetSpec, RunConfig, load_config
+from zephyr_lite.config.load import DatasetSpec, load_config
 from zephyr_lite.data.load import NothingHeldOut, load_rows
 from zephyr_lite.errors import UserError
 
@@ -51,15 +51,6 @@ def test_pairs_with_one_prompt_are_on_one_side(tmp_path):
     assert not prompts[0] & prompts[1] and [len(each.dataset) for each in (train, test)] == [24, 6]
 
 
-def test_limit_draws_from_one_side_only(tmp_path):
-    """``eval --limit`` and ``--smoke`` limit each side by another number."""
-    file = write(tmp_path / "a.jsonl", chats(100))
-    whole = sides([file])
-    for limit in (2, 4):
-        for part, of in zip(sides([file], limit=limit), whole):
-            assert len(said(part)) == limit and said(part) < said(of)
-
-
 def test_too_few_rows_are_all_trained_on_unless_a_number_is_set(tmp_path):
     spec = DatasetSpec(path=write(tmp_path / "a.jsonl", chats(4)), val_size="auto")
     assert len(load_rows([spec], "sft", seed=1).dataset) == 4
@@ -79,10 +70,3 @@ def test_the_key_makes_the_held_out_data_set():
     for other in ("eval_dataset=b.jsonl", "dataset.test_size=3"):
         with pytest.raises(UserError, match="val_size does not go together with eval_dataset or test_size"):
             load_config("sft", None, ["dataset=a.jsonl", "val_size=0.1", other])
-
-
-def test_the_sides_follow_from_val_size_alone():
-    specs = [{"path": "a.jsonl", "part": "test"}, {"path": "b.jsonl"}]
-    config = RunConfig(dataset=specs, eval_dataset=[], val_size=0.1)
-    assert [spec.part for spec in config.dataset] == ["train", "train"]
-    assert [spec.part for spec in config.eval_dataset] == ["test", "test"]

@@ -1,6 +1,5 @@
 """The demo's data: its schemas, its promises (best answers do not dodge, nothing held out is trained on), its size."""
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -30,17 +29,6 @@ def plain(text: str) -> str:
 
 def questions(rows: list[dict[str, Any]]) -> set[str]:
     return {plain(m["content"]) for row in rows for m in row["messages"] if m["role"] == "user"}
-
-
-def test_conversations_schema() -> None:
-    for row in CONVERSATIONS + CONVERSATIONS_TEST:
-        assert set(row) == {"prompt", "prompt_id", "messages"}
-        assert row["prompt_id"] == hashlib.sha256(row["prompt"].encode()).hexdigest()
-        assert all(set(m) == {"role", "content"} and m["content"].strip() for m in row["messages"])
-        turns = [m for m in row["messages"] if m["role"] != "system"]
-        assert row["messages"][-len(turns) :] == turns and turns[0]["content"] == row["prompt"]
-        assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
-        assert not any(refusal("", m["content"]) for m in turns if m["role"] == "assistant")
 
 
 def test_the_best_completion_does_not_dodge() -> None:

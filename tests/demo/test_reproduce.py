@@ -9,9 +9,8 @@ import pytest
 from tests.demo.test_smoke import forked
 from tests.messages import messages_to
 from tests.train.test_train import metrics
-from zephyr_lite.cli.app import run as cli_run
-from zephyr_lite.demo.reproduce import HEADER, RECIPES, RULE, plan_reproduction, run_reproduction
-from zephyr_lite.errors import Interrupted, UserError
+from zephyr_lite.demo.reproduce import HEADER, RULE, plan_reproduction, run_reproduction
+from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 
 
@@ -71,46 +70,3 @@ def test_the_row_is_what_the_files_say(reproduced):
     assert found["who"] == "a/b" and found["base"] != "" and "/" not in found["base"]
     assert found["recipe"].startswith("overnight, but model_name_or_path, ")
     assert float(found["peak GiB"]) == pytest.approx(max(first[s]["peak_gib"] for s in ("sft", "dpo")), abs=0.06)
-
-
-def test_a_part_that_fails_or_is_interrupted_is_named(reproduced):
-    chosen = reproduced[0]
-    with pytest.raises(UserError, match="`zephyr-lite sft --config` ended with exit code 2"):
-        run_reproduction(chosen, run=lambda words: 2)
-
-    def stopped(words):
-        raise KeyboardInterrupt
-
-    with pytest.raises(Interrupted, match="interrupted at sft; the same command resumes"):
-        run_reproduction(chosen, run=stopped)
-
-
-def test_wrong_words_are_refused():
-    for word in ("output_dir=x", "dpo.adapters=none", "--stage=x"):
-        with pytest.raises(UserError, match="is set by this command"):
-            plan_reproduction("overnight", [word])
-    with pytest.raises(UserError, match=r"dpp\.…: there is no such key or stage"):
-        plan_reproduction("overnight", ["dpp.beta=1"])
-    with pytest.raises(UserError, match="there is no such recipe") as error:
-        plan_reproduction("overnigth")
-    assert "overnight, full" in error.value.hint
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_what_differs_from_the_recipe_is_named(recipe):
-    chosen = plan_reproduction(recipe)
-    assert chosen.changed == {} and {stage: config.stage for stage, config in chosen.configs.items()} == {
-        "sft": "sft",
-        "dpo": "dpo",
-    }
-    assert {config.output_dir for config in chosen.configs.values()} == {str(chosen.run)}
-    words = ["lora_r=8", "dpo.beta=0.2", "sync=somewhere", "model_name_or_path=some/base"]
-    changed = plan_reproduction(recipe, words).changed
-    assert changed == {"model_name_or_path": "some/base", "lora_r": 8, "dpo.beta": 0.2}
-
-
-def test_the_command_line_prints_its_commands(capsys):
-    assert cli_run(["reproduce", "overnight", "--dry-run", "--judge", "http://host/v1#m", "dpo.beta=0.2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["sft", "dpo", "merge", "eval", "eval", "eval", "report"]
-    assert lines[1].endswith("beta=0.2") and "beta" not in lines[0] and "http://host/v1#m" in lines[5]

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from tests.messages import messages_to
 from tests.train.test_train import dpo_words, words
 from zephyr_lite.__main__ import main
 from zephyr_lite.config.load import load_config
-from zephyr_lite.demo.child import child
-from zephyr_lite.demo.smoke import MARK, STEPS, claim, run_smoke, small_stage, smoke_folder, speed, whole_stage
+from zephyr_lite.demo.smoke import MARK, STEPS, claim, run_smoke, smoke_folder
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir, newest_run
 
@@ -130,38 +128,3 @@ def test_the_folder_is_beside_the_run_and_only_an_earlier_smoke_test_is_replaced
     (tmp_path / "merged").mkdir()
     claim(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", MARK]
-
-
-def test_what_decides_memory_stays_and_the_rest_is_small(tmp_path):
-    whole = load_config("sft", "zephyr-7b/sft", ["sync=elsewhere", "report_to=tensorboard"]).config
-    few = small_stage(whole, "sft", tmp_path)
-    for key in ("model_name_or_path", "max_length", "lora_r", "optim", "memory", "dtype"):
-        assert getattr(few, key) == getattr(whole, key)
-    assert (few.batch_size, few.max_steps, few.dataset[0].limit) == (4, STEPS, 160)
-    assert few.sync is None and few.report_to == [] and few.eval_dataset[0].limit == 8
-
-
-def test_hours_come_from_the_steps_that_were_warm(chat_rows):
-    steps = list(range(1, 21))
-    seconds = [50.0 if step in (1, 11) else 2.0 for step in steps]
-    assert speed({"num_tokens": (steps, [100.0] * 20), "seconds": (steps, seconds)}, [0, 10]) == (50.0, "tokens")
-    config = load_config("sft", None, [f"dataset={chat_rows}", "batch_size=2", "num_train_epochs=3"]).config
-    # of 4 rows the smoke test made 2 packed ones
-    assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 50.0, "tokens") == (6, 4 * 3 * 100 / 50)
-    config = config.model_copy(update={"max_steps": 5})
-    assert whole_stage(config, {"read": 4, "rows": 2, "tokens": 200}, 2.0, "pairs") == (5, 5.0)
-
-
-def test_a_child_is_killed_with_a_real_signal_and_logs_what_it_says(tmp_path):
-    log = tmp_path / "log"
-    assert child(["--version"], log=log) == 0 and log.read_text().startswith("zephyr-lite ")
-    assert child(["sft", "--help"], log=log, kill_when=lambda: True) == -signal.SIGKILL
-
-
-def test_a_signal_reaches_the_child_and_then_ends_the_command(tmp_path):
-    log = tmp_path / "log"
-    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        child(["env"], log=log)
-    timer.join()

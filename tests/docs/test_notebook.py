@@ -4,9 +4,7 @@ taken away, and it goes on."""
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -35,35 +33,6 @@ def test_it_is_valid_and_stripped(notebook):
 def tagged(notebook, tag):
     (cell,) = [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
     return cell
-
-
-def test_what_is_installed(notebook, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def source(wheel="", git=""):
-        names = {"WHEEL_URL": wheel, "GIT_URL": git}
-        exec(tagged(notebook, "source").source, names)
-        return names["source"]()
-
-    package = "zephyr-lite[export,plots] @ "
-    assert source("https://x.org/z.whl", "https://x.org/z.git") == f"{package}https://x.org/z.whl"
-    assert (
-        source(git="https://x.org/z.git")
-        == source(git="git+https://x.org/z.git")
-        == f"{package}git+https://x.org/z.git"
-    )
-    with pytest.raises(RuntimeError, match="Set WHEEL_URL or GIT_URL"):
-        source()
-    for name in ("zephyr-lite-main.zip", "zephyr_lite-0.1.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-        assert source() == f"{package}file://{tmp_path}/{name}"
-    (tmp_path / name).unlink()
-    (tmp_path / "zephyr-lite-main.zip").unlink()
-    uploads = {"a.whl": b""}
-    files = SimpleNamespace(upload=lambda: uploads)
-    monkeypatch.setitem(sys.modules, "google", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(files=files))
-    assert source() == f"{package}file://{tmp_path}/a.whl"
 
 
 def test_it_runs_and_goes_on_without_its_machine(notebook, tmp_path, chat_rows, pair_rows, monkeypatch):

@@ -1,15 +1,14 @@
 """Engine trl end to end on tiny models: the same run as the fused engine's, in the same layout."""
 
 import json
-import sys
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import make_tokenizer
-from tests.messages import messages_to
+from tests.messages import Logged, messages_to
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.model.chain import chain_of_run
@@ -39,11 +38,11 @@ def settings(method, base, rows, **changes):
 def run(tiny_base, chat_rows, pair_rows, tmp_path):
     """Runs a stage and returns its folder; keyword arguments are configuration keys."""
 
-    def go(method, *, run="run", on_metrics=None, said=None, **changes):
+    def go(method, *, run="run", on_log=None, said=None, **changes):
         file = tmp_path / f"{method}.yaml"
         own = {"engine": "trl", "output_dir": str(tmp_path / run), "load_in_4bit": False, "num_train_epochs": 2}
         file.write_text(settings(method, tiny_base, chat_rows if method == "sft" else pair_rows, **own | changes))
-        options = {"on_metrics": on_metrics} if on_metrics else {}
+        options = {"observers": [Logged(on_log)]} if on_log else {}
         with messages_to(said.append if said is not None else lambda _: None):
             RUN[method](load_config(method, str(file), []), **options)
         return tmp_path / run / method
@@ -141,44 +140,29 @@ def test_nf4_continues_the_sft_adapter_at_its_own_rank(run):
     assert info["trl"]["continues"][0]["path"] == "sft/adapter"
 
 
-@pytest.mark.parametrize(("method", "four_bit"), [("sft", False), ("dpo", True)])
-def test_a_killed_run_is_resumed(run, method, four_bit):
+def test_a_killed_run_is_resumed(run):
     """Dropout off, float32: the resumed run's losses are those of an undisturbed one. In 4 bits the checkpoint holds the
     policy and the reference, and both have to come back; the optimizer's state is that of LoRA+'s two groups."""
-    keys = {"load_in_4bit": four_bit, "loraplus_lr_ratio": 4}
-    if method == "dpo":
-        run("sft", **keys)
-        run("sft", run="whole", **keys)
+    keys = {"load_in_4bit": True, "loraplus_lr_ratio": 4}
+    for name in ("run", "whole"):
+        run("sft", run=name, **keys)
 
     class Killed(Exception):
         pass
 
-    def kill(step, total, found):
+    def kill(step, found):
         if step == 4:
             raise Killed
 
     with pytest.raises(Killed):
-        run(method, on_metrics=kill, **keys)
-    resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)
+        run("dpo", on_log=kill, **keys)
+    resumed, undisturbed = run("dpo", **keys), run("dpo", run="whole", **keys)
     a, b = metrics(resumed), metrics(undisturbed)
     assert [r["step"] for r in a] == [r["step"] for r in b]
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("method", "keys"),
-    [
-        ("sft", {}),
-        ("sft", {"load_best_model_at_end": True, "learning_rate": 3.0}),
-        ("sft", {"early_stopping_patience": 1, "learning_rate": 3.0, "num_train_epochs": 6, "save_steps": 2}),
-        ("dpo", {"load_in_4bit": True}),
-    ],
-)
-def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch, method, keys):
-    if method == "dpo":
-        run("sft", **keys)
-        run("sft", run="whole", **keys)
-
+def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch):
     class Killed(Exception):
         pass
 
@@ -188,8 +172,8 @@ def test_killed_after_the_last_checkpoint_it_only_ends(run, monkeypatch, method,
     with monkeypatch.context() as patched:
         patched.setattr("zephyr_lite.train.main.save_stage", kill)
         with pytest.raises(Killed):
-            run(method, **keys)
-    resumed, undisturbed = run(method, **keys), run(method, run="whole", **keys)
+            run("sft")
+    resumed, undisturbed = run("sft"), run("sft", run="whole")
     told, expected = (json.loads((folder / "stage.json").read_text())["result"] for folder in (resumed, undisturbed))
     assert told["steps"] == expected["steps"] and told["best"] == expected["best"]
     assert [r["step"] for r in metrics(resumed)] == [r["step"] for r in metrics(undisturbed)]
@@ -209,36 +193,3 @@ def test_any_architecture(run, tmp_path, chat_rows):
     assert metrics(trained)[-1]["loss"] < metrics(trained)[0]["loss"]
     with pytest.raises(UserError, match="engine=trl"):
         run("sft", run="fused", engine="fused", model_name_or_path=str(folder))
-
-
-def test_a_mixture_of_experts_has_adapters_on_its_linear_layers(run, tmp_path):
-    sizes = {"vocab_size": 448, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 2}
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    folder = tmp_path / "mixtral"
-    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(folder)
-    make_tokenizer(folder)
-    trained = run("sft", model_name_or_path=str(folder), lora_dropout=0.1)
-    assert {name.split(".")[-3] for name in weights(trained / "adapter")} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"loss_type": "ipo_sum"}, ["ipo_sum", "engine=fused"]),
-        ({"loss_type": "orpo"}, ["orpo", "engine=fused"]),
-        ({"label_smoothing": 0.1}, ["TRL ignores it", "robust"]),
-    ],
-)
-def test_losses_that_trl_does_not_have(run, changes, words):
-    with pytest.raises(UserError) as found:
-        run("dpo", **changes)
-    assert all(word in str(found.value) for word in words)
-
-
-def test_without_trl_the_extra_is_named(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "zephyr_lite.engines.trl")
-    monkeypatch.delattr("zephyr_lite.engines.trl")
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match="needs the package trl") as error:
-        run("sft", engine="trl")
-    assert "zephyr-lite[trl]" in error.value.hint

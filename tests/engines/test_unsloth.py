@@ -67,34 +67,6 @@ def test_versions_that_do_not_fit(monkeypatch):
         early.start_unsloth()
 
 
-def test_it_does_not_start(monkeypatch, tmp_path):
-    Metadata(monkeypatch)
-    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("UNSLOTH_DISABLE_STATISTICS", "UNSLOTH_COMPILE_LOCATION"):
-        monkeypatch.setenv(name, "set, so that it is put back")
-
-    def fail(name):
-        raise NotImplementedError("You need a GPU.")
-
-    monkeypatch.setattr(early.importlib, "import_module", fail)
-    with pytest.raises(UserError) as found:
-        early.start_unsloth()
-    said = found.value
-    assert "unsloth 2026.10.9 does not start here" in said.message
-    assert "NotImplementedError: You need a GPU." in said.message
-    assert EXTRA in said.hint and "GPU" in said.hint
-
-
-def test_the_start_imports_nothing_heavy():
-    code, printed, _ = python(
-        "-c",
-        "import sys, zephyr_lite.config.load\nfrom zephyr_lite.engines import start_unsloth, unsloth_conflicts\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets', 'bitsandbytes'} & set(sys.modules)))",
-    )
-    assert (code, printed.strip()) == (0, "[]")
-
-
 # Where it starts
 
 

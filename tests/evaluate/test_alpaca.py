@@ -17,7 +17,6 @@ from zephyr_lite.evaluate.alpaca_eval import (
     judge_messages,
     rates,
     read_annotations,
-    read_outputs,
     read_verdict,
 )
 from zephyr_lite.evaluate.win_rate import win_rate
@@ -62,17 +61,6 @@ def test_published_files_are_scored(tmp_path: Path, capsys) -> None:
         assert f"{table}: has no difficulty for row {row}" in capsys.readouterr().err
 
 
-def test_jsonl_with_characters_that_end_a_line_elsewhere(tmp_path: Path, capsys) -> None:
-    lines = tmp_path / "lines.jsonl"
-    rows = [annotation(0, 1), annotation(1, 2, output_1="a\u2028b\u0085c")]
-    lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8")
-    assert read_annotations(lines)[1]["output_1"] == "a\u2028b\u0085c"
-    assert run("--annotations", lines) == 0 and "50.00 %" in capsys.readouterr().out
-    # a name is shown as it is, and moves no cursor
-    lines.write_text(json.dumps(annotation(0, 1, generator_2="[red]\x1b[31mx")))
-    assert run("--annotations", lines) == 0 and "[red]\\x1b[31mx" in capsys.readouterr().out
-
-
 OTHER = [{"instruction": "Do 0.", "output": "else", "generator": "g"}]
 
 
@@ -81,16 +69,8 @@ OTHER = [{"instruction": "Do 0.", "output": "else", "generator": "g"}]
     [
         ("--annotations", [annotation(0, "much")], [], "row 1: could not convert string to float"),
         ("--annotations", [annotation(0, 1, output_2=None)], [], "row 1: output_2 is not a text"),
-        ("--annotations", [annotation(0, 3)], [], "none of the 1 preferences"),
-        ("--annotations", [annotation(0, 1), annotation(1, 1, generator_2="b")], [], "2 models"),
-        ("--annotations", {"a": 1}, [], "row 1: no 'instruction'"),
-        ("--annotations", [], [], "is empty"),
-        ("--annotations", None, [], "there is no such file"),
         ("--annotations", [annotation(0, 2)], ["--outputs", "other.json"], "its output_2 is not among the outputs"),
         ("--annotations", [annotation(0, 2)], JUDGE, "--judge changes nothing"),
-        ("--annotations", [annotation(0, 2)], ["--limit", 2], "--limit changes nothing"),
-        ("--instructions", None, JUDGE, "no such file"),
-        ("--instructions", [annotation(0, 2)], JUDGE, "row 1: no 'output'"),
         ("--instructions", OTHER, [], "no judge is given"),
     ],
 )
@@ -176,24 +156,3 @@ def test_a_job_from_answers_to_rates(tmp_path: Path, capsys) -> None:
     told = found["differences"]["a - b"]
     assert told["difference"] == pytest.approx(found["models"]["a"]["win_rate"] - found["models"]["b"]["win_rate"])
     assert found["settings"]["baseline"] == "old" and "leaderboard" in found["notes"][0]
-
-
-def test_outputs_that_are_there_are_judged_and_the_same_text_is_a_tie(tmp_path: Path, capsys) -> None:
-    rows = json.loads(baseline(tmp_path).read_text())
-    own = [{**row, "output": row["output"] if n < 3 else "mine", "generator": "new"} for n, row in enumerate(rows[:10])]
-    with ChatServer(script) as server:
-        words = ["--judge", f"{server.url}#judge", "--instructions", tmp_path / "baseline.json"]
-        words += ["--outputs", write(tmp_path / "own.json", own)]
-        assert run(*words) == 2  # no run to put the result into
-        assert run(*words, "--model", f"{server.url}#a", "--out", tmp_path / "out") == 2
-        assert run(*words, "--out", tmp_path / "out") == 0
-        assert len(server.seen) == 7 and {s.body["model"] for s in server.seen} == {"judge"}
-        assert "10 of 12 instructions, answered by old" in capsys.readouterr().out
-    body = json.loads((tmp_path / "out" / "alpaca-limit-10.json").read_text())["models"]["new"]  # of 12
-    assert body["n_total"] == 10 and body["n_draws"] >= 3
-
-
-def test_a_repeated_instruction_has_a_key_of_its_own(tmp_path: Path) -> None:
-    twice = [{"instruction": "Do.", "output": text, "generator": "g"} for text in "ab"]
-    keys = [output.key for output in read_outputs(str(write(tmp_path / "i.json", twice)))[0]]
-    assert len(set(keys)) == 2

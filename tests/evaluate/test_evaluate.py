@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from zephyr_lite.cli.app import run
-from zephyr_lite.data import general
+from zephyr_lite.data.dataset import general_text
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate import likelihood
 from zephyr_lite.evaluate.bootstrap import Bootstrap
@@ -172,68 +171,13 @@ def test_commands_write_what_they_show(trained, capsys, tmp_path):
     assert json.loads((trained / "sft" / "eval" / "preference-limit-1.json").read_text())["settings"]["beta"] == 0.2
 
 
-def test_other_rows_by_name(trained, capsys, chat_rows, pair_rows, tmp_path):
-    code, out, _ = said(capsys, "loss", trained, "--data", chat_rows)
-    assert code == 0 and "was trained on" in out
-    # a result on other rows does not replace that on those held out, nor a trial a complete one
-    assert (trained / "dpo" / "eval" / f"loss-{chat_rows.stem}.json").is_file()
-    rows = tmp_path / "mine.jsonl"
-    rows.write_text(chat_rows.read_text().splitlines()[0] + "\n")
-    adapter = trained / "dpo" / "adapter"
-    code, out, err = said(capsys, "loss", "--adapter", adapter, "--data", rows, "--out", tmp_path / "o")
-    assert code == 0 and "one conversation has no interval" in out, err
-    code, out, err = said(capsys, "preference", "--adapter", adapter, "--data", pair_rows, "--out", tmp_path / "o")
-    assert code == 0 and "no DPO stage gives" not in out, err  # the adapter lies in a stage, whose β is known
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["loss", "--data", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
-        (["loss", "--split", "test"], "--split goes with --data"),
-        (["loss", "--data", ""], "--data '': path: is empty"),
-        (["preference", "--data", "CHAT"], "needs preference rows"),
-        (["loss", "--out", "CHAT"], "cannot be created: File exists"),
-        (["loss", "--limit", "0"], "--limit"),
-    ],
-    ids=["no file", "split alone", "empty", "other rows", "out is a file", "no rows"],
-)
-def test_bad_input_is_named(words, told, trained, capsys, chat_rows):
-    code, _, err = said(capsys, words[0], trained, *(str(chat_rows) if w == "CHAT" else w for w in words[1:]))
-    assert code == 2 and told in err
-
-
-def test_nothing_held_out(trained, live, capsys, tmp_path):
-    chain = open_live(trained, stage="sft").chain
-    config = trained / "sft" / "config.yaml"
-    text = config.read_text()
-    try:
-        config.write_text(
-            text[: text.index("eval_dataset:")] + "eval_dataset: []\n" + text[text.index("chat_template:") :]
-        )
-        with pytest.raises(UserError, match="nothing was held out"):
-            held_out(chain, live.template, "sft")
-    finally:
-        config.write_text(text)
-    with pytest.raises(UserError, match="no stage says which preference pairs"):
-        held_out(None, live.template, "dpo")
-
-
 # ---- general text -------------------------------------------------------------------------------------------------
-
-
-def test_general_text_is_64_different_short_passages(live):
-    texts = Path(general.__file__).with_name("general.txt").read_text(encoding="utf-8").split("\n%\n")
-    assert len(set(texts)) == 64 and all(60 <= len(text.split()) <= 120 for text in texts)
-    data = general.general_text(live.template, 4)
-    assert [example.where for example in data.examples][:2] == ["general.txt passage 1", "general.txt passage 5"]
-    assert len(data.examples) == 16 and live.template.tokenizer.decode(data.examples[4].ids).endswith("at 230 degrees.")
 
 
 def test_every_stage_measures_general_text_before_and_after(trained, live, capsys):
     """In the stages' own passes as the models' plain forward has it, and by the command."""
     sft, dpo = (StageDir(trained / stage).info()["result"]["general_loss"] for stage in ("sft", "dpo"))
-    data = general.general_text(live.template, train_general.CPU_EVERY)
+    data = general_text(live.template, train_general.CPU_EVERY)
     found = {}
     for name, adapters in live.models.items():
         logps = row_logps(likelihood.PlainScorer(live.stack, adapters), data)
@@ -250,11 +194,3 @@ def test_every_stage_measures_general_text_before_and_after(trained, live, capsy
     page = run_page(read_source(trained))
     line = f"General text: {sft['before']:.2f} nats a token before, {sft['after']:.2f} after sft, {dpo['after']:.2f} after dpo"
     assert line in page
-
-
-def test_forgetting_causes_a_warning(tiny_base, chat_rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_general, "RISEN", -10.0)
-    words = [f"model_name_or_path={tiny_base}", f"output_dir={tmp_path / 'r'}", f"dataset={chat_rows}", *SMALL.split()]
-    assert run(["sft", *words, "max_steps=1", "load_in_4bit=false"]) == 0
-    warnings = StageDir(tmp_path / "r" / "sft").info()["result"]["warnings"]
-    assert "the model forgets what it knew" in warnings[-1] and warnings[-1] in capsys.readouterr().out

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
 from zephyr_lite.cli.app import run
-from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate import harness
-from zephyr_lite.evaluate.harness import TaskSpec, open_harness, read_tasks
 from zephyr_lite.model.loaded import open_live
 
 pytest.importorskip("lm_eval")
@@ -121,32 +118,3 @@ def test_interrupted_after_a_task_the_same_command_continues(trained, tasks, cap
     assert code == 0 and "sft, tiny_choice:2: kept from" in out, err
     done = json.loads((tmp_path / "harness.json").read_text())["models"]["sft"]["tasks"]
     assert list(done) == ["tiny_choice:2", "tiny_choice"] and done["tiny_choice:2"] == kept["tiny_choice:2"]
-
-
-def test_the_papers_tasks_and_shots():
-    paper = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0}
-    assert {task.name: task.shots for task in read_tasks([])} == paper
-    given = [TaskSpec("hellaswag", 10), TaskSpec("arc_easy"), TaskSpec("mmlu", 3)]
-    assert read_tasks(["hellaswag", "arc_easy,mmlu:3"]) == given
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--tasks", "hellaswag:many"], "'many' is not a number of shots"),
-        (["--tasks", "helaswag"], "no task 'helaswag'"),
-        (["--tasks", "hellaswag", "--limit", "1"], "task hellaswag: cannot be loaded"),  # offline
-        (["--include-path", "nowhere"], "nowhere: no such folder"),
-        (["--tasks", "tiny_choice", "--include-path", "TASKS", "--model", "ppo"], "has no such model"),
-    ],
-    ids=["shots", "name", "offline", "include", "model"],
-)
-def test_bad_input_is_named(words, told, trained, tasks, capsys):
-    code, _, err = asked(capsys, trained, *(tasks if word == "TASKS" else word for word in words))
-    assert code == 2 and told in err
-
-
-def test_without_the_harness_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(UserError, match=r'pip install "zephyr-lite\[harness\]"'):
-        open_harness(read_tasks([]))

@@ -24,6 +24,7 @@ from zephyr_lite.export import model_card as card
 from zephyr_lite.export import push as pushing
 from zephyr_lite.export.model_card import write_card
 from zephyr_lite.export.push import prepare, push
+from zephyr_lite.io import sync
 from zephyr_lite.model.loaded import open_live
 
 SMALL = [
@@ -132,22 +133,6 @@ def test_a_card_claims_nothing_that_was_not_found(place, tmp_path, monkeypatch):
     assert "Note: asked in this project's own words: not comparable with published scores" in text
 
 
-def test_whose_readme_is_replaced(place, tmp_path, monkeypatch, capsys):
-    shutil.copytree(place / "my-model", model := tmp_path / "m")
-    (model / "README.md").write_text("# Mine\n")
-    with pytest.raises(UserError, match="zephyr-lite did not write it"):
-        write_card(model)
-    with pytest.raises(UserError, match="none of its stages is what"):
-        write_card(model, run=tmp_path, overwrite=True)
-    assert (model / "README.md").read_text() == "# Mine\n"
-    assert "# m" in write_card(model, overwrite=True).read_text()
-    with pytest.raises(UserError, match="no folder that zephyr-lite merge made"):
-        write_card(place / "base")
-    monkeypatch.setattr("zephyr_lite.evaluate.results.have_matplotlib", lambda: False)
-    assert run(["export", "card", str(model), "--plots"]) == 2
-    assert 'pip install "zephyr-lite[plots]"' in capsys.readouterr().err
-
-
 def test_the_chain_as_one_adapter_is_the_model_and_its_card_serves_it_with_vllm(place):
     live = open_live(place / "run")
     base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
@@ -163,8 +148,8 @@ def test_the_chain_as_one_adapter_is_the_model_and_its_card_serves_it_with_vllm(
 def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, monkeypatch, capsys):
     hub, model = FakeHub(), tmp_path / "m"
     monkeypatch.setattr(pushing, "HfApi", hub)
-    monkeypatch.setattr(pushing, "get_token", lambda: "t")
-    monkeypatch.setattr(pushing.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sync, "get_token", lambda: "t")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     shutil.copytree(place / "my-model", model)
     write_card(model)
     strays = ["checkpoint-2/model.safetensors", "notes.txt", ".env", "optimizer.pt", "plots/x.svg"]
@@ -196,7 +181,7 @@ def test_push_lists_first_and_uploads_a_model_and_nothing_else(place, tmp_path, 
     with pytest.raises(UserError, match="the network is away"):
         push(prepare(model, "me/model"))
     assert len(hub.repos["me/model"]) == 2
-    monkeypatch.setattr(pushing, "get_token", lambda: None)
+    monkeypatch.setattr(sync, "get_token", lambda: None)
     with pytest.raises(UserError, match="no token"):
         push(prepare(model, "me/model"))
 

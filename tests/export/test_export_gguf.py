@@ -10,10 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex
-from transformers import AutoTokenizer
 
 from tests.contract.test_gguf import fields, model_dir
-from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.export import llama
 from zephyr_lite.export.gguf import write_gguf
@@ -36,19 +34,6 @@ def test_the_file_says_what_servers_ask_for(mistral, tmp_path):
     assert len(told["tokenizer.ggml.tokens"]) == told["llama.vocab_size"] == 448
     types = told["tokenizer.ggml.token_type"]
     assert types[:3] == [3, 3, 3] and types[-1] == 5  # control; rows of the embedding without a token
-
-
-def test_a_template_that_ends_turns_otherwise_names_its_end_token(tmp_path):
-    folder = model_dir(tmp_path / "m", template=None)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    template = resolve_template("chatml", tokenizer)
-    tokenizer.save_pretrained(folder)
-    end = template.end_token_ids[0]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 2]}))
-    told = fields(write_gguf(folder, tmp_path / "m.gguf").out)
-    assert (told["tokenizer.ggml.eot_token_id"], told["tokenizer.ggml.eos_token_id"]) == (end, 2)
-    assert told["tokenizer.ggml.token_type"][end] == 3
 
 
 def test_pre_tokenizers_are_known_by_what_they_do(mistral, tmp_path):

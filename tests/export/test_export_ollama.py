@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.contract.test_gguf import model_dir
-from zephyr_lite.cli.app import run
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
 from zephyr_lite.export.gguf import write_gguf
@@ -63,7 +62,7 @@ def modelfile_template(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["zephyr", "chatml", "llama3"])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("bos", [True])
 def test_go_renders_what_training_saw(tmp_path, name, bos):
     folder = model_dir(tmp_path / "My Model", bos=bos, template=None, num_hidden_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -83,18 +82,6 @@ def test_go_renders_what_training_saw(tmp_path, name, bos):
     assert text.endswith("PARAMETER temperature 0.5\n")
     assert any("strips white space" in line for line in lines) is (name == "llama3")
     assert lines[-1] == f"Next: ollama create my-model -f {tmp_path / 'Modelfile'}"
-
-
-def test_what_go_and_a_modelfile_read_otherwise_is_a_string(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(model_dir(tmp_path / "m", template=None, num_hidden_layers=1))
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ '{{' + m['role'] + '}}\"\"\" ' + m['content'] + '</s>' }}{% endfor %}"
-        '{% if add_generation_prompt %}{{ \'{{assistant}}""" \' }}{% endif %}'
-    )
-    template = resolve_template("auto", tokenizer)
-    go = turns_of(template).go()
-    assert '"""' not in go.replace('\\"', "")
-    assert render_go(go, SAID[3]) == template.text_of(SAID[3], True)
 
 
 def test_templates_that_are_no_turns_in_a_row_are_refused(tmp_path):
@@ -152,14 +139,3 @@ def test_bos_stands_once_whoever_writes_it(tmp_path):
     without = model_dir(tmp_path / "without", bos=False, template=None, num_hidden_layers=1)
     with pytest.raises(UserError, match="server add BOS, and the chat template writes none"):
         write_modelfile(without, file, out, chat_template="zephyr", overwrite=True)
-
-
-def test_an_edited_modelfile_stays(tmp_path, capsys):
-    folder, out = model_dir(tmp_path / "m", num_hidden_layers=1), tmp_path / "Modelfile"
-    file = write_gguf(folder, tmp_path / "a file.gguf").out
-    write_modelfile(folder, file, out)
-    write_modelfile(folder, file, out)  # says the same
-    out.write_text(out.read_text() + "PARAMETER num_ctx 8192\n")
-    ours = ["export", "ollama", str(folder), "--gguf", str(file), "--out", str(out)]
-    assert run(ours) == 2 and "--overwrite" in capsys.readouterr().err and "num_ctx" in out.read_text()
-    assert run([*ours, "--overwrite"]) == 0 and "num_ctx" not in out.read_text()

@@ -2,8 +2,6 @@
 
 import errno
 import io
-import os
-import resource
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -104,22 +102,6 @@ def test_a_living_process_keeps_what_it_has_aside(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".cache", ".other.01234567"]
 
 
-def test_a_disk_that_is_full(tmp_path):
-    """In a real process with a real limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large") as own:
-            atomic.write_text(tmp_path / "text", "x" * 5000)
-        atomic.append_line(tmp_path / "log", "x" * 900)
-        with pytest.raises(OSError, match="File too large"):
-            atomic.append_line(tmp_path / "log", "y" * 900)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert own.value.filename == str(tmp_path / "text")
-    assert visible(tmp_path) == {"log": "x" * 900 + "\n"}
-
-
 def run(words: list[str]) -> tuple[int, str]:
     said = io.StringIO()
     with redirect_stderr(said), redirect_stdout(said):
@@ -150,17 +132,3 @@ def test_a_run_whose_disk_fails_ends_alike_when_it_is_started_again(tiny_base, c
         code, said = run(words)
         assert code == 0, said
         assert standing(out) == right
-
-
-def test_links_and_modes(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "f").symlink_to("elsewhere")
-    mask = os.umask(0o027)
-    try:
-        folder(tmp_path)
-        text(tmp_path)
-    finally:
-        os.umask(mask)
-    assert (tmp_path / "f").is_dir() and not (tmp_path / "f").is_symlink() and (tmp_path / "elsewhere").is_dir()
-    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o750 and (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
-    assert left_aside(tmp_path) == []

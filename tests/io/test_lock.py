@@ -63,18 +63,3 @@ def test_a_forked_worker_that_outlives_its_parent_holds_nothing(tmp_path):
     end(holder)
     with alone(tmp_path / "run"):
         pass
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 40, b'{"pid": 1, "host": "spot-7"}'])
-def test_a_lock_file_that_was_left_is_taken_over(tmp_path, content):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").write_bytes(content)
-    with alone(tmp_path / "run"):
-        assert (tmp_path / "run" / ".lock").read_text().endswith(f"{platform.node()}\n")
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("x")
-    for folder in (tmp_path / "file" / "run", tmp_path / "file"):
-        with pytest.raises(UserError, match=r"file.*: cannot be made or locked"), alone(folder):
-            pass

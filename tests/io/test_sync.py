@@ -1,16 +1,11 @@
 """Copies of a stage in a folder or on the hub."""
 
-import errno
-import inspect
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
-from tests.fake_hub import Api, http_error
+from tests.fake_hub import http_error
 from tests.messages import messages_to
 from tests.synced import AStage, hub_in_memory, mirror_of, there
 from tests.train.test_train import dpo_words, killed_at, metrics, words
@@ -19,8 +14,8 @@ from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.errors import UserError
 from zephyr_lite.io import sync as sync_file
 from zephyr_lite.io.atomic import manifest_fault
-from zephyr_lite.io.run_dir import StageDir, newest_run
-from zephyr_lite.io.sync import FolderPlace, Mirror, place_of, restore
+from zephyr_lite.io.run_dir import StageDir
+from zephyr_lite.io.sync import FolderPlace, Mirror, restore
 from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -47,24 +42,6 @@ def checkpointed(mirror, stage, *steps, best=None):
         assert mirror.finish(10)
 
 
-def test_a_full_place_is_reported_once_and_made_up_for(tmp_path, monkeypatch, said):
-    stage, plain = AStage(tmp_path / "a"), sync_file._copy_folder
-    mirror = mirror_of(tmp_path / "drive", stage)
-
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
-
-    monkeypatch.setattr(sync_file, "_copy_folder", full)
-    stage.checkpoint(2)
-    assert not mirror.finish(attempts=3)
-    first, last = said
-    assert "No space left" in first and "training continues, and the copy is tried again" in first
-    assert "does not have the last state" in last and "No space left" in last and "the same command" in last
-    assert not list((tmp_path / "drive" / "a" / "sft").glob("*checkpoint*"))
-    monkeypatch.setattr(sync_file, "_copy_folder", plain)
-    assert mirror.finish(10) and "is up to date again" in said[-1]
-
-
 def test_a_damaged_checkpoint_does_not_replace_a_good_copy(tmp_path, said):
     stage = AStage(tmp_path / "a")
     mirror = mirror_of(tmp_path / "drive", stage)
@@ -73,24 +50,6 @@ def test_a_damaged_checkpoint_does_not_replace_a_good_copy(tmp_path, said):
     assert not mirror.finish(attempts=2)
     assert "checkpoint-4: state.safetensors has another hash than was written" in said[0]
     assert "checkpoint-2" in there(tmp_path / "drive" / "a" / "sft")
-
-
-@pytest.mark.parametrize(
-    ("sync", "message"),
-    [
-        ("{run}/copies", "is in the run's own folder"),
-        ("{run}/..", "is in the run's own folder"),
-        ("{file}", "neither a folder nor hub:OWNER/NAME"),
-        ("s3://bucket/x", "neither a folder nor hub:OWNER/NAME"),
-        ("hub:me/../x", "is not a repository's name"),
-        ("hub:me/copies", "no token of the hub"),
-    ],
-)
-def test_a_place_that_is_none(tmp_path, sync, message, hub, monkeypatch):
-    monkeypatch.setattr(sync_file, "get_token", lambda: None)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=message):
-        place_of(sync.format(run=tmp_path / "a", file=tmp_path / "file"), tmp_path / "a")
 
 
 def test_the_newest_and_the_best_are_copied_completely(tmp_path):
@@ -106,29 +65,6 @@ def test_the_newest_and_the_best_are_copied_completely(tmp_path):
     assert before[Path("adapter/adapter_model.safetensors")] == b"adapter" and b"complete" in before[Path("stage.json")]
     shutil.rmtree(tmp_path / "drive")  # a place that lost everything gets all of it again
     assert mirror.finish(10) and files(copy) == before and mirror.busy() == frozenset()
-
-
-def test_a_slow_place_gets_the_latest_and_what_is_being_copied_is_busy(tmp_path, monkeypatch):
-    stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "drive", stage)
-    begun, go, plain = threading.Event(), threading.Event(), sync_file._copy_folder
-
-    def slow(source, target):
-        begun.set()
-        assert go.wait(10)
-        plain(source, target)
-
-    monkeypatch.setattr(sync_file, "_copy_folder", slow)
-    stage.checkpoint(2)
-    mirror.changed(None)
-    assert begun.wait(10)
-    for step in (4, 6, 8):
-        stage.checkpoint(step)
-        mirror.changed(None)
-        assert mirror.busy() == {"checkpoint-2", f"checkpoint-{step}"}
-    go.set()
-    assert mirror.finish(10) and mirror.busy() == frozenset()
-    assert "checkpoint-8" in there(tmp_path / "drive/a/sft") and "checkpoint-4" not in there(tmp_path / "drive/a/sft")
 
 
 # The hub
@@ -191,20 +127,6 @@ def brought(tmp_path, said):
         return list(said)
 
     return run
-
-
-def test_what_is_here_already(tmp_path, synced, brought):
-    shutil.rmtree(tmp_path / "a")
-    (tmp_path / "a/.sft.0123abcd").mkdir(parents=True)  # of a start that kept nothing
-    (tmp_path / "a/.sft.0123abcd/stage.json").write_text('{"status"')
-    assert newest_run(tmp_path) is None
-    assert "at checkpoint-4" in brought()[0] and there(tmp_path / "a") == ["sft"]
-    shutil.rmtree(tmp_path / "a")
-    (tmp_path / "a" / "sft").mkdir(parents=True)
-    (tmp_path / "a" / "sft" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not a stage of a run"):
-        brought()
-    assert there(tmp_path / "a" / "sft") == ["thesis.tex"]
 
 
 def test_a_new_machine_gets_what_was_there(tmp_path, synced, brought):
@@ -330,12 +252,6 @@ def test_both_stages_go_on_from_the_copy_bit_for_bit(
     assert len(StageDir(out / "dpo").info()["resumed"]) == 1
 
 
-def test_the_calls_are_those_of_the_real_hub():
-    for name in ("create_repo", "repo_info", "snapshot_download", "upload_folder", "super_squash_history"):
-        ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Api, HfApi))
-        assert set(ours) - {"repo"} < set(theirs)
-
-
 def test_an_old_copy_is_deleted_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
     stage = AStage(tmp_path / "a")
     mirror = mirror_of(tmp_path / "drive", stage)
@@ -348,44 +264,3 @@ def test_an_old_copy_is_deleted_only_when_the_new_one_is_complete(tmp_path, monk
     monkeypatch.setattr(sync_file, "remove_folder", watched)
     checkpointed(mirror, stage, 2, 4)
     assert seen == [("checkpoint-2", None)]
-
-
-def test_the_history_is_squashed_now_and_then(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(sync_file, "SQUASH_EVERY", 2)
-    stage = AStage(tmp_path / "a")
-    mirror = mirror_of("hub:me/copies", stage)
-    assert all(mirror.finish(10) for _ in range(4))
-    assert hub.squashed == 2 and len(hub.repos["me/copies"]) == 1 and "a/sft/stage.json" in hub.tree("me/copies")
-
-
-def test_a_new_machine_and_the_hub_away(tmp_path, hub):
-    hub.faults = [http_error(503)]
-    with pytest.raises(UserError, match=r"503 of the server. Whether it has the run is not known"):
-        restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"))
-    restore("hub:me/copies", StageDir(tmp_path / "a" / "sft"))  # no such repository yet
-    assert not (tmp_path / "a").exists()
-
-
-def test_without_a_token_or_offline_it_is_refused_at_the_start(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(sync_file, "get_token", lambda: None)
-    with pytest.raises(UserError, match="no token of the hub"):
-        place_of("hub:me/copies", tmp_path / "a")
-    monkeypatch.setattr(sync_file.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        place_of("hub:me/copies", tmp_path / "a")
-
-
-def test_the_end_of_a_run_waits_only_so_long(tmp_path, monkeypatch):
-    stage = AStage(tmp_path / "a")
-    mirror = mirror_of(tmp_path / "drive", stage)
-    go = threading.Event()
-    monkeypatch.setattr(mirror.place, "push", lambda *given: go.wait(10))
-    started = time.monotonic()
-    assert not mirror.finish(0.1) and time.monotonic() - started < 5
-    go.set()
-
-
-def test_a_place_that_has_nothing_is_reported(tmp_path, brought):
-    """A drive that is not mounted looks like one that is new."""
-    (line,) = brought()
-    assert line.startswith(f"sync: {tmp_path / 'drive'} has nothing of a yet, so it starts here") and "mounted" in line

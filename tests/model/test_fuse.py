@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import make_model
-from tests.contract.test_fuse import IDS, LORA, fuse, peft_model, quantized
+from tests.contract.test_fuse import IDS, LORA, fuse, peft_model
 from zephyr_lite.errors import UserError
 
 
@@ -62,24 +62,3 @@ def test_what_it_would_compute_wrongly_is_refused(make, change, inputs, match):
         change(model)
     with pytest.raises(UserError, match=match):
         fuse(model)(input_ids=IDS, use_cache=False, **inputs)
-
-
-@pytest.mark.parametrize("change", [{"keep": "al"}, {"scratch": "big"}])
-def test_arguments_are_checked(change):
-    with pytest.raises(UserError, match="is None or one of input, attention, all; scratch is one of layer, small"):
-        fuse(peft_model(), **change)
-
-
-@pytest.mark.parametrize("what", ["word", "headless"])
-def test_what_is_no_language_model_is_refused(what):
-    with pytest.raises(UserError, match="causal language model"):
-        fuse("model" if what == "word" else make_model().model)
-
-
-def test_weights_that_bitsandbytes_repacked_are_refused(tiny_base):
-    model = quantized(tiny_base)
-    model.model.layers[
-        0
-    ].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True  # as its inference path leaves it
-    with pytest.raises(UserError, match="repacked"):
-        fuse(model)

@@ -1,18 +1,14 @@
 """What is opened to be evaluated or talked to: a run, a stage, a model's folder, adapters; and what is refused."""
 
-import json
 import shutil
 
 import pytest
 import torch
 
-from tests.messages import messages_to
 from tests.train.test_train import dpo_words, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge import chain_of_run, merge
-from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.loaded import open_live
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -67,13 +63,3 @@ def test_what_cannot_be_opened_is_refused_with_what_to_do(run, tiny_base, tmp_pa
     with pytest.raises(UserError, match=r"delta: no adapter_config\.json there"):
         open_live(tmp_path / "r")
     assert len(chain.adapters) == 2
-
-
-def test_a_merge_says_which_stage_is_not_in_it(run, tmp_path):
-    shutil.copytree(run, tmp_path / "r")
-    stage, said = StageDir(tmp_path / "r" / "dpo"), []
-    stage.write_info({**stage.info(), "status": "running"})
-    with messages_to(said.append):
-        run_merge(tmp_path / "m", run=tmp_path / "r", check=False)
-    assert f"note: {stage.path} is not finished, and not in it" in said
-    assert json.loads((tmp_path / "m/zephyr_lite.json").read_text())["stage"] == "sft"

@@ -1,19 +1,16 @@
 """Samples change nothing of training and come from the policy; trackers get our metrics; screens in real places."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
 
-from tests.train.test_train import dpo_words, metrics, words
+from tests.train.test_train import metrics, words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.cli.app import run
-from zephyr_lite.config.load import RunConfig, load_config
-from zephyr_lite.errors import UserError
+from zephyr_lite.config.load import load_config
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train import callbacks, samples
-from zephyr_lite.train.dpo import run_dpo
+from zephyr_lite.train import samples
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
 from zephyr_lite.train.stage import Observer
@@ -63,24 +60,7 @@ def test_a_sample_is_what_chat_answers(sampled):
     assert last["answer"] == answer
 
 
-def test_dpo_samples_what_follows_its_prompts(sampled, tiny_base, pair_rows):
-    out, _ = sampled
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out / "with", pair_rows, samples=1, **SHORT)))
-    first, last = drawn(out / "with" / "dpo")
-    assert first["prompt"].endswith("<|assistant|>\n") and first["reference"].startswith("Tomato soup.")
-    # before its first step the policy is the model below, which answers the same
-    assert first["answer"] == drawn(out / "with" / "sft")[2]["answer"] and last["step"] == 2
-
-
 # -- trackers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "extra"), [("tensorboard", "trackers"), ("wandb", "wandb"), ("trackio", "trackio")])
-def test_a_tracker_that_is_not_there_names_its_extra(name, extra, monkeypatch):
-    monkeypatch.setattr(callbacks, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=name) as caught:
-        callbacks.trackers(RunConfig(report_to=[name]))
-    assert f"zephyr-lite[{extra}]" in caught.value.hint
 
 
 def test_tensorboard_gets_every_metric(tiny_base, chat_rows, tmp_path):
@@ -122,12 +102,3 @@ def test_the_state_of_training_is_left_alone(tiny_base, chat_rows, tmp_path, mon
     said.clear()
     assert samples.draw_samples(stage, 4) == [] and samples.draw_samples(stage, 5) == []
     assert said == ["no samples are drawn: the card's memory does not suffice for them. Training is not affected."]
-
-
-def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
-    (tmp_path / "no_such_tracker").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(callbacks.EXTRAS, "tensorboard", ("trackers", ("no_such_tracker",)))
-    assert importlib.util.find_spec("no_such_tracker") is not None
-    with pytest.raises(UserError, match="is not installed"):
-        callbacks.trackers(RunConfig(report_to=["tensorboard"]))

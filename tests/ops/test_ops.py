@@ -104,7 +104,7 @@ def dense_attention(q, k, v, segments, window, scale):
 
 
 @pytest.mark.parametrize("at_once", [2**24, 20])
-@pytest.mark.parametrize("window", [None, 3, 6, 100])
+@pytest.mark.parametrize("window", [None, 3, 100])
 @pytest.mark.parametrize("kind", ["packed", "pairs", "one token"])
 def test_attention_over_the_segment_table(window, kind, at_once, monkeypatch):
     """A segment whole, and in blocks of queries."""
@@ -196,7 +196,7 @@ class MemoryEfficientKernel:
 
 
 @pytest.mark.parametrize("at_once", [2**24, 100])
-@pytest.mark.parametrize("window", [None, 1, 4, 10, 12, 100])
+@pytest.mark.parametrize("window", [None, 1, 4, 12])
 def test_the_memory_efficient_kernels_gradients_under_a_window(window, at_once, monkeypatch):
     """Packed segments, shared prompts, and both in one table; windows shorter and longer than the keys."""
     kernel = MemoryEfficientKernel()
@@ -269,14 +269,6 @@ def test_token_logps_keeps_one_row_a_target_in_the_hidden_states_dtype(dtype):
     exact = hidden.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad((exact @ head.double().T).log_softmax(-1)[range(7), range(7)].sum(), exact)
     assert gradient.dtype == dtype and (gradient - wanted).norm() < 2e-2 * wanted.norm()
-
-
-def test_token_logps_is_finite_for_extreme_logits():
-    head = torch.tensor([[1e4], [-1e4], [0.0]])
-    hidden = torch.tensor([[1.0], [-1.0]], requires_grad=True)
-    logps = token_logps(hidden, head, torch.tensor([1, 0]))
-    logps.sum().backward()
-    assert logps.tolist() == [-2e4, -2e4] and bool(torch.isfinite(hidden.grad).all())
 
 
 def test_rms_norm_computes_its_statistics_in_float32_for_16_bits():

@@ -15,7 +15,6 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.config.load import RunConfig, preset_configs
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.data.dataset import prepare
-from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.recipe.ablations import BASE, read_table, run_ablation, table_lines, table_rows
 
@@ -119,63 +118,10 @@ def test_the_table_is_kept_and_a_second_start_trains_nothing(ablation):
     assert table_rows(again) == table_rows(result)
 
 
-def test_keys_go_to_all_stages_to_a_method_or_to_one_stage():
-    words = ["seed=3", "sft.max_steps=5", "--dpo.beta", "0.2", "dsft-2.max_steps=7", "dataset.limit=9"]
-    table = read_table("recipe", words)
-    found = {stage.name: stage.loaded.config for stage in table.stages()}
-    assert {c.seed for c in found.values()} == {3} and {c.dataset[0].limit for c in found.values()} == {9}
-    assert [found[name].max_steps for name in ("dsft-1", "dsft-2", "ddpo")] == [5, 7, None]
-    assert found["ddpo"].beta == 0.2 and found["dsft-2"].dataset[0].columns == {"messages": "chosen"}
-
-
 @pytest.mark.parametrize("name", sorted(preset_configs("tables")))
 def test_the_shipped_tables_resolve(name):
     table = read_table(name)
     assert len(table.arms) == 4 and all(stage.loaded.config.output_dir == str(table.run) for stage in table.stages())
-
-
-@pytest.mark.parametrize(
-    ("words", "only", "says"),
-    [
-        (["dsft-9.max_steps=1"], [], "dsft-9.…: no stage of this table"),
-        (["adapters=none"], [], "adapters is set by this command"),
-        ([], ["dSFT-3"], "no arm 'dSFT-3'"),
-    ],
-)
-def test_what_a_table_cannot_do_is_refused(words, only, says):
-    with pytest.raises(UserError, match=says):
-        read_table("recipe", words, only=only)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("arms: {a: [{sft: ablations/dsft-1, dpo: ablations/ddpo}]}", r"arms.a.0: .*at most 1 item"),
-        ("arms: {base: [{sft: ablations/dsft-1}]}", "cannot be called 'base'"),
-        ("arms: {a: [{sft: ablations/dsft-1}]}\nkeys: {stage: b}", "stage is set by this command"),
-        ("arms: {a: [{sft: ablations/dsft-1}], b: [{sft: ablations/dsft-2}, {sft: ablations/dsft-1}]}", "shares its"),
-    ],
-)
-def test_a_broken_table_names_what_is_wrong(tmp_path, text, says):
-    (tmp_path / "t.yaml").write_text(text)
-    with pytest.raises(UserError, match=says):
-        read_table(str(tmp_path / "t.yaml"))
-
-
-def test_arms_on_different_bases_are_refused(sets, tmp_path, tiny_base):
-    table = read_table("recipe", ["ddpo.model_name_or_path=other/base"], **options(sets, tmp_path / "run"))
-    with pytest.raises(UserError, match="model_name_or_path is not the same"):
-        run_ablation(table)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("missing", "only"), [("preferences", ["dSFT-1"]), ("chat", ["dDPO alone"])])
-def test_rows_that_are_not_there_are_found_before_anything_is_trained(sets, tmp_path, tiny_base, missing, only):
-    where = {**options(sets, tmp_path / "run"), missing: str(tmp_path / "nothing"), "only": only}
-    table = read_table("recipe", [f"model_name_or_path={tiny_base}", *SMALL], **where)
-    with pytest.raises(UserError, match="there is no such file or folder"):
-        run_ablation(table)
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_with_some_arms_does_not_replace_the_whole_table(ablation, sets, tiny_base, capsys):

@@ -15,7 +15,6 @@ import pytest
 from tests.chat_server import Act, ChatServer, Seen, error, ok
 from tests.recipe.test_feedback import hidden_meter
 from zephyr_lite.cli import app as cli
-from zephyr_lite.client.client import RequestFailed
 from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
@@ -24,54 +23,17 @@ from zephyr_lite.recipe.distill import (
     NEAR,
     DistillConfig,
     Distilled,
-    Grid,
     distill_bounds,
     plan_distill,
-    read_grid,
     run_distill,
 )
 from zephyr_lite.recipe.prompts import read_prompts
-from zephyr_lite.recipe.user_messages import Openings, read_message
+from zephyr_lite.recipe.user_messages import read_message
 
 GRID = """
 topics: {tides: [spring tides, neap tides], bread: [sourdough], clocks: []}
 kinds: {poem: a poem of four lines, guide: instructions}
 """
-
-
-# -- the grid --------------------------------------------------------------------------------------------------------
-
-
-def test_the_built_in_grid_has_thirty_topics_and_twenty_kinds() -> None:
-    grid = read_grid(None, 42)
-    assert grid.size == 600 == len({grid.cell(number) for number in range(600)})
-    assert (len(grid.topics), len(grid.kinds)) == (30, 20)
-    assert all(len(set(parts)) == len(parts) >= 6 for parts in grid.topics.values())
-    orders = [[read_grid(None, seed).cell(number) for number in range(600)] for seed in (42, 42, 43)]
-    assert orders[0] == orders[1] != orders[2]
-
-
-@pytest.mark.parametrize(("topics", "kinds"), [(30, 20), (7, 5), (1, 9), (6, 3)])
-def test_every_beginning_of_the_order_is_spread_evenly(topics: int, kinds: int) -> None:
-    grid = Grid(topics=[f"t{i}" for i in range(topics)], kinds=[f"k{i}" for i in range(kinds)])
-    order = [grid.cell(number) for number in range(grid.size)]
-    assert len(set(order)) == topics * kinds and grid.cell(grid.size) == order[0]
-    for end in range(1, len(order) + 1):
-        by_topic, by_kind = (Counter(pair[place] for pair in order[:end]) for place in (0, 1))
-        for counts, many in ((by_topic, topics), (by_kind, kinds)):
-            fewest = 0 if len(counts) < many else min(counts.values())
-            assert max(counts.values()) - fewest <= 2
-
-
-def test_a_grid_of_ones_own(tmp_path: Path) -> None:
-    path = tmp_path / "grid.yaml"
-    path.write_text("topics: [a, b]\nkinds: {c: a poem}\nmoves: [go on]\n", encoding="utf-8")
-    grid = read_grid(path, 1)
-    assert sorted(map(grid.cell, range(2))) == [("a", "c"), ("b", "c")]
-    assert grid.moves == ["go on"] and grid.manners == read_grid(None, 1).manners
-    path.write_text("topics: [a]\nkinds: [b]\nthemes: [c]\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no key 'themes'"):
-        read_grid(path, 1)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
@@ -82,37 +44,12 @@ def test_a_grid_of_ones_own(tmp_path: Path) -> None:
     [
         (" How do tides work? ", "How do tides work?"),
         ('"How do tides work?"', "How do tides work?"),
-        ('"Tides" and "waves": what differs?', '"Tides" and "waves": what differs?'),
         ("**Message:** How do tides work?", "How do tides work?"),
-        ("Sure! Here is a message:\n\nHow do tides work?", "How do tides work?"),
         ("<think>a question on tides…</think>How do tides work?", "How do tides work?"),
-        ("Here is my poem:\nRoses are red. Can you go on?", "Roses are red. Can you go on?"),
-        ("潮の満ち引きはなぜ起きますか", "潮の満ち引きはなぜ起きますか"),
     ],
 )
 def test_a_message_is_taken_out_of_what_stands_around_it(text: str, message: str) -> None:
     assert read_message(text) == message
-
-
-@pytest.mark.parametrize("text", ["", "?!", "ok", '""', "x y z\n" * 2000])
-def test_what_is_no_message(text: str) -> None:
-    with pytest.raises(RequestFailed, match="a message of"):
-        read_message(text)
-
-
-def test_near_duplicates() -> None:
-    openings = Openings(0.7)
-    first = "Write a haiku about autumn leaves for my grandmother who loves gardening and old books."
-    assert openings.take(first) is None
-    assert openings.take(first.upper().replace(".", "!!")) == first
-    assert openings.take(first.replace("autumn", "fallen")) == first
-    assert openings.take("Explain to my grandmother how a haiku is built, with an example on old books.") is None
-    assert openings.take("なぜ空は青いのですか") is None
-    assert openings.take("なぜ空は青いのですか?") == "なぜ空は青いのですか"
-    # at 1 only the same words are too near
-    strict = Openings(1.0)
-    assert strict.take(first) is None and strict.take(first.replace("autumn", "fallen")) is None
-    assert strict.take(first) == first
 
 
 # -- dialogues -------------------------------------------------------------------------------------------------------
@@ -186,18 +123,6 @@ def test_dialogues_are_ultrachats_and_fill_the_grid(tmp_path: Path) -> None:
     assert [row["messages"][0]["content"] for row in loaded.values()] == [row["prompt"] for row in rows]
 
 
-def test_the_test_split_is_by_a_hash_of_the_prompt(tmp_path: Path) -> None:
-    with ChatServer(teacher) as server:
-        result = run(tmp_path, server.url, test_share=0.4)
-        train, test = rows_of(result), rows_of(result, "test_sft")
-        assert len(train) + len(test) == 12 and result.test == len(test) > 0
-        assert max(int(row["prompt_id"][:8], 16) for row in test) < 0.4 * 2**32
-        assert min(int(row["prompt_id"][:8], 16) for row in train) >= 0.4 * 2**32
-        again = run(tmp_path, server.url, test_share=0.0)
-    assert again.test == 0 and not (again.out / "test_sft.jsonl").exists()
-    assert len(server.seen) == 48  # the second run asked nothing
-
-
 def on_round(role: str, round_: int, act: Callable[[], Act]) -> Callable[[Seen], Act]:
     """A teacher that fails at one place of every dialogue on tides."""
 
@@ -219,7 +144,6 @@ def on_round(role: str, round_: int, act: Callable[[], Act]) -> Callable[[Seen],
     [
         ("answer", 1, lambda: error(400, "refused"), "HTTP 400"),
         ("answer", 1, lambda: ok("It is a long st", finish_reason="length"), "an answer cut at max_tokens"),
-        ("question", 1, lambda: ok("?"), "a message of less than six letters"),
     ],
 )
 def test_a_dialogue_ends_with_its_last_whole_answer(
@@ -232,21 +156,6 @@ def test_a_dialogue_ends_with_its_last_whole_answer(
     assert {len(row["messages"]) for row in rows if row["topic"] == "tides"} == {2}
     assert {len(row["messages"]) for row in rows if row["topic"] != "tides"} == {6}
     assert result.ended == {reason: 4} and result.rounds == {3: 8, 1: 4}
-
-
-def test_what_is_no_message_is_turned_down_and_nothing_usable_is_an_error(tmp_path: Path) -> None:
-    def naive(seen: Seen) -> Act:
-        told = seen.body["messages"][0]["content"] if seen.number % 2 else seen.question[-200:]
-        return teacher(seen) if role_of(seen) == "answer" or "clocks" not in seen.question else ok(f"I see. {told}")
-
-    with ChatServer(naive) as server:
-        result = run(tmp_path, server.url, tries=2)
-        assert result.turned_down == {"a message that hands its instructions back": 8} and result.made == 8
-        server.script = lambda seen: ok("?")
-        with pytest.raises(UserError, match=r"no dialogue came out of 12") as raised:
-            run(tmp_path, server.url, "none")
-    assert "a message of less than six letters: 48" in raised.value.message
-    assert not list((tmp_path / "none").glob("*_sft.jsonl"))
 
 
 def test_near_duplicates_are_replaced_with_any_number_of_requests_at_once(tmp_path: Path) -> None:
@@ -272,14 +181,6 @@ def test_near_duplicates_are_replaced_with_any_number_of_requests_at_once(tmp_pa
 def seeds_file(folder: Path, texts: list[str]) -> str:
     (folder / "seeds.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return str(folder / "seeds.txt")
-
-
-def test_seeds_are_shown_as_examples(tmp_path: Path) -> None:
-    seeds = [f"Seed question {word}?" for word in ("one", "two", "three", "four", "five")]
-    with ChatServer(teacher) as server:
-        run(tmp_path, server.url, **{"seeds.path": seeds_file(tmp_path, seeds)})
-    shown = [re.findall(r"Seed question \w+\?", seen.question) for seen in server.seen if role_of(seen) == "opening"]
-    assert all(len(set(texts)) == 2 for texts in shown) and {text for texts in shown for text in texts} == set(seeds)
 
 
 def test_seeds_as_openings(tmp_path: Path) -> None:
@@ -374,30 +275,3 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
         sizes[seen.body["model"]] += sum(len(m["content"].encode()) for m in seen.body["messages"])
     assert all(sizes[name] < bound.tokens for name, bound in bounds.items())
     assert result.totals.requests == 72
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("--out out", "teacher missing"),
-        ("--teacher http://h/v1#t --out out --openings seeds", "openings: seeds needs seeds"),
-    ],
-)
-def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], given: str, message: str) -> None:
-    assert cli.run(["distill", *given.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_dialogue_without_a_first_answer_begins_anew(tmp_path: Path) -> None:
-    refused: set[str] = set()
-
-    def moody(seen: Seen) -> Act:
-        if role_of(seen) == "answer" and len(seen.body["messages"]) == 1 and len(refused) < 3:
-            refused.add(seen.question)
-            return error(400, "not this one")
-        return teacher(seen)
-
-    with ChatServer(moody) as server:
-        result = run(tmp_path, server.url)
-    assert result.made == 12 and result.turned_down == {"no first answer: HTTP 400": 3}
-    assert not refused & {row["prompt"] for row in rows_of(result)}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +25,6 @@ from zephyr_lite.client.cost import Meter
 from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
-from zephyr_lite.errors import UserError
 from zephyr_lite.recipe.feedback import (
     FeedbackConfig,
     feedback_bounds,
@@ -145,19 +142,6 @@ def test_pairs_are_ready_for_dpo(tmp_path: Path) -> None:
         assert scores[pair["rejected"][0]["content"]] < max(scores.values())
 
 
-def test_no_pairs_is_no_error(tmp_path: Path) -> None:
-    def all_the_same(seen: Seen) -> Act:
-        entries = [{"id": n, "rationale": "good", "rating": 4} for n in range(1, 5)]
-        return ok(json.dumps({"ratings": entries})) if is_judge(seen) else by_hash(seen)
-
-    with ChatServer(all_the_same) as server:
-        config = settings(tmp_path, server.url, count=2)
-        run(config)
-    lines = make_pair_folder(config)
-    assert lines[0].startswith("no pairs: no pair is left of 2 rows") and "equal scores: 2" in lines[0]
-    assert "data pairs" in lines[1]
-
-
 def test_what_the_judge_garbles_is_asked_again_then_not_rated(tmp_path: Path) -> None:
     def garbled(seen: Seen) -> Act:
         if is_judge(seen) and aspect_of(seen) == "honesty":
@@ -200,14 +184,6 @@ def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> Non
     # neither dropped prompts nor missing completions were rated
     assert sum(is_judge(seen) for seen in server.seen) == 4 * 4
     assert result.failed["b: an empty answer"] == 4 and sum(result.failed.values()) == 2 + 2 + 4
-
-
-def test_a_judge_that_rates_nothing_makes_no_row_and_leaves_no_file(tmp_path: Path) -> None:
-    with ChatServer(lambda seen: ok("Nice!") if is_judge(seen) else by_hash(seen)) as server:
-        config = settings(tmp_path, server.url, count=2)
-        with pytest.raises(UserError, match=r"no row came out of 2 prompts: the judge rated nothing: 2") as raised:
-            run(config)
-    assert "judge, helpfulness: 2" in raised.value.message and not Path(config.out, "train.jsonl").exists()
 
 
 def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
@@ -261,8 +237,7 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
     assert all(sizes[name] <= bound.tokens for name, bound in bounds.items())
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_command_continues(tmp_path: Path, stop: signal.Signals) -> None:
+def test_a_killed_command_continues(tmp_path: Path) -> None:
     with ChatServer(script) as server:
         whole = settings(tmp_path, server.url, "whole", count=10)
         run(whole)
@@ -277,18 +252,14 @@ def test_a_killed_command_continues(tmp_path: Path, stop: signal.Signals) -> Non
             text=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
         deadline = time.monotonic() + 60
         while len(server.seen) < 20 and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(stop)
+        process.kill()
         said, _ = process.communicate(timeout=60)
         assert 20 <= len(server.seen) < 80, said
         answered = len(records(Path(config.out), "replied"))
-        if stop == signal.SIGINT:
-            assert process.returncode == 130 and "the same command continues" in said, said
-            assert answered == len(server.seen)  # replies in flight were waited for
         server.seen.clear()
         server.script = script
         run(config)
@@ -317,43 +288,3 @@ def test_a_folder_is_sampled_without_a_server_and_a_key_reaches_the_server_alone
     assert key not in said.out + said.err and "mean" in said.out
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("--model http://h/v1#a --judge http://h/v1#j --out o", "prompts missing"),
-        ("--prompts p.txt --model nowhere --judge http://h/v1#j --out o", "nowhere: no such folder"),
-        ("--prompts p.txt --model http://h/v1#a --judge http://h/v1#j --out p.txt", "cannot be created"),
-    ],
-)
-def test_mistakes_are_named_before_anything_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.txt").write_text("Why?\n")
-    assert cli.run(["feedback", *given.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_server_that_gives_up_and_comes_back_costs_nothing_twice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    after = 17
-    with ChatServer(script) as server:
-        whole = settings(tmp_path, server.url, "whole")
-        run(whole)
-        server.seen.clear()
-        config = settings(tmp_path, server.url)
-        server.script = lambda seen: script(seen) if seen.number < after else error(401, "who are you?")
-        with pytest.raises(UserError, match=r"401|key"):
-            run(config)
-        gc.collect()
-        assert "never retrieved" not in caplog.text  # asyncio's tracebacks of errors beside the one that is said
-        asked = [json.dumps(seen.body, sort_keys=True) for seen in server.seen[:after]]
-        server.seen.clear()
-        server.script = script
-        run(config)
-        again = [json.dumps(seen.body, sort_keys=True) for seen in server.seen]
-    assert not set(asked) & set(again) and len(asked) + len(again) == 48
-    assert Path(config.out, "train.jsonl").read_bytes() == Path(whole.out, "train.jsonl").read_bytes()

@@ -13,8 +13,6 @@ from tests.contract.test_ultrafeedback import completion, row
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
-from zephyr_lite.data.sources import Source, open_source
-from zephyr_lite.recipe.prompts import read_questions
 from zephyr_lite.recipe.ultrafeedback import SCHEMA, make_pairs
 
 
@@ -118,7 +116,6 @@ def test_a_clone_of_the_raw_set_is_read_whole_and_its_truthful_qa_counts_everywh
     ("name", "content"),
     [
         ("list.txt", "question 3?\n\nQuestion 5\n"),
-        ("list.csv", "Type,Question\na,question 3?\nb,question 5?\n"),
         ("list.jsonl", '{"question_id": 1, "turns": ["Question 3?", "question 5?"]}\n'),
     ],
 )
@@ -127,23 +124,6 @@ def test_excluded_questions_come_from_any_file(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     report = make_pairs([str(source)], tmp_path / "out", exclude=[str(tmp_path / name)], test=0)
     assert [place.split()[-1] for place in report.dropped["is an excluded question"]] == ["4", "6"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a/b", ("a/b", None, None)),
-        ("a/b:test", ("a/b", None, "test")),
-        ("truthfulqa/truthful_qa:generation:validation", ("truthfulqa/truthful_qa", "generation", "validation")),
-    ],
-)
-def test_splits_of_an_excluded_set_are_named_after_a_colon(monkeypatch, name, expected):
-    def hub(spec: DatasetSpec):
-        assert (spec.path, spec.name, spec.split) == expected
-        return Source(datasets.Dataset.from_dict({"question": ["Who is it?"]}), spec.path)
-
-    monkeypatch.setattr("zephyr_lite.recipe.prompts.open_source", hub)
-    assert read_questions(name) == ["Who is it?"]
 
 
 def test_equal_prompts_are_held_out_together_and_stay_held_out_as_the_set_grows(tmp_path):
@@ -180,18 +160,9 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(inv
     ("words", "says"),
     [
         ("raw.jsonl --margin 1", "--rejected margin"),
-        ("raw.jsonl --rejected margin --margin 0", "above 0"),
-        ("raw.jsonl --rejected margin --margin 9", "no pair is left of 4 rows"),
-        ("raw.jsonl --test 1.5", "test 1.5"),
         ("raw.jsonl --test 400", "would be held out"),
-        ("raw.jsonl --num-proc 0", "num-proc"),
-        ("nowhere.jsonl", "nowhere.jsonl: there is no such file"),
-        ("raw.jsonl --exclude a:b:c:d", "ID:SPLIT"),
-        ("raw.jsonl --exclude empty.txt", "empty.txt: no question"),
-        ("raw.jsonl --exclude numbers.jsonl", "found number"),
         ("raw.jsonl --exclude two", "--exclude two:train"),
         ("two", "--split train"),
-        ("broken.jsonl", "broken.jsonl line 2"),
         ("pairs.jsonl", "zephyr-lite dpo dataset.path=pairs.jsonl"),
     ],
 )
@@ -203,24 +174,3 @@ def test_wrong_arguments_and_inputs(invoke, tmp_path, words, says):
     write(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "completions": []}\n{"instruction"\n')
     assert says in invoke(f"{words} --out out", fails=True)
-
-
-def test_large_splits_are_written_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.SHARD_ROWS", 20)
-    report = make_pairs([str(write(tmp_path / "raw.jsonl", raw_rows(60)))], tmp_path / "out", test=0)
-    assert report.files == [f"train_prefs-{k:05d}-of-00003.parquet" for k in range(3)]
-    back = open_source(DatasetSpec(path=str(tmp_path / "out"), split="train_prefs"))
-    numbers = [int(row["prompt"].split()[1][:-1]) for row in back]
-    assert numbers == sorted(numbers) and len(numbers) == report.train
-
-
-def test_an_interruption_leaves_no_folder(tmp_path, monkeypatch):
-    source = write(tmp_path / "raw.jsonl", raw_rows(10))
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("zephyr_lite.recipe.ultrafeedback.write_rows", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_pairs([str(source)], tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["raw.jsonl"]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +138,6 @@ def test_a_prompt_is_in_one_split_and_a_number_of_test_rows_is_kept(tmp_path: Pa
         assert (out / "test_sft.parquet").is_file() == bool(test)
 
 
-def test_limits_and_switches(raw: Path, tmp_path: Path) -> None:
-    off = clean_chat(str(raw), tmp_path / "off", Options(truecase=False, refusals=False, near=None))
-    assert off["kept"] == 57 and not off["cut"] and not off["broken_capitals"]
-    assert not (tmp_path / "off" / "lexicon.txt").exists()
-    limits = clean_chat(str(raw), tmp_path / "limits", Options(min_turns=4, min_words=40, max_words=500))
-    assert limits["dropped"]["fewer than 4 turns"] == 3
-
-
 def test_other_sets_of_conversations(tmp_path: Path) -> None:
     said = {"system": "Be brief.", "user": BROKEN[0], "assistant": "Yes."}
     turns = [{"role": role, "content": content} for role, content in said.items()]
@@ -163,29 +150,14 @@ def test_other_sets_of_conversations(tmp_path: Path) -> None:
     assert row["prompt"] == row["messages"][1]["content"] == "Hello. How do I get to ouagadougou? Is it far?"
 
 
-def test_evaluation_sets_without_their_assistant_turns(tmp_path: Path) -> None:
-    source = write_raw(tmp_path / "raw.jsonl", [talk(1), ["What is the capital of France now?", "It is Paris."]])
-    (tmp_path / "q.csv").write_text("question,label\nwhat is the capital of france NOW,1\n")
-    chat = [{"role": "user", "content": "nothing of this is in it"}, {"role": "assistant", "content": talk(1)[1]}]
-    datasets.Dataset.from_dict({"a": [chat]}).to_parquet(tmp_path / "q.parquet")
-    sets = (str(tmp_path / "q.csv"), str(tmp_path / "q.parquet"))
-    report = clean_chat(str(source), tmp_path / "out", Options(decontaminate=sets, test=0))
-    assert report["dropped"] == {f"overlaps with {sets[0]}": 1} and report["eval_sets"] == {sets[0]: 1, sets[1]: 1}
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ("broken.jsonl", "line 2"),
         ("other.jsonl", "conversations are needed"),
         ("two", "--split train_sft"),
-        ("raw --decontaminate two", "two#train_sft"),
-        ("raw --decontaminate labels.txt", "no text of 5 words"),
-        ("raw --near 0.2", "near"),
-        ("raw --min-turns 1", "min_turns"),
         ("raw --ngram 1", "ngram"),
         ("raw --test 60", "test rows"),
-        ("raw --min-words 900", "shorter than 900 words: "),
     ],
 )
 def test_errors(raw: Path, tmp_path: Path, monkeypatch, capsys, words: str, says: str) -> None:
@@ -220,29 +192,6 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run([*arguments, "--no-refusals", "--overwrite"]) == 0
     assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0
     assert "30 rows" in capsys.readouterr().out
-
-
-def test_ctrl_c_among_workers(tmp_path: Path) -> None:
-    path = write_raw(tmp_path / "raw.jsonl", [talk(n, 8) for n in range(12_000)])
-    running = subprocess.Popen(
-        [sys.executable, *f"-m zephyr_lite data chat {path} --out {tmp_path}/out --num-proc 2".split()],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert running.stdout is not None and "12,000 rows" in running.stdout.readline()
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-    while running.poll() is None and len(children.read_text().split()) < 2:
-        time.sleep(0.02)
-    time.sleep(0.3)  # Python ignores an interrupt within its hooks around a fork
-    os.killpg(running.pid, signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert "interrupted" in said and "Traceback" not in said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "raw.jsonl"]
 
 
 def test_an_interruption_leaves_the_earlier_result(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

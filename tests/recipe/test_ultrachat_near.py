@@ -41,20 +41,6 @@ def varied(text: str, share: float, draw: random.Random) -> str:
     return " ".join(f"w{draw.random()}" if draw.random() < share else word for word in text.split())
 
 
-def test_signatures_estimate_the_similarity_of_shingles() -> None:
-    draw = random.Random(1)
-    base = " ".join(f"word{draw.randrange(500)}" for _ in range(400))
-    for share in (0.0, 0.01, 0.03, 0.1):
-        other = varied(base, share, draw).replace(".", "")
-        sets = [{tuple(own[k : k + 5]) for k in range(len(own) - 4)} for own in (base.split(), other.split())]
-        marks = signatures(words_of([base, other]))
-        assert abs(similarity(marks[0], marks[1]) - len(sets[0] & sets[1]) / len(sets[0] | sets[1])) < 0.13
-    # groups of texts are one text; short ones and empty ones have a signature too
-    halves = [base[:900], base[900:], "two words", "", "words two"]
-    marks = signatures(words_of(halves).joined(np.array([0, 2, 3, 4, 5])))
-    assert similarity(marks[1], marks[3]) == 1 and similarity(marks[0], marks[2]) < 0.1
-
-
 def test_join_is_that_of_all_pairs() -> None:
     draw = random.Random(4)
     bases = [" ".join(f"word{draw.randrange(400)}" for _ in range(150)) for _ in range(12)]

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zephyr_lite.errors import UserError
 from zephyr_lite.recipe import refusals, truecase
 from zephyr_lite.recipe.lexicon import ALWAYS, Lexicon, is_english
 from zephyr_lite.recipe.refusals import refusal
@@ -106,18 +105,3 @@ def test_lexicon_knows_pairs_where_the_words_alone_are_common():
     assert restored == "I saw the White House. The house is white."
     # the pair in lower case often enough
     assert "white house" not in lexicon_of(*house, *["He has a white house in the small town."] * 6).phrases
-
-
-def test_the_corpus_overrules_the_built_in_names():
-    texts = [*["They sat on the turkish carpet all day long."] * 6, "She likes the Turkish coffee of this town."]
-    assert ALWAYS["turkish"] == "Turkish" and "turkish" not in lexicon_of(*texts).names
-
-
-def test_lexicon_file(tmp_path: Path):
-    lexicon = lexicon_of(*["We went to see Ouagadougou in the White House."] * 3)
-    lexicon.save(tmp_path / "lexicon.txt")
-    assert Lexicon.load(tmp_path / "lexicon.txt").names == lexicon.names
-    (tmp_path / "bad.txt").write_text('{"format": "other"}')
-    for name in ("bad.txt", "none.txt"):
-        with pytest.raises(UserError, match=name):
-            Lexicon.load(tmp_path / name)

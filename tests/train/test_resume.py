@@ -1,7 +1,6 @@
 """Resuming a stage: which changes it accepts, which it refuses, and what it prints of both."""
 
 import json
-import platform
 import re
 import shutil
 
@@ -17,8 +16,7 @@ from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge.command import run_merge
 from zephyr_lite.model.base_folder import _fingerprint_of_files
 from zephyr_lite.model.peft_io import read_adapter
-from zephyr_lite.train import resume, setup
-from zephyr_lite.train.distributed import World
+from zephyr_lite.train import setup
 from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.sft import run_sft
 
@@ -128,22 +126,6 @@ def test_a_key_of_another_version(place):
     opened(place)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("base", None, "has no 'base.name_or_path'"),
-        ("adapters", ["x"], "'adapters.0' is 'x': expected keys and values"),
-        ("data", {}, "has no 'data.fingerprint'"),
-        ("method", "ppo", "'method' is 'ppo': expected 'sft' or 'dpo'"),
-        ("plan", {"micro_tokens": 5}, "its plan is none of this version's"),
-        ("format", 2, "has format 2; this version reads formats up to 1 (written by zephyr-lite"),
-    ],
-)
-def test_what_no_run_writes_is_named(place, key, value, message):
-    edit(place / "run" / "sft" / "stage.json", **{key: value})
-    assert f"{place / 'run' / 'sft' / 'stage.json'}: {message}" in refused(place)
-
-
 # What is allowed
 
 
@@ -184,39 +166,6 @@ def test_the_same_things_elsewhere_are_the_same(place, said):
     assert "was finished with another configuration or on other files" in message and "read 8 then, 6 now" in message
 
 
-def test_other_held_out_rows_forget_the_best(place, said):
-    assert not opened(place).forget_best
-    cut(place / "held.jsonl", 2)
-    assert opened(place).forget_best and any("do not count for the best" in line for line in said)
-    assert not opened(place).forget_best  # they are the rows of before now
-
-
-def test_other_libraries_and_another_device_are_reported(place, monkeypatch, said):
-    versions, machine_now = setup.versions(), setup.machine_now
-    monkeypatch.setattr(setup, "versions", lambda: {**versions, "torch": "9.9.0", "datasets": "0.1"})
-    opened(place)
-    (line,) = [line for line in said if "not bit for bit" in line]
-    assert f"torch {versions['torch']} then, 9.9.0 now" in line and "datasets" not in line
-    said.clear()
-    card = {"device": "cuda", "processor": "card"}
-    monkeypatch.setattr(setup, "machine_now", lambda dtype: {**machine_now(dtype), **card})
-    opened(place)
-    assert any("the kind of device has changed: a new plan" in line for line in said)
-    assert any("device cpu then, cuda now; processor" in line and "torch" not in line for line in said)
-
-
-def test_another_machine_with_other_rows_is_named(place, monkeypatch):
-    """A process that does not write compares its files with stage.json, and writes nothing."""
-    for module in (resume, setup):
-        monkeypatch.setattr(module, "world", lambda: World(1, 2, 1, 2))
-    before = (place / "run" / "sft" / "stage.json").read_bytes()
-    assert not opened(place).writes
-    cut(place / "chat.jsonl", 1)
-    message = refused(place)
-    assert f"({platform.node()} has other files than the first process)" in message and "8 then, 7 now" in message
-    assert (place / "run" / "sft" / "stage.json").read_bytes() == before
-
-
 def test_a_stage_of_an_earlier_version_is_resumed(place):
     file = place / "run" / "sft" / "stage.json"
     told = json.loads(file.read_text())
@@ -248,20 +197,3 @@ def test_a_stage_is_rendered_as_the_one_below_it_was(place, pair_rows, what):
     loaded = load_config("dpo", None, dpo_words(place / "base", place / "finished", pair_rows))
     with pytest.raises(UserError, match=message):
         setup.setup_stage("dpo", loaded)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"lr_scheduler_type": "cosinus"}, {"report_to": "nobody"}, {"push_to_hub": "a/b/c/d"}]
-)
-def test_what_is_wrong_is_said_before_the_base_is_read_and_does_not_bind_the_next_start(
-    tiny_base, chat_rows, tmp_path, monkeypatch, wrong
-):
-    monkeypatch.setattr("zephyr_lite.train.setup.fetch_base", lambda *a, **k: pytest.fail("the base was looked for"))
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **wrong)))
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_stage_without_its_configuration_is_refused(place):
-    (place / "run" / "sft" / "config.yaml").unlink()
-    assert "config.yaml: cannot be read" in refused(place)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.messages import messages_to
 from zephyr_lite.config.load import DPO_DEFAULTS, RunConfig, load_config
 from zephyr_lite.config.resolve import resolve_run
 from zephyr_lite.config.schema import REFERENCE_FREE, PairLoss
@@ -62,7 +61,8 @@ def sft_run(tiny_base, chat_rows, tmp_path_factory):
 
 
 def dpo_words(tiny_base, run, pair_rows, **changes):
-    return words(tiny_base, run, pair_rows, **{"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3, **changes})
+    own = {"max_prompt_length": 64, "beta": 0.1, "learning_rate": 1e-3, "precompute_ref_log_probs": False}
+    return words(tiny_base, run, pair_rows, **{**own, **changes})
 
 
 @pytest.fixture
@@ -70,14 +70,6 @@ def run(sft_run, tmp_path):
     """A copy of it, to go on with."""
     shutil.copytree(sft_run, tmp_path / "run")
     return tmp_path / "run"
-
-
-def test_a_run_of_few_steps_is_warned_of(tiny_base, chat_rows, tmp_path):
-    for changes, warned in (({"num_train_epochs": 1}, 1), ({"num_train_epochs": 60}, 0), ({"max_steps": 2}, 0)):
-        said: list[str] = []
-        with messages_to(said.append):
-            setup_stage("sft", load_config("sft", None, words(tiny_base, tmp_path, chat_rows, **changes)), claim=False)
-        assert sum("raise num_train_epochs (it is 1)" in line for line in said) == warned
 
 
 def test_sft_learns_and_leaves_a_complete_stage(sft_run):
@@ -111,6 +103,25 @@ def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_row
     assert "computing" in said[-1]
     stage.frozen = []  # other adapters below
     assert DpoObjective(stage).cache.path != first.path
+
+
+def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_choice(tiny_base, run, pair_rows, said):
+    def loaded(**changes):
+        changes = {"precompute_ref_log_probs": "auto", "save_steps": 1, **changes}
+        return load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, **changes))
+
+    one = setup_stage("dpo", loaded(num_train_epochs=1), claim=False)
+    assert one.config.precompute_ref_log_probs is False and one.workload.live_reference
+    with killed_at(2):
+        run_dpo(loaded())  # two epochs
+    assert "that makes 2 epochs" in " ".join(" ".join(said).split())
+    assert "precompute_ref_log_probs: true\n" in (run / "dpo" / "config.yaml").read_text()
+    assert len(list((run / "dpo").glob("reference-*.safetensors"))) == 1
+    assert metrics(run / "dpo")[0] == pytest.approx(LN2, abs=1e-4)
+    stage = setup_stage("dpo", loaded())
+    assert stage.config.precompute_ref_log_probs is True and not stage.workload.live_reference
+    with pytest.raises(UserError, match="precompute_ref_log_probs: True then, False now"):
+        setup_stage("dpo", loaded(precompute_ref_log_probs=False))
 
 
 def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
@@ -213,32 +224,6 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
     assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
 
 
-def test_a_damaged_best_checkpoint_does_not_lose_the_run(tiny_base, chat_rows, tmp_path, monkeypatch, said):
-    losses, folder = iter([2.0, 3.0]), tmp_path / "r" / "sft" / "checkpoint-1"
-
-    def damaged(self, sums):
-        if folder.exists():
-            (folder / "state.safetensors").write_bytes(b"torn")
-        return {"eval_loss": next(losses)}
-
-    monkeypatch.setattr(SftObjective, "eval_metrics", damaged)
-    settings = {"eval_steps": 1, "save_steps": 1, "max_steps": 2, "load_best_model_at_end": "true"}
-    outcome = run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings)))
-    assert outcome.step == 2 and StageDir(tmp_path / "r" / "sft").complete()
-    (warning,) = (line for line in said if "checkpoint-1, the best, is damaged" in line)
-    assert warning in outcome.warnings
-
-
-def test_dpo_without_sft_is_refused_and_adapters_none_trains_on_the_base(tiny_base, pair_rows, tmp_path):
-    with pytest.raises(UserError, match="adapters=none"):
-        run_dpo(load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows)))
-    run_dpo(
-        load_config("dpo", None, dpo_words(tiny_base, tmp_path / "r", pair_rows, adapters="none", max_steps=1)),
-    )
-    assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
-    assert not (tmp_path / "r" / "dpo" / "delta").exists()
-
-
 def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"story": f"Once upon a time {i}."}) + "\n" for i in range(9))
@@ -322,14 +307,6 @@ def test_the_loss_where_policy_and_reference_are_equal(settings, value, name):
     found = initial_loss(RunConfig(**settings))
     assert found == (pytest.approx(value), name)
     assert initial_loss(RunConfig(loss_type=["sigmoid", "sft"])) is None
-
-
-def test_a_folder_that_is_no_stage_is_refused(tiny_base, chat_rows, tmp_path):
-    (tmp_path / "r" / "sft").mkdir(parents=True)
-    (tmp_path / "r" / "sft" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="is not a stage of a run"):
-        run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows)))
-    assert [p.name for p in (tmp_path / "r" / "sft").iterdir()] == ["thesis.tex"]
 
 
 def test_a_model_that_is_an_adapter_goes_below_onto_its_base(tiny_base, run, pair_rows, tmp_path):

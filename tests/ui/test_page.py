@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import gradio as gr
 import httpx
 import pytest
 from gradio_client import Client
@@ -19,8 +16,6 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.ui import jobs, page, rows
 from zephyr_lite.ui import server as server_module
 from zephyr_lite.ui.talk import Talk
-
-NOTHING = [None] * 9
 
 
 def fields(base, data, more: str = "", run: str = "runs/t") -> list:
@@ -34,17 +29,6 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.1)
 
 
-def test_empty_fields_keep_their_default():
-    assert jobs.words_of(*NOTHING) == []
-    words = jobs.words_of("my/base", "a.jsonl", "", "runs/x", " 1e-4 ", "", "", "", "system='Be brief.' seed=1")
-    assert words == [
-        *("model_name_or_path=my/base", "dataset=a.jsonl", "output_dir=runs/x", "learning_rate=1e-4"),
-        *("system=Be brief.", "seed=1"),
-    ]
-    with pytest.raises(UserError, match="quote a value"):
-        jobs.words_of(*NOTHING[:8], "system='Be brief.")
-
-
 def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
     chat = [{"role": "user", "content": "Is 1 < 2?"}, {"role": "assistant", "content": "Yes & no."}]
     data = write(tmp_path / "chats.jsonl", [{"messages": chat}] * 2)
@@ -56,25 +40,6 @@ def test_rows_show_what_is_trained_on(tiny_base, tmp_path):
     assert "chats.jsonl row 2" in rows.show_row(found, 2)[1]
     assert rows.show_row(found, None)[0] == 1 and rows.show_row(found, 1, by=1)[0] == 2
     assert "rejected" not in html
-
-
-def test_rejected_answers_have_their_own_colour(tiny_base, pair_rows):
-    html = rows.read_rows("dpo", "", *fields(tiny_base, pair_rows))[3]
-    assert "trained on as rejected" in html.split("<h4>")[0]
-    assert html.count('<div class="zl-rejected">') == html.count('<div class="zl-chosen">') == 1
-
-
-def test_a_users_mistake_is_shown_with_what_to_do(tiny_base):
-    with pytest.raises(gr.Error) as error:
-        rows.read_rows("sft", "", *fields(tiny_base, "<no>.jsonl"))
-    assert "&lt;no&gt;.jsonl" in error.value.message and "<br>" in error.value.message
-    assert jobs.error_html(UserError("a", "b\nc")) == "a<br>b<br>c"
-
-
-def test_an_uploaded_file_stays_until_it_is_uploaded_again(tmp_path):
-    for text in ("a", "b"):
-        assert rows.upload(str(write(tmp_path / "chats.jsonl", [{"text": text}]))) == "uploads/chats.jsonl"
-        assert json.loads(Path("uploads/chats.jsonl").read_text()) == {"text": text}
 
 
 def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_rows):
@@ -98,26 +63,6 @@ def test_training_is_started_stopped_found_again_and_resumed(tiny_base, chat_row
     wait_for(lambda: jobs.process_of(folder.parent) is None)
     assert page.look(str(folder))[0].startswith("**runs/t/sft** is complete.")
     assert jobs.log_of(folder).read_text().count("$ zephyr-lite sft ") == 2 and jobs.runs() == ["runs/t"]
-
-
-def test_a_run_that_a_reload_would_lose_is_refused(tiny_base, chat_rows):
-    with pytest.raises(UserError, match="elsewhere/t is not in runs/"):
-        jobs.start("sft", None, jobs.words_of(*fields(tiny_base, chat_rows, run="elsewhere/t")))
-    assert not Path("elsewhere").exists() and not jobs.in_training()
-
-
-def test_what_ends_training_is_shown():
-    folder = Path("runs/t/sft")
-    folder.parent.mkdir(parents=True)
-    jobs.log_of(folder).write_text("$ zephyr-lite sft\nerror: <no>.jsonl: no such file.\nGive a path.\n")
-    jobs._children[folder] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
-    wait_for(lambda: jobs.process_of(folder.parent) is None)
-    text = page.look(str(folder))[0]
-    assert "was not begun" in text and "&lt;no&gt;.jsonl: no such file.<br>Give a path." in text
-    assert "no such file" not in page.look("runs/t/dpo")[0]
-    del jobs._children[folder]
-    with pytest.raises(UserError, match="nothing was trained yet"):
-        jobs.resume(folder)
 
 
 def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
@@ -145,11 +90,6 @@ def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
     assert talk.html() == "" and talk.asked == "Name three rivers."
     clear = [each.fn for each in page.build(talk).fns.values() if each.fn and each.trigger_only_on_success][-1]
     assert clear("Name three rivers.") == "" and clear("And in Asia?") == gr.skip()  # written while the answer grew
-
-
-def test_cards_are_found_by_their_name():
-    labels = [page.card_label(card) for card in page.CARDS.values()]
-    assert "RTX 4090, 24 GB" in labels and "a100, 80 GB" in labels and len(set(labels)) == len(labels)
 
 
 def test_the_page_is_served_here_with_its_reports(talk_run):

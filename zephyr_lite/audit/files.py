@@ -148,11 +148,7 @@ class Evidence:
 
 
 def gather(name: str) -> Evidence:
-    """Read an adapter: its folder, a stage's or a run's folder, or a hub id.
-
-    Raises:
-        UserError: there is no adapter, or it cannot be read.
-    """
+    """Read an adapter: its folder, a stage's or a run's folder, or a hub id."""
     folder = adapter_folder(name)
     found = Evidence(read_adapter(folder))
     found.base = found.adapter.config.get("base_model_name_or_path") or None
@@ -187,11 +183,7 @@ def gather(name: str) -> Evidence:
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of an adapter, of a stage's adapter, or of the only stage of a run; a hub adapter is fetched.
-
-    Raises:
-        UserError: there is none, or the run has several stages.
-    """
+    """The folder of an adapter, of a stage's adapter, or of the only stage of a run; a hub adapter is fetched."""
     path = Path(name).expanduser()
     if (path / CONFIG_NAME).is_file():
         return path

@@ -7,6 +7,7 @@ answers of several models in one batch, each row with its own adapters.
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,13 +22,62 @@ from transformers import DynamicCache
 from ..data.messages import RowError
 from ..errors import UserError
 from ..model.loaded import LoadedModel, open_live
-from ..model.sampling import RowSampler, Sampling
 
 Message = dict[str, str]
 Prompt = Sequence[int] | np.ndarray
 
 PREFILL = 512  # tokens of a prompt per forward pass: activations and mask stay small
 MAKE_ROOM = "Ask less; in a session /undo, /reset or a shorter /system make room."
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one answer is drawn.
+
+    Attributes:
+        max_new_tokens: its maximum length, at least 1.
+        temperature: 0 is greedy.
+        top_p: the smallest set of tokens with at least this probability; None: all.
+        seed: of its draws.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float | None = None
+    seed: int = 0
+
+
+class RowSampler:
+    """Chooses the next token of each row by the inverse of the cumulative distribution at one uniform number.
+
+    torch's generator draws for a whole batch, so an answer would depend on the others in it. Here a row's draws depend on its
+    own seed and on the position in its answer; the other rows change it by rounding only.
+    """
+
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self._rows = rows
+        self._draws = [random.Random(row.seed) for row in rows]
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The next token of each row, from logits [rows, vocab] → [rows] int64."""
+        chosen = scores.argmax(dim=-1)
+        for place, (row, draws) in enumerate(zip(self._rows, self._draws)):
+            if row.temperature > 0:
+                chosen[place] = _draw(scores[place].double(), row, draws.random())
+        return chosen
+
+
+def _draw(logits: Tensor, row: Sampling, uniform: float) -> Tensor:
+    # the maximum is subtracted first: a temperature close to 0 then divides differences, and nothing overflows
+    probabilities = torch.softmax((logits - logits.max()) / row.temperature, dim=-1)
+    if row.top_p is not None and row.top_p < 1:
+        ranked, order = probabilities.sort(descending=True, stable=True)  # of equal ones the first counts
+        kept = order[ranked.cumsum(-1) - ranked < row.top_p]
+        probabilities = torch.zeros_like(probabilities).scatter_(0, kept, probabilities[kept])
+    total = probabilities.cumsum(-1)
+    found = torch.searchsorted(total, total[-1:] * uniform, right=True)[0]
+    # rounding could end behind the last token that has a probability
+    return found.clamp(max=int(probabilities.nonzero()[-1]))
 
 
 class TooLong(UserError):
@@ -72,12 +122,7 @@ class Chat:
     """
 
     def __init__(self, live: LoadedModel) -> None:
-        self.live, self.stack, self.template, self.dtype = live, live.stack, live.template, live.dtype
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters, from the bottom up."""
-        return self.stack.names
+        self.live, self.stack, self.template = live, live.stack, live.template
 
     @property
     def ends(self) -> list[int]:
@@ -110,9 +155,6 @@ class Chat:
             temperature: 0 is greedy.
             adapters: the active adapters; None: all, []: the base alone.
             seed: for sampling.
-
-        Raises:
-            UserError: as ``prompt_ids``.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
@@ -157,7 +199,7 @@ class Chat:
             adapters: the active adapters; None: all, []: the base alone.
             stop: called at every token; True ends all answers.
         """
-        names = self.adapters if adapters is None else adapters
+        names = self.stack.names if adapters is None else adapters
         return Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
 
     def decode(self, tokens: list[int]) -> str:
@@ -172,11 +214,7 @@ def load_chat(
     base: str | None = None,
     chat_template: str | None = "auto",
 ) -> Chat:
-    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run.
-
-    Raises:
-        UserError: as ``open_live``.
-    """
+    """Load a run's folder (its last complete stage), a stage's folder, or a model's folder; None: the newest run."""
     return Chat(open_live(source, stage=stage, base=base, chat_template=chat_template))
 
 
@@ -216,9 +254,6 @@ class Streamer:
             rows: the settings of each answer, which the model's context may end before its ``max_new_tokens``.
             on_text: called with (row, piece of text) as it is drawn. The pieces together are the answer's text.
             stop: called before every token.
-
-        Raises:
-            UserError: the model computes NaN.
         """
         ends, context = set(self._chat.ends), self._chat.context
         sampler = RowSampler(rows)

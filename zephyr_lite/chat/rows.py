@@ -18,9 +18,6 @@ def check_file(path: Path, column: str, option: str) -> None:
     Args:
         column: what each row has: "messages" (conversations) or "chosen" (preference pairs).
         option: what names the file, for messages.
-
-    Raises:
-        UserError: its folder is missing, it is not JSONL, or its first row has no such column.
     """
     if path.suffix.lower() != ".jsonl":
         raise UserError(f"{option} {path}: training reads such rows from a .jsonl file.", f"Name it {path.stem}.jsonl.")

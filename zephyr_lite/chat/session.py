@@ -15,8 +15,7 @@ from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..io.text import expected, shown
-from ..model.sampling import Sampling
-from .generate import Chat, Drawn, Message, Streamer
+from .generate import Chat, Drawn, Message, Sampling, Streamer
 from .rows import append_rows, vote_rows
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,8 @@ from ..train.distributed import PeerEnded
 from . import data, eval, model, recipe
 from .examples import add_examples
 from .options import console
-from .talk import chat, serve
+from .talk import chat, serve, ui
 from .train import env, keys, plan, suggest, train
-from .ui import ui
 
 app = typer.Typer(
     name="zephyr-lite",

@@ -106,8 +106,9 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
     """Evaluate, print the tables and write the result."""
     from ..evaluate.bootstrap import Bootstrap
     from ..evaluate.likelihood import evaluate_loss, evaluate_preference
-    from ..evaluate.results import claim_folder, head_of_live, result_folder, write_result
+    from ..evaluate.results import head_of_live, result_folder, write_result
     from ..evaluate.rows import general_rows, held_out
+    from ..io.atomic import make_folder
 
     given = ctx.params
     live = open_model(ctx)
@@ -119,7 +120,7 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
     else:
         rows = held_out(live.chain, live.template, method, **options)
         say_all(rows.data.report.lines())
-    claim_folder(folder)  # before anything is computed
+    make_folder(folder)  # before anything is computed
     bootstrap = Bootstrap(given["resamples"], given["confidence"], given["seed"])
     if kind == "preference":
         result = evaluate_preference(live, rows, bootstrap, beta=given["beta"])
@@ -296,7 +297,8 @@ def harness(
     wanted = read_tasks(tasks or [])
     manager = open_harness(wanted, include_path)
     from ..evaluate.likelihood import roles
-    from ..evaluate.results import claim_folder, result_folder
+    from ..evaluate.results import result_folder
+    from ..io.atomic import make_folder
 
     live = open_model(ctx)
     names = list(dict.fromkeys(model or live.models))
@@ -304,7 +306,7 @@ def harness(
         raise UserError(f"--model {unknown[0]}: {live.source} has no such model.", f"It has {', '.join(live.models)}.")
     settings = HarnessSettings(limit, apply_chat_template, batch_size, include_path)
     folder = result_folder(live.source, live.chain, out)
-    claim_folder(folder)
+    make_folder(folder)
     path = folder / f"{settings.kind}.json"
     try:
         result = evaluate_harness(live, wanted, settings, manager, models=names, folder=folder)

@@ -39,9 +39,10 @@ def merge(
 ) -> None:
     """Merge the adapters of a run into one model folder that plain transformers loads. `chat` and `eval` need no merge."""
     from ..export.model_card import CARD, write_card
-    from ..export.push import check_repo, prepare
+    from ..export.push import prepare
     from ..export.push import push as upload
     from ..io.redact import refuse_secrets
+    from ..io.sync import check_repo
     from ..merge.command import run_merge
     from ..merge.weights import MARK
 
@@ -186,13 +187,12 @@ def check(
     """Audit an adapter: what belongs below it, its reference, BOS, the end token, its template. Exit code 2: wrong."""
     from ..audit.files import Level
     from ..audit.run import audit
-    from ..evaluate.results import claim_folder
-    from ..io.atomic import write_json
+    from ..io.atomic import make_folder, write_json
 
     if out is not None:  # before anything is measured
         if out.is_dir():
             raise UserError(f"--out {out}: is a folder.", "Name a file, such as check.json.")
-        claim_folder(out.parent)
+        make_folder(out.parent)
     found = audit(**{name: value for name, value in ctx.params.items() if name != "out"})
     signs = {Level.right: "ok", Level.note: "note", Level.doubtful: "DOUBTFUL", Level.wrong: "WRONG"}
     console.heading(f"{found.adapter}: by {found.tool}, {found.method or 'method unknown'}")
@@ -225,7 +225,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""
-    from ..io.atomic import make_folder, write_text
+    from ..io.atomic import write_text
     from ..monitor.records import read_source
     from ..monitor.report import MARK, REPORT, run_page, side_by_side
 
@@ -244,6 +244,6 @@ def report(
         raise UserError(f"--out {target}: is a folder.", f"Name the file: --out {target / 'report.html'}")
     if target.exists() and MARK.encode() not in target.read_bytes()[:200]:
         raise UserError(f"{target}: exists and is not a report of zephyr-lite.", "Choose another --out.")
-    make_folder(target.absolute().parent)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page)
     console.say(f"{target} ({len(page.encode('utf-8', 'replace')) / 2**10:.0f} KiB); open it in a browser.")

@@ -42,7 +42,7 @@ def demo(
     from ..monitor.screens import open_screen
 
     with open_screen(console) as screen, messages_to(screen.log):
-        result = run_demo(out, on_metrics=screen.metrics, observers=[screen])
+        result = run_demo(out, observers=[screen])
     print_result(console, result)
     say_all(
         [
@@ -182,11 +182,12 @@ def ablate(
             say_all([f"  {note}" for note in stage.loaded.notes])
             say_all([f"  {key}: {value}" for key, value in config.items()])
         return
+    from ..monitor.screens import Screen
     from ..recipe.ablations import HEADER, legend, run_ablation, table_rows
 
     if any(stage.loaded.config.engine == "unsloth" for stage in table.stages()):
         raise UserError("engine unsloth patches the libraries of its process.", "Use engine=fused or engine=trl here.")
-    result = run_ablation(table, on_metrics=console.metrics)
+    result = run_ablation(table, observers=[Screen(console)])
     console.table(HEADER, table_rows(result))
     say_all(legend(result))
 

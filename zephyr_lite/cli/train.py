@@ -91,7 +91,7 @@ def train(
 
                     run_dry(method, loaded, show=None if quiet else console.row)
                     return
-                run(loaded, on_metrics=screen.metrics, observers=[screen, ReportWriter()])
+                run(loaded, observers=[screen, ReportWriter()])
             except StageComplete as done:
                 logger.info(done.message, extra=RESULT)
             logger.info(next_lines(*_next_commands(method, config, loaded.config)), extra=RESULT)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ..config.load import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
-from ..io.atomic import sweep, write_text
+from ..io.atomic import make_folder, sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
 from .client import BudgetSpent, ModelClient, RequestFailed
@@ -66,9 +66,6 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
     Args:
         file: a path, or the name of a shipped file.
         options: ``{"key": value}`` or ``{"key.nested": value}``; None leaves the file's value.
-
-    Raises:
-        UserError: the file cannot be read, a key is unknown (with the nearest one), a value does not fit.
     """
     path = find_config(file, "feedback") if file else None
     where = str(path or "the command line")
@@ -110,18 +107,11 @@ def refuse_equal_names(specs: Iterable[EndpointSpec]) -> None:
 
 
 def claim_folder(out: Path, command: str, config: BaseModel) -> None:
-    """Create a job's folder with its config.yaml, or continue the job that is in it.
-
-    Raises:
-        UserError: the folder cannot be created, or holds something else; the configuration holds a secret.
-    """
+    """Create a job's folder with its config.yaml, or continue the job that is in it."""
     first_line = f"# zephyr-lite {command}\n"
     values = config.model_dump(mode="json", exclude_unset=True)
     refuse_secrets(values, "the job's configuration")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created: {error.strerror}.", "Choose another --out.") from None
+    make_folder(out)
     sweep(out)
     there, file = sorted(path.name for path in out.iterdir()), out / CONFIG
     if there and not (file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(first_line)):

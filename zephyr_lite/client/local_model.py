@@ -181,8 +181,7 @@ class LocalModel:
 
 def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
     """(prompt's ids, sampling settings), or the RequestFailed of a conversation that cannot be asked."""
-    from ..chat.generate import TooLong
-    from ..model.sampling import Sampling
+    from ..chat.generate import Sampling, TooLong
 
     try:
         ids = chat.prompt_ids(body["messages"])

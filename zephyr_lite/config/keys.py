@@ -60,9 +60,6 @@ def keys_as_lines(word: str | None, width: int) -> Iterator[str]:
     Args:
         word: show only the keys that have it in their name or meaning, other tools' keys included.
         width: the columns of a line.
-
-    Raises:
-        UserError: no key has it.
     """
     wanted, deeper = (word or "").lower(), " " * 6
     found: dict[str, list[str]] = {}

@@ -58,9 +58,6 @@ def find_config(name: str, kind: str = "stages") -> Path:
 
     Args:
         kind: of the shipped files; see ``preset_configs``.
-
-    Raises:
-        UserError: neither exists; the message lists the shipped names.
     """
     path = Path(name)
     refuse_special(path, name)
@@ -227,9 +224,6 @@ def _read_words(words: Iterable[str], faults: list[str]) -> list[tuple[str, Any]
 def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
     """The words of a command that runs several stages: ``key=value`` for all of them, under "", or for the one that reads the
     key (``OWN_KEYS``), and ``SCOPE.key=value``.
-
-    Raises:
-        UserError: a key of ``PLACED``.
     """
     scoped: dict[str, list[str]] = {}
     for key, text in _split_words(words):

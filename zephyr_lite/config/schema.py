@@ -26,16 +26,8 @@ SMOOTHED = {"sigmoid", "robust"}
 OWN_KEYS = {
     "sft": ("neftune_noise_alpha",),
     "dpo": (
-        *(
-            "beta",
-            "loss_type",
-            "loss_weights",
-            "label_smoothing",
-            "simpo_gamma",
-            "desirable_weight",
-            "undesirable_weight",
-        ),
-        "precompute_ref_log_probs",
+        *("beta", "loss_type", "loss_weights", "label_smoothing", "simpo_gamma"),
+        *("desirable_weight", "undesirable_weight", "precompute_ref_log_probs"),
     ),
 }
 # rows to hold out
@@ -89,6 +81,16 @@ class MemorySpec(BaseModel):
     stream: bool | None = Field(
         None, description="keep the base's layers in RAM and copy each to the GPU just before it runs"
     )
+    compute: Literal["auto", "16bit", "int8"] = Field(
+        "auto",
+        description="products with a 4-bit base: 16bit is the compute dtype; int8 is faster by estimate, and "
+        "[rounds more](numerics.md#int8); auto is 16bit",
+    )
+
+    @property
+    def int8(self) -> bool:
+        """``auto`` is 16bit until int8 has been measured on a card."""
+        return self.compute == "int8"
 
 
 class RunConfig(BaseModel):
@@ -226,8 +228,10 @@ class RunConfig(BaseModel):
     simpo_gamma: float = Field(1.0, ge=0, le=1000, description="dpo: the margin that simpo aims at")
     desirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label true")
     undesirable_weight: float = Field(1.0, gt=0, le=1000, description="kto: the weight of answers with label false")
-    precompute_ref_log_probs: bool = Field(
-        False, description="dpo: compute the reference once, before the first step, and cache it on disk"
+    precompute_ref_log_probs: bool | Literal["auto"] = Field(
+        "auto",
+        description="dpo: compute the reference once, before the first step, and cache it on disk; auto: where that makes the run "
+        "shorter by the plan (with more than one epoch it does)",
     )
     # evaluation, checkpoints, trackers
     eval_steps: int | None = Field(100, ge=1, lt=2**31, description="steps between evaluations; null: at the end only")
@@ -338,7 +342,7 @@ class RunConfig(BaseModel):
             raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
         if self.label_smoothing and not losses.keys() & SMOOTHED:
             raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
-        if self.precompute_ref_log_probs and not self.needs_reference:
+        if self.precompute_ref_log_probs is True and not self.needs_reference:
             raise ValueError(f"precompute_ref_log_probs has no effect on loss_type {name}, which has no reference")
         if self.dtype == "float64" and self.load_in_4bit:
             raise ValueError(
@@ -349,6 +353,11 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"memory.{key} has no effect with engine {self.engine}; only memory.keep and memory.micro_tokens do"
                 )
+        if self.memory.int8 and (self.engine != "fused" or not self.load_in_4bit):
+            other = f"engine {self.engine}" if self.engine != "fused" else "load_in_4bit false"
+            raise ValueError(
+                f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit"
+            )
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules is empty; name modules, or set all-linear")
         if not self.dataset:

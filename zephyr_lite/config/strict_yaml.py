@@ -54,11 +54,7 @@ for _kind in ("int", "float"):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The ``key: value`` lines of a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or is not a mapping with text keys.
-    """
+    """The ``key: value`` lines of a YAML file."""
     text = read_text(path, limit=FILE_BYTES)
     try:
         values = yaml.load(text, _Loader)

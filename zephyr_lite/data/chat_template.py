@@ -594,9 +594,6 @@ def find_template(choice: str, own: str | None = None) -> tuple[str, str]:
 
     Args:
         own: the tokenizer's own.
-
-    Raises:
-        UserError: no such template.
     """
     path = Path(os.path.expanduser(choice))
     if choice == "auto" and own:

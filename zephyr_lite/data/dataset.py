@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,12 +21,10 @@ from ..errors import UserError
 from ..io.text import counted
 from .chat_template import ChatTemplate, Example, Pair, PairExample
 from .formats import Method
-from .load import load_rows, summarise
+from .load import PLACES, first_places, load_rows, summarise
 from .messages import RowError
 from .packing import best_fit, cut_pair
 from .workers import map_rows
-
-_PLACES = 5
 
 # columns of arrays
 _COUNTS, _TEXTS = ("length", "supervised", "lost", "cut"), ("where", "fault", "note")
@@ -52,11 +51,11 @@ class DataReport:
     longest: int = 0  # tokens of the longest example
     unit: str = "conversation"  # name of an example in messages: conversation (sft), pair (dpo), row (kto)
 
-    def lines(self, places: int | None = _PLACES) -> list[str]:
+    def lines(self, places: int | None = PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
         result = [f"{self.what} data: {note}" for note in self.notes]
         result += self.dropped_lines(places)
-        for reason, where in sorted(self.changed.items(), key=_count):
+        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
             result.append(summarise({reason: where}, places))
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
@@ -70,23 +69,14 @@ class DataReport:
         )
         return result
 
-    def dropped_lines(self, places: int | None = _PLACES) -> list[str]:
+    def dropped_lines(self, places: int | None = PLACES) -> list[str]:
         """The reasons for which rows were left out, the most frequent first."""
-        dropped = sorted(self.dropped.items(), key=_count)
+        dropped = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         return [f"left out, {summarise({reason: where}, places)}" for reason, where in dropped]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields for JSON; places as a count and the first few."""
-        values = dict(vars(self))
-        for key in ("dropped", "changed"):
-            values[key] = {}
-            for reason, where in getattr(self, key).items():
-                values[key][reason] = {"count": len(where), "first": where[:_PLACES]}
-        return values
-
-
-def _count(item: tuple[str, list[str]]) -> int:
-    return -len(item[1])
+        return vars(self) | {"dropped": first_places(self.dropped), "changed": first_places(self.changed)}
 
 
 class Examples(Sequence[Any]):
@@ -298,3 +288,24 @@ def _fingerprint(table: datasets.Dataset, method: Method, template: ChatTemplate
             digest.update(np.asarray(column.value_lengths(), dtype=np.int32).tobytes())
             digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
+
+
+def general_text(template: ChatTemplate, every: int = 1) -> TokenizedDataset:
+    """64 short passages of many kinds, on which a model's loss shows whether training made it forget. They are plain text: every
+    token but the first is a target; no chat template, no end-of-text token.
+
+    Args:
+        every: take one passage of so many.
+    """
+    passages = Path(__file__).with_name("general.txt").read_text(encoding="utf-8").split("\n%\n")
+    ids = [template.text_ids(text.strip())[:-1] for text in passages[::every]]  # without eos
+    table = {
+        "ids": ids,
+        "mask": [np.arange(len(each)) > 0 for each in ids],
+        "where": [f"general.txt passage {index * every + 1}" for index in range(len(ids))],
+    }
+    lengths = np.array([len(each) for each in ids])
+    fingerprint = hashlib.sha256(np.concatenate(ids).tobytes()).hexdigest()
+    tokens, supervised = int(lengths.sum()), int(lengths.sum()) - len(ids)
+    report = DataReport("general", kept=len(ids), tokens=tokens, supervised=supervised, longest=int(lengths.max()))
+    return TokenizedDataset(Examples(datasets.Dataset.from_dict(table), "sft"), lengths, [], report, fingerprint)

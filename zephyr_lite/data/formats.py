@@ -128,11 +128,7 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
 
 
 def detect(columns: list[str], method: Method, where: str) -> str:
-    """The name of the format of a data set with these columns.
-
-    Raises:
-        UserError: no format of this method fits; names what was found, what is needed, and what to type.
-    """
+    """The name of the format of a data set with these columns."""
     have = set(columns)
     if found := _format(have, method):
         return found[0]

@@ -21,6 +21,7 @@ from .row_files import raw_rows
 from .sources import open_source
 from .workers import map_rows
 
+PLACES = 5  # of rows, that a report names for each reason
 # a normalised row: its JSON ("" if it was left out), its place, and {"fault"} or {"kind", "changes", …} as JSON
 _NORMALISED = datasets.Features(dict.fromkeys(("row", "where", "facts"), datasets.Value("string")))
 
@@ -242,6 +243,11 @@ def summarise(reasons: dict[str, list[str]], first: int | None = 3) -> str:
         f"{reason}: {len(where):,} ({', '.join(where[:first])}{', …' if where[:first] != where else ''})"
         for reason, where in items
     )
+
+
+def first_places(reasons: Mapping[str, list[str]], first: int = PLACES) -> dict[str, Any]:
+    """``reasons`` for JSON: of each the number of its places, and the first few."""
+    return {reason: {"count": len(where), "first": where[:first]} for reason, where in reasons.items()}
 
 
 def _normalise(

@@ -42,9 +42,6 @@ def kind_and_stem(path: Path) -> tuple[str | None, str]:
 def read_rows(files: tuple[str, ...], kind: str) -> Iterator[dict[str, str]]:
     """The rows of files of one kind (json, csv, tsv or parquet) as ``TEXT_ROWS``. Whether a JSONL's lines are JSON is seen
     when they are used.
-
-    Raises:
-        UserError: a file cannot be read; names the file and the line.
     """
     read = {"json": _json_rows, "parquet": _parquet_rows}.get(kind, _csv_rows)
     for file in map(Path, files):
@@ -183,11 +180,7 @@ def _cell(text: str) -> Any:
 
 
 def raw_rows(batch: Mapping[str, Sequence[Any]], label: str) -> list[dict[str, Any]]:
-    """The rows of a batch of a source's table.
-
-    Raises:
-        UserError: a row is not a JSON object (names its place), or text is not UTF-8.
-    """
+    """The rows of a batch of a source's table."""
     if list(batch) != list(TEXT_ROWS):
         try:
             columns = {name: batch[name] for name in batch}

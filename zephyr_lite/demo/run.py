@@ -14,16 +14,16 @@ from typing import Any
 from rich.table import Column, Table
 
 from ..chat import load_chat
+from ..chat.generate import Sampling
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
 from ..data.dataset import prepare
 from ..errors import UserError
 from ..evaluate.likelihood import chat_loss
-from ..io.atomic import alone, file_aside, make_folder, sweep, write_json
+from ..io.atomic import alone, file_aside, sweep, write_json
 from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run
 from ..model.decoder import Decoder
-from ..model.sampling import Sampling
 from ..monitor.console import Console
 from ..monitor.records import json_lines
 from ..monitor.report_writer import ReportWriter
@@ -63,7 +63,6 @@ class DemoResult:
 def run_demo(
     out: Path,
     *,
-    on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
     base: Path | None = None,
     overrides: Sequence[str] = (),
@@ -72,12 +71,9 @@ def run_demo(
 
     Args:
         out: the run's folder; ``out/merged`` is the model. Finished stages are not repeated.
-        on_metrics, observers: of both stages.
+        observers: of both stages.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
-
-    Raises:
-        UserError: the base is not installed, or ``out`` holds something else.
     """
 
     def train(run: Callable[..., Any], method: Method) -> None:
@@ -86,12 +82,12 @@ def run_demo(
         words = [f"model_name_or_path={folder}", f"output_dir={out}", *data, *overrides]
         loaded = load_config(method, str(Path(__file__).with_name(f"{method}.yaml")), words)
         try:
-            run(loaded, on_metrics=on_metrics, observers=[*observers, ReportWriter()])
+            run(loaded, observers=[*observers, ReportWriter()])
         except StageComplete as done:
             logger.info(done.message)
         gc.collect()  # the stage's base must be freed before the next one is planned and loaded
 
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     with alone(out):
         folder = base or demo_base()
         sweep(out)
@@ -122,7 +118,7 @@ def run_demo(
 
 def _write_data(folder: Path) -> None:
     """Files to train on and held out: conversations, and pairs of the best mean score against a random other one."""
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     for part, chats, feedback in (("train", CONVERSATIONS, FEEDBACK), ("test", CONVERSATIONS_TEST, FEEDBACK_TEST)):
         pairs, counts = to_pairs(json_lines(feedback), seed=42)
@@ -143,10 +139,10 @@ def _standings(out: Path) -> dict[str, Standing]:
     prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
     greedy = [Sampling(TOKENS, temperature=0.0)] * len(prompts)
     result = {}
-    for name, adapters in (("base", []), ("SFT", chat.adapters[:1]), ("DPO", chat.adapters)):
+    for name, adapters in (("base", []), ("SFT", chat.stack.names[:1]), ("DPO", chat.stack.names)):
         drawn = chat.sample(prompts, greedy, adapters=adapters)
         result[name] = Standing(
-            loss=chat_loss(Decoder(chat.stack, chat.dtype, adapters), conversations),
+            loss=chat_loss(Decoder(chat.stack, chat.live.base.dtype, adapters), conversations),
             answers=[one.text + (" …" if one.finish == "length" else "") for one in drawn],
         )
     return result

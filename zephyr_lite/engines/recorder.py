@@ -14,12 +14,11 @@ from transformers import TrainerCallback
 from ..config.load import RunConfig
 from ..io.atomic import write_manifest
 from ..io.interrupts import StopRequest
-from ..io.logging import Output, output_fault
+from ..io.logging import output_fault
 from ..memory.machine import peak_memory
 from ..train.checkpoint import MetricsLog
-from ..train.loop import OnMetrics
 from ..train.monitors import DpoCollapseMonitor, SkippedSteps
-from ..train.stage import Metrics, Observer, Stage
+from ..train.stage import Metrics, Observer, Observers, Stage
 from ..train.steps import rows_of_step, step_schedule
 
 logger = logging.getLogger(__name__)
@@ -52,14 +51,12 @@ class Recorder(TrainerCallback):
 
     Args:
         stage: what is trained.
-        on_metrics: prints a logged step.
         observers: are told of steps and evaluations.
     """
 
-    def __init__(self, stage: Stage, on_metrics: OnMetrics, observers: Sequence[Observer] = ()) -> None:
-        self.stage, self.observers, self.output = stage, observers, Output(on_metrics)
+    def __init__(self, stage: Stage, observers: Sequence[Observer] = ()) -> None:
+        self.stage, self.observers = stage, Observers(observers)
         self.unit = "tokens" if stage.method == "sft" else "pairs"
-        self.on_metrics = self.output.emit
         self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path)
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
@@ -110,8 +107,7 @@ class Recorder(TrainerCallback):
             found = {k: v for k, v in logs.items() if k.startswith("eval_") and k not in _LEFT_OUT}
             self.evaluations.append({"step": step, **found})
             self._write(step, found)
-            for observer in self.observers:
-                observer.on_evaluate(step, found)
+            self.observers.tell("on_evaluate", step, found)
         elif "loss" in logs:
             self._training(step, logs)
         ends = self.fault is not None or (self.stop is not None and self.stop.name is not None)
@@ -145,16 +141,15 @@ class Recorder(TrainerCallback):
             "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
         }
         self.last = logs
-        for observer in self.observers:
-            observer.on_step_end(step, logs)
+        self.observers.tell("on_step_end", step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
 
     @property
     def fault(self) -> OSError | None:
         """The error of the first print or message that failed."""
-        return self.output.fault or output_fault()
+        return self.observers.fault or output_fault()
 
     def _write(self, step: int, metrics: Metrics) -> None:
         self.log.append({"step": step, **metrics})
-        self.on_metrics(step, self.total, metrics)
+        self.observers.tell("on_log", step, metrics)

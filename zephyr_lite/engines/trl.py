@@ -33,12 +33,11 @@ from ..io.atomic import remove_folder
 from ..io.interrupts import StopRequest
 from ..memory.machine import reset_peak_memory
 from ..model.adapters import AdapterStack
-from ..model.compose import compose
 from ..model.families import FAMILIES
-from ..model.peft_io import LoraWeights, read_adapter
+from ..model.peft_io import LoraWeights, compose, read_adapter
 from ..train.callbacks import open_wandb
 from ..train.checkpoint import resume_point
-from ..train.loop import OnMetrics, interrupted
+from ..train.loop import interrupted
 from ..train.optim import make_optimizer, make_scheduler
 from ..train.stage import Observer, Outcome, Stage
 from ..train.steps import step_schedule
@@ -53,11 +52,7 @@ REFERENCE = "ref"  # TRL's name of its frozen copy of it
 
 
 def check_supported(method: Method, config: RunConfig) -> None:
-    """Import Unsloth, where it is the engine, before anything is loaded.
-
-    Raises:
-        UserError: Unsloth cannot run here, or TRL has no such loss.
-    """
+    """Import Unsloth, where it is the engine, before anything is loaded."""
     if config.engine == "unsloth":
         start_unsloth()
     if method == "dpo" and (missing := config.losses.keys() & {"ipo_sum", "simpo", "orpo", "kto"}):
@@ -69,9 +64,7 @@ def check_supported(method: Method, config: RunConfig) -> None:
         )
 
 
-def train_on_trl(
-    stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Observer]
-) -> tuple[Outcome, dict[str, LoraWeights]]:
+def train_on_trl(stage: Stage, observers: Sequence[Observer]) -> tuple[Outcome, dict[str, LoraWeights]]:
     """Train a stage on TRL, from its last checkpoint if there is one; the outcome and the trained adapter's weights.
 
     ``metrics.jsonl`` has the fused engine's names. TRL adds ``entropy`` and ``mean_token_accuracy`` (means over
@@ -83,15 +76,14 @@ def train_on_trl(
     """
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
-    trainer, recorder = make_trainer(stage, on_metrics=on_metrics, observers=observers)
+    trainer, recorder = make_trainer(stage, observers)
     for path in stage.dir.checkpoints():  # transformers writes in place, its state last: a killed process left this one
         if not (path / "trainer_state.json").is_file():
             remove_folder(path)
     found = resume_point(stage.dir)
     done = 0 if found is None else int(found.name.split("-")[1])
     recorder.resume(done)
-    for observer in observers:
-        observer.on_train_begin(stage, recorder.unit, recorder.total, done)
+    recorder.observers.tell("on_train_begin", stage, recorder.unit, recorder.total, done)
     if found is not None:
         logger.info(f"going on from {found.name}")
     started = time.perf_counter()
@@ -134,14 +126,14 @@ def _is_finished(trainer: Any, checkpoint: Path, patience: int | None) -> bool:
     return trainer.state.global_step >= trainer.args.max_steps or waited >= (patience or math.inf)
 
 
-def make_trainer(stage: Stage, *, on_metrics: OnMetrics, observers: Sequence[Observer] = ()) -> tuple[Any, Recorder]:
+def make_trainer(stage: Stage, observers: Sequence[Observer] = ()) -> tuple[Any, Recorder]:
     """TRL's trainer of an opened stage, ready to train, and the callback that writes its metrics."""
     config, sft, fast = stage.config, stage.method == "sft", stage.config.engine == "unsloth"
     settings = stage.info.setdefault("trl", {}).setdefault("arguments", _split(stage))  # a resumed run keeps the split
     model, fresh, weights = attach(stage, checkpointing=settings["gradient_checkpointing"])
     if stage.dir.path.is_dir():
         stage.dir.write_info(stage.info)
-    recorder = Recorder(stage, on_metrics, observers)
+    recorder = Recorder(stage, observers)
     tokenizer = copy.deepcopy(stage.template.tokenizer)  # TRL sets its pad token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = [stage.data] if stage.eval_data is None else [stage.data, stage.eval_data]

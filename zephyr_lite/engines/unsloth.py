@@ -34,11 +34,7 @@ INSTALL = 'pip install "zephyr-lite[unsloth]"'
 
 
 def start_unsloth() -> None:
-    """Import Unsloth.
-
-    Raises:
-        UserError: it is not installed, or in another version; it refuses to start here (without a GPU, say).
-    """
+    """Import Unsloth."""
     if hasattr(sys.modules.get("unsloth"), "FastLanguageModel"):
         return
     if conflicts := unsloth_conflicts():
@@ -72,11 +68,7 @@ def unsloth_conflicts() -> list[str]:
 
 
 def load_unsloth(config: RunConfig) -> Base:
-    """The base through ``FastLanguageModel.from_pretrained``, frozen, from the folder that the other engines read.
-
-    Raises:
-        UserError: Unsloth would load something else than the configuration says.
-    """
+    """The base through ``FastLanguageModel.from_pretrained``, frozen, from the folder that the other engines read."""
     start_unsloth()
     from unsloth import FastLanguageModel
 

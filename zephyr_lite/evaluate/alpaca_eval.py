@@ -25,7 +25,7 @@ from pydantic import Field
 
 from ..client.endpoints import Message
 from ..errors import UserError
-from ..io.atomic import make_folder, write_text
+from ..io.atomic import write_text
 from ..io.text import is_file, read_text
 from .judge import Benchmark, Item, JudgedConfig, Outcome, judge_of, mean, read_rows, who_answers
 from .win_rate import TIE, length_controlled, win_rate
@@ -339,7 +339,7 @@ class AlpacaEval(Benchmark[Output]):
         columns = {"dataset": "dataset", "instruction": "instruction", "output": "output_2", "generator": "generator_2"}
         for model, found in outcomes.items():
             place = folder / (re.sub(r"[^\w.-]+", "_", model).strip("._") or "model")
-            make_folder(place)
+            place.mkdir(parents=True, exist_ok=True)
             verdicts = self.annotations(model, found)
             outputs = [{name: row[column] for name, column in columns.items()} for row in verdicts]
             for row in verdicts:

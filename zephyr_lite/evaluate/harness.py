@@ -94,11 +94,7 @@ def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
 
 
 def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
-    """The harness's index of tasks (``TaskManager``), without loading their data.
-
-    Raises:
-        UserError: the harness is not installed, or has no such task; the folder ``include`` does not exist.
-    """
+    """The harness's index of tasks (``TaskManager``), without loading their data."""
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such folder.", "Give a folder with task files (YAML).")
     try:
@@ -211,7 +207,7 @@ def _cell(entry: dict[str, Any]) -> str:
 
 def _identity(live: LoadedModel, model: str, settings: HarnessSettings) -> str:
     """Hash of everything that the numbers depend on: weights, template, task files."""
-    parts = [live.base.fingerprint, str(live.base.load_in_4bit), str(live.dtype)]
+    parts = [live.base.fingerprint, str(live.base.load_in_4bit), str(live.base.dtype)]
     if live.chain is not None:
         parts += [adapter.sha256 for adapter in live.chain.adapters[: len(live.models[model])]]
     if settings.chat:

@@ -80,9 +80,6 @@ def who_answers(config: JudgedConfig, temperature: float, existing: bool = False
     Args:
         temperature: of an endpoint that sets none, in requests that set none.
         existing: the answers exist already, so that only the judge is asked.
-
-    Raises:
-        UserError: there is no judge, no such model, or no chat template.
     """
     judge = judge_of(config)
     if "max_tokens" not in judge.model_fields_set:

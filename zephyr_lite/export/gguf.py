@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UserError
-from ..io.atomic import bytes_aside, make_folder
+from ..io.atomic import bytes_aside
 from ..io.safetensors import row_blocks
 from ..io.text import read_object, shown
 from ..merge.base_files import GENERATION, BaseFiles
@@ -71,11 +71,7 @@ class _Part:
 
 
 def gguf_package() -> Any:
-    """The ``gguf`` package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The ``gguf`` package."""
     try:
         import gguf
     except ImportError:
@@ -128,7 +124,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
     for part in parts:
         shape = gguf.quant_shape_to_byte_shape(part.shape, part.type)
         writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=part.type)
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     squares = torch.zeros(2, dtype=torch.float64)
     with bytes_aside(out) as aside:
         writer.write_header_to_file(Path(aside.name))
@@ -149,11 +145,7 @@ def write_gguf(folder: str | Path, out: str | Path, kind: Kind = "f16") -> GgufR
 
 
 def model_folder(folder: str | Path) -> Path:
-    """Check that a folder holds a whole model, and not a run or an adapter.
-
-    Raises:
-        UserError: it has no config.json.
-    """
+    """Check that a folder holds a whole model, and not a run or an adapter."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise UserError(
@@ -182,11 +174,7 @@ def end_ids(folder: Path, config: Any) -> list[int]:
 
 
 def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -> Iterator[_Part]:
-    """Every tensor of the folder, in the order of its bytes.
-
-    Raises:
-        UserError: a weight is missing.
-    """
+    """Every tensor of the folder, in the order of its bytes."""
     types = gguf.GGMLQuantizationType
     wanted = {name for name in empty_model(folder, config).state_dict() if not files.tied or name != "lm_head.weight"}
     if missing := wanted - files.entries.keys():
@@ -208,11 +196,7 @@ def _parts(gguf: Any, folder: Path, config: Any, files: BaseFiles, kind: Kind) -
 
 
 def _check_fixed(folder: Path, config: Any) -> None:
-    """Refuse a configuration that differs from what llama.cpp has in its code, and not in the file.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a configuration that differs from what llama.cpp has in its code, and not in the file."""
     count, fixed = config.num_hidden_layers, dict[str, Any]()
     if config.model_type == "smollm3":
         fixed["no_rope_layers"] = [int(layer % 4 != 3) for layer in range(count)]

@@ -54,9 +54,6 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int, ends: list[int]) 
 
     Returns:
         where llama.cpp differs from the tokenizer.
-
-    Raises:
-        UserError: no tokenizer; one that llama.cpp does not reproduce; ids beyond the embedding.
     """
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, vocab_size, folder)

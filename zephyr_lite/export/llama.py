@@ -16,7 +16,7 @@ from secrets import token_hex
 from ..data.chat_template import resolve_template
 from ..data.messages import Message
 from ..errors import UserError
-from ..io.atomic import bytes_aside, check_room, make_folder, remove_tree
+from ..io.atomic import bytes_aside, check_room, remove_tree
 from ..model.tokenizer import load_tokenizer
 from .gguf import GgufReport, check_place, gguf_package, model_folder, write_gguf
 
@@ -36,11 +36,7 @@ PROBES: list[list[Message]] = [
 
 
 def find_quantizer(given: Path | None = None) -> list[str]:
-    """The command of llama.cpp's quantizer: the program given, llama-cpp-python, or llama-quantize on PATH.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The command of llama.cpp's quantizer: the program given, llama-cpp-python, or llama-quantize on PATH."""
     if given is None and find_spec("llama_cpp") is not None:
         return [*CHILD, "quantize"]
     name = "llama-quantize" if given is None else str(given.expanduser())
@@ -54,16 +50,12 @@ def find_quantizer(given: Path | None = None) -> list[str]:
 
 
 def write_q4_k_m(folder: str | Path, out: str | Path, *, llama_quantize: Path | None = None) -> GgufReport:
-    """Write a model's folder as a GGUF file in Q4_K_M: in F16 beside ``out``, which llama.cpp quantizes.
-
-    Raises:
-        UserError: as ``write_gguf``; there is no quantizer, it fails, or the disk is too small for both files.
-    """
+    """Write a model's folder as a GGUF file in Q4_K_M: in F16 beside ``out``, which llama.cpp quantizes."""
     start = time.monotonic()
     quantizer = find_quantizer(llama_quantize)
     folder, out = model_folder(folder), Path(out).expanduser()
     check_place(out, folder)
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     check_room(out.absolute().parent, int(size * 1.3), "the file in F16 and the one in Q4_K_M")
     half = out.with_name(f".{out.name}.{token_hex(4)}")
@@ -90,11 +82,7 @@ def _last_lines(output: bytes) -> str:
 
 
 def check_prompts(folder: Path, file: Path) -> str:
-    """Compare llama.cpp's ids of conversations with training's; returns a line for the console.
-
-    Raises:
-        UserError: the ids of a conversation differ.
-    """
+    """Compare llama.cpp's ids of conversations with training's; returns a line for the console."""
     tokenizer = load_tokenizer(folder)
     if find_spec("llama_cpp") is None:
         return "prompt ids not compared with llama.cpp's (pip install llama-cpp-python to have that done)"

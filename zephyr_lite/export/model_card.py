@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.load import RunConfig
 from ..errors import UserError
 from ..evaluate.results import have_matplotlib
-from ..io.atomic import bytes_aside, copy_file, make_folder, write_text
+from ..io.atomic import bytes_aside, copy_file, write_text
 from ..io.run_dir import StageDir, read_json
 from ..merge.weights import COMPOSED, MARK
 from ..model.base_folder import fingerprint
@@ -24,7 +24,7 @@ from ..model.files import TEXT_NAMES, has_text_model, local_folder
 from ..model.peft_io import read_adapter
 from ..monitor.charts import number
 from ..monitor.records import StageRecord
-from ..monitor.report import leaves, value_text
+from ..monitor.report import leaves, result_tables, value_text
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def write_card(
     results, pictures = _results(folder, mark, stages)
     drawn = have_matplotlib() if plots is None else plots
     if drawn or pictures:
-        make_folder(folder / PLOTS)
+        (folder / PLOTS).mkdir(parents=True, exist_ok=True)
     named = {}
     for stage in stages if drawn else []:
         if _draw_stage(folder / PLOTS / f"{stage.name}.png", stage):
@@ -251,27 +251,12 @@ def _vllm(folder: Path, is_adapter: bool, base: str) -> tuple[str, str]:
 
 def _result(kind: str, told: dict[str, Any]) -> dict[str, Any]:
     """An evaluation: its table of models, its rows, judge and notes, and the models compared."""
-    models = {name: dict(leaves(body)) for name, body in told["models"].items()}
-    keys = dict.fromkeys(key for found in models.values() for key in found)
     data, judge = told.get("data") or {}, (told.get("settings") or {}).get("judge") or {}
     names = ", ".join(hub_id(d["path"]) or Path(d["path"]).name for d in data.get("datasets") or [])
     lines = [f"On {data['rows']:,} rows of {names}."] if names else []
     lines += [f"Judge: {judge.get('model') or judge['name']}."] if judge else []
     lines += [f"Note: {note}" for note in told.get("notes") or []]
-    compared = []
-    for pairs in (told.get("differences"), told.get("comparisons")):
-        # numbers by a text of both names, or a list of both names and the numbers
-        entries = pairs.items() if isinstance(pairs, dict) else [(None, entry) for entry in pairs or []]
-        for both, entry in entries:
-            both = both or " against ".join(value for value in entry.values() if isinstance(value, str))
-            compared.append((both, "; ".join(f"{key} {value}" for key, value in leaves(entry))))
-    return {
-        "kind": kind,
-        "header": ["", *models],
-        "rows": [[key, *(found.get(key, "-") for found in models.values())] for key in keys],
-        "lines": lines,
-        "compared": compared,
-    }
+    return {"kind": kind, "lines": lines, **result_tables(told)}
 
 
 def _text(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from ..data.chat_template import ChatTemplate
 from ..data.messages import Message, RowError
 from ..errors import UserError
-from ..io.atomic import make_folder, write_text
+from ..io.atomic import write_text
 from ..model.base_folder import read_model_config
 from ..model.loaded import template_of_folder
 from ..model.tokenizer import load_tokenizer
@@ -69,11 +69,7 @@ def _literal(text: str) -> str:
 
 
 def turns_of(template: ChatTemplate) -> Turns:
-    """The parts of a model's chat template, which are compared with what the template renders.
-
-    Raises:
-        UserError: the template is not a sequence of turns, or refuses plain ones.
-    """
+    """The parts of a model's chat template, which are compared with what the template renders."""
     tokenizer, question = template.tokenizer, [{"role": "user", "content": "a question"}]
     try:
         # Phi's templates write eos after the last turn, unless an answer follows
@@ -179,7 +175,7 @@ def write_modelfile(
     text = "\n".join(lines) + "\n"
     if out.is_dir() or (out.exists() and not overwrite and out.read_text(encoding="utf-8", errors="replace") != text):
         raise UserError(f"{out}: is there already, and says something else.", "Add --overwrite, or name another file.")
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return [
         f"{out}: for {gguf}; answers end at {', '.join(stops)}",
@@ -197,9 +193,6 @@ def _server_adds_bos(gguf: Path, folder: Path, tokenizer: Any, template: str | N
 
     Args:
         template: the expected chat template; None: another one was asked for.
-
-    Raises:
-        UserError: the file does not exist, or has another tokenizer or template than the folder.
     """
     try:
         fields = {key: field.contents() for key, field in gguf_package().GGUFReader(gguf).fields.items()}

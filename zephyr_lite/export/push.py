@@ -7,18 +7,18 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from ..errors import UserError
 from ..io.redact import find_secret, redact
+from ..io.sync import check_repo
 from ..merge.weights import MARK
 from ..model.tokenizer import TOKENIZER_FILES
 from .model_card import CARD, PLOTS
 
 logger = logging.getLogger(__name__)
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _FOLDER = re.compile(r'"(?:path|name_or_path|base_model_name_or_path)":\s*"(?:/|~|[A-Za-z]:)')
 # everything else stays here: checkpoints, logs, and other files beside a model
 _BELONGS = (
@@ -48,25 +48,8 @@ class Upload:
         ]
 
 
-def check_repo(repo: str) -> None:
-    """Check what can be known before there is anything to upload.
-
-    Raises:
-        UserError: ``repo`` is not OWNER/NAME, there is no token, or the hub is switched off.
-    """
-    if not _REPO.fullmatch(repo):
-        raise UserError(f"{repo}: is not a repository's name.", "Write OWNER/NAME.")
-    if constants.HF_HUB_OFFLINE or get_token() is None:
-        missing = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no token of the hub"
-        raise UserError(f"{repo}: {missing}.", "Unset HF_HUB_OFFLINE, and run `hf auth login` (with write access).")
-
-
 def prepare(folder: str | Path, repo: str) -> Upload:
-    """Choose the files of a model's or an adapter's folder.
-
-    Raises:
-        UserError: the folder holds neither; a file holds a secret of this machine.
-    """
+    """Choose the files of a model's or an adapter's folder."""
     folder = Path(folder).expanduser()
     found = sorted({path for pattern in _BELONGS for path in folder.glob(pattern)})
     # a link may lead anywhere

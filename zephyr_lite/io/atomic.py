@@ -40,11 +40,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text about a run, without secrets (see ``redact``); data is written with ``file_aside``, unchanged.
-
-    Raises:
-        OSError: as ``file_aside``.
-    """
+    """Write a text about a run, without secrets (see ``redact``); data is written with ``file_aside``, unchanged."""
     with bytes_aside(path) as file:
         file.write(redact(text).encode())
 
@@ -128,12 +124,16 @@ def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             remove_tree(aside)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's content.
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Create the folder that an option or key names, with a UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}.", f"Choose another {option}.") from None
 
-    Raises:
-        OSError: it cannot be read or written.
-    """
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content."""
     with source.open("rb") as file, bytes_aside(target) as out:
         shutil.copyfileobj(file, out, COPY_CHUNK)
 
@@ -161,11 +161,6 @@ def sync_file(path: Path) -> None:
     with _named(path, path), open(path, "rb") as file:
         os.fsync(file.fileno())
     _flush_folder(path.parent)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents."""
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(path: Path) -> None:

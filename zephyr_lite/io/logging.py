@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 PACKAGE = logging.getLogger("zephyr_lite")
 # ``extra`` of a message that ``--quiet`` prints, too
@@ -13,27 +12,25 @@ RESULT = {"result": True}
 
 
 class Output(logging.Handler):
-    """Printing that does not end a run in the middle of a step. With ``sft | tee log``, Ctrl-C ends the reader too, and the
-    run must still write its checkpoint. As a handler it prints the package's messages.
+    """Prints the package's messages. An OSError does not end a run in the middle of a step (see ``train.stage.Observers``).
 
     Args:
         write: prints a message.
 
     Attributes:
-        fault: the error of the first print or message that failed; nothing is printed after it.
+        fault: the error of the first message that could not be printed; nothing is printed after it.
     """
 
     fault: OSError | None = None
 
-    def __init__(self, write: Callable[..., None]) -> None:
+    def __init__(self, write: Callable[[logging.LogRecord], None]) -> None:
         super().__init__()
         self.write = write
 
-    def emit(self, *args: Any) -> None:
-        """Call ``write``, without its OSErrors."""
+    def emit(self, record: logging.LogRecord) -> None:
         if self.fault is None:
             try:
-                self.write(*args)
+                self.write(record)
             except OSError as error:
                 self.fault = error
 

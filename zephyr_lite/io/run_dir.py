@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
-from .atomic import sweep, write_json
+from .atomic import make_folder, sweep, write_json
 from .text import duration, expected, read_object, short
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,7 @@ class StageDir:
         return self.delta if self.delta.is_dir() else self.adapter
 
     def info(self) -> dict[str, Any] | None:
-        """The content of stage.json, or None where there is none.
-
-        Raises:
-            UserError: the file is not the JSON object that a run writes.
-        """
+        """The content of stage.json, or None where there is none."""
         return read_json(self.path / STAGE_FILE)
 
     def complete(self) -> bool:
@@ -72,11 +68,7 @@ class StageDir:
         return list(dict(sorted(found.items())).values())
 
     def claim(self) -> None:
-        """Make the folder, and remove temporary files of killed processes from it.
-
-        Raises:
-            UserError: the folder cannot be made, or holds files but no stage.json.
-        """
+        """Make the folder, and remove temporary files of killed processes from it."""
         sweep(self.path)
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STAGE_FILE).is_file():
             names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
@@ -84,10 +76,7 @@ class StageDir:
                 f"{self.path} exists and is not a stage of a run (it holds {names}).",
                 "Choose another output_dir or stage, or move that folder away.",
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made: {error.strerror}.", "Choose another output_dir.") from None
+        make_folder(self.path, "output_dir")
 
 
 def newest_run(
@@ -133,11 +122,7 @@ def stages_of(run: Path) -> list[StageDir]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object, or None if there is no such file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
+    """Read a JSON object, or None if there is no such file."""
     if not path.exists():
         return None
     return read_object(path, strict=False, hint="Restore the file, or start in another folder.")
@@ -214,9 +199,6 @@ def check_rendering(info: dict[str, Any], stage: Path, template: str, tokenizer:
     Args:
         info: of the stage.
         stage: its folder.
-
-    Raises:
-        UserError: they differ.
     """
     trained_with = (info.get("data") or {}).get("tokenizer_sha256")
     for name, then, now in (

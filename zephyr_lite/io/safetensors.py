@@ -142,9 +142,6 @@ def write_stream(
         tensors: name → (safetensors dtype, shape), in the order of the bytes.
         write: called as write(name, file) for each tensor; it writes exactly that tensor's bytes.
         metadata: strings for the header.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0

@@ -37,7 +37,7 @@ AFTER_INTERRUPT = 60.0  # seconds that a copy may take after an interrupt
 SQUASH_EVERY = 20  # commits: the history of deleted checkpoints counts towards the account's storage
 # a stage's files beside stage.json that are copied
 FILES = ("*.jsonl", "reference-*.safetensors", "config.yaml", "lengths.json", "report.html")
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class FolderPlace:
@@ -74,22 +74,11 @@ class FolderPlace:
 
 
 class HubPlace:
-    """A repository of the Hugging Face hub as the place, made private; methods as ``FolderPlace``'s, ``push`` is one commit.
-
-    Raises:
-        UserError: ``repo`` is not OWNER/NAME, there is no token, or the hub is switched off.
-    """
+    """A repository of the Hugging Face hub as the place, made private; methods as ``FolderPlace``'s, ``push`` is one commit."""
 
     def __init__(self, repo: str) -> None:
         self.repo, self.name, self.commits = repo, f"hub:{repo}", 0
-        if not _REPO.fullmatch(repo):
-            raise UserError(f"sync {self.name}: is not a repository's name.", "Write hub:OWNER/NAME.")
-        if constants.HF_HUB_OFFLINE or get_token() is None:
-            missing = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no token of the hub"
-            raise UserError(
-                f"sync {self.name}: {missing}.",
-                "Unset HF_HUB_OFFLINE and run `hf auth login` (with write access), or name a folder.",
-            )
+        check_repo(repo, "sync hub:")
         self.api = HfApi()
         disable_progress_bars()  # they would run through the lines of training
 
@@ -118,15 +107,26 @@ class HubPlace:
                 self.api.super_squash_history(self.repo)
 
 
+def check_repo(repo: str, prefix: str = "") -> None:
+    """Check what can be known of a repository of the hub before there is anything to upload.
+
+    Args:
+        prefix: what the user wrote before its name.
+    """
+    if not _REPO.fullmatch(repo):
+        raise UserError(f"{prefix}{repo}: is not a repository's name.", f"Write {prefix}OWNER/NAME.")
+    if constants.HF_HUB_OFFLINE or get_token() is None:
+        missing = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no token of the hub"
+        raise UserError(
+            f"{prefix}{repo}: {missing}.", "Unset HF_HUB_OFFLINE, and run `hf auth login` (with write access)."
+        )
+
+
 Place = FolderPlace | HubPlace
 
 
 def place_of(sync: str, run: Path) -> Place:
-    """The place that the key ``sync`` names, for copies of ``run``.
-
-    Raises:
-        UserError: it names none, or a folder in the run's own.
-    """
+    """The place that the key ``sync`` names, for copies of ``run``."""
     if sync.startswith("hub:"):
         return HubPlace(sync.removeprefix("hub:"))
     folder, here = Path(sync).expanduser().resolve(), run.resolve()
@@ -321,9 +321,6 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
 
     Args:
         run: a run's folder here.
-
-    Raises:
-        UserError: the place cannot be read.
     """
     place, found = place_of(sync, run), []
     try:
@@ -338,11 +335,7 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
 
 
 def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> None:
-    """Replace a stage here by its copy: its files and the undamaged ones of these folders.
-
-    Raises:
-        UserError: the folder here is not a stage's; all checkpoints or an adapter at the place are damaged.
-    """
+    """Replace a stage here by its copy: its files and the undamaged ones of these folders."""
     if here.path.exists():
         here.claim()
     complete, brought = copy.complete(), []

@@ -92,9 +92,6 @@ def read_object(path: Path, *, strict: bool = True, hint: str = AGAIN) -> dict[s
     Args:
         strict: see ``parse``.
         hint: what to do if it cannot be read.
-
-    Raises:
-        UserError: it does not exist, is not JSON, or is not an object.
     """
     if not path.is_file():  # a pipe would block
         raise UserError(f"{path}: there is no such file.", hint)
@@ -160,9 +157,6 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES, name: str | None = None) -
     Args:
         limit: in bytes; a larger file is refused.
         name: as the user wrote it; the path by default.
-
-    Raises:
-        UserError: it cannot be read, is too large, is not UTF-8, or holds NUL bytes.
     """
     name = str(path) if name is None else name
     refuse_special(path, name)

@@ -11,6 +11,8 @@ from itertools import product
 
 from ..model.execution import Keep
 from ..model.families import Shape
+from ..ops.dropout_products import matrix_gradient_sums
+from ..ops.int8 import outlier_count
 from ..ops.token_logps import CHUNK_BYTES
 from .device import Device
 from .workload import Workload
@@ -70,6 +72,10 @@ def layer_bytes(
     def of(width: int, count: int = tokens) -> int:
         return width * count * size
 
+    def codes(width: int, count: int = tokens, *, outliers: bool = True) -> int:
+        """A matrix in int8 with its scales and outlier channels, while it is multiplied."""
+        return job.int8 * count * (width + 4 + outliers * size * outlier_count(width))
+
     # attention: its output with the log-sum-exp, keys and values as its kernel takes them, and the kernel's workspace
     lse, d_kv, all_heads = tokens * s.heads * wide, of(s.keys, keys), of(s.queries, keys)
     attended = of(s.queries) + lse
@@ -97,6 +103,7 @@ def layer_bytes(
     # of norms after the branches: the projections that they read, and a number a row
     post = bool(s.family.post_norms)
     stacked = len(job.adapters) > 1
+    copied = job.dropout and not device.fuses_dropout  # dropout makes a copy of an input
 
     def concatenated(rank: int, width: int) -> int:
         """The matrices of a stack's adapters beside each other."""
@@ -108,13 +115,14 @@ def layer_bytes(
 
     def products(rank: int, trained: int, width: int, outs: int, projections: int, count: int) -> int:
         """Beside the rest while a site's adapters are differentiated: the adapters beside each other, or the gradients and the
-        trained adapter's columns; the dropped input; on a CPU 16-bit factors are copied to 32 bits."""
-        dropped = of(width, count) if job.dropout else 0
+        trained adapter's columns; the dropped input, or the sums over the tokens; on a CPU 16-bit factors are copied to 32 bits."""
+        dropped = of(width, count) if copied else 0
         columns = of(trained, count) if stacked and not job.dropout else 0
         copies = 4 * count * (max(width, outs // projections) + trained) if size < 4 and not device.cuda else 0
-        return dropped + max(
-            concatenated(rank, width), columns + copies + wide * numbers(trained, width, outs, projections)
-        )
+        splits = matrix_gradient_sums(count) if job.dropout and not copied else 1
+        sums = 4 * (splits + 1) * trained * width if splits > 1 else 0
+        gradients = columns + copies + wide * numbers(trained, width, outs, projections)
+        return dropped + max(concatenated(rank, width), gradients, sums)
 
     # the gradients of the sites' adapters
     of_mlp = wide * numbers(mlp_trained, s.hidden, both, in_mlp)
@@ -130,7 +138,7 @@ def layer_bytes(
     policies: tuple[Keep | None, ...] = (None, "input", "attention", "all")
     for policy in policies:
         whole = policy == "all"
-        attention = of(s.hidden + qkv_rank + qkv) + attended + attention_forward
+        attention = of(s.hidden + qkv_rank + qkv) + max(attended + attention_forward, codes(s.hidden))
         # the residual before the MLP, and y, which is in its place where it is not kept
         apart = policy in ("attention", "all") or post
         held = of(qkv_rank + out_rank + s.hidden * (1 + apart)) + wide * tokens
@@ -138,8 +146,9 @@ def layer_bytes(
         held += of(both + mlp_rank + down_rank) * (whole and tiles > 1)
         gate_up = both if tiles == 1 or not whole else 0
         activated = of(mlp_rank + gate_up, rows) + wide * rows
-        activated += max(of(s.inner, rows), of(s.hidden, rows) + concatenated(mlp_rank // in_mlp, both // in_mlp))
-        down = of(down_rank + s.inner * job.dropout, rows)
+        projected = concatenated(mlp_rank // in_mlp, both // in_mlp) + codes(s.hidden, rows)
+        activated += max(of(s.inner, rows), of(s.hidden, rows) + projected)
+        down = of(down_rank, rows) + max(of(s.inner * copied, rows), codes(s.inner, rows))
         down = max(down, concatenated(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
         forward[policy] = casts + max(attention, held + max(activated + max(0, down), joined))
@@ -160,21 +169,29 @@ def layer_bytes(
         if tiles > 1:  # the whole gradient, the one of the tile before, and its adapters' gradients and their sums
             work += of(s.hidden) + of(s.hidden, rows) + min(2, tiles - 1) * (of_mlp + of_down)
         down = of(down_rank + s.inner + down_rank * (not whole), rows)
-        down += products(down_rank, down_trained, s.inner, s.hidden, 1, rows)
-        up = of(mlp_rank + down_rank * (not whole) + 2 * s.hidden, rows) + of_down
-        up += products(mlp_rank, mlp_trained, s.hidden, both, in_mlp, rows)
+        down += max(
+            products(down_rank, down_trained, s.inner, s.hidden, 1, rows), codes(s.hidden, rows, outliers=False)
+        )
+        up = of(mlp_rank + down_rank * (not whole) + s.hidden, rows) + of_down
+        trained = of(s.hidden, rows) + products(mlp_rank, mlp_trained, s.hidden, both, in_mlp, rows)
+        up += max(trained, codes(s.inner, rows, outliers=False))
         if post:  # down is computed again, before the gradient of gate and up; its gradient is there until theirs is
-            down = max(down, of(s.inner + s.hidden, rows) - of(both, rows) * (whole and not owned)) + of(s.hidden, rows)
+            again = of(s.inner + s.hidden, rows) + codes(s.inner, rows) - of(both, rows) * (whole and not owned)
+            down = max(down, again) + of(s.hidden, rows)
         mlp = there + work + max(down, up)
         after = there - of(s.hidden) * (owned or keep == "input" or post) - of(both) * (owned and whole)
         after += of(s.hidden) + of_mlp + of_down - of(s.hidden) * (post and (owned or keep == "input"))
         if s.family.head_norms:
             after += wide * tokens * (s.heads + s.kv_heads)
         out = of(out_rank + s.queries + s.hidden * post)
-        out += products(out_rank, out_trained, s.queries, s.hidden, 1, tokens)
+        out += max(products(out_rank, out_trained, s.queries, s.hidden, 1, tokens), codes(s.hidden, outliers=False))
         attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
         last = of(qkv + qkv_rank + s.hidden) + of_out
-        last += max(products(qkv_rank, qkv_trained, s.hidden, qkv, in_qkv, tokens), of(2 * s.hidden))
+        last += max(
+            products(qkv_rank, qkv_trained, s.hidden, qkv, in_qkv, tokens),
+            of(2 * s.hidden),
+            of(s.hidden) + codes(s.queries, outliers=False),
+        )
         backward[keep, owned] = casts + max(recompute, mlp, after + max(out, attention, last))
     return kept, forward, backward
 

@@ -20,15 +20,14 @@ class Device:
     workspace: int = CUBLAS_BYTES  # bytes that its matrix products keep
     # bytes that a process takes before its first tensor, where free memory was not measured without them
     context: int = 0
+    fuses_dropout: bool = False  # dropout in the adapters' products (``ops.dropout_products``)
 
     @classmethod
     def of(cls, capability: tuple[int, int], half: bool = True, *, context: int = CONTEXT_BYTES) -> Device:
         """A CUDA card by its compute capability; `half`: it computes in 16 bits."""
-        return cls(
-            "flash" if half and capability >= (8, 0) else "efficient",
-            CUBLAS_BYTES_HOPPER if capability[0] == 9 else CUBLAS_BYTES,
-            context,
-        )
+        ampere = half and capability >= (8, 0)
+        workspace = CUBLAS_BYTES_HOPPER if capability[0] == 9 else CUBLAS_BYTES
+        return cls("flash" if ampere else "efficient", workspace, context, fuses_dropout=ampere)
 
     @property
     def cuda(self) -> bool:

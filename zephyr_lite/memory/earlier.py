@@ -17,7 +17,9 @@ RUNS = 5
 
 def _kind(machine: str, job: Workload) -> str:
     dtype = str(job.dtype).removeprefix("torch.")
-    return f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}"
+    return (
+        f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}{', int8' * job.int8}"
+    )
 
 
 def earlier_runs(machine: str, job: Workload) -> list[float]:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig
 from ..model.families import Shape
+from ..ops.int8 import outlier_count
 from ..ops.lora import ALIGNMENT, SMALL
 from .activations import head_bytes, layer_bytes
 from .device import MIB, Device
@@ -115,11 +116,24 @@ def optimizer_bytes(optim: str, tensors: tuple[int, ...], *, cuda: bool = True) 
     return device, managed
 
 
-def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode) -> int:
-    """The buffer of dequantized weights: q, k, v, o beside all of gate, up, down (``layer``) or the largest (``small``)."""
+def scratch_bytes(shape: Shape, itemsize: int, mode: ScratchMode, int8: bool = False) -> int:
+    """The buffer of dequantized weights: q, k, v, o beside all of gate, up, down (``layer``) or the largest (``small``). In int8
+    for both passes, with outlier channels of a whole layer."""
     mlp = [math.prod(shape.matrices[name]) for site in shape.family.sites[2:] for name in site]
     attention = shape.layer_weights - sum(mlp)
-    return itemsize * (attention + (sum(mlp) if mode == "layer" else max(mlp)))
+    numbers = attention + (sum(mlp) if mode == "layer" else max(mlp))
+    if not int8:
+        return itemsize * numbers
+    return 2 * numbers + itemsize * sum(out * outlier_count(width) for out, width in shape.matrices.values())
+
+
+def int8_bytes(shape: Shape) -> int:
+    """Scales of all matrices' rows and columns, and each site's outlier channels."""
+    layer = 4 * sum(map(sum, shape.matrices.values()))
+    for name, *_ in shape.family.sites:
+        width = shape.matrices[name][1]
+        layer += 8 * outlier_count(width) + 2 * width
+    return shape.layers * layer
 
 
 @lru_cache(maxsize=256)
@@ -129,7 +143,11 @@ def resident_bytes(job: Workload, stream: bool, scratch: ScratchMode, device: De
     adapters = sum(4 * buffer_numbers(adapter.tensors(job.shape)) for adapter in job.adapters)
     parts = base_bytes(job, stream=stream)
     for name, size in (
-        ("dequantized weights", 0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch)),
+        (
+            "dequantized weights",
+            0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch, job.int8),
+        ),
+        ("int8 scales", job.int8 and int8_bytes(job.shape)),
         ("adapters", adapters),
         ("gradients", 4 * buffer_numbers(job.trained_tensors)),
         ("optimizer's state", optimizer),

@@ -74,9 +74,6 @@ def decimal(size: int) -> str:
 def counted_rows(method: Method, config: RunConfig) -> list[KnownData | None]:
     """Of each training set the number of rows and their mean tokens: known, or of rows on the disk with ``CHARACTERS`` a token;
     None: neither.
-
-    Raises:
-        UserError: rows on the disk cannot be read.
     """
     found = []
     for spec in config.dataset:
@@ -118,10 +115,11 @@ def expected_job(
     }
     if config.max_steps is not None:
         rows |= {"run_tokens": int(config.max_steps * step_tokens), "steps": config.max_steps}
-    elif len(parts) == len(data):
+    if len(parts) == len(data):
         epoch = sum(min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens for spec, known in parts)
-        tokens = int(epoch * config.num_train_epochs)
-        rows |= {"run_tokens": tokens, "steps": max(1, round(tokens / step_tokens))}
+        tokens = rows.setdefault("run_tokens", int(epoch * config.num_train_epochs))
+        rows.setdefault("steps", max(1, round(tokens / step_tokens)))
+        rows["epochs"] = tokens / epoch
     if pairs:
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
     job = make_workload(config, method, base_config, dtype, **rows)
@@ -139,9 +137,6 @@ def assumed_adapter(shape: Shape, config: RunConfig) -> AdapterSpec:
 def adapters_below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
     """(the adapters below, from folders and from the finished SFT stage of a run that was named, or assumed where they are not
     here; notes).
-
-    Raises:
-        UserError: an adapter's folder is missing, or holds no plain LoRA.
     """
     config = loaded.config
     assumed = assumed_adapter(shape, config)

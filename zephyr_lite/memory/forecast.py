@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -32,7 +33,7 @@ from .expected import (
 )
 from .gpus import find_gpu, gpu_of_size
 from .machine import Machine, of_card, parse_size, this_machine
-from .plan import Plan, fastest_change, longest_context, make_plan
+from .plan import Plan, fastest_change, longest_context, make_plan, plan_run, run_seconds
 from .workload import Workload
 
 WIDTH = 78
@@ -48,11 +49,19 @@ WORTH_SAYING = 1.05
 
 
 def forecast_lines(
-    job: Workload, machine: Machine, plan: Plan, config: RunConfig, *, price: float | None = None, change: str = ""
+    job: Workload,
+    machine: Machine,
+    plan: Plan,
+    config: RunConfig,
+    *,
+    reference: str = "",
+    price: float | None = None,
+    change: str = "",
 ) -> list[str]:
     """A plan in short: whether it fits, how long it takes and what it costs; in at most 80 columns.
 
     Args:
+        reference: why DPO's is live or cached.
         price: US dollars an hour; None: the card's usual one, where it has one.
         change: what would make it faster.
     """
@@ -66,11 +75,13 @@ def forecast_lines(
     basis = "by a short measurement" if card.measured else "by data sheets"
     if plan.earlier_runs:
         basis = f"corrected by {counted(plan.earlier_runs, 'earlier run')} here: {plan.speed_ratio:.2f} of what was predicted"
+    if plan.int8:
+        basis += ", int8 by estimate"
     speed = plan.tokens_per_second
     told = f"{roughly}{speed:,.0f} tokens/s" if speed >= 10 else f"{roughly}{speed:.2g} tokens/s"
     time = f"about {duration(plan.seconds_per_step)} a step ({told} {basis}); the rows are not counted yet"
     if job.run_tokens:
-        seconds = job.run_tokens / max(speed, 1e-9)
+        seconds = run_seconds(job, plan, machine)
         price = (card.price if price is None else price) or 0.0
         cost = round(seconds / 3600 * price, 2)
         money = f", ${cost:,.2f} at ${price:.2f}/h" if cost else ""
@@ -80,6 +91,7 @@ def forecast_lines(
     where = machine.name + ("" if engine == "fused" else f" with engine {engine}")
     lines = [f"plan of {job.method} on {where}: {config.model_name_or_path}, rank {config.lora_r}"]
     lines += [f"  memory  {fits}: {peak}{host}", f"  time    {time}", *([f"  change  {change}"] if change else [])]
+    lines += [f"  note    {reference}"] * bool(reference)
     return _wrapped(lines, indent=10)
 
 
@@ -136,7 +148,8 @@ def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memo
     night, known = load_config(job.method, name).config.dataset[0], KNOWN_DATA
     whole = [(spec.path, spec.limit) for spec in config.dataset] == [(night.path, None)] and config.max_steps is None
     if whole and night.limit and (job.run_tokens or 0) > 86400 * plan.tokens_per_second:
-        seconds = night.limit * known[night.path].tokens / plan.tokens_per_second
+        tokens = night.limit * known[night.path].tokens
+        seconds = run_seconds(replace(job, run_tokens=tokens, epochs=1.0), plan, machine)
         words = f"--config {name}" if config.model_name_or_path == MISTRAL else f"dataset.limit={night.limit}"
         return f"{words}: {night.limit:,} of {known[night.path].rows:,} rows, {duration(seconds)}"
     speed, text = fastest_change(job, machine, memory)
@@ -148,11 +161,7 @@ def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memo
 def planned_lines(
     method: Method, loaded: Loaded, *, gpu: str | None, vram: str | None, price: float | None, details: bool = False
 ) -> list[str]:
-    """The plan of a configuration on this machine, on a card by name, or on one of the size ``vram``.
-
-    Raises:
-        UserError: an unknown card, a base whose configuration cannot be read; or nothing fits.
-    """
+    """The plan of a configuration on this machine, on a card by name, or on one of the size ``vram``."""
     config = loaded.config
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price {price}: is not a price.", "Give US dollars an hour.")
@@ -193,18 +202,15 @@ def planned_lines(
         if dtype == torch.bfloat16 and card.capability < (8, 0):
             notes.append(f"a {card.name} emulates bfloat16 products: it is slower than the plan says")
     job = expected_job(method, config, base, dtype, below=below, data=data)
-    plan = make_plan(job, machine, memory)
-    lines = forecast_lines(job, machine, plan, config, price=price, change=_change(job, machine, plan, config, memory))
+    job, plan, reference = plan_run(job, machine, memory, config)
+    change = _change(job, machine, plan, config, memory)
+    lines = forecast_lines(job, machine, plan, config, reference=reference, price=price, change=change)
     lines += _wrapped([f"  note    {note}" for note in notes], indent=10)
     return [*lines, *(_detail_lines(job, machine, plan, config) if details else []), ""]
 
 
 def stages_of(words: list[str], file: str | None = None) -> tuple[tuple[Method, ...], list[str]]:
-    """(the stages named by the first word, or by the configuration file's name or keys; the other words).
-
-    Raises:
-        UserError: the first word is none of sft, dpo and both.
-    """
+    """(the stages named by the first word, or by the configuration file's name or keys; the other words)."""
     meant: dict[str, tuple[Method, ...]] = {"sft": ("sft",), "dpo": ("dpo",), "both": ("sft", "dpo")}
     if words and "=" not in words[0] and not words[0].startswith("-"):
         if words[0].lower() not in meant:
@@ -228,9 +234,6 @@ def ladder_lines(words: list[str], others: Mapping[str, object] | None = None) -
     Args:
         words: key=value.
         others: other options of the command, by name; those that are not None are refused.
-
-    Raises:
-        UserError: an option or key that the table fixes.
     """
     fixed = [name for name, value in (others or {}).items() if value is not None]
     keys = (word.lstrip("-").split("=")[0].split(".")[0].replace("-", "_") for word in words)

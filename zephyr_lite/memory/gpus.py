@@ -27,6 +27,7 @@ class Gpu:
     share: float = 0.6  # of `tflops` that large matrix products reach
     measured: bool = False  # its numbers were measured here (in the run's dtype)
     tflops32: float | None = None  # of 32-bit matrices, without TF32
+    int8: float = 4.0  # rate of int8 products, as a multiple of `tflops`: 4 where that is halved by 32-bit sums, else 2
     # 10^9 NF4 numbers dequantized a second; None: as many as the memory's bandwidth lets through
     unpacking: float | None = None
 
@@ -72,25 +73,25 @@ _CARDS = (
     Gpu("5070ti", 16, 87.9, 896, 50, (12, 0), tflops32=43.9),
     Gpu("5080", 16, 112.6, 960, 50, (12, 0), tflops32=56.3),
     Gpu("5090", 32, 209, 1792, 50, (12, 0), 0.60, tflops32=104.8),
-    Gpu("a4000", 16, 76.7, 448, 24, (8, 6), share=0.35, tflops32=19.2),
-    Gpu("a6000", 48, 154.8, 768, 24, (8, 6), 0.45, share=0.4, tflops32=38.7),
-    Gpu("6000ada", 48, 364, 960, 24, (8, 9), 0.75, share=0.35, tflops32=91.1),
+    Gpu("a4000", 16, 76.7, 448, 24, (8, 6), share=0.35, tflops32=19.2, int8=2),
+    Gpu("a6000", 48, 154.8, 768, 24, (8, 6), 0.45, share=0.4, tflops32=38.7, int8=2),
+    Gpu("6000ada", 48, 364, 960, 24, (8, 9), 0.75, share=0.35, tflops32=91.1, int8=2),
     # it shares 128 GB with its processor, and there is nothing to copy between them
     Gpu("gb10", 121.7, 62.5, 273, 50, (12, 1), tflops32=31),
-    Gpu("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.16, tflops32=8.1),
-    Gpu("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3),
+    Gpu("t4", 15, 65, 300, 12, (7, 5), 0.35, share=0.16, tflops32=8.1, int8=2),
+    Gpu("l4", 22.5, 121, 300, 24, (8, 9), 0.70, share=0.4, tflops32=30.3, int8=2),
     # only torch's CUDA 12.6 builds have code for capability 7.0 (``zephyr-lite env`` says so)
-    Gpu("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
-    Gpu("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7),
-    Gpu("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2),
-    Gpu("l40s", 45, 362, 864, 24, (8, 9), 0.85, share=0.35, tflops32=91.6),
-    Gpu("a100-40", 40, 312, 1555, 24, (8, 0), 1.20, tflops32=19.5),
-    Gpu("a100-80", 80, 312, 2039, 24, (8, 0), 1.60, tflops32=19.5),
-    Gpu("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9),
-    Gpu("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9),
+    Gpu("v100-16", 15.8, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7, int8=2),
+    Gpu("v100-32", 31.7, 125, 900, 12, (7, 0), share=0.4, tflops32=15.7, int8=2),
+    Gpu("a10g", 22.5, 70, 600, 24, (8, 6), 1.00, tflops32=31.2, int8=2),
+    Gpu("l40s", 45, 362, 864, 24, (8, 9), 0.85, share=0.35, tflops32=91.6, int8=2),
+    Gpu("a100-40", 40, 312, 1555, 24, (8, 0), 1.20, tflops32=19.5, int8=2),
+    Gpu("a100-80", 80, 312, 2039, 24, (8, 0), 1.60, tflops32=19.5, int8=2),
+    Gpu("h100", 79.6, 989, 3350, 50, (9, 0), 2.50, share=0.5, tflops32=66.9, int8=2),
+    Gpu("h200", 140.4, 989, 4800, 50, (9, 0), 3.20, share=0.5, tflops32=66.9, int8=2),
 )
 # A CPU that was not measured: for plans whose speed does not matter.
-PROCESSOR = Gpu("cpu", 0, 0.08, 20, 10, (0, 0), share=1.0)
+PROCESSOR = Gpu("cpu", 0, 0.08, 20, 10, (0, 0), share=1.0, int8=1)
 CARDS = {card.name: card for card in _CARDS}
 # For --vram alone: a plain consumer card of that size, none slower than a smaller one (of 6 and 8 GB: one of 12 with less).
 _BY_MEMORY = {
@@ -104,11 +105,7 @@ _BY_MEMORY = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A card by its name, spelled as people do ("RTX 4090", "A100 80GB").
-
-    Raises:
-        UserError: it is not known; the message lists those that are.
-    """
+    """A card by its name, spelled as people do ("RTX 4090", "A100 80GB")."""
     plain = "".join(c for c in name.lower() if c.isalnum()).removesuffix("gb").removesuffix("gib")
     for word, known_as in (("nvidia", ""), ("geforce", ""), ("tesla", ""), ("generation", ""), ("dgxspark", "gb10")):
         plain = plain.replace(word, known_as)

@@ -20,10 +20,13 @@ from bitsandbytes.nn import Params4bit
 
 from ..config.load import MemorySpec
 from ..errors import UserError
+from ..io.atomic import write_json
+from ..io.run_dir import cache_dir, read_json
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
 from .device import CONTEXT_BYTES, CPU, GIB, Device
 from .gpus import PROCESSOR, Gpu
+from .workload import Workload
 
 # Share of the available main memory that a run may lock for what is offloaded or streamed.
 HOST_SHARE = 0.5
@@ -33,6 +36,7 @@ THE_CPU = "the CPU"
 # of each measurement of speed, at least
 SECONDS, CALLS = 0.15, 25
 COPY_BYTES = 128 * 2**20
+RUNS = 5  # the newest ones of a kind whose measured speed corrects the predicted one
 # of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
 TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 
@@ -64,9 +68,6 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
         memory: ``vram`` caps the free memory to that of a card of this size (less its context; on a CPU as it is); ``host``
             is the main memory that may be locked.
         measure: measure the speed; False: it does not matter.
-
-    Raises:
-        UserError: ``vram`` or ``host`` is no size.
     """
     vram = None if memory.vram is None else parse_size(memory.vram, "memory.vram")
     host = None if memory.host is None else parse_size(memory.host, "memory.host")
@@ -126,6 +127,7 @@ def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
         bandwidth=memory,
         pcie=link,
         capability=torch.cuda.get_device_capability(device),
+        int8=4.0 if "GeForce" in properties.name else 2.0,
         share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
         measured=True,
     )
@@ -173,6 +175,24 @@ def _rate(device: torch.device, run: Callable[[], object], amount: float) -> flo
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - started) / repeat)
     return float(f"{amount / min(times):.2g}")
+
+
+def _kind(machine: str, job: Workload) -> str:
+    dtype = str(job.dtype).removeprefix("torch.")
+    return f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}"
+
+
+def earlier_runs(machine: str, job: Workload) -> list[float]:
+    """Measured over predicted speed of the last runs of a base of this size on a machine, oldest first."""
+    return list((read_json(cache_dir() / "measured.json") or {}).get(_kind(machine, job), []))
+
+
+def add_run(machine: str, job: Workload, ratio: float) -> None:
+    """Record a run's measured over predicted speed, in ``measured.json`` in the cache."""
+    file = cache_dir() / "measured.json"
+    found, ratios = read_json(file) or {}, [*earlier_runs(machine, job), round(ratio, 4)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**found, _kind(machine, job): ratios[-RUNS:]})
 
 
 def free_memory(device: torch.device) -> int:
@@ -242,11 +262,7 @@ _UNITS = {"": GIB, "t": 2**40, "g": GIB, "m": 2**20}
 
 
 def parse_size(text: str, what: str) -> int:
-    """Bytes of "8GiB", "7.5 GB", "8" (GiB: a card's GB are powers of two) or "512MiB".
-
-    Raises:
-        UserError: it is no size.
-    """
+    """Bytes of "8GiB", "7.5 GB", "8" (GiB: a card's GB are powers of two) or "512MiB"."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[tgm](?:i?b)?)\s*", str(text).lower())
     if found is None or not float(found[1]):
         raise UserError(f"{what}: {text!r} is no size.", "Write 8GiB, for instance.")

@@ -16,7 +16,7 @@ from ..model.files import named_folder
 from .expected import GB, KNOWN_DATA, MISTRAL, MISTRAL_BYTES, base_shape, decimal, disk_bytes, expected_job
 from .forecast import forecast_lines
 from .machine import this_machine
-from .plan import make_plan
+from .plan import plan_run
 
 
 def needs_lines(method: Method, config: RunConfig) -> list[str]:
@@ -73,7 +73,7 @@ def needs_lines(method: Method, config: RunConfig) -> list[str]:
         # the plan is printed once the rows are there; but nothing is downloaded for a run that does not fit
         cpu = device.type == "cpu"
         machine = this_machine(device, dtype, config.memory, measure=cpu)
-        plan = make_plan(job, machine, config.memory)
+        job, plan, _ = plan_run(job, machine, config.memory, config)
         if cpu:
             change = "`zephyr-lite plan --gpu 3060` plans for a card; `zephyr-lite demo` is a small run"
             lines += forecast_lines(job, machine, plan, config, change=change)

@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 
-from ..config.load import MemorySpec
+from ..config.load import MemorySpec, RunConfig
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
 from .activations import kept_per_token
 from .device import CONTEXT_BYTES, GIB, in_words
-from .earlier import earlier_runs
-from .estimate import MemoryBreakdown, estimate
+from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
 from .gpus import PROCESSOR
-from .machine import Machine
-from .speed import step_time
+from .machine import Machine, earlier_runs
+from .speed import step_time, token_seconds
 from .workload import AdapterSpec, Workload
 
 # (more, less): what layers keep where they do not keep alike
@@ -45,8 +44,12 @@ TIE = 0.002
 # How much faster a setting must be to be worth locking main memory: that slows the rest of the machine, and the cost model is
 # from data sheets until a card was measured.
 WORTH_THE_HOST = 0.04
+# How much shorter a run must become for a cached reference: a live one rounds as its policy does.
+WORTH_CACHING = 0.02
 # A smaller plan saves at least this share of the transient bytes of the one that did not fit.
 SAVING = 0.1
+# int8 kernels need the tensor cores of this compute capability.
+INT8_CAPABILITY = (7, 5)
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 
@@ -107,6 +110,8 @@ class Plan(ExecutionConfig):
             said.append("gate and up are dequantized twice, in a smaller buffer")
         if self.reference == "own":
             said.append("the reference runs in a pass of its own")
+        if self.int8:
+            said.append("products with the base in int8")
         return said
 
 
@@ -183,7 +188,7 @@ def fitting(
     for count, stream, scratch, reference, tile in product(tokens, streams, scratches, references, tiles):
         if tile is not None and tile >= max(count, job.longest):
             continue
-        setting = ExecutionConfig(count, (), 0, stream, tile, scratch, reference, threads)
+        setting = ExecutionConfig(count, (), 0, stream, tile, scratch, reference, threads, job.int8)
         for first, last, offloads, fewest, many in splits:
             # more layers take less of the device and more of the host
             of = partial(found, setting, first, last, offloads)
@@ -253,6 +258,8 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
         UserError: nothing fits; tells how much is missing, and what would help. (Only memory.host is refused on a CPU and for
             other engines.)
     """
+    if job.int8:
+        _check_int8(job, machine)
     fastest = min(fitting(job, machine, memory), key=lambda found: _cost(job, found[0], machine), default=None)
     if fastest is None and not is_exact(job, machine):
         smallest = fitting(job, machine, memory, most=math.inf, least=True)
@@ -260,6 +267,50 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
     if fastest is None:
         raise _refusal(job, machine, memory)
     return _plan(job, *fastest, machine)
+
+
+def plan_run(job: Workload, machine: Machine, memory: MemorySpec, config: RunConfig) -> tuple[Workload, Plan, str]:
+    """The plan of a run; with ``precompute_ref_log_probs: auto`` the shorter one of a run with a live reference and of one that
+    computes it before the first step.
+
+    Returns:
+        the workload that was planned, with either reference; its plan; why it is that reference.
+    """
+    plan = make_plan(job, machine, memory)
+    choose = config.precompute_ref_log_probs == "auto" and job.live_reference and job.engine == "fused"
+    if not choose or not job.epochs:
+        return job, plan, ""
+    cached = replace(job, live_reference=False, cached_reference=True)
+    cached_plan = make_plan(cached, machine, memory)
+    saved = 1 - run_seconds(cached, cached_plan, machine) / run_seconds(job, plan, machine)
+    if saved < WORTH_CACHING:
+        why = "the reference is computed in every step: computing it once, before the first step, would not save time"
+        return job, plan, why
+    why = (
+        f"the reference is computed once, before the first step: that makes {job.epochs:.3g} epochs {saved:.0%} shorter"
+    )
+    return cached, cached_plan, why
+
+
+def run_seconds(job: Workload, plan: Plan, machine: Machine) -> float:
+    """Predicted seconds of all steps, and of the pass that computes a cached reference before them."""
+    assert job.run_tokens is not None
+    with_pass = token_seconds(job, plan, machine.card) * step_time(job, plan, machine.card)[1]
+    return job.run_tokens / max(plan.tokens_per_second, 1e-9) * with_pass
+
+
+def _check_int8(job: Workload, machine: Machine) -> None:
+    """Refuse a run in int8 that the kernels do not serve."""
+    uneven = [f"{name} {width}" for name, (_, width) in job.shape.matrices.items() if width % NF4_BLOCK]
+    if job.storage == "dense":
+        what = "the base is not in 4 bits"
+    elif machine.device.cuda and machine.card.capability < INT8_CAPABILITY:
+        what = f"{machine.name} has compute capability {'.'.join(map(str, machine.card.capability))}; int8 needs 7.5"
+    elif uneven:
+        what = f"inputs of this base are no multiple of {NF4_BLOCK} channels wide ({', '.join(uneven)})"
+    else:
+        return
+    raise UserError(f"memory.compute=int8: {what}.", "Set memory.compute=16bit.")
 
 
 def smaller(

@@ -1,26 +1,33 @@
 """A cost model of an optimizer step, from a card's data sheet or its measured rates.
 
-A kernel takes the longest of: its operations at the card's rate, its bytes at the memory's rate, and its launch. Time that
-only moves bytes at the memory's rate, and copies to and from the host beside them. It orders settings, and estimates the
-cost of a run.
+A layer's pass takes the longer of what its kernels take (matrix products at the card's rate, all other bytes at the memory's
+rate) and of the processor's time to launch them; copies to and from the host run beside it. The model orders settings, and
+estimates the cost of a run.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
+from ..ops.int8 import outlier_count
 from .activations import Kind, kept_bytes
 from .estimate import optimizer_bytes, slab_bytes
 from .gpus import Gpu
 from .workload import Workload
 
-# Kernels that a layer launches in a pass, and the processor's time for each (Python and driver), in seconds.
-LAUNCHES = {"forward": 70, "backward": 130}
-LAUNCH = 7e-6
+# Kernels that a layer with one adapter launches in its forward and in its backward pass, by what is kept, and how many more a
+# second adapter and dropout launch; ``tests/contract/test_launches.py`` counts them.
+LAUNCHES: dict[Keep, tuple[int, int]] = {"all": (23, 37), "attention": (23, 51), "input": (23, 55)}
+STACKED, DROPPED = (14, 20), (8, 12)
+# Seconds that the processor takes (Python and PyTorch, measured on a server's processor): for a layer's pass, and for each launch.
+PASS, LAUNCH = 250e-6, 11e-6
 # Attention's operations run at this share of the rate of matrix products.
 ATTENTION_SHARE = 0.6
+# By estimate int8 products reach this share of the card's int8 rate as 16-bit ones reach it of theirs.
+INT8_SHARE = 0.75
 # Share of the memory's rate that kernels reach.
 BANDWIDTH_SHARE = 0.8
 # Matrix products of so many tokens reach half of the card's rate.
@@ -29,16 +36,44 @@ HALF_RATE_TOKENS = 96
 AGAIN: dict[Keep, tuple[int, ...]] = {"input": (0, 1, 2), "attention": (0, 2), "all": ()}
 
 
+class _Seconds(NamedTuple):
+    """Of a micro-batch: of a layer, by (policy, whether what it keeps goes to the host); of the output head; of all layers and the
+    head without a backward pass. And of the optimizer's update, once a step."""
+
+    layers: dict[Kind, float]
+    head: float
+    update: float
+    no_backward: float
+
+
 def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> tuple[float, float]:
     """(seconds of one optimizer step, in micro-batches of the execution's tokens; tokens a second)."""
-    tokens = max(execution.micro_tokens, job.longest)
-    own_pass = job.live_reference and execution.reference == "own"
-    layers, batch, update = _seconds(job, tokens, execution.tile, execution.stream, execution.scratch, own_pass, card)
+    tokens, seconds = _seconds_of(job, execution, card)
+    batch = seconds.head
     for index, keep in enumerate(execution.keep):
-        batch += layers[keep, index < execution.offload]
+        batch += seconds.layers[keep, index < execution.offload]
     batches = max(1.0, (job.step_tokens or tokens) / tokens)
-    step = batches * batch + update
+    step = batches * batch + seconds.update
     return step, batches * tokens / step
+
+
+def token_seconds(job: Workload, execution: ExecutionConfig, card: Gpu) -> float:
+    """Seconds of a run for each token that it trains on: of the steps, and of the pass that computes a cached reference before
+    them."""
+    seconds = 1 / step_time(job, execution, card)[1]
+    if job.cached_reference and job.epochs:
+        tokens, of_batch = _seconds_of(job, execution, card)
+        seconds += of_batch.no_backward / tokens / job.epochs
+    return seconds
+
+
+def launches(job: Workload, keep: Keep) -> tuple[int, int]:
+    """Kernels that a layer launches in its forward and in its backward pass."""
+    stacked = len(job.adapters) > 1
+    forward, backward = (
+        count + stacked * more + job.dropout * dropped for count, more, dropped in zip(LAUNCHES[keep], STACKED, DROPPED)
+    )
+    return forward, backward
 
 
 def attention_operations(job: Workload) -> float:
@@ -50,12 +85,18 @@ def attention_operations(job: Workload) -> float:
     return 4 * job.shape.queries * seen / len(windows)
 
 
+def _seconds_of(job: Workload, execution: ExecutionConfig, card: Gpu) -> tuple[int, _Seconds]:
+    """(tokens of a micro-batch, its seconds)."""
+    tokens = max(execution.micro_tokens, job.longest)
+    own_pass = job.live_reference and execution.reference == "own"
+    return tokens, _seconds(job, tokens, execution.tile, execution.stream, execution.scratch, own_pass, card)
+
+
 @lru_cache(maxsize=4096)
 def _seconds(
     job: Workload, tokens: int, tile: int | None, stream: bool, scratch: ScratchMode, own_pass: bool, card: Gpu
-) -> tuple[dict[Kind, float], float, float]:
-    """(seconds of a layer and micro-batch by (policy, whether what it keeps goes to the host); the output head's; those of the
-    optimizer's update, once a step).
+) -> _Seconds:
+    """The seconds of a micro-batch.
 
     Args:
         own_pass: a live reference runs in a pass of its own.
@@ -67,11 +108,13 @@ def _seconds(
     # operations a token of a layer on average, by site: of the base and of the adapters (the same again for the gradient of
     # the input), and of the trained adapter's gradients
     products, trained = [], 0.0
+    # operations of the base count as those of 16 bits that take the same time
+    faster = card.int8 * INT8_SHARE if job.int8 else 1.0
     for site in s.family.sites:
         operations = 0.0
         for name in site:
             out, width = s.matrices[name]
-            operations += 2.0 * out * width
+            operations += 2.0 * out * width / faster + job.int8 * 2 * out * outlier_count(width)
             for adapter in job.adapters:
                 for layer in adapter.ranks:
                     narrow = 2 * layer.get(name, 0) * (out + width) / s.layers
@@ -85,49 +128,53 @@ def _seconds(
     heads += heads * bool(s.family.head_norms)
     moved_forward = size * ((6 + 2 * posts) * s.hidden + heads + 3 * s.inner + 2 * dropped)
     moved_backward = size * ((10 + 3 * posts) * s.hidden + heads + 6 * s.inner + 5 * dropped)
+    if job.int8:  # activations and gradients are read once more, and their codes written
+        moved_forward += (size + 1) * sum(s.matrices[site[0]][1] for site in s.family.sites)
+        moved_backward += (size + 1) * sum(out for out, _ in s.matrices.values())
     small = scratch == "small"
-    unpacking = memory / (0.53 + size) if card.unpacking is None else card.unpacking * 1e9
+    dense = 1 if job.int8 else size  # bytes of a dequantized number
+    unpacking = memory / (0.53 + dense) if card.unpacking is None else card.unpacking * 1e9
     unpacked = 0.0 if job.storage == "dense" else weights / unpacking
     gates = 2 * s.hidden * s.inner / weights  # the share of gate and up, which the small buffer takes twice
     slab = slab_bytes(job) / link if stream else 0.0
 
-    def one_pass(operations: float, attention: float, moved: float, launches: int, extra: float) -> float:
+    def one_pass(operations: float, attention: float, moved: float, launched: int, extra: float) -> float:
         # products read their matrices at least once
-        reads = operations / forward_operations * weights * size / memory
+        reads = operations / forward_operations * weights * dense / memory
         busy = max(tokens * operations / rate, reads) + tokens * attention / (rate * ATTENTION_SHARE)
-        return max(busy + tokens * moved / memory + extra, launches * LAUNCH)
+        return max(busy + tokens * moved / memory + extra, PASS + launched * LAUNCH)
 
+    launched, _ = launches(job, "all")
+    alone = one_pass(forward_operations, scores, moved_forward, launched, unpacked)
+    forward, waiting = alone * (1 + 2 * job.mismatched), 0.0
+    if job.live_reference:
+        beside = one_pass(forward_operations, scores, moved_forward, launched, unpacked if own_pass else 0.0)
+        forward += beside
+        waiting = max(0.0, slab - beside) if own_pass else 0.0
+    # smaller products are slower, every tile launches the MLP's kernels, and with the small buffer it dequantizes gate, up and
+    # down; gate and up twice on the way back
+    slower = again_launched = repeated = 0.0
+    if tile is not None and tile < tokens:
+        tiles = -(-tokens // tile)
+        share = 3 * s.hidden * s.inner / weights  # the MLP's, of all matrices
+        slower = share * tokens / rate * HALF_RATE_TOKENS * (1 / tile - 1 / tokens)
+        again_launched = (tiles - 1) * LAUNCH * launched / 2
+        repeated = (tiles - 1) * unpacked * share * small
+    in_tiles = forward_operations * slower + again_launched + repeated
+    forward, alone = forward + in_tiles, alone + in_tiles
     seconds: dict[Kind, float] = {}
     for keep, again in AGAIN.items():
         backward_operations = forward_operations + trained
         for index in (*again, *([3] if posts else [])):  # a norm reads down_proj's output
             backward_operations += products[index]
-        forward = one_pass(forward_operations, scores, moved_forward, LAUNCHES["forward"], unpacked)
-        waiting = 0.0
-        if job.live_reference:
-            extra = unpacked if own_pass else 0.0
-            beside = one_pass(forward_operations, scores, moved_forward, LAUNCHES["forward"], extra)
-            forward += beside
-            waiting = max(0.0, slab - beside) if own_pass else 0.0
-        if job.mismatched:
-            forward += 2 * one_pass(forward_operations, scores, moved_forward, LAUNCHES["forward"], unpacked)
         backward = one_pass(
             backward_operations,
             (3.5 if keep == "input" else 2.5) * scores,
             moved_backward + moved_forward * (keep != "all"),
-            LAUNCHES["backward"],
+            launches(job, keep)[1],
             unpacked * (1 + gates * small),
         )
-        if tile is not None and tile < tokens:
-            tiles = -(-tokens // tile)
-            share = 3 * s.hidden * s.inner / weights  # the MLP's, of all matrices
-            # smaller products are slower, every tile launches the MLP's kernels, and with the small buffer it dequantizes gate,
-            # up and down; gate and up twice on the way back
-            slower = share * tokens / rate * HALF_RATE_TOKENS * (1 / tile - 1 / tokens)
-            launched = (tiles - 1) * LAUNCH * LAUNCHES["forward"] / 2
-            repeated = (tiles - 1) * unpacked * share * small
-            forward += forward_operations * slower + launched + repeated
-            backward += backward_operations * slower + 2 * launched + repeated * 5 / 3
+        backward += backward_operations * slower + 2 * again_launched + repeated * 5 / 3
         kept = sum(kept_bytes(s, size, keep, ranks) for ranks in job.ranks)
         for leaves in (False, True):
             away = leaves * tokens * kept / s.layers / link
@@ -135,11 +182,12 @@ def _seconds(
             copies = max(0.0, max(away, slab) - forward) + max(0.0, away + slab - backward)
             seconds[keep, leaves] = forward + backward + waiting + copies
     targets = tokens * job.targets
-    others = job.live_reference + 2 * job.mismatched  # passes without gradients
-    head = s.head_weights * 2 * targets * (2 + others) / rate
-    head += 6 * targets * (1 + others) * s.vocabulary * size / memory
-    head += s.head_weights * size / link if stream else 0.0
+    product = s.head_weights * 2 * targets / rate
+    head_forward = product + 6 * targets * s.vocabulary * size / memory
+    copied = s.head_weights * size / link if stream else 0.0
+    passes = 1 + job.live_reference + 2 * job.mismatched
+    head = passes * head_forward + product + copied
     # AdamW reads and writes weights, gradients and states once; clipping reads and writes the gradients
     state, managed = optimizer_bytes(job.optim, job.trained_tensors)
     update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
-    return seconds, head, update
+    return _Seconds(seconds, head, update, s.layers * max(alone, slab) + head_forward + copied)

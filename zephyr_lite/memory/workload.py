@@ -80,9 +80,12 @@ class Workload:
     step_most: int | None = None  # of the largest step; None: unknown
     run_tokens: int | None = None  # of all steps; None: unknown
     steps: int | None = None  # of the run; None: unknown
+    epochs: float | None = None  # how often the run trains on each example, on average; None: unknown
     live_reference: bool = False  # a DPO reference runs beside the policy
+    cached_reference: bool = False  # a DPO reference is computed before the first step
     mismatched: bool = False  # before a step policy and reference run on as many tokens, without gradients (kto)
     engine: str = "fused"  # fused, trl or unsloth
+    int8: bool = False  # products with the base are in int8
 
     @cached_property
     def trained_tensors(self) -> tuple[int, ...]:
@@ -136,9 +139,6 @@ def make_workload(
         frozen: the adapters below.
         folder: of the base, for messages.
         fields: others of ``Workload``, most of all those that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
-
-    Raises:
-        UserError: the base is stored quantized in another way than NF4.
     """
     shape = Shape.of(base_config)
     if "storage" not in fields:
@@ -150,6 +150,8 @@ def make_workload(
         adapters.insert(0, AdapterSpec.read(shape, adapter.modules))
     fields.setdefault("longest", longest_of(config, method))
     kind = config.row_kind(method)
+    reference = method == "dpo" and config.needs_reference
+    cached = reference and config.precompute_ref_log_probs is True
     if kind == "dpo":
         fields.setdefault("keys", 4 / 3)  # a prompt as long as each response
     return Workload(
@@ -159,9 +161,11 @@ def make_workload(
         optim=config.optim,
         dropout=config.lora_dropout > 0,
         method=method,
-        live_reference=method == "dpo" and config.needs_reference and not config.precompute_ref_log_probs,
+        live_reference=reference and not cached,
+        cached_reference=cached,
         mismatched=kind == "kto",
         engine=config.engine,
+        int8=config.memory.int8,
         **fields,
     )
 

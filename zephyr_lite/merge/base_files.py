@@ -109,11 +109,7 @@ class BaseFiles:
             file.forget()
 
     def linears(self) -> set[str]:
-        """Names of the weights that transformers' 4-bit loading quantizes: every linear layer but the output head's.
-
-        Raises:
-            UserError: transformers does not know the architecture.
-        """
+        """Names of the weights that transformers' 4-bit loading quantizes: every linear layer but the output head's."""
         model = empty_model(self.folder, read_model_config(self.folder, any_family=True))
         head = model.get_output_embeddings()
         modules = model.named_modules()

@@ -112,7 +112,7 @@ class MergeMeasure:
         counts = np.array([len(t) for t in self._targets], dtype=np.float64)
         self.rows, self.trained = len(data.examples), len(seen)
         self.tokens = int(counts[: self.rows].sum())
-        self._counts, self._device, self._dtype = counts, live.base.device, live.dtype
+        self._counts, self._device, self._dtype = counts, live.base.device, live.base.dtype
         self._live = _states(live.stack.base, self._examples, self._device)
         self._sums: dict[tuple[str, str], np.ndarray] = {}  # over each conversation's tokens
         self.numbers: dict[str, dict[str, Interval]] = {}

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..io.atomic import check_room, folder_aside, make_folder, write_json
+from ..io.atomic import check_room, folder_aside, write_json
 from ..io.safetensors import Entry, row_blocks, tensor_bytes, write_stream
-from ..model.compose import compose
 from ..model.files import fetch_base
-from ..model.peft_io import AdapterFile, LoraWeights, write_adapter
+from ..model.peft_io import AdapterFile, LoraWeights, compose, write_adapter
 from ..model.tokenizer import load_tokenizer, save_tokenizer
 from ..ops.nf4 import quantize_stored
 from .base_files import BaseFiles, model_files
@@ -97,7 +96,7 @@ def merge(
             adapter.check_copies(files.parameter)
     chain = [adapter.modules if isinstance(adapter, AdapterFile) else adapter for adapter in adapters]
     _check_fit(files, chain)
-    make_folder(out.absolute().parent)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     # with tokenizer, config.json and headers
     check_room(out.absolute().parent, files.nbytes + 64 * 2**20, "the result")
     merged = {f"{module}.weight" for modules in chain for module in modules}
@@ -157,7 +156,7 @@ def adapter_only(
     out = Path(out).expanduser()
     claim(out, overwrite)
     chain = compose(adapters)
-    make_folder(out.absolute().parent)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(out) as aside:
         write_adapter(aside, chain, base_model_name=base_model_name)
         if tokenizer_from is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
 from ..io.text import shown
@@ -26,11 +26,7 @@ from .peft_io import AdapterFile, LoraWeights
 
 
 def check_targets(targets: Sequence[str] | str, config: Any) -> list[str]:
-    """The projections that ``lora_target_modules`` names, in a base with this configuration.
-
-    Raises:
-        UserError: a name that its decoder layers do not have, or a regular expression.
-    """
+    """The projections that ``lora_target_modules`` names, in a base with this configuration."""
     projections = family_of(config).projections
     wanted = [*projections] if isinstance(targets, str) else list(targets)
     for target in wanted:
@@ -94,11 +90,7 @@ class AdapterStack:
         return [*self.frozen, *([self.trainable] if self.trainable else [])]
 
     def add_frozen(self, name: str, adapter: AdapterFile) -> None:
-        """Put a frozen adapter on top, switched on.
-
-        Raises:
-            UserError: it does not fit this base.
-        """
+        """Put a frozen adapter on top, switched on."""
         assert self.trainable is None, "add frozen adapters before the trainable one"
         layers = check_shapes(adapter, self.base)
         adapter.check_copies(lambda name: getattr(layers.get(name.removesuffix(".weight")), "weight", None))
@@ -114,9 +106,6 @@ class AdapterStack:
 
         A is drawn on the CPU, module by module, so that it depends only on the seed. The scale is alpha / r, or alpha / √r
         with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732).
-
-        Raises:
-            UserError: a target that this base does not have.
         """
         if name in self.frozen:
             raise UserError(f"stage {name}: an adapter below it has the same name.", "Give the stage another name.")
@@ -272,8 +261,3 @@ def resolve_frozen_names(paths: Sequence[Path]) -> list[str]:
         name = re.sub(r"[^\w-]", "_", name) or f"adapter{place}"
         names.append(f"{name}_{place}" if name in [*names, "base"] else name)
     return names
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm over all tensors: of the norms of each."""
-    return torch.nn.utils.get_total_norm(tensors)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTok
 
 from ..config.load import RunConfig
 from ..errors import UserError
-from ..io.atomic import folder_aside, make_folder, remove_tree, write_json
+from ..io.atomic import folder_aside, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
 from ..io.text import shown
 from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
@@ -91,11 +91,7 @@ class Base:
 
 
 def compute_device() -> torch.device:
-    """The current CUDA device, or the CPU where there is none.
-
-    Raises:
-        UserError: torch is a ROCm build, whose devices it calls CUDA's.
-    """
+    """The current CUDA device, or the CPU where there is none."""
     if torch.version.hip is not None and torch.cuda.is_available():
         raise UserError(
             f"torch {torch.__version__} is a ROCm build; zephyr-lite supports NVIDIA cards only.",
@@ -233,7 +229,7 @@ def _load_quantized(
 
     kept, model = quantized_dir(), None
     try:
-        make_folder(kept)
+        kept.mkdir(parents=True, exist_ok=True)
         with FileLock(kept / f".lock-{suffix}"):
             # the base may have had another name when it was made
             own = kept / f"{Path(name).name.lstrip('.')[:40] or 'base'}-{suffix}"
@@ -279,11 +275,7 @@ def frozen_base(
     double_quant: bool,
     streamed: bool = False,
 ) -> Base:
-    """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer.
-
-    Raises:
-        UserError: there is no tokenizer, or one of another model.
-    """
+    """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer."""
     model.requires_grad_(False)
     model.config.use_cache = False
     tokenizer = load_tokenizer(folder)

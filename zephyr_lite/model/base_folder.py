@@ -48,9 +48,6 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
 
     Args:
         any_family: accept families and variants that the fused engine does not know.
-
-    Raises:
-        UserError: the file is broken, needs code of its own, or is of a family or variant that is not accepted.
     """
     path = folder / "config.json"
     told = check_config_file(folder)
@@ -128,9 +125,6 @@ def check_weights(folder: Path, config: Any) -> None:
     """Check every file of the weights; for the fused engine's families, compare tensor names and shapes with the model.
 
     Tensors that the files lack are reported on loading.
-
-    Raises:
-        UserError: a file is broken; the model has no place for a tensor, or one of another shape.
     """
     holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     if config.model_type not in FAMILIES:
@@ -159,11 +153,7 @@ def check_weights(folder: Path, config: Any) -> None:
 
 
 def empty_model(folder: Path, config: Any) -> Any:
-    """The model of a configuration, on the meta device.
-
-    Raises:
-        UserError: transformers cannot build it.
-    """
+    """The model of a configuration, on the meta device."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
@@ -173,11 +163,7 @@ def empty_model(folder: Path, config: Any) -> Any:
 
 
 def stored_settings(stored: Any, folder: Path) -> BitsAndBytesConfig:
-    """The quantization settings of a base that is stored quantized.
-
-    Raises:
-        UserError: it is stored in another format than bitsandbytes' NF4.
-    """
+    """The quantization settings of a base that is stored quantized."""
     told = stored if isinstance(stored, dict) else stored.to_dict()
     if not told.get("load_in_4bit") or told.get("bnb_4bit_quant_type") != "nf4":
         raise UserError(
@@ -193,9 +179,6 @@ def fingerprint(folder: Path) -> str:
     name, dtype, shape and 4 KiB at 4 places.
 
     Files that transformers does not read, how tensors are split into files, and keys such as use_cache do not count.
-
-    Raises:
-        UserError: a file is missing or broken.
     """
     config = read_model_config(folder, any_family=True)
     told = {key: getattr(config, key, None) for key in _ARCHITECTURE}
@@ -226,9 +209,6 @@ def check_fingerprint(known: str | None, folder: Path, trained: str) -> None:
     Args:
         known: the base's fingerprint in stage.json; None: unknown, nothing is compared.
         trained: what was trained on the base, for the message.
-
-    Raises:
-        UserError: the fingerprints differ.
     """
     if known is not None and not is_fingerprint_of(known, folder):
         raise UserError(

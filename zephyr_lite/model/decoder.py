@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,8 @@ class Decoder:
         self.stream = stream
         self.offload: ActivationOffload | None = None
         self.tile: int | None = None
+        # more fields of each layer's sites: those of int8
+        self.of_sites: Sequence[Sequence[Mapping[str, Any]]] = [[{}] * 4] * len(stack.base.model.layers)
         if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
             raise UserError(
                 "an adapter of the stack changes the output head, which the fused engine takes as it is.",
@@ -89,7 +91,7 @@ class Decoder:
 
             self.stream = WeightStreamer(self.stack.base, device)
         if self.scratch.mode != execution.scratch:
-            self.scratch = DequantBuffer(execution.scratch)
+            self.scratch = type(self.scratch)(execution.scratch)
         self.tile = execution.tile
         if self.offload is not None:
             self.offload.clear()
@@ -172,7 +174,8 @@ class Decoder:
         del x  # so that the first layer frees it
         for index, module in enumerate(model.layers):
             for place, name in enumerate(off):
-                layer = layer_of(module, partial(self._pairs, off=name), key, index=index, stream=self.stream)
+                pairs, fields = partial(self._pairs, off=name), self.of_sites[index]
+                layer = layer_of(module, pairs, key, index=index, stream=self.stream, of_sites=fields)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and name is None):
                     streams[place] = run_layer(streams[place], layer, contexts[index], self.scratch, keeps[index])
         if self.offload is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dispatch import runs_triton
+from ..ops.int8 import Int8Matrix
 from ..ops.lora import LinearGroup
 from ..ops.nf4 import dequantize, dequantize_into, is_quantized
 
@@ -36,12 +37,15 @@ class DequantBuffer:
         # (buffer, offset) → the weight that was dequantized there, and its version
         self._held: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
-    def parts(self, sites: Sequence[LinearGroup], index: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def parts(
+        self, sites: Sequence[LinearGroup], index: int, dtype: torch.dtype, *, backward: bool = False
+    ) -> Iterator[tuple[int, Tensor | Int8Matrix]]:
         """The matrices of ``sites[index]`` as ``ops.lora`` takes them.
 
         Args:
             sites: all of the layer's: qkv, o, gate_up, down. Every layer has the same shapes.
             dtype: of the products.
+            backward: for ``grad_input``, not for ``project``; a dense matrix serves both.
         """
         site = sites[index]
         if not is_quantized(site.weights[0]):
@@ -55,15 +59,15 @@ class DequantBuffer:
             self._buffers = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
         if self.mode == "layer" or index < 2:
             beside = sites if self.mode == "layer" else sites[:2]
-            starts = list(accumulate((sum(other.outs) * _width(other) for other in beside), initial=0))
+            starts = list(accumulate((sum(other.outs) * width_of(other) for other in beside), initial=0))
             # in one launch on CUDA; elsewhere no sooner than they are read: the first layer's backward pass may not read q, k, v
             at_once = range(len(beside)) if runs_triton("nf4", self._buffers[0]) else [index]
             self._fill(0, [place for i in at_once for place in _places(starts[i], beside[i])])
-            yield 0, self._buffers[0][starts[index] : starts[index + 1]].view(-1, _width(site))
+            yield 0, self._buffers[0][starts[index] : starts[index + 1]].view(-1, width_of(site))
             return
         for weight, out, columns in zip(site.weights, site.outs, site.slices):
             self._fill(1, [(0, weight)])
-            yield columns.start, self._buffers[1][: out * _width(site)].view(-1, _width(site))
+            yield columns.start, self._buffers[1][: out * width_of(site)].view(-1, width_of(site))
 
     def free(self) -> None:
         """Free the memory."""
@@ -86,18 +90,18 @@ def _places(start: int, site: LinearGroup) -> Iterator[tuple[int, Tensor]]:
     """Where a site's quantized weights go, beside each other."""
     for weight, columns in zip(site.weights, site.slices):
         if is_quantized(weight):
-            yield start + columns.start * _width(site), weight
+            yield start + columns.start * width_of(site), weight
 
 
 def scratch_elements(sites: Sequence[LinearGroup], mode: ScratchMode) -> list[int]:
     """The size of each buffer, in elements."""
-    sizes = [sum(site.outs) * _width(site) for site in sites]
+    sizes = [sum(site.outs) * width_of(site) for site in sites]
     if mode == "layer":
         return [sum(sizes)]
-    return [sizes[0] + sizes[1], max(out * _width(site) for site in sites[2:] for out in site.outs)]
+    return [sizes[0] + sizes[1], max(out * width_of(site) for site in sites[2:] for out in site.outs)]
 
 
-def _width(site: LinearGroup) -> int:
+def width_of(site: LinearGroup) -> int:
     weight = site.weights[0]
     state = getattr(weight, "quant_state", None)
     return (state.shape if state is not None else weight.shape)[1]

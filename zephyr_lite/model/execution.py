@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ QKV, OUT, GATE_UP, DOWN = range(4)
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Settings that change memory and speed of a step, and its result only by rounding.
+    """Settings that change memory and speed of a step, and its result only by rounding, but for ``int8``.
 
     Attributes:
         micro_tokens: tokens of a micro-batch at most (one example at least).
@@ -38,6 +38,7 @@ class ExecutionConfig:
         scratch: size of the buffer for dequantized weights (see ``dequant_buffer``).
         reference: a live DPO reference runs in the policy's pass (``together``) or in its own before it.
         threads: CPU threads, which decide the order of sums there.
+        int8: products with the frozen matrices are in int8 (see ``int8``), not in the compute dtype.
     """
 
     micro_tokens: int
@@ -48,6 +49,7 @@ class ExecutionConfig:
     scratch: ScratchMode = "layer"
     reference: Reference = "together"
     threads: int = 1
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def layer_of(
     *,
     index: int,
     stream: WeightStreamer | None = None,
+    of_sites: Sequence[Mapping[str, Any]] = ({},) * 4,
 ) -> Layer:
     """Read a Hugging Face decoder layer.
 
@@ -151,6 +154,7 @@ def layer_of(
         key: of LoRA dropout, or None.
         index: of the layer.
         stream: holds its matrices, if they are streamed from the host.
+        of_sites: other fields of each site.
     """
     attention = module.self_attn
     family = family_of(attention.config)
@@ -165,7 +169,8 @@ def layer_of(
             outs.append(inner.out_features)
             pairs += pairs_of(linear, projection)
         dropout = None if key is None else key.at(index, place)
-        sites.append(LinearGroup(tuple(weights), tuple(biases), tuple(outs), tuple(pairs), dropout))
+        fields = tuple(weights), tuple(biases), tuple(outs), tuple(pairs), dropout
+        sites.append(LinearGroup(*fields, **of_sites[place]))
 
     def norms(parent: Any, names: tuple[str, ...]) -> tuple[Norm, ...]:
         return tuple(norm_of(getattr(parent, name), attention.config) for name in names)

@@ -65,11 +65,6 @@ class Family:
         return tuple(name for site in self.sites for name in site)
 
 
-def _everything(config: Any) -> tuple[int | None, ...]:
-    """Llama ignores ``sliding_window``."""
-    return (None,) * config.num_hidden_layers
-
-
 def _one_window(config: Any) -> tuple[int | None, ...]:
     return (config.sliding_window,) * config.num_hidden_layers
 
@@ -100,7 +95,10 @@ def _by_position(config: Any, positions: Tensor) -> Tensor:
 
 FAMILIES = {
     "mistral": Family(windows=_one_window),
-    "llama": Family(windows=_everything, biases=_by_keys),
+    "llama": Family(
+        windows=lambda config: (None,) * config.num_hidden_layers,  # whatever its sliding_window says
+        biases=_by_keys,
+    ),
     "qwen2": Family(
         windows=_by_layer_type,
         biases=lambda config: ATTENTION[:3],  # whatever its attention_bias says

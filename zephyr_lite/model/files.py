@@ -55,9 +55,6 @@ def named_folder(kind: str, name: str) -> Path | None:
 
     Args:
         kind: model or adapter, for the message.
-
-    Raises:
-        UserError: there is no such folder, and the name is no hub id.
     """
     if (folder := local_folder(name)) is not None:
         return folder
@@ -77,9 +74,6 @@ def fetch_base(name_or_path: str, revision: str = "main", *, weights: bool = Tru
 
     Args:
         weights: False for the tokenizer and ``config.json`` alone.
-
-    Raises:
-        UserError: neither exists, it has no safetensors on the hub, or the hub does not give it.
     """
     if (folder := named_folder("model", name_or_path)) is not None:
         return folder
@@ -98,9 +92,6 @@ def download(kind: str, name: str, revision: str | None, patterns: Sequence[str]
 
     Args:
         kind: model or adapter, for messages.
-
-    Raises:
-        UserError: the hub does not give the repository.
     """
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=IGNORED))
@@ -142,11 +133,7 @@ def again(path: Path) -> str:
 
 
 def checked_place(path: Path) -> Path:
-    """The path, if it is a file in its own folder, or a link from a snapshot of the hub's cache to its blob.
-
-    Raises:
-        UserError: it is not a file, or a link that leads out of its folder.
-    """
+    """The path, if it is a file in its own folder, or a link from a snapshot of the hub's cache to its blob."""
     found, folder = path.resolve(), path.parent.resolve()
     blobs = folder.parent.parent / "blobs" if in_hub_cache(folder) else folder
     if not (found.is_relative_to(folder) or found.is_relative_to(blobs)):
@@ -159,11 +146,7 @@ def checked_place(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: ``model.safetensors``, or else those of its index.
-
-    Raises:
-        UserError: there is neither; the index is broken, or names a file that is not in the folder.
-    """
+    """The files that transformers reads: ``model.safetensors``, or else those of its index."""
     single, index = folder / SINGLE, folder / INDEX
     if os.path.lexists(single):
         return [checked_place(single)]
@@ -184,9 +167,6 @@ def weight_files(folder: Path) -> list[Path]:
 def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     """File name → file with its header checked, of every file that ``weight_files`` gives. Of a multimodal checkpoint
     they have the tensors of its text model, by the text model's names.
-
-    Raises:
-        UserError: there is none, or a file is broken.
     """
     shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
     if has_text_model(check_config_file(folder)):

@@ -244,7 +244,7 @@ def _backward(
         d_out = layer.post_norms[0].backward(d_residual, acts.out, acts.inverse)
         acts.out = None
     d_lora = grad_low_rank(d_out, sites[OUT])
-    d_attn_out = grad_input(d_out, scratch.parts(layer.sites, OUT, grad.dtype), sites[OUT], d_lora)
+    d_attn_out = grad_input(d_out, scratch.parts(layer.sites, OUT, grad.dtype, backward=True), sites[OUT], d_lora)
     if sites[OUT].trained:
         lora = acts.lora[OUT]
         assert lora is not None
@@ -269,7 +269,7 @@ def _backward(
         grads[QKV] = grad_adapters(d_qkv, normed, sites[QKV], lora, d_lora)
     d_x = None
     if need_x:
-        d_normed = grad_input(d_qkv, scratch.parts(layer.sites, QKV, grad.dtype), sites[QKV], d_lora)
+        d_normed = grad_input(d_qkv, scratch.parts(layer.sites, QKV, grad.dtype, backward=True), sites[QKV], d_lora)
         d_x = layer.norms[0].backward(d_normed, acts.x, inverse, residual_grad=d_residual)
     return d_x, [*grads[QKV], *grads[OUT], *grads[GATE_UP], *grads[DOWN]]
 

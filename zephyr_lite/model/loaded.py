@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config.load import RunConfig
 from ..config.schema import Dtype
 from ..data.chat_template import ChatTemplate, resolve_template
@@ -49,10 +47,6 @@ class LoadedModel:
     chain: Chain | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
     def policy(self) -> str:
         """The model at the top, which was trained last."""
         return list(self.models)[-1]
@@ -63,12 +57,8 @@ class LoadedModel:
         return list(self.models)[max(0, len(self.models) - 2)]
 
     def decoder(self, model: str) -> Decoder:
-        """Log-probabilities of one of the models (families of the fused engine).
-
-        Raises:
-            UserError: an adapter reaches the output head, or another architecture.
-        """
-        return Decoder(self.stack, self.dtype, self.models[model])
+        """Log-probabilities of one of the models (families of the fused engine)."""
+        return Decoder(self.stack, self.base.dtype, self.models[model])
 
 
 def open_live(
@@ -142,9 +132,6 @@ def live_of(chain: Chain, *, chat_template: str | None = None, dtype: Dtype = "a
         chain: base and adapters.
         chat_template: see ``open_live``.
         dtype: the compute dtype, as the configuration's key.
-
-    Raises:
-        UserError: the base's files changed since the stage was trained; an adapter does not fit it.
     """
     for note in chain.notes:
         logger.info(note)
@@ -174,11 +161,7 @@ def live_of(chain: Chain, *, chat_template: str | None = None, dtype: Dtype = "a
 
 
 def template_of_folder(folder: Path, tokenizer: Any, choice: str | None = None) -> ChatTemplate:
-    """The chat template saved in a folder, or the chosen one.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The chat template saved in a folder, or the chosen one."""
     if choice is None and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{folder}: its tokenizer has no chat template.",

@@ -150,7 +150,7 @@ def _chunk_backward(
         d_down = layer.post_norms[1].backward(grad, down, inverse)
         del act, down
     d_lora = grad_low_rank(d_down, sites[DOWN])
-    d_act = grad_input(d_down, scratch.parts(sites, DOWN, grad.dtype), sites[DOWN], d_lora)
+    d_act = grad_input(d_down, scratch.parts(sites, DOWN, grad.dtype, backward=True), sites[DOWN], d_lora)
     d_gate_up = gate_up if owned or kept is None else torch.empty_like(gate_up)
     (gate, up), (d_gate, d_up) = gate_up.chunk(2, dim=1), d_gate_up.chunk(2, dim=1)
     _, _, act = swiglu_backward(d_act, gate, up, d_gate, d_up, act=d_act, activation=layer.activation)
@@ -160,7 +160,7 @@ def _chunk_backward(
     del act, d_act, d_down, gate, up, d_gate, d_up, gate_up, kept
 
     d_lora = grad_low_rank(d_gate_up, sites[GATE_UP])
-    d_normed = grad_input(d_gate_up, scratch.parts(sites, GATE_UP, grad.dtype), sites[GATE_UP], d_lora)
+    d_normed = grad_input(d_gate_up, scratch.parts(sites, GATE_UP, grad.dtype, backward=True), sites[GATE_UP], d_lora)
     normed, _, inverse = norm.forward(residual)
     if sites[GATE_UP].trained:
         gate_up_grads = grad_adapters(d_gate_up, normed, sites[GATE_UP], gate_up_lora, d_lora)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, Validation
 from torch import Tensor
 
 from ..errors import UserError
-from ..io.atomic import folder_aside, make_folder, write_text
+from ..io.atomic import folder_aside, write_text
 from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
 from ..io.text import expected, read_object, shown
 from .files import checked_place, download, named_folder, pickles, text_name
@@ -243,6 +243,27 @@ def _by_peft(folder: Path) -> str:
     )
 
 
+def compose(adapters: Sequence[AdapterFile]) -> dict[str, LoraWeights]:
+    """One adapter that equals the sum of all: Σ sᵢ BᵢAᵢ = [s₁B₁ s₂B₂ …] @ [A₁; A₂; …].
+
+    Returns:
+        module name → LoraWeights with scale 1, float32.
+    """
+    parts: dict[str, list[LoraWeights]] = defaultdict(list)
+    for adapter in adapters:
+        for module, weights in adapter.modules.items():
+            parts[module].append(weights)
+            if (shape := parts[module][0].shape) != weights.shape:
+                raise UserError(
+                    f"{adapter.path}: {module} is {list(weights.shape)}, in an adapter below it {list(shape)}.",
+                    "The adapters were trained on different bases and cannot be stacked.",
+                )
+    return {
+        module: LoraWeights(torch.cat([w.a for w in found]), torch.cat([w.b * w.scale for w in found], dim=1), 1.0)
+        for module, found in sorted(parts.items())
+    }
+
+
 def other_base(config: Mapping[str, Any], name_or_path: str) -> str | None:
     """A note on an adapter whose configuration names another base than the one it is used on; None: the same name.
 
@@ -299,7 +320,7 @@ def write_adapter(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        make_folder(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with folder_aside(folder) as aside:
             write_adapter(aside, modules, base_model_name=base_model_name, rslora=rslora, extra_config=extra_config)
         return
@@ -350,9 +371,6 @@ def fetch_adapter(name_or_path: str | Path, revision: str | None = None, *, besi
 
     Args:
         beside: patterns of further files to download.
-
-    Raises:
-        UserError: there is no such folder, and no such adapter on the hub, or no access to it.
     """
     if (local := named_folder("adapter", str(name_or_path))) is not None:
         return local

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..io.atomic import copy_file, make_folder, write_json, write_text
+from ..io.atomic import copy_file, write_json, write_text
 from ..io.text import read_object, shown
 from .files import again, checked_place
 
@@ -33,11 +33,7 @@ _ONLY_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "Mistra
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's fast tokenizer; code of its own is never run.
-
-    Raises:
-        UserError: there is none that transformers can build, or it has no offsets.
-    """
+    """The folder's fast tokenizer; code of its own is never run."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of the libraries below, Rust's included
@@ -58,9 +54,6 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
     Args:
         vocab_size: rows of the model's embedding.
         folder: the tokenizer's, for the message.
-
-    Raises:
-        UserError: names the tokens without an embedding.
     """
     above = []
     for token, index in tokenizer.get_vocab().items():
@@ -100,9 +93,6 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
     """Write a tokenizer and its chat templates so that transformers 4 and 5 load the same.
 
     A tokenizer that did not change since it was read keeps the files of its folder.
-
-    Raises:
-        UserError: one of these files is a link out of its folder.
     """
     source = Path(tokenizer.name_or_path)
     same = (
@@ -115,7 +105,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
         copy_files(source, out, TOKENIZER_FILES)
         more = source / "additional_chat_templates"
         if more.is_dir():
-            make_folder(out / more.name)
+            (out / more.name).mkdir(parents=True, exist_ok=True)
             copy_files(more, out / more.name, ("*.jinja",))
     else:
         tokenizer.save_pretrained(out)

@@ -46,6 +46,7 @@ class LiveScreen(Screen):
         self._live: Live | None = None
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        self.total = total
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
 
@@ -77,9 +78,9 @@ class LiveScreen(Screen):
         assert self.progress is not None
         self.progress.sample = samples[0]
 
-    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
-        if self._live is None or is_evaluation(metrics):
-            self.console.metrics(step, total, metrics)
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        if is_evaluation(metrics):
+            super().on_log(step, metrics)
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         assert self.progress is not None

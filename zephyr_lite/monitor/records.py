@@ -145,9 +145,6 @@ def read_source(source: Path | None) -> list[StageRecord]:
 
     Args:
         source: None: the newest run under ``runs/``.
-
-    Raises:
-        UserError: there is none.
     """
     path = newest_run(complete=False) if source is None else source.expanduser()
     if path is None:

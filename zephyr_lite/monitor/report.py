@@ -39,11 +39,7 @@ _Groups = list[tuple[str, Sequence[StageRecord], Sequence[str]]]
 
 
 def side_by_side(first: Sequence[StageRecord], second: Sequence[StageRecord]) -> str:
-    """The page of two runs, or of two stages: stages of one name side by side, then the others.
-
-    Raises:
-        UserError: they have no stage in common, or stages of one name have different methods.
-    """
+    """The page of two runs, or of two stages: stages of one name side by side, then the others."""
     pairs = [(one, other) for one in first for other in second if one.name == other.name]
     if len(first) == len(second) == 1:
         pairs = [(first[0], second[0])]
@@ -194,25 +190,29 @@ def _section(name: str, records: Sequence[StageRecord], labels: Sequence[str]) -
 def _results(record: StageRecord) -> Iterator[dict[str, Any]]:
     """The results of ``zephyr-lite eval`` for a stage: a table of models, and differences between two of them."""
     for kind, result in record.results.items():
-        models = {name: dict(leaves(body)) for name, body in result["models"].items()}
-        keys = dict.fromkeys(key for numbers in models.values() for key in numbers)
         own, links = record.info["own"].get("sha256"), result.get("adapters")
         other = own and links and links[-1].get("sha256") not in (None, own)
-        compared = []
-        for key, between in (("differences", " minus "), ("comparisons", " against ")):
-            entries = result.get(key) or ()
-            if isinstance(entries, dict):
-                entries = [{"": names, **entry} for names, entry in entries.items()]
-            for entry in entries:
-                names = between.join(value for value in entry.values() if isinstance(value, str))
-                compared.append(f"{names}: {'; '.join(f'{name} {value}' for name, value in leaves(entry))}")
         yield {
             "title": record.who + kind + (" (of another adapter than this stage has now)" if other else ""),
             "count": (result.get("data") or {}).get("rows"),
-            "models": list(models),
-            "rows": [[key, *(numbers.get(key, "–") for numbers in models.values())] for key in keys],
-            "compared": compared,
+            **result_tables(result),
         }
+
+
+def result_tables(result: dict[str, Any]) -> dict[str, Any]:
+    """Of an evaluation's result: ``header`` and ``rows`` of the table of models, and ``compared``, a line for two of them."""
+    models = {name: dict(leaves(body)) for name, body in result["models"].items()}
+    keys = dict.fromkeys(key for numbers in models.values() for key in numbers)
+    compared = []
+    for key, between in (("differences", " minus "), ("comparisons", " against ")):
+        entries = result.get(key) or ()
+        if isinstance(entries, dict):
+            entries = [{"": names, **entry} for names, entry in entries.items()]
+        for entry in entries:
+            names = between.join(value for value in entry.values() if isinstance(value, str))
+            compared.append(f"{names}: {'; '.join(f'{name} {value}' for name, value in leaves(entry))}")
+    rows = [[key, *(numbers.get(key, "–") for numbers in models.values())] for key in keys]
+    return {"header": ["", *models], "rows": rows, "compared": compared}
 
 
 def leaves(body: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

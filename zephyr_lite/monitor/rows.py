@@ -59,11 +59,7 @@ class TrainedRows:
 
 
 def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str]]:
-    """The stage that the first word or the configuration's file names, and the other words.
-
-    Raises:
-        UserError: neither names one.
-    """
+    """The stage that the first word or the configuration's file names, and the other words."""
     methods, rest = stages_of(words, file)
     if len(methods) > 1:
         raise UserError("which stage's rows?", "Name sft or dpo, then key=value: … sft dataset=FILE.")
@@ -78,9 +74,6 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
         file: its configuration.
         words: ``key=value`` overrides.
         held_out: the rows of ``eval_dataset`` instead.
-
-    Raises:
-        UserError: as the run itself, except for weights and memory; or there is no eval_dataset.
     """
     loaded = resolve_run(method, file, words)
     if held_out and not loaded.config.eval_dataset:
@@ -97,11 +90,7 @@ def open_rows(method: Method, file: str | None, words: list[str], *, held_out: b
 
 
 def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
-    """The conversations packed into row ``number`` (from 1), or a pair's prompt and responses.
-
-    Raises:
-        UserError: there is no such row.
-    """
+    """The conversations packed into row ``number`` (from 1), or a pair's prompt and responses."""
     count = len(rows.data.rows)
     if not 1 <= number <= count:
         what = "packed row" if rows.method == "sft" else rows.data.report.unit
@@ -114,9 +103,6 @@ def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
 
     Args:
         place: "train.jsonl row 17", or its end, such as 17.
-
-    Raises:
-        UserError: no row or several have this place, or the row was left out; the message gives the reason.
     """
     wanted = place.strip()
     end = f"row {wanted}" if wanted.isdigit() else wanted

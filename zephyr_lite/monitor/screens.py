@@ -34,6 +34,7 @@ class Screen(Observer, AbstractContextManager["Screen"]):
 
     def __init__(self, console: Console, most: int | None = None) -> None:
         self.console, self.most = console, most
+        self.total = 0  # steps of the stage
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Release the output; ``error`` ended the command."""
@@ -42,11 +43,14 @@ class Screen(Observer, AbstractContextManager["Screen"]):
         """Print a message of the package's logger."""
         self.console.log(record)
 
-    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+    def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
+        self.total = total
+
+    def on_log(self, step: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation."""
-        every = 1 if self.most is None else max(1, -(-total // self.most))
-        if is_evaluation(metrics) or step in (1, total) or step % every == 0:
-            self.console.metrics(step, total, metrics)
+        every = 1 if self.most is None else max(1, -(-self.total // self.most))
+        if is_evaluation(metrics) or step in (1, self.total) or step % every == 0:
+            self.console.metrics(step, self.total, metrics)
 
 
 class QuietScreen(Screen):
@@ -60,8 +64,8 @@ class QuietScreen(Screen):
         if self._began or record.levelno >= logging.WARNING or hasattr(record, "result"):
             self.console.log(record)
 
-    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
-        return None
+    def on_log(self, step: int, metrics: Metrics) -> None:
+        """Print nothing."""
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self._began = True
@@ -120,46 +124,42 @@ class JsonScreen(Screen):
     def log(self, record: logging.LogRecord) -> None:
         self._emit("say", level=record.levelname.lower(), text=record.getMessage())
 
-    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
+    def on_log(self, step: int, metrics: Metrics) -> None:
         if is_evaluation(metrics):
-            self._emit("eval", step=step, total=total, **metrics)
+            self._emit("eval", step=step, total=self.total, **metrics)
         elif not self.quiet:
-            left = self.console.seconds_left(step, total, metrics)
-            self._emit("step", step=step, total=total, seconds_left=left, **metrics)
-
-    # An observer must not end a run in the middle of a step: a closed pipe is raised by the next ``log`` or ``metrics``.
+            left = self.console.seconds_left(step, self.total, metrics)
+            self._emit("step", step=step, total=self.total, seconds_left=left, **metrics)
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        with suppress(OSError):
-            self._emit(
-                "begin",
-                stage=stage.config.stage,
-                method=stage.method,
-                folder=str(stage.dir.path),
-                step=step,
-                total=total,
-                unit=unit,
-                planned_memory_gib=round(stage.plan.peak / 2**30, 3) or None,
-            )
+        self.total = total
+        self._emit(
+            "begin",
+            stage=stage.config.stage,
+            method=stage.method,
+            folder=str(stage.dir.path),
+            step=step,
+            total=total,
+            unit=unit,
+            planned_memory_gib=round(stage.plan.peak / 2**30, 3) or None,
+        )
 
     def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
-        with suppress(OSError):
-            for sample in samples:
-                self._emit("sample", **vars(sample))
+        for sample in samples:
+            self._emit("sample", **vars(sample))
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
-        with suppress(OSError):
-            self._emit(
-                "end",
-                stage=stage.config.stage,
-                adapter=str(stage.dir.adapter),
-                step=outcome.step,
-                seconds=round(outcome.seconds, 3),
-                best=None if outcome.best is None else {"eval_loss": outcome.best[0], "step": outcome.best[1]},
-                left_out=outcome.skipped,
-                warnings=outcome.warnings,
-                general_loss=outcome.general_loss,
-            )
+        self._emit(
+            "end",
+            stage=stage.config.stage,
+            adapter=str(stage.dir.adapter),
+            step=outcome.step,
+            seconds=round(outcome.seconds, 3),
+            best=None if outcome.best is None else {"eval_loss": outcome.best[0], "step": outcome.best[1]},
+            left_out=outcome.skipped,
+            warnings=outcome.warnings,
+            general_loss=outcome.general_loss,
+        )
 
     def _emit(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": round(time.time(), 3)}

@@ -61,6 +61,7 @@ class Widths(NamedTuple):
         norm_offset: whether norms multiply by 1 + weight (see ``rms_norm``).
         head_norms: whether there are norms of the heads of q and k.
         rotary: channels of a head that rope rotates; 0: all.
+        int8: whether products with frozen matrices run in 8 bits.
     """
 
     hidden: int = 576
@@ -73,12 +74,13 @@ class Widths(NamedTuple):
     norm_offset: bool = False
     head_norms: bool = False
     rotary: int = 0
+    int8: bool = False
 
 
 SMALL = Widths()
 
 # the files with a kernel; ``comparisons`` in each runs kernel and twin side by side on a few rows, whatever the dispatch
-OPERATIONS = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "token_logps")
+OPERATIONS = ("nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps")
 _failed: set[tuple[str, torch.device, torch.dtype]] = set()
 _twins_only = False
 

@@ -170,6 +170,35 @@ def _mix32(h):
     return h ^ (h >> 16)
 
 
+@jit
+def hash_tokens(streams, positions, prefix, row):
+    """The hash of these tokens, as in ``_hash``."""
+    h = _mix32(tl.load(streams + row).to(tl.uint32) ^ prefix.to(tl.uint32, bitcast=True))
+    return _mix32(h ^ tl.load(positions + row).to(tl.uint32))
+
+
+@jit
+def hash_channels(column):
+    """The hash of these channels, as in ``_hash``."""
+    return _mix32(column.to(tl.uint32) ^ 0x85EBCA6B)
+
+
+@jit
+def zero_dropped(x, of_tokens, of_channels, limit):
+    """x with zeros where ``dropout_mask`` has them, word by word as there."""
+    h = (of_tokens ^ of_channels) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    stays = (h.to(tl.int32, bitcast=True) >> 1) < limit
+    return tl.where(stays, x, tl.zeros_like(x))
+
+
+def kernel_words(key: DropoutKey) -> tuple[Tensor, Tensor, int, int]:
+    """What kernels need of a key: the tokens, the prefix as int32, and the threshold."""
+    prefix = _prefix(key)
+    signed = prefix - 2**32 if prefix >= 2**31 else prefix
+    return key.streams.contiguous(), key.positions.contiguous(), signed, _threshold(key)
+
+
 @jit(do_not_specialize=["prefix", "limit"])
 def _drop(
     x,
@@ -189,20 +218,14 @@ def _drop(
     """A program takes BLOCK columns of ROWS rows, so that a column is hashed once for all of them: hashing is what bounds
     this kernel on a card whose memory is fast. The mask is never in memory."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    # as in dropout_mask, word by word
-    of_column = _mix32(column.to(tl.uint32) ^ 0x85EBCA6B)
+    of_channels = hash_channels(column)
     for i in tl.static_range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         there = column < tl.where(row < rows, WIDTH, 0)
-        known = tl.minimum(row, rows - 1)
-        h = _mix32(tl.load(streams + known).to(tl.uint32) ^ prefix.to(tl.uint32, bitcast=True))
-        h = _mix32(h ^ tl.load(positions + known).to(tl.uint32))
-        h = (h ^ of_column) * 0x7FEB352D
-        h = (h ^ (h >> 15)) * 0x846CA68B
-        stays = (h.to(tl.int32, bitcast=True) >> 1) < limit
+        of_token = hash_tokens(streams, positions, prefix, tl.minimum(row, rows - 1))
         # loaded where it is dropped too: loads under a mask without pattern are not vectorized
         value = tl.load(x + row * x_row + column, mask=there, other=0.0)
-        value = tl.where(stays, value, tl.zeros_like(value))
+        value = zero_dropped(value, of_token, of_channels, limit)
         place = out + row * out_row + column
         if ADD:
             before = tl.load(place, mask=there, other=0.0).to(tl.float32)
@@ -221,16 +244,12 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
         )
     if x.numel():
         x = rows_dense(x)
-        prefix = _prefix(key)
         block = min(1024, next_power_of_2(width))
         with on_device(x):
             _drop[(-(-rows // _ROWS), -(-width // block))](
                 x,
                 out,
-                key.streams.contiguous(),
-                key.positions.contiguous(),
-                prefix - 2**32 if prefix >= 2**31 else prefix,
-                _threshold(key),
+                *kernel_words(key),
                 x.stride(0),
                 out.stride(0),
                 rows,

@@ -9,7 +9,8 @@ of the adapter switched on, and a reference equals its policy to the bit as long
 
 Forward and backward are separate functions, because the decoder layer decides what is kept between them. They read the
 adapters in the compute dtype, as ``cast_adapters`` gives them for one pass of a layer. The frozen matrices come in parts,
-an iterable of (first column of y, W): one part where a site's matrices lie beside each other.
+an iterable of (first column of y, W): one part where a site's matrices lie beside each other. In int8 (``LinearGroup.int8``) it
+is an ``Int8Matrix`` a projection, transposed for ``grad_input``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dropout import DropoutKey, add_dropped_, drop
+from .dropout import DropoutKey
+from .dropout_products import add_input_gradient_, dropped_product, matrix_gradient
+from .int8 import OutlierChannels, int8_mm, quantize_rows
+from .wide_mm import wide_mm
 
-Parts = Iterable[tuple[int, Tensor]]
+Parts = Iterable[tuple[int, Any]]
 # bitsandbytes' 8-bit optimizers scale blocks of 256 numbers, to which an adapter's matrices are aligned in its buffer, and
 # keep 32 bits for tensors of less than 4,096
 ALIGNMENT, SMALL = 256, 4096
@@ -82,6 +87,19 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class Int8Site:
+    """What the int8 products of a site's frozen matrices need beside them; the same for the whole run.
+
+    Attributes:
+        outliers: the channels of x that stay in the compute dtype.
+        scales: float32 scales of each matrix: of its rows, and of its columns, which are the rows in the backward pass.
+    """
+
+    outliers: OutlierChannels
+    scales: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class LinearGroup:
     """Projections that read the same input.
 
@@ -91,6 +109,8 @@ class LinearGroup:
         outs: out_j.
         stack: the adapters.
         dropout: for the adapters marked with ``dropout``; None: there is none.
+        int8: the matrices' products are in int8; None: in the compute dtype.
+        peaks: [in], which ``project`` raises to the largest absolute value of each channel of x; None: it does not.
     """
 
     weights: tuple[Tensor, ...]
@@ -98,6 +118,8 @@ class LinearGroup:
     outs: tuple[int, ...]
     stack: tuple[LoraPair, ...]
     dropout: DropoutKey | None = None
+    int8: Int8Site | None = None
+    peaks: Tensor | None = None
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -201,11 +223,7 @@ def low_rank(x: Tensor, site: LinearGroup) -> tuple[Tensor, ...]:
             products.append(x.new_empty(0, group.rank))
             continue
         a = group.a()
-        if group.dropout is None:
-            product = x @ a.T
-        else:
-            # dropout's factor 1 / (1 - p) goes to the product, which is narrow
-            product = (drop(x, group.dropout) @ a.T).div_(1 - group.dropout.p)
+        product = x @ a.T if group.dropout is None else dropped_product(x, a, group.dropout)
         for pair, columns in group.pairs:
             if pair.off:
                 product[:, columns] = 0
@@ -234,18 +252,26 @@ def project(
         [T, Σ out] in x's dtype: `out`, or a new tensor.
     """
     y = torch.empty(x.shape[0], sum(site.outs), dtype=x.dtype, device=x.device) if out is None else out
-    for start, weight in parts:
-        columns = slice(start, start + weight.shape[0])
-        if add:
-            y[:, columns].addmm_(x, weight.T)
-        else:
-            torch.mm(x, weight.T, out=y[:, columns])
+    if site.peaks is not None:
+        torch.maximum(site.peaks, x.abs().amax(0), out=site.peaks)
+    on = [pair for pair in zip(site.groups, products) if not pair[0].off]
+    if site.int8 is None:
+        for start, weight in parts:
+            columns = slice(start, start + weight.shape[0])
+            if add:
+                y[:, columns].addmm_(x, weight.T)
+            else:
+                torch.mm(x, weight.T, out=y[:, columns])
+    else:
+        group, product = on.pop(0) if on else (None, x)
+        low_rank = {p: (product[:, c], _scaled_b(pairs)) for p, c, pairs in group.blocks} if group else {}
+        codes = quantize_rows(x, site.int8.outliers)
+        for projection, (start, weight) in enumerate(parts):
+            int8_mm(codes, weight, y[:, start : start + len(weight.codes)], low_rank.get(projection), add=add)
     for bias, columns in zip(site.biases, site.slices):
         if bias is not None:
             y[:, columns] += bias.to(x.dtype)
-    for group, product in zip(site.groups, products):
-        if group.off:
-            continue
+    for group, product in on:
         for projection, columns, pairs in group.blocks:
             y[:, site.slices[projection]].addmm_(product[:, columns], _scaled_b(pairs).T)
     return y
@@ -270,8 +296,6 @@ def grad_low_rank(grad: Tensor, site: LinearGroup, *, need_all: bool = True) -> 
         for pair, columns in group.pairs:
             if pair.off:
                 d_product[:, columns] = 0
-        if group.dropout is not None:
-            d_product.div_(1 - group.dropout.p)
         result.append(d_product)
     return tuple(result)
 
@@ -285,18 +309,29 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
         d_products: of ``grad_low_rank``.
     """
     result = None
-    for start, weight in parts:
-        d_y = grad[:, start : start + weight.shape[0]]
-        result = d_y @ weight if result is None else result.addmm_(d_y, weight)
+    on = [pair for pair in zip(site.groups, d_products) if not pair[0].off]
+    if site.int8 is None:
+        for start, weight in parts:
+            d_y = grad[:, start : start + weight.shape[0]]
+            result = d_y @ weight if result is None else result.addmm_(d_y, weight)
+    else:
+        low_rank = None
+        if on and on[0][0].dropout is None:
+            group, d_product = on.pop(0)
+            low_rank = d_product, group.a().T
+        for start, weight in parts:
+            codes = quantize_rows(grad[:, start : start + weight.codes.shape[1]])
+            if result is None:
+                result = int8_mm(codes, weight, grad.new_empty(len(grad), len(weight.codes)), low_rank)
+            else:
+                int8_mm(codes, weight, result, add=True)
     assert result is not None
-    for group, d_product in zip(site.groups, d_products):
-        if group.off:
-            continue
+    for group, d_product in on:
         a = group.a()
         if group.dropout is None:
             result.addmm_(d_product, a)
         else:
-            add_dropped_(result, d_product @ a, group.dropout)
+            add_input_gradient_(result, d_product, a, group.dropout)
     return result
 
 
@@ -309,14 +344,16 @@ def grad_adapters(
     for group, product, d_product in zip(site.groups, products, d_products):
         if not group.trained:
             continue
-        source = x if group.dropout is None else drop(x, group.dropout)
         if len(group.trained) < len(group.pairs):
             d_product = torch.cat([d_product[:, columns] for _, columns in group.trained], dim=1)
-        d_a = _wide_mm(d_product.T, source)
+        if group.dropout is None:
+            d_a = wide_mm(d_product.T, x)
+        else:
+            d_a = matrix_gradient(d_product, x, group.dropout)
         start = 0
         for pair, columns in group.trained:
             rank = pair.a.shape[0]
-            d_b = _wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns])
+            d_b = wide_mm(grad[:, site.slices[pair.projection]].T, product[:, columns])
             if pair.scale != 1:
                 d_b.mul_(pair.scale)
             result += [d_a[start : start + rank].to(pair.a.dtype), d_b.to(pair.b.dtype)]
@@ -333,12 +370,3 @@ def _scaled_b(pairs: Sequence[LoraPair]) -> Tensor:
     """s B of adapters on one projection beside each other: [out, Σ r]."""
     parts = [_cast(pair)[1] for pair in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a result of at least 32 bits: a sum over all tokens, rounded to 16 bits, would lose small gradients."""
-    if a.dtype.itemsize >= 4:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

@@ -135,6 +135,27 @@ def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
+def row_pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a 4-bit matrix in float32, 16 MB at a time: (rows, values). Its rows are whole blocks."""
+    state = _state(weight)
+    height, width = state.shape
+    assert width % state.blocksize == 0, f"rows of {width} values in blocks of {state.blocksize}"
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    absmax = absmax.view(height, -1)
+    packed = weight.data.reshape(-1).view(torch.uint8).view(height, -1)
+    for rows in torch.arange(height).split(max(1, _PIECE // width)):
+        piece = slice(int(rows[0]), int(rows[-1]) + 1)
+        part = bnb.QuantState(
+            absmax=absmax[piece].reshape(-1),
+            shape=torch.Size((len(rows), width)),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=torch.float32,
+        )
+        yield piece, bnb.dequantize_4bit(packed[piece].reshape(-1, 1), part)
+
+
 def _block_by_block(
     packed: Tensor, absmax: Tensor, count: int, size: int, quant_type: str, dtype: torch.dtype
 ) -> Tensor:
@@ -154,6 +175,29 @@ def _block_by_block(
             )
             flat[first * size :][: rows * width] = bnb.dequantize_4bit(part, state).reshape(-1)
     return flat
+
+
+@jit
+def block_values(tensors, block, filled, byte, there, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
+    """The values of a 4-bit weight's blocks, float32 [blocks, values of a block].
+
+    `tensors` points to ``storage_addresses``, `byte` are the blocks' bytes; `filled` and `there` mask blocks and bytes.
+    """
+    packed = tl.multiple_of(tl.load(tensors).to(tl.pointer_type(tl.uint8)), 16)
+    code = tl.load(tensors + 2).to(tl.pointer_type(tl.float32))
+    if NESTED:
+        absmax = tl.load(tensors + 1).to(tl.pointer_type(tl.uint8))
+        nested_absmax = tl.load(tensors + 3).to(tl.pointer_type(tl.float32))
+        nested_code = tl.load(tensors + 4).to(tl.pointer_type(tl.float32))
+        offset = tl.load(tensors + 5).to(tl.pointer_type(tl.float32))
+        scale = tl.load(nested_code + tl.load(absmax + block, mask=filled, other=0).to(tl.int32))
+        # the sum is after the product and both round, as in bitsandbytes: launched with enable_fp_fusion=False
+        scale = scale * tl.load(nested_absmax + block // NESTED_BLOCK, mask=filled, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(tl.load(tensors + 1).to(tl.pointer_type(tl.float32)) + block, mask=filled, other=0.0)
+    pair = tl.load(packed + byte, mask=there, other=0).to(tl.int32)
+    # the high half of a byte is the earlier value
+    return tl.interleave(tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))) * scale[:, None]
 
 
 @jit(do_not_specialize=["count"])
@@ -180,31 +224,28 @@ def _dequantize(
     row = (program - tl.load(entry)) * ROWS + tl.arange(0, ROWS)
     start = tl.multiple_of(tl.load(entry + 1), 16)
     elements = tl.load(entry + 2)
-    packed = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.uint8)), 16)
-    code = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
     filled = row * (2 * HALF) < elements
-    if NESTED:
-        absmax = tl.load(entry + 4).to(tl.pointer_type(tl.uint8))
-        nested_absmax = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
-        nested_code = tl.load(entry + 7).to(tl.pointer_type(tl.float32))
-        offset = tl.load(entry + 8).to(tl.pointer_type(tl.float32))
-        scale = tl.load(nested_code + tl.load(absmax + row, mask=filled, other=0).to(tl.int32))
-        # the sum is after the product and both round, as in bitsandbytes: launched with enable_fp_fusion=False
-        scale = scale * tl.load(nested_absmax + row // NESTED_BLOCK, mask=filled, other=0.0) + tl.load(offset)
-    else:
-        scale = tl.load(tl.load(entry + 4).to(tl.pointer_type(tl.float32)) + row, mask=filled, other=0.0)
     byte = row[:, None] * HALF + tl.arange(0, HALF)[None, :]
     place = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     # a mask by rows lets a store take 16 bytes
     there, stored = (filled[:, None], filled[:, None]) if WHOLE else (byte < (elements + 1) // 2, place < elements)
-    pair = tl.load(packed + byte, mask=there, other=0).to(tl.int32)
-    # the high half of a byte is the earlier value
-    value = tl.interleave(tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))) * scale[:, None]
+    value = block_values(entry + 3, row, filled, byte, there, NESTED, NESTED_BLOCK)
     tl.store(out + start + place, value.to(out.dtype.element_ty), mask=stored)
 
 
+def storage_addresses(weight: Tensor) -> tuple[int, ...]:
+    """The addresses of a 4-bit weight's six tensors, as ``block_values`` reads them."""
+    state = _state(weight)
+    tensors = [weight, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    assert all(t.device == weight.device and t.is_contiguous() for t in tensors)
+    return (*(t.data_ptr() for t in tensors), *[0] * (6 - len(tensors)))
+
+
 @lru_cache(maxsize=1024)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def table_on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A kernel's table of numbers, int64."""
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
@@ -218,19 +259,16 @@ def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
     for start, weight in weights:
         own = _state(weight)
         elements = own.shape.numel()
-        tensors = [weight, own.absmax, own.code]
-        if nested:
-            tensors += [own.state2.absmax, own.state2.code, own.offset]
-        assert own.blocksize == state.blocksize and all(t.device == out.device and t.is_contiguous() for t in tensors)
+        assert own.blocksize == state.blocksize and own.nested == state.nested and weight.device == out.device
         assert start % 16 == 0 and start + elements <= out.numel()
-        numbers += [programs, start, elements, *(t.data_ptr() for t in tensors), *[0] * (6 - len(tensors))]
+        numbers += [programs, start, elements, *storage_addresses(weight)]
         programs += -(-elements // (2 * half * rows))
         whole = whole and elements % (2 * half) == 0
     if not programs:
         return out
     with on_device(out):
         _dequantize[(programs,)](
-            _on_device(tuple(numbers), out.device),
+            table_on_device(tuple(numbers), out.device),
             out,
             len(weights),
             NESTED=bool(nested),
@@ -242,6 +280,12 @@ def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
             enable_fp_fusion=False,
         )
     return out
+
+
+def sample_weight(values: Tensor, *, nested: bool = True) -> Tensor:
+    """A 4-bit weight for checks."""
+    data, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    return Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
 
 
 def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
@@ -256,8 +300,7 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
     for nested in (True, False):
         weights = []
         for start, shape in zip(starts, shapes):
-            data, state = bnb.quantize_4bit(draw(*shape), blocksize=64, quant_type="nf4", compress_statistics=nested)
-            weights.append((start, Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)))
+            weights.append((start, sample_weight(draw(*shape), nested=nested)))
         name = f"{[list(shape) for shape in shapes]} {'nested' if nested else 'plain'}"
         exact = _twins(weights, empty(torch.float64)) if truncates(device, dtype) else None
         yield Comparison(name, _kernel(weights, empty(dtype)), _twins(weights, empty(dtype)), exact)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,7 @@ from ..model.loaded import BASE, live_of
 from ..train.dpo import run_dpo
 from ..train.resume import StageComplete
 from ..train.sft import run_sft
+from ..train.stage import Observer
 
 logger = logging.getLogger(__name__)
 
@@ -195,9 +196,7 @@ class Ablation:
     pairs: int
 
 
-def run_ablation(
-    table: Table, *, on_metrics: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None
-) -> Ablation:
+def run_ablation(table: Table, *, observers: Sequence[Observer] = ()) -> Ablation:
     """Train the stages that are not finished, then score every arm and the bare base.
 
     The result is written to ``NAME.json`` and ``NAME.md`` in the table's folder (``NAME-some`` if arms were left out).
@@ -219,7 +218,7 @@ def run_ablation(
             arms = ", ".join(arm for arm, chain in table.arms.items() if stage in chain)
             logger.info(f"[{number}/{len(stages)}] {stage.name} ({stage.method}), for {arms}")
             try:
-                (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, on_metrics=on_metrics)
+                (run_sft if stage.method == "sft" else run_dpo)(stage.loaded, observers=observers)
             except StageComplete as done:
                 logger.info(done.message)
             _free()

@@ -203,9 +203,6 @@ def read_eval_sets(names: Sequence[str], n: int = NGRAM) -> EvalSets:
     """Read evaluation sets: files (JSONL, JSON, CSV, Parquet, or text with one item a line), folders, or hub ids.
 
     ``NAME#SPLIT`` is one split. All texts of a row count, except assistants' turns.
-
-    Raises:
-        UserError: a set cannot be read, or has no text of five words.
     """
     counts: dict[str, int] = {}
     sets: dict[int | bytes, str] = {}

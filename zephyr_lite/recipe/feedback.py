@@ -34,7 +34,7 @@ from ..client.jobs import (
 )
 from ..client.request_log import Totals
 from ..config.strict_yaml import read_yaml
-from ..data.load import summarise
+from ..data.load import first_places, summarise
 from ..errors import UserError
 from ..io.atomic import file_aside, write_json
 from .judge import (
@@ -183,10 +183,10 @@ class Feedback:
                 "source": self.read.label,
                 "rows": self.read.read,
                 "prompts": len(self.read.prompts),
-                "left_out": _places(self.read.dropped),
+                "left_out": first_places(self.read.dropped, PLACES),
             },
             "rows": self.rows,
-            "dropped": _places(self.dropped),
+            "dropped": first_places(self.dropped, PLACES),
             "not_reached_by_the_budget": self.unreached,
             "completions": dict(sorted(self.completions.items())),
             "failed": dict(self.failed.most_common()),
@@ -216,10 +216,6 @@ class Feedback:
             texts = ["-" if value is None else f"{value:.2f}" for value in means]
             rows.append((-(means[-1] or 0.0), model, [model, *texts, f"{completions:,}"]))
         return header, [row for _, _, row in sorted(rows)]
-
-
-def _places(reasons: Mapping[str, list[str]]) -> dict[str, Any]:
-    return {reason: {"count": len(where), "first": where[:PLACES]} for reason, where in reasons.items()}
 
 
 def _mean(ratings: Mapping[str, int]) -> float | None:

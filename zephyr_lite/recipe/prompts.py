@@ -79,9 +79,6 @@ def read_prompts(spec: PromptsSpec, *, seed: int) -> Prompts:
     """The prompts of a set, in its order, without repetitions; ``spec.limit`` rows are drawn by the seed.
 
     The prompt of a conversation is its first user turn. An ``input`` beside an ``instruction`` is appended, as in Alpaca.
-
-    Raises:
-        UserError: there is no such set, no column holds prompts, or no row can be used.
     """
     source = open_rows(DatasetSpec(**spec.model_dump(exclude={"limit", "column"})), "--split {}")
     label = source.label
@@ -185,9 +182,6 @@ def read_questions(name: str) -> list[str]:
         name: a text file with one question a line; or JSONL, JSON, CSV, Parquet, a folder or a hub id with one of ``QUESTIONS``.
             ID:SPLIT is one of several splits, ID:NAME:SPLIT that of one of several configurations
             (truthfulqa/truthful_qa:generation:validation).
-
-    Raises:
-        UserError: it cannot be read, or has no such column or no question.
     """
     source, *rest = [name] if Path(name).expanduser().exists() else name.split(":")
     if len(rest) > 2 or not all([source, *rest]):

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..config.load import DatasetSpec
-from ..data.load import summarise
+from ..data.load import PLACES, first_places, summarise
 from ..data.messages import Message, RowError
 from ..data.sources import Source
 from ..data.workers import cores
@@ -37,7 +37,6 @@ BLOCK = 1000  # rows
 SHARD_ROWS = 100_000  # rows of an output file
 TRUTHFUL_QA = "truthful_qa"
 SOURCES = ("evol_instruct", "false_qa", "flan", "sharegpt", TRUTHFUL_QA, "ultrachat")  # of the raw set, a file each
-_PLACES = 5  # of a reason in the report
 # The first release gave 2,628 completions an overall score of 10, many of which the judge had meant as 1 (github
 # OpenBMB/UltraFeedback, issue 8). Its authors then set those to 1 whose mean rating is at most 2, asked the judge again
 # about those up to 4, left the others, and added the column ``fine-grained_score``.
@@ -257,7 +256,7 @@ class PairsReport:
         """For the terminal and report.md."""
         result = [f"read {text}" for text in self.inputs]
         for reason, where in sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0])):
-            result.append(f"left out, {summarise({reason: where}, _PLACES)}")
+            result.append(f"left out, {summarise({reason: where}, PLACES)}")
         result += [f"{note}: {count:,}" for note, count in self.notes.items()]
         if self.questions:
             result.append(f"excluded questions looked for: {self.questions:,}")
@@ -297,9 +296,6 @@ def make_pairs(
 
     Returns:
         None: ``out`` is the result of this very request already.
-
-    Raises:
-        UserError: an input is unreadable or of another schema; no pair is left; ``out`` has other contents.
     """
     rules = rules or PairRules()
     if not rules.margin > 0:
@@ -354,8 +350,8 @@ def make_pairs(
         used = ", ".join(f"{key} {value}" for key, value in asdict(rules).items())
         facts = "\n".join(f"- {line}" for line in report.lines())
         write_text(folder / "report.md", f"# Preference pairs\n\nMade by `{MADE_BY}`: {used}.\n\n{facts}\n")
-        firsts = {r: {"count": len(w), "first": w[:_PLACES]} for r, w in sorted(report.dropped.items())}
-        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **asdict(report), "dropped": firsts})
+        left_out = first_places(dict(sorted(report.dropped.items())))
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **asdict(report), "dropped": left_out})
     return report
 
 

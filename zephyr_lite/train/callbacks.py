@@ -33,11 +33,7 @@ SAME = (
 
 
 def trackers(config: RunConfig) -> list[TrainerCallback]:
-    """transformers' callbacks for the trackers of ``report_to``; none in processes that do not write.
-
-    Raises:
-        UserError: transformers knows no such tracker, or it is not installed.
-    """
+    """transformers' callbacks for the trackers of ``report_to``; none in processes that do not write."""
     names = config.report_to if world().is_main_process else []
     for name in names:
         extra, packages = EXTRAS.get(name, ("", ()))

@@ -45,9 +45,6 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
 
     Args:
         extra: more keys of its ``state.json``.
-
-    Raises:
-        OSError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -83,11 +80,7 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
 
 
 def read_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Restore adapter, optimizer, schedule and scaler from a checkpoint; returns its ``state.json``.
-
-    Raises:
-        UserError: it holds another optimizer's state.
-    """
+    """Restore adapter, optimizer, schedule and scaler from a checkpoint; returns its ``state.json``."""
     content = read_json(folder / STATE)
     assert content is not None
     tensors = load_file(folder / TENSORS)
@@ -239,11 +232,7 @@ class MetricsLog:
         self.path, self.writes = path, writes
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record: one line, one write. JSON has no NaN and no infinity: they become words.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Add a record: one line, one write. JSON has no NaN and no infinity: they become words."""
         if self.writes:
             record = dict(record)
             for key, value in record.items():

@@ -173,11 +173,7 @@ def everywhere(error: UserError, *, machine: bool = False) -> UserError:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """Within, this process exchanges with the others that a launcher started, if there are others.
-
-    Raises:
-        UserError: the processes cannot connect, or there are more of them on this machine than GPUs.
-    """
+    """Within, this process exchanges with the others that a launcher started, if there are others."""
     global _world
     if launched() <= 1 or _world.size > 1:
         yield _world

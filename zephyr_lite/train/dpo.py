@@ -54,7 +54,7 @@ class DpoObjective(Objective):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.collapse = DpoCollapseMonitor()
-        self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs else None
+        self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs is True else None
 
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
         return _totals(self.data, examples)
@@ -141,6 +141,7 @@ class DpoObjective(Objective):
             template=stage.template.text,
             base={k: v for k, v in stage.base.describe().items() if k not in ("name_or_path", "revision")},
             adapters=[a.sha256 for a in stage.frozen],
+            **({"compute": "int8"} if stage.plan.int8 else {}),
         )
         if cache.load():
             logger.info(f"reference log-probabilities read from {cache.path}")

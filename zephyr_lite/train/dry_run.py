@@ -43,9 +43,10 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
             f"--dry-run plans the fused engine; this configuration asks for engine {loaded.config.engine}.",
             "Add engine=fused to look at the rows, or run it with max_steps=1 in an output_dir of its own.",
         )
-    # the reference would be written to the stage's folder, and a tracker would start a run
-    loaded.config = loaded.config.model_copy(update={"precompute_ref_log_probs": False, "report_to": []})
+    loaded.config = loaded.config.model_copy(update={"report_to": []})  # a tracker would start a run
     stage = setup_stage(method, loaded, claim=False)
+    # a cached one would be written to the stage's folder
+    stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": False})
     for line in stage.plan.lines():
         logger.info(line, extra=RESULT)
     for title, spans in first_row(stage) if show is not None else ():

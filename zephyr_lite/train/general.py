@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..data.batch import collate_conversations
-from ..data.general import general_text
+from ..data.dataset import general_text
 from ..io.run_dir import StageDir
 from .distributed import sum_by_name, world
 from .oom import OomRetry
@@ -60,4 +60,5 @@ def _recorded_below(stage: Stage, fingerprint: str) -> float | None:
     adapters = [*(info.get("adapters") or []), info.get("own") or {}]
     same = [each.get("sha256") for each in adapters] == [adapter.sha256 for adapter in stage.frozen]
     same = same and info["base"] == stage.base.describe() and general.get("text") == fingerprint
+    same = same and info["plan"].get("int8", False) == stage.plan.int8
     return general["after"] if same else None

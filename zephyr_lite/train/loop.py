@@ -9,30 +9,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Interrupted
 from ..io.interrupts import StopRequest
-from ..io.logging import Output, output_fault
+from ..io.logging import output_fault
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
-from ..model.adapters import total_norm
 from .checkpoint import MetricsLog, restore_best, resume, save
 from .distributed import everywhere, sum_by_name, world
 from .monitors import SkippedSteps
 from .optim import make_buffers, make_optimizer, make_scheduler
-from .stage import Metrics, Objective, Observer, Outcome, Sample, Stage
+from .stage import Metrics, Objective, Observer, Observers, Outcome, Sample, Stage
 from .steps import largest_micro_batches, micro_batches, rows_of_step, step_schedule
 
 logger = logging.getLogger(__name__)
-
-OnMetrics = Callable[[int, int, Metrics], None]
 
 
 class TrainState:
@@ -40,14 +37,12 @@ class TrainState:
 
     Args:
         stage, objective: what is trained.
-        on_metrics: prints a logged step.
         observers: are told of steps, evaluations and samples.
 
     Attributes:
         parameters: the adapter's float32 weights, by name.
         optimizer, scheduler, scaler: of these weights; the scaler is disabled but for float16.
         per_epoch, total: steps of an epoch, and of the run.
-        output: knows whether anything can still be printed.
         log, sample_log, skipped: the stage's JSON lines.
         step: optimizer steps done.
         metrics: of the last step.
@@ -59,16 +54,8 @@ class TrainState:
         gradients: all gradients in one tensor, of which the parameters' are views. One all-reduce sums them in place.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        objective: Objective,
-        *,
-        on_metrics: OnMetrics = lambda step, total, metrics: None,
-        observers: Sequence[Observer] = (),
-    ) -> None:
-        self.stage, self.objective, self.observers = stage, objective, observers
-        self.output = Output(on_metrics)
+    def __init__(self, stage: Stage, objective: Objective, *, observers: Sequence[Observer] = ()) -> None:
+        self.stage, self.objective, self.observers = stage, objective, Observers(observers)
         self.parameters = stage.stack.parameters()
         self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
         buffers, self.gradients = make_buffers(stage.config, self.parameters)
@@ -106,7 +93,7 @@ def train(state: TrainState) -> Outcome:
             if stage.base.device.type == "cuda":
                 warmup_largest_batch(state)
         started, patience = time.perf_counter(), config.early_stopping_patience
-        _notify(state, "on_train_begin", stage, objective.unit, state.total, state.step)
+        state.observers.tell("on_train_begin", stage, objective.unit, state.total, state.step)
         if state.step == 0 or any(record["step"] == state.step for record in state.evaluations):
             _sample(state, stop)  # again, if a signal interrupted it
         if evaluation_due:
@@ -118,7 +105,7 @@ def train(state: TrainState) -> Outcome:
                 _save_once(state)
                 break
             begun = time.perf_counter()
-            _notify(state, "on_step_begin", state.step)
+            state.observers.tell("on_step_begin", state.step)
             state.metrics = accumulate_gradients(state, state.step)
             _check_numbers(state)
             update(state, state.metrics)
@@ -132,7 +119,7 @@ def train(state: TrainState) -> Outcome:
             }
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
                 _log(state, state.metrics)
-            _notify(state, "on_step_end", state.step, state.metrics)
+            state.observers.tell("on_step_end", state.step, state.metrics)
             _evaluate(state, stop)
             _save_if_due(state, stop)
         if config.load_best_model_at_end and state.best is not None and state.best[1] != state.step:
@@ -239,7 +226,7 @@ def update(state: TrainState, metrics: Metrics) -> bool:
 
 
 def gradient_norm(state: TrainState) -> Tensor:
-    return total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
+    return nn.utils.get_total_norm([p.grad for p in state.parameters.values() if p.grad is not None])
 
 
 def zero_gradients(state: TrainState) -> None:
@@ -324,15 +311,9 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     return [objective.data.examples[example].where for example in found or examples], bool(found)
 
 
-def _notify(state: TrainState, event: str, *values: Any) -> None:
-    for observer in state.observers:
-        getattr(observer, event)(*values)
-
-
 def _log(state: TrainState, metrics: Metrics) -> None:
     state.log.append({"step": state.step, **metrics})
-    _notify(state, "on_log", state.step, metrics)
-    state.output.emit(state.step, state.total, metrics)
+    state.observers.tell("on_log", state.step, metrics)
 
 
 def _evaluate(state: TrainState, stop: StopRequest) -> None:
@@ -362,7 +343,7 @@ def _evaluate(state: TrainState, stop: StopRequest) -> None:
         state.best, state.stale = (loss, step), 0
     else:
         state.stale += 1
-    _notify(state, "on_evaluate", step, found)
+    state.observers.tell("on_evaluate", step, found)
     _sample(state, stop)
 
 
@@ -383,14 +364,14 @@ def _sample(state: TrainState, stop: StopRequest) -> None:
         state.sample_log.append(asdict(sample))
     state.sampled.add(state.step)
     if samples:
-        _notify(state, "on_sample", state.step, samples)
+        state.observers.tell("on_sample", state.step, samples)
 
 
 def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, OSError | None]:
     """The signal that came to any process, and the error of any that cannot print any more. All processes call it at the same
     points, and get the same answer."""
     signal, fault = None, None
-    for name, error in world().all_gather((stop.name, state.output.fault or output_fault())):
+    for name, error in world().all_gather((stop.name, state.observers.fault or output_fault())):
         signal, fault = signal or name, fault or error
     return signal, fault
 
@@ -414,7 +395,7 @@ def _save_if_due(state: TrainState, stop: StopRequest) -> None:
     signal, fault = _asked_to_stop(state, stop)
     if last or periodic or is_best or signal is not None or fault is not None:
         save(state)
-        _notify(state, "on_save", step)
+        state.observers.tell("on_save", step)
     if signal is not None and not last:  # after the last step the stage is completed first
         raise interrupted(signal, state.stage.dir, step, state.total)
     if fault is not None and not last:

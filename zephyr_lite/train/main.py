@@ -18,17 +18,15 @@ from ..errors import Interrupted, UserError
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
 from ..memory.device import in_words
-from ..memory.earlier import add_run
-from ..memory.machine import THE_CPU, peak_memory
-from ..model.compose import compose
-from ..model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
+from ..memory.machine import THE_CPU, add_run, peak_memory
+from ..model.peft_io import LoraWeights, adapter_sha256, compose, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer
 from .distributed import everywhere, world
 from .general import measure_general_loss
-from .loop import OnMetrics, TrainState, train
+from .loop import TrainState, train
 from .resume import StageComplete, machine_now, now
 from .setup import setup_stage
-from .stage import Metrics, Objective, Observer, Outcome, Stage
+from .stage import Metrics, Objective, Observer, Observers, Outcome, Stage
 
 logger = logging.getLogger(__name__)
 # a run of fewer does not tell how fast a machine is
@@ -43,15 +41,13 @@ def run(
     objective: Callable[[Stage], Objective],
     loaded: Loaded,
     *,
-    on_metrics: OnMetrics = lambda step, total, metrics: None,
     observers: Sequence[Observer] = (),
 ) -> Outcome:
     """Train the stage of a configuration, from its last checkpoint if there is one, and write its adapter.
 
     Args:
         objective: makes the method's objective of a stage.
-        on_metrics: prints a logged step.
-        observers: are told of steps, evaluations and samples. Only the process that writes prints and tells.
+        observers: are told of steps, evaluations and samples, by the process that writes.
 
     Raises:
         StageComplete: the stage is finished.
@@ -68,7 +64,7 @@ def run(
             )
         )
     if not here.is_main_process:
-        on_metrics, observers = lambda step, total, metrics: None, ()
+        observers = ()
     with ExitStack() as held:
         here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
@@ -111,23 +107,25 @@ def run(
         observers = [timer, *observers]
         own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
-            outcome, own = train_on_trl(stage, on_metrics=on_metrics, observers=observers)
+            outcome, own = train_on_trl(stage, observers)
         else:
             if config.report_to and here.is_main_process:
                 from .callbacks import Callbacks, trackers
 
                 observers = [*observers, Callbacks(trackers(config))]
-            outcome = train(TrainState(stage, objective(stage), on_metrics=on_metrics, observers=observers))
+            outcome = train(TrainState(stage, objective(stage), observers=observers))
             measure_general_loss(stage, outcome)
         warn_of_overfitting(stage, outcome)
         if stage.writes:
             save_stage(stage, outcome, seconds=timer.seconds, own=own)
-        for observer in observers:
-            observer.on_train_end(stage, outcome)
+        told = Observers(observers)
+        told.tell("on_train_end", stage, outcome)
         if outcome.stopped is not None:
             raise Interrupted(
                 f"{outcome.stopped}: it came at the end; {stage.dir.path} is complete, and nothing else was begun."
             )
+        if told.fault is not None:
+            raise told.fault
         return outcome
 
 

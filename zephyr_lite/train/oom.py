@@ -111,9 +111,6 @@ class OomRetry:
     def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
         """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
         once. A group that did not fit is split; those that did are not repeated.
-
-        Raises:
-            UserError: as ``attempts``.
         """
         left = world().shard(range(len(data.lengths)), data.lengths)
         while left:
@@ -162,11 +159,7 @@ class OomRetry:
         return machine if memory.host is not None else replace(machine, host=machine.host + locked)
 
     def _shrink(self, failure: str) -> None:
-        """Free what can be freed, and follow the next smaller plan that can be followed.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Free what can be freed, and follow the next smaller plan that can be followed."""
         stage, count = self.stage, len(self._examples)
         stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle

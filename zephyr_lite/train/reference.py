@@ -76,9 +76,6 @@ class ReferenceCache:
     def compute(self, decoder: Decoder, data: TokenizedDataset, oom: OomRetry) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
         minute and when the work is interrupted.
-
-        Raises:
-            OSError: the file cannot be written.
         """
         main = world().is_main_process
 

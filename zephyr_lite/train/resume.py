@@ -28,7 +28,7 @@ from .distributed import world
 
 logger = logging.getLogger(__name__)
 
-# keys that gradients do not depend on
+# keys that gradients do not depend on, memory.compute aside
 ALLOWED = {
     "eval_dataset",
     "eval_steps",
@@ -79,7 +79,8 @@ class Comparison:
     """A stage on the disk, compared with what would resume it. Every difference is one line.
 
     A stage without a checkpoint starts again, with any configuration. Processes other than rank 0 resume what that has
-    written just now, so their configuration is not compared. ``loaded.automatic`` keys take the stage's values.
+    written just now, so their configuration is not compared. ``loaded.automatic`` keys take the stage's values, and so does
+    ``precompute_ref_log_probs: auto``.
 
     Attributes:
         before: stage.json of a stage that can be resumed or is complete, or None.
@@ -116,6 +117,8 @@ class Comparison:
         old = RunConfig.model_construct().model_dump(mode="json") | (DPO_DEFAULTS if method == "dpo" else {})
         old |= read_yaml(stage.config)
         kept = {key: old[key] for key in loaded.automatic}
+        if loaded.config.precompute_ref_log_probs == "auto":
+            kept["precompute_ref_log_probs"] = old["precompute_ref_log_probs"]
         self.config = loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **kept})
         if not main:
             return
@@ -123,6 +126,9 @@ class Comparison:
         for key in ("dataset", "eval_dataset"):
             defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
             old[key] = [{**defaults, **spec} for spec in old[key] or []]
+        old["memory"] = MemorySpec().model_dump(mode="json") | (old["memory"] or {})
+        if MemorySpec(**old["memory"]).int8 != loaded.config.memory.int8:
+            self.refused.append(f"memory.compute: {old['memory']['compute']} then, {new['memory']['compute']} now")
         for key in {**new, **old}:
             if key == "output_dir" or (key in new and old[key] == new[key]):
                 continue
@@ -165,9 +171,6 @@ class Comparison:
 
         Returns:
             whether the evaluations so far used other held-out rows.
-
-        Raises:
-            UserError: the rows differ.
         """
         if self.before is None:
             return False

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..chat.generate import Chat
+from ..chat.generate import Chat, Sampling
 from ..data.chat_template import Example
 from ..errors import UserError
 from ..model.loaded import LoadedModel
-from ..model.sampling import Sampling
 from .stage import Sample, Stage
 
 logger = logging.getLogger(__name__)
@@ -61,11 +60,7 @@ def draw_samples(stage: Stage, step: int) -> list[Sample]:
 
 
 def _answers(stage: Stage, prompts: list[list[int]]) -> list[str]:
-    """One answer per prompt.
-
-    Raises:
-        UserError: the model's logits are not finite.
-    """
+    """One answer per prompt."""
     stack = stage.stack
     live = LoadedModel(str(stage.dir.path), stage.base, stack, stage.template, {stage.config.stage: stack.names})
     chat = Chat(live)

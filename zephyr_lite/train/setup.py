@@ -16,8 +16,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
-from ..data.chat_template import NO_THINKING
-from ..data.dataset import TokenizedDataset
+from ..data.batch import collate_conversations
+from ..data.chat_template import NO_THINKING, ChatTemplate
+from ..data.dataset import TokenizedDataset, general_text
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.logging import RESULT
@@ -33,7 +34,7 @@ from ..io.text import counted
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.needs import needs_lines
-from ..memory.plan import Plan, make_plan
+from ..memory.plan import Plan, plan_run
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base
@@ -54,6 +55,8 @@ from .steps import step_schedule
 logger = logging.getLogger(__name__)
 # a run of fewer is warned of
 FEW_STEPS = 30
+# int8 is calibrated on one passage of so many
+CALIBRATION_EVERY = 8
 
 
 def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
@@ -146,8 +149,10 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
     if plan is None:
         machine = this_machine(device, dtype, config.memory)
-        plan = make_plan(workload, machine, config.memory)
-        for line in forecast_lines(workload, machine, plan, config):
+        workload, plan, reference = plan_run(workload, machine, config.memory, config)
+        if method == "dpo":
+            loaded.config = config = config.model_copy(update={"precompute_ref_log_probs": workload.cached_reference})
+        for line in forecast_lines(workload, machine, plan, config, reference=reference):
             logger.info(line, extra=None if claim else RESULT)  # a dry run has no other
     torch.set_num_threads(plan.threads)
     if not weights_first:
@@ -156,7 +161,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     # base, adapters
     if writes:
         stage.claim()
-    base, decoder = _load(config, plan, frozen)
+    base, decoder = _load(config, plan, frozen, template)
     stack = decoder.stack
     per_epoch, total = step_schedule(config, len(data.rows))
     parameters = sum(map(torch.Tensor.numel, stack.parameters().values()))
@@ -261,7 +266,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
     """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
     data = parts[0]
     rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
-    _, steps = step_schedule(config, len(rows))
+    per_epoch, steps = step_schedule(config, len(rows))
     in_a_step = min(config.batch_size, len(rows)) * rows.mean()
     columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids"]
     table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
@@ -272,6 +277,7 @@ def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset])
         "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
         "run_tokens": int(steps * in_a_step),
         "steps": steps,
+        "epochs": steps / per_epoch,
         "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else data.answers().sum(1).mean()))),
         "targets": _largest_share(table["supervised"].to_numpy(), lengths),
     }
@@ -289,7 +295,7 @@ def _largest_share(counted: np.ndarray, lengths: np.ndarray) -> float:
     return float(max((counted[long] / lengths[long]).max(), counted.sum() / lengths.sum()))
 
 
-def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Base, Decoder]:
+def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], template: ChatTemplate) -> tuple[Base, Decoder]:
     """Load the base, attach the adapters, and follow the plan."""
     logger.info(f"loading {config.model_name_or_path}" + (" in NF4" if config.load_in_4bit else ""))
     cap_allocator(compute_device(), config.memory)
@@ -306,7 +312,7 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         stream = WeightStreamer(base.model, base.device)
     stack = AdapterStack(base.model, base.device)
     if config.engine == "fused":  # the other engines attach theirs, to any architecture
-        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths):
+        for note in check_kernels(base.device, base.dtype, Shape.of(base.model.config).widths._replace(int8=plan.int8)):
             logger.info(note)
         for name, adapter in zip(resolve_frozen_names([a.path for a in frozen]), frozen):
             stack.add_frozen(name, adapter)
@@ -322,6 +328,11 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile]) -> tuple[Bas
         keep_freed_pages()
     decoder = Decoder(stack, base.dtype, scratch=plan.scratch, stream=stream)
     decoder.follow(plan)
+    if plan.int8:
+        from ..model.int8 import calibrate
+
+        text = general_text(template, CALIBRATION_EVERY)
+        calibrate(decoder, collate_conversations(list(text.examples)).to(decoder.device))
     return base, decoder
 
 

@@ -185,3 +185,24 @@ class Observer:
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         """The stage is complete and its adapter written."""
+
+
+class Observers:
+    """Tells observers of events. With ``sft | tee log``, Ctrl-C ends the reader of their output too, and the run must still
+    write its checkpoint: an OSError does not end it in the middle of a step.
+
+    Attributes:
+        fault: the first OSError.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = observers
+        self.fault: OSError | None = None
+
+    def tell(self, event: str, *values: Any) -> None:
+        """Call a method of each observer."""
+        for observer in self.observers:
+            try:
+                getattr(observer, event)(*values)
+            except OSError as error:
+                self.fault = self.fault or error

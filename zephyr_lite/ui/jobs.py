@@ -19,7 +19,7 @@ import psutil
 from ..config.load import Method
 from ..config.resolve import resolve_run
 from ..errors import UserError
-from ..io.atomic import LOCK_FILE, make_folder
+from ..io.atomic import LOCK_FILE
 from ..io.run_dir import STAGE_FILE, StageDir
 from ..monitor.charts import number
 from ..monitor.records import Columns, StageRecord
@@ -60,11 +60,7 @@ def words_of(*fields: str) -> list[str]:
 
 
 def run_command(*words: str) -> Iterator[str]:
-    """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed.
-
-    Raises:
-        UserError: the command failed, with its own message.
-    """
+    """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed."""
     process = subprocess.Popen(
         [*_PROGRAM, *words],
         stdin=subprocess.DEVNULL,
@@ -87,17 +83,13 @@ def run_command(*words: str) -> Iterator[str]:
 
 
 def start(method: Method, config: str | None, words: list[str]) -> Path:
-    """Start training; returns the stage's folder. The output goes to ``RUN/STAGE.log``, after that of earlier starts.
-
-    Raises:
-        UserError: a wrong key, a folder that is not in runs/, or a process works on a run already.
-    """
+    """Start training; returns the stage's folder. The output goes to ``RUN/STAGE.log``, after that of earlier starts."""
     refuse_while_training()
     found = resolve_run(method, config, words, fetch=False).config
     stage = StageDir(Path(os.path.relpath(found.output_dir)) / found.stage)
     if stage.run.parent != RUNS:
         raise UserError(f"{stage.run} is not in {RUNS}/, where the page looks for runs.", f"Write {RUNS}/NAME.")
-    make_folder(stage.run)
+    stage.run.mkdir(parents=True, exist_ok=True)
     command = [method, *(["--config", config] if config else []), *words]
     with log_of(stage.path).open("ab") as log:
         log.write(_title(command).encode())

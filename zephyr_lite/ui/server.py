@@ -25,9 +25,6 @@ def open_page(port: int, browser: bool) -> tuple[gr.Blocks, str]:
     Args:
         port: of the page.
         browser: open it in the default browser.
-
-    Raises:
-        UserError: the port is taken.
     """
     page = build(Talk())
     theme = gr.themes.Default(

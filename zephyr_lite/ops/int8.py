@@ -1,0 +1,478 @@
+"""Products with frozen matrices in 8 bits, but for outlier channels (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
+
+    y = s_x s_w (codes_x · codes_wᵀ) + outliers_x · outliers_wᵀ + left · rightᵀ
+
+Codes are integers from -127 to 127, with a scale a row; their sums are exact. The channels of the input whose values are
+largest are left out of the codes and multiplied in 16 bits, as a low-rank product is (adapters: z and s B). Everything is
+added in float32 and rounded once. The gradient of the input is the same product with the transposed matrix, which has codes
+and scales of its own, and no outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import (
+    Comparison,
+    Widths,
+    jit,
+    next_power_of_2,
+    on_device,
+    rows_dense,
+    runs_triton,
+    samples,
+    tl,
+    truncates,
+)
+from .nf4 import block_values, row_pieces, sample_weight, storage_addresses, table_on_device
+
+
+class Int8Matrix(NamedTuple):
+    """A matrix of activations or weights in int8.
+
+    Attributes:
+        codes: int8 [rows, K], contiguous; 0 in outlier channels.
+        scale: float32 [rows].
+        outliers: [rows, R] in the compute dtype, the columns of the outlier channels; None: there are none.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    outliers: Tensor | None = None
+
+    def rows(self, rows: slice) -> Int8Matrix:
+        """Some of the rows; views."""
+        return Int8Matrix(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+    def double(self) -> Tensor:
+        """[rows, K + R] in float64, the outliers' columns last."""
+        whole = self.codes.double() * self.scale.double()[:, None]
+        return whole if self.outliers is None else torch.cat([whole, self.outliers.double()], 1)
+
+
+class OutlierChannels(NamedTuple):
+    """Channels that stay in 16 bits.
+
+    Attributes:
+        channels: int64 [R], ascending.
+        slots: int16 [K], each channel's place among them; -1: not one of them.
+    """
+
+    channels: Tensor
+    slots: Tensor
+
+
+def outlier_count(width: int) -> int:
+    """How many of an input's channels stay in 16 bits: 1/64, rounded up to a multiple of 16."""
+    return -(-width // 1024) * 16
+
+
+def largest_channels(maxima: Tensor) -> OutlierChannels:
+    """The ``outlier_count`` channels with the largest values.
+
+    Args:
+        maxima: [K], the largest absolute value of each channel.
+    """
+    count = outlier_count(len(maxima))
+    channels = maxima.argsort(descending=True, stable=True)[:count].sort().values
+    slots = torch.full(maxima.shape, -1, dtype=torch.int16, device=maxima.device)
+    slots[channels] = torch.arange(count, dtype=torch.int16, device=maxima.device)
+    return OutlierChannels(channels, slots)
+
+
+def static_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of a 4-bit matrix's rows and of its columns: absolute maximum / 127, float32 [out] and [in]."""
+    of_rows, of_columns = [], None
+    for _, values in row_pieces(weight):
+        values.abs_()
+        of_rows.append(values.amax(1))
+        top = values.amax(0)
+        of_columns = top if of_columns is None else torch.maximum(of_columns, top)
+    assert of_columns is not None
+    return torch.cat(of_rows).mul_(1 / 127), of_columns.mul_(1 / 127)
+
+
+Places = Sequence[tuple[Tensor, Int8Matrix, OutlierChannels | None]]
+
+
+def requantize(places: Places, dtype: torch.dtype, *, transposed: bool) -> None:
+    """Write codes of 4-bit weights, and their columns of outlier channels; on CUDA in one launch for all.
+
+    Args:
+        places: (weight [out, in], where it goes, its outlier channels). codes are [out, in], outliers [out, R], or
+            (`transposed`) codes are [in, out], and there are no outliers. scale is read: of ``static_scales``.
+        dtype: the compute dtype.
+        transposed: of all places.
+    """
+    run = _kernel_requantize if runs_triton("int8", places[0][1].codes, dtype) else _twin_requantize
+    run(places, transposed)
+
+
+def quantize_rows(x: Tensor, outliers: OutlierChannels | None = None) -> Int8Matrix:
+    """x in int8, each row with its own scale: absolute maximum of the channels that are not outliers, / 127.
+
+    A row of zeros has the scale 0; one with an infinity or a NaN has a scale that is not finite.
+
+    Args:
+        x: [T, K], rows dense, any distance apart.
+    """
+    run = _kernel_quantize if runs_triton("int8", x) else _twin_quantize
+    return run(x, outliers)
+
+
+def int8_mm(
+    x: Int8Matrix,
+    weight: Int8Matrix,
+    out: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    *,
+    add: bool = False,
+) -> Tensor:
+    """y = x · weightᵀ + left · rightᵀ.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], of the same outlier channels.
+        out: [T, N] in the compute dtype, rows dense, any distance apart: where y is written.
+        low_rank: left [T, R], rows dense, and right [N, R] with any strides, in the compute dtype.
+        add: add to what `out` holds.
+    Returns:
+        `out`.
+    """
+    (rows, inner), (columns, width) = x.codes.shape, weight.codes.shape
+    # the largest sum of products is exact in int32
+    assert inner == width and inner % 16 == 0 and inner * 127**2 < 2**31 and out.shape == (rows, columns)
+    assert (x.outliers is None) == (weight.outliers is None)
+    run = _kernel_mm if runs_triton("int8", out) else _twin_mm
+    return run(x, weight, out, low_rank, add)
+
+
+# a row whose largest value is less counts as zero: its reciprocal could not be computed
+_TINY = 1e-30
+
+
+def _twin_requantize(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
+    for weight, to, outliers in places:
+        inverse = torch.where(to.scale > 0, 1 / to.scale, 0)
+        for rows, values in row_pieces(weight):
+            if outliers is not None:
+                assert to.outliers is not None
+                to.outliers[rows] = values[:, outliers.channels].to(to.outliers.dtype)
+                values.index_fill_(1, outliers.channels, 0)
+            codes = values.mul_(inverse if transposed else inverse[rows, None]).round_()
+            (to.codes[:, rows].T if transposed else to.codes[rows]).copy_(codes)
+    return tuple(to for _, to, _ in places)
+
+
+def _twin_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
+    wide, kept = x.float(), None
+    if outliers is not None:
+        kept = x[:, outliers.channels]
+        wide = wide.index_fill(1, outliers.channels, 0)
+    top = wide.abs().amax(1)
+    top = torch.where(top < _TINY, 0, top)
+    inverse = torch.where(top == 0, 0, 1 / top * 127)
+    codes = (wide * inverse[:, None]).round_().to(torch.int8)
+    return Int8Matrix(codes, top * (1 / 127), kept)
+
+
+def _twin_mm(
+    x: Int8Matrix, weight: Int8Matrix, out: Tensor, low_rank: tuple[Tensor, Tensor] | None, add: bool
+) -> Tensor:
+    y = torch.mul(_exact_sums(x.codes, weight.codes), x.scale[:, None]).mul_(weight.scale)
+    if x.outliers is not None and weight.outliers is not None:
+        y.addmm_(x.outliers.float(), weight.outliers.float().T)
+    if low_rank is not None:
+        y.addmm_(low_rank[0].float(), low_rank[1].float().T)
+    return out.copy_(y.add_(out) if add else y)
+
+
+def _exact_sums(a: Tensor, b: Tensor) -> Tensor:
+    """a · bᵀ in int32. On CUDA torch wants more than 16 rows."""
+    padded = torch.nn.functional.pad(a, (0, 0, 0, 32 - len(a))) if a.is_cuda and len(a) <= 16 else a
+    return torch._int_mm(padded, b.T)[: len(a)]
+
+
+@jit
+def _nearest(value):
+    """The nearest integer, half to even, as int8: adding 1.5 · 2²³ rounds, and leaves the integer in the lowest bits."""
+    return (value + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@jit(do_not_specialize=["count"])
+def _requantize(
+    table,
+    like,
+    count,
+    TRANSPOSED: tl.constexpr,
+    NESTED: tl.constexpr,
+    HALF: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A program takes ROWS rows of one block of 2 · HALF columns, of one of `count` weights.
+
+    The table has 14 numbers a weight: its first program, rows, blocks a row, and outlier channels, and the addresses of its
+    codes, scales, slots, outliers (a pointer like `like`) and of its tensors.
+    """
+    program = tl.program_id(0)
+    which = 0
+    for i in range(1, count):
+        which += (program >= tl.load(table + 14 * i)).to(tl.int32)
+    entry = table + 14 * which
+    rows, blocks = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
+    codes = tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(tl.int8)), 16)
+    scale = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
+    program -= tl.load(entry).to(tl.int32)
+    row = program // blocks * ROWS + tl.arange(0, ROWS)
+    block = row * blocks + program % blocks
+    column = program % blocks * (2 * HALF) + tl.arange(0, 2 * HALF)
+    filled = row < rows
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    value = block_values(entry + 8, block, filled, byte, filled[:, None], NESTED, NESTED_BLOCK)
+    if TRANSPOSED:
+        s = tl.load(scale + column)
+        code = _nearest(value * tl.where(s > 0, tl.div_rn(1.0, s), 0.0)[None, :])
+        tl.store(codes + column[:, None] * rows + row[None, :], tl.trans(code), mask=filled[None, :])
+    else:
+        s = tl.load(scale + row, mask=filled, other=0.0)
+        code = _nearest(value * tl.where(s > 0, tl.div_rn(1.0, s), 0.0)[:, None])
+        slot = tl.load(tl.load(entry + 6).to(tl.pointer_type(tl.int16)) + column).to(tl.int32)
+        outliers = tl.load(entry + 7).to(like.dtype)
+        place = row[:, None] * tl.load(entry + 3).to(tl.int32) + slot[None, :]
+        outlier = filled[:, None] & (slot >= 0)[None, :]
+        tl.store(outliers + place, value.to(like.dtype.element_ty), mask=outlier)
+        place = row[:, None] * (blocks * 2 * HALF) + column[None, :]
+        tl.store(codes + place, tl.where(outlier, 0, code).to(tl.int8), mask=filled[:, None])
+
+
+_ROWS = 64
+
+
+def _kernel_requantize(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
+    first, device = places[0][0].quant_state, places[0][1].codes.device  # type: ignore[attr-defined]
+    numbers: list[int] = []
+    programs, like = 0, places[0][1].codes
+    for weight, to, outliers in places:
+        state = weight.quant_state  # type: ignore[attr-defined]
+        (rows, width), addresses = state.shape, (0, 0)
+        assert width % state.blocksize == 0 and state.blocksize == first.blocksize and state.nested == first.nested
+        assert to.codes.is_contiguous() and to.codes.shape == ((width, rows) if transposed else (rows, width))
+        if not transposed:
+            assert outliers is not None and to.outliers is not None and to.outliers.is_contiguous()
+            like, addresses = to.outliers, (outliers.slots.data_ptr(), to.outliers.data_ptr())
+        blocks = width // state.blocksize
+        count = 0 if outliers is None else len(outliers.channels)
+        numbers += [programs, rows, blocks, count, to.codes.data_ptr(), to.scale.data_ptr(), *addresses]
+        numbers += storage_addresses(weight)
+        programs += -(-rows // _ROWS) * blocks
+    with on_device(like):
+        _requantize[(programs,)](
+            table_on_device(tuple(numbers), device),
+            like,
+            len(places),
+            TRANSPOSED=transposed,
+            NESTED=first.nested,
+            HALF=first.blocksize // 2,
+            NESTED_BLOCK=first.state2.blocksize if first.nested else 1,
+            ROWS=_ROWS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return tuple(to for _, to, _ in places)
+
+
+@jit
+def _quantize(x, slots, codes, scale, kept, x_row, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes a row, which stays in registers; R: outlier channels."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < K
+    value = tl.load(x + row * x_row + column, mask=there, other=0.0)
+    wide = value.to(tl.float32)
+    if R:
+        slot = tl.load(slots + column, mask=there, other=-1).to(tl.int32)
+        tl.store(kept + row * R + slot, value, mask=slot >= 0)
+        wide = tl.where(slot >= 0, 0.0, wide)
+    # as integers, absolute values are ordered as they are, and a NaN is the largest
+    top = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+    top = tl.where(top < 1e-30, 0.0, top)
+    tl.store(scale + row, top * (1 / 127))
+    code = _nearest(wide * tl.where(top == 0, 0.0, tl.div_rn(1.0, top) * 127.0))
+    tl.store(codes + row * K + column, code, mask=there)
+
+
+def _kernel_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
+    x = rows_dense(x)
+    rows, width = x.shape
+    codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    kept = None if outliers is None else torch.empty(rows, len(outliers.channels), dtype=x.dtype, device=x.device)
+    if rows:
+        tensors = (x, None if outliers is None else outliers.slots, codes, scale, kept)
+        block, count = next_power_of_2(width), 0 if kept is None else kept.shape[1]
+        options = {"K": width, "R": count, "BLOCK": block, "num_warps": min(32, max(1, block // 512))}
+        with on_device(x):
+            _quantize[(rows,)](*tensors, x.stride(0), **options, enable_fp_fusion=False)
+    return Int8Matrix(codes, scale, kept)
+
+
+@jit
+def _add_product(total, left, right, left_row, right_row, right_column, inner, m, n, WIDEN: tl.constexpr):
+    """total + left[m] · right[n]ᵀ, of `inner` values in 16 bits. WIDEN: the interpreter knows no bfloat16 here."""
+    k = tl.arange(0, 16)
+    left += m[:, None] * left_row + k[None, :]
+    right += n[:, None] * right_row + k[None, :] * right_column
+    for start in range(0, inner, 16):
+        there = (k < inner - start)[None, :]
+        a, b = tl.load(left, mask=there, other=0.0), tl.load(right, mask=there, other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        left += 16
+        right += 16 * right_column
+    return total
+
+
+@jit(do_not_specialize=["rows"])
+def _mm(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    x_kept,
+    w_kept,
+    left,
+    right,
+    out,
+    rows,
+    columns,
+    inner,
+    kept,
+    rank,
+    left_row,
+    right_row,
+    right_column,
+    out_row,
+    ADD: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A program takes BM x BN of y; GROUP rows of programs share what they read of w in the cache. EVEN: no part of BK at
+    the end of a row."""
+    program, high, wide = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    first = program // (GROUP * wide) * GROUP
+    size = tl.minimum(high - first, GROUP)
+    program %= GROUP * wide
+    top, start = ((first + program % size) * BM).to(tl.int64), (program // size * BN).to(tl.int64)
+    # beyond the end the last row is read again, without masks, and not stored
+    row, column, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    m = tl.minimum(row, (rows - top - 1).to(tl.int32))
+    n = tl.minimum(column, (columns - start - 1).to(tl.int32))
+    a = x + top * inner + (m[:, None] * inner + k[None, :])
+    b = w + start * inner + (n[:, None] * inner + k[None, :])
+    sums = tl.zeros((BM, BN), tl.int32)
+    for done in range(0, inner, BK):
+        if EVEN:
+            left_codes, right_codes = tl.load(a), tl.load(b)
+        else:
+            there = (k < inner - done)[None, :]
+            left_codes, right_codes = tl.load(a, mask=there, other=0), tl.load(b, mask=there, other=0)
+        sums = tl.dot(left_codes, tl.trans(right_codes), sums)
+        a += BK
+        b += BK
+    y = sums.to(tl.float32) * tl.load(x_scale + top + m)[:, None] * tl.load(w_scale + start + n)[None, :]
+    y = _add_product(y, x_kept + top * kept, w_kept + start * kept, kept, kept, 1, kept, m, n, WIDEN)
+    left += top * left_row
+    right += start * right_row
+    y = _add_product(y, left, right, left_row, right_row, right_column, rank, m, n, WIDEN)
+    place = out + top * out_row + start + (row[:, None] * out_row + column[None, :])
+    there = (row < rows - top)[:, None] & (column < columns - start)[None, :]
+    if ADD:
+        y += tl.load(place, mask=there, other=0.0).to(tl.float32)
+    tl.store(place, y.to(out.dtype.element_ty), mask=there)
+
+
+# major compute capability → BM, BN, BK, stages: what needs no spills and fits the shared memory; 0: the interpreter
+_TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3)}
+_TILE = (128, 256, 64, 3)
+
+
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def _kernel_mm(
+    x: Int8Matrix, weight: Int8Matrix, out: Tensor, low_rank: tuple[Tensor, Tensor] | None, add: bool
+) -> Tensor:
+    (rows, inner), columns, nothing = x.codes.shape, weight.codes.shape[0], out[:0, :0]
+    kept = (nothing, nothing) if x.outliers is None or weight.outliers is None else (x.outliers, weight.outliers)
+    left, right = (nothing, nothing) if low_rank is None else low_rank
+    assert all(t.is_contiguous() for t in (x.codes, weight.codes, *kept)) and out.stride(1) == left.stride(1) == 1
+    assert kept[0].shape[1] == kept[1].shape[1] and left.shape[1] == right.shape[1]
+    bm, bn, bk, stages = _TILES.get(_major(out.device), _TILE)
+    if rows:
+        tensors = (x.codes, weight.codes, x.scale, weight.scale, *kept, left, right, out)
+        numbers = (
+            rows,
+            columns,
+            inner,
+            kept[0].shape[1],
+            left.shape[1],
+            left.stride(0),
+            *right.stride(),
+            out.stride(0),
+        )
+        options = {"ADD": add, "EVEN": inner % bk == 0, "WIDEN": truncates(out.device, out.dtype)}
+        tile = {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_stages": stages, "num_warps": 8}
+        with on_device(out):
+            _mm[(-(-rows // bm) * -(-columns // bn),)](*tensors, *numbers, **options, **tile)
+    return out
+
+
+def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
+    """Kernel and twin side by side (``dispatch.check_kernels``)."""
+    if not widths.int8:
+        return
+    draw, draw_weight = samples(device, dtype), samples(device, torch.float32)
+    rows, height, rank = 3, 192, 16
+    for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:  # whole blocks
+        name = f"[{height}, {width}]"
+        weight, x, grad = sample_weight(draw_weight(height, width)), draw(rows, width), draw(rows, height)
+        scales, outliers = static_scales(weight), largest_channels(x.abs().amax(0))
+        found = []
+        for requantized, quantized in ((_kernel_requantize, _kernel_quantize), (_twin_requantize, _twin_quantize)):
+            codes = torch.zeros(2, height * width, dtype=torch.int8, device=device)
+            kept = torch.zeros(height, len(outliers.channels), dtype=dtype, device=device)
+            forward = Int8Matrix(codes[0].view(height, width), scales[0], kept)
+            backward = Int8Matrix(codes[1].view(width, height), scales[1])
+            requantized([(weight, forward, outliers)], False)
+            requantized([(weight, backward, None)], True)
+            found.append((forward, quantized(x, outliers), backward, quantized(grad, None)))
+        names = (f"weight {name}", f"x {name}", f"transposed weight {name}", f"gradient {name}")
+        for what, got, want in zip(names, *found):
+            yield Comparison(f"codes of {what}", got.codes, want.codes, None)
+            yield Comparison(f"scales of {what}", got.scale, want.scale, None)
+            if got.outliers is not None and want.outliers is not None:
+                exact = want.outliers.double() if truncates(device, dtype) else None
+                yield Comparison(f"outliers of {what}", got.outliers, want.outliers, exact)
+        forward, x8, backward, grad8 = found[1]
+        for left, right, low_rank in (
+            (x8, forward, (draw(rows, rank), draw(height, rank))),
+            (grad8, backward, (draw(rows, rank), draw(rank, width).T)),
+        ):
+            before = draw(rows, len(right.codes))
+            exact = left.double() @ right.double().T
+            kernel, twin = (run(left, right, torch.empty_like(before), None, False) for run in (_kernel_mm, _twin_mm))
+            yield Comparison(f"{name} · {list(left.codes.shape)}", kernel, twin, exact)
+            exact = exact + low_rank[0].double() @ low_rank[1].double().T + before.double()
+            kernel, twin = (run(left, right, before.clone(), low_rank, True) for run in (_kernel_mm, _twin_mm))
+            yield Comparison(f"added {name} · {list(left.codes.shape)}", kernel, twin, exact)
