@@ -37,7 +37,8 @@ def test_the_next_plan_is_corrected_by_a_run(tiny_base, chat_rows, tmp_path, mon
 
 @pytest.mark.parametrize("content", ['{"x": ', '{"x": "fast"}'])
 def test_a_damaged_file_is_named_and_started_anew(content):
-    job, said = SimpleNamespace(dtype=torch.float32, engine="fused", shape=SimpleNamespace(layers=2, hidden=64)), []
+    shape, said = SimpleNamespace(layers=2, hidden=64), []
+    job = SimpleNamespace(dtype=torch.float32, engine="fused", int8=False, shape=shape)
     file = cache_dir() / "measured.json"
     file.parent.mkdir()
     file.write_text(content)
