@@ -62,4 +62,4 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-compat build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-compat build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

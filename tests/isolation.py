@@ -22,7 +22,6 @@ INHERITED = (
     "TRITON_",
     "OPENBLAS_",
     "OMP_",
-    "FUZZ_",
     "CHROMIUM",
 )
 ROOT = Path(__file__).parent.parent

@@ -1,5 +1,8 @@
 """What ends a command early: something of the user's has to change, or the user wanted it to end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something in the user's input, files or machine has to change; the command line prints it and exits with 2.
@@ -28,3 +31,14 @@ class Interrupted(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+@contextmanager
+def optional(extra: str) -> Iterator[None]:
+    """Import packages of an extra in the block: a UserError names the extra if one is missing."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("zephyr_lite"):
+            raise
+        raise UserError(f"this needs an optional package: {error}.", f'pip install "zephyr-lite[{extra}]"') from None

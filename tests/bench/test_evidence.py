@@ -1,4 +1,4 @@
-"""``bench.evidence``: a tiny run of every stage on a CPU, and what becomes of stages that fail, hang or are interrupted."""
+"""``bench.evidence``: a tiny run of every stage on a CPU, and commands that the benches take."""
 
 from __future__ import annotations
 
@@ -85,13 +85,6 @@ def test_the_whole_at_a_tiny_size(tmp_path, monkeypatch, capsys):
 
 
 # -- stages that fail, hang, or are cut short --------------------------------------------------------------------------
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_the_commands_are_ones_that_the_benches_take(tmp_path):

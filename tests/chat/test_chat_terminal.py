@@ -1,20 +1,14 @@
-"""`zephyr-lite chat` as it is used: in a terminal (a real one for what only a terminal does), through a pipe, with a file."""
+"""`zephyr-lite chat` as it is used: in a terminal, through a pipe, with a file."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import select
-import struct
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-import zephyr_lite
 from zephyr_lite.chat import Chat, load_chat
 from zephyr_lite.chat.generate import Drawn
 from zephyr_lite.chat.session import Session
@@ -173,46 +167,3 @@ def test_a_file_of_prompts_is_answered_in_batches(talk_run, monkeypatch, capsys,
 
 
 # A real terminal
-
-# what the terminal itself writes behind a question, and then something that is said
-SAID = r"(\s|\x1b\[[?0-9;]*[a-z])*[^\x1b\s]"
-KEYS = {"INT": b"\x03", "EOF": b"\x04"}
-
-
-class Terminal:
-    """The command in a pseudo-terminal."""
-
-    def __init__(self, arguments, cwd):
-        pty = pytest.importorskip("pty")
-        import fcntl
-        import termios
-
-        self.seen = b""
-        self.pid, self.handle = pty.fork()
-        if self.pid == 0:
-            os.chdir(cwd)
-            root = str(Path(zephyr_lite.__file__).parent.parent)
-            os.environ.update(TERM="xterm", PYTHONPATH=root)
-            del os.environ["COLUMNS"], os.environ["LINES"]  # the terminal's own size
-            os.execv(sys.executable, [sys.executable, "-m", "zephyr_lite", *arguments])
-        fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 160, 0, 0))
-
-    def until(self, pattern, seconds=90.0):
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.seen.decode("utf-8", "replace")):
-            assert time.monotonic() < end, (pattern, self.seen)
-            if select.select([self.handle], [], [], 0.2)[0]:
-                self.seen += os.read(self.handle, 65536)
-        found, self.seen = self.seen.decode("utf-8", "replace"), b""
-        return found
-
-    def type(self, keys):
-        os.write(self.handle, keys if isinstance(keys, bytes) else keys.encode())
-
-    def code(self):
-        try:
-            while os.read(self.handle, 65536):
-                pass
-        except OSError:
-            pass
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

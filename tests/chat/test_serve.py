@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import httpx
 import openai
 import pytest
 import torch
@@ -131,6 +132,16 @@ def test_a_request_that_cannot_be_answered_is_refused(ask, changes, status, said
         assert error.value.status_code == status and said in error.value.body["message"]
         assert error.value.type == "invalid_request_error"
     assert ask(n=1, logprobs=False, response_format={"type": "text"}, frequency_penalty=0, user="me")[0] == ask()[0]
+
+
+def test_other_paths_methods_and_hosts_are_refused(url):
+    for path, status in (("/nothing", 404), ("/chat/completions", 405)):
+        answer = httpx.get(url + path)
+        error = answer.json()["error"]
+        assert answer.status_code == status and error["type"] == "invalid_request_error" and path in error["message"]
+    port = url.split(":")[-1].removesuffix("/v1")
+    assert httpx.get(f"http://localhost:{port}/v1/models").status_code == 200
+    assert httpx.get(f"{url}/models", headers={"Host": f"evil.example:{port}"}).status_code == 400
 
 
 def test_a_client_that_leaves_ends_its_answer(chat, ask, monkeypatch, said):

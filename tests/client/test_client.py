@@ -1,4 +1,4 @@
-"""The client against a real HTTP server: requests, every way of failing that servers have, budgets, rates."""
+"""The client against a real HTTP server: requests, the ways in which servers fail, budgets."""
 
 from __future__ import annotations
 
@@ -146,6 +146,19 @@ def test_a_request_without_a_reply_leaves_the_others_alone_and_is_asked_again_la
         replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, ["a", "bad", "b"]))
     assert all(isinstance(r, Reply) for r in replies)
     assert totals.requests == tries + 3 and totals.from_log == 2
+
+
+def test_settings_that_a_server_does_not_know_are_sent_in_another_form(tmp_path):
+    def script(seen):
+        if "max_tokens" in seen.body:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return error(422, "seed: Extra inputs are not permitted") if "seed" in seen.body else by_hash(seen)
+
+    with ChatServer(script) as server:
+        endpoint = spec(server, concurrency=1, retries=0)
+        replies, totals = run([endpoint], tmp_path, lambda d: ask_all(d, list("abc"), seed=1))
+    assert all(isinstance(r, Reply) for r in replies)
+    assert len(server.seen) == totals.requests == 5 and server.seen[-1].body["max_completion_tokens"] == 50
 
 
 @pytest.mark.parametrize(

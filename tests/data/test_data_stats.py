@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CONVERSATIONS
-from zephyr_lite.cli import app as cli
 from zephyr_lite.cli.options import console
 from zephyr_lite.cli.row_stats import print_stats
 from zephyr_lite.monitor.rows import TrainedRows, open_rows
@@ -60,26 +59,3 @@ def test_the_figures_are_the_runs(tiny_base, long_rows, plain):
     assert f"left out, no assistant turn: 1 ({long_rows} row 5)" in text
     assert f"left out, no supervised token within max_length 128: 1 ({long_rows} row 3)" in text
     assert f"ended with the user; the last turn was cut: 1 ({long_rows} row 6)" in text
-
-
-# -- the command ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_command(capsys, tmp_path, monkeypatch, tiny_base, long_rows, chat_rows):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        code = cli.run(["data", "stats", *map(str, words), f"model_name_or_path={tiny_base}"])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    code, out, err = run("sft", f"dataset={long_rows}", f"eval_dataset={chat_rows}", "max_length=128", "--places", "1")
-    assert code == 0, err
-    assert out.index("training data, sft") < out.index("in all: ") < out.index("held-out data, sft")
-    assert not (tmp_path / "runs").exists()
-    code, _, err = run("sft", "dataset=nowhere.jsonl")
-    assert code == 2 and "nowhere.jsonl" in err
-    code, _, err = run("sft", f"dataset={chat_rows}", "max_length=4")
-    assert code == 2 and "no row is left to train on" in err and "Raise max_length" in err
-    code, _, err = run(f"dataset={chat_rows}")
-    assert code == 2 and "which stage's rows?" in err

@@ -1,4 +1,4 @@
-"""Answers with labels, for KTO: the formats, the counts of both kinds, advice on weights, and what is refused."""
+"""Answers with labels, for KTO: the formats, and what is refused."""
 
 from __future__ import annotations
 
@@ -75,24 +75,6 @@ def test_other_rows_are_refused_with_what_to_do(tmp_path):
     ) as told:
         load(tmp_path, {"prompt": "Hi", "completion": "Hello", "kto_tag": True})
     assert "add dataset.columns.label=kto_tag" in told.value.hint
-
-
-def test_counts_and_advice(tmp_path):
-    template = resolve_template("zephyr", make_tokenizer(tmp_path / "tokenizer"))
-    specs = [DatasetSpec(path=str(tmp_path / "labels.jsonl"))]
-
-    def notes(*labels, **weights):
-        load(tmp_path, *[{**GOOD, "prompt": f"Hi {i}", "label": label} for i, label in enumerate(labels)])
-        return "\n".join(prepare(specs, "kto", RunConfig(loss_type="kto", **weights), template).report.lines())
-
-    assert "answers: 3 desirable (true), 1 undesirable (false)" in notes(1, 1, 1, 0)
-    assert (
-        "weigh 3 times as much as the undesirable ones; KTO's paper advises 1 to 1.33: set undesirable_weight=3"
-        in notes(1, 1, 1, 0)
-    )
-    assert "set desirable_weight=3" in notes(1, 0, 0, 0)
-    assert "advises" not in notes(1, 1, 1, 0, undesirable_weight=2.5) + notes(1, 0) + notes(1, 1, 1, 1, 0, 0, 0)
-    assert "all labels are true" in notes(1, 1) and "4 rows; the longest has" in notes(0, 0, 0, 0)
 
 
 def test_an_answer_with_a_label_is_one_sequence(tmp_path):

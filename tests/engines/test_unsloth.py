@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.engines.test_baselines import settings
 from zephyr_lite.engines import unsloth as early
@@ -130,33 +128,3 @@ def test_sft_is_the_other_engines_run(run):
     # its own loss ran, which leaves TRL's entropy and accuracy of the training pass out
     assert "entropy" not in metrics(found)[0]
     assert not (Path.cwd() / "unsloth_compiled_cache").exists()
-
-
-def test_dpo_in_4_bits_stands_on_the_sft_adapter(run):
-    run("sft", "unsloth", "nf4"), run("sft", "trl", "nf4"), run("sft", "fused", "nf4")
-    found, said = run("dpo", "unsloth", "nf4")
-    assert "at rank 4" in said and "against a frozen copy" in said
-    assert_same_run(found, run("dpo", "trl", "nf4")[0], 1e-4)
-    first, fused = metrics(found)[0], metrics(run("dpo", "fused", "nf4")[0])[0]
-    assert first["loss"] == pytest.approx(0.69314718, abs=1e-6)
-    # policy and reference are base + sft there, as in the fused engine's stack; not the bare base
-    bare, _ = run("dpo", "unsloth", "bare", "adapters=none")
-    for name in ("logps/chosen", "logps/rejected"):
-        assert first[name] == pytest.approx(fused[name], rel=1e-5)
-        assert abs(metrics(bare)[0][name] - first[name]) > 1e-3 * abs(first[name])
-    before, after = (load_file(f / "adapter/adapter_model.safetensors") for f in (found.parent / "sft", found))
-    assert before.keys() == after.keys() and all(not torch.equal(before[n], after[n]) for n in before)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["bnb_4bit_use_double_quant=false"], "always quantizes the scales"),
-        (["dtype=float16"], ", wanted was torch.float16"),
-        (["max_length=1200", "dataset.limit=1"], None),
-    ],
-)
-def test_what_it_would_change_is_refused(run, words, said):
-    """And what it need not change is not: a max_length beyond the model's positions, with rows that are short."""
-    _, complaint = run("sft", "unsloth", f"refused-{len(words)}-{words[0][:5]}", *words, code=2 if said else 0)
-    assert said is None or said in complaint

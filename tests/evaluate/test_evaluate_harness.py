@@ -1,4 +1,4 @@
-"""The harness: its numbers are the live stack's, finished tasks are kept, and what is missing is said."""
+"""The harness: its numbers are the live stack's, and finished tasks are kept."""
 
 from __future__ import annotations
 
@@ -96,25 +96,3 @@ def test_every_model_of_the_chain_and_finished_tasks_are_kept(trained, tasks, ca
     (tasks / "questions.jsonl").write_text((tasks / "questions.jsonl").read_text().replace("Rhine", "Nile"))
     code, out, err = asked(capsys, *words)
     assert code == 1 and "kept from" not in out and "NoneType" in err
-
-
-def test_interrupted_after_a_task_the_same_command_continues(trained, tasks, capsys, monkeypatch, tmp_path):
-    words = [trained, "--tasks", "tiny_choice:2,tiny_choice", "--include-path", tasks, "--out", tmp_path]
-    real, runs = harness._run, []
-
-    def interrupted(*args):
-        if runs:
-            raise KeyboardInterrupt
-        runs.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(harness, "_run", interrupted)
-    code, _, err = asked(capsys, *words, "--model", "sft")
-    assert code == 130 and "the same command continues" in err
-    kept = json.loads((tmp_path / "harness.json").read_text())["models"]["sft"]["tasks"]
-    assert list(kept) == ["tiny_choice:2"] and kept["tiny_choice:2"]["shots"] == 2
-    monkeypatch.setattr(harness, "_run", real)
-    code, out, err = asked(capsys, *words, "--model", "sft")
-    assert code == 0 and "sft, tiny_choice:2: kept from" in out, err
-    done = json.loads((tmp_path / "harness.json").read_text())["models"]["sft"]["tasks"]
-    assert list(done) == ["tiny_choice:2", "tiny_choice"] and done["tiny_choice:2"] == kept["tiny_choice:2"]

@@ -97,7 +97,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(mistral, tmp_path, 
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
     refused(folder, "stored quantized")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert refused(mistral, "gguf package") == 'pip install "zephyr-lite[export]"'
+    assert refused(mistral, "optional package: import of gguf") == 'pip install "zephyr-lite[export]"'
 
 
 def test_q4_k_m_is_made_by_llama_cpp(mistral, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Secrets of the environment are in nothing that is printed or written: every byte of a whole recipe is searched."""
+"""Secrets of the environment are in nothing that is printed or written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tests.contract.test_safety import SECRETS, STORED, leaks
 from zephyr_lite.cli import app as cli
 from zephyr_lite.errors import UserError
 from zephyr_lite.io import redact
+from zephyr_lite.io.atomic import write_json
 from zephyr_lite.io.redact import HIDDEN
 from zephyr_lite.monitor.console import Console
 
@@ -42,6 +43,16 @@ def test_honest_text_stays_as_it_is_and_a_password_in_a_url_does_not(monkeypatch
     for text in ("a short text, false-or-true", "https://host:8000/v1 me@host", "hf_hub_download_config_of_it", ""):
         assert redact.redact(text) == text
     assert redact.redact("see https://me:pass:word@host/x and a@b") == f"see https://me:{HIDDEN}@host/x and a@b"
+
+
+@pytest.mark.parametrize(
+    "value", ["assistant", "20260101", "2026-01-01", "<|im_end|>", "tokens_per_second", "not-needed"]
+)
+def test_a_plain_word_or_number_changes_no_file(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("DB_PASSWORD", value)
+    honest = {"seed": 20260101, "learning_rate": 1e-4, "template": f"a {value} b", value: [value]}
+    write_json(tmp_path / "stage.json", honest)
+    assert json.loads((tmp_path / "stage.json").read_text(encoding="utf-8")) == honest
 
 
 def test_a_configuration_that_holds_a_secret_is_refused_before_anything_is_written(

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
 
-from tests.messages import messages_to
 from zephyr_lite.cli import app as cli
 from zephyr_lite.config.load import MemorySpec, RunConfig, dump_config, load_config
 from zephyr_lite.errors import UserError
@@ -42,13 +40,11 @@ from zephyr_lite.memory.plan import (
     smaller,
     with_rank,
 )
-from zephyr_lite.memory.speed import attention_operations
 from zephyr_lite.memory.workload import AdapterSpec, Workload
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MEMORY_PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
 RECORDED = json.loads((Path(__file__).parent / "recorded.json").read_text())
 FREE = MemorySpec()
 
@@ -107,74 +103,6 @@ def test_what_is_chosen_follows_from_the_card():
     assert (mixed.keep[-1], mixed.keep[0]) in MIXTURES and mixed.offload == 0
     long = make_plan(mistral("sft", "max_length=49152"), replace(card(), host=0), FREE)
     assert long.micro_tokens >= 49152 and long.tile is not None and long.peak <= 24 * GIB
-
-
-# the published sizes, and their billions of parameters (of the multimodal ones without the vision tower)
-BASES = {
-    "Qwen3-8B": ("qwen3", 8.19, {"intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}),
-    "SmolLM3-3B": (
-        "smollm3",
-        3.08,
-        {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
-        | {"num_key_value_heads": 4, "vocab_size": 128256, "tie_word_embeddings": True},
-    ),
-    "gemma-3-4b": (
-        "gemma3_text",
-        3.88,
-        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8}
-        | {
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "vocab_size": 262208,
-            "sliding_window": 1024,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "gemma-3-12b": (
-        "gemma3_text",
-        11.77,
-        {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16}
-        | {"head_dim": 256, "vocab_size": 262208, "sliding_window": 1024, "tie_word_embeddings": True},
-    ),
-    "Phi-4-mini": (
-        "phi3",
-        3.84,
-        {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "sliding_window": 262144}
-        | {"vocab_size": 200064, "tie_word_embeddings": True},
-    ),
-    "Ministral-3-8B": ("ministral3", 8.49, {"intermediate_size": 14336, "num_hidden_layers": 34, "vocab_size": 131072}),
-}
-COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_bases_of_other_families_on_common_cards(name):
-    """Their sizes are the published ones; SFT fits into 8 GB, everything into 24, there faster and with the base on the card; the
-    page on memory has their speeds."""
-    kind, billions, sizes = BASES[name]
-    config = AutoConfig.for_model(kind, **{**COMMON, **sizes})
-    shape = Shape.of(config)
-    heads = shape.head_weights * (1 if shape.tied else 2)
-    assert (shape.layers * shape.layer_weights + heads) / 1e9 == pytest.approx(billions, rel=0.003)
-    row = f"| {name} |"
-    for method in ("sft", "dpo"):
-        recipe = load_config(method, f"zephyr-7b/{method}", ["optim=adamw_8bit"]).config
-        job = expected_job(method, recipe, config, torch.bfloat16)
-        length = min(job.segment, job.longest)
-        keys = [min(place, window or length) for window in shape.windows for place in range(1, length + 1)]
-        seen = sum(keys) / len(keys)  # by a query, in a layer on average
-        assert attention_operations(job) == pytest.approx(4 * shape.queries * seen, rel=0.01)
-        large = make_plan(job, plain(24), FREE)
-        assert large.peak <= 24 * GIB * (1 - MARGIN) and not large.stream
-        if feasible(job, plain(8), FREE):
-            small = make_plan(job, plain(8), FREE)
-            assert small.peak <= 8 * GIB and small.tokens_per_second < large.tokens_per_second
-            row += f" {small.tokens_per_second:,.0f} |"
-        else:
-            assert (name, method) == ("gemma-3-12b", "dpo")
-            row += " does not fit |"
-        row += f" {large.tokens_per_second:,.0f} |"
-    assert row in MEMORY_PAGE
 
 
 # -- smaller ones ------------------------------------------------------------------------------------------------------
@@ -264,16 +192,6 @@ def test_cards_are_found_as_people_spell_them(said, name):
     assert find_gpu(said).name == name
 
 
-@pytest.fixture
-def processor(monkeypatch):
-    """Replaces the measurement of a CPU by given rates: of products, exponentials and dequantized numbers."""
-    rates = iter((0.2, 20.0, 3.0))
-    monkeypatch.setattr(machine_file, "_rate", lambda device, run, amount: run() is None or next(rates))
-    machine_file._processor.cache_clear()
-    yield this_machine(torch.device("cpu"), torch.float32, FREE)
-    machine_file._processor.cache_clear()
-
-
 @pytest.mark.gpu
 def test_this_card_is_measured_and_planned_for():
     device = torch.device("cuda", torch.cuda.current_device())
@@ -331,33 +249,6 @@ def test_a_plan_says_in_three_lines_what_one_wants_to_know(said):
 def test_what_is_wrong_is_said(said, words, wrong):
     code, _, err = said("sft", *words)
     assert code == 2 and wrong in err
-
-
-def test_a_stage_says_the_same_plan_before_it_loads_anything(monkeypatch, tiny_base, chat_rows, tmp_path):
-    """The lines of a dry run and of a run are the forecast's; and what does not fit is refused before the base is read."""
-    from zephyr_lite.train import setup
-
-    words = [
-        f"model_name_or_path={tiny_base}",
-        f"dataset={chat_rows}",
-        "max_length=128",
-        "chat_template=zephyr",
-        f"output_dir={tmp_path / 'r'}",
-        "load_in_4bit=false",
-    ]
-    loaded = load_config("sft", None, words)
-    lines: list[str] = []
-    with messages_to(lines.append):
-        stage = setup.setup_stage("sft", loaded, claim=False)
-    at = next(i for i, line in enumerate(lines) if line.startswith("plan of sft on the CPU"))
-    assert at < next(i for i, line in enumerate(lines) if line.startswith("loading"))
-    assert [line[2:8] for line in lines[at + 1 :] if re.match(r"  \S", line)] == ["memory", "time  "]
-    assert stage.plan.peak > 0
-    monkeypatch.setattr(setup, "this_machine", lambda *a, **k: card("3060", "0.78GiB", torch.float32))
-    monkeypatch.setattr(setup, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
-    with pytest.raises(UserError, match="iB are missing"), messages_to(lines.append):
-        setup.setup_stage("sft", load_config("sft", None, [*words, "memory.micro_tokens=9000000"]))
-    assert not (tmp_path / "r").exists()
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
@@ -422,3 +313,40 @@ def test_what_another_engine_does_not_read_is_refused(engine, word):
     with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
         load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
     load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
+
+
+# -- int8 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "times"), [("3060", 2.0), ("4090", 1.6), ("h200", 1.1)])
+def test_int8_is_planned_as_faster_by_estimate(name, times):
+    config = load_config("sft", "zephyr-7b/sft", ["memory.compute=int8", "optim=adamw_8bit"]).config
+    dtype = CARDS[name].dtype
+    machine, job = card(name, dtype=dtype), expected_job("sft", config, MISTRAL_SHAPE, dtype)
+    plan, other = make_plan(job, machine, FREE), make_plan(mistral(dtype=dtype), machine, FREE)
+    assert plan.int8 and not other.int8 and "products with the base in int8" in plan.lines()
+    assert times < plan.tokens_per_second / other.tokens_per_second < 3
+    said = " ".join(" ".join(forecast.forecast_lines(job, machine, plan, config)).split())
+    assert "tokens/s by data sheets, int8 by estimate" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("t4", {}, "t4 has compute capability 7.5; int8 needs 8.0"),
+        ("4090", {"storage": "dense"}, "the base is not in 4 bits"),
+        ("4090", {"shape": Shape(96, 128, 2, 3, 3, 32, 448)}, "no multiple of 64 channels wide (q_proj 96"),
+    ],
+)
+def test_int8_is_refused_where_its_kernels_do_not_run(name, changes, what):
+    job = mistral("sft", "memory.compute=int8", dtype=CARDS[name].dtype)
+    with pytest.raises(UserError, match=re.escape(what)) as caught:
+        make_plan(replace(job, **changes), card(name), FREE)
+    assert caught.value.message.startswith("memory.compute=int8: ") and caught.value.hint == "Set memory.compute=16bit."
+
+
+@pytest.mark.parametrize("word", ["engine=trl", "load_in_4bit=false"])
+def test_int8_is_for_the_fused_engine_and_a_4_bit_base(word):
+    with pytest.raises(UserError, match=r"memory\.compute int8 is for engine fused and a 4-bit base, not for"):
+        load_config("sft", None, [word, "memory.compute=int8"])
+    load_config("sft", None, [word, "memory.compute=16bit"])

@@ -1,19 +1,7 @@
-"""Qwen2 in the memory account, and the guide to a new family."""
+"""The guide to a new family."""
 
 import re
 from pathlib import Path
-
-import pytest
-
-from tests.contract.test_families import MIXED, qwen2, save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen2")
-    qwen2(eos_token_id=0, **MIXED).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 def test_the_guide_names_what_is_there():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.contract.test_merged import ALL, distance, live, load, logits, make_adapter, make_base
+from zephyr_lite.errors import UserError
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, read_adapter, write_adapter
 
 
@@ -51,6 +52,41 @@ def test_hash_follows_the_content(base: Path, tmp_path: Path) -> None:
     tensors[name][0, 0] += 1
     save_file(tensors, weights)
     assert adapter_sha256(folder) != want
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("peft_type", "IA3"), ("init_lora_weights", "pissa_niter_16"), ("rank_pattern", 3)]
+)
+def test_configurations_that_are_refused(base: Path, tmp_path: Path, key: str, value: object) -> None:
+    folder = make_adapter(base, tmp_path / "a", 1)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(UserError, match=f"{key} is") as caught:
+        read_adapter(folder)
+    assert str(folder) in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, a: tensors.pop(a), r"has lora_A \[0\]"),
+        (lambda tensors, a: tensors.update({a: tensors[a].flatten()}), r"has lora_A \[512\]"),
+        (
+            lambda tensors, a: tensors.update({"embed_tokens.lora_embedding_A": torch.zeros(4, 8)}),
+            "no LoRA matrix of a linear",
+        ),
+        (lambda tensors, a: tensors.clear(), "no LoRA weights"),
+    ],
+    ids=["half", "flat", "embedding", "empty"],
+)
+def test_weights_that_are_refused(base: Path, tmp_path: Path, change: Any, said: str) -> None:
+    weights = make_adapter(base, tmp_path / "a", 1) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    change(tensors, next(name for name in tensors if "lora_A" in name))
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=said) as caught:
+        read_adapter(weights.parent)
+    assert str(weights) in caught.value.message and caught.value.hint
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ from zephyr_lite.model.adapters import AdapterStack
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:

@@ -1,4 +1,4 @@
-"""What is shown while a stage is trained: the panel in a terminal, lines, JSON; and what the verdict says."""
+"""What is shown while a stage is trained: the panel in a terminal, JSON; and what the verdict says."""
 
 import io
 import json
@@ -12,7 +12,6 @@ import pytest
 
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.errors import UserError
-from zephyr_lite.io.logging import RESULT, messages_to
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.monitor import screens
 from zephyr_lite.monitor.console import Console
@@ -56,8 +55,8 @@ class Terminal(io.StringIO):
         return re.sub(r"\x1b\[[\d;]*[A-Za-z]|\r", "", self.getvalue())
 
 
-def message(text, **extra):
-    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO", **extra})
+def message(text):
+    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"})
 
 
 def stage_of(folder, method="sft", **changes):
@@ -179,33 +178,6 @@ def test_the_verdict_follows_from_the_metrics(tmp_path, method, steps, evaluatio
 
 
 # -- quiet, JSON -------------------------------------------------------------------------------------------------------
-
-
-def test_quiet_prints_warnings_and_the_result(tmp_path):
-    out = io.StringIO()
-    stage = stage_of(tmp_path)
-    with screens.QuietScreen(Console(out=out)) as screen:
-        with messages_to(screen.log):
-            logger = logging.getLogger("zephyr_lite.data")
-            logger.info("loading the base")
-            logger.warning("left out, no assistant turn: 3 rows")
-        ran(screen, stage)
-        screen.log(message("step 3: the numbers look odd"))
-        general = {"before": 2.911, "after": 2.953}
-        screen.on_train_end(stage, Outcome(10, {}, (1.0, 5), 60.0, 2, [{"eval_loss": 1.25}], general_loss=general))
-        screen.log(message("Next: zephyr-lite dpo"))
-    assert out.getvalue().splitlines() == [
-        "left out, no assistant turn: 3 rows",
-        "step 3: the numbers look odd",
-        f"{stage.dir.adapter}: 10 steps, 60 s; held-out loss 1.2500; best held-out loss 1.0000 at step 5; "
-        "general text 2.9110 before, 2.9530 after; 2 steps left out",
-        "Next: zephyr-lite dpo",
-    ]
-    out = io.StringIO()
-    with screens.QuietScreen(Console(out=out)) as screen:
-        screen.log(message("loading the base"))
-        screen.log(message("sft is complete", **RESULT))
-    assert out.getvalue() == "sft is complete\n"
 
 
 def test_json_is_one_object_a_line_and_nothing_else(tmp_path, capsys):

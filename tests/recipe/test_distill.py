@@ -1,4 +1,4 @@
-"""`zephyr-lite distill`: the grid, near-duplicates, dialogues against a real HTTP server, resume, budget."""
+"""`zephyr-lite distill`: dialogues against a real HTTP server, near-duplicates, seeds, resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, error, ok
 from tests.recipe.test_feedback import hidden_meter
-from zephyr_lite.cli import app as cli
 from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
@@ -23,7 +22,6 @@ from zephyr_lite.recipe.distill import (
     NEAR,
     DistillConfig,
     Distilled,
-    distill_bounds,
     plan_distill,
     run_distill,
 )
@@ -238,40 +236,3 @@ def test_an_interrupted_job_ends_like_one_that_was_not(tmp_path: Path) -> None:
     assert not asked & again and len(asked) + len(server.seen) >= total - after
     assert (result.out / "train_sft.jsonl").read_bytes() == (whole.out / "train_sft.jsonl").read_bytes()
     assert result.turned_down == whole.turned_down and result.turned_down[NEAR] == 3
-
-
-def test_a_budget_is_kept_and_a_larger_one_goes_on(tmp_path: Path) -> None:
-    with ChatServer(teacher) as server:
-        whole = run(tmp_path, server.url, "whole", count=24)
-        server.seen.clear()
-        limits = {"count": 24, "budget.requests": 60}
-        part = run(tmp_path, server.url, **limits)
-        assert len(server.seen) == 60 and 0 < part.made < 24
-        assert part.unreached == 24 - part.made and "larger budget" in part.lines()[-1]
-        before = (part.out / "train_sft.jsonl").read_bytes()
-        assert run(tmp_path, server.url, **limits).made == part.made and len(server.seen) == 60
-        assert (part.out / "train_sft.jsonl").read_bytes() == before
-        # enough for every dialogue to begin, not for all to end
-        most = run(tmp_path, server.url, "most", count=3, **{"budget.requests": 11})
-        assert (most.made, most.unreached, most.rounds) == (3, 0, {2: 2, 1: 1}) and "1 are shorter" in most.lines()[-1]
-        del server.seen[60:]
-        result = run(tmp_path, server.url, count=24, **{"budget.requests": 500})
-        assert len(server.seen) == 24 * 4
-    assert (result.out / "train_sft.jsonl").read_bytes() == (whole.out / "train_sft.jsonl").read_bytes()
-
-
-def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with ChatServer(teacher) as server:
-        words = ["distill", "--teacher", f"{server.url}#t", "--out", str(tmp_path / "dry"), "--count", "30"]
-        assert cli.run([*words, "--dry-run", "--rounds", "2"]) == 0
-        assert not server.seen and not (tmp_path / "dry").exists()
-        assert "first try: 120 requests" in capsys.readouterr().out
-        config, planned = plan(tmp_path, server.url, rounds=3, user=f"{server.url}#u")
-        bounds = distill_bounds(config, planned)
-        assert {name: b.requests for name, b in bounds.items()} == {"t": 36, "u": 36}
-        result = run(tmp_path, server.url, rounds=3, user=f"{server.url}#u")
-    sizes: Counter[str] = Counter()
-    for seen in server.seen:
-        sizes[seen.body["model"]] += sum(len(m["content"].encode()) for m in seen.body["messages"])
-    assert all(sizes[name] < bound.tokens for name, bound in bounds.items())
-    assert result.totals.requests == 72

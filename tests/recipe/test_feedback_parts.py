@@ -1,4 +1,4 @@
-"""AI feedback, piece by piece: prompts, draws, the judge's replies, configuration."""
+"""AI feedback, piece by piece: prompts, draws, the judge's replies."""
 
 from __future__ import annotations
 
@@ -148,5 +148,5 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     assert load_settings(FeedbackConfig, str(job / "config.yaml"), {}) == config  # read again as it was written
     (tmp_path / "thesis.txt").write_text("x")
     for folder, command in ((job, "distill"), (tmp_path, "feedback")):
-        with pytest.raises(UserError, match=f"is not a job of zephyr-lite {command}: it holds"):
+        with pytest.raises(UserError, match=f"is not a job of zephyr-lite {command} .it holds"):
             claim_folder(folder, command, config)

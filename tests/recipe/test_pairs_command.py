@@ -151,7 +151,7 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(inv
     assert not list((tmp_path / "out").glob("*.parquet"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    assert "holds other things (thesis.txt)" in invoke("raw.jsonl --out mine --overwrite", fails=True)
+    assert "(it holds thesis.txt)" in invoke("raw.jsonl --out mine --overwrite", fails=True)
     assert "would replace" in invoke("raw.jsonl --out . --overwrite", fails=True)
     assert "raw.jsonl/below: cannot be made" in invoke("raw.jsonl --out raw.jsonl/below", fails=True)
 

@@ -130,6 +130,15 @@ def test_what_is_no_collapse_is_not_warned_of(healthy):
     assert said_by(DpoCollapseMonitor(), steps(**healthy)) == []
 
 
+def test_held_out_rows_that_are_not_finite_are_never_the_best(loaded, tmp_path, monkeypatch, said):
+    plain, losses = SftObjective.eval_metrics, [float("nan"), 7.0, float("inf")]
+    monkeypatch.setattr(
+        SftObjective, "eval_metrics", lambda self, sums: {**plain(self, sums), "eval_loss": losses.pop(0)}
+    )
+    outcome = run_sft(loaded(eval_steps=2, load_best_model_at_end=True))
+    assert outcome.best == (7.0, 4) and sum("the held-out loss is not finite" in line for line in said) == 2
+
+
 # Signals
 
 
@@ -159,35 +168,6 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
 
 
-def test_an_evaluation_that_a_signal_ended_is_made_at_the_next_start(loaded, tmp_path, monkeypatch):
-    options = {"save_steps": 100, "eval_steps": 3, "load_best_model_at_end": True}
-    plain, evaluated = SftObjective.evaluate, []
-
-    def ended(self):
-        evaluated.append(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SftObjective, "evaluate", ended)
-        with pytest.raises(Interrupted, match="after step 3"):
-            run_sft(loaded(**options))
-    assert evaluated and metrics(tmp_path / "run/sft", "eval_loss") == []
-
-    def dies(step, logged):  # after the evaluation was logged, before a checkpoint knows of it
-        if "eval_loss" in logged:
-            raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        run_sft(loaded(**options), observers=[Logged(dies)])
-    assert len(metrics(tmp_path / "run/sft", "eval_loss")) == 1
-    run_sft(loaded(**options))
-    run_sft(loaded("other", **options))
-    for key in ("loss", "eval_loss"):
-        assert metrics(tmp_path / "run/sft", key) == metrics(tmp_path / "other/sft", key)
-    assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
-
-
 def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said):
     def load(name):
         return load_config(
@@ -205,21 +185,3 @@ def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said
     run_sft(load("other"))
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")
-
-
-def test_trl_leaves_out_a_step_that_is_not_finite(tiny_base, chat_rows, tmp_path, monkeypatch):
-    from zephyr_lite.engines import trl
-
-    plain = trl.Sft.compute_loss
-
-    def loss(self, model, inputs, *args, **kwargs):
-        found = plain(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 1 and model.training:
-            return (found[0] * float("nan"), *found[1:]) if isinstance(found, tuple) else found * float("nan")
-        return found
-
-    monkeypatch.setattr(trl.Sft, "compute_loss", loss)
-    settings = words(tiny_base, tmp_path / "r", chat_rows, engine="trl", max_steps=4, eval_steps=100)
-    outcome = run_sft(load_config("sft", None, settings))
-    assert outcome.skipped == 1 and [r["step"] for r in left_out(tmp_path / "r/sft")] == [2]
-    assert all(w.b.isfinite().all() for w in read_adapter(tmp_path / "r/sft/adapter").modules.values())

@@ -5,7 +5,6 @@ import shutil
 from contextlib import contextmanager
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 
@@ -135,36 +134,6 @@ def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run,
         task.loss([0, 1], 0, task.num_targets([0, 1]))
 
 
-@pytest.mark.parametrize("loss", ["simpo", "orpo", "sigmoid,sft"])
-def test_losses_of_the_policys_own_log_probabilities(tiny_base, pair_rows, tmp_path, loss):
-    """Without a reference nothing is planned or computed for one. The held-out loss of the training rows is that of a step
-    with all of them."""
-    settings = {
-        "loss_type": loss,
-        "adapters": "none",
-        "max_steps": 3,
-        "beta": 0.5,
-        "batch_size": 100,
-        "warmup_ratio": 0,
-    }
-    stage = setup_stage("dpo", load_config("dpo", None, dpo_words(tiny_base, tmp_path, pair_rows, **settings)))
-    assert stage.workload.live_reference == (loss == "sigmoid,sft")
-    if loss != "sigmoid,sft":
-        stage.decoder.policy_and_reference = None
-    task = DpoObjective(stage)
-    evaluated = task.eval_metrics(task.evaluate())
-    loop.train(loop.TrainState(stage, task))
-    losses = [line for line in metrics(tmp_path / "dpo") if line]
-    assert losses[0] == pytest.approx(evaluated["eval_loss"], rel=1e-5) and losses[2] < losses[1] < losses[0]
-    first = metrics(tmp_path / "dpo", "rewards/chosen")[0]
-    sizes = [example.chosen_mask.sum() for example in stage.data.examples]
-    per_response = metrics(tmp_path / "dpo", "logps/chosen")[0]
-    if loss == "sigmoid,sft":
-        assert losses[0] == pytest.approx(LN2 - per_response / np.mean(sizes), rel=1e-4) and first == 0
-    else:  # β times a mean over tokens
-        assert 0.5 * per_response / min(sizes) < first < 0.5 * per_response / max(sizes)
-
-
 def test_rows_of_a_step_cover_each_epoch_once():
     config = RunConfig(batch_size=4, num_train_epochs=2)
     per_epoch, total = step_schedule(config, 10)
@@ -222,6 +191,22 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
     adapter = read_adapter(tmp_path / "r" / "sft" / "adapter").modules
     name = "model.layers.0.self_attn.q_proj"
     assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
+
+
+def test_a_damaged_best_checkpoint_does_not_lose_the_run(tiny_base, chat_rows, tmp_path, monkeypatch, said):
+    losses, folder = iter([2.0, 3.0]), tmp_path / "r" / "sft" / "checkpoint-1"
+
+    def damaged(self, sums):
+        if folder.exists():
+            (folder / "state.safetensors").write_bytes(b"torn")
+        return {"eval_loss": next(losses)}
+
+    monkeypatch.setattr(SftObjective, "eval_metrics", damaged)
+    settings = {"eval_steps": 1, "save_steps": 1, "max_steps": 2, "load_best_model_at_end": "true"}
+    outcome = run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings)))
+    assert outcome.step == 2 and StageDir(tmp_path / "r" / "sft").complete()
+    (warning,) = (line for line in said if "checkpoint-1, the best, is damaged" in line)
+    assert warning in outcome.warnings
 
 
 def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):

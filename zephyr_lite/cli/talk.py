@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
 
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, UserError, optional
 from ..io.logging import messages_to
 from ..monitor.console import visible
 from .eval import open_model
@@ -95,13 +95,8 @@ def serve(
     """Answer other programs: the OpenAI chat API over a run's models."""
     from ..chat import Chat
 
-    try:
+    with optional("serve"):
         from ..chat.serve import listen, make_server
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn"):
-            raise
-        raise UserError(f"the package {error.name} is not installed.", 'pip install "zephyr-lite[serve]"') from None
-
     with listen(host, port) as listener:  # before anything is loaded
         live = open_model(ctx)
         live.template.variables = chat_template_kwargs or {}
@@ -119,12 +114,8 @@ def ui(
     no_browser: Annotated[bool, Option("--no-browser", help="Do not open the browser.")] = False,
 ) -> None:
     """A local page to look at data, plan, train, chat, merge and export."""
-    try:
+    with optional("ui"):
         from ..ui.server import serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError("the page needs the package gradio.", 'Install it: pip install "zephyr-lite[ui]"') from None
     serve(port, not no_browser, console.say)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from ..errors import UserError
-from ..io.atomic import write_text
+from ..io.atomic import make_folder, write_text
 from ..io.interrupts import launched
 from ..io.logging import RESULT, messages_to
 from ..model.allocator import set_allocator
@@ -155,14 +155,13 @@ def suggest(
     """Rank, learning rate, epochs and batch size for your rows, each with its reason; and the plan for the card."""
     from ..config.load import dump_config
     from ..config.resolve import resolve_run
-    from ..evaluate.results import claim_folder
     from ..memory.forecast import planned_lines
     from ..monitor.rows import stage_of_words
     from ..train import suggest as suggestions
 
     method, words = stage_of_words(list(context.args), config)
     if out is not None:
-        claim_folder(out.parent)  # before anything is computed
+        make_folder(out.parent)  # before anything is computed
     loaded = resolve_run(method, config, words)
     before = loaded.config
     rows = suggestions.suggest(method, loaded, loaded.given if config else loaded.typed)

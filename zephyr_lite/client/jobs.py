@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ..config.load import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
 from ..errors import UserError
-from ..io.atomic import make_folder, sweep, write_text
+from ..io.atomic import make_folder, refuse_others, sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
 from .client import BudgetSpent, ModelClient, RequestFailed
@@ -113,12 +113,9 @@ def claim_folder(out: Path, command: str, config: BaseModel) -> None:
     refuse_secrets(values, "the job's configuration")
     make_folder(out)
     sweep(out)
-    there, file = sorted(path.name for path in out.iterdir()), out / CONFIG
-    if there and not (file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(first_line)):
-        raise UserError(
-            f"{out} exists and is not a job of zephyr-lite {command}: it holds {', '.join(there[:3])}.",
-            "Choose another --out, or move that folder away.",
-        )
+    file = out / CONFIG
+    ours = file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(first_line)
+    refuse_others(out, ours, f"a job of zephyr-lite {command}")
     write_text(file, first_line + dump_yaml(values))
 
 

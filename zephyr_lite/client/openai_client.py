@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, optional
 from ..io.redact import remember
 from ..io.text import shown
 from .client import RequestFailed, prompt_token_bound
@@ -44,12 +44,8 @@ class OpenAIModel:
     """
 
     def __init__(self, spec: EndpointSpec) -> None:
-        try:
+        with optional("feedback"):
             import openai
-        except ImportError:
-            raise UserError(
-                f"endpoint {spec.name}: the package openai is not installed.", 'pip install "zephyr-lite[feedback]"'
-            ) from None
         self.spec = spec
         self.identity = f"model {spec.model}"
         self._key = read_key(spec)

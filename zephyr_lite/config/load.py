@@ -223,8 +223,7 @@ def _read_words(words: Iterable[str], faults: list[str]) -> list[tuple[str, Any]
 
 def words_by_scope(words: Iterable[str]) -> dict[str, list[str]]:
     """The words of a command that runs several stages: ``key=value`` for all of them, under "", or for the one that reads the
-    key (``OWN_KEYS``), and ``SCOPE.key=value``.
-    """
+    key (``OWN_KEYS``), and ``SCOPE.key=value``."""
     scoped: dict[str, list[str]] = {}
     for key, text in _split_words(words):
         head, dot, tail = key.partition(".")
@@ -246,8 +245,7 @@ def refuse_placed(keys: Iterable[str], where: str) -> None:
 
 def _set_nested(target: dict[str, Any], key: str, value: Any, defaults: dict[str, Any]) -> str | None:
     """Set ``dataset.split``, ``memory.keep`` or ``lr_scheduler_kwargs.num_cycles`` in place, or ``dataset.columns.prompt`` in
-    the map of columns; returns what is wrong with the key.
-    """
+    the map of columns; returns what is wrong with the key."""
     head, _, rest = key.partition(".")
     rows = head in ("dataset", "eval_dataset")
     if not rows and head not in ("memory", "lr_scheduler_kwargs"):

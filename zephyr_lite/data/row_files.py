@@ -41,8 +41,7 @@ def kind_and_stem(path: Path) -> tuple[str | None, str]:
 
 def read_rows(files: tuple[str, ...], kind: str) -> Iterator[dict[str, str]]:
     """The rows of files of one kind (json, csv, tsv or parquet) as ``TEXT_ROWS``. Whether a JSONL's lines are JSON is seen
-    when they are used.
-    """
+    when they are used."""
     read = {"json": _json_rows, "parquet": _parquet_rows}.get(kind, _csv_rows)
     for file in map(Path, files):
         try:

@@ -91,8 +91,7 @@ def local_path(spec: DatasetSpec) -> Path | None:
 
 def open_source(spec: DatasetSpec) -> Source:
     """The raw rows of a file (by its suffix), of a folder (saved by ``save_to_disk``, or with files, folders or a README
-    that name the splits), or of a hub id.
-    """
+    that name the splits), or of a hub id."""
     path = local_path(spec)
     if path is None:
         return _open_hub(spec)

@@ -17,9 +17,8 @@ from ..chat import load_chat
 from ..chat.generate import Sampling
 from ..config.load import DatasetSpec, Method, RunConfig, load_config
 from ..data.dataset import prepare
-from ..errors import UserError
 from ..evaluate.likelihood import chat_loss
-from ..io.atomic import alone, file_aside, sweep, write_json
+from ..io.atomic import alone, file_aside, refuse_others, sweep, write_json
 from ..io.run_dir import StageDir
 from ..merge import merge
 from ..model.chain import chain_of_run
@@ -91,9 +90,7 @@ def run_demo(
     with alone(out):
         folder = base or demo_base()
         sweep(out)
-        others = [path for path in out.iterdir() if not path.name.startswith(".")]
-        if others and not (out / "data").exists():
-            raise UserError(f"{out} exists and is not a run of the demo.", "Choose another folder with --out.")
+        refuse_others(out, (out / "data").exists(), "a run of the demo")
         _write_data(out / "data")
         logger.info("[1/4] dSFT: conversations")
         train(run_sft, "sft")

@@ -20,7 +20,7 @@ from ..config.load import DatasetSpec, Loaded, Method, RunConfig, dump_config
 from ..config.resolve import resolve_run
 from ..data.sources import open_source
 from ..errors import Interrupted, UserError
-from ..io.atomic import LOCK_FILE, alone, remove_tree, write_json, write_text
+from ..io.atomic import LOCK_FILE, alone, refuse_others, remove_tree, write_json, write_text
 from ..io.run_dir import StageDir
 from ..io.text import duration
 from ..merge.base_files import BaseFiles
@@ -86,11 +86,8 @@ def smoke_folder(run: Path) -> Path:
 def claim(folder: Path) -> None:
     """Empty the folder of an earlier smoke test, and mark it as one."""
     inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
-    if inside and not (folder / MARK).is_file():
-        raise UserError(
-            f"{folder} exists and is not a smoke test (it holds {min(inside).name}).",
-            "Move it away, or give another output_dir: the smoke test writes to NAME-smoke beside it.",
-        )
+    hint = "Move it away, or give another output_dir: the smoke test writes to NAME-smoke beside it."
+    refuse_others(folder, (folder / MARK).is_file(), "a smoke test", hint)
     for path in inside:
         remove_tree(path)
     write_json(folder / MARK, {"status": "running"})

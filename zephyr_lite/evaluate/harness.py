@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, optional
 from ..io.run_dir import read_json, text_sha256
 from ..io.text import duration, short
 from ..model.loaded import LoadedModel
@@ -80,8 +80,7 @@ def table(tasks: Sequence[TaskSpec], models: Models, roles: dict[str, str]) -> t
 
 def read_tasks(words: Sequence[str]) -> list[TaskSpec]:
     """Tasks from ``NAME`` or ``NAME:SHOTS``, separated by commas; none: the paper's. The paper's tasks have its shots
-    unless given.
-    """
+    unless given."""
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     tasks: list[TaskSpec] = []
     for name in names or PAPER:
@@ -97,12 +96,8 @@ def open_harness(tasks: Sequence[TaskSpec], include: Path | None = None) -> Any:
     """The harness's index of tasks (``TaskManager``), without loading their data."""
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such folder.", "Give a folder with task files (YAML).")
-    try:
+    with optional("harness"):
         from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"the harness is not installed ({error}).", 'Install it: pip install "zephyr-lite[harness]"'
-        ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=None if include is None else str(include))
     for task in tasks:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..errors import UserError
+from ..errors import UserError, optional
 from ..io.atomic import bytes_aside
 from ..io.safetensors import row_blocks
 from ..io.text import read_object, shown
@@ -72,12 +72,8 @@ class _Part:
 
 def gguf_package() -> Any:
     """The ``gguf`` package."""
-    try:
+    with optional("export"):
         import gguf
-    except ImportError:
-        raise UserError(
-            "GGUF files are written with the gguf package, which is not installed.", 'pip install "zephyr-lite[export]"'
-        ) from None
     return gguf
 
 

@@ -132,6 +132,13 @@ def make_folder(folder: Path, option: str = "--out") -> None:
         raise UserError(f"{folder}: cannot be created: {error.strerror}.", f"Choose another {option}.") from None
 
 
+def refuse_others(folder: Path, ours: bool, what: str, hint: str = "Choose another --out.") -> None:
+    """Raise a UserError if a folder holds files and is not ``ours``, which is ``what`` the command makes."""
+    names = sorted(path.name for path in folder.glob("*") if path.name != LOCK_FILE)
+    if names and not ours:
+        raise UserError(f"{folder} exists and is not {what} (it holds {', '.join(names[:3])}).", hint)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content."""
     with source.open("rb") as file, bytes_aside(target) as out:

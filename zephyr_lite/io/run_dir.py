@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ..errors import UserError
-from .atomic import make_folder, sweep, write_json
-from .text import duration, expected, read_object, short
+from .atomic import make_folder, refuse_others, sweep, write_json
+from .text import check_values, duration, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,8 @@ class StageDir:
     def claim(self) -> None:
         """Make the folder, and remove temporary files of killed processes from it."""
         sweep(self.path)
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / STAGE_FILE).is_file():
-            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:3])
-            raise UserError(
-                f"{self.path} exists and is not a stage of a run (it holds {names}).",
-                "Choose another output_dir or stage, or move that folder away.",
-            )
+        hint = "Choose another output_dir or stage, or move that folder away."
+        refuse_others(self.path, (self.path / STAGE_FILE).is_file(), "a stage of a run", hint)
         make_folder(self.path, "output_dir")
 
 
@@ -172,12 +168,7 @@ def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> d
         UserError: it has a later format, a value of the wrong type, or lacks a key.
     """
     hint = "Restore the file, or choose another output_dir or stage."
-    try:
-        told = StageMetadata.model_validate(info)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {key!r} is {short(first['input'], 40)}: {expected(first)}.", hint) from None
+    told = check_values(StageMetadata, info, file, hint)
     if (told.format or 0) > FORMAT:
         raise UserError(
             f"{file}: has format {told.format}; this version reads formats up to {FORMAT} (written by zephyr-lite "

@@ -8,10 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
 
+T = TypeVar("T", bound=BaseModel)
 AGAIN = "Copy the file again from where it came from."
 TEXT_BYTES = 64 * 2**20
 is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for names that no file can have (too long)
@@ -67,6 +70,16 @@ def expected(fault: Mapping[str, Any]) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
     bound = "a number " if fault["type"].startswith(("greater", "less")) else ""
     return _EXPECTED.get(fault["type"], message.replace("Input should be ", f"expected {bound}"))
+
+
+def check_values(kind: type[T], values: Mapping[str, Any], file: Path, hint: str) -> T:
+    """The values of a JSON file as a model of pydantic's; a UserError names the first that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: {shown(key)} is {short(first['input'], 40)}: {expected(first)}.", hint) from None
 
 
 def parse(raw: bytes, *, strict: bool = True) -> Any:

@@ -73,8 +73,7 @@ def decimal(size: int) -> str:
 
 def counted_rows(method: Method, config: RunConfig) -> list[KnownData | None]:
     """Of each training set the number of rows and their mean tokens: known, or of rows on the disk with ``CHARACTERS`` a token;
-    None: neither.
-    """
+    None: neither."""
     found = []
     for spec in config.dataset:
         known = KNOWN_DATA.get(spec.path)
@@ -136,8 +135,7 @@ def assumed_adapter(shape: Shape, config: RunConfig) -> AdapterSpec:
 
 def adapters_below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[AdapterSpec], list[str]]:
     """(the adapters below, from folders and from the finished SFT stage of a run that was named, or assumed where they are not
-    here; notes).
-    """
+    here; notes)."""
     config = loaded.config
     assumed = assumed_adapter(shape, config)
     if config.adapters == "none" or (method == "sft" and not config.adapters):

@@ -14,6 +14,7 @@ from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
 from ..ops.int8 import outlier_count
 from .activations import Kind, kept_bytes
+from .device import Device
 from .estimate import optimizer_bytes, slab_bytes
 from .gpus import Gpu
 from .workload import Workload
@@ -21,7 +22,7 @@ from .workload import Workload
 # Kernels that a layer with one adapter launches in its forward and in its backward pass, by what is kept, and how many more a
 # second adapter and dropout launch; ``tests/contract/test_launches.py`` counts them.
 LAUNCHES: dict[Keep, tuple[int, int]] = {"all": (23, 37), "attention": (23, 51), "input": (23, 55)}
-STACKED, DROPPED = (14, 20), (8, 12)
+STACKED, DROPPED = (14, 20), (0, 4)
 # Seconds that the processor takes (Python and PyTorch, measured on a server's processor): for a layer's pass, and for each launch.
 PASS, LAUNCH = 250e-6, 11e-6
 # Attention's operations run at this share of the rate of matrix products.
@@ -73,7 +74,8 @@ def launches(job: Workload, keep: Keep) -> tuple[int, int]:
     forward, backward = (
         count + stacked * more + job.dropout * dropped for count, more, dropped in zip(LAUNCHES[keep], STACKED, DROPPED)
     )
-    return forward, backward
+    # in int8 every projection's gradient is quantized and has a product of its own
+    return forward, backward + job.int8 * (6 + (keep != "all") + 4 * job.dropout)
 
 
 def attention_operations(job: Workload) -> float:
@@ -123,7 +125,8 @@ def _seconds(
         products.append(operations)
     forward_operations, scores = sum(products), attention_operations(job)
     # bytes a token through the card's memory beside matrix products: norms, rotations, SwiGLU, dropout, residuals
-    dropped = job.dropout * (2 * s.hidden + s.queries + s.inner)
+    fused = Device.of(card.capability, size == 2).fuses_dropout
+    dropped = (job.dropout and not fused) * (2 * s.hidden + s.queries + s.inner)
     heads, posts = 2 * (s.queries + s.keys), len(s.family.post_norms)
     heads += heads * bool(s.family.head_norms)
     moved_forward = size * ((6 + 2 * posts) * s.hidden + heads + 3 * s.inner + 2 * dropped)

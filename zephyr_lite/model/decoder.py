@@ -69,7 +69,7 @@ class Decoder:
         self.offload: ActivationOffload | None = None
         self.tile: int | None = None
         # more fields of each layer's sites: those of int8
-        self.of_sites: Sequence[Sequence[Mapping[str, Any]]] = [[{}] * 4] * len(stack.base.model.layers)
+        self.of_sites: Sequence[Sequence[Mapping[str, Any]]] = [[{}] * 4] * stack.base.config.num_hidden_layers
         if isinstance(getattr(stack.base, "lm_head", None), LoraLayer):
             raise UserError(
                 "an adapter of the stack changes the output head, which the fused engine takes as it is.",

@@ -166,8 +166,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     """File name → file with its header checked, of every file that ``weight_files`` gives. Of a multimodal checkpoint
-    they have the tensors of its text model, by the text model's names.
-    """
+    they have the tensors of its text model, by the text model's names."""
     shards = {path.name: SafetensorsFile(path) for path in weight_files(folder)}
     if has_text_model(check_config_file(folder)):
         for file in shards.values():

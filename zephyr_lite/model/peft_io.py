@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt
 from torch import Tensor
 
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_text
 from ..io.safetensors import SafetensorsFile, tensor_bytes, write_stream
-from ..io.text import expected, read_object, shown
+from ..io.text import check_values, read_object, shown
 from .files import checked_place, download, named_folder, pickles, text_name
 
 CONFIG_NAME = "adapter_config.json"
@@ -156,12 +156,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
             f"{path}: init_lora_weights is {shown(repr(init))}: this adapter belongs on a base with changed weights.",
             "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…).",
         )
-    try:
-        _Settings.model_validate(config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {shown(key)} is {shown(repr(first['input']))}: {expected(first)}.", _AGAIN) from None
+    check_values(_Settings, config, path, _AGAIN)
     if not weights.is_symlink() and not weights.exists():
         raise UserError(
             f"{folder}: holds no {WEIGHTS_NAME} (found {pickles(folder)}).",

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from ..data.workers import interruptible
 from ..errors import UserError
-from ..io.atomic import sweep
+from ..io.atomic import refuse_others, sweep
 from ..io.run_dir import read_json
 
 FileFormat = Literal["parquet", "jsonl"]
@@ -84,9 +84,7 @@ def check_output(
     if not out.is_dir() or not any(out.iterdir()):
         return False
     report = read_json(out / REPORT) or {}
-    if report.get("made_by") != made_by:
-        names = ", ".join(sorted(path.name for path in out.iterdir())[:3])
-        raise UserError(f"{out} exists and holds other things ({names}).", "Choose another --out.")
+    refuse_others(out, report.get("made_by") == made_by, f"a result of {made_by}")
     if overwrite or report.get("request") == request:
         return not overwrite
     raise UserError(

@@ -13,7 +13,7 @@ from ..data.sources import local_path
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, checked
 from ..model.base import fetch_base, load_tokenizer
-from ..model.base_folder import is_fingerprint_of, read_model_config
+from ..model.base_folder import read_model_config
 from ..model.files import named_folder
 from ..model.peft_io import CARD, AdapterFile, fetch_adapter, read_adapter
 from ..model.tokenizer import check_vocabulary
@@ -61,16 +61,6 @@ def stage_of(adapter: AdapterFile) -> dict[str, Any] | None:
     stage = StageDir(adapter.path.parent)
     info = stage.info() if adapter.path.name in ("adapter", "delta") else None
     return None if info is None else checked(info, stage.path / STAGE_FILE, needs=("base.fingerprint",))
-
-
-def check_trained_on(folder: Path, frozen: list[AdapterFile], stages: list[dict[str, Any] | None]) -> None:
-    """Raise a UserError if an adapter was trained on another base than the one in ``folder``."""
-    for adapter, info in zip(frozen, stages):
-        if info is not None and not is_fingerprint_of(info["base"]["fingerprint"], folder):
-            raise UserError(
-                f"adapter {adapter.path}: was trained on another model than {folder}.",
-                "Give the folder of that model: model_name_or_path=FOLDER.",
-            )
 
 
 def template_of(config: RunConfig, folder: Path, frozen: list[AdapterFile], time: str | None = None) -> ChatTemplate:

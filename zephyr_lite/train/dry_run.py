@@ -49,8 +49,9 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": False})
     for line in stage.plan.lines():
         logger.info(line, extra=RESULT)
-    for title, spans in first_row(stage) if show is not None else ():
-        show(title, spans)
+    if show is not None:
+        for title, spans in first_row(stage):
+            show(title, spans)
     objective: Objective = SftObjective(stage) if method == "sft" else preference_objective(stage)
     state = TrainState(stage, objective)
     if stage.base.device.type == "cuda":

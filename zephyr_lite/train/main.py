@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from ..config.load import Loaded, Method, RunConfig
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, UserError, optional
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
 from ..memory.device import in_words
@@ -68,14 +68,8 @@ def run(
     with ExitStack() as held:
         here.broadcast(lambda: held.enter_context(alone(Path(config.output_dir))))
         if config.engine != "fused":
-            try:
+            with optional("trl"):
                 from ..engines.trl import check_supported, train_on_trl
-            except ModuleNotFoundError as error:
-                if error.name != "trl":
-                    raise
-                raise UserError(
-                    f"engine={config.engine} needs the package trl.", 'Install it: pip install "zephyr-lite[trl]"'
-                ) from None
             check_supported(method, config)
         if here.size > 1:
             logger.info(

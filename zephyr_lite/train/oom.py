@@ -110,8 +110,7 @@ class OomRetry:
 
     def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
         """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
-        once. A group that did not fit is split; those that did are not repeated.
-        """
+        once. A group that did not fit is split; those that did are not repeated."""
         left = world().shard(range(len(data.lengths)), data.lengths)
         while left:
             done: set[int] = set()

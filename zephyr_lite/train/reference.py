@@ -75,8 +75,7 @@ class ReferenceCache:
 
     def compute(self, decoder: Decoder, data: TokenizedDataset, oom: OomRetry) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
-        minute and when the work is interrupted.
-        """
+        minute and when the work is interrupted."""
         main = world().is_main_process
 
         def compute(indices: list[int]) -> None:

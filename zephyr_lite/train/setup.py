@@ -38,13 +38,13 @@ from ..memory.plan import Plan, plan_run
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base
-from ..model.base_folder import check_length, check_weights, empty_model, read_model_config
+from ..model.base_folder import check_fingerprint, check_length, check_weights, empty_model, read_model_config
 from ..model.decoder import Decoder
 from ..model.families import Shape
 from ..model.peft_io import AdapterFile
 from ..model.tokenizer import check_vocabulary
 from ..ops.dispatch import check_kernels
-from .below import adapters_below, check_paths, check_trained_on, stage_of, template_of
+from .below import adapters_below, check_paths, stage_of, template_of
 from .distributed import world
 from .optim import make_scheduler
 from .resume import Comparison, StageComplete, kept_plan, machine_now, now, versions
@@ -100,7 +100,9 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     def check_base() -> None:
         fetch_base(config.model_name_or_path, config.model_revision)
         check_weights(folder, base_config)
-        check_trained_on(folder, frozen, stages)
+        for adapter, info in zip(frozen, stages):
+            if info is not None:
+                check_fingerprint(info["base"]["fingerprint"], folder, f"adapter {adapter.path}")
         compared.model(folder, frozen)
 
     here = any(folder.glob("*.safetensors"))
