@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
-from zephyr_lite.ops import dispatch, dropout, dropout_products, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dispatch, dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps
 
 EPS = 1e-5
 
@@ -59,7 +59,8 @@ class Bench:
 
 
 def cases(bench: Bench) -> list[Case]:
-    return [*_nf4(bench), *_norm(bench), *_rope(bench), *_swiglu(bench), *_dropout(bench), *_logps(bench)]
+    of_all = (_nf4, _int8, _norm, _rope, _swiglu, _dropout, _logps)
+    return [case for of_operation in of_all for case in of_operation(bench)]
 
 
 def _nf4(bench: Bench) -> list[Case]:
@@ -82,6 +83,55 @@ def _nf4(bench: Bench) -> list[Case]:
                 peers={"bitsandbytes": lambda weight=weight: bnb.dequantize_4bit(weight.data, weight.quant_state)},
             )
         )
+    return found
+
+
+def _int8(bench: Bench) -> list[Case]:
+    """Of up_proj, with an adapter of rank 16."""
+    hidden, inner, tokens, rank = bench.shape["hidden_size"], bench.shape["intermediate_size"], bench.tokens, 16
+    plain, x, out = bench.random(inner, hidden), bench.random(tokens, hidden), bench.random(tokens, inner)
+    weight = nf4.sample_weight(plain)
+    outliers = int8.largest_channels(x.abs().amax(0))
+    kept = len(outliers.channels)
+    codes = torch.empty(2, inner * hidden, dtype=torch.int8, device=bench.device)
+    scales = int8.static_scales(weight)
+    forward = int8.Int8Matrix(codes[0].view(inner, hidden), scales[0], bench.random(inner, kept))
+    backward = int8.Int8Matrix(codes[1].view(hidden, inner), scales[1])
+    x8, grad8, grad = int8.quantize_rows(x, outliers), int8.quantize_rows(out), bench.random(tokens, hidden)
+    z, b, a = bench.random(tokens, rank), bench.random(inner, rank), bench.random(rank, hidden)
+    count = inner * hidden
+    requantized = count // 2 + count // 64 + 4 * -(-count // (64 * 256)) + count
+    moved = bench.bytes(tokens, hidden + kept) + tokens * (hidden + 4)
+    runs: list[tuple[str, int, Run]] = [
+        ("quantize_rows", moved, lambda: int8.quantize_rows(x, outliers)),
+        (
+            "requantize up_proj",
+            requantized + bench.bytes(inner, kept) + 4 * inner,
+            lambda: int8.requantize([(weight, forward, outliers)], bench.dtype, transposed=False),
+        ),
+        (
+            "requantize up_proj, transposed",
+            requantized + 4 * hidden,
+            lambda: int8.requantize([(weight, backward, None)], bench.dtype, transposed=True),
+        ),
+    ]
+    found = [Case(f"int8.{name}", "int8", moved, run) for name, moved, run in runs]
+    # torch: the frozen product alone, in the compute dtype
+    for name, moved, ours, theirs in (
+        (
+            "int8_mm up_proj",
+            tokens * (hidden + 2 * kept + 2 * inner) + count,
+            lambda: int8.int8_mm(x8, forward, out, (z, b)),
+            lambda: torch.mm(x, plain.T, out=out),
+        ),
+        (
+            "int8_mm up_proj, transposed, adding",
+            tokens * (inner + 4 * hidden) + count,
+            lambda: int8.int8_mm(grad8, backward, grad, (z, a.T), add=True),
+            lambda: grad.addmm_(out, plain),
+        ),
+    ):
+        found.append(Case(name, "int8", moved, ours, flops=2 * tokens * count, peers={"torch": theirs}))
     return found
 
 

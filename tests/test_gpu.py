@@ -18,6 +18,7 @@ from zephyr_lite.data.batch import Segment, collate_conversations, collate_pairs
 from zephyr_lite.model.base import load_base
 from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.ops import attention as attention_file
+from zephyr_lite.ops import dispatch, int8
 from zephyr_lite.ops.segments import SegmentTable, segment_starts
 from zephyr_lite.train.dpo import run_dpo
 from zephyr_lite.train.sft import run_sft
@@ -161,3 +162,26 @@ def test_both_stages_in_nf4(tiny_base, chat_rows, pair_rows, tmp_path, dtype, op
     settings = words(tiny_base, tmp_path / "r", pair_rows, max_prompt_length=64, dtype=dtype, optim=optim, beta=0.1)
     run_dpo(load_config("dpo", None, settings))
     assert metrics(tmp_path / "r" / "dpo")[0] == pytest.approx(LN2, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_products_on_the_gpu(dtype):
+    """Mistral-7B's widest projection; the matrix units' sums are exact."""
+    if torch.cuda.get_device_capability() < int8.CAPABILITY:
+        pytest.skip("this card runs no int8 products")
+    device = torch.device("cuda")
+    assert dispatch.check_kernels(device, dtype, dispatch.Widths(4096, 14_336, int8=True)) == []
+    torch.manual_seed(0)
+    x, weight = (
+        int8.Int8Matrix(
+            torch.randint(-127, 128, (rows, 14_336), dtype=torch.int8, device=device),
+            torch.full((rows,), 2.0**-12, device=device),
+            torch.randn(rows, 224, device=device, dtype=dtype),
+        )
+        for rows in (1000, 4096)
+    )
+    low_rank = torch.randn(1000, 16, device=device, dtype=dtype), torch.randn(4096, 16, device=device, dtype=dtype)
+    before = torch.randn(1000, 4096, device=device, dtype=dtype)
+    y = int8.int8_mm(x, weight, before.clone(), low_rank, add=True)
+    exact = x.double() @ weight.double().T + low_rank[0].double() @ low_rank[1].double().T + before.double()
+    assert apart(y.double(), exact) < 2 * torch.finfo(dtype).eps

@@ -22,7 +22,9 @@ from zephyr_lite.config.strict_yaml import read_yaml
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge import chain_of_run
-from zephyr_lite.model.peft_io import read_adapter
+from zephyr_lite.model.adapters import AdapterStack
+from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.peft_io import LoraWeights, read_adapter, write_adapter
 from zephyr_lite.train import loop as loop_file
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.loop import (
@@ -196,6 +198,16 @@ def test_float16_scales_the_loss_and_gives_up_when_no_scale_helps(windowed, chat
     monkeypatch.setattr(state.scaler, "update", lambda: real(state.scaler.get_scale() / 2))
     with pytest.raises(UserError, match="not finite three times"):
         train(state)
+
+
+def test_an_adapter_on_the_output_head_is_not_ignored(tmp_path):
+    model = make_model()
+    stack = AdapterStack(model)
+    a, b = torch.randn(2, 64), torch.randn(448, 2)
+    write_adapter(tmp_path / "head", {"lm_head": LoraWeights(a, b, 1.0)}, base_model_name="x")
+    stack.add_frozen("head", read_adapter(tmp_path / "head"))
+    with pytest.raises(UserError, match="output head"):
+        Decoder(stack, torch.float32)
 
 
 def test_the_largest_micro_batch_is_tried_first_and_leaves_no_trace(windowed, chat_rows, tmp_path):

@@ -1,4 +1,4 @@
-"""Answers with labels, for KTO: the formats, the counts of both kinds, advice on weights, and what is refused."""
+"""Answers with labels, for KTO: the formats, and what is refused."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.conftest import make_model, tiny_config
-from tests.contract.test_counts import kept
+from tests.contract.test_counts import int8_decoder, kept
 from tests.contract.test_layer import KEEPS
 from tests.contract.test_more_families import FAMILIES, tiny
-from tests.numeric import conversation, live_stack, pair
+from tests.numeric import conversation, live_stack, loss_and_gradients, pair
 from zephyr_lite.config.load import RunConfig
 from zephyr_lite.data.batch import collate_conversations, collate_pairs
 from zephyr_lite.memory.activations import kept_per_token, layer_bytes
@@ -28,7 +28,7 @@ from zephyr_lite.memory.estimate import base_bytes, estimate, slab_bytes
 from zephyr_lite.memory.workload import AdapterSpec, Workload, make_workload
 from zephyr_lite.model import layer as layer_file
 from zephyr_lite.model.base import load_base
-from zephyr_lite.model.decoder import Decoder
+from zephyr_lite.model.decoder import Decoder, Dropout
 from zephyr_lite.model.execution import ExecutionConfig
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.weight_streaming import WeightStreamer
@@ -176,6 +176,32 @@ def tiny_job(dtype, dropout, shape=None, **changes) -> Workload:
     adapters = (AdapterSpec.fresh(shape, 2, trained=False), AdapterSpec.fresh(shape, 4))
     settings = {"storage": "dense", "optim": "adamw_torch", "method": "sft", "longest": 40}
     return Workload(shape, dtype, adapters=adapters, dropout=dropout, **settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "keep", "tile"),
+    [
+        (torch.bfloat16, False, "all", None),
+        (torch.bfloat16, True, "input", 8),
+        (torch.float32, False, "attention", 16),
+    ],
+)
+def test_what_a_layer_holds_in_int8(monkeypatch, tiny_base, dtype, dropout, keep, tile):
+    """Forward and backward, on the kernels' path with the CPU's attention."""
+    decoder, batch = int8_decoder(tiny_base, dtype), collate_conversations([conversation(0, 32)])
+    loss_and_gradients(decoder, batch)  # its buffer is there from now on
+    decoder.follow(ExecutionConfig(64, (keep,) * 2, tile=tile))
+    with peaks_of_layers(monkeypatch) as found:
+        logps = decoder.token_logps(batch, keep=keep, dropout=Dropout(0.3, 1, 1) if dropout else None)
+        logps.sum().backward()
+    device = replace(CPU, fuses_dropout=dtype == torch.bfloat16)
+    kept_by, forward, backward_by = layer_bytes(tiny_job(dtype, dropout, int8=True), len(batch), tile, device)
+    share = 0.09  # at these sizes an adapter's cast is as large as an activation
+    assert found.forward == pytest.approx([forward[keep]] * 2, rel=share)
+    first, second = found.backward
+    backward = backward_by[keep, False] - kept_by[keep]
+    assert first == pytest.approx(backward, rel=share)
+    assert second <= backward * (1 + share)  # nothing wants the gradient of the embeddings
 
 
 @pytest.mark.parametrize("family", FAMILIES)

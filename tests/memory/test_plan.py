@@ -43,6 +43,7 @@ from zephyr_lite.memory.plan import (
     with_rank,
 )
 from zephyr_lite.memory.workload import AdapterSpec, Workload
+from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -336,3 +337,40 @@ def test_what_another_engine_does_not_read_is_refused(engine, word):
     with pytest.raises(UserError, match=f"memory.{word.split('=')[0]} has no effect with engine {engine}"):
         load_config("sft", None, [f"engine={engine}", f"memory.{word}"])
     load_config("sft", None, [f"engine={engine}", "memory.keep=input", "memory.micro_tokens=100"])
+
+
+# -- int8 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "times"), [("3060", 2.0), ("4090", 1.6), ("h200", 1.1)])
+def test_int8_is_planned_as_faster_by_estimate(name, times):
+    config = load_config("sft", "zephyr-7b/sft", ["memory.compute=int8", "optim=adamw_8bit"]).config
+    dtype = CARDS[name].dtype
+    machine, job = card(name, dtype=dtype), expected_job("sft", config, MISTRAL_SHAPE, dtype)
+    plan, other = make_plan(job, machine, FREE), make_plan(mistral(dtype=dtype), machine, FREE)
+    assert plan.int8 and not other.int8 and "products with the base in int8" in plan.lines()
+    assert times < plan.tokens_per_second / other.tokens_per_second < 3
+    said = " ".join(" ".join(forecast.forecast_lines(job, machine, plan, config)).split())
+    assert "tokens/s by data sheets, int8 by estimate" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("t4", {}, "t4 has compute capability 7.5; int8 needs 8.0"),
+        ("4090", {"storage": "dense"}, "the base is not in 4 bits"),
+        ("4090", {"shape": Shape(96, 128, 2, 3, 3, 32, 448)}, "no multiple of 64 channels wide (q_proj 96"),
+    ],
+)
+def test_int8_is_refused_where_its_kernels_do_not_run(name, changes, what):
+    job = mistral("sft", "memory.compute=int8", dtype=CARDS[name].dtype)
+    with pytest.raises(UserError, match=re.escape(what)) as caught:
+        make_plan(replace(job, **changes), card(name), FREE)
+    assert caught.value.message.startswith("memory.compute=int8: ") and caught.value.hint == "Set memory.compute=16bit."
+
+
+@pytest.mark.parametrize("word", ["engine=trl", "load_in_4bit=false"])
+def test_int8_is_for_the_fused_engine_and_a_4_bit_base(word):
+    with pytest.raises(UserError, match=r"memory\.compute int8 is for engine fused and a 4-bit base, not for"):
+        load_config("sft", None, [word, "memory.compute=int8"])
+    load_config("sft", None, [word, "memory.compute=16bit"])

@@ -1,4 +1,4 @@
-"""What a run measured: its speed and peak beside the predicted ones, for the next plan on this machine."""
+"""What a run measured corrects the next plan on this machine."""
 
 import math
 

@@ -148,7 +148,8 @@ def layer_bytes(
         activated = of(mlp_rank + gate_up, rows) + wide * rows
         projected = concatenated(mlp_rank // in_mlp, both // in_mlp) + codes(s.hidden, rows)
         activated += max(of(s.inner, rows), of(s.hidden, rows) + projected)
-        down = of(down_rank, rows) + max(of(s.inner * copied, rows), codes(s.inner, rows))
+        projected = codes(s.inner, rows) + job.int8 * concatenated(down_rank, s.hidden)
+        down = of(down_rank, rows) + max(of(s.inner * copied, rows), projected)
         down = max(down, concatenated(down_rank, s.inner)) - of(both, rows) * (not whole)
         joined = of(mlp_rank + down_rank) * (whole and tiles > 1)  # the tiles' products, beside each other
         forward[policy] = casts + max(attention, held + max(activated + max(0, down), joined))

@@ -55,6 +55,8 @@ def launches(job: Workload, keep: Keep) -> tuple[int, int]:
     """Kernels that a layer launches in its forward and in its backward pass."""
     (forward, backward), stacked = LAUNCHES[keep], len(job.adapters) > 1
     more = [stacked * stack + job.dropout * drop for stack, drop in zip(STACKED, DROPPED)]
+    # in int8 every projection's gradient is quantized and has a product of its own
+    more[1] += job.int8 * (6 + (keep != "all") + 4 * job.dropout)
     return forward + more[0], backward + more[1]
 
 

@@ -44,10 +44,6 @@ class Int8Matrix(NamedTuple):
     scale: Tensor
     outliers: Tensor | None = None
 
-    def rows(self, rows: slice) -> Int8Matrix:
-        """Some of the rows; views."""
-        return Int8Matrix(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
-
     def double(self) -> Tensor:
         """[rows, K + R] in float64, the outliers' columns last."""
         whole = self.codes.double() * self.scale.double()[:, None]
@@ -270,19 +266,10 @@ def _kernel_requantize(places: Places, transposed: bool) -> tuple[Int8Matrix, ..
         numbers += [programs, rows, blocks, count, to.codes.data_ptr(), to.scale.data_ptr(), *addresses]
         numbers += storage_addresses(weight)
         programs += -(-rows // _ROWS) * blocks
+    table, nested = table_on_device(tuple(numbers), device), first.state2.blocksize if first.nested else 1
+    options = {"TRANSPOSED": transposed, "NESTED": first.nested, "HALF": first.blocksize // 2, "NESTED_BLOCK": nested}
     with on_device(like):
-        _requantize[(programs,)](
-            table_on_device(tuple(numbers), device),
-            like,
-            len(places),
-            TRANSPOSED=transposed,
-            NESTED=first.nested,
-            HALF=first.blocksize // 2,
-            NESTED_BLOCK=first.state2.blocksize if first.nested else 1,
-            ROWS=_ROWS,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        _requantize[(programs,)](table, like, len(places), **options, ROWS=_ROWS, enable_fp_fusion=False)
     return tuple(to for _, to, _ in places)
 
 
@@ -364,14 +351,13 @@ def _mm(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """A program takes BM x BN of y; GROUP rows of programs share what they read of w in the cache. EVEN: no part of BK at
-    the end of a row."""
-    program, high, wide = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(columns, BN)
-    first = program // (GROUP * wide) * GROUP
-    size = tl.minimum(high - first, GROUP)
-    program %= GROUP * wide
+    """A program takes BM x BN of y; eight rows of programs follow each other by columns, so that they find w in the cache.
+    EVEN: rows are whole BK."""
+    program, wide = tl.program_id(0), tl.cdiv(columns, BN)
+    first = program // (8 * wide) * 8
+    size = tl.minimum(tl.cdiv(rows, BM) - first, 8)
+    program %= 8 * wide
     top, start = ((first + program % size) * BM).to(tl.int64), (program // size * BN).to(tl.int64)
     # beyond the end the last row is read again, without masks, and not stored
     row, column, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
@@ -401,6 +387,8 @@ def _mm(
     tl.store(place, y.to(out.dtype.element_ty), mask=there)
 
 
+# triton compiles no products for the matrix units of older cards
+CAPABILITY = (8, 0)
 # major compute capability → BM, BN, BK, stages: what needs no spills and fits the shared memory; 0: the interpreter
 _TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3)}
 _TILE = (128, 256, 64, 3)
@@ -421,20 +409,12 @@ def _kernel_mm(
     bm, bn, bk, stages = _TILES.get(_major(out.device), _TILE)
     if rows:
         tensors = (x.codes, weight.codes, x.scale, weight.scale, *kept, left, right, out)
-        numbers = (
-            rows,
-            columns,
-            inner,
-            kept[0].shape[1],
-            left.shape[1],
-            left.stride(0),
-            *right.stride(),
-            out.stride(0),
-        )
+        sizes = (rows, columns, inner, kept[0].shape[1], left.shape[1])
+        strides = (left.stride(0), *right.stride(), out.stride(0))
         options = {"ADD": add, "EVEN": inner % bk == 0, "WIDEN": truncates(out.device, out.dtype)}
-        tile = {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_stages": stages, "num_warps": 8}
+        tile = {"BM": bm, "BN": bn, "BK": bk, "num_stages": stages, "num_warps": 8}
         with on_device(out):
-            _mm[(-(-rows // bm) * -(-columns // bn),)](*tensors, *numbers, **options, **tile)
+            _mm[(-(-rows // bm) * -(-columns // bn),)](*tensors, *sizes, *strides, **options, **tile)
     return out
 
 
@@ -443,7 +423,7 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
     if not widths.int8:
         return
     draw, draw_weight = samples(device, dtype), samples(device, torch.float32)
-    rows, height, rank = 3, 192, 16
+    rows, height, rank = 3, 256, 16
     for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:  # whole blocks
         name = f"[{height}, {width}]"
         weight, x, grad = sample_weight(draw_weight(height, width)), draw(rows, width), draw(rows, height)
@@ -465,14 +445,16 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
                 exact = want.outliers.double() if truncates(device, dtype) else None
                 yield Comparison(f"outliers of {what}", got.outliers, want.outliers, exact)
         forward, x8, backward, grad8 = found[1]
-        for left, right, low_rank in (
-            (x8, forward, (draw(rows, rank), draw(height, rank))),
-            (grad8, backward, (draw(rows, rank), draw(rank, width).T)),
+        forward_pair = draw(rows, rank), draw(height, rank)
+        for left, right, low_rank, add in (  # as the layer launches them
+            (x8, forward, forward_pair, False),
+            (x8, forward, forward_pair, True),
+            (grad8, backward, (draw(rows, rank), draw(rank, width).T), False),
+            (grad8, backward, None, True),
         ):
             before = draw(rows, len(right.codes))
-            exact = left.double() @ right.double().T
-            kernel, twin = (run(left, right, torch.empty_like(before), None, False) for run in (_kernel_mm, _twin_mm))
-            yield Comparison(f"{name} · {list(left.codes.shape)}", kernel, twin, exact)
-            exact = exact + low_rank[0].double() @ low_rank[1].double().T + before.double()
-            kernel, twin = (run(left, right, before.clone(), low_rank, True) for run in (_kernel_mm, _twin_mm))
-            yield Comparison(f"added {name} · {list(left.codes.shape)}", kernel, twin, exact)
+            exact = left.double() @ right.double().T + add * before.double()
+            if low_rank is not None:
+                exact += low_rank[0].double() @ low_rank[1].double().T
+            kernel, twin = (run(left, right, before.clone(), low_rank, add) for run in (_kernel_mm, _twin_mm))
+            yield Comparison(f"{name} · {list(left.codes.shape)} {add=}", kernel, twin, exact)

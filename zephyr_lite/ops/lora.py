@@ -264,10 +264,14 @@ def project(
                 torch.mm(x, weight.T, out=y[:, columns])
     else:
         group, product = on.pop(0) if on else (None, x)
-        low_rank = {p: (product[:, c], _scaled_b(pairs)) for p, c, pairs in group.blocks} if group else {}
+        blocks = {projection: (columns, pairs) for projection, columns, pairs in group.blocks} if group else {}
         codes = quantize_rows(x, site.int8.outliers)
         for projection, (start, weight) in enumerate(parts):
-            int8_mm(codes, weight, y[:, start : start + len(weight.codes)], low_rank.get(projection), add=add)
+            low_rank = None
+            if projection in blocks:
+                columns, pairs = blocks[projection]
+                low_rank = product[:, columns], _scaled_b(pairs)
+            int8_mm(codes, weight, y[:, start : start + len(weight.codes)], low_rank, add=add)
     for bias, columns in zip(site.biases, site.slices):
         if bias is not None:
             y[:, columns] += bias.to(x.dtype)
