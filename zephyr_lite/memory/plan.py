@@ -18,6 +18,7 @@ from ..config.load import MemorySpec, RunConfig
 from ..errors import UserError
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep, Reference
+from ..ops.int8 import CAPABILITY
 from .activations import kept_per_token
 from .device import CONTEXT_BYTES, GIB, in_words
 from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
@@ -48,8 +49,6 @@ WORTH_THE_HOST = 0.04
 WORTH_CACHING = 0.02
 # A smaller plan saves at least this share of the transient bytes of the one that did not fit.
 SAVING = 0.1
-# int8 kernels need the tensor cores of this compute capability.
-INT8_CAPABILITY = (7, 5)
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 141)
 
 
@@ -304,8 +303,8 @@ def _check_int8(job: Workload, machine: Machine) -> None:
     uneven = [f"{name} {width}" for name, (_, width) in job.shape.matrices.items() if width % NF4_BLOCK]
     if job.storage == "dense":
         what = "the base is not in 4 bits"
-    elif machine.device.cuda and machine.card.capability < INT8_CAPABILITY:
-        what = f"{machine.name} has compute capability {'.'.join(map(str, machine.card.capability))}; int8 needs 7.5"
+    elif machine.device.cuda and machine.card.capability < CAPABILITY:
+        what = f"{machine.name} has compute capability {'.'.join(map(str, machine.card.capability))}; int8 needs 8.0"
     elif uneven:
         what = f"inputs of this base are no multiple of {NF4_BLOCK} channels wide ({', '.join(uneven)})"
     else:

@@ -423,7 +423,7 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
     if not widths.int8:
         return
     draw, draw_weight = samples(device, dtype), samples(device, torch.float32)
-    rows, height, rank = 3, 192, 16
+    rows, height, rank = 3, 256, 16
     for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:  # whole blocks
         name = f"[{height}, {width}]"
         weight, x, grad = sample_weight(draw_weight(height, width)), draw(rows, width), draw(rows, height)
@@ -445,14 +445,16 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
                 exact = want.outliers.double() if truncates(device, dtype) else None
                 yield Comparison(f"outliers of {what}", got.outliers, want.outliers, exact)
         forward, x8, backward, grad8 = found[1]
-        for left, right, low_rank in (
-            (x8, forward, (draw(rows, rank), draw(height, rank))),
-            (grad8, backward, (draw(rows, rank), draw(rank, width).T)),
+        forward_pair = draw(rows, rank), draw(height, rank)
+        for left, right, low_rank, add in (  # as the layer launches them
+            (x8, forward, forward_pair, False),
+            (x8, forward, forward_pair, True),
+            (grad8, backward, (draw(rows, rank), draw(rank, width).T), False),
+            (grad8, backward, None, True),
         ):
             before = draw(rows, len(right.codes))
-            exact = left.double() @ right.double().T
-            kernel, twin = (run(left, right, torch.empty_like(before), None, False) for run in (_kernel_mm, _twin_mm))
-            yield Comparison(f"{name} · {list(left.codes.shape)}", kernel, twin, exact)
-            exact = exact + low_rank[0].double() @ low_rank[1].double().T + before.double()
-            kernel, twin = (run(left, right, before.clone(), low_rank, True) for run in (_kernel_mm, _twin_mm))
-            yield Comparison(f"added {name} · {list(left.codes.shape)}", kernel, twin, exact)
+            exact = left.double() @ right.double().T + add * before.double()
+            if low_rank is not None:
+                exact += low_rank[0].double() @ low_rank[1].double().T
+            kernel, twin = (run(left, right, before.clone(), low_rank, add) for run in (_kernel_mm, _twin_mm))
+            yield Comparison(f"{name} · {list(left.codes.shape)} {add=}", kernel, twin, exact)
