@@ -212,7 +212,7 @@ def check_fingerprint(known: str | None, folder: Path, trained: str) -> None:
     """
     if known is not None and not is_fingerprint_of(known, folder):
         raise UserError(
-            f"{folder}: is not the model that {trained} was trained on (its files changed since, or it is another one).",
+            f"{folder}: is not the model that {trained} was trained on (its files changed since, or it is another model).",
             "Restore it, or give the folder of that model with --base (in training: model_name_or_path=FOLDER).",
         )
 
