@@ -1,4 +1,4 @@
-"""The benches run, and count what they should. What they measure here means nothing."""
+"""The random Mistral of the benches is what transformers quantizes and saves."""
 
 from pathlib import Path
 

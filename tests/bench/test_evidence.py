@@ -1,4 +1,4 @@
-"""``bench.evidence``: a tiny run of every stage on a CPU, and what becomes of stages that fail, hang or are interrupted."""
+"""``bench.evidence``: a tiny run of every stage on a CPU, and commands that the benches take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zephyr-lite chat` as it is used: in a terminal (a real one for what only a terminal does), through a pipe, with a file."""
+"""`zephyr-lite chat` as it is used: in a terminal, through a pipe, with a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well: signals, what is said of an interruption, the machine's faults."""
+"""How a command ends when it does not end well: signals, the machine's faults."""
 
 from __future__ import annotations
 

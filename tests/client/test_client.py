@@ -1,4 +1,4 @@
-"""The client against a real HTTP server: requests, every way of failing that servers have, budgets, rates."""
+"""The client against a real HTTP server: requests, the ways in which servers fail, budgets."""
 
 from __future__ import annotations
 

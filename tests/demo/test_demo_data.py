@@ -1,4 +1,4 @@
-"""The demo's data: its schemas, its promises (best answers do not dodge, nothing held out is trained on), its size."""
+"""The demo's data and base: best answers do not dodge, nothing held out is trained on."""
 
 import importlib.util
 import json

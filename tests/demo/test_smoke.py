@@ -1,4 +1,4 @@
-"""``--smoke``: what it does, what it leaves, and what it says where something fails."""
+"""``--smoke``: what it does and leaves, and what it says where something fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness: its numbers are the live stack's, finished tasks are kept, and what is missing is said."""
+"""The harness: its numbers are the live stack's, and finished tasks are kept."""
 
 from __future__ import annotations
 

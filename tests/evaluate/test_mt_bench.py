@@ -1,4 +1,4 @@
-"""`zephyr-lite eval mt-bench` against a real HTTP server: what is asked, how grades are read, kills, pictures."""
+"""`zephyr-lite eval mt-bench` against a real HTTP server: what is asked, and the grades of three models."""
 
 from __future__ import annotations
 

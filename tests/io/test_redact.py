@@ -1,4 +1,4 @@
-"""Secrets of the environment are in nothing that is printed or written: every byte of a whole recipe is searched."""
+"""Secrets of the environment are in nothing that is printed or written."""
 
 from __future__ import annotations
 

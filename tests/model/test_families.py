@@ -1,4 +1,4 @@
-"""Qwen2 in the memory account, and the guide to a new family."""
+"""The guide to a new family."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is shown while a stage is trained: the panel in a terminal, lines, JSON; and what the verdict says."""
+"""What is shown while a stage is trained: the panel in a terminal, JSON; and what the verdict says."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Samples change nothing of training and come from the policy; trackers get our metrics; screens in real places."""
+"""Samples change nothing of training and come from the policy; trackers get our metrics."""
 
 import json
 

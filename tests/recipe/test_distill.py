@@ -1,4 +1,4 @@
-"""`zephyr-lite distill`: the grid, near-duplicates, dialogues against a real HTTP server, resume, budget."""
+"""`zephyr-lite distill`: dialogues against a real HTTP server, near-duplicates, seeds, resume."""
 
 from __future__ import annotations
 

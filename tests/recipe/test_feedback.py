@@ -1,4 +1,4 @@
-"""`zephyr-lite feedback` against a real HTTP server: rows, ratings, failures, budget, interrupts, on-policy sampling."""
+"""`zephyr-lite feedback` against a real HTTP server: rows, ratings, failures, budget, a kill, on-policy sampling."""
 
 from __future__ import annotations
 

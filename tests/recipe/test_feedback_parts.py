@@ -1,4 +1,4 @@
-"""AI feedback, piece by piece: prompts, draws, the judge's replies, configuration."""
+"""AI feedback, piece by piece: prompts, draws, the judge's replies."""
 
 from __future__ import annotations
 

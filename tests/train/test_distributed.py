@@ -1,4 +1,4 @@
-"""Several processes: rows are dealt by length, errors reach the others, an error that all find is printed once."""
+"""Several processes: rows are dealt by length, and errors reach the others."""
 
 import signal
 

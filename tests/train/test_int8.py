@@ -16,7 +16,7 @@ INT8 = {"memory.compute": "int8"}
 
 def test_both_stages_in_int8(tiny_base, chat_rows, pair_rows, tmp_path):
     """A killed and resumed run ends bit for bit as an undisturbed one: the outlier channels are the same at every start."""
-    settings = {"max_steps": 2, "save_steps": 1, "eval_dataset": "null"}
+    settings = {"max_steps": 2, "save_steps": 1}
 
     def sft(run, **changes):
         return load_config("sft", None, words(tiny_base, tmp_path / run, chat_rows, **settings, **changes))

@@ -1,4 +1,4 @@
-"""The optimizer's state: there before the first step, put back in place, the same bits."""
+"""The optimizer's state: there before the first step, and the same bits."""
 
 import pytest
 import torch

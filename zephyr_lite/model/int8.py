@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Int8Buffer(DequantBuffer):
-    """Frozen matrices as int8 codes, [out, in] for the forward pass beside [in, out] for the backward pass: together as many
+    """Frozen 4-bit matrices as int8 codes, [out, in] for the forward pass beside [in, out] for the backward pass: together as many
     bytes as a matrix has in 16 bits. The columns of outlier channels are in tensors of their own."""
 
     def __init__(self, mode: ScratchMode = "layer") -> None:
@@ -80,6 +80,7 @@ class Int8Buffer(DequantBuffer):
     def _requantize(self, sites: Sequence[LinearGroup], wanted: Sequence[tuple[int, int]], backward: bool) -> None:
         """Fill the places of (site, projection), unless they hold these matrices already."""
         missing: list[tuple[Tensor, Int8Matrix, OutlierChannels | None]] = []
+        filled: dict[tuple[int, int], tuple[Tensor, int]] = {}
         for index, projection in wanted:
             site, into = sites[index], self._matrix(sites, index, projection, backward)
             weight, place = site.weights[projection], (index // 2, into.codes.storage_offset())
@@ -87,9 +88,10 @@ class Int8Buffer(DequantBuffer):
             if held is None or held[0] is not weight or held[1] != weight._version:
                 assert site.int8 is not None
                 missing.append((weight, into, None if backward else site.int8.outliers))
-                self._held[place] = (weight, weight._version)
+                filled[place] = (weight, weight._version)
         if missing:
             requantize(missing, self._outliers[0].dtype, transposed=backward)
+            self._held.update(filled)
 
 
 @torch.no_grad()

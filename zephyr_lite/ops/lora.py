@@ -264,7 +264,7 @@ def project(
                 torch.mm(x, weight.T, out=y[:, columns])
     else:
         group, product = on.pop(0) if on else (None, x)
-        blocks = {projection: (where, pairs) for projection, where, pairs in group.blocks} if group else {}
+        blocks = {projection: (columns, pairs) for projection, columns, pairs in group.blocks} if group else {}
         codes = quantize_rows(x, site.int8.outliers)
         for projection, (start, weight) in enumerate(parts):
             low_rank = None
