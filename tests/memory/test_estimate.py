@@ -182,7 +182,7 @@ def tiny_job(dtype, dropout, shape=None, **changes) -> Workload:
     ("dtype", "dropout", "keep", "tile"),
     [
         (torch.bfloat16, False, "all", None),
-        (torch.bfloat16, True, "input", 8),
+        (torch.bfloat16, True, "input", None),
         (torch.float32, False, "attention", 16),
     ],
 )
