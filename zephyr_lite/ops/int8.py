@@ -405,7 +405,7 @@ def _mm(
 # triton compiles no products for the matrix units of older cards
 CAPABILITY = (8, 0)
 # major compute capability → BM, BN, BK, stages: what needs no spills and fits the shared memory; 0: the interpreter
-_TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3)}
+_TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3), 12: (256, 128, 64, 3)}
 _TILE = (128, 256, 64, 3)
 
 
