@@ -35,6 +35,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     LANG="C.UTF-8",
     TZ="UTC",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",  # as the command line sets it in a pipe; the tests import transformers before
     COLUMNS="80",
     LINES="24",
     HF_HUB_OFFLINE="1",

@@ -91,6 +91,14 @@ def test_a_conversation_is_answered_as_by_chat_from_the_ids_of_training(chat, as
         assert streamed == (text, reason, usage) and seen[-1].tolist() == seen[-2].tolist()
 
 
+def test_variables_of_the_template_as_other_servers_take_them(chat, ask, monkeypatch):
+    written = "{% if enable_thinking is false %}{{ 'Do not think.' }}{% endif %}"
+    monkeypatch.setattr(chat.template, "text", chat.template.text + written)
+    size = ask()[2].prompt_tokens
+    given = {"enable_thinking": False, "messages": []}  # the messages stay
+    assert ask(extra_body={"chat_template_kwargs": given})[2].prompt_tokens > size == ask()[2].prompt_tokens
+
+
 def test_a_stop_sequence_ends_the_answer_before_it(ask):
     whole, reason, _ = ask(max_tokens=40)
     assert reason == "length" and len(whole) > 20

@@ -64,6 +64,9 @@ def test_a_dry_run_shows_the_plan_a_row_and_a_step_and_leaves_nothing(invoke, sf
     code, out, err = invoke(*dpo_words, "adapters=none", "precompute_ref_log_probs=true", "--dry-run")
     assert code == 0, err
     assert "first step: loss 0.6931" in out and "prompt and rejected:" in out
+    code, out, err = invoke(*sft_words, "--dry-run", "--quiet")
+    assert (code, err) == (0, "") and out.startswith("plan of sft on ") and "⟦" not in out and "data:" not in out
+    assert out.splitlines()[-1].startswith("at this pace ")
     assert not list(tmp_path.iterdir())
 
 
@@ -121,6 +124,11 @@ def test_a_run_of_one_step_learns(invoke, sft_words, tmp_path, schedule):
 
 
 def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, runs, dpo_words):
+    (runs.parent / "latest").symlink_to("t")
+    code, out, err = invoke("report")
+    assert (code, err) == (0, "runs/t, the newest run; runs/NAME chooses another\n") and out.startswith(
+        "runs/t/report.html"
+    )
     shutil.copytree(runs, runs.parent / "other")
     dpo = [word for word in dpo_words if not word.startswith("model_name")]
     commands = {"--run ": ["merge", "--out", "m"], "": ["eval", "loss"], "output_dir=": dpo}
@@ -132,3 +140,8 @@ def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, r
     assert invoke("report")[0] == 2
     code, out, err = invoke("report", "runs/other")
     assert code == 0 and err == ""
+
+
+def test_a_hub_id_may_end_as_a_file_does(invoke, monkeypatch):
+    code, _, err = invoke("data", "show", "sft", "model_name_or_path=owner/model.gguf", "dataset=owner/data.bin")
+    assert code == 2 and "it is not in the hub's cache" in err

@@ -95,6 +95,10 @@ def shard(name, link=None):
         (lambda folder: (folder / "LICENSE").symlink_to("/etc/hostname"), "base/LICENSE: is a link out of its folder"),
         (changed("config.json", attn_implementation="someone/kernel"), "attn_implementation is someone/kernel; only"),
         (changed("config.json", model_type="own", auto_map={"AutoConfig": "c.C"}), "needs code of its own"),
+        (
+            changed("config.json", model_type="phi3", rope_parameters=None, rope_scaling={"type": "su"}),
+            'Write "longrope"',
+        ),
         (written("config.json", "[" * 100_000), "base/config.json: not valid JSON"),
         (written("adapter_config.json", '{"peft_type": "LORA"}'), "base: holds adapter_config.json beside config.json"),
     ],

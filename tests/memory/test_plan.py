@@ -37,6 +37,8 @@ from zephyr_lite.memory.plan import (
     feasible,
     fitting,
     make_plan,
+    plan_run,
+    run_seconds,
     smaller,
     with_rank,
 )
@@ -106,6 +108,28 @@ def test_what_is_chosen_follows_from_the_card():
 
 
 # -- smaller ones ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "cached", "said"),
+    [
+        ([], False, "would not save time"),
+        (["num_train_epochs=2"], True, "that makes 2 epochs 16% shorter"),
+        (["num_train_epochs=3", "max_steps=100"], False, "would not save time"),  # of 3,821 an epoch
+        (["num_train_epochs=3", "precompute_ref_log_probs=false"], False, ""),
+        (["num_train_epochs=3", "engine=trl"], False, ""),
+        (["num_train_epochs=3", "dataset=some/where"], False, ""),  # nobody knows how many rows
+    ],
+)
+def test_the_reference_is_cached_where_the_run_is_shorter_with_it(words, cached, said):
+    """The pass that computes it takes as long as a live reference does in one epoch, and the predicted time has it."""
+    config = load_config("dpo", "zephyr-7b/dpo", ["optim=adamw_8bit", *words]).config
+    machine, live = card("3060"), expected_job("dpo", config, MISTRAL_SHAPE, torch.bfloat16)
+    job, plan, why = plan_run(live, machine, FREE, config)
+    assert (job.cached_reference, job.live_reference, bool(why)) == (cached, not cached, bool(said)) and said in why
+    if cached:
+        one_epoch, speed = replace(job, epochs=1.0), make_plan(live, machine, FREE).tokens_per_second
+        assert run_seconds(one_epoch, plan, machine) == pytest.approx(job.run_tokens / speed, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])

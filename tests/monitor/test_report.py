@@ -150,6 +150,14 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.parametrize(("loss", "name"), [("sigmoid", "DPO"), ("kto", "kto"), ("simpo,sft", "simpo + sft")])
+def test_the_loss_has_its_name(tmp_path, loss, name):
+    a_stage(tmp_path / "mine", "dpo", "dpo", words=[f"loss_type={loss}"])
+    text = run_page(read_source(tmp_path / "mine"))
+    assert f"{name} loss" in text and ("DPO loss" in text) == (loss == "sigmoid")
+    assert ("share of rows" in text) == (loss == "kto")
+
+
 def test_a_page_says_what_the_files_say_and_loads_nothing(run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     text = run_page(read_source(run))

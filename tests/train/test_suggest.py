@@ -57,8 +57,8 @@ def test_the_printed_command_and_the_file_have_the_suggested_values(own, invoke,
     assert "num_train_epochs=9" in words and "batch_size=4" in words
     method, *rest = words[words.index("sft") :]
     config = setup_stage(method, resolve_run(method, None, rest), claim=False).config
-    assert invoke("suggest", "sft", *own, "lora_alpha=4", "-o", "mine.yaml")[1].endswith("sft --config mine.yaml\n")
-    assert load_config("sft", "mine.yaml").config == config and not (tmp_path / "run").exists()
+    assert invoke("suggest", "sft", *own, "lora_alpha=4", "-o", "a/b.yaml")[1].endswith("sft --config a/b.yaml\n")
+    assert load_config("sft", "a/b.yaml").config == config and not (tmp_path / "run").exists()
 
 
 def test_a_probe_picks_a_rate_that_trains_and_leaves_nothing(own, invoke, tmp_path):

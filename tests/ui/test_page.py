@@ -87,7 +87,11 @@ def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
     list(talk.ask(*ask[:4], None, None, False))  # empty numbers keep the last ones
     assert talk.vote("skip", "votes.jsonl").startswith("Skipped") and talk.html().count("Name three rivers.") == 1
     talk.unload()
-    assert talk.html() == ""
+    assert talk.html() == "" and talk.asked == "Name three rivers."
+    clear = [each.fn for each in page.build(talk).fns.values() if each.fn and each.trigger_only_on_success][-1]
+    assert (
+        clear("Name three rivers.") == "" and clear("And in Asia?") == page.gr.skip()
+    )  # written while the answer grew
 
 
 def test_the_page_is_served_here_with_its_reports(talk_run):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -162,8 +162,8 @@ class Chat:
             answer.text for answer in self.sample([self.prompt_ids(c) for c in conversations], rows, adapters=adapters)
         ]
 
-    def prompt_ids(self, messages: list[Message]) -> np.ndarray:
-        """The ids [P] of a conversation that ends with a user's turn.
+    def prompt_ids(self, messages: list[Message], variables: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The ids [P] of a conversation that ends with a user's turn, with these variables of the chat template.
 
         Raises:
             TooLong: there is no room for an answer.
@@ -171,7 +171,7 @@ class Chat:
         """
         try:
             "".join(message["content"] for message in messages).encode("utf-8")
-            ids = self.template.prompt_ids(messages)
+            ids = self.template.prompt_ids(messages, variables)
         except (UnicodeEncodeError, RowError) as error:
             why = error if isinstance(error, RowError) else "text that is not valid Unicode"
             hint = "Rephrase it; in a session, /undo or /reset may help after earlier turns."

@@ -78,6 +78,7 @@ class ChatRequest(Part, Settings):
     seed: int = Field(default_factory=lambda: random.getrandbits(31), ge=0, le=2**63 - 1)
     system: None = None  # it is one of the messages
     stop: Annotated[list[NotEmpty], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = []
+    chat_template_kwargs: dict[str, Any] = {}  # vLLM's and llama-server's
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str = ""  # which of the client's users asks; read by OpenAI alone
@@ -124,7 +125,8 @@ class Answers:
                 told = upto
 
         try:
-            ids = self.chat.prompt_ids(self._conversation([turn.model_dump() for turn in asked.messages]))
+            turns = self._conversation([turn.model_dump() for turn in asked.messages])
+            ids = self.chat.prompt_ids(turns, asked.chat_template_kwargs)
             if asked.model != self._model:
                 self._model, self._streamer = asked.model, Streamer(self.chat, [self.chat.live.models[asked.model]])
             turn = sum(turn.role == "user" for turn in asked.messages) - 1

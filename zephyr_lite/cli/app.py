@@ -120,6 +120,8 @@ def run(arguments: list[str]) -> int:
     arguments = [word for word in arguments if word != "--verbose"]
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', too: unreadable in a log file
     with warnings.catch_warnings(), no_hub_kernels(), messages_to(console.log):
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")  # libraries' warnings are for developers

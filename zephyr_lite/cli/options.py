@@ -7,11 +7,11 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
-from ..io.text import place
+from ..io.text import parse, place
 from ..monitor.console import Console
 
 console = Console()
@@ -24,6 +24,13 @@ def nameable(value: Path | None) -> Path | None:
             place(str(value))
         except ValueError as error:
             raise BadParameter(f"{str(value)!r} {error}.") from None
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; raises ValueError, which typer reports."""
+    if not isinstance(value := parse(text.encode()), dict):
+        raise ValueError
     return value
 
 
@@ -79,6 +86,10 @@ Adapters = Annotated[
 AdapterBase = Annotated[str | None, Option(help="Base model for --adapter, or of a run whose base was moved.")]
 ChatTemplateOption = Annotated[
     str | None, Option(help="auto, zephyr, chatml, llama3, or a .jinja file \\[the folder's own].")
+]
+TemplateKwargs = Annotated[
+    dict[str, Any] | None,
+    Option("--chat-template-kwargs", parser=json_object, help="Its variables: '{\"enable_thinking\": true}'."),
 ]
 EvalOut = Annotated[
     Path | None, Option("--out", callback=nameable, help="Results folder \\[eval/ in the stage's, or MODEL-eval].")

@@ -13,7 +13,7 @@ from ..errors import Interrupted, UserError, optional
 from ..io.logging import messages_to
 from ..monitor.console import visible
 from .eval import open_model
-from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, console
+from .options import AdapterBase, Adapters, ChatTemplateOption, Source, StageName, TemplateKwargs, console
 
 if TYPE_CHECKING:
     from ..chat.session import Session, Settings
@@ -26,6 +26,7 @@ def chat(
     adapters: Adapters = None,
     base: AdapterBase = None,
     chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: TemplateKwargs = None,
     model: Annotated[
         list[str] | None,
         Option(help="base, sft, dpo …; several are compared \\[the one that was trained last]."),
@@ -87,6 +88,7 @@ def serve(
     adapters: Adapters = None,
     base: AdapterBase = None,
     chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: TemplateKwargs = None,
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0: every network of this machine.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
 ) -> None:
@@ -97,6 +99,7 @@ def serve(
         from ..chat.serve import listen, make_server
     with listen(host, port) as listener:  # before anything is loaded
         live = open_model(ctx)
+        live.template.variables = chat_template_kwargs or {}
         server, place = make_server(Chat(live), host), listener.getsockname()
         address = f"[{place[0]}]:{place[1]}" if ":" in place[0] else f"{place[0]}:{place[1]}"
         console.say(f"{live.source}: {', '.join(live.models)} at http://{address}/v1 (the OpenAI chat API)")
@@ -126,6 +129,7 @@ def _session(ctx: Context, settings: Settings) -> Session:
     from ..chat.session import Session, logger, trained_system
 
     live = open_model(ctx)
+    live.template.variables = ctx.params["chat_template_kwargs"] or {}
     talker = Chat(live)
     if settings.system is None:
         settings.system = trained_system(talker)

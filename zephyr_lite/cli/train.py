@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from ..errors import UserError
-from ..io.atomic import write_text
+from ..io.atomic import make_folder, write_text
 from ..io.interrupts import launched
-from ..io.logging import messages_to
+from ..io.logging import RESULT, messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
 from .options import StageConfig, console, nameable, next_lines, say_all
@@ -89,12 +89,12 @@ def train(
                 if dry_run:
                     from ..train.dry_run import run_dry
 
-                    run_dry(method, loaded, show=console.row)
+                    run_dry(method, loaded, show=None if quiet else console.row)
                     return
                 run(loaded, observers=[screen, ReportWriter()])
             except StageComplete as done:
-                logger.info(done.message)
-            logger.info(next_lines(*_next_commands(method, config, loaded.config)))
+                logger.info(done.message, extra=RESULT)
+            logger.info(next_lines(*_next_commands(method, config, loaded.config)), extra=RESULT)
 
 
 def _next_commands(method: Method, file: str | None, config: RunConfig) -> list[list[str]]:
@@ -160,6 +160,8 @@ def suggest(
     from ..train import suggest as suggestions
 
     method, words = stage_of_words(list(context.args), config)
+    if out is not None:
+        make_folder(out.parent)  # before anything is computed
     loaded = resolve_run(method, config, words)
     before = loaded.config
     rows = suggestions.suggest(method, loaded, loaded.given if config else loaded.typed)

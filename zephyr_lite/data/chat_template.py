@@ -8,12 +8,13 @@ turn by turn gives other ids (SentencePiece's differ on every conversation).
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
@@ -61,6 +62,8 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 TEMPLATES = {"zephyr": ZEPHYR, "chatml": CHATML, "llama3": LLAMA3}
+# put in front of a template (as Qwen3's) whose generation prompt then ends in the empty block of reasoning of training
+NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
 # tokens besides eos_token that a template writes, each of which the tokenizer must have
 NEEDED_TOKENS = {
     "zephyr": (),
@@ -154,6 +157,8 @@ class ChatTemplate:
         now: the time for templates that write it; the same for all rows of a run.
         bos_token_id: the first token of every sequence; None if the model has none.
         content_parts: the template reads contents as lists of parts.
+        block_end: </think>, if answers without reasoning follow an empty block that the generation prompt leaves out.
+        variables: of the template (``chat_template_kwargs`` elsewhere), such as enable_thinking.
         notes: decisions on the way.
     """
 
@@ -164,8 +169,14 @@ class ChatTemplate:
         self.now = now or datetime.datetime.now().replace(microsecond=0)
         self.bos_token_id: int | None = None
         self.content_parts = False
+        self.block_end: int | None = None
+        self.variables: dict[str, Any] = {}
         self.notes: list[str] = []
         self._special_tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+
+    def use(self, text: str) -> None:
+        """Take another text that renders conversations as the present one does."""
+        self.text = self.tokenizer.chat_template = text
 
     @property
     def reads_clock(self) -> bool:
@@ -283,10 +294,12 @@ class ChatTemplate:
         mask &= starts >= first if prompt else np.arange(len(ids)) > 0  # nothing predicts the first token
         return Encoding(rendered.text, ids, mask, starts, ends, first)
 
-    def prompt_ids(self, messages: Sequence[Message], tools: list[Any] | None = None) -> np.ndarray:
-        """The ids of the turns and the generation prompt, [P] int32."""
+    def prompt_ids(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The ids of the turns and the generation prompt, [P] int32; ``variables`` besides the template's own."""
         self._refuse_control_tokens(messages)
-        return self._tokenize(Rendered(self.text_of(messages, True, tools)))[0]
+        asked = copy.copy(self)
+        asked.variables = {**self.variables, **(variables or {})}
+        return self._tokenize(Rendered(asked.text_of(messages, True)))[0]
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -511,6 +524,7 @@ class ChatTemplate:
     def _render(self, form: list[Any], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         try:
             return _compile_jinja_template(self.text).render(
+                self.variables,
                 messages=form,
                 tools=tools,
                 documents=None,
@@ -646,13 +660,14 @@ def resolve_template(choice: str, tokenizer: Any, now: datetime.datetime | None 
             )
         prompt = template.text_of(PROBE[:3], True)
         if probe.startswith(prompt) and probe[len(prompt) : span.start].strip():
+            template.block_end = vocabulary.get("</think>")
             template.notes.append(
-                f"{what}: answers without reasoning follow an empty block of reasoning, which the generation prompt leaves "
-                "out: serve the model with enable_thinking=false"
+                f"{what}: answers without reasoning follow an empty block of reasoning, which the generation prompt has "
+                "with enable_thinking=false"
             )
         if adds_bos and not probe.startswith(bos):
             # the tokenizer writes BOS, and servers that render the template do not
-            template.text = tokenizer.chat_template = BOS + text
+            template.use(BOS + text)
             probe = bos + probe
             template.notes.append(f"{what} writes no BOS, the tokenizer does: {BOS} was put in front")
         # Llama 3's tokenizer leaves BOS to the template; a BOS before each turn, as ChatML's, is a turn's tag

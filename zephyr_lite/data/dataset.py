@@ -121,6 +121,15 @@ class TokenizedDataset:
         table = self.examples.columns("chosen_ids", "rejected_ids")[:]
         return np.stack([pc.list_value_length(column).to_numpy() > 0 for column in table.columns], 1)
 
+    def supervises(self, token: int) -> bool:
+        """Whether a token is supervised anywhere."""
+        names = self.examples._columns[-4:]  # ids and mask, or those of both answers
+        for rows in self.examples.columns(*names).iter(1000):
+            flat = [rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in names]
+            if any(token in ids[mask] for ids, mask in zip(flat[::2], flat[1::2])):
+                return True
+        return False
+
     def pack(self, capacity: int) -> None:
         """Pack conversations into rows of at most ``capacity`` tokens."""
         self.rows = best_fit(self.lengths, capacity)

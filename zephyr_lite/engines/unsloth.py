@@ -70,7 +70,6 @@ def unsloth_conflicts() -> list[str]:
 def load_unsloth(config: RunConfig) -> Base:
     """The base through ``FastLanguageModel.from_pretrained``, frozen, from the folder that the other engines read."""
     start_unsloth()
-    from transformers.utils import logging
     from unsloth import FastLanguageModel
 
     from ..model.base import compute_device, compute_dtype, fetch_base, frozen_base, quantization_of
@@ -94,8 +93,6 @@ def load_unsloth(config: RunConfig) -> Base:
             "Set bnb_4bit_use_double_quant=true, or engine=fused.",
         )
     own_length = getattr(model_config, "max_position_embeddings", None) or config.max_length
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # in a log file it is noise
     model, _ = FastLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=min(config.max_length, own_length),  # beyond its own it would stretch the positions

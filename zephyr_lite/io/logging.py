@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PACKAGE = logging.getLogger("zephyr_lite")
+# ``extra`` of a message that ``--quiet`` prints, too
+RESULT = {"result": True}
 
 
 class Output(logging.Handler):

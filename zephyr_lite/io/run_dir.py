@@ -92,7 +92,8 @@ def newest_run(
         UserError: another run changed within a day of it.
     """
     changed: dict[Path, float] = {}
-    for run in root.glob("*"):
+    own_names = {run.resolve(): run for run in sorted(root.glob("*"), key=Path.is_symlink, reverse=True)}
+    for run in own_names.values():  # a link to another run of the folder is not one more
         stages = stages_of(run)
         with suppress(UserError, OSError):  # a broken stage.json of another run
             if any(stage in (None, each.path.name) and (not complete or each.complete()) for each in stages):

@@ -142,8 +142,7 @@ def place(value: str) -> str:
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path, and not a repository of the hub (OWNER/NAME). Runs are in ``runs/``."""
-    begins, ends = (".", "/", "~", "\\", "runs/"), (".safetensors", ".gguf", ".bin")
-    return name.startswith(begins) or name.endswith(ends) or name.count("/") > 1
+    return name.startswith((".", "/", "~", "\\", "runs/")) or name.count("/") > 1 or is_file(name)
 
 
 def comma_list(value: Any) -> Any:

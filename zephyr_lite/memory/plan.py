@@ -24,7 +24,7 @@ from .device import CONTEXT_BYTES, GIB, in_words
 from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
 from .gpus import PROCESSOR
 from .machine import Machine, earlier_runs
-from .speed import step_time, token_seconds
+from .speed import step_time
 from .workload import AdapterSpec, Workload
 
 # (more, less): what layers keep where they do not keep alike
@@ -282,20 +282,19 @@ def plan_run(job: Workload, machine: Machine, memory: MemorySpec, config: RunCon
     cached = replace(job, live_reference=False, cached_reference=True)
     cached_plan = make_plan(cached, machine, memory)
     saved = 1 - run_seconds(cached, cached_plan, machine) / run_seconds(job, plan, machine)
+    once = "once, before the first step"
     if saved < WORTH_CACHING:
-        why = "the reference is computed in every step: computing it once, before the first step, would not save time"
-        return job, plan, why
-    why = (
-        f"the reference is computed once, before the first step: that makes {job.epochs:.3g} epochs {saved:.0%} shorter"
-    )
+        return job, plan, f"the reference is computed in every step: computing it {once}, would not save time"
+    why = f"the reference is computed {once}: that makes {job.epochs:.3g} epochs {saved:.0%} shorter"
     return cached, cached_plan, why
 
 
 def run_seconds(job: Workload, plan: Plan, machine: Machine) -> float:
     """Predicted seconds of all steps, and of the pass that computes a cached reference before them."""
     assert job.run_tokens is not None
-    with_pass = token_seconds(job, plan, machine.card) * step_time(job, plan, machine.card)[1]
-    return job.run_tokens / max(plan.tokens_per_second, 1e-9) * with_pass
+    _, speed, no_gradients = step_time(job, plan, machine.card)
+    passes = speed / no_gradients / job.epochs if job.cached_reference and job.epochs else 0.0  # a step being 1
+    return job.run_tokens / max(plan.tokens_per_second, 1e-9) * (1 + passes)
 
 
 def _check_int8(job: Workload, machine: Machine) -> None:
@@ -345,7 +344,7 @@ def smaller(
 
 
 def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, machine: Machine) -> Plan:
-    seconds, tokens_per_second = step_time(job, execution, machine.card)
+    seconds, tokens_per_second, _ = step_time(job, execution, machine.card)
     ratios = earlier_runs(machine.name, job) if machine.card.measured else []
     ratio = statistics.median(ratios) if ratios else 1.0
     share = OTHER_ENGINES[job.engine] * ratio

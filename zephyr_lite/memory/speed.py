@@ -8,7 +8,6 @@ estimates the cost of a run.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
@@ -37,45 +36,28 @@ HALF_RATE_TOKENS = 96
 AGAIN: dict[Keep, tuple[int, ...]] = {"input": (0, 1, 2), "attention": (0, 2), "all": ()}
 
 
-class _Seconds(NamedTuple):
-    """Of a micro-batch: of a layer, by (policy, whether what it keeps goes to the host); of the output head; of all layers and the
-    head without a backward pass. And of the optimizer's update, once a step."""
-
-    layers: dict[Kind, float]
-    head: float
-    update: float
-    no_backward: float
-
-
-def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> tuple[float, float]:
-    """(seconds of one optimizer step, in micro-batches of the execution's tokens; tokens a second)."""
-    tokens, seconds = _seconds_of(job, execution, card)
-    batch = seconds.head
+def step_time(job: Workload, execution: ExecutionConfig, card: Gpu) -> tuple[float, float, float]:
+    """(seconds of one optimizer step, in micro-batches of the execution's tokens; tokens a second; those of a pass without
+    gradients)."""
+    tokens = max(execution.micro_tokens, job.longest)
+    own_pass = job.live_reference and execution.reference == "own"
+    layers, batch, update, no_gradients = _seconds(
+        job, tokens, execution.tile, execution.stream, execution.scratch, own_pass, card
+    )
     for index, keep in enumerate(execution.keep):
-        batch += seconds.layers[keep, index < execution.offload]
+        batch += layers[keep, index < execution.offload]
     batches = max(1.0, (job.step_tokens or tokens) / tokens)
-    step = batches * batch + seconds.update
-    return step, batches * tokens / step
-
-
-def token_seconds(job: Workload, execution: ExecutionConfig, card: Gpu) -> float:
-    """Seconds of a run for each token that it trains on: of the steps, and of the pass that computes a cached reference before
-    them."""
-    seconds = 1 / step_time(job, execution, card)[1]
-    if job.cached_reference and job.epochs:
-        tokens, of_batch = _seconds_of(job, execution, card)
-        seconds += of_batch.no_backward / tokens / job.epochs
-    return seconds
+    step = batches * batch + update
+    return step, batches * tokens / step, tokens / no_gradients
 
 
 def launches(job: Workload, keep: Keep) -> tuple[int, int]:
     """Kernels that a layer launches in its forward and in its backward pass."""
-    stacked = len(job.adapters) > 1
-    forward, backward = (
-        count + stacked * more + job.dropout * dropped for count, more, dropped in zip(LAUNCHES[keep], STACKED, DROPPED)
-    )
+    (forward, backward), stacked = LAUNCHES[keep], len(job.adapters) > 1
+    more = [stacked * stack + job.dropout * drop for stack, drop in zip(STACKED, DROPPED)]
     # in int8 every projection's gradient is quantized and has a product of its own
-    return forward, backward + job.int8 * (6 + (keep != "all") + 4 * job.dropout)
+    more[1] += job.int8 * (6 + (keep != "all") + 4 * job.dropout)
+    return forward + more[0], backward + more[1]
 
 
 def attention_operations(job: Workload) -> float:
@@ -87,18 +69,12 @@ def attention_operations(job: Workload) -> float:
     return 4 * job.shape.queries * seen / len(windows)
 
 
-def _seconds_of(job: Workload, execution: ExecutionConfig, card: Gpu) -> tuple[int, _Seconds]:
-    """(tokens of a micro-batch, its seconds)."""
-    tokens = max(execution.micro_tokens, job.longest)
-    own_pass = job.live_reference and execution.reference == "own"
-    return tokens, _seconds(job, tokens, execution.tile, execution.stream, execution.scratch, own_pass, card)
-
-
 @lru_cache(maxsize=4096)
 def _seconds(
     job: Workload, tokens: int, tile: int | None, stream: bool, scratch: ScratchMode, own_pass: bool, card: Gpu
-) -> _Seconds:
-    """The seconds of a micro-batch.
+) -> tuple[dict[Kind, float], float, float, float]:
+    """(seconds of a layer and micro-batch by (policy, whether what it keeps goes to the host); the output head's; those of the
+    optimizer's update, once a step; those of a micro-batch without gradients).
 
     Args:
         own_pass: a live reference runs in a pass of its own.
@@ -193,4 +169,4 @@ def _seconds(
     # AdamW reads and writes weights, gradients and states once; clipping reads and writes the gradients
     state, managed = optimizer_bytes(job.optim, job.trained_tensors)
     update = (job.parameters * 24 + 2 * state) / memory + 2 * managed / link
-    return _Seconds(seconds, head, update, s.layers * max(alone, slab) + head_forward + copied)
+    return seconds, head, update, s.layers * max(alone, slab) + head_forward + copied

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from ..config.load import RunConfig
 from ..errors import UserError
@@ -147,8 +145,6 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
     settings, four_bit, double = quantization_of(config, stored, folder, dtype)
     if four_bit and dtype == torch.float64:
         raise UserError("dtype float64: bitsandbytes dequantizes to at most float32.", "Set load_in_4bit=false.")
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # unreadable in a log file
     check_weights(folder, model_config)
     if has_text_model(told := check_config_file(folder)):
         logger.info(

@@ -59,10 +59,10 @@ def read_model_config(folder: Path, *, any_family: bool = False) -> Any:
                 f"{path}: needs code of its own (auto_map: {shown(told['auto_map'])}), which is never run.",
                 "Use a model of a family that transformers knows by itself.",
             ) from error
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path}: not a configuration that transformers reads: {shown(what, 300)}", again(path)
-        ) from error
+        what, hint = " ".join(str(error).split()) or type(error).__name__, again(path)
+        if '"su"' in path.read_text(encoding="utf-8"):  # of Phi-3's first revisions
+            hint = 'Write "longrope" instead of "su", its older name, into the file, or take a later revision of the model.'
+        raise UserError(f"{path}: not a configuration that transformers reads: {shown(what, 300)}", hint) from error
     if has_text_model(told):
         config = config.get_text_config()
         for key in ("quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
@@ -212,7 +212,7 @@ def check_fingerprint(known: str | None, folder: Path, trained: str) -> None:
     """
     if known is not None and not is_fingerprint_of(known, folder):
         raise UserError(
-            f"{folder}: is not the model that {trained} was trained on (its files changed since, or it is another one).",
+            f"{folder}: is not the model that {trained} was trained on (its files changed since, or it is another model).",
             "Restore it, or give the folder of that model with --base (in training: model_name_or_path=FOLDER).",
         )
 

@@ -48,8 +48,8 @@ _SFT: _Charts = [
     ("Entropy", "nats a token", {"entropy": "training"}),
 ]
 _DPO: _Charts = [
-    ("Loss", "DPO loss", {"loss": "training"}),
-    ("Preference accuracy", "share of pairs", {"rewards/accuracies": "training"}),
+    ("Loss", "{loss} loss", {"loss": "training"}),
+    ("Preference accuracy", "share of {rows}", {"rewards/accuracies": "training"}),
     ("Reward margin", "chosen − rejected, β · nats", {"rewards/margins": "training"}),
     ("Rewards", "β · nats", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
     ("Log-probabilities", "nats a response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
@@ -72,14 +72,15 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
     Args:
         labels: names of the two stages; [] for one.
     """
-    charts = []
+    charts, configs = [], [RunConfig.model_construct(**record.config) for record in records]
+    losses = dict.fromkeys("DPO" if name == "sigmoid" else name for config in configs for name in config.losses)
+    words = {"loss": " + ".join(losses), "rows": "rows" if "kto" in losses else "pairs"}
     for title, unit, metrics in (_DPO if records[0].method == "dpo" else _SFT) + _BOTH:
         curves: list[Curve] = []
         rules: dict[str, float] = {}
         marks: list[int] = []
         several = len(metrics) > 1
-        for place, record in enumerate(records):
-            config = RunConfig.model_construct(**record.config)
+        for place, (record, config) in enumerate(zip(records, configs)):
             known = None
             if record.method == "dpo":
                 from ..train.losses import initial_loss  # torch, which other charts do not need
@@ -113,7 +114,7 @@ def charts_of(records: Sequence[StageRecord], labels: Sequence[str]) -> list[dic
             elif title == "Memory" and record.planned.get("peak"):
                 rules["planned"] = record.planned["peak"] / 2**30
         if curves:
-            charts.append(line_chart(title, unit, curves, rules, marks, _IN_VIEW.get(title, ())))
+            charts.append(line_chart(title, unit.format(**words), curves, rules, marks, _IN_VIEW.get(title, ())))
     return charts
 
 

@@ -176,7 +176,7 @@ def judge(progress: Progress, published: Published | None) -> Verdict:
         held_out = float(evaluations[-1]["eval_rewards/accuracies"])
         text += f"; held-out accuracy {held_out:.0%}"
         if accuracy > level and held_out <= level:
-            return Verdict("open", f"the preference does not extend to held-out pairs yet: {text}")
+            return Verdict("open", f"the preference does not extend to held-out {progress.unit} yet: {text}")
     if accuracy > level + chance and margin > above:
         return Verdict("good", f"healthy: {text}")
     if accuracy < level - chance or (progress.step > progress.total / 2 and margin <= above):

@@ -54,30 +54,21 @@ class Screen(Observer, AbstractContextManager["Screen"]):
 
 
 class QuietScreen(Screen):
-    """No steps; of the messages before training only warnings; the result.
-
-    Without training (the stage was complete, ``--dry-run``) the messages are the result and are all printed.
-    """
+    """No steps; of the messages before training only warnings, and ``RESULT``s; the result."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._before: list[logging.LogRecord] | None = []  # messages before training
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for record in self._before or () if error is None else ():
-            self.console.log(record)
+        self._began = False
 
     def log(self, record: logging.LogRecord) -> None:
-        if self._before is None or record.levelno >= logging.WARNING:
+        if self._began or record.levelno >= logging.WARNING or hasattr(record, "result"):
             self.console.log(record)
-        else:
-            self._before.append(record)
 
     def on_log(self, step: int, metrics: Metrics) -> None:
         """Print nothing."""
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self._before = None
+        self._began = True
 
     def on_train_end(self, stage: Stage, outcome: Outcome) -> None:
         """Print the adapter, the time and the held-out metrics in one line."""

@@ -269,22 +269,36 @@ def _kernel_requantize(places: Places, transposed: bool) -> tuple[Int8Matrix, ..
     table, nested = table_on_device(tuple(numbers), device), first.state2.blocksize if first.nested else 1
     options = {"TRANSPOSED": transposed, "NESTED": first.nested, "HALF": first.blocksize // 2, "NESTED_BLOCK": nested}
     with on_device(like):
-        _requantize[(programs,)](table, like, len(places), **options, ROWS=_ROWS, enable_fp_fusion=False)
+        _requantize[(programs,)](table, like, len(places), **options, ROWS=_ROWS, num_warps=8, enable_fp_fusion=False)
     return tuple(to for _, to, _ in places)
 
 
 @jit
-def _quantize(x, slots, codes, scale, kept, x_row, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes a row, which stays in registers; R: outlier channels."""
+def _quantize(
+    x,
+    channels,
+    slots,
+    codes,
+    scale,
+    kept,
+    x_row,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """A program takes a row, which stays in registers. R: outlier channels; BLOCK and KEPT: K and R filled up."""
     row = tl.program_id(0).to(tl.int64)
+    x += row * x_row
     column = tl.arange(0, BLOCK)
     there = column < K
-    value = tl.load(x + row * x_row + column, mask=there, other=0.0)
-    wide = value.to(tl.float32)
+    wide = tl.load(x + column, mask=there, other=0.0).to(tl.float32)
     if R:
-        slot = tl.load(slots + column, mask=there, other=-1).to(tl.int32)
-        tl.store(kept + row * R + slot, value, mask=slot >= 0)
-        wide = tl.where(slot >= 0, 0.0, wide)
+        # read again, out of the cache: to scatter what is in registers would take a detour through shared memory
+        place = tl.arange(0, KEPT)
+        chosen = tl.load(x + tl.load(channels + place, mask=place < R, other=0))
+        tl.store(kept + row * R + place, chosen, mask=place < R)
+        wide = tl.where(tl.load(slots + column, mask=there, other=-1) >= 0, 0.0, wide)
     # as integers, absolute values are ordered as they are, and a NaN is the largest
     top = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
     top = tl.where(top < 1e-30, 0.0, top)
@@ -300,11 +314,12 @@ def _kernel_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     kept = None if outliers is None else torch.empty(rows, len(outliers.channels), dtype=x.dtype, device=x.device)
     if rows:
-        tensors = (x, None if outliers is None else outliers.slots, codes, scale, kept)
+        tensors = (x, *((None, None) if outliers is None else outliers), codes, scale, kept)
         block, count = next_power_of_2(width), 0 if kept is None else kept.shape[1]
-        options = {"K": width, "R": count, "BLOCK": block, "num_warps": min(32, max(1, block // 512))}
+        options = {"K": width, "R": count, "BLOCK": block, "KEPT": next_power_of_2(count)}
+        warps = min(32, max(1, block // 512))
         with on_device(x):
-            _quantize[(rows,)](*tensors, x.stride(0), **options, enable_fp_fusion=False)
+            _quantize[(rows,)](*tensors, x.stride(0), **options, num_warps=warps, enable_fp_fusion=False)
     return Int8Matrix(codes, scale, kept)
 
 
@@ -390,7 +405,7 @@ def _mm(
 # triton compiles no products for the matrix units of older cards
 CAPABILITY = (8, 0)
 # major compute capability → BM, BN, BK, stages: what needs no spills and fits the shared memory; 0: the interpreter
-_TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3)}
+_TILES = {0: (16, 64, 64, 1), 9: (128, 256, 128, 3), 10: (128, 128, 128, 3), 12: (256, 128, 64, 3)}
 _TILE = (128, 256, 64, 3)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config.load import Loaded, Method
 from ..errors import UserError
+from ..io.logging import RESULT
 from ..memory.machine import peak_memory, reset_peak_memory
 from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update, warmup_largest_batch
@@ -26,13 +27,13 @@ Spans = list[tuple[str, bool]]
 SHOWN_TOKENS = 400
 
 
-def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None]) -> None:
+def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None] | None) -> None:
     """Print the plan, the first row with what is supervised, and the first step's time.
 
     Nothing is written but the libraries' caches: no run folder, no reference file, no tracker's run.
 
     Args:
-        show: prints a title and runs of text, each with whether it is supervised.
+        show: prints a title and runs of text, each with whether it is supervised; None: the row is not printed.
 
     Raises:
         UserError, StageComplete: as the run itself would.
@@ -47,9 +48,10 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     # a cached one would be written to the stage's folder
     stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": False})
     for line in stage.plan.lines():
-        logger.info(line)
-    for title, spans in first_row(stage):
-        show(title, spans)
+        logger.info(line, extra=RESULT)
+    if show is not None:
+        for title, spans in first_row(stage):
+            show(title, spans)
     objective: Objective = SftObjective(stage) if method == "sft" else preference_objective(stage)
     state = TrainState(stage, objective)
     if stage.base.device.type == "cuda":
@@ -62,11 +64,13 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     logger.info(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4g}, "
         f"{seconds:.2f} s (warm-up included), {peak_memory(stage.base.device) / 2**30:.2f} GiB at most, "
-        f"{stage.plan.peak / 2**30:.2f} planned"
+        f"{stage.plan.peak / 2**30:.2f} planned",
+        extra=RESULT,
     )
     logger.info(
         f"at this pace {state.total:,} steps take {timedelta(seconds=round(seconds * state.total))} at most, "
-        f"evaluations aside; nothing was written to {loaded.config.output_dir}"
+        f"evaluations aside; nothing was written to {loaded.config.output_dir}",
+        extra=RESULT,
     )
     logger.info(f"`zephyr-lite suggest {method} …` explains the values and can probe learning rates")
 

@@ -17,10 +17,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.batch import collate_conversations
-from ..data.chat_template import ChatTemplate
+from ..data.chat_template import NO_THINKING, ChatTemplate
 from ..data.dataset import TokenizedDataset, general_text
 from ..errors import UserError
 from ..io.atomic import write_text
+from ..io.logging import RESULT
 from ..io.run_dir import (
     FORMAT,
     StageDir,
@@ -138,6 +139,11 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     forget_best = compared.rows(rows, held_out, told)
     if compared.complete:
         raise StageComplete(f"{stage.path} is complete already.")
+    if before is not None:
+        template.use(before.get("chat_template") or template.text)
+    elif template.block_end is not None and not data.supervises(template.block_end):
+        template.use(NO_THINKING + template.text)
+        logger.info("no answer has reasoning: enable_thinking=false becomes the default of the saved chat template")
 
     # plan
     sizes = _row_sizes(method, config, parts)
@@ -149,7 +155,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         if method == "dpo":
             loaded.config = config = config.model_copy(update={"precompute_ref_log_probs": workload.cached_reference})
         for line in forecast_lines(workload, machine, plan, config, reference=reference):
-            logger.info(line)
+            logger.info(line, extra=None if claim else RESULT)  # a dry run has no other
     torch.set_num_threads(plan.threads)
     if not weights_first:
         check_base()

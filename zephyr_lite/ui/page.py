@@ -330,7 +330,8 @@ def build(talk: Talk) -> gr.Blocks:
         gr.on([field.change for field in kept], None, kept, saved, js="(...values) => [values]")
         settings = [source, mode, question, votes, temperature, longest, stream]
         answered = question.submit(ask, settings, [conversation, choice, note], api_name="ask", **alone)
-        answered.success(lambda: "", None, question)
+        # a question that was written meanwhile stays
+        answered.success(lambda now: "" if now == talk.asked else gr.skip(), question, question, **hidden)
         halt.click(talk.stop.set)
         fresh.click(restart, None, [conversation, choice, note], **alone)
         choice.input(vote, [choice, votes], [conversation, choice, note], api_name="vote", **alone)

@@ -28,6 +28,7 @@ class Talk:
     """The conversation that the page shows. The model is loaded at the first question, and one is loaded at a time.
 
     Attributes:
+        asked: the last question.
         answers: of the models, while they wait for a vote.
         stop: ends the answers that are being drawn.
     """
@@ -37,6 +38,7 @@ class Talk:
         self._session: Session | None = None
         self._mode: Mode | None = None
         self._order: list[int] = []  # the columns as they are shown
+        self.asked = ""
         self.answers: list[Drawn] = []
         self.stop = threading.Event()
 
@@ -63,6 +65,7 @@ class Talk:
             UserError: the source cannot be loaded, the question cannot be asked, or the last vote is missing.
         """
         refuse_while_training()
+        self.asked = question
         if self.answers:
             raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
         if mode == "vote":
