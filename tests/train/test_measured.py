@@ -10,7 +10,7 @@ from tests.messages import messages_to
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.io.run_dir import StageDir, cache_dir
-from zephyr_lite.memory.earlier import add_run, earlier_runs
+from zephyr_lite.memory.machine import add_run, earlier_runs
 from zephyr_lite.train import main
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft

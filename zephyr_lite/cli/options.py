@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,10 +29,11 @@ def nameable(value: Path | None) -> Path | None:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object; raises ValueError, which typer reports."""
-    if not isinstance(value := parse(text.encode()), dict):
-        raise ValueError
-    return value
+    """Parse an option's JSON object; raises BadParameter."""
+    with suppress(ValueError):
+        if isinstance(value := parse(text.encode()), dict):
+            return value
+    raise BadParameter('expected a JSON object, such as {"enable_thinking": false}.')
 
 
 def say_all(lines: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import re
@@ -17,17 +18,19 @@ from pathlib import Path
 import psutil
 import torch
 from bitsandbytes.nn import Params4bit
+from pydantic import TypeAdapter
 
 from ..config.load import MemorySpec
 from ..errors import UserError
 from ..io.atomic import write_json
-from ..io.run_dir import cache_dir, read_json
+from ..io.run_dir import cache_dir
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
 from .device import CONTEXT_BYTES, CPU, GIB, Device
 from .gpus import PROCESSOR, Gpu
 from .workload import Workload
 
+logger = logging.getLogger(__name__)
 # Share of the available main memory that a run may lock for what is offloaded or streamed.
 HOST_SHARE = 0.5
 # Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
@@ -179,20 +182,31 @@ def _rate(device: torch.device, run: Callable[[], object], amount: float) -> flo
 
 def _kind(machine: str, job: Workload) -> str:
     dtype = str(job.dtype).removeprefix("torch.")
-    return f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}"
+    return (
+        f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}{', int8' * job.int8}"
+    )
 
 
 def earlier_runs(machine: str, job: Workload) -> list[float]:
     """Measured over predicted speed of the last runs of a base of this size on a machine, oldest first."""
-    return list((read_json(cache_dir() / "measured.json") or {}).get(_kind(machine, job), []))
+    return _measured().get(_kind(machine, job), [])
 
 
 def add_run(machine: str, job: Workload, ratio: float) -> None:
     """Record a run's measured over predicted speed, in ``measured.json`` in the cache."""
     file = cache_dir() / "measured.json"
-    found, ratios = read_json(file) or {}, [*earlier_runs(machine, job), round(ratio, 4)]
+    found, kind = _measured(), _kind(machine, job)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**found, _kind(machine, job): ratios[-RUNS:]})
+    write_json(file, {**found, kind: [*found.get(kind, []), round(ratio, 4)][-RUNS:]})
+
+
+def _measured() -> dict[str, list[float]]:
+    file = cache_dir() / "measured.json"
+    try:
+        return TypeAdapter(dict[str, list[float]]).validate_json(file.read_bytes()) if file.exists() else {}
+    except ValueError:
+        logger.warning(f"{file}: damaged, so earlier runs do not correct the plan; the next run starts it anew")
+        return {}
 
 
 def free_memory(device: torch.device) -> int:
