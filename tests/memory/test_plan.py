@@ -18,9 +18,11 @@ from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.memory import forecast
 from zephyr_lite.memory import machine as machine_file
+from zephyr_lite.memory.changes import with_rank
 from zephyr_lite.memory.device import CONTEXT_BYTES, GIB
 from zephyr_lite.memory.estimate import estimate
 from zephyr_lite.memory.expected import MISTRAL_SHAPE, expected_job
+from zephyr_lite.memory.fitting import MARGIN, MIXTURES, feasible, fitting
 from zephyr_lite.memory.gpus import CARDS, find_gpu, gpu_of_size
 from zephyr_lite.memory.machine import (
     HOST_ELSEWHERE,
@@ -28,20 +30,7 @@ from zephyr_lite.memory.machine import (
     of_card,
     this_machine,
 )
-from zephyr_lite.memory.plan import (
-    MARGIN,
-    MIXTURES,
-    TIE,
-    WORTH_THE_HOST,
-    Plan,
-    feasible,
-    fitting,
-    make_plan,
-    plan_run,
-    run_seconds,
-    smaller,
-    with_rank,
-)
+from zephyr_lite.memory.plan import TIE, WORTH_THE_HOST, Plan, make_plan, plan_run, run_seconds, smaller
 from zephyr_lite.memory.workload import AdapterSpec, Workload
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter

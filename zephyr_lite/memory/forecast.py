@@ -18,6 +18,7 @@ from ..io.text import counted, duration
 from ..model.adapters import check_targets
 from ..model.base import compute_device, compute_dtype
 from ..model.families import Shape
+from .changes import longest_context
 from .device import GIB, MIB, in_words
 from .estimate import PAGED
 from .expected import (
@@ -33,7 +34,7 @@ from .expected import (
 )
 from .gpus import find_gpu, gpu_of_size
 from .machine import Machine, of_card, parse_size, this_machine
-from .plan import Plan, fastest_change, longest_context, make_plan, plan_run, run_seconds
+from .plan import Plan, fastest_change, make_plan, plan_run, run_seconds
 from .workload import Workload
 
 WIDTH = 78
