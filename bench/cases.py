@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
 
-from zephyr_lite.ops import dispatch, dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import (
+    dispatch,
+    dropout,
+    dropout_products,
+    int8,
+    int8_weights,
+    nf4,
+    rms_norm,
+    rope,
+    swiglu,
+    token_logps,
+)
 
 EPS = 1e-5
 
@@ -94,7 +105,7 @@ def _int8(bench: Bench) -> list[Case]:
     outliers = int8.largest_channels(x.abs().amax(0))
     kept = len(outliers.channels)
     codes = torch.empty(2, inner * hidden, dtype=torch.int8, device=bench.device)
-    scales = int8.static_scales(weight)
+    scales = int8_weights.static_scales(weight)
     forward = int8.Int8Matrix(codes[0].view(inner, hidden), scales[0], bench.random(inner, kept))
     backward = int8.Int8Matrix(codes[1].view(hidden, inner), scales[1])
     x8, grad8, grad = int8.quantize_rows(x, outliers), int8.quantize_rows(out), bench.random(tokens, hidden)
@@ -107,12 +118,12 @@ def _int8(bench: Bench) -> list[Case]:
         (
             "requantize up_proj",
             requantized + bench.bytes(inner, kept) + 4 * inner,
-            lambda: int8.requantize([(weight, forward, outliers)], bench.dtype, transposed=False),
+            lambda: int8_weights.requantize([(weight, forward, outliers)], bench.dtype, transposed=False),
         ),
         (
             "requantize up_proj, transposed",
             requantized + 4 * hidden,
-            lambda: int8.requantize([(weight, backward, None)], bench.dtype, transposed=True),
+            lambda: int8_weights.requantize([(weight, backward, None)], bench.dtype, transposed=True),
         ),
     ]
     found = [Case(f"int8.{name}", "int8", moved, run) for name, moved, run in runs]

@@ -19,6 +19,7 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
         dropout,
         dropout_products,
         int8,
+        int8_weights,
         nf4,
         rms_norm,
         rope,

@@ -15,13 +15,24 @@ pytest.importorskip("triton")
 from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, rand  # noqa: F401
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.ops import dispatch, dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import (
+    dispatch,
+    dropout,
+    dropout_products,
+    int8,
+    int8_weights,
+    nf4,
+    rms_norm,
+    rope,
+    swiglu,
+    token_logps,
+)
 from zephyr_lite.ops.dispatch import Widths, check_kernels, runs_triton
 from zephyr_lite.train import setup
 
 # with a small vocabulary
 GEMMA = Widths(2560, 10240, 2048, 12, 256, 448, "gelu_pytorch_tanh", norm_offset=True, head_norms=True)
-OPS = {"nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps"}
+OPS = {"nf4", "int8", "int8_weights", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +59,7 @@ def zeroed(result):
     ("op", "module", "function"),
     [
         ("nf4", nf4, "_kernel"),
-        ("int8", int8, "_kernel_requantize"),
+        ("int8_weights", int8_weights, "_kernel"),
         ("int8", int8, "_kernel_quantize"),
         ("int8", int8, "_kernel_mm"),
         ("rms_norm", rms_norm, "_kernel_forward"),
@@ -98,7 +109,7 @@ from zephyr_lite.ops import dispatch
 dispatch.truncates = lambda *args: False  # the interpreter's widening of bfloat16
 from zephyr_lite.model.families import Shape
 from zephyr_lite.memory.expected import MISTRAL_SHAPE
-from zephyr_lite.ops import dropout, dropout_products, int8, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import dropout, dropout_products, int8, int8_weights, nf4, rms_norm, rope, swiglu, token_logps
 
 class Card:
     def get_current_target(self): return GPUTarget("cuda", capability, 32)
@@ -143,7 +154,8 @@ for capability in SHARED:
         for _ in op.comparisons(torch.device("cpu"), dtype, gemma): pass
 FULLY = ()
 for capability in INT8:
-    for _ in int8.comparisons(torch.device("cpu"), torch.bfloat16, dispatch.Widths(64, 4096, int8=True)): pass
+    for op in (int8, int8_weights):
+        for _ in op.comparisons(torch.device("cpu"), torch.bfloat16, dispatch.Widths(64, 4096, int8=True)): pass
 print(*sorted(names))
 """
 

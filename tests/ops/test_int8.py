@@ -14,9 +14,8 @@ from zephyr_lite.ops.int8 import (
     largest_channels,
     outlier_count,
     quantize_rows,
-    requantize,
-    static_scales,
 )
+from zephyr_lite.ops.int8_weights import requantize, static_scales
 
 # of numpy, in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops.dispatch import runs_triton
-from ..ops.int8 import Int8Matrix, OutlierChannels, largest_channels, outlier_count, requantize, static_scales
+from ..ops.int8 import Int8Matrix, OutlierChannels, largest_channels, outlier_count
+from ..ops.int8_weights import requantize, static_scales
 from ..ops.lora import Int8Site, LinearGroup
 from .dequant_buffer import DequantBuffer, ScratchMode, scratch_elements, width_of
 from .execution import layer_of
@@ -41,7 +42,7 @@ class Int8Buffer(DequantBuffer):
         apart = self.mode == "small" and index >= 2  # gate, up and down are in one place in turn
         if not apart:
             beside = range(len(sites) if self.mode == "layer" else 2)
-            at_once = beside if runs_triton("int8", self._outliers[0]) else [index]
+            at_once = beside if runs_triton("int8_weights", self._outliers[0]) else [index]
             self._requantize(sites, [(i, j) for i in at_once for j in range(len(sites[i].outs))], backward)
         for j, columns in enumerate(site.slices):
             if apart:

@@ -80,7 +80,7 @@ class Widths(NamedTuple):
 SMALL = Widths()
 
 # the files with a kernel; ``comparisons`` in each runs kernel and twin side by side on a few rows, whatever the dispatch
-OPERATIONS = ("nf4", "int8", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps")
+OPERATIONS = ("nf4", "int8", "int8_weights", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps")
 _failed: set[tuple[str, torch.device, torch.dtype]] = set()
 _twins_only = False
 

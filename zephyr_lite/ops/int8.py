@@ -10,7 +10,7 @@ and scales of its own, and no outliers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,6 @@ from .dispatch import (
     tl,
     truncates,
 )
-from .nf4 import block_values, row_pieces, sample_weight, storage_addresses, table_on_device
 
 
 class Int8Matrix(NamedTuple):
@@ -80,34 +79,6 @@ def largest_channels(maxima: Tensor) -> OutlierChannels:
     return OutlierChannels(channels, slots)
 
 
-def static_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales of a 4-bit matrix's rows and of its columns: absolute maximum / 127, float32 [out] and [in]."""
-    of_rows, of_columns = [], None
-    for _, values in row_pieces(weight):
-        values.abs_()
-        of_rows.append(values.amax(1))
-        top = values.amax(0)
-        of_columns = top if of_columns is None else torch.maximum(of_columns, top)
-    assert of_columns is not None
-    return torch.cat(of_rows).mul_(1 / 127), of_columns.mul_(1 / 127)
-
-
-Places = Sequence[tuple[Tensor, Int8Matrix, OutlierChannels | None]]
-
-
-def requantize(places: Places, dtype: torch.dtype, *, transposed: bool) -> None:
-    """Write codes of 4-bit weights, and their columns of outlier channels; on CUDA in one launch for all.
-
-    Args:
-        places: (weight [out, in], where it goes, its outlier channels). codes are [out, in], outliers [out, R], or
-            (`transposed`) codes are [in, out], and there are no outliers. scale is read: of ``static_scales``.
-        dtype: the compute dtype.
-        transposed: of all places.
-    """
-    run = _kernel_requantize if runs_triton("int8", places[0][1].codes, dtype) else _twin_requantize
-    run(places, transposed)
-
-
 def quantize_rows(x: Tensor, outliers: OutlierChannels | None = None) -> Int8Matrix:
     """x in int8, each row with its own scale: absolute maximum of the channels that are not outliers, / 127.
 
@@ -151,19 +122,6 @@ def int8_mm(
 _TINY = 1e-30
 
 
-def _twin_requantize(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
-    for weight, to, outliers in places:
-        inverse = torch.where(to.scale > 0, 1 / to.scale, 0)
-        for rows, values in row_pieces(weight):
-            if outliers is not None:
-                assert to.outliers is not None
-                to.outliers[rows] = values[:, outliers.channels].to(to.outliers.dtype)
-                values.index_fill_(1, outliers.channels, 0)
-            codes = values.mul_(inverse if transposed else inverse[rows, None]).round_()
-            (to.codes[:, rows].T if transposed else to.codes[rows]).copy_(codes)
-    return tuple(to for _, to, _ in places)
-
-
 def _twin_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
     wide, kept = x.float(), None
     if outliers is not None:
@@ -194,83 +152,9 @@ def _exact_sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 @jit
-def _nearest(value):
+def nearest(value):
     """The nearest integer, half to even, as int8: adding 1.5 · 2²³ rounds, and leaves the integer in the lowest bits."""
     return (value + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@jit(do_not_specialize=["count"])
-def _requantize(
-    table,
-    like,
-    count,
-    TRANSPOSED: tl.constexpr,
-    NESTED: tl.constexpr,
-    HALF: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """A program takes ROWS rows of one block of 2 · HALF columns, of one of `count` weights.
-
-    The table has 14 numbers a weight: its first program, rows, blocks a row, and outlier channels, and the addresses of its
-    codes, scales, slots, outliers (a pointer like `like`) and of its tensors.
-    """
-    program = tl.program_id(0)
-    which = 0
-    for i in range(1, count):
-        which += (program >= tl.load(table + 14 * i)).to(tl.int32)
-    entry = table + 14 * which
-    rows, blocks = tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
-    codes = tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(tl.int8)), 16)
-    scale = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
-    program -= tl.load(entry).to(tl.int32)
-    row = program // blocks * ROWS + tl.arange(0, ROWS)
-    block = row * blocks + program % blocks
-    column = program % blocks * (2 * HALF) + tl.arange(0, 2 * HALF)
-    filled = row < rows
-    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    value = block_values(entry + 8, block, filled, byte, filled[:, None], NESTED, NESTED_BLOCK)
-    if TRANSPOSED:
-        s = tl.load(scale + column)
-        code = _nearest(value * tl.where(s > 0, tl.div_rn(1.0, s), 0.0)[None, :])
-        tl.store(codes + column[:, None] * rows + row[None, :], tl.trans(code), mask=filled[None, :])
-    else:
-        s = tl.load(scale + row, mask=filled, other=0.0)
-        code = _nearest(value * tl.where(s > 0, tl.div_rn(1.0, s), 0.0)[:, None])
-        slot = tl.load(tl.load(entry + 6).to(tl.pointer_type(tl.int16)) + column).to(tl.int32)
-        outliers = tl.load(entry + 7).to(like.dtype)
-        place = row[:, None] * tl.load(entry + 3).to(tl.int32) + slot[None, :]
-        outlier = filled[:, None] & (slot >= 0)[None, :]
-        tl.store(outliers + place, value.to(like.dtype.element_ty), mask=outlier)
-        place = row[:, None] * (blocks * 2 * HALF) + column[None, :]
-        tl.store(codes + place, tl.where(outlier, 0, code).to(tl.int8), mask=filled[:, None])
-
-
-_ROWS = 64
-
-
-def _kernel_requantize(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
-    first, device = places[0][0].quant_state, places[0][1].codes.device  # type: ignore[attr-defined]
-    numbers: list[int] = []
-    programs, like = 0, places[0][1].codes
-    for weight, to, outliers in places:
-        state = weight.quant_state  # type: ignore[attr-defined]
-        (rows, width), addresses = state.shape, (0, 0)
-        assert width % state.blocksize == 0 and state.blocksize == first.blocksize and state.nested == first.nested
-        assert to.codes.is_contiguous() and to.codes.shape == ((width, rows) if transposed else (rows, width))
-        if not transposed:
-            assert outliers is not None and to.outliers is not None and to.outliers.is_contiguous()
-            like, addresses = to.outliers, (outliers.slots.data_ptr(), to.outliers.data_ptr())
-        blocks = width // state.blocksize
-        count = 0 if outliers is None else len(outliers.channels)
-        numbers += [programs, rows, blocks, count, to.codes.data_ptr(), to.scale.data_ptr(), *addresses]
-        numbers += storage_addresses(weight)
-        programs += -(-rows // _ROWS) * blocks
-    table, nested = table_on_device(tuple(numbers), device), first.state2.blocksize if first.nested else 1
-    options = {"TRANSPOSED": transposed, "NESTED": first.nested, "HALF": first.blocksize // 2, "NESTED_BLOCK": nested}
-    with on_device(like):
-        _requantize[(programs,)](table, like, len(places), **options, ROWS=_ROWS, num_warps=8, enable_fp_fusion=False)
-    return tuple(to for _, to, _ in places)
 
 
 @jit
@@ -303,7 +187,7 @@ def _quantize(
     top = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
     top = tl.where(top < 1e-30, 0.0, top)
     tl.store(scale + row, top * (1 / 127))
-    code = _nearest(wide * tl.where(top == 0, 0.0, tl.div_rn(1.0, top) * 127.0))
+    code = nearest(wide * tl.where(top == 0, 0.0, tl.div_rn(1.0, top) * 127.0))
     tl.store(codes + row * K + column, code, mask=there)
 
 
@@ -437,29 +321,23 @@ def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Ite
     """Kernel and twin side by side (``dispatch.check_kernels``)."""
     if not widths.int8:
         return
-    draw, draw_weight = samples(device, dtype), samples(device, torch.float32)
+    draw, wide = samples(device, dtype), samples(device, torch.float32)
     rows, height, rank = 3, 256, 16
-    for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:  # whole blocks
-        name = f"[{height}, {width}]"
-        weight, x, grad = sample_weight(draw_weight(height, width)), draw(rows, width), draw(rows, height)
-        scales, outliers = static_scales(weight), largest_channels(x.abs().amax(0))
-        found = []
-        for requantized, quantized in ((_kernel_requantize, _kernel_quantize), (_twin_requantize, _twin_quantize)):
-            codes = torch.zeros(2, height * width, dtype=torch.int8, device=device)
-            kept = torch.zeros(height, len(outliers.channels), dtype=dtype, device=device)
-            forward = Int8Matrix(codes[0].view(height, width), scales[0], kept)
-            backward = Int8Matrix(codes[1].view(width, height), scales[1])
-            requantized([(weight, forward, outliers)], False)
-            requantized([(weight, backward, None)], True)
-            found.append((forward, quantized(x, outliers), backward, quantized(grad, None)))
-        names = (f"weight {name}", f"x {name}", f"transposed weight {name}", f"gradient {name}")
-        for what, got, want in zip(names, *found):
-            yield Comparison(f"codes of {what}", got.codes, want.codes, None)
-            yield Comparison(f"scales of {what}", got.scale, want.scale, None)
+    for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:
+        x, grad = draw(rows, width), draw(rows, height)
+        outliers = largest_channels(x.abs().amax(0))
+        x8, grad8 = _twin_quantize(x, outliers), _twin_quantize(grad, None)
+        for name, got, want in (
+            (f"[{rows}, {width}]", _kernel_quantize(x, outliers), x8),
+            (f"[{rows}, {height}]", _kernel_quantize(grad, None), grad8),
+        ):
+            yield Comparison(f"codes {name}", got.codes, want.codes, None)
+            yield Comparison(f"scales {name}", got.scale, want.scale, None)
             if got.outliers is not None and want.outliers is not None:
-                exact = want.outliers.double() if truncates(device, dtype) else None
-                yield Comparison(f"outliers of {what}", got.outliers, want.outliers, exact)
-        forward, x8, backward, grad8 = found[1]
+                yield Comparison(f"outliers {name}", got.outliers, want.outliers, None)
+        weight = _twin_quantize(wide(height, width), None)
+        forward = weight._replace(outliers=draw(height, len(outliers.channels)))
+        backward = _twin_quantize(wide(width, height), None)
         forward_pair = draw(rows, rank), draw(height, rank)
         for left, right, low_rank, add in (  # as the layer launches them
             (x8, forward, forward_pair, False),

@@ -263,15 +263,14 @@ def project(
             else:
                 torch.mm(x, weight.T, out=y[:, columns])
     else:
-        group, product = on.pop(0) if on else (None, x)
-        blocks = {projection: (columns, pairs) for projection, columns, pairs in group.blocks} if group else {}
+        # a product takes the adapters of one group along
+        along = {}
+        if on:
+            group, product = on.pop(0)
+            along = {place: (product[:, columns], _scaled_b(pairs)) for place, columns, pairs in group.blocks}
         codes = quantize_rows(x, site.int8.outliers)
-        for projection, (start, weight) in enumerate(parts):
-            low_rank = None
-            if projection in blocks:
-                columns, pairs = blocks[projection]
-                low_rank = product[:, columns], _scaled_b(pairs)
-            int8_mm(codes, weight, y[:, start : start + len(weight.codes)], low_rank, add=add)
+        for place, (start, weight) in enumerate(parts):
+            int8_mm(codes, weight, y[:, start : start + len(weight.codes)], along.get(place), add=add)
     for bias, columns in zip(site.biases, site.slices):
         if bias is not None:
             y[:, columns] += bias.to(x.dtype)
@@ -319,14 +318,14 @@ def grad_input(grad: Tensor, parts: Parts, site: LinearGroup, d_products: Sequen
             d_y = grad[:, start : start + weight.shape[0]]
             result = d_y @ weight if result is None else result.addmm_(d_y, weight)
     else:
-        low_rank = None
+        along = None
         if on and on[0][0].dropout is None:
             group, d_product = on.pop(0)
-            low_rank = d_product, group.a().T
+            along = d_product, group.a().T
         for start, weight in parts:
             codes = quantize_rows(grad[:, start : start + weight.codes.shape[1]])
             if result is None:
-                result = int8_mm(codes, weight, grad.new_empty(len(grad), len(weight.codes)), low_rank)
+                result = int8_mm(codes, weight, grad.new_empty(len(grad), len(weight.codes)), along)
             else:
                 int8_mm(codes, weight, result, add=True)
     assert result is not None
