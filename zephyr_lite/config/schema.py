@@ -83,7 +83,7 @@ class MemorySpec(BaseModel):
     )
     compute: Literal["auto", "16bit", "int8"] = Field(
         "auto",
-        description="products with a 4-bit base: 16bit is the compute dtype; int8 is faster by estimate, and "
+        description="products with a 4-bit base: 16bit is the compute dtype; int8 is faster on cards by estimate, and "
         "[rounds more](numerics.md#int8); auto is 16bit",
     )
 
