@@ -30,7 +30,7 @@ from zephyr_lite.memory.machine import (
     of_card,
     this_machine,
 )
-from zephyr_lite.memory.plan import TIE, WORTH_THE_HOST, Plan, make_plan, plan_run, run_seconds, smaller
+from zephyr_lite.memory.plan import TIE, WORTH_THE_HOST, Plan, fastest_change, make_plan, plan_run, run_seconds, smaller
 from zephyr_lite.memory.workload import AdapterSpec, Workload
 from zephyr_lite.model.families import Shape
 from zephyr_lite.model.peft_io import LoraWeights, adapter_sha256, write_adapter
@@ -107,7 +107,12 @@ def test_what_is_chosen_follows_from_the_card():
         (["num_train_epochs=3", "max_steps=100"], False, "would not save time"),  # of 3,821 an epoch
         (["num_train_epochs=3", "precompute_ref_log_probs=false"], False, ""),
         (["num_train_epochs=3", "engine=trl"], False, ""),
-        (["num_train_epochs=3", "dataset=some/where"], False, ""),  # nobody knows how many rows
+        (
+            ["num_train_epochs=3", "dataset=some/where"],
+            True,
+            "that makes 3 epochs 21% shorter",
+        ),  # of any number of rows
+        (["max_steps=100", "dataset=some/where"], False, ""),  # nobody knows how many epochs
     ],
 )
 def test_the_reference_is_cached_where_the_run_is_shorter_with_it(words, cached, said):
@@ -116,7 +121,7 @@ def test_the_reference_is_cached_where_the_run_is_shorter_with_it(words, cached,
     machine, live = card("3060"), expected_job("dpo", config, MISTRAL_SHAPE, torch.bfloat16)
     job, plan, why = plan_run(live, machine, FREE, config)
     assert (job.cached_reference, job.live_reference, bool(why)) == (cached, not cached, bool(said)) and said in why
-    if cached:
+    if cached and job.run_tokens is not None:
         one_epoch, speed = replace(job, epochs=1.0), make_plan(live, machine, FREE).tokens_per_second
         assert run_seconds(one_epoch, plan, machine) == pytest.approx(job.run_tokens / speed, rel=0.02)
 
@@ -348,6 +353,7 @@ def test_int8_is_planned_as_faster_by_estimate(name, times):
     [
         ("t4", {}, "t4 has compute capability 7.5; int8 needs 8.0"),
         ("4090", {"storage": "dense"}, "the base is not in 4 bits"),
+        ("4090", {"shape": Shape(64, 192, 2, 8, 1, 8, 448)}, "no multiple of 16 channels wide (k_proj 8, v_proj 8)"),
         ("4090", {"shape": Shape(96, 128, 2, 3, 3, 32, 448)}, "no multiple of 64 channels wide (q_proj 96"),
     ],
 )
@@ -356,6 +362,27 @@ def test_int8_is_refused_where_its_kernels_do_not_run(name, changes, what):
     with pytest.raises(UserError, match=re.escape(what)) as caught:
         make_plan(replace(job, **changes), card(name), FREE)
     assert caught.value.message.startswith("memory.compute=int8: ") and caught.value.hint == "Set memory.compute=16bit."
+
+
+@pytest.mark.parametrize(
+    ("name", "compute", "shape", "better"),
+    [
+        ("4090", "16bit", Shape.of(MISTRAL_SHAPE), "int8"),
+        ("4090", "int8", Shape(64, 128, 2, 2, 2, 32, 448), "16bit"),
+        ("4090", "int8", Shape.of(MISTRAL_SHAPE), ""),
+        ("t4", "16bit", Shape.of(MISTRAL_SHAPE), ""),  # int8 does not run there
+    ],
+)
+def test_the_faster_products_are_suggested_by_estimate(name, compute, shape, better):
+    job, machine = mistral("sft", f"memory.compute={compute}", dtype=CARDS[name].dtype), card(name)
+    job = replace(job, shape=shape, adapters=(AdapterSpec.fresh(shape, 16),))
+    times, text = fastest_change(make_plan(job, machine, FREE), job, machine, FREE)
+    assert (text == f"by estimate, memory.compute={better}" and times > 1.05) if better else times < 1.05
+
+
+def test_one_epoch_is_the_run(said):
+    """On a T4 the live reference needs smaller micro-batches."""
+    assert "that makes the run 4% shorter" in " ".join(said("dpo", "--gpu", "t4")[1].split())
 
 
 @pytest.mark.parametrize("word", ["engine=trl", "load_in_4bit=false"])

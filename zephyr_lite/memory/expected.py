@@ -119,6 +119,8 @@ def expected_job(
         tokens = rows.setdefault("run_tokens", int(epoch * config.num_train_epochs))
         rows.setdefault("steps", max(1, round(tokens / step_tokens)))
         rows["epochs"] = tokens / epoch
+    elif config.max_steps is None:
+        rows["epochs"] = config.num_train_epochs
     if pairs:
         rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
     job = make_workload(config, method, base_config, dtype, **rows)

@@ -153,9 +153,9 @@ def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memo
         seconds = run_seconds(replace(job, run_tokens=tokens, epochs=1.0), plan, machine)
         words = f"--config {name}" if config.model_name_or_path == MISTRAL else f"dataset.limit={night.limit}"
         return f"{words}: {night.limit:,} of {known[night.path].rows:,} rows, {duration(seconds)}"
-    speed, text = fastest_change(job, machine, memory)
-    if speed > WORTH_SAYING * plan.tokens_per_second:
-        return f"{text} makes it {speed / plan.tokens_per_second - 1:.0%} faster"
+    times, text = fastest_change(plan, job, machine, memory)
+    if times > WORTH_SAYING:
+        return f"{text} makes it {times - 1:.0%} faster"
     return f"nothing: no single setting makes it {WORTH_SAYING - 1:.0%} faster"
 
 
@@ -180,8 +180,8 @@ def planned_lines(
                 notes.append(
                     f"{spec.path}: {counted(rows.rows, 'row')} of about {rows.tokens:,} tokens, by their characters"
                 )
-        if None not in data and "num_train_epochs" in loaded.automatic:
-            notes.append("the time is that of one epoch; a run of few rows chooses more")
+        if "num_train_epochs" in loaded.automatic:
+            notes.append("one epoch is planned; a run of few rows chooses more")
     except UserError as error:
         notes.append(f"the rows are not counted: {error.message}")
     here = compute_device()

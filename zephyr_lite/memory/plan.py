@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..model.execution import ExecutionConfig, Keep
 from ..ops.int8 import CAPABILITY
 from .activations import kept_per_token
-from .changes import Planned, refusal, single_changes
+from .changes import refusal, single_changes
 from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
 from .fitting import WANTED_TOKENS, fitting, is_exact
 from .gpus import PROCESSOR
@@ -116,7 +116,7 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
             other engines.)
     """
     if job.int8:
-        _check_int8(job, machine)
+        check_int8(job, machine)
     fastest = min(fitting(job, machine, memory), key=lambda found: _cost(job, found[0], machine), default=None)
     if fastest is None and not is_exact(job, machine):
         smallest = fitting(job, machine, memory, most=math.inf, least=True)
@@ -139,31 +139,41 @@ def plan_run(job: Workload, machine: Machine, memory: MemorySpec, config: RunCon
         return job, plan, ""
     cached = replace(job, live_reference=False, cached_reference=True)
     cached_plan = make_plan(cached, machine, memory)
-    saved = 1 - run_seconds(cached, cached_plan, machine) / run_seconds(job, plan, machine)
+    saved = 1 - _seconds_per_token(cached, cached_plan, machine) / _seconds_per_token(job, plan, machine)
     once = "once, before the first step"
     if saved < WORTH_CACHING:
         return job, plan, f"the reference is computed in every step: computing it {once}, would not save time"
-    why = f"the reference is computed {once}: that makes {job.epochs:.3g} epochs {saved:.0%} shorter"
+    run = f"{job.epochs:.3g} epochs" if round(job.epochs, 2) > 1 else "the run"
+    why = f"the reference is computed {once}: that makes {run} {saved:.0%} shorter"
     return cached, cached_plan, why
 
 
 def run_seconds(job: Workload, plan: Plan, machine: Machine) -> float:
     """Predicted seconds of all steps, and of the pass that computes a cached reference before them."""
     assert job.run_tokens is not None
+    return job.run_tokens * _seconds_per_token(job, plan, machine)
+
+
+def _seconds_per_token(job: Workload, plan: Plan, machine: Machine) -> float:
     _, speed, no_gradients = step_time(job, plan, machine.card)
     passes = speed / no_gradients / job.epochs if job.cached_reference and job.epochs else 0.0  # a step being 1
-    return job.run_tokens / max(plan.tokens_per_second, 1e-9) * (1 + passes)
+    return (1 + passes) / max(plan.tokens_per_second, 1e-9)
 
 
-def _check_int8(job: Workload, machine: Machine) -> None:
+def check_int8(job: Workload, machine: Machine) -> None:
     """Refuse a run in int8 that the kernels do not serve."""
-    uneven = [f"{name} {width}" for name, (_, width) in job.shape.matrices.items() if width % NF4_BLOCK]
+    matrices = job.shape.matrices.items()
+    uneven = [f"{name} {width}" for name, (_, width) in matrices if width % NF4_BLOCK]
+    # the product of the backward pass sums over the outputs
+    uneven_outputs = [f"{name} {out}" for name, (out, _) in matrices if out % 16]
     if job.storage == "dense":
         what = "the base is not in 4 bits"
     elif machine.device.cuda and machine.card.capability < CAPABILITY:
         what = f"{machine.name} has compute capability {'.'.join(map(str, machine.card.capability))}; int8 needs 8.0"
     elif uneven:
         what = f"inputs of this base are no multiple of {NF4_BLOCK} channels wide ({', '.join(uneven)})"
+    elif uneven_outputs:
+        what = f"outputs of this base are no multiple of 16 channels wide ({', '.join(uneven_outputs)})"
     else:
         return
     raise UserError(f"memory.compute=int8: {what}.", "Set memory.compute=16bit.")
@@ -221,11 +231,17 @@ def _plan(job: Workload, execution: ExecutionConfig, found: MemoryBreakdown, mac
     )
 
 
-def fastest_change(*planned: *Planned) -> tuple[float, str]:
-    """(tokens a second, text) of the change of a setting or the optimizer that makes a run the fastest; (0, "") without one."""
+def fastest_change(plan: Plan, job: Workload, machine: Machine, memory: MemorySpec) -> tuple[float, str]:
+    """(how many times as fast, text) of the change of a setting, the optimizer or the products that makes a run the fastest;
+    (0, "") without one."""
+    changes = [(text, to) for kind, text, to in single_changes(job, machine, memory) if kind in ("memory", "optim")]
+    compute = f"by estimate, memory.compute={'16bit' if job.int8 else 'int8'}"
+    changes.append((compute, (replace(job, int8=not job.int8), machine, memory)))
     tried = []
-    for kind, text, changed in single_changes(*planned):
-        if kind in ("memory", "optim"):
-            with suppress(UserError):  # it does not fit
-                tried.append((make_plan(*changed).tokens_per_second, text))
+    for text, changed in changes:
+        with suppress(UserError):  # it does not fit, or cannot run in int8
+            found = make_plan(*changed)
+            # both as predicted: earlier runs correct only those of the same products
+            times = found.tokens_per_second / found.speed_ratio / (plan.tokens_per_second / plan.speed_ratio)
+            tried.append((times, text))
     return max(tried, default=(0.0, ""))

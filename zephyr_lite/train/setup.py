@@ -34,7 +34,7 @@ from ..io.text import counted
 from ..memory.forecast import forecast_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
 from ..memory.needs import needs_lines
-from ..memory.plan import Plan, plan_run
+from ..memory.plan import Plan, check_int8, plan_run
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
 from ..model.base import Base, compute_device, compute_dtype, fetch_base, load_base
@@ -156,6 +156,8 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
             loaded.config = config = config.model_copy(update={"precompute_ref_log_probs": workload.cached_reference})
         for line in forecast_lines(workload, machine, plan, config, reference=reference):
             logger.info(line, extra=None if claim else RESULT)  # a dry run has no other
+    elif plan.int8:  # it may have begun on another card
+        check_int8(workload, this_machine(device, dtype, config.memory, measure=False))
     torch.set_num_threads(plan.threads)
     if not weights_first:
         check_base()
