@@ -132,6 +132,8 @@ def test_transformers_switch_and_name_are_one_key(tmp_path):
     [
         (["my.yaml"], "Write --config 'my.yaml'."),
         (["--dryrun", "x"], "Did you mean --dry-run?"),
+        (["compute=int8"], "Did you mean 'memory.compute'?"),
+        (["precompute_ref_log_probs=maybe"], "expected 'auto' or true or false (found 'maybe')"),
         (["memory=8GiB"], "memory.vram=8GiB"),
         (
             ["model_name_or_path=https://huggingface.co/mistralai/Mistral-7B-v0.1"],
@@ -142,7 +144,7 @@ def test_transformers_switch_and_name_are_one_key(tmp_path):
 )
 def test_slips_on_the_command_line_are_told_what_was_meant(words, says):
     with pytest.raises(UserError) as told:
-        load_config("sft", None, words)
+        load_config("dpo", None, words)
     assert says in str(told.value)
 
 

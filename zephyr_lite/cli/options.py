@@ -91,7 +91,12 @@ ChatTemplateOption = Annotated[
 ]
 TemplateKwargs = Annotated[
     dict[str, Any] | None,
-    Option("--chat-template-kwargs", parser=json_object, help="Its variables: '{\"enable_thinking\": true}'."),
+    Option(
+        "--chat-template-kwargs",
+        parser=json_object,
+        metavar="JSON",
+        help="Its variables: '{\"enable_thinking\": true}'.",
+    ),
 ]
 EvalOut = Annotated[
     Path | None, Option("--out", callback=nameable, help="Results folder \\[eval/ in the stage's, or MODEL-eval].")

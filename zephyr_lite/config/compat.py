@@ -9,6 +9,7 @@ from typing import Any
 
 from ..io.text import comma_list, short
 from .foreign_keys import ACCEPTED, ALIASES, DATASETS, REFUSED, SFT_WEIGHTS, TOOLS, TRANSLATED
+from .schema import MemorySpec
 
 # Axolotl's formats of rows that are found by their columns here
 _FORMATS = ("chat_template", "sharegpt", "alpaca", "completion", "chatml", "llama3", "zephyr")
@@ -303,7 +304,9 @@ def unknown_key(key: str, own: Collection[str]) -> str:
     """The message for an unknown key, with the nearest known one."""
     options = {"dryrun": "--dry-run", "config": "--config", "verbose": "--verbose"}
     near = [options[name] for name in difflib.get_close_matches(key[:100].replace("_", ""), options, n=1, cutoff=0.75)]
+    if key in MemorySpec.model_fields:
+        near = [f"'memory.{key}'"]
     if not near:
         known = [*own, *([] if "." in key else [*ALIASES, *TRANSLATED])]
-        near = [repr(name) for name in difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)]
+        near = [repr(name) for name in difflib.get_close_matches(key[:100], known, n=1, cutoff=0.65)]
     return f"there is no key {short(key)}.{f' Did you mean {near[0]}?' if near else ''}"

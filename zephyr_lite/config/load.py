@@ -275,7 +275,8 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> dict[str, str]:
     """{place: what is wrong there}; "" is the place of keys that do not go together."""
     found: dict[str, str] = {}
     for item in error.errors():
-        parts = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+        # without pydantic's names of the types that a value may have
+        parts = [part for part in item["loc"] if not (isinstance(part, str) and ("[" in part or part == "bool"))]
         several = values.get(str(parts[0])) if parts else None
         if parts[1:2] == [0] and not (isinstance(several, list) and len(several) > 1):
             del parts[1]  # the only entry of a list, which the user may have written without one

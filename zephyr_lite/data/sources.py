@@ -142,7 +142,10 @@ def _choose_split(spec: DatasetSpec, wanted: str | None, there: Sequence[str]) -
             f"Set split: {likely} (on the command line dataset.split={likely}).",
         )
     if wanted is not None and wanted not in there:
-        raise UserError(f"{spec.path}: there is no split {wanted!r}.", f"There are {names}.")
+        raise UserError(
+            f"{spec.path}: there is no split {wanted!r}.",
+            f"There are {names}. Held-out rows of the training data: val_size: 0.05; none: eval_strategy: 'no'.",
+        )
     return there[0] if wanted is None else wanted
 
 
