@@ -126,6 +126,17 @@ def test_a_key_of_another_version(place):
     opened(place)
 
 
+@pytest.mark.parametrize(
+    ("memory", "fault"),
+    [("reference: own", "memory.reference is 'own': there is no such key"), ("keep: 7", "memory.keep is 7")],
+)
+def test_a_memory_key_or_value_of_another_version(place, memory, fault):
+    file = place / "run" / "sft" / "config.yaml"
+    told = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**told, "memory": yaml.safe_load(memory)}))
+    assert f"{file}: {fault}" in refused(place)
+
+
 # What is allowed
 
 

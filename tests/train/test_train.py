@@ -119,8 +119,14 @@ def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_c
     assert metrics(run / "dpo")[0] == pytest.approx(LN2, abs=1e-4)
     stage = setup_stage("dpo", loaded())
     assert stage.config.precompute_ref_log_probs is True and not stage.workload.live_reference
+    few = [line.partition("steps: ")[2] for line in said if "so few steps" in line]  # not of the resumed stage
+    assert few == [f"raise num_train_epochs (it is {epochs}), or lower batch_size (3)." for epochs in (1, 2)]
     with pytest.raises(UserError, match="precompute_ref_log_probs: True then, False now"):
         setup_stage("dpo", loaded(precompute_ref_log_probs=False))
+    for loss in ("simpo", "orpo"):
+        with pytest.raises(UserError, match=rf"than these:\n  loss_type: 'sigmoid' then, '{loss}' now\n") as error:
+            setup_stage("dpo", loaded(loss_type=loss))
+        assert "precompute" not in error.value.message
 
 
 def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):

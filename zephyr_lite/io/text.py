@@ -21,6 +21,7 @@ is_file, is_folder = os.path.isfile, os.path.isdir  # unlike Path's, False for n
 # pydantic's errors, where its own sentences are no plain English
 _EXPECTED = {
     "missing": "is missing",
+    "extra_forbidden": "there is no such key",
     "string_type": "expected a text in quotes",
     "int_parsing": "expected a whole number, without a unit",
     "int_type": "expected a whole number",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dispatch import Comparison, Widths, jit, on_device, runs_triton, samples, tl, truncates
 from .int8 import Int8Matrix, OutlierChannels, largest_channels, nearest
-from .nf4 import block_values, row_pieces, sample_weight, storage_addresses, table_on_device
+from .nf4 import block_values, row_pieces, sample_weight, state_of, storage_addresses, table_on_device
 
 
 def static_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,11 +104,11 @@ _ROWS = 64
 
 
 def _kernel(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
-    first, device = places[0][0].quant_state, places[0][1].codes.device  # type: ignore[attr-defined]
+    first, device = state_of(places[0][0]), places[0][1].codes.device
     numbers: list[int] = []
     programs, like = 0, places[0][1].codes
     for weight, to, outliers in places:
-        state = weight.quant_state  # type: ignore[attr-defined]
+        state = state_of(weight)
         (rows, width), addresses = state.shape, (0, 0)
         assert width % state.blocksize == 0 and state.blocksize == first.blocksize and state.nested == first.nested
         assert to.codes.is_contiguous() and to.codes.shape == ((width, rows) if transposed else (rows, width))

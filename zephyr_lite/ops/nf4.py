@@ -25,7 +25,7 @@ def is_quantized(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
-def _state(weight: Tensor) -> Any:
+def state_of(weight: Tensor) -> Any:
     """How bitsandbytes stored a 4-bit weight."""
     return weight.quant_state  # type: ignore[attr-defined]
 
@@ -82,7 +82,7 @@ def dequantize(weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) ->
     if is_quantized(weight):
         if not runs_triton("nf4", weight, dtype):
             return _twin(weight, dtype, out)
-        shape = _state(weight).shape
+        shape = state_of(weight).shape
         out = torch.empty(shape, dtype=dtype, device=weight.device) if out is None else out
         if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
             raise ValueError(f"out is {list(out.shape)} {out.dtype}; a contiguous {list(shape)} {dtype} is wanted")
@@ -104,13 +104,13 @@ def dequantize_into(buffer: Tensor, weights: Sequence[tuple[int, Tensor]]) -> No
 
 def _twins(weights: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
     for start, weight in weights:
-        shape = _state(weight).shape
+        shape = state_of(weight).shape
         _twin(weight, buffer.dtype, buffer[start : start + shape.numel()].view(shape))
     return buffer
 
 
 def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    state = _state(weight)
+    state = state_of(weight)
     kind = torch.float32 if dtype == torch.float64 else dtype  # bitsandbytes knows no float64
     if weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
@@ -137,7 +137,7 @@ def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
 
 def row_pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a 4-bit matrix in float32, 16 MB at a time: (rows, values). Its rows are whole blocks."""
-    state = _state(weight)
+    state = state_of(weight)
     height, width = state.shape
     assert width % state.blocksize == 0, f"rows of {width} values in blocks of {state.blocksize}"
     absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
@@ -235,7 +235,7 @@ def _dequantize(
 
 def storage_addresses(weight: Tensor) -> tuple[int, ...]:
     """The addresses of a 4-bit weight's six tensors, as ``block_values`` reads them."""
-    state = _state(weight)
+    state = state_of(weight)
     tensors = [weight, state.absmax, state.code]
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
@@ -251,13 +251,13 @@ def table_on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
     """Weights of one kind of storage, in one launch, each to its place in `out` (see ``dequantize_into``)."""
-    state = _state(weights[0][1])
+    state = state_of(weights[0][1])
     nested, half = state.state2, state.blocksize // 2
     rows = max(1, 1024 // half)
     numbers: list[int] = []
     programs, whole = 0, True
     for start, weight in weights:
-        own = _state(weight)
+        own = state_of(weight)
         elements = own.shape.numel()
         assert own.blocksize == state.blocksize and own.nested == state.nested and weight.device == out.device
         assert start % 16 == 0 and start + elements <= out.numel()

@@ -73,6 +73,12 @@ class ReferenceCache:
         logger.warning(f"{self.path}: is damaged, or of other pairs; it is computed again")
         return self.sums
 
+    @torch.no_grad()
+    def add(self, decoder: Decoder, data: TokenizedDataset, indices: Sequence[int]) -> None:
+        """Compute the sums of these pairs."""
+        batch = collate_pairs([data.examples[i] for i in indices]).to(decoder.device)
+        self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
+
     def compute(self, decoder: Decoder, data: TokenizedDataset, oom: OomRetry) -> None:
         """Fill the cache with the live reference's values. Known groups are not computed again; the file is written every
         minute and when the work is interrupted."""
@@ -80,8 +86,7 @@ class ReferenceCache:
 
         def compute(indices: list[int]) -> None:
             if self.sums[indices].isnan().any():
-                batch = collate_pairs([data.examples[i] for i in indices]).to(decoder.device)
-                self.sums[torch.tensor(batch.indices)] = pair_sums(decoder, batch, reference=True).double().cpu()
+                self.add(decoder, data, indices)
 
         saved = time.monotonic()
         try:

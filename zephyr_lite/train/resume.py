@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config.load import DPO_DEFAULTS, DatasetSpec, Loaded, MemorySpec, Method, RunConfig
+from ..config.load import DPO_DEFAULTS, DatasetSpec, Loaded, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, TO_GO_ON, StageDir, checked
+from ..io.text import check_values
 from ..memory.plan import Plan
 from ..model.base import compute_device
 from ..model.base_folder import fingerprint, is_fingerprint_of
@@ -118,16 +119,19 @@ class Comparison:
         old |= read_yaml(stage.config)
         kept = {key: old[key] for key in loaded.automatic}
         if loaded.config.precompute_ref_log_probs == "auto":
-            kept["precompute_ref_log_probs"] = old["precompute_ref_log_probs"]
+            key = "precompute_ref_log_probs"  # a loss without a reference has none: only loss_type is a difference then
+            kept[key] = old[key] = loaded.config.needs_reference and old[key]
         self.config = loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **kept})
+        values, hint = {"memory": old["memory"] or {}}, "Correct it, or remove it from the file."
+        self.memory = check_values(RunConfig, values, stage.config, hint).memory
         if not main:
             return
         new = loaded.config.model_dump(mode="json")
         for key in ("dataset", "eval_dataset"):
             defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
             old[key] = [{**defaults, **spec} for spec in old[key] or []]
-        old["memory"] = MemorySpec().model_dump(mode="json") | (old["memory"] or {})
-        if MemorySpec(**old["memory"]).int8 != loaded.config.memory.int8:
+        old["memory"] = self.memory.model_dump(mode="json")
+        if self.memory.int8 != loaded.config.memory.int8:
             self.refused.append(f"memory.compute: {old['memory']['compute']} then, {new['memory']['compute']} now")
         for key in {**new, **old}:
             if key == "output_dir" or (key in new and old[key] == new[key]):
@@ -237,9 +241,8 @@ def kept_plan(compared: Comparison, machine: dict[str, Any], layers: int) -> Pla
     before, stage = compared.before, compared.stage
     if before is None:
         return None
-    memory = MemorySpec.model_validate(read_yaml(stage.config).get("memory") or {})
     if (
-        memory != compared.config.memory
+        compared.memory != compared.config.memory
         or _last(before, "machine").get("device", machine["device"]) != machine["device"]
     ):
         logger.info("memory or the kind of device has changed: a new plan splits sums, and rounds them, in another way")

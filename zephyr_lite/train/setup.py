@@ -172,10 +172,13 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     trained = f"; {parameters:,} parameters are trained" if parameters else ""
     an_epoch = f"{counted(per_epoch, 'step')} an epoch"
     logger.info(f"{counted(len(data.rows), 'row')}, {an_epoch}, {total:,} in all{trained}")
-    if total < FEW_STEPS and config.max_steps is None:
+    if total < FEW_STEPS and config.max_steps is None and before is None:
+        packed = len(data.rows) < len(data.lengths)
+        lower = [f"batch_size ({config.batch_size})"] * (config.batch_size > 1)
+        lower += [f"max_length ({config.max_length})"] * packed
         logger.warning(
-            f"The model can learn little in so few steps: raise num_train_epochs (it is {config.num_train_epochs:g}), or lower "
-            f"batch_size ({config.batch_size}) or max_length ({config.max_length})."
+            f"The model can learn little in so few steps: raise num_train_epochs (it is {config.num_train_epochs:g})"
+            + (f", or lower {' or '.join(lower)}." if lower else ".")
         )
 
     # stage.json
