@@ -139,7 +139,7 @@ def detect(columns: list[str], method: Method, where: str) -> str:
         what, hint = "preference rows (chosen and rejected)", "Train on them with zephyr-lite dpo."
     elif method == "dpo" and (labelled := _format(have, "kto")):
         what = labelled[0]
-        hint = "Train on them with zephyr-lite dpo loss_type=kto. Pair answers to the same prompt for other losses and for eval preference."
+        hint = "Train with zephyr-lite dpo loss_type=kto. Pair answers to the same prompt for other losses or eval preference."
     raise UserError(f"{where}: found {what}; {_NEEDS[method]}.", hint)
 
 
