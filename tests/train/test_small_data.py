@@ -50,7 +50,6 @@ SHORT = {"warmup_ratio": 0.0}
         ("sft", 25, 60, [], {"batch_size": 4, "max_length": 60, "num_train_epochs": 9, "eval_steps": 16, **SHORT}, 63),
         ("sft", 475, 400, [], {"max_length": 400, "eval_steps": 15, **SHORT}, 60),
         ("sft", 9_700, 400, [], {}, 243),
-        ("sft", 25, 60, ["max_steps=40"], {"batch_size": 4, "max_length": 60, "eval_steps": 10, **SHORT}, 40),
         ("sft", 25, 60, ["batch_size=1"], {"max_length": 60, "num_train_epochs": 3, "eval_steps": 19, **SHORT}, 75),
         (
             "dpo",

@@ -93,10 +93,9 @@ def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 
 def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequence[TokenizedDataset]) -> dict[str, Any]:
-    """Values that give the run at least ``STEPS`` steps; {} if the recipe's epochs do. Of these, max_steps replaces
-    the epochs alone."""
+    """Values that give the run at least ``STEPS`` steps; {} if the recipe's do, or if max_steps is set."""
     rows, batch = len(parts[0].rows), config.batch_size
-    if step_schedule(config.model_copy(update={"max_steps": None}), rows)[1] >= STEPS:
+    if config.max_steps is not None or step_schedule(config, rows)[1] >= STEPS:
         return {}
     chosen: dict[str, Any] = {}
     if method == "sft" and "max_length" in free:
@@ -107,10 +106,10 @@ def _for_steps(method: Method, config: RunConfig, free: set[str], parts: Sequenc
         least = 4 if config.row_kind(method) == "kto" else 1  # for KTO's z0, as TRL's documentation advises
         chosen["batch_size"] = batch = max(least, min(batch, int(rows * epochs / STEPS)))
     per_epoch = math.ceil(rows / batch)
-    if "num_train_epochs" in free and config.max_steps is None:
+    if "num_train_epochs" in free:
         chosen["num_train_epochs"] = epochs = min(MOST_EPOCHS, math.ceil(STEPS / per_epoch))
     if "warmup_ratio" in free and config.warmup_steps is None:
         chosen["warmup_ratio"] = 0.0  # a warm-up would begin at a learning rate of 0
     for key in {"eval_steps", "save_steps"} & free:  # together: the best checkpoint is one that was evaluated
-        chosen[key] = math.ceil((config.max_steps or epochs * per_epoch) / EVALUATIONS)
+        chosen[key] = math.ceil(epochs * per_epoch / EVALUATIONS)
     return chosen

@@ -73,7 +73,7 @@ def choose(
     if config.learning_rate != recipe.learning_rate:
         why = f"hidden size {width:,} instead of {WIDTH:,} [1]" if sft else f"a run of {steps}"
         rate += f", × {config.learning_rate / recipe.learning_rate:.2g} for {why}"
-    lowered = f", lowered from {recipe.batch_size} for more steps an epoch" * (config.batch_size < recipe.batch_size)
+    lowered = f", lowered from {recipe.batch_size} for more steps" * (config.batch_size < recipe.batch_size)
     repeated = f", raised from {recipe.num_train_epochs:g}" * (config.num_train_epochs > recipe.num_train_epochs)
     reasons = {
         "lora_target_modules": "attention alone learns less, even with as many parameters [1, 2]",
