@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 from tests import isolation  # noqa: F401  # isort: skip
@@ -13,20 +14,12 @@ import torch
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     # Triton decides at its own import, and at each kernel's, whether they are for its interpreter. Whether an operation
-    # runs them is decided at every call: test_kernels.py sets the variable again, everything else runs the twins.
+    # runs them is decided at every call: the fixture ``kernels`` sets the variable again, everything else runs the twins.
     os.environ["TRITON_INTERPRET"] = "1"
-    from zephyr_lite.ops import (  # noqa: F401
-        dropout,
-        dropout_products,
-        int8,
-        int8_weights,
-        nf4,
-        rms_norm,
-        rope,
-        swiglu,
-        token_logps,
-    )
+    from zephyr_lite.ops import dispatch
 
+    for operation in dispatch.OPERATIONS:
+        import_module(f"zephyr_lite.ops.{operation}")
     del os.environ["TRITON_INTERPRET"]
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -116,6 +109,15 @@ def randomized(model, bias: float = 0.08):
             else:
                 parameter.normal_(0, bias if name.endswith("bias") else 0.08)
     return model.eval()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Operations run their Triton kernels, in triton's interpreter where there is no GPU."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("zephyr_lite.ops.dispatch._failed", set())
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,7 @@ def test_an_untrained_policy_equals_its_reference_to_the_bit(tiny_base, dtype, p
 
 
 def test_a_packed_row_equals_its_rows_alone(tiny_base):
-    """Scales are a row's own: what is left is rounding, which may move a code to its neighbour."""
+    """Each row has its own scale; rounding may change a code by one."""
     decoder = decoder_of(tiny_base)
     packed = decoder.token_logps(collate_conversations(ROWS))
     alone = torch.cat([decoder.token_logps(collate_conversations([row])) for row in ROWS])

@@ -12,21 +12,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from tests.numeric import apart
-from zephyr_lite.ops import dispatch, nf4, rms_norm, rope, swiglu, token_logps
+from zephyr_lite.ops import nf4, rms_norm, rope, swiglu, token_logps
 from zephyr_lite.ops.dispatch import runs_triton, twins
 from zephyr_lite.ops.dropout import DropoutKey, add_dropped_, drop, dropout_mask, dropout_scale
 from zephyr_lite.ops.dropout_products import add_input_gradient_, dropped_product, matrix_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(dispatch, "_failed", set())
-    if DEVICE.type == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def rand(*shape, device=DEVICE, dtype=torch.float32, scale=1.0) -> Tensor:

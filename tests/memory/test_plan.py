@@ -112,7 +112,7 @@ def test_what_is_chosen_follows_from_the_card():
             True,
             "that makes 3 epochs 21% shorter",
         ),  # of any number of rows
-        (["max_steps=100", "dataset=some/where"], False, ""),  # nobody knows how many epochs
+        (["max_steps=100", "dataset=some/where"], False, ""),  # the number of epochs is unknown
     ],
 )
 def test_the_reference_is_cached_where_the_run_is_shorter_with_it(words, cached, said):

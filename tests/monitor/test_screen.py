@@ -1,4 +1,4 @@
-"""What is shown while a stage is trained: the panel in a terminal, JSON; and what the verdict says."""
+"""The output of a training stage: the panel in a terminal, JSON lines, and the verdict."""
 
 import io
 import json

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.contract.test_kernels import DEVICE, DTYPES, _kernels, both, by_hand, hold, rand, same, stored  # noqa: F401
+from tests.contract.test_kernels import DEVICE, DTYPES, both, by_hand, hold, rand, same, stored
 from zephyr_lite.ops.int8 import (
     Int8Matrix,
     int8_mm,
@@ -18,7 +18,10 @@ from zephyr_lite.ops.int8 import (
 from zephyr_lite.ops.int8_weights import requantize, static_scales
 
 # of numpy, in the interpreter
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
+]
 
 
 def codes(rows, width):
@@ -60,7 +63,7 @@ def test_the_product_equals_exact_integer_sums(dtype, rows, columns, inner, outl
     outs = iter([each[:, 1 : columns + 1].copy_(before) for each in wide])
     kernel, twin = both("int8", lambda: int8_mm(x, weight, next(outs), low_rank, add=add), before)
     hold("product", kernel, twin, product(x, weight, low_rank, before if add else None))
-    assert all((each[:, [0, -2, -1]] == 7).all() for each in wide)  # what lies beside it is not written
+    assert all((each[:, [0, -2, -1]] == 7).all() for each in wide)  # elements outside of the result are not written
 
 
 def test_the_largest_sum_is_exact():

@@ -86,7 +86,7 @@ def smoke_folder(run: Path) -> Path:
 def claim(folder: Path) -> None:
     """Empty the folder of an earlier smoke test, and mark it as one."""
     inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
-    hint = "Move it away, or give another output_dir: the smoke test writes to NAME-smoke beside it."
+    hint = "Move it away, or give another output_dir: the smoke test writes to NAME-smoke in the same folder."
     refuse_others(folder, (folder / MARK).is_file(), "a smoke test", hint)
     for path in inside:
         remove_tree(path)

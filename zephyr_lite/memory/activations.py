@@ -1,6 +1,6 @@
 """Predicted bytes of what a layer and the output head keep, and of what they hold while they run.
 
-Kept activations are exact counts. What a layer holds is the largest of a few moments, each a sum of tensor widths times tokens.
+Kept activations are exact counts. A layer's peak is the largest of several sums of tensor widths times tokens.
 """
 
 from __future__ import annotations

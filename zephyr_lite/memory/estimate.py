@@ -1,6 +1,6 @@
 """Predicted bytes of a run on the device and in main memory, by name, before anything is allocated.
 
-Resident tensors and kept activations are exact counts. What a layer holds while it runs is the largest of a few moments, each
+Resident tensors and kept activations are exact counts. A layer's peak is the largest of a few moments, each
 a sum of tensor widths times tokens (``layer_bytes``). Two numbers are estimates: the CUDA context, and the allocator's slack.
 ``tests/memory/test_estimate.py`` compares the prediction with recorded and with real allocations.
 """
