@@ -176,7 +176,7 @@ def make_tokenizer(entries: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from zephyr_lite.data.chat_template import TEMPLATES
+    from zephyr_lite.data.templates import TEMPLATES
 
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"<unused {place}>" for place in range(len(words), entries)]

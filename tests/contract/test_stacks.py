@@ -10,7 +10,7 @@ from tests.messages import messages_to
 from zephyr_lite.cli.eval import say_models
 from zephyr_lite.client.local_model import Weights
 from zephyr_lite.config.load import RunConfig
-from zephyr_lite.data.chat_template import ZEPHYR
+from zephyr_lite.data.templates import ZEPHYR
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.judge import Answering
 from zephyr_lite.io.run_dir import StageDir

@@ -17,8 +17,9 @@ from tests.messages import Logged
 from tests.train.test_train import words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.data import chat_template
-from zephyr_lite.data.chat_template import CHATML, LLAMA3, ZEPHYR, ChatTemplate, resolve_template
+from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
 from zephyr_lite.data.messages import RowError
+from zephyr_lite.data.templates import CHATML, LLAMA3, ZEPHYR
 from zephyr_lite.train.sft import run_sft
 
 TRL = {path.stem: path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}

@@ -12,9 +12,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import make_tokenizer
-from zephyr_lite.data.chat_template import BOS, LLAMA3, ZEPHYR, ChatTemplate, resolve_template
+from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
 from zephyr_lite.data.formats import TEXT
 from zephyr_lite.data.messages import RowError
+from zephyr_lite.data.templates import BOS, LLAMA3, ZEPHYR
 from zephyr_lite.errors import UserError
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.train.test_train import words
 from zephyr_lite.chat import load_chat
 from zephyr_lite.config.load import load_config
-from zephyr_lite.data.chat_template import NO_THINKING
+from zephyr_lite.data.templates import NO_THINKING
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import run_sft
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.train.test_train import dpo_words, killed_at, words
 from zephyr_lite.config.load import load_config
-from zephyr_lite.data.chat_template import TEMPLATES
+from zephyr_lite.data.templates import TEMPLATES
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.merge.command import run_merge

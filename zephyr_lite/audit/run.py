@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..config.load import DatasetSpec, RunConfig
-from ..data.chat_template import TEMPLATES, ChatTemplate, resolve_template
+from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.dataset import prepare
 from ..data.load import load_rows
+from ..data.templates import TEMPLATES
 from ..demo import CONVERSATIONS_TEST
 from ..errors import UserError
 from ..model.adapters import AdapterStack

@@ -121,7 +121,8 @@ def run(arguments: list[str]) -> int:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if sys.stderr is None or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers', too: unreadable in a log file
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # unreadable in a log file
+            os.environ.setdefault(name, "1")
     with warnings.catch_warnings(), no_hub_kernels(), messages_to(console.log):
         if not verbose and not sys.warnoptions:
             warnings.simplefilter("ignore")  # libraries' warnings are for developers

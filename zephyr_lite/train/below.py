@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import Method, RunConfig
-from ..data.chat_template import ChatTemplate, find_template, resolve_template
+from ..data.chat_template import ChatTemplate, resolve_template
 from ..data.sources import local_path
+from ..data.templates import find_template
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, StageDir, checked
 from ..model.base import fetch_base, load_tokenizer

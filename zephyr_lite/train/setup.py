@@ -17,8 +17,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.load import Loaded, Method, RunConfig, dump_config
 from ..data.batch import collate_conversations
-from ..data.chat_template import NO_THINKING, ChatTemplate
+from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, general_text
+from ..data.templates import NO_THINKING
 from ..errors import UserError
 from ..io.atomic import write_text
 from ..io.logging import RESULT
