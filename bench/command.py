@@ -1,4 +1,4 @@
-"""What all benches share: how they end as commands, what they say of the machine, and processes whose memory is watched."""
+"""What all benches share: how they end as commands, and what they say of the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 from zephyr_lite.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-_WATCH_SECONDS = 0.25
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -73,41 +71,3 @@ def save(path: Path | None, results: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def watched(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
-    """Run a command.
-
-    Returns:
-        its standard output, and the most memory in MiB that it and its children held together, pages of files aside and
-        shared pages counted once.
-
-    Raises:
-        UserError: it failed.
-    """
-    import psutil
-
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak, ended = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(_WATCH_SECONDS):
-            total = 0
-            try:
-                own = psutil.Process(process.pid)
-                for each in (own, *own.children(recursive=True)):
-                    lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines()
-                    total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
-            except (OSError, psutil.Error):  # a process ended meanwhile
-                continue
-            peak = max(peak, total)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, errors = process.communicate()
-    ended.set()
-    watcher.join()
-    if process.returncode:
-        raise UserError(f"{' '.join(command[:6])} ended with {process.returncode}: {errors[-1000:]}")
-    return output, round(peak / 1024, 1)
