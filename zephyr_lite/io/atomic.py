@@ -8,10 +8,10 @@ and by ``sweep``.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import platform
@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -46,18 +46,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def file_aside(path: Path) -> Iterator[IO[str]]:
+def file_aside(path: Path) -> Iterator[codecs.StreamWriter]:
     """A text file to write (UTF-8, newlines unchanged), which becomes ``path`` when the block ends without an error.
 
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    with bytes_aside(path) as binary:
-        text = io.TextIOWrapper(binary, encoding="utf-8", newline="\n", write_through=True)
-        try:
-            yield text
-        finally:
-            text.detach()
+    with bytes_aside(path) as file:
+        yield codecs.getwriter("utf-8")(file)
 
 
 @contextmanager
@@ -67,13 +63,8 @@ def bytes_aside(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    with _aside(path, Path.touch) as aside:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _flush_folder(path.parent)
+    with _aside(path, Path.touch) as aside, open(aside, "wb") as file:
+        yield file
 
 
 @contextmanager
@@ -85,32 +76,13 @@ def folder_aside(target: Path) -> Iterator[Path]:
     """
     with _aside(target, Path.mkdir) as aside:
         yield aside
-        for folder, _, names in os.walk(aside, topdown=False):
-            for name in sorted(names):
-                if not os.path.islink(os.path.join(folder, name)):
-                    with open(os.path.join(folder, name), "rb") as file:
-                        os.fsync(file.fileno())
-            _flush_folder(Path(folder))
-        old = target.with_name(f".old-{target.name}.{secrets.token_hex(4)}")
-        if os.path.lexists(target):
-            os.replace(target, old)  # until the next rename the folder is missing; ``sweep`` restores it
-        try:
-            os.replace(aside, target)
-        except OSError:
-            if os.path.lexists(old):
-                os.replace(old, target)
-            raise
-        try:
-            _flush_folder(target.parent)
-        finally:
-            remove_tree(old)
 
 
 @contextmanager
 def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A temporary file or folder of ``path`` beside it. It is removed at the end, if it still has its temporary name."""
+    """A temporary file or folder beside ``path``, which replaces it when the block ends without an error."""
     sweep(path.parent, path.name)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    aside, old = (path.with_name(f".{kind}{path.name}.{secrets.token_hex(4)}") for kind in ("", "old-"))
     with _named(path, aside):
         try:
             make(aside)
@@ -118,10 +90,18 @@ def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             try:
                 _flock(handle)  # tells ``sweep`` in other processes that this one is alive
                 yield aside
+                for written in (*aside.rglob("*"), aside):
+                    if not written.is_symlink():
+                        _flush(written)
+                if aside.is_dir() and os.path.lexists(path):
+                    os.replace(path, old)  # until the next rename the folder is missing; ``sweep`` restores it
+                os.replace(aside, path)
+                _flush(path.parent)
             finally:
                 os.close(handle)
         finally:
             remove_tree(aside)
+            sweep(path.parent, path.name)
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
@@ -165,9 +145,8 @@ def append_line(path: Path, line: str) -> None:
 
 def sync_file(path: Path) -> None:
     """Flush a file and its folder's entry to the disk."""
-    with _named(path, path), open(path, "rb") as file:
-        os.fsync(file.fileno())
-    _flush_folder(path.parent)
+    _flush(path)
+    _flush(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -223,8 +202,8 @@ def check_room(folder: Path, size: int, what: str) -> None:
         )
 
 
-def _flush_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk: without it a rename may be lost in a power failure."""
+def _flush(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk: without the latter a rename may be lost in a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -266,24 +245,19 @@ def alone(folder: Path) -> Iterator[None]:
     lock if it is still empty at the end.
 
     Raises:
-        UserError: another process holds the lock, or the folder cannot be made or locked.
+        UserError: another process holds the lock, or the folder cannot be made.
     """
     folder = Path(os.path.abspath(folder))
     path = folder / LOCK_FILE
     made = [each for each in (folder, *folder.parents) if not each.exists()]
+    make_folder(folder, "output_dir")
     lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         holder = " on ".join(path.read_text(encoding="utf-8", errors="replace").split()[:2])
         raise UserError(
             f"{folder}: process {holder} works here.", "Wait for it, end it, or choose another output_dir."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be made or locked: {error.strerror}.",
-            "Choose another output_dir, make the folder writable, or free some space.",
         ) from None
     try:
         if lock.lock_counter == 1:
@@ -321,9 +295,7 @@ def manifest_fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if (found := path.stat().st_size) != size:
-            return f"{name} has {found:,} bytes, {size:,} were written"
-        if _sha256(path) != digest:
+        if path.stat().st_size != size or _sha256(path) != digest:
             return f"{name} has another hash than was written"
     return None
 
