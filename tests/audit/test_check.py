@@ -178,7 +178,7 @@ def test_a_masked_end_token_is_found(tiny_base, chat_rows, tmp_path):
     assert found("end", folder, rows=str(chat_rows), load_in_4bit=False)[0][0] == Level.wrong
 
 
-def test_another_template_than_the_saved_one_is_found(tiny_base, chat_rows, tmp_path):
+def test_another_template_than_the_saved_one_is_found(run, tiny_base, chat_rows, tmp_path):
     other = (
         "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + eos_token + '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
@@ -186,6 +186,13 @@ def test_another_template_than_the_saved_one_is_found(tiny_base, chat_rows, tmp_
     folder = by_hand(tiny_base, tmp_path / "a", saved=other, steps=80)
     told = found("template", folder, rows=str(chat_rows), load_in_4bit=False)
     assert told[-1][0] == Level.doubtful and "under the template zephyr" in told[-1][1]
+    # a stage that records the saved one was trained with it, however its few rows turned out
+    shutil.copytree(run / "sft", tmp_path / "run/sft", ignore=shutil.ignore_patterns("adapter"))
+    shutil.copytree(folder, tmp_path / "run/sft/adapter")
+    recorded = json.loads((run / "sft/stage.json").read_text()) | {"chat_template": other}
+    (tmp_path / "run/sft/stage.json").write_text(json.dumps(recorded))
+    told = found("template", tmp_path / "run/sft", rows=str(chat_rows), load_in_4bit=False)
+    assert [level for level, _ in told] == [Level.note, Level.right] and "under the template zephyr" in told[0][1]
     (folder / "chat_template.jinja").unlink()
     told = found("template", folder, rows=str(chat_rows), load_in_4bit=False)
     assert [t[0] for t in told] == [Level.doubtful, Level.note] and "zephyr fits it best" in told[1][1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,7 +25,6 @@ from ..data.messages import RowError
 from ..data.packing import best_fit
 from ..errors import UserError
 from ..evaluate.likelihood import row_logps
-from ..model.decoder import Decoder
 from ..model.loaded import LoadedModel
 from .files import LN2, Audit, Level
 
@@ -46,11 +46,10 @@ _QUESTION: Messages = [{"role": "user", "content": "question"}, {"role": "assist
 
 @dataclass(frozen=True)
 class RowSums:
-    """Log-probabilities of conversations' answers, in nats.
+    """Log-probabilities of the answers of R conversations, in nats.
 
     Attributes:
-        text: [R] float64, sums over the answers' tokens without end tokens.
-        tokens: [R] float64, their number.
+        text: [R] float64, sums over the answers' tokens without end tokens; tokens: [R] float64, their number.
         ends: [E] float64, of every end token.
     """
 
@@ -69,9 +68,6 @@ class RowSums:
         return math.exp(float(self.ends.median())) if len(self.ends) else None
 
 
-WithAndBelow = tuple[RowSums, RowSums]  # of the model with the adapter, and of the one below it
-
-
 class Gap(NamedTuple):
     """A mean difference over rows in nats a token, and its standard error (infinite for a single row)."""
 
@@ -87,46 +83,56 @@ class Gap(NamedTuple):
         return f"{self.mean:+.4f} ± {self.error:.4f} nats a token"
 
 
-def gap(of: RowSums, against: RowSums, below: tuple[RowSums, RowSums] | None = None) -> Gap:
+def gap(of: RowSums, against: RowSums, *below: RowSums) -> Gap:
     """By how much the answers' text costs less in ``of`` than in ``against``.
 
     Args:
         below: the same two without the adapter; their difference is subtracted.
     """
-    means = [sums.text / sums.tokens.clamp(min=1) for sums in (of, against, *(below or ()))]
+    means = [sums.text / sums.tokens.clamp(min=1) for sums in (of, against, *below)]
     differences = means[0] - means[1] - (means[2] - means[3] if below else 0)
     n = len(differences)
     return Gap(float(differences.mean()), float(differences.std() / math.sqrt(n)) if n > 1 else math.inf)
+
+
+def gaps(of: dict[str, RowSums], own: dict[str, RowSums]) -> tuple[Gap, Gap]:
+    """By how much the adapter does better on changed rows than on its own, and by how much it changed that difference."""
+    rows = of["policy"], own["policy"]
+    return gap(*rows), gap(*rows, of["below"], own["below"])
 
 
 def examples_of(template: ChatTemplate, rows: Sequence[Messages]) -> list[Example]:
     """The rows that a template can render and that have an answer, cut to ``MAX_TOKENS``."""
     found = []
     for place, messages in enumerate(rows):
-        try:
+        with suppress(RowError):
             ids, mask = template.encode(messages)
-        except RowError:
-            continue
-        if mask[:MAX_TOKENS].any():
-            found.append(Example(ids[:MAX_TOKENS], mask[:MAX_TOKENS], "", place))
+            if mask[:MAX_TOKENS].any():
+                found.append(Example(ids[:MAX_TOKENS], mask[:MAX_TOKENS], "", place))
     return found
 
 
 @torch.no_grad()
-def row_sums(decoder: Decoder, examples: Sequence[Example], end_ids: Sequence[int]) -> RowSums:
-    """Sums of each row; end tokens are separate, as templates have different ones."""
-    text = torch.zeros(len(examples), dtype=torch.float64)
-    tokens = torch.zeros(len(examples), dtype=torch.float64)
-    ends: list[Tensor] = []
-    for group in best_fit([min(len(e.ids), MICRO_TOKENS) for e in examples], MICRO_TOKENS):
-        batch = collate_conversations([examples[i] for i in group]).to(decoder.device)
-        targets = [torch.from_numpy(examples[i].ids[examples[i].mask].astype(np.int64)) for i in group]
-        logps = decoder.token_logps(batch).double().cpu().split([len(each) for each in targets])
-        for row, own, ids in zip(group, logps, targets):
-            is_end = torch.isin(ids, torch.tensor(list(end_ids)))
-            text[row], tokens[row] = own[~is_end].sum(), float((~is_end).sum())
-            ends.append(own[is_end])
-    return RowSums(text, tokens, torch.cat(ends))
+def row_sums(
+    live: LoadedModel, template: ChatTemplate, examples: Sequence[Example], models: Sequence[str] = ("policy", "below")
+) -> dict[str, RowSums]:
+    """{model: sums of each row}; end tokens are separate, as templates have different ones."""
+    result = {}
+    end_ids = torch.tensor(list(template.end_token_ids))
+    for model in models:
+        decoder = live.decoder(model)
+        text, tokens = torch.zeros(2, len(examples), dtype=torch.float64)
+        ends = []
+        for group in best_fit([len(example.ids) for example in examples], MICRO_TOKENS):
+            batch = collate_conversations([examples[i] for i in group]).to(decoder.device)
+            targets = [torch.from_numpy(examples[i].ids[examples[i].mask].astype(np.int64)) for i in group]
+            logps = decoder.token_logps(batch).double().cpu().split([len(each) for each in targets])
+            for row, own, ids in zip(group, logps, targets):
+                is_end = torch.isin(ids, end_ids)
+                text[row], tokens[row] = own[~is_end].sum(), float((~is_end).sum())
+                ends.append(own[is_end])
+        result[model] = RowSums(text, tokens, torch.cat(ends))
+    return result
 
 
 def with_bos(example: Example, bos: int, count: int) -> Example:
@@ -140,21 +146,20 @@ def with_bos(example: Example, bos: int, count: int) -> Example:
     return replace(example, ids=ids, mask=mask)
 
 
-def check_rows(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> None:
+def check_rows(
+    live: LoadedModel, templates: dict[str, ChatTemplate], recorded: bool, rows: list[Messages], found: Audit
+) -> None:
     """Check on conversations: the template, then with it the adapters below, the end token and BOS.
 
     Args:
         live: its models are base, start, below, policy, and alone if there are adapters below.
         templates: own, if it has one, base, and the known ones.
+        recorded: stage.json says that it was trained with its own.
     """
-    name = _check_template(live, templates, rows, found)
+    name = _check_template(live, templates, recorded, rows, found)
     template = templates[name]
     examples = examples_of(template, rows)
-    sums = {
-        model: row_sums(live.decoder(model), examples, template.end_token_ids)
-        for model in _MODELS
-        if model in live.models
-    }
+    sums = row_sums(live, template, examples, [model for model in _MODELS if model in live.models])
     measured = {model: {"loss": s.loss, "end_token_median": s.end_probability} for model, s in sums.items()}
     found.numbers["rows"] = {**measured, "count": len(examples), "template": name}
     _check_below(sums, found)
@@ -208,47 +213,44 @@ def check_pairs(
         found.doubtful("reference", "against that reference it prefers the rejected answers", advice=advice)
 
 
-def _check_template(live: LoadedModel, templates: dict[str, ChatTemplate], rows: list[Messages], found: Audit) -> str:
+def _check_template(
+    live: LoadedModel, templates: dict[str, ChatTemplate], recorded: bool, rows: list[Messages], found: Audit
+) -> str:
     """The name of the template to measure with: its own, or the one that fits best."""
     texts: list[str] = []
-    sums: dict[str, WithAndBelow] = {}
+    sums: dict[str, dict[str, RowSums]] = {}
     for name, template in templates.items():
-        examples, text = examples_of(template, [_QUESTION, *rows])[1:], template.text_of(_QUESTION)
+        examples, text = examples_of(template, rows), template.text_of(_QUESTION)
         if examples and text not in texts:
             texts.append(text)
-            sums[name] = _with_and_below(live, examples, template)
+            sums[name] = row_sums(live, template, examples)
     if not sums:
         raise UserError(
             "no chat template can render these conversations.", "Name others with --rows or --chat-template."
         )
-    found.numbers["templates"] = {name: {"loss": s.loss, "below": below.loss} for name, (s, below) in sums.items()}
-    facts = [f"{name}: {s.loss:.4f} nats a token (below it {below.loss:.4f})" for name, (s, below) in sums.items()]
-    best = min(sums, key=lambda name: sums[name][0].loss)
+    losses = {name: {"loss": of["policy"].loss, "below": of["below"].loss} for name, of in sums.items()}
+    found.numbers["templates"] = losses
+    facts = [f"{name}: {of['loss']:.4f} nats a token (below it {of['below']:.4f})" for name, of in losses.items()]
+    best = min(losses, key=lambda name: losses[name]["loss"])
     if "own" not in sums:
         found.note("template", f"of the known templates {best} fits it best", *facts)
         return best
     better = change = Gap(0.0, math.inf)
-    if len(sums[best][0].text) == len(sums["own"][0].text):
-        better, change = _gaps(sums[best], sums["own"])
+    if len(sums[best]["policy"].text) == len(sums["own"]["policy"].text):
+        better, change = gaps(sums[best], sums["own"])
     # the template of training is the one with which the adapter gained most
     if better.clear and change.clear and change.mean > OTHER_TEMPLATE:
-        text = f"it answers better under the template {best} than under its own: it was probably trained with that"
         facts.append(f"{best} gains over its own by what the adapter changed: {change}")
-        advice = f"Compare the two; --chat-template {best} measures everything under that one."
-        found.doubtful("template", text, *facts, advice=advice)
-    else:
-        found.right("template", "no other template fits it clearly better than its own", *facts)
+        text = f"it answers better under the template {best} than under its own"
+        if recorded:
+            found.note("template", text)
+        else:
+            advice = f"Compare the two; --chat-template {best} measures everything under that one."
+            found.doubtful("template", f"{text}: it was probably trained with that", *facts, advice=advice)
+            return "own"
+    known = "stage.json records its own as that of its training"
+    found.right("template", known if recorded else "no other template fits it clearly better than its own", *facts)
     return "own"
-
-
-def _with_and_below(live: LoadedModel, examples: list[Example], template: ChatTemplate) -> WithAndBelow:
-    policy, below = (row_sums(live.decoder(model), examples, template.end_token_ids) for model in ("policy", "below"))
-    return policy, below
-
-
-def _gaps(of: WithAndBelow, own: WithAndBelow) -> tuple[Gap, Gap]:
-    """By how much the adapter does better on changed rows than on its own, and by how much it changed that difference."""
-    return gap(of[0], own[0]), gap(of[0], own[0], (of[1], own[1]))
 
 
 def _check_below(sums: dict[str, RowSums], found: Audit) -> None:
@@ -307,7 +309,7 @@ def _check_bos(
     facts, better_by = [], {}
     for count in {0, 1, 2} - {right}:
         changed = [with_bos(example, bos, count) for example in examples]
-        better, change = _gaps(_with_and_below(live, changed, template), (sums["policy"], sums["below"]))
+        better, change = gaps(row_sums(live, template, changed), sums)
         facts.append(f"BOS {count} times instead of {right}: {better} (changed by the adapter: {change})")
         if change.clear and better.clear:
             better_by[count] = better.mean

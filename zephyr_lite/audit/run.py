@@ -43,20 +43,7 @@ def audit(
     load_in_4bit: bool | None = None,
     files_only: bool = False,
 ) -> Audit:
-    """Check the files, then load the base and measure.
-
-    Args:
-        adapter: a folder (PEFT's, a stage's, a run's), or a hub id.
-        base: instead of the one that it names.
-        below: adapters below it, from the bottom up.
-        start: the adapter that it was continued from, and therefore contains.
-        reference: the claimed reference: ``start`` (of training), ``base``, or an adapter.
-        rows, pairs: files or hub ids; None: its own held-out rows, or the demo's; no pairs.
-        beta: of DPO; None: its own, or TRL's default.
-        chat_template: instead of the saved one.
-        limit: number of rows, and of pairs.
-        load_in_4bit: None: as in training if known, else in 4 bits.
-        files_only: load no model.
+    """Check the files, then load the base and measure; the arguments are the command's options.
 
     Raises:
         UserError: there is no such adapter, or the rows or pairs cannot be read. A base that is missing or does not fit is a
@@ -67,8 +54,6 @@ def audit(
             "--start and --below cannot be combined.",
             "Give --start for an adapter that this one was continued from, --below for adapters that are active below it.",
         )
-    if beta is not None and beta <= 0:
-        raise UserError(f"--beta {beta:g}: DPO's beta is above 0.", "Leave it out for its own, or 0.1.")
     evidence = gather(adapter)
     found = Audit(str(evidence.adapter.path), evidence.tool, evidence.method)
     lower = [read_adapter(adapter_folder(name)) for name in below or ()]
@@ -95,7 +80,7 @@ def audit(
     loaded = _load(evidence, base, load_in_4bit, found)
     if loaded is None:
         return found
-    stack, names = AdapterStack(loaded.model), {}
+    stack, names = AdapterStack(loaded.model), dict[str, list[str]]()
     groups = {"below": lower, "start": starts, "policy": [evidence.adapter], "claimed": claimed}
     try:
         for kind, adapters in groups.items():
@@ -108,16 +93,15 @@ def audit(
     found.right("base", f"it fits {base}", f"{len(evidence.adapter.modules)} modules, shapes equal")
     under, own = names["below"], names["policy"]
     models = {"base": [], "start": names["start"] or under, "below": under, "policy": under + own}
-    if under:
-        models["alone"] = own
-    if claimed:
-        models[reference] = names["claimed"]
+    models |= {"alone": own} if under else {}
+    models |= {reference: names["claimed"]} if claimed else {}
     templates = _templates(evidence, loaded, chat_template, found)
     if not templates:
         return found
     live = LoadedModel(str(evidence.adapter.path), loaded, stack, next(iter(templates.values())), models)
     logger.info("measuring %d conversations under %d templates", len(conversations), len(templates))
-    check_rows(live, templates, conversations, found)
+    recorded = "own" in templates and evidence.info.get("chat_template") == templates["own"].text
+    check_rows(live, templates, recorded, conversations, found)
     if specs:
         settings = evidence.settings if evidence.method == "dpo" else {}
         config = RunConfig(

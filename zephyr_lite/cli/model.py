@@ -175,7 +175,7 @@ def check(
     ] = "start",
     rows: Annotated[str | None, Option(help="Conversations for the measurements: a file or hub id.")] = None,
     pairs: Annotated[str | None, Option(help="Preference pairs, to measure DPO's loss at step 0.")] = None,
-    beta: Annotated[float | None, Option(min=0, help="β of DPO \\[its own, or 0.1].")] = None,
+    beta: Annotated[float | None, Option(min=1e-9, help="β of DPO \\[its own, or 0.1].")] = None,
     chat_template: Annotated[str | None, Option(help="Chat template, instead of the saved one.")] = None,
     limit: Annotated[int, Option(min=2, help="Number of rows, and of pairs.")] = 16,
     load_in_4bit: Annotated[
