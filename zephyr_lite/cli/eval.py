@@ -106,7 +106,7 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
     """Evaluate, print the tables and write the result."""
     from ..evaluate.bootstrap import Bootstrap
     from ..evaluate.likelihood import evaluate_loss, evaluate_preference
-    from ..evaluate.results import head_of_live, result_folder, write_result
+    from ..evaluate.results import head_of, result_folder, write_result
     from ..evaluate.rows import general_rows, held_out
     from ..io.atomic import make_folder
 
@@ -136,7 +136,7 @@ def _held_out(ctx: Context, kind: str, method: Any) -> None:
         level, draws = f"{bootstrap.level:.1%}", f"{bootstrap.resamples:,}"
         console.say(f"in brackets: {level} intervals, {draws} bootstrap draws over {n:,} {unit}s")
     say_all(result.notes)
-    console.say(f"written to {write_result(folder, rows.kind(kind), result.body, head_of_live(live))}")
+    console.say(f"written to {write_result(folder, rows.kind(kind), result.body, head_of(live))}")
 
 
 # -- judged answers ----------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from pydantic import Field
 from ..client.endpoints import Message
 from ..errors import UserError
 from ..io.atomic import write_text
-from ..io.text import is_file, read_text
-from .judge import Benchmark, Item, JudgedConfig, Outcome, judge_of, mean, read_rows, who_answers
+from ..io.text import is_file, read_text, shown
+from .judge import Benchmark, Item, JudgedConfig, Outcome, mean, read_rows, who_answers
 from .win_rate import TIE, length_controlled, win_rate
 
 KIND = "alpaca"
@@ -68,10 +68,6 @@ class Output(Item):
     generator: str
     index: int  # the row's place in the file
 
-    @property
-    def instruction(self) -> str:
-        return self.turns[0]
-
 
 def read_outputs(name: str) -> tuple[list[Output], Path]:
     """A file of one model's outputs, and its path.
@@ -85,9 +81,8 @@ def read_outputs(name: str) -> tuple[list[Output], Path]:
         try:
             path = Path(hf_hub_download(f"{owner}/{data_set}", file or HUB_FILE, repo_type="dataset"))
         except Exception as error:  # the hub's errors have no class in common
-            why = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"{name}: no such file here, and it cannot be fetched from the hub: {why}",
+                f"{name}: no such file here, and it cannot be fetched from the hub: {shown(error, 300)}",
                 f"Give a JSON file, or {INSTRUCTIONS}/{HUB_FILE} of the hub (is HF_HUB_OFFLINE set?).",
             ) from None
     seen: Counter[str] = Counter()
@@ -107,7 +102,7 @@ def read_outputs(name: str) -> tuple[list[Output], Path]:
 
 
 def read_annotations(path: Path) -> list[dict[str, Any]]:
-    """The rows of one model's annotations; ``index`` is a row's place. Raises UserError: no such file, or a wrong row."""
+    """The rows of one model's annotations; ``index`` is a row's place."""
 
     def annotation(row: dict[str, Any]) -> dict[str, Any]:
         texts = {key: _text(row, key) for key in ("instruction", "output_1", "output_2")}
@@ -151,11 +146,7 @@ def read_difficulty(path: str | Path, indices: Sequence[int]) -> list[float]:
 
 
 def rates(annotations: Sequence[dict[str, Any]], difficulty: str | Path | None = None) -> dict[str, Any] | None:
-    """One model's win rate, its standard error, ties, and the length-controlled rate; None if no preference counts.
-
-    Args:
-        difficulty: a file for ``read_difficulty``.
-    """
+    """One model's win rate, its standard error, ties, and the length-controlled rate; None if no preference counts."""
     preferences = [math.nan if a["preference"] is None else a["preference"] for a in annotations]
     if not any(value == 0 or 1 <= value <= 2 for value in preferences):
         return None
@@ -172,14 +163,10 @@ def rates(annotations: Sequence[dict[str, Any]], difficulty: str | Path | None =
 
 
 def score_files(annotations: Path, outputs: Path | None, difficulty: Path | None) -> dict[str, Any]:
-    """The result's body for existing annotations.
-
-    Args:
-        outputs: that the annotations are claimed to be of.
-    """
+    """The result's body for existing annotations, of these outputs if they are given."""
     rows = read_annotations(annotations)
     if outputs is not None:
-        known = {(output.instruction, output.output) for output in read_outputs(str(outputs))[0]}
+        known = {(output.turns[0], output.output) for output in read_outputs(str(outputs))[0]}
         missing = [a for a in rows if (a["instruction"], a["output_2"]) not in known]
         if 2 * len(missing) > len(rows):  # published folders lack a few
             raise UserError(
@@ -189,8 +176,7 @@ def score_files(annotations: Path, outputs: Path | None, difficulty: Path | None
             )
     found = rates(rows, difficulty)
     if found is None:
-        message = f"{annotations}: none of the {len(rows)} preferences is between 1 and 2."
-        raise UserError(message, "Look at the file.")
+        raise UserError(f"{annotations}: none of the {len(rows)} preferences is between 1 and 2.", "Look at the file.")
     columns = {"annotators": "annotator", "baseline": "generator_1"}
     return {
         "models": {rows[0]["generator_2"] or "the model": found},
@@ -261,7 +247,7 @@ def read_verdict(text: str, swapped: bool) -> float:
 # -- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-class AlpacaEval(Benchmark[Output]):
+class AlpacaEval(Benchmark):
     """AlpacaEval with the models of a configuration, or with --outputs: alpaca.json, and all texts in AlpacaEval's form."""
 
     kind, unit, scale, why = KIND, "instructions", 100.0, "why_left_out"  # win rates are percentages
@@ -272,9 +258,8 @@ class AlpacaEval(Benchmark[Output]):
         if config.outputs is not None and (config.models or config.source or config.stage or config.adapters):
             message = "--outputs are a model's answers; a source or --model would answer again."
             raise UserError(message, "Give one of them.")
-        judge_of(config)  # before anything is fetched
-        items, path = read_outputs(config.instructions or INSTRUCTIONS)
         answering = who_answers(config, config.temperature, existing=config.outputs is not None)
+        items, path = read_outputs(config.instructions or INSTRUCTIONS)
         whole, outputs = len(items), {}
         if config.limit is not None and config.limit < whole:
             kept = random.Random(f"alpaca {config.seed}").sample(range(whole), config.limit)
@@ -293,30 +278,29 @@ class AlpacaEval(Benchmark[Output]):
         super().__init__(config, answering, items, whole, outputs)
         baseline = items[0].generator
         self.note = f"{path}: {len(items)} of {whole} instructions, answered by {baseline}"
-        texts = json.dumps([[item.instruction, item.output] for item in items])
+        texts = json.dumps([[item.turns[0], item.output] for item in items])
         self.data = {"instructions": str(path), "asked_sha256": hashlib.sha256(texts.encode()).hexdigest()}
-        temperatures = {name: spec.temperature for name, spec in answering.specs.items()}
         self.settings = {
             "judge_prompts": "this project's own",
             "baseline": baseline,
-            "temperature": temperatures,
+            "temperature": {name: spec.temperature for name, spec in answering.specs.items()},
         }
 
     def without_judge(self, item: Output, answers: Sequence[str]) -> tuple[float, str] | None:
         return (TIE, "the same text") if answers[0] == item.output else None  # as in AlpacaEval
 
     def judge_messages(self, item: Output, answers: Sequence[str]) -> tuple[Message, ...]:
-        return judge_messages(item.instruction, item.output, answers[0], is_swapped(item.key, self.config.seed))
+        return judge_messages(item.turns[0], item.output, answers[0], is_swapped(item.key, self.config.seed))
 
     def read_verdict(self, item: Output, text: str) -> float:
         return read_verdict(text, is_swapped(item.key, self.config.seed))
 
-    def annotations(self, model: str, outcomes: Sequence[Outcome[Output]]) -> list[dict[str, Any]]:
+    def annotations(self, model: str, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         """The verdicts on the answers of a model, as AlpacaEval's rows with ``index``."""
         return [
             {
                 "dataset": outcome.item.category,
-                "instruction": outcome.item.instruction,
+                "instruction": outcome.item.turns[0],
                 "output_1": outcome.item.output,
                 "output_2": outcome.answers[0],
                 "preference": grade.score,
@@ -331,11 +315,11 @@ class AlpacaEval(Benchmark[Output]):
             if outcome.answers
         ]
 
-    def scores(self, model: str, outcomes: Sequence[Outcome[Output]]) -> dict[str, Any] | None:
+    def scores(self, model: str, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
         found = rates(self.annotations(model, outcomes), self.difficulty)
         return found and {**found, "n_not_answered": sum(not outcome.answers for outcome in outcomes)}
 
-    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Output]]]) -> None:
+    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         columns = {"dataset": "dataset", "instruction": "instruction", "output": "output_2", "generator": "generator_2"}
         for model, found in outcomes.items():
             place = folder / (re.sub(r"[^\w.-]+", "_", model).strip("._") or "model")

@@ -24,7 +24,7 @@ from ..errors import UserError, optional
 from ..io.run_dir import read_json, text_sha256
 from ..io.text import duration, short
 from ..model.loaded import LoadedModel
-from .results import head_of_live, write_result
+from .results import head_of, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def evaluate_harness(
             found = _run(live, manager, task, settings)
         done[task.key] = _entry(task, found, time.monotonic() - start)
         logger.info(f"{name}, {task.key}: {_cell(done[task.key])} in {duration(done[task.key]['seconds'])}")
-        write_result(folder, settings.kind, {"settings": told, "models": result}, head_of_live(live))
+        write_result(folder, settings.kind, {"settings": told, "models": result}, head_of(live))
     return result
 
 

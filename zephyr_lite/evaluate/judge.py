@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field
 
@@ -26,9 +26,8 @@ from ..config.load import DatasetSpec
 from ..data.sources import open_source
 from ..errors import UserError
 from ..io.text import shown
-from .results import head_of, result_folder, write_result
+from .results import head_of_weights, result_folder, write_result
 
-T = TypeVar("T", bound="Item")
 R = TypeVar("R")
 JUDGE_TOKENS = 2048  # of a judge's reply, unless its endpoint says otherwise
 NO_VERDICT = "no verdict: "  # before the reason why a judgment failed
@@ -63,16 +62,6 @@ class Answering:
         return [*self.specs.values(), self.judge]
 
 
-def judge_of(config: JudgedConfig) -> EndpointSpec:
-    """The judge. Raises UserError if none is given."""
-    if config.judge is None:
-        raise UserError(
-            "no judge is given.",
-            "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
-        )
-    return config.judge
-
-
 def who_answers(config: JudgedConfig, temperature: float, existing: bool = False) -> Answering:
     """The models that answer, and the judge; nothing is loaded yet. A name of the source's models takes precedence over a
     folder.
@@ -81,7 +70,12 @@ def who_answers(config: JudgedConfig, temperature: float, existing: bool = False
         temperature: of an endpoint that sets none, in requests that set none.
         existing: the answers exist already, so that only the judge is asked.
     """
-    judge = judge_of(config)
+    judge = config.judge
+    if judge is None:
+        raise UserError(
+            "no judge is given.",
+            "Add --judge URL#MODEL, as in http://localhost:11434/v1#llama3.2 (or a folder with a model).",
+        )
     if "max_tokens" not in judge.model_fields_set:
         judge = judge.model_copy(update={"max_tokens": JUDGE_TOKENS})
     words, own = config.models, list[str]()
@@ -95,7 +89,7 @@ def who_answers(config: JudgedConfig, temperature: float, existing: bool = False
             base=config.base,
             chat_template=config.chat_template,
         )
-        head, own = _head(weights, config.chat_template), list(weights.models)
+        head, own = head_of_weights(weights, config.chat_template), list(weights.models)
         words = words or list(dict.fromkeys([own[-1], own[max(0, len(own) - 2)], own[0]]))
     usual = {"max_tokens": config.max_new_tokens, "temperature": temperature}
     specs = []
@@ -117,17 +111,6 @@ def who_answers(config: JudgedConfig, temperature: float, existing: bool = False
 def _is_endpoint(word: str) -> bool:
     place = word.split(",")[0]
     return bool(re.match(r"https?://", word, re.IGNORECASE)) or "#" in place or Path(place).expanduser().is_dir()
-
-
-def _head(weights: Weights, chat_template: str | None) -> dict[str, Any]:
-    """``head_of`` a source that is not loaded."""
-    from ..model.base import load_tokenizer
-    from ..model.loaded import template_of_folder
-
-    folder = weights.tokenizer_from
-    template = template_of_folder(folder, load_tokenizer(folder), chat_template)
-    fingerprint = next(iter(weights.models.values()))[0]
-    return head_of(weights.source, weights.chain, str(weights.path), fingerprint, template.text)
 
 
 def read_rows(place: str | Path, parse: Callable[[dict[str, Any]], R]) -> list[R]:
@@ -180,10 +163,10 @@ class Grade:
 
 
 @dataclass
-class Outcome(Generic[T]):
+class Outcome:
     """The outcome of one item with one model."""
 
-    item: T
+    item: Any
     answers: list[str] = field(default_factory=list)  # to its turns; fewer if the model failed
     cut: int = 0  # number of answers that ended at max_tokens
     grades: list[Grade] = field(default_factory=list)  # of each turn
@@ -212,7 +195,7 @@ class Judged:
     files: list[Path] = field(default_factory=list)  # that were written; none if the result is not complete
 
 
-class Benchmark(ABC, Generic[T]):
+class Benchmark(ABC):
     """A benchmark and the models that it is run on; nothing is asked before ``run``.
 
     Args:
@@ -236,7 +219,7 @@ class Benchmark(ABC, Generic[T]):
         self,
         config: JudgedConfig,
         answering: Answering,
-        items: list[T],
+        items: list[Any],
         whole: int,
         outputs: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
@@ -251,26 +234,26 @@ class Benchmark(ABC, Generic[T]):
         self.job = self.folder / self.kind
 
     @abstractmethod
-    def judge_messages(self, item: T, answers: Sequence[str]) -> tuple[Message, ...]:
+    def judge_messages(self, item: Any, answers: Sequence[str]) -> tuple[Message, ...]:
         """The request for the verdict on the last of the answers."""
 
     @abstractmethod
-    def read_verdict(self, item: T, text: str) -> float:
+    def read_verdict(self, item: Any, text: str) -> float:
         """The verdict in a reply. Raises ValueError if there is none."""
 
     @abstractmethod
-    def scores(self, model: str, outcomes: Sequence[Outcome[T]]) -> dict[str, Any] | None:
+    def scores(self, model: str, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
         """A model's scores; None if there is no verdict."""
 
     @abstractmethod
-    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[T]]]) -> None:
+    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """Write answers and judgments, in the form of the benchmark's own tools."""
 
-    def temperature(self, item: T) -> float | None:
+    def temperature(self, item: Any) -> float | None:
         """Of an answer; None: the endpoint's."""
         return None
 
-    def without_judge(self, item: T, answers: Sequence[str]) -> tuple[float, str] | None:
+    def without_judge(self, item: Any, answers: Sequence[str]) -> tuple[float, str] | None:
         """A verdict that needs no judge, and why."""
         return None
 
@@ -298,7 +281,7 @@ class Benchmark(ABC, Generic[T]):
         """
         config, answering, judge = self.config, self.answering, self.answering.judge
         claim_folder(self.job, f"eval {self.kind}", config)
-        outcomes: dict[str, list[Outcome[T]]] = {model: [] for model in self.models()}
+        outcomes: dict[str, list[Outcome]] = {model: [] for model in self.models()}
         spent: list[str] = []  # a message for each item that the budget did not reach, or reached in part
         # enough items to keep every endpoint busy, and few enough that little is half done when a budget ends
         window = 2 * max(spec.concurrency for spec in answering.endpoints())
@@ -360,7 +343,7 @@ class Benchmark(ABC, Generic[T]):
             return Judged(body, f"{left} {CONTINUES} No result is written before all are done.")
         return Judged(body, files=[write_result(self.folder, self.kind + ending, body, answering.head)])
 
-    async def _outcome(self, client: ModelClient | CostClient, model: str, item: T) -> Outcome[T]:
+    async def _outcome(self, client: ModelClient | CostClient, model: str, item: Any) -> Outcome:
         """All turns of an item, then the verdicts on them. Raises BudgetSpent."""
         outcome, said, lost = Outcome(item), list[Message](), ""
         # the turn's number is part of a request's name where there are several

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -86,8 +86,7 @@ class Question(Item):
     reference: tuple[str, ...] = ()
 
 
-@dataclass
-class Questions:
+class Questions(NamedTuple):
     """The questions that are asked."""
 
     questions: list[Question]
@@ -281,7 +280,7 @@ def draw_radar(path: Path, models: dict[str, dict[str, Any]], title: str) -> Non
 # -- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-class MtBench(Benchmark[Question]):
+class MtBench(Benchmark):
     """MT-Bench with the models of a configuration: mt-bench.json and .png, and all texts in FastChat's form."""
 
     kind, unit, scale, why = KIND, "questions", 1.0, "why_not_graded"
@@ -311,11 +310,11 @@ class MtBench(Benchmark[Question]):
     def read_verdict(self, item: Question, text: str) -> float:
         return read_grade(text)
 
-    def scores(self, model: str, outcomes: Sequence[Outcome[Question]]) -> dict[str, Any] | None:
+    def scores(self, model: str, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
         grades = [grade for outcome in outcomes for grade in outcome.grades]
         return None if all(grade.score is None for grade in grades) else model_scores(grades)
 
-    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome[Question]]]) -> None:
+    def write_texts(self, folder: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with file_aside(folder / ANSWERS) as answers, file_aside(folder / JUDGMENTS) as judgments:
             for model, found in outcomes.items():

@@ -13,6 +13,7 @@ from ..io.atomic import write_json
 from ..io.run_dir import text_sha256
 
 if TYPE_CHECKING:  # jobs that ask servers run without torch
+    from ..client.local_model import Weights
     from ..model.chain import Chain
     from ..model.loaded import LoadedModel
 
@@ -32,26 +33,29 @@ def result_folder(source: str | Path, chain: Chain | None, out: Path | None = No
     return chain.run / chain.stage / FOLDER
 
 
-def head_of(source: str, chain: Chain | None, base: str, fingerprint: str, template: str) -> dict[str, Any]:
-    """The part of a result that identifies the models.
+def head_of(live: LoadedModel) -> dict[str, Any]:
+    """The part of a result that identifies a loaded model."""
+    return _head(live.source, live.chain, live.base.name_or_path, live.base.fingerprint, live.template.text)
 
-    Args:
-        source: of the models: a folder, or the adapters.
-        base: the base's name or folder, used if there is no chain.
-        fingerprint: of the base's files.
-        template: text of the chat template.
-    """
+
+def head_of_weights(weights: Weights, chat_template: str | None) -> dict[str, Any]:
+    """``head_of`` a source that is not loaded."""
+    from ..model.base import load_tokenizer
+    from ..model.loaded import template_of_folder
+
+    folder = weights.tokenizer_from
+    template = template_of_folder(folder, load_tokenizer(folder), chat_template)
+    fingerprint = next(iter(weights.models.values()))[0]
+    return _head(weights.source, weights.chain, str(weights.path), fingerprint, template.text)
+
+
+def _head(source: str, chain: Chain | None, base: str, fingerprint: str, template: str) -> dict[str, Any]:
     return {
         "source": source,
         "base": {**(chain.base if chain else {"name_or_path": base}), "fingerprint": fingerprint},
         "adapters": [{"path": str(a.path), "sha256": a.sha256} for a in (chain.adapters if chain else [])],
         "chat_template_sha256": text_sha256(template),
     }
-
-
-def head_of_live(live: LoadedModel) -> dict[str, Any]:
-    """``head_of`` a loaded model."""
-    return head_of(live.source, live.chain, live.base.name_or_path, live.base.fingerprint, live.template.text)
 
 
 def write_result(folder: Path, kind: str, body: dict[str, Any], head: dict[str, Any]) -> Path:
@@ -68,12 +72,8 @@ def have_matplotlib() -> bool:
 
 
 def need_matplotlib(what: str, without: str) -> None:
-    """Raise a UserError if matplotlib, which is optional, is not installed.
-
-    Args:
-        what: is to be drawn: "the curves".
-        without: the option that leaves it out.
-    """
+    """Raise a UserError if matplotlib, which is optional, is not installed; ``without`` is the option that leaves the picture
+    out."""
     if not have_matplotlib():
         raise UserError(
             f"{what} cannot be drawn: matplotlib is not installed.",
