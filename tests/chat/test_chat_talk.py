@@ -181,12 +181,13 @@ def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
 
 def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
     file, models = tmp_path / "votes.jsonl", ["base", "sft", "dpo"]
-    talk = session(chat, models)
+    talk = Session(chat, models, Settings(**GREEDY), blind=True)
     for number, question in enumerate(("Who are you?", "Name three rivers.", "Tell me a joke.")):
         answers = [said(f"{answer.text} {place}") for place, answer in enumerate(talk.ask(question))]
         for column, answer in zip(talk.columns, answers):
             column.turns[-1] = (question, answer)
-        assert talk.settle(answers, number, file) == 2
+        talk.vote(str(talk.order.index(number) + 1), file)
+    assert talk.pairs == 6 and talk.voted == dict.fromkeys(models, 1)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     voted = [(row["vote"]["chosen_model"], row["vote"]["rejected_model"]) for row in rows]
     assert len(rows) == 6 and voted[2:4] == [("sft", "base"), ("sft", "dpo")]

@@ -179,7 +179,7 @@ def test_the_command_serves_until_ctrl_c(chat, talk_run, monkeypatch, capsys):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert cli.run(["serve", str(talk_run), "--port", str(port)]) == 2
-        assert f"--port {port}: Address already in use." in capsys.readouterr().err
+        assert f"--port {port}: Address already in use" in capsys.readouterr().err
     models = []
 
     def interrupt():

@@ -69,16 +69,16 @@ def test_three_models_answer_and_a_vote_makes_pairs(talk_run):
     talk = Talk()
     *growing, html = talk.ask(str(talk_run), "compare", "Who are you?", "votes.jsonl", 0.0, 6, True)
     assert "Loading the model" in growing[0] and all(f"<h4>{name}</h4>" in html for name in ("base", "sft", "dpo"))
-    assert html.count("Who are you?") == 3 and not talk.answers and not Path("votes.jsonl").exists()
+    assert html.count("Who are you?") == 3 and not talk.choices and not Path("votes.jsonl").exists()
 
     ask = (str(talk_run), "vote", "Name three rivers.", "votes.jsonl", 0.0, 6, False)
     *_, html = talk.ask(*ask)
-    assert len(talk.answers) == 3 and "<h4>Answer 3</h4>" in html and "<h4>sft</h4>" not in html
+    assert talk.choices == ["1", "2", "3", "tie", "skip"] and "<h4>Answer 3</h4>" in html and "<h4>sft</h4>" not in html
     shown = talk.html()
     for mode in ("vote", "compare"):
         with pytest.raises(UserError, match="wait for your vote"):
             list(talk.ask(str(talk_run), mode, *ask[2:]))
-    assert len(talk.answers) == 3 and talk.html() == shown
+    assert talk.choices and talk.html() == shown
     assert "Pairs added to votes.jsonl: " in talk.vote("2", "votes.jsonl")
     pairs = [json.loads(line) for line in Path("votes.jsonl").read_text().splitlines()]
     assert pairs and all(pair["prompt"] == "Name three rivers." for pair in pairs)

@@ -50,8 +50,7 @@ class Sampling:
 class RowSampler:
     """Chooses the next token of each row by the inverse of the cumulative distribution at one uniform number.
 
-    torch's generator draws for a whole batch, so an answer would depend on the others in it. Here a row's draws depend on its
-    own seed and on the position in its answer; the other rows change it by rounding only.
+    A row's draws depend on its own seed and the position in its answer (those of torch's generator: on the whole batch).
     """
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
@@ -111,6 +110,16 @@ class Drawn:
         """Number of tokens, the end token included."""
         return len(self.tokens) + (self.finish == "stop")
 
+    @property
+    def note(self) -> str:
+        """Why the answer is cut or empty; "" if it is neither."""
+        tokens = len(self.tokens)
+        return {
+            "length": f"cut at {tokens:,} tokens; a higher max-new-tokens allows more",
+            "context": f"cut at {tokens:,} tokens: the model's context is full",
+            "interrupted": f"stopped after {tokens:,} tokens",
+        }.get(self.finish, "" if tokens else "the answer is empty: the model ended at once")
+
 
 class Chat:
     """A model that answers.
@@ -157,10 +166,9 @@ class Chat:
             seed: for sampling.
         """
         conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        ids = [self.prompt_ids(conversation) for conversation in conversations]
         rows = [Sampling(max_new_tokens, temperature, None, seed + place) for place in range(len(prompts))]
-        return [
-            answer.text for answer in self.sample([self.prompt_ids(c) for c in conversations], rows, adapters=adapters)
-        ]
+        return [answer.text for answer in self.sample(ids, rows, adapters=adapters)]
 
     def prompt_ids(self, messages: list[Message], variables: Mapping[str, Any] | None = None) -> np.ndarray:
         """The ids [P] of a conversation that ends with a user's turn, with these variables of the chat template.
@@ -177,10 +185,10 @@ class Chat:
             hint = "Rephrase it; in a session, /undo or /reset may help after earlier turns."
             raise UserError(f"this cannot be sent to the model: {why}.", hint) from None
         if self.context is not None and len(ids) >= self.context:
-            raise TooLong(
-                f"the conversation with this question has {len(ids):,} tokens; the model's context is {self.context:,}.",
-                MAKE_ROOM,
+            long = (
+                f"the conversation with this question has {len(ids):,} tokens; the model's context is {self.context:,}."
             )
+            raise TooLong(long, MAKE_ROOM)
         return ids
 
     def sample(
@@ -191,14 +199,7 @@ class Chat:
         adapters: Sequence[str] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Drawn]:
-        """Answer all prompts in one batch, each with its own settings and seed.
-
-        Args:
-            prompt_ids: of each conversation (``template.prompt_ids``), [P_i].
-            rows: the settings of each answer. Other rows change an answer by rounding only.
-            adapters: the active adapters; None: all, []: the base alone.
-            stop: called at every token; True ends all answers.
-        """
+        """Answer all prompts [P_i] in one batch (``Streamer.draw``). ``adapters``: the active ones; None: all, []: the base."""
         names = self.stack.names if adapters is None else adapters
         return Streamer(self, [names] * len(prompt_ids)).draw(prompt_ids, rows, stop=stop)
 
@@ -251,9 +252,9 @@ class Streamer:
 
         Args:
             prompts: of each row, [P_i] ids.
-            rows: the settings of each answer, which the model's context may end before its ``max_new_tokens``.
+            rows: the settings of each answer; the other rows change it by rounding only.
             on_text: called with (row, piece of text) as it is drawn. The pieces together are the answer's text.
-            stop: called before every token.
+            stop: called before every token; True ends all answers.
         """
         ends, context = set(self._chat.ends), self._chat.context
         sampler = RowSampler(rows)
@@ -338,18 +339,11 @@ class Streamer:
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
         """Logits [rows, vocab] float32 after the last of the tokens [rows, n]."""
-        given: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-        out = self._model(
-            input_ids=tokens,
-            attention_mask=mask,
-            past_key_values=past,
-            use_cache=True,
-            **{name: value for name, value in given.items() if name in self._takes},
-        )
+        some: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}  # not every family takes both
+        given = {name: value for name, value in some.items() if name in self._takes}
+        out = self._model(input_ids=tokens, attention_mask=mask, past_key_values=past, use_cache=True, **given)
         logits: Tensor = out.logits[:, -1].float()
         if bool(logits.isnan().any()):
-            raise UserError(
-                "the model computes NaN instead of logits.",
-                "Its weights or an adapter's are damaged, or too large for the data type.",
-            )
+            hint = "Its weights or an adapter's are damaged, or too large for the data type."
+            raise UserError("the model computes NaN instead of logits.", hint)
         return logits

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,12 @@ from rich.panel import Panel
 from ..errors import UserError
 from ..io.interrupts import StopRequest
 from ..io.text import short
-from .generate import MAKE_ROOM, Drawn
+from .generate import MAKE_ROOM
 from .rows import append_rows, check_file
 from .session import Session
 
 PROMPT, MORE = "> ", "… "
+ENDS = ("exit", "quit", "/exit", "/quit", "/bye")  # as in other programs' prompts
 BLOCK = '"""'  # begins and ends a question of several lines
 HELP = (
     ("/system TEXT", "set the system turn; none: remove it; alone: show it"),
@@ -44,7 +42,6 @@ HELP = (
     (BLOCK, "begins and ends a question of several lines"),
 )
 NARROWEST = 32  # minimum width of an answer side by side; in narrower terminals they are one below the other
-REFRESH = 0.1  # seconds between two updates of growing answers
 
 
 class Repl:
@@ -54,26 +51,18 @@ class Repl:
         session: its models answer.
         console: ``monitor.console.Console``.
         compare: show their answers side by side.
-        votes: hide the models' names, and add the user's choices to this file as preference pairs.
+        votes: the file of a blind session's votes.
     """
 
     def __init__(self, session: Session, console: Any, compare: bool, votes: Path | None) -> None:
         self.session, self._console, self._compare, self._votes = session, console, compare, votes
-        self._liked: Counter[str] = Counter()  # votes by model, and "(ties)"
-        self._skipped = self._pairs = 0
 
     def run(self) -> None:
-        """Run until Ctrl-D, /exit, or Ctrl-C twice.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C twice.
-        """
+        """Run until Ctrl-D, /exit, or Ctrl-C twice, which raises KeyboardInterrupt."""
         with suppress(ImportError):
             import readline  # line editing and history
 
             readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one question
-        if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
         live, asked = self.session.chat.live, [column.model for column in self.session.columns]
         others = [model for model in live.models if model not in asked]
         if self._votes is not None:
@@ -85,44 +74,40 @@ class Repl:
         self._note(f"{live.source}: {who}. /help lists the commands, /exit ends.")
         interrupted = False
         try:
-            while True:
-                try:
-                    line = self._read()
-                except EOFError:
-                    self._console.say()
-                    break
-                except KeyboardInterrupt:
-                    self._console.say()
-                    if interrupted:
-                        raise
-                    interrupted = True
-                    self._note("Ctrl-C once more, or Ctrl-D, ends the session.")
-                    continue
-                interrupted = False
-                if not self._handle(line):
-                    break
+            while (line := self._read(interrupted)) not in ENDS:
+                interrupted = line is None
+                if line:
+                    self._handle(line)
         finally:
             if self._votes is not None:
                 self._show_votes(self._votes)
 
-    def _read(self) -> str:
-        """Read one question or command; raises EOFError (Ctrl-D) and KeyboardInterrupt (Ctrl-C)."""
-        line = input(PROMPT)
-        if not line.lstrip().startswith(BLOCK):
-            return line.strip()
-        text = line.lstrip().removeprefix(BLOCK)
-        while not text.rstrip().endswith(BLOCK):
-            text += "\n" + input(MORE)
-        return text.rstrip().removesuffix(BLOCK).strip("\n")
+    def _read(self, interrupted: bool) -> str | None:
+        """A question or command; "/exit" at Ctrl-D, None at Ctrl-C. KeyboardInterrupt: Ctrl-C after an interrupt."""
+        try:
+            line = input(PROMPT)
+            if not line.lstrip().startswith(BLOCK):
+                return line.strip()
+            text = line.lstrip().removeprefix(BLOCK)
+            while not text.rstrip().endswith(BLOCK):
+                text += "\n" + input(MORE)
+            return text.rstrip().removesuffix(BLOCK).strip("\n")
+        except EOFError:
+            self._console.say()
+            return "/exit"
+        except KeyboardInterrupt:
+            self._console.say()
+            if interrupted:
+                raise
+            self._note("Ctrl-C once more, or Ctrl-D, ends the session.")
+            return None
 
-    def _handle(self, line: str) -> bool:
-        """Ask a question or run a command; False: it ends the session. Errors are printed and do not end it."""
-        if line in ("exit", "quit"):  # as in other programs' prompts
-            return False
+    def _handle(self, line: str) -> None:
+        """Ask a question or run a command. Errors are printed and do not end the session."""
         try:
             if line.startswith("/") and not line.startswith("//"):
-                return self._command(line)
-            if line:
+                self._command(line)
+            else:
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
         except UserError as error:
             self._console.user_error(error)
@@ -132,7 +117,6 @@ class Repl:
             raise
         except OSError as error:
             self._console.user_error(UserError(f"{error.strerror or error}: {error.filename}"))
-        return True
 
     def _note(self, text: str) -> None:
         """Print something about the conversation that is not part of it."""
@@ -141,131 +125,111 @@ class Repl:
     def _ask(self, question: str, again: bool = False) -> None:
         """Ask a question, or the last one again, and print the answers while they are drawn."""
         session, console, out = self.session, self._console, self._console.out
-        order, titles = list(range(len(session.columns))), [column.model for column in session.columns]
-        if self._votes is not None:
-            order = session.shown_order(question)
-            titles = [f"Answer {place}" for place, _ in enumerate(order, 1)]
+        texts = [""] * len(session.columns)
         # while answers grow, about as much of their ends as the terminal has room for; half of a line is often empty
-        texts, shown = [""] * len(order), 0.0
-        room = out.width * max(1, out.height - 8) // (2 * len(order))  # characters
-        live = Live(console=out, auto_refresh=False, transient=True, vertical_overflow="crop")
+        room = out.width * max(1, out.height - 8) // (2 * len(texts))  # characters
 
         def on_text(column: int, piece: str) -> None:
-            nonlocal shown
             texts[column] += piece
             if not self._compare:
                 out.print(console.text(piece), end="")
-            elif time.monotonic() - shown >= REFRESH:
-                live.update(side_by_side(console, titles, [texts[place][-room:] for place in order]), refresh=True)
-                shown = time.monotonic()
+
+        def growing() -> Columns:
+            return self._side_by_side([text[-room:] for text in texts])
 
         started = time.monotonic()
+        live = Live(get_renderable=growing, console=out, refresh_per_second=10, transient=True)
         # the first Ctrl-C ends the answer, a second one the session
         with StopRequest(None) as stop, live if self._compare else nullcontext():
             answers = session.ask(question, on_text, lambda: stop.name is not None, again)
         if self._compare:
-            notes = [f"\n({note})" if (note := ended(answers[place])) else "" for place in order]
-            cells = [(answers[place].text + note).strip() for place, note in zip(order, notes)]
-            out.print(side_by_side(console, titles, cells), soft_wrap=False)
+            notes = [f"\n({answer.note})" if answer.note else "" for answer in answers]
+            cells = [(answer.text + note).strip() for answer, note in zip(answers, notes)]
+            out.print(self._side_by_side(cells), soft_wrap=False)
         else:
             out.print()
             tokens, seconds = len(answers[0].tokens), time.monotonic() - started
-            self._note(ended(answers[0]) or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
-        kept = session.holds(answers)
-        if self._votes is not None and any(answer.finish == "interrupted" for answer in answers):
-            if kept:
-                session.undo()
-            self._note("stopped: the question is taken back, without a vote")
+            self._note(answers[0].note or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
+        if not session.holds(answers):
+            self._note("stopped: nothing of it is kept")
+        elif session.waiting:
+            self._vote(len(answers))
         elif self._votes is not None:
-            self._vote(self._votes, order, answers)
-        elif not kept and not again:
-            self._note("stopped before there was an answer: the question is taken back")
-
-    def _vote(self, path: Path, order: list[int], answers: list[Drawn]) -> None:
-        """Ask which answer is best, and write its pairs.
-
-        Args:
-            order: column of each answer, as they were shown.
-            answers: of each column.
-        """
-        session = self.session
-        if len({answer.text for answer in answers}) == 1:
             self._note("the answers are all the same: no vote, no pair")
-            return
-        numbers = [str(place) for place, _ in enumerate(order, 1)]
+
+    def _side_by_side(self, texts: Sequence[str]) -> Columns:
+        """Texts of the columns side by side, or one below the other in a narrow terminal."""
+        session, text, width = self.session, self._console.text, self._console.out.width // len(texts) - 1
+        if width < NARROWEST:
+            width = self._console.out.width - 1
+        panels = []
+        for place, index in enumerate(session.order, 1):
+            title = f"Answer {place}" if session.blind else session.columns[index].model
+            panels.append(Panel(text(texts[index]), title=text(title, "bold"), title_align="left"))
+        return Columns(panels, width=width)
+
+    def _vote(self, count: int) -> None:
+        """Ask which answer is best."""
+        assert self._votes is not None
+        known = {"t": "tie", "tie": "tie", "s": "skip", "skip": "skip", **{str(n): str(n) for n in range(1, count + 1)}}
         said = ""
-        while said not in ("t", "tie", "s", "skip", *numbers):
+        while said not in known:
             if said:
                 self._note(f"{short(said, 40)} is none of these.")
             try:
-                said = input(f"Which is best? 1 to {len(order)}, t(ie), s(kip): ").strip().lower()
+                said = input(f"Which is best? 1 to {count}, t(ie), s(kip): ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 self._console.say()
                 said = "s"
-        if said in ("s", "skip"):
-            session.settle(answers, None)
-            self._skipped += 1
-            self._note("skipped: the question is taken back")
-        elif said in ("t", "tie"):
-            session.settle(answers, order[0])
-            self._liked["(ties)"] += 1
-            self._note("a tie, which makes no pair; the conversation continues from answer 1")
-        else:
-            liked = order[int(said) - 1]
-            pairs = session.settle(answers, liked, path)
-            self._liked[session.columns[liked].model] += 1
-            self._pairs += pairs
-            added = f"pairs added to {path}: {pairs}" if pairs else "no pair: an answer is empty"
-            self._note(f"{added}; the conversation continues from answer {said}")
+        self._note(self.session.vote(known[said], self._votes))
 
     def _show_votes(self, path: Path) -> None:
         """Print the votes by model, and the command that trains on them."""
-        votes = self._liked.total()
-        if votes:
-            names = [*(column.model for column in self.session.columns), "(ties)"]
-            rows = [(name, str(self._liked[name]), f"{self._liked[name] / votes:.0%}") for name in names]
+        session, names = self.session, [*(column.model for column in self.session.columns), "(ties)"]
+        if votes := sum(session.voted[name] for name in names):
+            rows = [(name, str(session.voted[name]), f"{session.voted[name] / votes:.0%}") for name in names]
             self._console.table(["model", "liked best", "of the votes"], rows)
-        self._console.say(f"votes: {votes}; skipped: {self._skipped}; pairs added to {path}: {self._pairs}")
-        if not self._pairs:
+        skipped = session.voted["(skipped)"]
+        self._console.say(f"votes: {votes}; skipped: {skipped}; pairs added to {path}: {session.pairs}")
+        if not session.pairs:
             return
         words = [f"dataset={path}"]
-        chain = self.session.chat.live.chain
+        chain = session.chat.live.chain
         if chain is not None and chain.run is not None:
             words.append(f"output_dir={chain.run}")
             if (chain.run / "dpo").exists():  # a finished stage is not run again
                 words.append("stage=voted")
         self._console.say(f"Next: {shlex.join(['zephyr-lite', 'dpo', *words])}")
 
-    def _command(self, line: str) -> bool:
-        """Run a command; False: it ends the session. Raises UserError: no such command, or a wrong argument."""
-        session, hidden = self.session, self._votes is not None
+    def _show_setting(self, key: str) -> None:
+        value = getattr(self.session.settings, key)
+        self._note(f"{key.replace('_', '-')}: {'none' if value is None else value}")
+
+    def _command(self, line: str) -> None:
+        """Run a command. Raises UserError: no such command, or a wrong argument."""
+        session = self.session
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         match name:
-            case "/exit" | "/quit" | "/bye":
-                return False
             case "/settings" | "/undo" | "/retry" | "/reset" | "/history" if rest:
                 raise UserError(f"{name} takes nothing.", "/help lists the commands.")
             case "/help" | "/?":
                 for command, what in HELP:
                     self._console.say(f"{command:<19}{what}")
-            case "/temperature" | "/top-p" | "/max-new-tokens" | "/seed":
+            case "/temperature" | "/top-p" | "/max-new-tokens" | "/seed" | "/system":
                 key = name[1:].replace("-", "_")
                 if rest:
-                    session.settings = session.settings.changed(**{key: rest})
-                self._note(f"{name[1:]} {getattr(session.settings, key)}")
-            case "/system":
-                if rest:
-                    system = None if rest in ("none", "''", '""') else rest  # '' as with --system
-                    session.check_system(system)
-                    session.settings.system = system
-                self._note(f"system: {session.settings.system}" if session.settings.system else "no system turn")
+                    none = key == "system" and rest in ("none", "''", '""')  # '' as with --system
+                    changed = session.settings.changed(**{key: None if none else rest})
+                    session.check_system(changed.system)
+                    session.settings = changed
+                self._show_setting(key)
             case "/settings":
-                for command in ("/temperature", "/top-p", "/max-new-tokens", "/seed", "/system"):
-                    self._command(command)
+                for key in type(session.settings).model_fields:
+                    self._show_setting(key)
             case "/undo":
-                question = session.undo()
-                self._note(f"taken back: {short(question, 60)}{'; its vote stays in the file' if hidden else ''}")
+                vote = "; its vote stays in the file" if session.blind else ""
+                self._note(f"taken back: {short(session.undo(), 60)}{vote}")
             case "/retry":
                 if session.settings.temperature == 0:
                     self._note("temperature 0 gives the same answer again; /temperature 0.7 would not")
@@ -274,12 +238,11 @@ class Repl:
                 session.reset()
                 self._note("a new conversation")
             case "/history":
-                if not session.turns:
-                    self._note("nothing was said yet")
-                for column in session.columns[: 1 if hidden else None]:
+                session.last_question()  # raises a UserError if there is none
+                for column in session.columns[: 1 if session.blind else None]:
                     for question, answer in column.turns:
                         self._note(f"> {question}")
-                        named = self._compare and not hidden
+                        named = self._compare and not session.blind
                         self._console.say(f"{column.model}: {answer.text}" if named else answer.text)
             case "/save":
                 self._save(rest)
@@ -294,7 +257,6 @@ class Repl:
             case _:
                 hint = "/help lists them; // begins a question with a slash."
                 raise UserError(f"there is no command {short(name, 40)}.", hint)
-        return True
 
     def _save(self, name: str) -> None:
         """Add the conversation to a file."""
@@ -302,32 +264,10 @@ class Repl:
             raise UserError("/save needs a file.", "/save FILE.jsonl")
         path = Path(name).expanduser()
         rows, columns = self.session.rows(), self.session.columns
-        if self._votes is not None:  # all hold the answers that were liked
+        if self.session.blind:  # all hold the answers that were liked
             rows, columns = [{"messages": rows[0]["messages"]}], columns[:1]
         check_file(path, "messages", "/save")
         append_rows(path, rows)
         self._note(f"saved to {path}")
         if cut := sum(answer.finish != "stop" for column in columns for _, answer in column.turns):
             self._note(f"note: {cut} of the answers are cut; training would learn to end there")
-
-
-def side_by_side(console: Any, titles: Sequence[str], texts: Sequence[str]) -> Columns:
-    """Answers side by side, or one below the other in a narrow terminal."""
-    width = console.out.width // len(titles) - 1
-    if width < NARROWEST:
-        width = console.out.width - 1
-    panels = [
-        Panel(console.text(text), title=console.text(title, "bold"), title_align="left")
-        for title, text in zip(titles, texts)
-    ]
-    return Columns(panels, width=width)
-
-
-def ended(answer: Drawn) -> str:
-    """Why an answer is cut or empty; "" if it is neither."""
-    tokens = len(answer.tokens)
-    return {
-        "length": f"cut at {tokens:,} tokens; a higher max-new-tokens allows more",
-        "context": f"cut at {tokens:,} tokens: the model's context is full",
-        "interrupted": f"stopped after {tokens:,} tokens",
-    }.get(answer.finish, "" if tokens else "the answer is empty: the model ended at once")

@@ -19,12 +19,13 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..data.messages import RowError, as_text
 from ..errors import UserError
+from ..io.text import expected
 from .generate import Chat, Drawn, Message, Streamer, TooLong
 from .session import Settings, trained_system
 
@@ -84,6 +85,17 @@ class ChatRequest(Part, Settings):
     user: str = ""  # which of the client's users asks; read by OpenAI alone
     metadata: dict[str, Any] = {}  # stored by OpenAI alone
 
+    @field_validator("messages")
+    @classmethod
+    def _as_in_training(cls, turns: list[Turn]) -> list[Turn]:
+        turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+        roles = [turn.role for turn in turns]
+        if roles[-1:] != ["user"] or "system" in roles[1:]:
+            raise ValueError("expected a system turn at most at the beginning, and a user's turn at the end")
+        if not all(turn.content.strip() for turn in turns):
+            raise ValueError("a turn is empty")
+        return turns
+
 
 class Answers:
     """Answers requests, one at a time; the keys and values of the last conversation are kept for its next turn.
@@ -111,21 +123,18 @@ class Answers:
 
         def on_piece(row: int, piece: str) -> None:
             nonlocal text, told, cut
-            if cut:
-                return
-            text += piece
+            if not cut:
+                text += piece
             if places := [text.find(sequence) for sequence in asked.stop if sequence in text]:
                 text, cut = text[: min(places)], True
-            tell(len(text) if cut else len(text) - held_back)
-
-        def tell(upto: int) -> None:
-            nonlocal told
-            if upto > told:
+            if (upto := len(text) - (0 if cut else held_back)) > told:
                 on_text(text[told:upto])
                 told = upto
 
         try:
-            turns = self._conversation([turn.model_dump() for turn in asked.messages])
+            turns: list[Message] = [turn.model_dump() for turn in asked.messages]
+            if self.system is not None and turns[0]["role"] != "system":
+                turns.insert(0, {"role": "system", "content": self.system})
             ids = self.chat.prompt_ids(turns, asked.chat_template_kwargs)
             if asked.model != self._model:
                 self._model, self._streamer = asked.model, Streamer(self.chat, [self.chat.live.models[asked.model]])
@@ -136,26 +145,15 @@ class Answers:
             raise refusal(400, error.message, "messages", code) from None
         except torch.OutOfMemoryError:
             raise refusal(400, "the GPU's memory is too small for this conversation.", "messages") from None
-        tell(len(text))
+        if told < len(text):
+            on_text(text[told:])
         drawn = replace(drawn, text=text, finish="stop" if cut else drawn.finish)
-        speed = drawn.completion_tokens / (time.monotonic() - started)
+        asked_tokens, tokens, seconds = drawn.prompt_tokens, drawn.completion_tokens, time.monotonic() - started
         logger.info(
-            f"{asked.model}: {drawn.prompt_tokens:,} tokens asked, {drawn.completion_tokens:,} answered, "
-            f"{speed:.1f} tokens/s, {drawn.finish}"
+            f"{asked.model}: {asked_tokens:,} tokens asked, {tokens:,} answered, {tokens / seconds:.1f} tokens/s, "
+            f"{drawn.finish}"
         )
         return drawn
-
-    def _conversation(self, messages: list[Message]) -> list[Message]:
-        """The turns as training has them. Raises UserError: it would refuse them."""
-        messages = [turn for turn in messages if turn["role"] != "system" or turn["content"].strip()]
-        roles = [turn["role"] for turn in messages]
-        if roles[-1:] != ["user"] or "system" in roles[1:]:
-            raise UserError("messages: expected a system turn at most at the beginning, and a user's turn at the end.")
-        if not all(turn["content"].strip() for turn in messages):
-            raise UserError("messages: a turn is empty.")
-        if self.system is not None and roles[0] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        return messages
 
 
 def refusal(status: int, message: str, param: str | None = None, code: str | None = None) -> HTTPException:
@@ -186,21 +184,14 @@ def make_app(chat: Chat, is_ending: Callable[[], bool], host: str) -> FastAPI:
     async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
         fault = error.errors()[0]
         param = ".".join(str(place) for place in fault["loc"][1:])
-        if fault["type"] == "json_invalid" or not param:
-            refused = refusal(400, "expected a JSON object, with the header Content-Type: application/json.")
-        elif fault["type"] == "extra_forbidden":
-            refused = refusal(400, f"{param}: not supported by this server.", param)
-        else:
-            refused = refusal(400, f"{param}: {fault['msg'].removeprefix('Value error, ')}.", param)
-        return await refuse(request, refused)
+        why = "not supported by this server" if fault["type"] == "extra_forbidden" else expected(fault)
+        return await refuse(request, refusal(400, f"{param or 'the request'}: {why}.", param))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         names = reversed(chat.live.models)  # clients take the first by default
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "owned_by": "zephyr-lite"} for name in names],
-        }
+        listed = [{"id": name, "object": "model", "owned_by": "zephyr-lite"} for name in names]
+        return {"object": "list", "data": listed}
 
     @app.post("/v1/chat/completions")
     async def complete(asked: ChatRequest, request: Request) -> Response:
@@ -265,7 +256,6 @@ def make_app(chat: Chat, is_ending: Callable[[], bool], host: str) -> FastAPI:
 
 
 def usage(drawn: Drawn) -> dict[str, int]:
-    """The numbers of tokens."""
     prompt, completion = drawn.prompt_tokens, drawn.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -280,8 +270,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        why = (error.strerror or str(error)).partition(" (while")[0]
-        raise UserError(f"--host {host} --port {port}: {why}.", "Choose another --port.") from None
+        raise UserError(f"--host {host} --port {port}: {error.strerror}.", "Choose another --port.") from None
 
 
 def make_server(chat: Chat, host: str = "127.0.0.1") -> uvicorn.Server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,19 +69,26 @@ class Session:
     Attributes:
         columns: one per model.
         settings: of the next answer.
+        order: the columns as they are shown; in a blind session the seed, the number of turns and the question decide it.
+        waiting: the last answers of a blind session wait for a vote.
+        voted: number of votes by model, of "(ties)" and of "(skipped)" questions.
+        pairs: number of preference pairs that votes made.
 
     Args:
         chat: the base with its adapters.
         models: names of models in ``chat.live.models``.
+        blind: the conversation of all models continues from the answer that is voted for (``vote``).
 
     Raises:
         UserError: there is no such model, or the template refuses the system turn.
     """
 
-    def __init__(self, chat: Chat, models: Sequence[str], settings: Settings) -> None:
-        self.chat, self.settings = chat, settings
+    def __init__(self, chat: Chat, models: Sequence[str], settings: Settings, blind: bool = False) -> None:
+        self.chat, self.settings, self.blind = chat, settings, blind
         self.columns = [Column(name) for name in models]
         self.use(models)
+        self.order, self.waiting = list(range(len(models))), False
+        self.voted, self.pairs = Counter[str](), 0
         self._attempt = 0  # how often the last question was asked again
         self.check_system(settings.system)
 
@@ -112,9 +120,10 @@ class Session:
         stop: Callable[[], bool] = lambda: False,
         again: bool = False,
     ) -> list[Drawn]:
-        """Ask every model, in one batch, and keep the answers.
+        """Ask every model, in one batch, and keep the answers (``holds``).
 
-        An interrupted answer is kept as far as it was drawn; if a model had answered nothing yet, nothing is kept.
+        An interrupted answer is kept as far as it was drawn. If a model had answered nothing yet, or if the session is
+        blind, nothing is kept.
 
         Args:
             question: the user's turn.
@@ -127,16 +136,24 @@ class Session:
         """
         if not question.strip():
             raise UserError("the question is empty.", "Write something.")
+        if self.blind:
+            self.order.sort()
+            random.Random(f"{self.settings.seed} {self.turns} {question}").shuffle(self.order)
         before = self.turns - again
         attempt = self._attempt + 1 if again else 0
         conversations = [column.messages(self.settings.system, question, before) for column in self.columns]
         prompts = [self.chat.prompt_ids(conversation) for conversation in conversations]
         answers = self._streamer.draw(prompts, [self.settings.sampling(before, attempt)] * len(prompts), on_text, stop)
-        if not any(answer.finish == "interrupted" and not answer.text for answer in answers):
+        if not any(answer.finish == "interrupted" and (self.blind or not answer.text) for answer in answers):
             for column, answer in zip(self.columns, answers):
                 column.turns[before:] = [(question, answer)]
             self._attempt = attempt
+            self.waiting = self.blind and len({answer.text for answer in answers}) > 1
         return answers
+
+    def holds(self, answers: list[Drawn]) -> bool:
+        """Whether ``ask`` kept these answers as the last turn."""
+        return bool(self.turns) and self.columns[0].turns[-1][1] is answers[0]
 
     def last_question(self) -> str:
         """The last question; raises UserError if there is none."""
@@ -146,48 +163,45 @@ class Session:
 
     def undo(self) -> str:
         """Take back the last question, which is returned, and its answers; raises UserError if there is none."""
-        question = self.last_question()
+        question, self.waiting = self.last_question(), False
         for column in self.columns:
             column.turns.pop()
         return question
 
     def reset(self) -> None:
         """Forget the conversation; settings stay."""
+        self.waiting = False
         for column in self.columns:
             column.turns.clear()
         self._streamer.forget()
 
-    def holds(self, answers: list[Drawn]) -> bool:
-        """Whether ``ask`` kept these answers as the last turn."""
-        return bool(self.turns) and self.columns[0].turns[-1][1] is answers[0]
-
-    def shown_order(self, question: str) -> list[int]:
-        """The columns in an order that the seed, the number of turns and the question decide, for a vote without names."""
-        order = list(range(len(self.columns)))
-        random.Random(f"{self.settings.seed} {self.turns} {question}").shuffle(order)
-        return order
-
-    def settle(self, answers: list[Drawn], kept: int | None, votes: Path | None = None) -> int:
-        """Continue every model's conversation with one of the last turn's answers; None: the question is taken back.
+    def vote(self, choice: str, file: Path) -> str:
+        """Continue every model's conversation with one of the last answers; returns what was done.
 
         Args:
-            kept: index of the answer.
-            votes: a file to which it is added as preferred to each other one.
-
-        Returns:
-            the number of preference pairs. The question is taken back if they cannot be written (OSError).
+            choice: "skip": the question is taken back; "tie": answer 1; or the number of an answer as it is shown, which is
+                added to the file as preferred to each other one. The question is taken back if that fails (OSError).
         """
         prompt = self.columns[0].messages(self.settings.system)[:-1]
-        question, pairs = self.undo(), list[dict[str, Any]]()
-        if kept is None:
-            return 0
-        if votes is not None:
-            models = [column.model for column in self.columns]
+        models, answers = [column.model for column in self.columns], [column.turns[-1][1] for column in self.columns]
+        question = self.undo()
+        if choice == "skip":
+            self.voted["(skipped)"] += 1
+            return "skipped: the question is taken back"
+        kept, done = self.order[0], "a tie makes no pair"
+        if choice == "tie":
+            choice, name = "1", "(ties)"
+        else:
+            kept = self.order[int(choice) - 1]
+            name = models[kept]
             pairs = vote_rows(prompt, models, answers, kept, self.chat.live.source)
-            append_rows(votes, pairs)
+            append_rows(file, pairs)
+            self.pairs += len(pairs)
+            done = f"pairs added to {file}: {len(pairs)}" if pairs else "no pair: an answer is empty"
+        self.voted[name] += 1
         for column in self.columns:
             column.turns.append((question, answers[kept]))
-        return len(pairs)
+        return f"{done}; the conversation continues from answer {choice}"
 
     def rows(self) -> list[dict[str, Any]]:
         """The conversations in the training schema: ``messages``, and the model's name, which training ignores."""

@@ -121,7 +121,7 @@ def ui(
 
 def in_terminal() -> bool:
     """Whether a user types and reads."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _session(ctx: Context, settings: Settings) -> Session:
@@ -142,15 +142,15 @@ def _session(ctx: Context, settings: Settings) -> Session:
             f"--compare: {live.source} is one model, {models[0]}; there is nothing to compare it with.",
             "Give a run's folder (its base and stages are compared), or leave --compare out.",
         )
-    return Session(talker, models, settings)
+    return Session(talker, models, settings, blind=ctx.params["vote"] is not None)
 
 
 def _prompt_on_stdin() -> str:
     """Raises UserError: stdin is empty, or not text."""
-    if sys.stdin is not None and sys.stdin.isatty():
+    if sys.stdin.isatty():
         console.complain("Write the prompt; Ctrl-D on a line of its own ends it.")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8") if sys.stdin is not None else ""  # None: it was closed
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:
         raise UserError("the prompt on stdin is not UTF-8.", "Convert it first (iconv -t utf-8).") from None
     if not text.strip():
@@ -162,8 +162,6 @@ def _prompt_on_stdin() -> str:
 
 def _answer_once(session: Session, question: str) -> None:
     """Print the answer on stdout and nothing else; with --compare each under its model's name."""
-    from ..chat.repl import ended
-
     write, alone = console.out.file.write, len(session.columns) == 1
 
     def on_text(column: int, piece: str) -> None:
@@ -174,8 +172,8 @@ def _answer_once(session: Session, question: str) -> None:
     answers = session.ask(question, on_text)
     for column, answer in zip(session.columns, answers):
         write("\n" if alone else f"## {column.model}\n\n{visible(answer.text)}\n\n")
-        if how := ended(answer):
-            console.complain(f"note: {'' if alone else column.model + ': '}{how}")
+        if answer.note:
+            console.complain(f"note: {'' if alone else column.model + ': '}{answer.note}")
     console.out.file.flush()
 
 
@@ -203,25 +201,25 @@ def _answer_all(session: Session, prompts: list[str], out: Path, batch: int) -> 
             console.say(f"note: prompt {number} ({short(prompt, 60)}) is left out: {error.message}")
     if not usable:
         raise UserError("none of the prompts can be asked.", "See why above.")
-    cut = count = 0
+    cut = 0
     for start in range(0, len(usable), batch):
-        part, rows = usable[start : start + batch], []
-        sampling = [how.sampling(0, number - 1) for number, *_ in part]
+        part, rows = usable[start : start + batch], list[dict[str, Any]]()
+        numbers, conversations, ids = zip(*part)
+        sampling = [how.sampling(0, number - 1) for number in numbers]
         try:
             for column in session.columns:
-                answers = session.chat.sample([ids for *_, ids in part], sampling, adapters=models[column.model])
-                for (number, messages, *_), answer in zip(part, answers):
-                    row: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": answer.text}]}
-                    row |= {"model": column.model, "finish_reason": answer.finish_reason, "prompt_number": number}
-                    rows.append(row)
+                answers = session.chat.sample(ids, sampling, adapters=models[column.model])
+                for number, messages, answer in zip(numbers, conversations, answers):
+                    turns = [*messages, {"role": "assistant", "content": answer.text}]
+                    about = {"model": column.model, "finish_reason": answer.finish_reason, "prompt_number": number}
+                    rows.append({"messages": turns, **about})
+                    cut += answer.finish_reason == "length"
         except KeyboardInterrupt:
             message = f"interrupted; the answers to {start:,} of {len(prompts):,} prompts are in {out}"
             raise Interrupted(message) from None
         append_rows(out, rows)
-        count += len(rows)
-        cut += sum(row["finish_reason"] == "length" for row in rows)
         console.say(f"{start + len(part):,} of {len(usable):,} prompts answered")
     if cut:
         console.say(f"note: {cut:,} answers were cut at their length; --max-new-tokens allows more")
-    left_out = len(prompts) - len(usable)
-    console.say(f"{count:,} answers are in {out}{f'; {left_out:,} prompts were left out' if left_out else ''}")
+    count, left_out = len(usable) * len(session.columns), len(prompts) - len(usable)
+    console.say(f"{count:,} answers are in {out}; prompts left out: {left_out:,}")

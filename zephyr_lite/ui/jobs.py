@@ -7,10 +7,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
@@ -31,14 +32,13 @@ KEYS = (
     *("learning_rate", "num_train_epochs", "batch_size", "max_length"),
 )
 LINES = 14  # of a log that are shown
-_PROGRAM = (sys.executable, "-m", "zephyr_lite")
 # stage → the process that this server started last for it
 _children: dict[Path, subprocess.Popen[bytes]] = {}
 
 
 @contextmanager
 def errors_on_page() -> Iterator[None]:
-    """Show a UserError on the page; any other exception has its traceback in the terminal."""
+    """Show a UserError of a block or function on the page; any other exception has its traceback in the terminal."""
     try:
         yield
     except UserError as error:
@@ -61,25 +61,29 @@ def words_of(*fields: str) -> list[str]:
 
 def run_command(*words: str) -> Iterator[str]:
     """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed."""
-    process = subprocess.Popen(
-        [*_PROGRAM, *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=_unbuffered(),
-    )
-    text = _title(words)
+    process, text = _popen(words, subprocess.PIPE), _title(words)
     assert process.stdout is not None
     try:
         yield text
         for line in process.stdout:
-            text += _shown(line)
+            text += _as_shown(line)
             yield text
         if process.wait():
             raise _failure(text)
     finally:
         if process.poll() is None:
             process.terminate()
+
+
+def _popen(words: Sequence[str], output: Any, **how: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "zephyr_lite", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        **how,
+    )
 
 
 def start(method: Method, config: str | None, words: list[str]) -> Path:
@@ -94,14 +98,7 @@ def start(method: Method, config: str | None, words: list[str]) -> Path:
     with log_of(stage.path).open("ab") as log:
         log.write(_title(command).encode())
         log.flush()
-        _children[stage.path] = subprocess.Popen(
-            [*_PROGRAM, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_unbuffered(),
-            start_new_session=True,  # Ctrl-C in the server's terminal is not for it
-        )
+        _children[stage.path] = _popen(command, log, start_new_session=True)  # Ctrl-C in the terminal is not for it
     return stage.path
 
 
@@ -167,13 +164,12 @@ def state_of(folder: Path) -> tuple[str, Columns, str, bool]:
 def _standing(record: StageRecord, stage: StageDir, running: bool) -> str:
     at = f"at step {number(record.step)}" + ("" if record.total is None else f" of {number(record.total)}")
     if record.complete:
-        text = f"is complete{'; a process still works on its run.' if running else '.'}"
+        text = "is complete."
     elif running:
         text = f"is in training, {at}."
     else:
-        kept = [path.name for path in stage.checkpoints()[-1:]]
-        text = f"was stopped {at}. "
-        text += f"Resume continues from {kept[0]}." if kept else "There is no checkpoint: Resume begins at the start."
+        kept = [path.name for path in stage.checkpoints()]
+        text = f"was stopped {at}. Resume continues from {kept[-1] if kept else 'the start'}."
     if (stage.path / REPORT).is_file():
         text += f" [Open the report](/report?stage={quote(str(stage.path))})"
     facts = "; ".join(f"{name} {value}" for name, value in record.facts().items() if name != "steps")
@@ -201,18 +197,14 @@ def log_of(folder: Path) -> Path:
 def log_text(folder: Path) -> str:
     """The last lines of a stage's output; "" if it was started in a terminal."""
     path = log_of(folder)
-    return "".join(map(_shown, path.read_bytes().splitlines(keepends=True)[-LINES:])) if path.is_file() else ""
+    return "".join(map(_as_shown, path.read_bytes().splitlines(keepends=True)[-LINES:])) if path.is_file() else ""
 
 
-def _unbuffered() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
-
-
-def _title(words: tuple[str, ...] | list[str]) -> str:
+def _title(words: Sequence[str]) -> str:
     return f"$ {shlex.join(['zephyr-lite', *words])}\n"
 
 
-def _shown(line: bytes) -> str:
+def _as_shown(line: bytes) -> str:
     """A line as a terminal shows it: progress bars return to its beginning."""
     return line.decode("utf-8", "replace").rstrip("\r\n").rsplit("\r", 1)[-1] + "\n"
 

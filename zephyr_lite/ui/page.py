@@ -77,13 +77,8 @@ def look(folder: str | None) -> tuple[Any, ...]:
         except UserError as error:
             text = f'<p class="zl-failed">{error_html(error)}</p>'
     charts = (chart(names, columns) for names in CHARTS.values())
-    return (
-        text,
-        *charts,
-        log,
-        gr.Timer(SECONDS if running else IDLE),
-        gr.Dropdown(choices=found, value=folder, allow_custom_value=True),
-    )
+    listed = gr.Dropdown(choices=found, value=folder, allow_custom_value=True)
+    return text, *charts, log, gr.Timer(SECONDS if running else IDLE), listed
 
 
 def chart(names: dict[str, str], columns: Columns) -> Any:
@@ -122,25 +117,24 @@ def build(talk: Talk) -> gr.Blocks:
         talk: the model that its tab Chat talks to.
     """
 
+    @errors_on_page()
     def start(method: Any, preset: str, *fields: str) -> str:
-        with errors_on_page():
-            talk.unload()
-            return str(jobs.start(method, preset or None, words_of(*fields)))
+        talk.unload()
+        return str(jobs.start(method, preset or None, words_of(*fields)))
 
+    @errors_on_page()
     def resume(folder: str | None) -> None:
-        with errors_on_page():
-            talk.unload()
-            jobs.resume(Path(folder or ""))
+        talk.unload()
+        jobs.resume(Path(folder or ""))
 
+    @errors_on_page()
     def stop(folder: str | None) -> None:
-        with errors_on_page():
-            jobs.stop(Path(folder or ""))
-            gr.Info("It finishes the step and writes a checkpoint. Stop once more ends it at once.")
+        jobs.stop(Path(folder or ""))
+        gr.Info("It finishes the step and writes a checkpoint. Stop once more ends it at once.")
 
     def talked(note: str = "") -> tuple[str, Any, str]:
         """The conversation, the choices of a vote that it waits for, and what the last one did."""
-        choices = [*map(str, range(1, len(talk.answers) + 1)), "tie", "skip"]
-        return talk.html(), gr.Radio(choices=choices, value=None, visible=bool(talk.answers)), note
+        return talk.html(), gr.Radio(choices=talk.choices, value=None, visible=bool(talk.choices)), note
 
     def ask(source: str, *settings: Any) -> Iterator[tuple[str, Any, str]]:
         with errors_on_page():
@@ -148,9 +142,9 @@ def build(talk: Talk) -> gr.Blocks:
                 yield html, gr.Radio(visible=False), ""
         yield talked()
 
+    @errors_on_page()
     def vote(choice: str, votes: str) -> tuple[str, Any, str]:
-        with errors_on_page():
-            return talked(talk.vote(choice, votes))
+        return talked(talk.vote(choice, votes))
 
     def restart() -> tuple[str, Any, str]:
         talk.reset()
@@ -176,10 +170,10 @@ def build(talk: Talk) -> gr.Blocks:
             yield text, ""
         yield text, f"The GGUF file is `{file}`."
 
+    @errors_on_page()
     def lists(*chosen: str | None) -> list[Any]:
         """The lists of complete runs again; what was chosen stays."""
-        with errors_on_page():
-            complete = jobs.runs()
+        complete = jobs.runs()
         return [gr.Dropdown(choices=complete, value=old or next(iter(complete), None)) for old in chosen]
 
     def restore(saved: list[Any] | None) -> list[Any]:
@@ -247,22 +241,12 @@ def build(talk: Talk) -> gr.Blocks:
                 stopped = gr.Button("Stop", variant="stop")
                 resumed = gr.Button("Resume")
             state = gr.Markdown()
+            axes: dict[str, Any] = {"x": "step", "y": "value", "color": "curve", "y_title": " ", "color_title": " "}
             charts = []
             for titles in (list(CHARTS)[:2], list(CHARTS)[2:]):
                 with gr.Row():
                     for title in titles:
-                        plot = gr.LinePlot(
-                            x="step",
-                            y="value",
-                            color="curve",
-                            color_map=COLORS,
-                            title=title,
-                            y_title=" ",
-                            color_title=" ",
-                            height=220,
-                            visible=False,
-                        )
-                        charts.append(plot)
+                        charts.append(gr.LinePlot(title=title, color_map=COLORS, height=220, visible=False, **axes))
             log = gr.Textbox(label="Output", lines=jobs.LINES, max_lines=jobs.LINES, **text_box)
         with gr.Tab("Chat") as chat_tab:
             gr.Markdown("Ask the base model and the trained ones the same questions. Votes become pairs for DPO.")

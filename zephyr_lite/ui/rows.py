@@ -29,31 +29,26 @@ def upload(file: str) -> str:
     return str(target)
 
 
+@errors_on_page()
 def read_rows(method: Any, preset: str, *fields: str) -> tuple[TrainedRows, str, int, str]:
-    with errors_on_page():
-        rows = open_rows(method, preset or None, words_of(*fields))
-        text = "\n".join([*(f"note: {note}" for note in rows.notes), *rows.data.report.lines()])
-        return rows, text, *show_row(rows, 1)
+    rows = open_rows(method, preset or None, words_of(*fields))
+    text = "\n".join([*(f"note: {note}" for note in rows.notes), *rows.data.report.lines()])
+    return rows, text, *show_row(rows, 1)
 
 
+@errors_on_page()
 def show_row(rows: TrainedRows | None, place: float | None, by: int = 0) -> tuple[int, str]:
-    """(the number of a row that exists, the row).
+    """(the number of a row that exists, the row as HTML, turn by turn).
 
     Args:
         place: a row's number; None: the first one's.
         by: rows that the shown one is further on.
     """
-    with errors_on_page():
-        if rows is None:
-            raise UserError("no data is read yet.", "Press Read the data.")
-        number = min(max(1, int(place or 1) + by), len(rows.data.examples))
-        return number, example_html(rows, number)
-
-
-def example_html(rows: TrainedRows, place: int) -> str:
-    """Example ``place`` (from 1) of the prepared rows, turn by turn."""
+    if rows is None:
+        raise UserError("no data is read yet.", "Press Read the data.")
+    number = min(max(1, int(place or 1) + by), len(rows.data.examples))
     legend = LEGEND.format(REJECTED if rows.method == "dpo" else "")
-    return legend + "".join(map(_segment, segments_of_example(rows, place - 1)))
+    return number, legend + "".join(map(_segment, segments_of_example(rows, number - 1)))
 
 
 def _segment(segment: Segment) -> str:

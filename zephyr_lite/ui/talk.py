@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from ..chat import Chat
-from ..chat.generate import Drawn
 from ..chat.rows import check_file
 from ..chat.session import Column, Session, Settings, trained_system
 from ..errors import UserError
@@ -29,7 +28,6 @@ class Talk:
 
     Attributes:
         asked: the last question.
-        answers: of the models, while they wait for a vote.
         stop: ends the answers that are being drawn.
     """
 
@@ -37,10 +35,15 @@ class Talk:
         self._source: str | None = None
         self._session: Session | None = None
         self._mode: Mode | None = None
-        self._order: list[int] = []  # the columns as they are shown
         self.asked = ""
-        self.answers: list[Drawn] = []
         self.stop = threading.Event()
+
+    @property
+    def choices(self) -> list[str]:
+        """Of the vote that the last answers wait for; [] if there is none."""
+        if self._session is None or not self._session.waiting:
+            return []
+        return [*(str(place) for place, _ in enumerate(self._session.columns, 1)), "tie", "skip"]
 
     def ask(
         self,
@@ -66,7 +69,7 @@ class Talk:
         """
         refuse_while_training()
         self.asked = question
-        if self.answers:
+        if self.choices:
             raise UserError("the last answers wait for your vote.", "Vote, or choose skip.")
         if mode == "vote":
             check_file(Path(votes), "chosen", "votes file")
@@ -78,7 +81,6 @@ class Talk:
             **{name: value for name, value in settings.items() if value is not None}
         )
         texts = [""] * len(session.columns)
-        self._order = session.shown_order(question) if mode == "vote" else list(range(len(texts)))
         self.stop.clear()
 
         def on_text(column: int, piece: str) -> None:
@@ -90,14 +92,9 @@ class Talk:
                 while stream and not answering.done():
                     yield self.html(question, texts)
                     wait([answering], REFRESH)
-                answers = answering.result()
+                answering.result()
             finally:
                 self.stop.set()  # also when the page was closed
-        if mode == "vote" and any(answer.finish == "interrupted" for answer in answers):
-            if session.holds(answers):
-                session.undo()
-        elif mode == "vote":
-            self.answers = answers
         yield self.html()
 
     def _open(self, source: str, mode: Mode) -> Session:
@@ -112,20 +109,20 @@ class Talk:
         if mode == "vote" and len(live.models) < 2:
             raise UserError(f"{live.source} is one model; there is nothing to compare it with.", "Choose a run.")
         models = [live.policy] if mode == "one" else list(live.models)
-        self._session = Session(chat, models, Settings().changed(system=trained_system(chat)))
-        self._source, self._mode, self.answers = source, mode, []
+        settings = Settings().changed(system=trained_system(chat))
+        self._session = Session(chat, models, settings, blind=mode == "vote")
+        self._source, self._mode = source, mode
         return self._session
 
     def reset(self) -> str:
         """Begin a new conversation with the same model."""
         if self._session is not None:
             self._session.reset()
-        self.answers = []
         return self.html()
 
     def unload(self) -> None:
         """Free the model's memory."""
-        self._session, self.answers = None, []
+        self._session = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -136,19 +133,12 @@ class Talk:
         Args:
             choice: the number of an answer as it is shown, tie or skip.
         """
-        if self._session is None or not self.answers:
+        session = self._session
+        if session is None or not session.waiting:
             raise UserError("there are no answers to vote on.", "Ask a question first.")
-        session, answers, self.answers = self._session, self.answers, []
-        models = [column.model for column in session.columns]
-        shown = ", ".join(f"{place} was {models[column]}" for place, column in enumerate(self._order, 1))
-        if choice == "skip":
-            session.settle(answers, None)
-            return f"Skipped; the question is taken back. Answer {shown}."
-        if choice == "tie":
-            session.settle(answers, self._order[0])
-            return f"A tie makes no pair; the conversation continues from answer 1. Answer {shown}."
-        pairs = session.settle(answers, self._order[int(choice) - 1], Path(votes))
-        return f"Pairs added to {votes}: {pairs}; the conversation continues from answer {choice}. Answer {shown}."
+        done = session.vote(choice, Path(votes))
+        names = (f"{place} was {session.columns[index].model}" for place, index in enumerate(session.order, 1))
+        return f"{done[0].upper()}{done[1:]}. Answer {', '.join(names)}."
 
     def html(self, question: str = "", texts: Sequence[str] = ()) -> str:
         """The conversation: while votes are given the turns that all models have in common; then a column for each model.
@@ -158,23 +148,18 @@ class Talk:
         """
         if self._session is None:
             return ""
-        columns, common = self._session.columns, 0
-        if self._mode == "vote":
-            common = self._session.turns - bool(self.answers)
+        session, columns = self._session, self._session.columns
+        common = session.turns - session.waiting if session.blind else 0
         sections = ""
-        for place, index in enumerate(self._order, 1):
-            title = f"Answer {place}" if self._mode == "vote" else columns[index].model
+        for place, index in enumerate(session.order, 1):
+            title = f"Answer {place}" if session.blind else columns[index].model
             turns = _turns(columns[index], common) + (_turn(question, texts[index], "…") if texts else "")
             sections += f"<section><h4>{escape(title)}</h4>{turns}</section>" if turns else ""
         return f'{_turns(columns[0], 0, common)}<div class="zl-columns">{sections}</div>'
 
 
 def _turns(column: Column, first: int, end: int | None = None) -> str:
-    notes = {"length": "cut at the maximum length", "context": "the context is full", "interrupted": "stopped"}
-    return "".join(
-        _turn(question, answer.text, notes.get(answer.finish, "" if answer.text else "the answer is empty"))
-        for question, answer in column.turns[first:end]
-    )
+    return "".join(_turn(question, answer.text, answer.note) for question, answer in column.turns[first:end])
 
 
 def _turn(question: str, answer: str, note: str) -> str:
