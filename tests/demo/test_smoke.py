@@ -75,14 +75,14 @@ def tested(tmp_path_factory, tiny_base, pair_rows):
 def test_a_stage_is_killed_resumed_merged_and_answers(tested):
     root, parts, said = tested
     names = ["train, 10 steps", f"resume to step {STEPS}", "merge", "answer"]
-    assert [part.name for part in parts] == names
+    assert [part["name"] for part in parts] == names
     stage = StageDir(root / "mine-smoke" / "run" / "dpo")
     info = stage.info()
     assert info["status"] == "complete" and [start["step"] for start in info["resumed"]] == [10]
     assert info["adapters"] == []
-    assert "from checkpoint-10, loss 0.693" in parts[1].found
-    assert parts[2].found.endswith("removed again") and not (root / "mine-smoke" / "merged").exists()
-    assert (root / "mine-smoke" / "answer.txt").stat().st_size or "first token" in parts[3].found
+    assert "from checkpoint-10, loss 0.693" in parts[1]["found"]
+    assert parts[2]["found"].endswith("removed again") and not (root / "mine-smoke" / "merged").exists()
+    assert (root / "mine-smoke" / "answer.txt").stat().st_size or "first token" in parts[3]["found"]
     text = "\n".join(said)
     assert "everything works" in text and "GiB at most" in text and "so the real dpo of about 6 steps" in text
 

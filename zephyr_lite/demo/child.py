@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
 
 
 def child(
@@ -50,10 +51,7 @@ def child(
             try:
                 if kill_when is not None and kill_when():
                     os.killpg(process.pid, signal.SIGKILL)
-                    kill_when = None
-                process.wait(None if kill_when is None else POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+                time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)

@@ -35,7 +35,6 @@ RECIPES: dict[str, dict[Method, str]] = {
 # keys that do not change the result
 NEUTRAL = {*PLACED, "sync", "report_to", "push_to_hub", "samples", "sample_tokens", "save_steps", "save_total_limit"}
 FORMAT = 1
-MARKER = "<!-- results -->"  # before the table in docs/recipe.md
 HEADER = (
     "| who | card | base | recipe | hours sft + dpo | tokens/s | pairs/s | peak GiB | eval loss base → sft → dpo "
     "| preference accuracy | version |"
@@ -46,8 +45,6 @@ STAGES: tuple[Method, ...] = ("sft", "dpo")
 
 @dataclass
 class Reproduction:
-    """A recipe and its run."""
-
     recipe: str  # its name in ``RECIPES``
     run: Path
     configs: dict[Method, RunConfig]  # by stage
@@ -102,17 +99,10 @@ def plan_reproduction(
 
 
 def run_reproduction(chosen: Reproduction, *, run: Callable[..., int] = child) -> dict[str, Any]:
-    """Run the parts that are not done yet, and write ``results.json`` into the run's folder.
+    """Run the parts that are not done yet; write ``results.json`` into the run's folder, and return its content.
 
     Args:
         run: starts a command and waits for it.
-
-    Returns:
-        the content of results.json.
-
-    Raises:
-        UserError: a part failed.
-        Interrupted: by a signal.
     """
     for config in chosen.configs.values():
         for spec in [*config.dataset, *config.eval_dataset]:
@@ -143,11 +133,11 @@ def run_reproduction(chosen: Reproduction, *, run: Callable[..., int] = child) -
 
 def done(chosen: Reproduction, part: str) -> str | None:
     """Why a part has nothing to do, or None. The commands of the stages check by themselves whether they are complete."""
-    merged = chosen.run / "merged"
     if part in ("loss", "preference", "mt-bench"):
         return f"{part} is done already" if evaluation(StageRecord(chosen.run / "dpo"), part) else None
     if part != "merge":
         return None
+    merged = chosen.run / "merged"
     if merged_from(merged, chosen.run):
         return f"{merged} is done already"
     size, free = base_files(chosen.configs["sft"]).nbytes, shutil.disk_usage(chosen.run).free
@@ -160,26 +150,24 @@ def done(chosen: Reproduction, part: str) -> str | None:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """A command as one would type it."""
     return shlex.join(["zephyr-lite", *words])
 
 
 def results(chosen: Reproduction) -> dict[str, Any]:
     """The content of results.json, from the files of a run whose stages are complete and evaluated."""
-    records = {name: StageRecord(chosen.run / name) for name in STAGES}
-    sft, dpo = records.values()
+    sft, dpo = records = [StageRecord(chosen.run / name) for name in STAGES]
     loss, preference = evaluation(dpo, "loss"), evaluation(dpo, "preference")
     against = preference["comparisons"][0]
     machines: list[str] = []
     stages: dict[str, dict[str, Any]] = {}
-    for name, record in records.items():
+    for record in records:
         info, steps, seconds = record.info, record.info["result"]["steps"], record.values("seconds")
         for machine in [info["machine"], *(start["machine"] for start in info["resumed"])]:
             count = machine.get("processes", 1)
             machines.append(f"{count} × {machine['processor']}" if count > 1 else machine["processor"])
         rate, unit = speed(record.columns)
         peaks = [info["result"].get("peak_memory_bytes", 0) / 2**30, *record.values("peak_memory_gib")]
-        stages[name] = {  # over all processes that worked on it
+        stages[record.name] = {  # over all processes that worked on it
             "steps": steps,
             "step_hours": round(statistics.fmean(seconds) * steps / 3600, 4),
             f"{unit}_per_second": round(rate, 3),

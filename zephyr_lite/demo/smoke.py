@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ..model.chain import chain_of_run
 from ..model.files import fetch_base
 from ..monitor.records import Columns, StageRecord
 from ..train.losses import initial_loss
+from ..train.steps import step_schedule
 from . import QUESTIONS
 from .child import child
 
@@ -41,27 +41,17 @@ LOG_LINES = 6  # of a failed command's log that are shown
 DISK_RESERVE = 2**30  # bytes that the trial merge leaves free
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part of the smoke test: its name, how long it took, and its result in words."""
-
-    name: str
-    seconds: float
-    found: str
-
-
 def run_smoke(
     method: Method, config: str | None, overrides: Sequence[str], *, run: Callable[..., int] = child
-) -> list[Part]:
+) -> list[dict[str, Any]]:
     """Run the smoke test of a stage: its parts, then the time and memory of the real run.
 
     Args:
         config, overrides: as the stage's command takes them.
         run: starts a command and waits for it.
 
-    Raises:
-        UserError: a part failed.
-        Interrupted: by a signal.
+    Returns:
+        the parts: name, seconds, and the result in words (found).
     """
     loaded = resolve_run(method, config, list(overrides))
     for note in loaded.notes:
@@ -85,17 +75,17 @@ def smoke_folder(run: Path) -> Path:
 
 def claim(folder: Path) -> None:
     """Empty the folder of an earlier smoke test, and mark it as one."""
-    inside = [path for path in folder.iterdir() if path.name not in (LOCK_FILE, MARK)]
     hint = "Move it away, or give another output_dir: the smoke test writes to NAME-smoke in the same folder."
     refuse_others(folder, (folder / MARK).is_file(), "a smoke test", hint)
-    for path in inside:
-        remove_tree(path)
+    for path in folder.iterdir():
+        if path.name not in (LOCK_FILE, MARK):
+            remove_tree(path)
     write_json(folder / MARK, {"status": "running"})
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir()
 
 
-def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]) -> list[Part]:
-    begun, out, parts = time.monotonic(), folder / "run", list[Part]()
+def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]) -> list[dict[str, Any]]:
+    begun, out, parts = time.monotonic(), folder / "run", list[dict[str, Any]]()
     config = on_sft(loaded.config) if method == "dpo" else loaded.config
     stage, merged = StageDir(out / method), folder / "merged"
 
@@ -108,12 +98,13 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]
             if code != (-signal.SIGKILL if "kill_when" in how else 0):
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
                 raise UserError("\n  ".join([f"`zephyr-lite {words[0]}` ended with exit code {code}", *lines]))
-            parts.append(Part(name, round(time.monotonic() - started, 1), found()))
+            seconds, result = round(time.monotonic() - started, 1), found()
         except UserError as error:
             write_json(folder / MARK, {"status": "failed", "at": name, "why": error.message})
             message = f"the smoke test failed at: {name}. {error.message}"
             raise UserError(message, f"{error.hint} Its output is in {log}.".strip()) from None
-        logger.info(f"  {name:<17}  {parts[-1].seconds:6.0f} s  {parts[-1].found}")
+        parts.append({"name": name, "seconds": seconds, "found": result})
+        logger.info(f"  {name:<17}  {seconds:6.0f} s  {result}")
 
     write_text(folder / f"{method}.yaml", dump_config(small_stage(config, method, out)))
     train = [method, "--config", str(folder / f"{method}.yaml")]
@@ -121,7 +112,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]
     part(f"train, {KILLED_AFTER} steps", train, lambda: "killed there (SIGKILL)", kill_when=checkpoint.is_dir)
     part(f"resume to step {STEPS}", train, lambda: _resumed(stage.path, method, config))
     files, free = base_files(config), shutil.disk_usage(folder).free
-    size = files.nbytes
+    size = files.nbytes  # of the merged model too
     said = f"{size / 1e9:.1f} GB, removed again"
     how = ["--onto", "nf4" if files.quantized else "base", "--rows", "2"]
     if free < size + DISK_RESERVE:
@@ -136,8 +127,7 @@ def _smoke(method: Method, loaded: Loaded, folder: Path, run: Callable[..., int]
 
     took = duration(time.monotonic() - begun)
     verdict = [f"smoke test passed in {took}: everything works", *outlook(config, StageRecord(stage.path))]
-    told = {"method": method, "parts": [asdict(part) for part in parts], "verdict": verdict}
-    write_json(folder / MARK, {"status": "passed", **told})
+    write_json(folder / MARK, {"status": "passed", "method": method, "parts": parts, "verdict": verdict})
     for path in (merged, *stage.checkpoints()):
         remove_tree(path)
     for line in verdict:
@@ -175,6 +165,10 @@ def small_stage(config: RunConfig, method: Method, run: Path) -> RunConfig:
 
     Base, lengths, adapters and optimizer, which decide the memory, stay. A step has as many rows as may run at once.
     """
+
+    def few(specs: Sequence[DatasetSpec], rows: int) -> list[DatasetSpec]:
+        return [spec.model_copy(update={"limit": min(rows, spec.limit or rows)}) for spec in specs]
+
     longest = config.max_length * (1 if method == "sft" else 2)
     batch = min(config.batch_size, max(1, math.ceil(MICRO_TOKENS / longest)))
     # conversations are shorter than the rows they are packed into
@@ -183,8 +177,8 @@ def small_stage(config: RunConfig, method: Method, run: Path) -> RunConfig:
         update={
             "output_dir": str(run),
             "stage": method,
-            "dataset": _few(config.dataset, rows),
-            "eval_dataset": _few(config.eval_dataset, HELD_OUT),
+            "dataset": few(config.dataset, rows),
+            "eval_dataset": few(config.eval_dataset, HELD_OUT),
             "batch_size": batch,
             "max_steps": STEPS,
             "eval_steps": STEPS,
@@ -201,10 +195,6 @@ def small_stage(config: RunConfig, method: Method, run: Path) -> RunConfig:
     )
 
 
-def _few(specs: Sequence[DatasetSpec], rows: int) -> list[DatasetSpec]:
-    return [spec.model_copy(update={"limit": min(rows, spec.limit or rows)}) for spec in specs]
-
-
 def on_sft(config: RunConfig) -> RunConfig:
     """A DPO stage's configuration on the run's SFT adapter; on the bare base if there is none yet."""
     if config.adapters:
@@ -216,7 +206,7 @@ def on_sft(config: RunConfig) -> RunConfig:
 
 
 def base_files(config: RunConfig) -> BaseFiles:
-    """The base's weights on the disk, which are as large as the merged model's."""
+    """The base's weights on the disk."""
     return BaseFiles(fetch_base(config.model_name_or_path, config.model_revision))
 
 
@@ -227,7 +217,14 @@ def outlook(config: RunConfig, small: StageRecord) -> list[str]:
         config: the real stage's; small: the small stage.
     """
     rate, unit = speed(small.columns, [0, *(start["step"] for start in small.info["resumed"])])
-    steps, seconds = whole_stage(config, small.info["data"], rate, unit)
+    data, read = small.info["data"], 0.0
+    for spec in config.dataset:
+        total = len(open_source(spec))
+        read += min(total, spec.limit or total) * spec.weight
+    rows = read * data["rows"] / data["read"]
+    _, steps = step_schedule(config, math.ceil(rows))
+    done = steps * config.batch_size if config.max_steps else rows * config.num_train_epochs
+    seconds = done * (data["tokens"] / data["rows"] if unit == "tokens" else 1.0) / rate
     return [
         f"memory: {max(small.values('peak_memory_gib')):.1f} GiB at most",
         f"speed: {rate:,.{0 if unit == 'tokens' else 2}f} {unit}/s measured, so the real {config.stage} of about {steps:,} "
@@ -246,20 +243,3 @@ def speed(columns: Columns, began: Sequence[int] = ()) -> tuple[float, str]:
     done = dict(zip(*columns[f"num_{unit}"]))
     seconds = {step: value for step, value in zip(*columns["seconds"]) if step - 1 not in began}
     return sum(done[step] for step in seconds) / sum(seconds.values()), unit
-
-
-def whole_stage(config: RunConfig, data: dict[str, Any], rate: float, unit: str) -> tuple[int, float]:
-    """(steps, seconds) of the real stage at a measured rate.
-
-    Args:
-        config: the real stage's.
-        data: the rows of the small stage, from its ``stage.json``.
-    """
-    read = 0.0
-    for spec in config.dataset:
-        total = len(open_source(spec))
-        read += min(total, spec.limit or total) * spec.weight
-    rows = read * data["rows"] / data["read"]
-    steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * math.ceil(rows / config.batch_size)))
-    done = steps * config.batch_size if config.max_steps else rows * config.num_train_epochs
-    return steps, done * (data["tokens"] / data["rows"] if unit == "tokens" else 1.0) / rate
