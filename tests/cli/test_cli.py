@@ -24,9 +24,6 @@ from tests.contract.test_bad_input import (  # noqa: F401 (fixtures)
 ROOT = Path(__file__).parents[2]
 
 
-# -- help, version, usage ----------------------------------------------------------------------------------------------
-
-
 def test_help_imports_nothing_heavy_and_the_module_runs():
     heavy = "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     code = f"import sys, zephyr_lite.cli.app as c; c.run(['sft', '--help']); {heavy}"
@@ -36,24 +33,6 @@ def test_help_imports_nothing_heavy_and_the_module_runs():
     assert subprocess.run(module, capture_output=True, text=True, cwd=ROOT, check=True).stdout.startswith(
         "zephyr-lite 0."
     )
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-def test_an_unexpected_error_is_ours(invoke, monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError("[bold]a [/wrong] thing")
-
-    monkeypatch.setattr("zephyr_lite.cli.environment.survey", broken)
-    code, out, err = invoke("env")
-    assert code == 1 and "[bold]a [/wrong] thing" in err and "a bug in zephyr-lite" in err and "--verbose" in err
-    assert "Traceback" not in out + err
-    code, _, err = invoke("env", "--verbose")
-    assert code == 1 and "Traceback" in err
-
-
-# -- what goes well ----------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_the_plan_a_row_and_a_step_and_leaves_nothing(invoke, sft_words, dpo_words, tmp_path):
@@ -71,20 +50,11 @@ def test_a_dry_run_shows_the_plan_a_row_and_a_step_and_leaves_nothing(invoke, sf
     assert not list(tmp_path.iterdir())
 
 
-def test_dpo_continues_the_newest_run(invoke, runs, pair_rows):
+def test_dpo_continues_the_newest_run(invoke, runs, dpo_words):
     shutil.rmtree(runs / "dpo")
-    code, out, err = invoke(
-        "dpo",
-        f"dataset={pair_rows}",
-        "max_length=128",
-        "max_prompt_length=64",
-        "max_steps=1",
-        "lora_r=4",
-        "samples=0",
-        "batch_size=4",
-    )
+    code, out, err = invoke(*(word for word in dpo_words if not word.startswith("model_name")))
     assert code == 0 and err == "runs/t, the newest run; output_dir=runs/NAME chooses another\n", err
-    assert "step 1/1  loss 0.6931" in out and "zephyr-lite merge" in out
+    assert "step 1/2  loss 0.6931" in out and "zephyr-lite merge" in out
     assert (runs / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -108,13 +78,7 @@ def test_the_survey_never_fails_and_never_shows_the_token(invoke, monkeypatch):
         assert name in out
     assert "secret" not in out and "there is one" in out
     assert all(len(line) <= 80 or " " not in line.strip() for line in out.splitlines())
-    assert (
-        "base:        mistralai/Mistral-7B-v0.1 is not in the hub's cache, and\n             HF_HUB_OFFLINE is set"
-        in out
-    )
-
-
-# -- what a newcomer tripped over ---------------------------------------------------------------------------------------
+    assert "mistralai/Mistral-7B-v0.1 is not in the hub's cache, and HF_HUB_OFFLINE is set" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
@@ -127,22 +91,16 @@ def test_a_run_of_one_step_learns(invoke, sft_words, tmp_path, schedule):
 def test_two_runs_of_a_day_are_asked_about_in_the_words_of_the_command(invoke, runs, dpo_words):
     (runs.parent / "latest").symlink_to("t")
     code, out, err = invoke("report")
-    assert (code, err) == (0, "runs/t, the newest run; runs/NAME chooses another\n") and out.startswith(
-        "runs/t/report.html"
-    )
+    assert (code, err) == (0, "runs/t, the newest run; runs/NAME chooses another\n") and out.startswith("runs/t/report")
     shutil.copytree(runs, runs.parent / "other")
     dpo = [word for word in dpo_words if not word.startswith("model_name")]
-    commands = {"--run ": ["merge", "--out", "m"], "": ["eval", "loss"], "output_dir=": dpo}
-    for option, words in commands.items():
+    for option, words in {"--run ": ["merge", "--out", "m"], "": ["eval", "loss"], "output_dir=": dpo}.items():
         code, out, err = invoke(*words)
         assert (code, out) == (2, "") and err.startswith("error: which run? These 2 changed within a day:\n"), words
         assert f"  {option}runs/t      changed " in err and f"  {option}runs/other  changed " in err, words
-        assert err.endswith(("runs/t.\n", "runs/other.\n"))
-    assert invoke("report")[0] == 2
-    code, out, err = invoke("report", "runs/other")
-    assert code == 0 and err == ""
+    assert invoke("report")[0] == 2 and invoke("report", "runs/other")[::2] == (0, "")
 
 
-def test_a_hub_id_may_end_as_a_file_does(invoke, monkeypatch):
+def test_a_hub_id_may_end_as_a_file_does(invoke):
     code, _, err = invoke("data", "show", "sft", "model_name_or_path=owner/model.gguf", "dataset=owner/data.bin")
     assert code == 2 and "it is not in the hub's cache" in err

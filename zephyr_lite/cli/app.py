@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Annotated, Any, NoReturn
 
@@ -21,21 +22,10 @@ from ..io.logging import messages_to
 from ..ops.hub_kernels import no_hub_kernels
 from ..train.distributed import PeerEnded
 from . import data, eval, model, recipe
-from .examples import add_examples
+from .examples import EXAMPLES
 from .options import console
 from .talk import chat, serve, ui
 from .train import env, keys, plan, suggest, train
-
-app = typer.Typer(
-    name="zephyr-lite",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
-)
-data_app = typer.Typer(no_args_is_help=True, help="Make data sets, and show them as training sees them.")
-eval_app = typer.Typer(no_args_is_help=True, help="Evaluate a model against its base and the stage before.")
-export_app = typer.Typer(no_args_is_help=True, help="Export a merged model: GGUF, Ollama, model card, hub.")
 
 _TRAINS = ("sft", "dpo", "demo", "ablate", "reproduce")
 # set before anything heavy is imported, unless the user set it
@@ -44,8 +34,28 @@ _QUIET = {
     "HF_HUB_VERBOSITY": "error",  # each of its retries would be a line
     "TOKENIZERS_PARALLELISM": "false",  # a fork after tokenizing would warn
 }
-_KEYS = (
-    "Any key of the configuration may follow, as key=value, --key value or --key=value; `zephyr-lite keys` lists them."
+
+
+def _epilog(name: str, keys: bool = False) -> str:
+    """The end of a command's help, a paragraph a line: typer may join the lines of a paragraph."""
+    examples = EXAMPLES[name]
+    lines = ["--verbose adds the traceback of an error."]
+    if keys:
+        lines.append(
+            "Any key of the configuration may follow, as key=value, --key value or --key=value; "
+            "`zephyr-lite keys` lists them."
+        )
+    lines += ["Example:" if len(examples) == 1 else "Examples:", *(f"zephyr-lite {line}" for line in examples)]
+    return "\n\n".join(lines)
+
+
+app = typer.Typer(
+    name="zephyr-lite",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a base model into a chat model, the way Zephyr was made: sft, then dpo, then merge.",
+    epilog=_epilog(""),
 )
 
 
@@ -66,47 +76,61 @@ def _root(
     alone()
 
 
-def _keys(words: str) -> dict[str, Any]:
-    """Settings of a command after which any key of the configuration may follow.
+_groups = {"": app}
+for _name, _help in {
+    "data": "Make data sets, and show them as training sees them.",
+    "eval": "Evaluate a model against its base and the stage before.",
+    "export": "Export a merged model: GGUF, Ollama, model card, hub.",
+}.items():
+    _groups[_name] = typer.Typer(no_args_is_help=True, help=_help, epilog=_epilog(_name))
+    app.add_typer(_groups[_name], name=_name)
+
+
+def _add(name: str, command: Callable[..., None], usage: str | None = None, **settings: Any) -> None:
+    """Add a command, such as ``data chat``.
 
     Args:
-        words: the usage line.
+        usage: its usage line, if any key of the configuration may follow.
     """
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    return {"context_settings": settings, "epilog": _KEYS, "options_metavar": words}
+    group, _, own = name.rpartition(" ")
+    if usage is not None:
+        context = {"allow_extra_args": True, "ignore_unknown_options": True}
+        settings |= {"context_settings": context, "options_metavar": usage}
+    _groups[group].command(own, epilog=_epilog(name, keys=usage is not None), **settings)(command)
 
 
 _SFT = "Stage 1: train the base on conversations. Without arguments: Mistral-7B on UltraChat-200k."
 _DPO = "Stage 2: train on preference pairs, on top of stage 1. Without arguments: continue the newest run."
-app.command("sft", help=_SFT, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
-app.command("dpo", help=_DPO, **_keys("[OPTIONS] [KEY=VALUE]..."))(train)
-app.command(**_keys("[sft|dpo|both] [OPTIONS] [KEY=VALUE]..."))(plan)
-app.command(**_keys("[sft|dpo] [OPTIONS] [KEY=VALUE]..."))(suggest)
-app.command()(keys)
-app.command()(recipe.demo)
-app.command()(env)
-app.command()(model.merge)
-app.command(**_keys("[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]..."))(recipe.ablate)
-app.add_typer(data_app, name="data")
-data_app.command(no_args_is_help=True)(data.chat)
-data_app.command(no_args_is_help=True)(data.pairs)
-data_app.command(**_keys("[sft|dpo] [OPTIONS] [KEY=VALUE]..."))(data.show)
-data_app.command(**_keys("[sft|dpo] [OPTIONS] [KEY=VALUE]..."))(data.stats)
-app.command(no_args_is_help=True)(recipe.feedback)
-app.command(no_args_is_help=True)(recipe.distill)
-app.add_typer(eval_app, name="eval")
-for evaluation in (eval.loss, eval.preference, eval.mt_bench, eval.alpaca, eval.harness):
-    eval_app.command()(evaluation)
-app.command()(chat)
-app.command()(serve)
-app.command()(ui)
-app.command()(model.report)
-app.command(**_keys("[RECIPE] [OPTIONS] [KEY=VALUE]..."))(recipe.reproduce)
-app.command(no_args_is_help=True)(model.check)
-app.add_typer(export_app, name="export")
-for export in (model.gguf, model.ollama, model.card, model.push):
-    export_app.command()(export)
-add_examples(app)
+_add("sft", train, "[OPTIONS] [KEY=VALUE]...", help=_SFT)
+_add("dpo", train, "[OPTIONS] [KEY=VALUE]...", help=_DPO)
+_add("plan", plan, "[sft|dpo|both] [OPTIONS] [KEY=VALUE]...")
+_add("suggest", suggest, "[sft|dpo] [OPTIONS] [KEY=VALUE]...")
+_add("keys", keys)
+_add("demo", recipe.demo)
+_add("env", env)
+_add("merge", model.merge)
+_add("ablate", recipe.ablate, "[TABLE] [OPTIONS] [[STAGE.]KEY=VALUE]...")
+_add("data chat", data.chat, no_args_is_help=True)
+_add("data pairs", data.pairs, no_args_is_help=True)
+_add("data show", data.show, "[sft|dpo] [OPTIONS] [KEY=VALUE]...")
+_add("data stats", data.stats, "[sft|dpo] [OPTIONS] [KEY=VALUE]...")
+_add("feedback", recipe.feedback, no_args_is_help=True)
+_add("distill", recipe.distill, no_args_is_help=True)
+_add("eval loss", eval.loss)
+_add("eval preference", eval.preference)
+_add("eval mt-bench", eval.mt_bench)
+_add("eval alpaca", eval.alpaca)
+_add("eval harness", eval.harness)
+_add("chat", chat)
+_add("serve", serve)
+_add("ui", ui)
+_add("report", model.report)
+_add("reproduce", recipe.reproduce, "[RECIPE] [OPTIONS] [KEY=VALUE]...")
+_add("check", model.check, no_args_is_help=True)
+_add("export gguf", model.gguf)
+_add("export ollama", model.ollama)
+_add("export card", model.card)
+_add("export push", model.push)
 
 
 def run(arguments: list[str]) -> int:
@@ -120,7 +144,7 @@ def run(arguments: list[str]) -> int:
     arguments = [word for word in arguments if word != "--verbose"]
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # unreadable in a log file
             os.environ.setdefault(name, "1")
     with warnings.catch_warnings(), no_hub_kernels(), messages_to(console.log):
@@ -138,7 +162,7 @@ def run(arguments: list[str]) -> int:
                 return 128 + signal.SIGPIPE
             if isinstance(error, SystemExit):
                 raise
-            code, message = _ending(error, arguments)
+            code, message = _ending(error, resumes=bool(arguments) and arguments[0] in _TRAINS)
             try:
                 if verbose:
                     console.traceback(error)
@@ -153,60 +177,51 @@ def run(arguments: list[str]) -> int:
             return code
 
 
-def _ending(error: BaseException, arguments: list[str]) -> tuple[int, str | UserError]:
-    """The exit code of an error that ended a command, and what is printed of it."""
+def _ending(error: BaseException, resumes: bool) -> tuple[int, str | UserError]:
+    """The exit code of an error that ended a command, and what is printed of it.
+
+    Args:
+        resumes: the command trains, and continues from a checkpoint.
+    """
+    again = "the same command resumes from the last checkpoint, if there is one" if resumes else ""
     if isinstance(error, Interrupted):
         return 130, error.message
     if isinstance(error, PeerEnded):  # the other process prints its error
         return error.code, error.message if error.code else ""
     if isinstance(error, KeyboardInterrupt | typer.Abort) or just_interrupted():
-        return 130, interrupted_line(arguments)
+        return 130, f"interrupted; {again}" if again else "interrupted"
     usage_error: Any = typer.BadParameter.__base__
     if isinstance(error, usage_error):
         shown = io.StringIO()
         error.show(file=shown)
         return 2, shown.getvalue().rstrip("\n").replace("Value error, ", "")
-    known = error if isinstance(error, UserError) else machine_error(error, arguments)
+    known = error if isinstance(error, UserError) else _machine_error(error, again and f"{again.capitalize()}.")
     if known is None:
         return 1, ""
     return 2, "" if getattr(known, "said_elsewhere", False) else known
 
 
-def interrupted_line(arguments: list[str]) -> str:
-    if arguments[:1] and arguments[0] in _TRAINS and "--dry-run" not in arguments:
-        return "interrupted; the same command resumes from the last checkpoint, if there is one"
-    return "interrupted"
-
-
-def machine_error(error: BaseException | None, arguments: list[str]) -> UserError | None:
-    """The user's message for errors of the machine (memory, disk, permissions) among an error and its causes; None: there is
-    none."""
-    again = (
-        "The same command resumes from the last checkpoint, if there is one."
-        if arguments[:1] and arguments[0] in _TRAINS
-        else ""
-    )
+def _machine_error(error: BaseException | None, hint: str) -> UserError | None:
+    """The user's message for an error of memory, disk or permissions among an error and its causes, if there is one."""
     while error is not None:
         text = " ".join(str(error).split())[:300]
         if type(error).__name__ == "OutOfMemoryError":
-            return UserError(
-                f"the GPU's memory is full: {text[:200]}",
-                "Close what else runs on it, lower max_length, or set memory.vram to less than it has.",
-            )
+            hint = "Close what else runs on it, lower max_length, or set memory.vram to less than it has."
+            return UserError(f"the GPU's memory is full: {text}", hint)
         if isinstance(error, MemoryError):
-            return UserError(f"main memory is full: {text or 'MemoryError'}", again)
+            return UserError(f"main memory is full: {text or 'MemoryError'}", hint)
         if isinstance(error, OSError) and error.strerror:
-            return UserError(f"{error.strerror}{'' if error.filename is None else f': {error.filename}'}", again)
+            return UserError(f"{error.strerror}{'' if error.filename is None else f': {error.filename}'}", hint)
         if "(os error " in text:  # libraries in Rust (safetensors, tokenizers) wrap the system's error into a text
-            return UserError(text, again)
+            return UserError(text, hint)
         error = error.__cause__
     return None
 
 
-def _discard(stream: IO[str] | None) -> None:
+def _discard(stream: IO[str]) -> None:
     """Send what a stream still holds to /dev/null: it cannot be written, and would fail again when Python ends."""
-    with suppress(OSError, ValueError, AttributeError):  # closed already, or no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+    with suppress(OSError, ValueError):  # closed already, or no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave(code: int) -> NoReturn:
@@ -216,8 +231,7 @@ def leave(code: int) -> NoReturn:
             signal.signal(number, lambda *_: os._exit(code))
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None and not stream.closed:
-                stream.flush()
+            stream.flush()
         except OSError as error:
             _discard(stream)
             code = code or (128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import TextWrapper
@@ -21,7 +21,6 @@ from ..model.allocator import is_wsl
 _PACKAGES = "torch transformers peft bitsandbytes datasets accelerate safetensors trl triton unsloth"
 # Mistral in 16 bits, both data sets as they come and converted, and a merged model
 _RECIPE_DISK = 40 * GB
-_HUB_SECONDS = 15
 # extra → a library of it, and what it is for
 _EXTRAS = {
     "trl": ("trl", "engine=trl"),
@@ -55,31 +54,22 @@ def survey() -> list[Finding]:
     for check in (system, packages, gpu, kernels, quantization, token, base, disk, quantized, memory, extras):
         try:
             findings.append(check())
-        except UserError as error:
-            if all(error.message != finding.found for finding in findings):
-                findings.append(Finding(check.__name__, error.message, error.hint))
         except Exception as error:
-            findings.append(Finding(check.__name__, f"the check failed: {type(error).__name__}: {error}"))
+            failed = UserError(f"the check failed: {type(error).__name__}: {error}")
+            known = error if isinstance(error, UserError) else failed
+            if all(known.message != finding.found for finding in findings):
+                findings.append(Finding(check.__name__, known.message, known.hint))
     return findings
 
 
 def system() -> Finding:
-    kind = f"{platform.system()}{' (WSL2)' if is_wsl() else ''} {platform.machine()}"
-    found = f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}"
-    if is_wsl():
-        found += (
-            "; PyTorch's expandable_segments is off: drivers before R615 can fail on it under WSL2 (pytorch #192330)"
-        )
-    return Finding("system", found)
+    wsl = " (WSL2; PyTorch's expandable_segments is off, on which drivers before R615 can fail: pytorch #192330)"
+    kind = f"{platform.system()}{wsl if is_wsl() else ''} {platform.machine()}"
+    return Finding("system", f"zephyr-lite {__version__}, Python {platform.python_version()}, {kind}")
 
 
 def packages() -> Finding:
-    found = []
-    for name in _PACKAGES.split():
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    found = (f"{name} {version(name)}" for name in _PACKAGES.split() if find_spec(name))
     return Finding("packages", ", ".join(found))
 
 
@@ -104,22 +94,19 @@ def gpu() -> Finding:
         f"CUDA {torch.version.cuda}; computes in {dtype}"
     )
     cure = ""
-    try:
-        torch.ones(1, device="cuda").add(1)
-    except RuntimeError as error:
-        cure = f"torch {torch.__version__} cannot compute on this card ({str(error).splitlines()[0]}). "
-        if capability < (7, 5):
-            cure += (
-                "Install its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
-                "https://download.pytorch.org/whl/cu126"
-            )
-        else:
-            cure += "Install a build of torch for a newer CUDA."
-        return Finding("GPU", found, cure)
     if capability < (8, 0):
         cure = "Before compute capability 8.0: float16 with loss scaling, and attention without FlashAttention."
     elif card.total_memory < 8 * GB:
         cure = "A 7B base needs some 8 GB: lower max_length and lora_r, or take a smaller base."
+    try:
+        torch.ones(1, device="cuda").add(1)
+    except RuntimeError as error:
+        build = "a build of torch for a newer CUDA."
+        if capability < (7, 5):
+            build = "its CUDA 12.6 build: pip install --force-reinstall 'torch<2.15' --index-url "
+            build += "https://download.pytorch.org/whl/cu126"
+        why = str(error).splitlines()[0]
+        cure = f"torch {torch.__version__} cannot compute on this card ({why}). Install {build}"
     return Finding("GPU", found, cure)
 
 
@@ -147,8 +134,7 @@ def quantization() -> Finding:
 
     device = compute_device()
     weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
-    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    error = (dequantize_4bit(packed, state) - weight).abs().max().item()
+    error = (dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")) - weight).abs().max().item()
     if not error < 0.2:
         return Finding("4 bits", f"bitsandbytes is wrong by {error:.2g} on {device.type}", "Install it again.")
     return Finding("4 bits", f"bitsandbytes quantizes and dequantizes on {device.type}")
@@ -170,15 +156,17 @@ def base() -> Finding:
     if isinstance(try_to_load_from_cache(MISTRAL, "config.json"), str):
         return Finding("base", f"{MISTRAL} is in the hub's cache")
     try:
-        get_hf_file_metadata(hf_hub_url(MISTRAL, "config.json"), timeout=_HUB_SECONDS)
+        get_hf_file_metadata(hf_hub_url(MISTRAL, "config.json"), timeout=15)
     except GatedRepoError:
         cure = f"Open https://huggingface.co/{MISTRAL}, accept, then run `hf auth login`."
         return Finding("base", f"{MISTRAL} asks you to accept its terms first", cure)
     except Exception as error:  # also the HTTP client's own
-        why, cure = f"the hub cannot be reached ({type(error).__name__})", "Check the connection"
-        if constants.HF_HUB_OFFLINE:
-            why, cure = "HF_HUB_OFFLINE is set", "Unset it"
-        cure += ", or name the folder of a base: model_name_or_path=FOLDER."
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else f"the hub cannot be reached ({type(error).__name__})"
+        )
+        cure = "Change that, or name the folder of a base: model_name_or_path=FOLDER."
         return Finding("base", f"{MISTRAL} is not in the hub's cache, and {why}", cure)
     return Finding("base", f"{MISTRAL} can be downloaded")
 
@@ -198,9 +186,7 @@ def quantized() -> Finding:
     from ..model.base import quantized_dir
 
     size = sum(path.stat().st_size for path in quantized_dir().rglob("*") if path.is_file())
-    kept = f"{size / GB:.1f} GB of quantized bases in {quantized_dir()}; may be deleted"
-    found = kept if size else "no quantized base is kept yet"
-    return Finding("quantized", found)
+    return Finding("quantized", f"{size / GB:.1f} GB of quantized bases in {quantized_dir()}; may be deleted")
 
 
 def memory() -> Finding:

@@ -209,14 +209,12 @@ def alpaca(
 ) -> None:
     """AlpacaEval: a judge compares answers to 805 instructions with a baseline's; or score AlpacaEval's files."""
     if annotations is not None:
-        allowed = ("annotations", "outputs", "difficulty", "out")
-        for option in ctx.command.params:
-            if option.name not in allowed and ctx.params[option.name or ""] not in (None, False, (), []):
-                shown = option.opts[0] if option.opts[0].startswith("-") else option.opts[0].upper()
-                raise UserError(
-                    f"--annotations only scores existing verdicts; {shown} changes nothing.",
-                    "Combine --annotations with --outputs, --difficulty and --out only.",
-                )
+        given = {name.replace("_", "-") for name, value in ctx.params.items() if value not in (None, False, (), [])}
+        for option in sorted(given - {"annotations", "outputs", "difficulty", "out"}):
+            raise UserError(
+                f"--annotations only scores existing verdicts; --{option} changes nothing.",
+                "Combine --annotations with --outputs, --difficulty and --out only.",
+            )
         from ..evaluate.alpaca_eval import KIND, score_files, table
         from ..evaluate.results import write_result
 

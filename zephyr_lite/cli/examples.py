@@ -1,11 +1,5 @@
 """One or two examples of every command, at the end of its help."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import typer
-
 # command → examples, without the program's name
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "": ("sft --config zephyr-7b/overnight-sft", "dpo --config zephyr-7b/overnight-dpo", "merge --out model/"),
@@ -49,25 +43,3 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": ("eval loss runs/mine",),
     "export": ("export gguf model/",),
 }
-
-
-def add_examples(app: typer.Typer, prefix: str = "") -> None:
-    """Append the examples to the help of every command and group of ``app``."""
-    entries: dict[str, Any] = {prefix.strip(): app.info}
-    for command in app.registered_commands:
-        name = command.name or command.callback.__name__  # type: ignore[union-attr]
-        entries[prefix + name.replace("_", "-")] = command
-    for name, entry in entries.items():
-        lines = EXAMPLES[name]
-        head = "Example:" if len(lines) == 1 else "Examples:"
-        # one paragraph per line: typer may join the lines of a paragraph
-        others = [entry.epilog] if entry.epilog else []
-        paragraphs = [
-            "--verbose adds the traceback of an error.",
-            *others,
-            head,
-            *(f"zephyr-lite {each}" for each in lines),
-        ]
-        entry.epilog = "\n\n".join(paragraphs)
-    for group in app.registered_groups:
-        add_examples(group.typer_instance, f"{prefix}{group.name} ")  # type: ignore[arg-type]

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from typer import Argument, Context, Exit, Option
 
 from ..errors import UserError
-from .options import AdapterBase, Adapters, ChatTemplateOption, console, nameable, next_lines, say_all
+from .options import AdapterBase, Adapters, ChatTemplateOption, console, next_lines, say_all
 
 Model = Annotated[Path, Argument(metavar="MODEL", help="The model's folder, as merge made it.")]
 
 
 def merge(
-    out: Annotated[Path, Option(callback=nameable, help="Model folder to write.")],
+    out: Annotated[Path, Option(help="Model folder to write.")],
     run: Annotated[Path | None, Option(help="A run's folder; the newest one by default.")] = None,
     stage: Annotated[str | None, Option(help="The run's stage; the last complete one by default.")] = None,
     onto: Annotated[
@@ -81,9 +81,7 @@ def merge(
 
 def gguf(
     model: Model,
-    out: Annotated[
-        Path | None, Option(callback=nameable, help="The file \\[NAME-TYPE.gguf beside the folder].")
-    ] = None,
+    out: Annotated[Path | None, Option(help="The file \\[NAME-TYPE.gguf beside the folder].")] = None,
     kind: Annotated[
         Literal["f16", "q8_0", "q4_k_m"],
         Option("--type", help="f16: as it is. q8_0: half of that. q4_k_m: a third, by llama.cpp's quantizer."),
@@ -112,7 +110,7 @@ def gguf(
 def ollama(
     model: Model,
     gguf: Annotated[Path, Option(help="The model's GGUF file.")],
-    out: Annotated[Path, Option(callback=nameable, help="The Modelfile.")] = Path("Modelfile"),
+    out: Annotated[Path, Option(help="The Modelfile.")] = Path("Modelfile"),
     temperature: Annotated[float, Option(min=0.0, max=2.0, help="Ollama's default.")] = 0.7,
     chat_template: ChatTemplateOption = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Overwrite an existing Modelfile.")] = False,
@@ -218,10 +216,7 @@ def report(
     other: Annotated[Path | None, Argument(help="A second one, to compare with.")] = None,
     out: Annotated[
         Path | None,
-        Option(
-            callback=nameable,
-            help="The file to write; by default report.html in that folder, or report-A-B.html here.",
-        ),
+        Option(help="The file to write; by default report.html in that folder, or report-A-B.html here."),
     ] = None,
 ) -> None:
     """Write report.html of a run, or of two runs side by side: curves, answers, rows, memory, configuration, lineage."""

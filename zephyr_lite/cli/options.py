@@ -12,20 +12,10 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
-from ..io.text import parse, place
+from ..io.text import parse
 from ..monitor.console import Console
 
 console = Console()
-
-
-def nameable(value: Path | None) -> Path | None:
-    """Check the name of a folder or file to be created, as ``output_dir`` is checked; raises BadParameter."""
-    if value is not None:
-        try:
-            place(str(value))
-        except ValueError as error:
-            raise BadParameter(f"{str(value)!r} {error}.") from None
-    return value
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -65,13 +55,13 @@ StageConfig = Annotated[
     str | None, Option("--config", "-c", help="A YAML file, or a preset such as zephyr-7b/overnight-sft.")
 ]
 # of `data chat` and `data pairs`
-NewFolder = Annotated[Path, Option("--out", callback=nameable, help="The folder to make.")]
+NewFolder = Annotated[Path, Option("--out", help="The folder to make.")]
 FileFormat = Annotated[Literal["parquet", "jsonl"], Option("--format", help="File format.")]
 NumProc = Annotated[int | None, Option(help="Number of processes; the result is the same.")]
 Replace = Annotated[bool, Option("--overwrite", help="Replace an earlier result.")]
 # of jobs that ask models
 JobConfig = Annotated[str | None, Option("--config", "-c", help="A YAML file, or a preset; options take precedence.")]
-JobOut = Annotated[Path | None, Option("--out", callback=nameable, help="Output folder; reuse it to resume.")]
+JobOut = Annotated[Path | None, Option("--out", help="Output folder; reuse it to resume.")]
 JobSeed = Annotated[int | None, Option("--seed", help="Random seed [42].")]
 MaxRequests = Annotated[int | None, Option(help="Maximum requests, retries and restarts included.")]
 MaxTokens = Annotated[int | None, Option(help="Maximum tokens, prompts included.")]
@@ -98,6 +88,4 @@ TemplateKwargs = Annotated[
         help="Its variables: '{\"enable_thinking\": true}'.",
     ),
 ]
-EvalOut = Annotated[
-    Path | None, Option("--out", callback=nameable, help="Results folder \\[eval/ in the stage's, or MODEL-eval].")
-]
+EvalOut = Annotated[Path | None, Option("--out", help="Results folder \\[eval/ in the stage's, or MODEL-eval].")]

@@ -20,7 +20,6 @@ from .options import (
     MaxTokens,
     console,
     name_of_words,
-    nameable,
     next_lines,
     say_all,
 )
@@ -34,7 +33,7 @@ ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings m
 
 
 def demo(
-    out: Annotated[Path, Option(callback=nameable, help="Output folder of the run and the model.")] = Path("demo"),
+    out: Annotated[Path, Option(help="Output folder of the run and the model.")] = Path("demo"),
 ) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
     from ..demo.run import print_result, run_demo
@@ -194,7 +193,7 @@ def ablate(
 
 def reproduce(
     context: Context,
-    out: Annotated[Path | None, Option(callback=nameable, help="The run's folder \\[the recipe's].")] = None,
+    out: Annotated[Path | None, Option(help="The run's folder \\[the recipe's].")] = None,
     judge: Annotated[str | None, Option(help="MT-Bench too, graded by URL#MODEL of a server, or by a folder.")] = None,
     who: Annotated[str, Option(help="Your name in the row.")] = "anonymous",
     dry_run: Annotated[bool, Option("--dry-run", help="Print the commands; start nothing.")] = False,

@@ -16,7 +16,7 @@ from ..io.interrupts import launched
 from ..io.logging import RESULT, messages_to
 from ..model.allocator import set_allocator
 from ..train.distributed import everywhere, joined
-from .options import StageConfig, console, nameable, next_lines, say_all
+from .options import StageConfig, console, next_lines, say_all
 
 if TYPE_CHECKING:
     from ..config.load import Method, RunConfig
@@ -149,7 +149,7 @@ def suggest(
     context: Context,
     config: StageConfig = None,
     probe: Annotated[bool, Option("--probe", help="Also train 20 steps at each of five learning rates.")] = False,
-    out: Annotated[Path | None, Option("--out", "-o", callback=nameable, help="Write it as a YAML file.")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Write it as a YAML file.")] = None,
     gpu: Annotated[str | None, Option(help="A card by name: t4, 3060, 4090, a100-80 …")] = None,
 ) -> None:
     """Rank, learning rate, epochs and batch size for your rows, each with its reason; and the plan for the card."""
