@@ -7,7 +7,6 @@ import json
 import logging
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +35,10 @@ from .base import demo_base
 
 logger = logging.getLogger(__name__)
 
-
 WIDTH = 80  # columns at most
 TOKENS = 48  # of an answer at most
 # method → end of the names of its files, as of the splits of the hub's data sets
 FILES = {"sft": "sft", "dpo": "prefs"}
-
-
-@dataclass
-class Standing:
-    """One of the three models: its loss on the held-out conversations, and its answers."""
-
-    loss: float  # mean over the assistant's tokens of the conversations
-    answers: list[str]  # to ``QUESTIONS``; one that was cut off ends in …
-
-
-@dataclass
-class DemoResult:
-    """Scores of each model, and the share of held-out pairs in which DPO raised the better answer more."""
-
-    standings: dict[str, Standing]
-    reward_accuracy: float
 
 
 def run_demo(
@@ -65,14 +47,19 @@ def run_demo(
     observers: Sequence[Observer] = (),
     base: Path | None = None,
     overrides: Sequence[str] = (),
-) -> DemoResult:
-    """dSFT, dDPO, merge, and the scores of the three models, which are also written to ``out/demo.json``.
+) -> dict[str, Any]:
+    """dSFT, dDPO, merge, and the scores of the three models.
 
     Args:
         out: the run's folder; ``out/merged`` is the model. Finished stages are not repeated.
         observers: of both stages.
         base: another base than SmolLM2-135M.
         overrides: ``key=value`` words for both stages.
+
+    Returns:
+        what ``out/demo.json`` has: ``standings``, model → loss on the held-out conversations (mean over the assistant's
+        tokens) and answers to ``QUESTIONS`` (one that was cut off ends in …); ``reward_accuracy``, the share of held-out
+        pairs in which DPO raised the better answer more.
     """
 
     def train(run: Callable[..., Any], method: Method) -> None:
@@ -108,8 +95,9 @@ def run_demo(
         )
         logger.info("[4/4] held-out rows and answers: base, SFT, DPO")
         info = StageDir(out / "dpo").info() or {}
-        result = DemoResult(_standings(out), info["result"]["evaluations"][-1]["eval_rewards/accuracies"])
-        write_json(out / "demo.json", {**asdict(result), "questions": list(QUESTIONS)})
+        accuracy = info["result"]["evaluations"][-1]["eval_rewards/accuracies"]
+        result = {"standings": _standings(out), "reward_accuracy": accuracy, "questions": list(QUESTIONS)}
+        write_json(out / "demo.json", result)
     return result
 
 
@@ -128,7 +116,7 @@ def _write_data(folder: Path) -> None:
                 file.writelines(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)
 
 
-def _standings(out: Path) -> dict[str, Standing]:
+def _standings(out: Path) -> dict[str, dict[str, Any]]:
     """Base, SFT and DPO from one loaded base, by its adapters."""
     chat = load_chat(out / "dpo")
     rows = [DatasetSpec(path=str(out / "data" / f"test_{FILES['sft']}.jsonl"))]
@@ -138,26 +126,25 @@ def _standings(out: Path) -> dict[str, Standing]:
     result = {}
     for name, adapters in (("base", []), ("SFT", chat.stack.names[:1]), ("DPO", chat.stack.names)):
         drawn = chat.sample(prompts, greedy, adapters=adapters)
-        result[name] = Standing(
-            loss=chat_loss(Decoder(chat.stack, chat.live.base.dtype, adapters), conversations),
-            answers=[one.text + (" …" if one.finish == "length" else "") for one in drawn],
-        )
+        loss = chat_loss(Decoder(chat.stack, chat.live.base.dtype, adapters), conversations)
+        answers = [one.text + (" …" if one.finish == "length" else "") for one in drawn]
+        result[name] = {"loss": loss, "answers": answers}
     return result
 
 
-def print_result(console: Console, result: DemoResult) -> None:
+def print_result(console: Console, result: dict[str, Any]) -> None:
     """Print the models' answers below each question, then their scores."""
     width = min(WIDTH, console.out.width)
     for place, question in enumerate(QUESTIONS):
         console.heading(f"\n{question}")
         answers = Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2))
-        for name, one in result.standings.items():
-            answers.add_row(f"  {name}", console.text(" ".join(one.answers[place].split())))
+        for name, one in result["standings"].items():
+            answers.add_row(f"  {name}", console.text(" ".join(one["answers"][place].split())))
         console.out.print(answers, soft_wrap=False, width=width)
-    losses = ", ".join(f"{one.loss:.3f} ({name})" for name, one in result.standings.items())
+    losses = ", ".join(f"{one['loss']:.3f} ({name})" for name, one in result["standings"].items())
     for text in (
         f"Held-out loss: {losses}; lower is better.",
-        f"DPO made the better answer gain more probability than the worse one in {result.reward_accuracy:.0%} of the "
+        f"DPO made the better answer gain more probability than the worse one in {result['reward_accuracy']:.0%} of the "
         "held-out pairs, compared with the SFT model; by chance it would be 50%.",
     ):
         console.say("\n" + textwrap.fill(text, width, break_on_hyphens=False))
