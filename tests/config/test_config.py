@@ -41,8 +41,9 @@ def test_the_stages_differ_in_their_defaults():
     [
         ("batch_size=0", "batch_size"),
         ("engine=magic", "engine"),
-        ("loss_type=sigmoid,kto", r"loss_type: kto cannot be in a list: .* \(found \['sigmoid', 'kto'\]\)\.\n`zephyr"),
-        ("loss_type=simp", r"loss_type: there is no such loss; did you mean 'simpo'\? \(found 'simp'\)\."),
+        ("loss_type=sigmoid,kto", r"loss_type: expected .* without kto; .* \(found \['sigmoid', 'kto'\]\)\.\n`zephyr"),
+        ("loss_type=simp", r"loss_type: expected a loss.* lists them \(found 'simp'\)\."),
+        ("loss_type=ipo,ipo", "the command line: loss_type: expected a loss, or several different ones"),
         ("learning_rate=inf", "learning_rate"),
     ],
 )

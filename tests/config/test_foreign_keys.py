@@ -309,7 +309,11 @@ def test_a_file_of_llama_factory(tmp_path):
     )
     assert [(s.path, s.limit, s.val_size) for s in config.dataset] == [("a.jsonl", 1000, 0.1), ("b.jsonl", 1000, 0.1)]
     assert (config.batch_size, config.lora_dropout) == (8, 0.1)
-    assert "stage: loss_type=kto here" in notes and "not LLaMA-Factory's" in notes
+    assert (
+        "stage → loss_type=kto, cutoff_len → max_length" in notes
+        and len(loaded.notes) == 3
+        and "not LLaMA-Factory's" in notes
+    )
     assert "TRL" not in notes and "fine-tuning" not in notes
     assert "stage: kto: this file is for zephyr-lite dpo" in refused(tmp_path, LLAMA_FACTORY)
     assert load(tmp_path, LLAMA_FACTORY.replace("stage: kto", "stage: sft")).config.stage == "sft"

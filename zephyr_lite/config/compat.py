@@ -22,12 +22,19 @@ _TYPES = {
     str: ("a text", "dataset_name dataset_config dataset_train_split dataset_test_split dataset_text_field"),
     bool: ("true or false", "assistant_only_loss completion_only_loss disable_dropout lora_target_linear"),
 }
+# values that have another name here, alone or as a list's only entry
 _VALUES: dict[str, dict[Any, Any]] = {
     "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", None: "auto"},
     "optim": {"adamw_torch_fused": "adamw_torch", "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"}
     | {"paged_adamw": "paged_adamw_32bit"},
     "chat_template": {"tokenizer_default": "auto"},
     "max_steps": {-1: None, 0: None},  # transformers' "not set"
+    "lora_target_modules": {"all": "all-linear", "all-linear": "all-linear"},
+    "loss_type": {},
+    "report_to": {"none": []},
+    "memory": {"auto": {}, None: {}},
+    "lr_scheduler_kwargs": {None: {}},
+    "push_to_hub": {False: None},
 }
 # null is TRL's "not set" of these
 _UNSET = (
@@ -66,31 +73,29 @@ def rename(
                 faults.append(f"{key}: {short(taken.pop(key))} is not {what}.")
     for key in ("model_init_kwargs", "dataset_kwargs", "special_tokens"):
         taken = {**(taken.pop(key, None) or {}), **taken}
-    tool = tool_of(taken)
+    tool, renamed, unused = tool_of(taken), [], []
     if file and tool == "LLaMA-Factory" and (stage := taken.get("stage")):
-        notes.append(f"stage: {'loss_type=kto' if stage == 'kto' else f'the command zephyr-lite {stage}'} here")
+        renamed.append(f"stage → {'loss_type=kto' if stage == 'kto' else f'the command zephyr-lite {stage}'}")
         if stage == "kto":
-            taken = {**taken, "stage": "dpo", "loss_type": "kto", "pref_loss": None}
+            taken |= {"stage": "dpo", "loss_type": "kto", "pref_loss": None}
         elif stage not in ("sft", "dpo"):
             faults.append(
                 f"stage: {short(stage)}: sft, dpo and kto are trained here; pre-training (pt) is sft on rows with a column text."
             )
     for key, ours in (ALIASES | TRANSLATED).items():
         if key in taken or key in values:
-            notes.append(f"{key}: {ours} here")
+            renamed.append(f"{key} → {ours}")
         if key in ALIASES and key in taken and ours in taken:
             one, other = taken.pop(key), taken[ours]
             if None not in (one, other) and one != other:
                 faults.append(f"{key}: {short(one)}, but {ours}: {short(other)}: two names of one key. Keep one.")
             taken[ours] = one if other is None else other
     result: dict[str, Any] = {}
-    if not taken.keys().isdisjoint(BATCH_PARTS):
-        _batch_size(taken, result, faults, tool)
-    if "evaluation_strategy" in taken:  # until transformers 4.41
-        taken.setdefault("eval_strategy", taken.pop("evaluation_strategy"))
+    _batch_size(taken, result, faults, tool)
+    strategy = taken.pop("evaluation_strategy", None)  # until transformers 4.41
+    strategy = taken.pop("eval_strategy", strategy)
     if not taken.keys().isdisjoint(DATASETS):
-        _datasets(taken, result, faults, notes)
-    strategy = taken.pop("eval_strategy", None)
+        _datasets(taken, result, faults, notes, evaluates=strategy in ("steps", "epoch"))
     if strategy in ("no", False):
         taken["eval_dataset"] = result["eval_dataset"] = None
     elif strategy == "epoch":
@@ -128,7 +133,7 @@ def rename(
         if key in own or key in ALIASES:
             result[ALIASES.get(key, key)] = value
         elif key in ACCEPTED:
-            notes.append(f"{key} changes nothing here: {ACCEPTED[key]}")
+            unused.append(key)
         elif key in REFUSED:
             harmless, why = REFUSED[key]
             if not (value is None or value in harmless or number(value) in harmless):
@@ -137,10 +142,10 @@ def rename(
         else:
             faults.append(unknown_key(key, own))
     for key, table in _VALUES.items():
-        if key in result and isinstance(result[key], str | int | None):
-            result[key] = table.get(result[key], result[key])
-    if result.get("lora_target_modules") in (["all-linear"], "all"):  # TRL's command line, LLaMA-Factory
-        result["lora_target_modules"] = "all-linear"
+        value = result.get(key, [])
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if key in result and isinstance(value, str | int | None):
+            result[key] = table.get(value, value)
     for key in _UNSET:
         if result.get(key, key) is None:
             del result[key]
@@ -148,6 +153,10 @@ def rename(
     if no_dropout or (no_dropout is None and dpo and file and tool == "TRL" and result.get("lora_dropout")):
         notes.append("lora_dropout is 0 here: disable_dropout is on, TRL's default for DPO")
         result["lora_dropout"] = 0
+    if renamed:
+        notes.append(f"keys with another name here: {', '.join(renamed)}")
+    if unused:
+        notes.append(f"keys without effect here (`zephyr-lite keys KEY` says why): {', '.join(unused)}")
     if file and tool:
         notes.append(f"keys that are not in the file have the defaults of `zephyr-lite keys`, not {tool}'s")
         lora = {"TRL": ("use_peft",), "Axolotl": ("adapter", "lora_r"), "LLaMA-Factory": ()}[tool]
@@ -182,7 +191,9 @@ def _batch_size(values: dict[str, Any], result: dict[str, Any], faults: list[str
         result["batch_size"] = int(math.prod(sizes))
 
 
-def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+def _datasets(
+    values: dict[str, Any], result: dict[str, Any], faults: list[str], notes: list[str], evaluates: bool
+) -> None:
     """Translate TRL's ``dataset_name`` and ``datasets``, the handbook's ``dataset_mixer`` {path: share} and
     ``dataset_mixture``; then the held-out rows and the text column."""
     given = [k for k in ("dataset", "dataset_name", "datasets", "dataset_mixer", "dataset_mixture") if values.get(k)]
@@ -212,7 +223,7 @@ def _datasets(values: dict[str, Any], result: dict[str, Any], faults: list[str],
                 faults.append(f"dataset_configs: {len(configs)} names for {len(mixer)} data sets.")
             names = zip(mixer.items(), configs or [None] * len(mixer))
             specs = [{"path": path, "name": each, "weight": weight} for (path, weight), each in names]
-        elif test is None and values.get("eval_strategy") in ("steps", "epoch"):
+        elif test is None and evaluates:
             test = "test"  # TRL's default
         result["dataset"] = [{**spec, "split": train or "train"} for spec in specs]
         if test:

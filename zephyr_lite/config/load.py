@@ -7,6 +7,7 @@ faults are reported at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ _EXPECTED = {
     "memory": "expected auto, or some of its keys: memory.vram=8GiB, in a file {vram: 8GiB}",
     "dataset": "expected a path, or keys and values such as {path: rows.jsonl, split: train}",
     "eval_dataset": "expected a path, or keys and values such as {path: rows.jsonl, split: train}",
+    "lora_target_modules": "expected all-linear, or module names such as q_proj; regular expressions are not read",
+    "loss_type": "expected a loss, or a list of several without kto; `zephyr-lite keys loss_type` lists them",
 }
 
 
@@ -102,55 +105,48 @@ def load_config(
     path = find_config(file) if file else None
     notes: list[str] = []
     faults: dict[str, list[str]] = {str(path): [], WORDS: []}
-    given: dict[str, Any] = {}
-    written: dict[str, Any] = {}
-    own, unset = RunConfig.model_fields, False
-    defaults = {**(DPO_DEFAULTS if method == "dpo" else {}), **(base or {})}
-    if path is not None:
-        written = read_yaml(path)
-        given = rename(written, own, notes, faults[str(path)], file=True, dpo=method == "dpo")
-        if unset := "dataset" in given and "eval_dataset" not in given:
-            given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
-        if given.get("stage") == ("dpo" if method == "sft" else "sft"):
-            raise UserError(
-                f"{path}: stage: {written['stage']}: this file is for zephyr-lite {given['stage']}, and not for {method}.",
-                "Give the other command, or another file.",
-            )
+    own, is_dpo = RunConfig.model_fields, method == "dpo"
+    defaults = {**(DPO_DEFAULTS if is_dpo else {}), **(base or {})}
+    written = read_yaml(path) if path is not None else {}
+    given = rename(written, own, notes, faults[str(path)], file=True, dpo=is_dpo)
+    elsewhere: Method = "sft" if is_dpo else "dpo"
+    if given.get("stage") == elsewhere:
+        raise UserError(
+            f"{path}: stage: {written['stage']}: this file is for zephyr-lite {elsewhere}, and not for {method}.",
+            "Give the other command, or another file.",
+        )
     words = _read_words(overrides or [], faults[WORDS])
     flat = {key: value for key, value in words if "." not in key}
     if not flat.keys().isdisjoint(BATCH_PARTS):  # one of them on the command line is multiplied with the file's other
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
     if flat.keys() & SFT_WEIGHTS and "loss_type" in written:  # it is added to the file's loss
         flat = {"loss_type": written["loss_type"], **flat}
-    said = rename(flat, own, notes, faults[WORDS], dpo=method == "dpo")
+    said = rename(flat, own, notes, faults[WORDS], dpo=is_dpo)
     for key, other in (("warmup_ratio", "warmup_steps"), ("loss_type", "loss_weights")):
         if key in said:  # the file's other key would override it, or belongs to another value
             given.pop(other, None)
-    given.update(said)
-    typed, replaced = set(said), "dataset" in said
+    replaced = "dataset" in said or any(key == "dataset.path" for key, _ in words)
+    unset = "eval_dataset" not in said if replaced else "dataset" in given and "eval_dataset" not in given
+    if unset:
+        given["eval_dataset"] = None  # the recipe's held-out rows do not belong to it
+    given |= said
     # dataset.path resets the data set, so it is applied before its other keys, in any order of words
-    for key, value in sorted(words, key=lambda word: not word[0].endswith(".path")):
-        if "." not in key:
-            continue
+    nested = sorted((word for word in words if "." in word[0]), key=lambda word: not word[0].endswith(".path"))
+    typed = {*said, *(key.partition(".")[0] for key, _ in nested)}
+    for key, value in nested:
         if fault := _set_nested(given, key, value, defaults):
             faults[WORDS].append(fault)
-        typed.add(key.partition(".")[0])
-        replaced = replaced or key == "dataset.path"
-    if replaced and "eval_dataset" not in typed:
-        given["eval_dataset"], unset = None, True
-    elsewhere: Method = "dpo" if method == "sft" else "sft"
     for key in OWN_KEYS[elsewhere]:
         if key in typed:
             faults[WORDS].append(f"{key}: a key of {elsewhere}, which {method} does not read. Remove it.")
-            del given[key]
         elif given.get(key, own[key].default) != own[key].default:
             notes.append(f"{key} changes nothing here: only {elsewhere} reads it")
-            if method == "dpo":
-                del given[key]
-    if method == "dpo":
+        if is_dpo or key in typed:
+            given.pop(key, None)
+    if is_dpo:
         own_file = path is not None and not path.is_relative_to(CONFIGS)
         losses = given.get("loss_type")
-        if losses in ("sft", ["sft"]):
+        if losses == "sft":
             fault = "loss_type: sft alone is the training of zephyr-lite sft. Run that, or add sft to another loss: sigmoid,sft."
             faults[WORDS if "loss_type" in typed else str(path)].append(fault)
         for loss in losses if isinstance(losses, list) else [losses]:  # the recipe's values are those of sigmoid
@@ -164,19 +160,18 @@ def load_config(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         for place, fault in _explain(error, values).items():
-            key = place.partition(".")[0]
-            if key or not any(faults.values()):  # keys that do not go together may be a consequence of another fault
-                by_words = path is None or key in typed or (not key and typed)
-                faults[WORDS if by_words else str(path)].append(fault)
+            if place or not any(faults.values()):  # keys that do not go together may be a consequence of another fault
+                keys = {place.partition(".")[0]} if place else set(re.findall(r"\w+", fault))
+                faults[WORDS if path is None or keys & typed else str(path)].append(fault)
     if any(faults.values()):
         lines = [f"{where}: {fault}" for where, found in faults.items() for fault in found]
         raise UserError("\n".join(lines), LIST_KEYS)
     refuse_secrets(config.model_dump(mode="json"), "the configuration")
-    for spec in config.eval_dataset:
-        if spec in config.dataset:
-            notes.append(
-                f"{spec.path}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
-            )
+    notes += [
+        f"{spec.path}: the rows of eval_dataset are trained on too, so the evaluation loss is not a held-out loss"
+        for spec in config.eval_dataset
+        if spec in config.dataset
+    ]
     if unset and not config.eval_dataset:
         notes.append(NOT_HELD_OUT)
     return Loaded(config, set(given), notes, tool_of(written), typed=typed)
@@ -281,16 +276,18 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> dict[str, str]:
         if parts[1:2] == [0] and not (isinstance(several, list) and len(several) > 1):
             del parts[1]  # the only entry of a list, which the user may have written without one
         place = ".".join(map(str, parts))
+        key = ".".join(part for part in parts if isinstance(part, str))
+        place = key if key in _EXPECTED else place
         if item["type"] == "extra_forbidden":
             fields = MemorySpec.model_fields if parts[0] == "memory" else DatasetSpec.model_fields
             known = [".".join(map(str, [*parts[:-1], key])) for key in fields]
             found[place] = unknown_key(place, known if len(parts) > 1 else RunConfig.model_fields)
-        elif place in found:  # a value of several types is wrong for each
+        elif place in found and key not in _EXPECTED:  # a value of several types is wrong for each
             what = expected(item).replace("expected ", "")
             if what not in found[place]:
                 found[place] = found[place].replace("expected ", f"expected {what} or ", 1)
         else:
-            what = _EXPECTED.get(place) or expected(item)
+            what = _EXPECTED.get(key) or expected(item)
             value = f" (found {short(item['input'])})" if place and item["type"] != "missing" else ""
             found[place] = f"{place}: {what}{value}." if place else f"{what}."
     return found

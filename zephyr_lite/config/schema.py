@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from ..io.text import place
+from ..io.text import counted, place
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 # the rows of the recipe
@@ -30,6 +29,7 @@ OWN_KEYS = {
         *("desirable_weight", "undesirable_weight", "precompute_ref_log_probs"),
     ),
 }
+Place = Annotated[str, AfterValidator(place)]  # a path or a hub id
 # rows to hold out
 ValSize = Annotated[float, Field(ge=0, lt=2**31)] | Literal["auto"]
 
@@ -39,7 +39,7 @@ class DatasetSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str = Field(description="a hub id, a folder in the hub's layout, or a JSONL, JSON, CSV or Parquet file")
+    path: Place = Field(description="a hub id, a folder in the hub's layout, or a JSONL, JSON, CSV or Parquet file")
     name: str | None = Field(None, description="the configuration of a hub data set that has several")
     split: str | None = Field(None, description="the split, if there are several")
     revision: str | None = Field(None, description="a branch, tag or commit of the hub's repository")
@@ -60,10 +60,10 @@ class DatasetSpec(BaseModel):
         None, description="set by the key val_size of the run, which part belongs to as well"
     )
 
-    @field_validator("path")
+    @model_validator(mode="before")
     @classmethod
-    def _is_a_place(cls, value: str) -> str:
-        return place(value)
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class MemorySpec(BaseModel):
@@ -99,9 +99,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
     # the model and its folder
-    model_name_or_path: str = Field("mistralai/Mistral-7B-v0.1", description="the base: a hub id or a folder")
-    model_revision: str = Field("main", description="a branch, tag or commit of the hub's repository")
-    output_dir: str = Field(
+    model_name_or_path: Place = Field("mistralai/Mistral-7B-v0.1", description="the base: a hub id or a folder")
+    model_revision: Place = Field("main", description="a branch, tag or commit of the hub's repository")
+    output_dir: Place = Field(
         "runs/zephyr-7b", description="the run's folder; dpo: by default the newest run with a complete stage sft"
     )
     stage: str = Field(
@@ -150,7 +150,7 @@ class RunConfig(BaseModel):
         512, ge=1, le=2**24, description="dpo: the tokens that a prompt is cut to, on its left, if a pair is too long"
     )
     # the base and its adapters
-    adapters: list[str] | Literal["none"] = Field(
+    adapters: list[Place] | Literal["none"] = Field(
         [],
         description="frozen adapters below the trained one, from the bottom up: folders or hub ids; dpo: [] is the run's "
         "stage sft, `none` the bare base",
@@ -165,7 +165,7 @@ class RunConfig(BaseModel):
     lora_alpha: float = Field(16, gt=0, le=2**20, description="the adapter's scale is lora_alpha / lora_r")
     use_rslora: bool = Field(False, description="rsLoRA: the adapter's scale is lora_alpha / √lora_r")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
-    lora_target_modules: list[str] | Literal["all-linear"] = Field(
+    lora_target_modules: list[Annotated[str, Field(pattern=r"^[\w.]+$")]] | Literal["all-linear"] = Field(
         "all-linear",
         description="modules with an adapter: all projections of a layer, or a list: [q_proj, v_proj]",
     )
@@ -215,7 +215,7 @@ class RunConfig(BaseModel):
         le=1000,
         description="dpo: KL strength; higher stays closer to the reference. By default 2 with simpo, 0.1 with orpo and kto",
     )
-    loss_type: PairLoss | list[PairLoss] | Literal["kto"] = Field(
+    loss_type: PairLoss | Annotated[list[PairLoss], Field(min_length=1)] | Literal["kto"] = Field(
         "sigmoid",
         description="dpo: [a loss](recipe.md#losses), or a list of several, which are added; sigmoid is DPO's own; sft (in a "
         "list only) is the chosen response's negative log-likelihood; kto (never in a list) also learns from single answers "
@@ -254,9 +254,9 @@ class RunConfig(BaseModel):
     )
     sample_tokens: int = Field(64, ge=1, le=2**20, description="the most tokens in such an answer")
     report_to: list[str] = Field([], description="trackers: tensorboard, wandb, trackio and the others of transformers")
-    push_to_hub: str | None = Field(None, description="OWNER/NAME: upload the finished adapter")
+    push_to_hub: Place | None = Field(None, description="OWNER/NAME: upload the finished adapter")
     hub_private_repo: bool = Field(False, description="make the repository of push_to_hub private")
-    sync: str | None = Field(
+    sync: Place | None = Field(
         None,
         description="a folder, or hub:OWNER/NAME, to copy complete checkpoints to; another machine can resume from it",
     )
@@ -276,96 +276,64 @@ class RunConfig(BaseModel):
         """Whether a loss of dpo compares the policy with the reference."""
         return not self.losses.keys() <= REFERENCE_FREE
 
-    @field_validator(
-        "dataset",
-        "eval_dataset",
-        "adapters",
-        "lora_target_modules",
-        "loss_type",
-        "report_to",
-        "push_to_hub",
-        "memory",
-        "lr_scheduler_kwargs",
-        mode="before",
-    )
+    @field_validator("dataset", "eval_dataset", "adapters", "lora_target_modules", "report_to", mode="before")
     @classmethod
-    def _short_forms(cls, value: Any, info: ValidationInfo) -> Any:
-        """One entry in place of a list, null in place of an empty one, and other tools' words for nothing."""
-        match info.field_name:
-            case "memory":
-                return {} if value in (None, "auto") else value
-            case "lr_scheduler_kwargs":
-                return value or {}
-            case "push_to_hub":
-                return None if value is False else value
-            case "loss_type":
-                _check_losses(names := value if isinstance(value, list) else [value])
-                return names[0] if len(names) == 1 else names
-            case "report_to" if value in ("none", ["none"]):
-                return []
-            case "adapters" if value == "none":
-                return value
-            case "lora_target_modules":
-                return [value] if isinstance(value, str) and value != "all-linear" else value
-        entries = [] if value is None else value if isinstance(value, list) else [value]
-        are_sets = info.field_name in ("dataset", "eval_dataset")
-        return [{"path": entry} if are_sets and isinstance(entry, str) else entry for entry in entries]
-
-    @field_validator("lora_target_modules")
-    @classmethod
-    def _are_names(cls, value: Any) -> Any:
-        for name in [] if isinstance(value, str) else value:
-            if not name.replace("_", "").replace(".", "").isalnum():
-                raise ValueError("expected module names such as q_proj; regular expressions are not read")
-        return value
-
-    @field_validator("loss_weights")
-    @classmethod
-    def _one_for_each_loss(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
-        losses = info.data.get("loss_type")  # None: it has a fault of its own
-        count = len(losses) if isinstance(losses, list) else 1
-        if value and losses and len(value) != count:
-            raise ValueError(f"expected {count} number{'s' * (count > 1)}, one for each loss of loss_type")
-        return value
-
-    @field_validator("model_name_or_path", "model_revision", "output_dir", "push_to_hub", "sync", "adapters")
-    @classmethod
-    def _is_a_place(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            return [place(each) for each in value]
-        return value if value is None else place(value)
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
+        """One entry in place of a list, and null in place of an empty one."""
+        if value is None:
+            return []
+        is_word = (info.field_name, value) in (("adapters", "none"), ("lora_target_modules", "all-linear"))
+        return value if is_word or isinstance(value, list) else [value]
 
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
-        losses, name = self.losses, " + ".join(self.losses)
-        if "robust" in losses and self.label_smoothing == 0:
-            raise ValueError("loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped")
-        if self.label_smoothing and not losses.keys() & SMOOTHED:
-            raise ValueError(f"label_smoothing has no effect on loss_type {name}; set it to 0")
-        if self.precompute_ref_log_probs is True and not self.needs_reference:
-            raise ValueError(f"precompute_ref_log_probs has no effect on loss_type {name}, which has no reference")
-        if self.dtype == "float64" and self.load_in_4bit:
-            raise ValueError(
-                "dtype float64 with load_in_4bit: 4-bit weights are not computed in 64 bits; set one of them"
-            )
-        for key in ("vram", "host", "offload", "stream"):
-            if self.engine != "fused" and getattr(self.memory, key) is not None:
-                raise ValueError(
-                    f"memory.{key} has no effect with engine {self.engine}; only memory.keep and memory.micro_tokens do"
-                )
-        if self.memory.int8 and (self.engine != "fused" or not self.load_in_4bit):
-            other = f"engine {self.engine}" if self.engine != "fused" else "load_in_4bit false"
-            raise ValueError(
-                f"memory.compute int8 is for engine fused and a 4-bit base, not for {other}; set it to 16bit"
-            )
-        if not self.lora_target_modules:
-            raise ValueError("lora_target_modules is empty; name modules, or set all-linear")
-        if not self.dataset:
-            raise ValueError("dataset is empty; give a hub id, a folder or a file")
+        names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        losses, loss = self.losses, " + ".join(names)
+        planned = [key for key in ("vram", "host", "offload", "stream") if getattr(self.memory, key) is not None]
+        not_fused = f"engine {self.engine}" if self.engine != "fused" else ""
         size = self.val_size or None
         named = [spec for spec in self.eval_dataset if spec.val_size is None]
-        if size and (named or any(spec.test_size for spec in self.dataset)):
-            raise ValueError("val_size does not go together with eval_dataset or test_size; set one of them")
+        for is_wrong, what in (
+            (len(set(names)) < len(names), "loss_type: expected a loss, or several different ones"),
+            (
+                len(self.loss_weights or names) != len(names),
+                f"loss_weights: expected {counted(len(names), 'number')}, one for each loss of loss_type",
+            ),
+            (
+                "robust" in losses and self.label_smoothing == 0,
+                "loss_type robust needs label_smoothing above 0: the share of pairs assumed to be swapped",
+            ),
+            (
+                self.label_smoothing and not losses.keys() & SMOOTHED,
+                f"label_smoothing has no effect on loss_type {loss}; set it to 0",
+            ),
+            (
+                self.precompute_ref_log_probs is True and not self.needs_reference,
+                f"precompute_ref_log_probs has no effect on loss_type {loss}, which has no reference",
+            ),
+            (
+                self.dtype == "float64" and self.load_in_4bit,
+                "dtype float64 with load_in_4bit: 4-bit weights are not computed in 64 bits; set one of them",
+            ),
+            (
+                not_fused and planned,
+                f"memory.{', memory.'.join(planned)} has no effect with {not_fused}; only memory.keep and "
+                "memory.micro_tokens do",
+            ),
+            (
+                self.memory.int8 and (not_fused or not self.load_in_4bit),
+                f"memory.compute int8 is for engine fused and a 4-bit base, not for {not_fused or 'load_in_4bit false'}; "
+                "set it to 16bit",
+            ),
+            (not self.lora_target_modules, "lora_target_modules is empty; name modules, or set all-linear"),
+            (not self.dataset, "dataset is empty; give a hub id, a folder or a file"),
+            (
+                size and (named or any(spec.test_size for spec in self.dataset)),
+                "val_size does not go together with eval_dataset or test_size; set one of them",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(what)
         if size or len(named) < len(self.eval_dataset):  # the specs follow from val_size
             own = {"val_size": size, **({"part": "train"} if size else {})}
             self.dataset = [spec.model_copy(update=own) for spec in self.dataset]
@@ -377,19 +345,6 @@ class RunConfig(BaseModel):
     def row_kind(self, method: Literal["sft", "dpo"]) -> Literal["sft", "dpo", "kto"]:
         """The kind of rows that a stage reads: kto's are labelled answers or pairs."""
         return "kto" if method == "dpo" and self.loss_type == "kto" else method
-
-
-def _check_losses(names: list[Any]) -> None:
-    known = (*get_args(PairLoss), "kto")
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name)[:100], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "`zephyr-lite keys loss_type` lists them"
-            raise ValueError(f"there is no such loss; {hint}")
-    if not names or len(set(names)) < len(names):
-        raise ValueError("expected a loss, or several different ones")
-    if "kto" in names and len(names) > 1:
-        raise ValueError("kto cannot be in a list: it learns from single answers, the other losses from pairs")
 
 
 # differences of the published DPO QLoRA recipe from the SFT recipe

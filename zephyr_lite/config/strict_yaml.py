@@ -13,6 +13,8 @@ from ..errors import UserError
 from ..io.text import read_text, short
 
 FILE_BYTES = 2**20
+# of PyYAML; the others are of the constructors: a date of the 99th month, a tag that the value does not fit
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 class _BaseError(yaml.MarkedYAMLError):
@@ -29,14 +31,6 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
                 seen.add(key.value)
         return node
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):  # of int(), date(), a bool's words
-            kind = str(node.tag).rpartition(":")[2]
-            problem = f"{short(node.value)} is not a valid {kind}; put it in quotes if it is a text"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
@@ -58,13 +52,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path, limit=FILE_BYTES)
     try:
         values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        words = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        problem = getattr(error, "problem", None) or words
-        raise UserError(
-            f"{path}{f' line {mark.line + 1}' if mark else ''}: not readable as YAML: {problem}.", "Correct the line."
-        ) from None
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", error)
+        raise UserError(f"{path}{line}: not readable as YAML: {problem}.", "Correct the line.") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not set(map(type, values)) <= {str}:
@@ -86,7 +78,7 @@ def read_front_matter(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         values = yaml.load(match[1], _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except _UNREADABLE:
         values = None
     return (values if isinstance(values, dict) else {}), text[match.end() :]
 
@@ -104,7 +96,7 @@ def read_word(text: str, *, numbers: bool = True) -> Any:
         return None
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         if numbers and isinstance(error, _BaseError):
             raise ValueError(error.problem) from None
         value = text
