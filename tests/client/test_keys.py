@@ -54,7 +54,7 @@ def test_a_key_that_the_server_echoes_reaches_no_log_no_file_and_no_error(tmp_pa
         (reply,), totals = run([endpoint], tmp_path, lambda d: ask_all(d, ["hello"]))
     assert KEY in server.seen[0].headers["authorization"]  # otherwise nothing could leak
     if echo == "reply":
-        assert isinstance(reply, Reply) and reply.text == "Your key is [key], is it not?"
+        assert isinstance(reply, Reply) and reply.text == "Your key is ***, is it not?"
     else:
         assert isinstance(reply, RequestFailed | UserError), reply
         assert not leaks(shown(reply))

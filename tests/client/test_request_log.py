@@ -26,7 +26,7 @@ from pathlib import Path
 from zephyr_lite.client import client
 from zephyr_lite.client.client import ModelClient, Request
 from zephyr_lite.client.endpoints import EndpointSpec
-from zephyr_lite.client.jobs import run_job
+from zephyr_lite.io.interrupts import pythons_ctrl_c
 client.BACK_OFF = 0.01
 url, folder, count, settings, limits = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 async def main():
@@ -37,7 +37,8 @@ async def main():
         found = await asyncio.gather(*(client.ask(r) for r in asked), return_exceptions=True)
         replies = [getattr(each, "text", type(each).__name__) for each in found]
         print(json.dumps({"replies": replies, "totals": client.totals.as_dict()}), flush=True)
-run_job(main())
+with pythons_ctrl_c():
+    asyncio.run(main())
 """
 
 

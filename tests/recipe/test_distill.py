@@ -18,13 +18,7 @@ from zephyr_lite.client.jobs import load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
 from zephyr_lite.errors import UserError
-from zephyr_lite.recipe.distill import (
-    NEAR,
-    DistillConfig,
-    Distilled,
-    plan_distill,
-    run_distill,
-)
+from zephyr_lite.recipe.distill import NEAR, DistillConfig, DistillJob
 from zephyr_lite.recipe.prompts import read_prompts
 from zephyr_lite.recipe.user_messages import read_message
 
@@ -70,7 +64,7 @@ def teacher(seen: Seen) -> Act:
     return ok(f"{role_of(seen)} {words_of(seen)}")
 
 
-def plan(folder: Path, url: str, out: str = "out", **changes: Any) -> tuple[DistillConfig, Distilled]:
+def run(folder: Path, url: str, out: str = "out", **changes: Any) -> DistillJob:
     (folder / "grid.yaml").write_text(GRID, encoding="utf-8")
     values = {
         "teacher": f"{url}#t",
@@ -80,16 +74,12 @@ def plan(folder: Path, url: str, out: str = "out", **changes: Any) -> tuple[Dist
         "rounds": 2,
     }
     config = load_settings(DistillConfig, None, {**values, "test_share": 0.0, **changes})
-    seeds = None if config.seeds is None else read_prompts(config.seeds, seed=config.seed)
-    return config, plan_distill(config, seeds)
+    job = DistillJob(config, None if config.seeds is None else read_prompts(config.seeds, seed=config.seed))
+    job.run(hidden_meter())
+    return job
 
 
-def run(folder: Path, url: str, out: str = "out", **changes: Any) -> Distilled:
-    config, result = plan(folder, url, out, **changes)
-    return run_distill(config, result, hidden_meter())
-
-
-def rows_of(result: Distilled, split: str = "train_sft") -> list[dict[str, Any]]:
+def rows_of(result: DistillJob, split: str = "train_sft") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (result.out / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

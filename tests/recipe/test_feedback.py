@@ -21,17 +21,10 @@ from tests.chat_server import Act, ChatServer, Seen, by_hash, error, ok
 from tests.client.test_client import records
 from tests.conftest import make_model, make_tokenizer
 from zephyr_lite.cli import app as cli
-from zephyr_lite.client.cost import Meter
-from zephyr_lite.client.jobs import load_settings
+from zephyr_lite.client.jobs import Meter, load_settings
 from zephyr_lite.config.load import DatasetSpec
 from zephyr_lite.data.load import load_rows
-from zephyr_lite.recipe.feedback import (
-    FeedbackConfig,
-    feedback_bounds,
-    make_pair_folder,
-    read_principles,
-    run_feedback,
-)
+from zephyr_lite.recipe.feedback import FeedbackConfig, FeedbackJob, make_pair_folder
 from zephyr_lite.recipe.judge import ASPECTS
 from zephyr_lite.recipe.prompts import read_prompts
 
@@ -43,7 +36,7 @@ ANSWERS = re.compile(r"\[Answer \d+\]\n(.*?)\n\[End of answer", re.DOTALL)
 
 def hidden_meter() -> Meter:
     """A meter whose output is not shown."""
-    return Meter(Console(file=io.StringIO()), 1, "prompts", priced=False)
+    return Meter(Console(file=io.StringIO()), 1, "prompts")
 
 
 def is_judge(seen: Seen) -> bool:
@@ -88,9 +81,10 @@ def settings(folder: Path, url: str, out: str = "out", count: int = 6, **changes
     return load_settings(FeedbackConfig, None, values)
 
 
-def run(config: FeedbackConfig) -> Any:
-    read = read_prompts(config.prompts, seed=config.seed)
-    return run_feedback(config, read, hidden_meter())
+def run(config: FeedbackConfig) -> FeedbackJob:
+    job = FeedbackJob(config, read_prompts(config.prompts, seed=config.seed))
+    job.run(hidden_meter())
+    return job
 
 
 def rows_of(config: FeedbackConfig) -> list[dict[str, Any]]:
@@ -224,8 +218,8 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
         assert "in all, every request answered at its first try: 24 requests" in said and "$" in said
         assert "budget: 60 requests, never exceeded" in said
         config = settings(tmp_path, server.url, count=2, overall=True)
-        bounds = feedback_bounds(config, read_prompts(config.prompts, seed=1).prompts, read_principles())
-        assert {name: b.requests for name, b in bounds.items()} == {"a": 4, "b": 4, "judge": 16}
+        bounds = dict(re.findall(r"^(\w+): .* requests, ([\d,]+) tokens at most", said, re.MULTILINE))
+        assert re.findall(r"^(\w+): (\d+) requests", said, re.MULTILINE) == [("a", "4"), ("b", "4"), ("judge", "16")]
         run(config)
     assert {(c["overall_score"], c["critique"]) for r in rows_of(config) for c in r["completions"]} == {
         (6, "So be it.")
@@ -234,7 +228,7 @@ def test_a_dry_run_bounds_what_is_spent_and_sends_nothing(tmp_path: Path, capsys
     sizes: Counter[str] = Counter()
     for seen in server.seen:  # in bytes, of which there are at least as many as tokens
         sizes[seen.body["model"]] += sum(len(m["content"].encode()) for m in seen.body["messages"])
-    assert all(sizes[name] <= bound.tokens for name, bound in bounds.items())
+    assert all(sizes[name] <= int(bound.replace(",", "")) for name, bound in bounds.items())
 
 
 def test_a_killed_command_continues(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from .options import (
     console,
     say_all,
 )
-from .recipe import job_meter, say_cost, settings_of
+from .recipe import job_meter, settings_of
 
 if TYPE_CHECKING:
     from ..model.loaded import LoadedModel
@@ -234,10 +234,10 @@ def _judged(bench: Any, dry_run: bool, legend: str = "") -> None:
     say_models(bench.answering, bench.models())
     say_all([f"note: {line}" for line in bench.notes])
     if dry_run:
-        say_cost(bench.dry_run_lines(), bench.config.budget, bench.job)
+        say_all(bench.dry_run_lines())
         return
     total = len(bench.items) * len(bench.models())
-    with job_meter(bench.job, total, bench.unit, bench.answering.endpoints()) as meter:
+    with job_meter(bench.job, total, bench.unit) as meter:
         result = bench.run(meter)
     console.table(*bench.table(result.body["models"]))
     say_all([legend] if legend else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -88,21 +88,19 @@ def feedback(
 
     names = {"prompts": "prompts.path", **{name: f"prompts.{name}" for name in ("split", "column", "limit")}}
     settings = settings_of(ctx, FeedbackConfig, **names)
-    from ..client.cost import bound_lines
-    from ..recipe.feedback import feedback_bounds, make_pair_folder, read_principles, run_feedback
+    from ..recipe.feedback import FeedbackJob, make_pair_folder
     from ..recipe.prompts import read_prompts
 
     read = read_prompts(settings.prompts, seed=settings.seed)
     console.say(read.note())
-    out_folder, specs = Path(settings.out), settings.endpoints().values()
+    job = FeedbackJob(settings, read)
     if dry_run:
-        texts = read_principles(Path(settings.principles_file) if settings.principles_file else None)
-        say_cost(bound_lines(feedback_bounds(settings, read.prompts, texts), specs), settings.budget, out_folder)
+        say_all(job.cost_lines())
         return
-    with job_meter(out_folder, len(read.prompts), "prompts", specs) as meter:
-        result = run_feedback(settings, read, meter)
-    console.table(*result.ratings_table())
-    say_all(result.lines())
+    with job_meter(job.out, len(read.prompts), "prompts") as meter:
+        job.run(meter)
+    console.table(*job.ratings_table())
+    say_all(job.lines())
     if pairs:
         say_all(make_pair_folder(settings))
 
@@ -139,22 +137,21 @@ def distill(
     from ..recipe.distill import DistillConfig
 
     settings = settings_of(ctx, DistillConfig, seeds="seeds.path", split="seeds.split", column="seeds.column")
-    from ..client.cost import bound_lines
-    from ..recipe.distill import TRAIN, distill_bounds, plan_distill, run_distill
+    from ..recipe.distill import TRAIN, DistillJob
     from ..recipe.prompts import read_prompts
 
     read = None if settings.seeds is None else read_prompts(settings.seeds, seed=settings.seed)
     if read is not None:
         console.say(read.note())
-    plan, specs = plan_distill(settings, read), settings.endpoints().values()
+    job = DistillJob(settings, read)
     if dry_run:
-        say_cost(bound_lines(distill_bounds(settings, plan), specs), settings.budget, plan.out)
+        say_all(job.cost_lines())
         return
-    with job_meter(plan.out, plan.wanted, "dialogues", specs) as meter:
-        result = run_distill(settings, plan, meter)
-    say_all(result.lines())
-    if result.train:
-        console.say(next_lines(["sft", f"dataset.path={plan.out / TRAIN}"]))
+    with job_meter(job.out, job.wanted, "dialogues") as meter:
+        job.run(meter)
+    say_all(job.lines())
+    if job.made[TRAIN]:
+        console.say(next_lines(["sft", f"dataset.path={job.out / TRAIN}"]))
 
 
 def ablate(
@@ -237,21 +234,13 @@ def settings_of(ctx: Context, kind: type[Settings], **names: str) -> Settings:
     return load_settings(kind, ctx.params["config"], options)
 
 
-def say_cost(bounds: Iterable[str], budget: Any, folder: Path) -> None:
-    """Print what a job costs at most, and what limits it."""
-    from ..client.cost import budget_lines
-
-    say_all(bounds)
-    say_all(budget_lines(budget, folder))
-
-
 @contextmanager
-def job_meter(folder: Path, total: int, unit: str, specs: Iterable[Any]) -> Iterator[Any]:
-    """The meter of a job (``client.cost.Meter``); after an interrupt, print that no reply is lost."""
-    from ..client.cost import Meter, has_prices
+def job_meter(folder: Path, total: int, unit: str) -> Iterator[Any]:
+    """The meter of a job (``client.jobs.Meter``); after an interrupt, print that no reply is lost."""
+    from ..client.jobs import Meter
 
     try:
-        with Meter(console.out, total, unit, has_prices(specs)) as meter:
+        with Meter(console.out, total, unit) as meter:
             yield meter
     except KeyboardInterrupt:
         console.complain(

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -91,6 +91,7 @@ class _Endpoint:
         self.model, self.spec = model, model.spec
         self.slots = asyncio.Semaphore(self.spec.concurrency)
         self.next_at = 0.0  # when the next request may leave, on the monotonic clock
+        self.answered = False
         self.failed_in_a_row = 0
         self.fatal: UserError | None = None
 
@@ -100,7 +101,7 @@ class ModelClient:
 
     Args:
         specs: endpoints with different names. Endpoints of one folder share one loaded base.
-        weights: ``path`` of an endpoint → its weights, where they are open already.
+        weights: of some of the endpoints' folders, if they are open already.
         max_requests, max_tokens: the job's budget over all its starts; None: no limit. Every try counts as a request.
             The upper bound of a request's tokens is reserved while it is in flight.
 
@@ -116,7 +117,7 @@ class ModelClient:
         specs: Sequence[EndpointSpec],
         folder: Path,
         *,
-        weights: Mapping[str, Weights] | None = None,
+        weights: Weights | None = None,
         max_requests: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
@@ -124,7 +125,7 @@ class ModelClient:
         from .openai_client import OpenAIModel
 
         models: list[OpenAIModel | LocalModel] = [OpenAIModel(spec) for spec in specs if spec.url is not None]
-        models += open_local_models([spec for spec in specs if spec.path is not None], weights or {})
+        models += open_local_models([spec for spec in specs if spec.path is not None], weights)
         self._log = RequestLog(folder)
         self._endpoints = {model.spec.name: _Endpoint(model) for model in models}
         self.totals = self._log.totals
@@ -141,11 +142,10 @@ class ModelClient:
                 logger.info(f"waiting up to {GRACE:.0f} s for {count} replies in flight (Ctrl-C again: stop at once)")
                 await asyncio.wait(self._in_flight, timeout=GRACE)
         finally:
-            left = list(self._in_flight)
-            for task in left:
+            for task in self._in_flight:
                 task.cancel()
             closing = [endpoint.model.close() for endpoint in self._endpoints.values()]
-            await asyncio.gather(*left, *closing, return_exceptions=True)
+            await asyncio.gather(*self._in_flight, *closing, return_exceptions=True)
             self._log.close()
 
     async def ask(self, request: Request) -> Reply:
@@ -163,6 +163,7 @@ class ModelClient:
         parts = [request.key, request.endpoint, endpoint.model.identity, body]
         digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         if (reply := self._log.reply(digest)) is not None:
+            endpoint.answered = True
             self.totals.from_log += 1
             return reply
         prompt = prompt_token_bound(body["messages"])
@@ -218,7 +219,7 @@ class ModelClient:
             if endpoint.fatal is not None:
                 raise endpoint.fatal
             spent = ""
-            if self._max_requests is not None and self.totals.requests + 1 > self._max_requests:
+            if self._max_requests is not None and self.totals.requests >= self._max_requests:
                 spent = f"the budget of {self._max_requests:,} requests is spent."
             elif self._max_tokens is not None and self.totals.tokens + bound > self._max_tokens:
                 spent = f"the budget of {self._max_tokens:,} tokens has no room for a request of up to {bound:,}."
@@ -236,27 +237,28 @@ class ModelClient:
 
     async def _try(self, endpoint: _Endpoint, number: int, body: dict[str, Any]) -> Reply | RequestFailed:
         """Send a request once, and record what comes back."""
-        outcome: Reply | RequestFailed
         try:
-            outcome = await endpoint.model.ask(body)
+            reply = await endpoint.model.ask(body)
         except RequestFailed as error:
-            outcome = error.with_traceback(None)  # whose variables hold the server's words, which may repeat the key
-            self._log.failed(number, error.reason, error.detail, charged=error.charged)
-        else:
-            self._log.replied(number, outcome, endpoint.spec.dollars(outcome.prompt_tokens, outcome.completion_tokens))
-            endpoint.failed_in_a_row = 0
-        return outcome
+            spent = {} if error.charged else {"tokens": 0, "dollars": 0.0}  # else the bounds count as spent
+            self._log.end(number, state="failed", reason=error.reason, detail=error.detail, **spent)
+            return error.with_traceback(None)  # whose variables hold the server's words, which may repeat the key
+        dollars = endpoint.spec.dollars(reply.prompt_tokens, reply.completion_tokens)
+        tokens = reply.prompt_tokens + reply.completion_tokens
+        self._log.end(number, state="replied", tokens=tokens, dollars=dollars, **asdict(reply))
+        endpoint.answered, endpoint.failed_in_a_row = True, 0
+        return reply
 
     def _final_error(self, endpoint: _Endpoint, error: RequestFailed) -> Exception:
         """The error of a request without a reply: UserError if the job has to end, else RequestFailed."""
-        name = endpoint.spec.name
+        where = f"endpoint {endpoint.spec.name}"
         if error.hint is not None:
-            endpoint.fatal = UserError(f"endpoint {name}: {str(error).rstrip('.')}.", error.hint)
-        elif error.charged or name not in self._log.answered:  # else a working server refuses this conversation
+            endpoint.fatal = UserError(f"{where}: {str(error).rstrip('.')}.", error.hint)
+        elif error.charged or not endpoint.answered:  # else a working server refuses this conversation
             endpoint.failed_in_a_row += 1
             if endpoint.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                 endpoint.fatal = UserError(
-                    f"endpoint {name}: no reply, {MAX_FAILED_IN_A_ROW} requests in a row ({error}).",
+                    f"{where}: no reply, {MAX_FAILED_IN_A_ROW} requests in a row ({error}).",
                     "Is the model loaded, and `timeout` long enough? The same command continues the job.",
                 )
         return endpoint.fatal or error

@@ -116,7 +116,7 @@ def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
 EndpointKey = Annotated[EndpointSpec, BeforeValidator(lambda value, info: endpoint_spec(value, str(info.field_name)))]
 
 
-def validated(kind: type[Model], values: Any, where: str) -> Model:
+def validated(kind: type[Model], values: Any, where: str, hint: str = "") -> Model:
     """Values of a YAML file as a model.
 
     Raises:
@@ -136,4 +136,4 @@ def validated(kind: type[Model], values: Any, where: str) -> Model:
             if not kind.model_config.get("hide_input_in_errors"):
                 message += f" (found {str(item['input'])[:60]!r})"
             problems.append(f"{place}: {message}." if place else f"{message}.")
-        raise UserError(f"{where}: " + "\n".join(problems)) from None
+        raise UserError(f"{where}: " + "\n".join(problems), hint) from None

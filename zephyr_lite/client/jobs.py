@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from ..config.load import find_config
 from ..config.strict_yaml import dump_yaml, read_yaml
@@ -16,14 +19,20 @@ from ..errors import UserError
 from ..io.atomic import make_folder, refuse_others, sweep, write_text
 from ..io.interrupts import pythons_ctrl_c
 from ..io.redact import refuse_secrets
+from ..io.text import duration
 from .client import BudgetSpent, ModelClient, RequestFailed
 from .endpoints import EndpointSpec, validated
+from .request_log import Totals
+
+if TYPE_CHECKING:
+    from .local_model import Weights
 
 T = TypeVar("T")
 R = TypeVar("R")
 Settings = TypeVar("Settings", bound="JobConfig")
 NotBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 CONFIG = "config.yaml"
+PIPE_SECONDS = 30.0  # between two lines where the output is no terminal
 CONTINUES = "The same command with a larger budget continues the job and sends no answered request again."
 
 
@@ -45,19 +54,10 @@ class JobConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**31)
     budget: Budget = Budget()
 
-    def endpoints(self) -> dict[str, EndpointSpec]:
-        """{name: endpoint}, every endpoint of the configuration once."""
+    def endpoints(self) -> list[EndpointSpec]:
+        """Every endpoint of the configuration once."""
         values = [value for _, field in self for value in (field if isinstance(field, list) else [field])]
-        return {value.name: value for value in values if isinstance(value, EndpointSpec)}
-
-    def client(self) -> ModelClient:
-        """The client of a job that runs in ``out``."""
-        return ModelClient(
-            list(self.endpoints().values()),
-            Path(self.out),
-            max_requests=self.budget.requests,
-            max_tokens=self.budget.tokens,
-        )
+        return list({value.name: value for value in values if isinstance(value, EndpointSpec)}.values())
 
 
 def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any]) -> Settings:
@@ -80,16 +80,7 @@ def load_settings(kind: type[Settings], file: str | None, options: dict[str, Any
             value = {**inner, nested: value}
         if value is not None:
             values[head] = value
-    missing = [key for key, field in kind.model_fields.items() if field.is_required() and key not in values]
-    if missing:
-        option = "model" if missing[0] == "models" else missing[0]
-        hint = f"Give --{option}, or {missing[0]}: in the file of --config."
-        raise UserError(f"{where}: {', '.join(missing)} missing.", hint)
-    try:
-        return validated(kind, values, where)
-    except UserError as error:  # of an endpoint's word, which knows no file
-        message = error.message if error.message.startswith(where) else f"{where}: {error.message}"
-        raise UserError(message, error.hint) from None
+    return validated(kind, values, where, "Keys are options (--judge), or keys in the file of --config (judge: …).")
 
 
 def distinct_name(spec: EndpointSpec, others: Sequence[EndpointSpec], role: str) -> EndpointSpec:
@@ -155,11 +146,80 @@ async def in_order(
         await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
 
 
-def run_job(main: Coroutine[Any, Any, R]) -> R:
-    """``asyncio.run``; Ctrl-C cancels ``main``, which waits for its replies in flight, and a second one does not wait.
+def run_job(
+    config: JobConfig,
+    command: str,
+    work: Callable[[ModelClient], Awaitable[R]],
+    meter: Meter,
+    folder: Path | None = None,
+    endpoints: Sequence[EndpointSpec] | None = None,
+    weights: Weights | None = None,
+) -> R:
+    """What ``work`` returns, with a client whose request log is in the job's folder. Ctrl-C cancels it and waits for the
+    replies in flight; a second one does not wait.
+
+    Args:
+        command: that makes the folder: "feedback".
+        folder, endpoints: instead of the configuration's ``out`` and endpoints.
+        weights: see ``ModelClient``.
 
     Raises:
         KeyboardInterrupt: after an interrupt.
     """
+    folder = folder or Path(config.out)
+    claim_folder(folder, command, config)
+
+    async def main() -> R:
+        async with ModelClient(
+            endpoints or config.endpoints(),
+            folder,
+            weights=weights,
+            max_requests=config.budget.requests,
+            max_tokens=config.budget.tokens,
+        ) as client:
+            meter.totals = client.totals
+            return await work(client)
+
     with pythons_ctrl_c():
-        return asyncio.run(main)
+        return asyncio.run(main())
+
+
+class Meter:
+    """Items done, requests, tokens, dollars and the time left: a bar in a terminal, a line now and then in a pipe.
+
+    Args:
+        total: number of items.
+        unit: their name: "prompts".
+
+    Attributes:
+        totals: what is shown as spent; of the job's ``ModelClient``.
+    """
+
+    def __init__(self, console: Console, total: int, unit: str) -> None:
+        self.totals = Totals()
+        self._console, self._unit = console, unit
+        self._last_line = time.monotonic()
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[spent]}")
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(unit, total=total, spent="")
+
+    def __enter__(self) -> Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def advance(self) -> None:
+        """Count one more item as done, and show ``412 requests  98,313 tokens  $0.0421  12 min left``."""
+        totals, task = self.totals, self._progress.tasks[self._task]
+        parts = [f"{totals.requests:,} requests", f"{totals.tokens - totals.held:,} tokens"]
+        if dollars := totals.dollars + totals.lost_dollars:
+            parts.append(f"${dollars:,.4f}")
+        if left := task.time_remaining:
+            parts.append(f"{duration(left)} left")
+        spent = "  ".join(parts)
+        self._progress.update(self._task, advance=1, spent=spent)
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= PIPE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {spent}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,65 +144,51 @@ class LocalModel:
         self._stop.set()
 
     def _answer(self, bodies: list[dict[str, Any]]) -> list[Reply | Exception]:
-        """In a thread."""
+        """A reply to each request, or why there is none; in a thread."""
         with _DEVICE:
             try:
-                chat = self.weights.chat
-                prepared = [_prepare(chat, body) for body in bodies]
-                sampled = iter(self._sample(chat, [row for row in prepared if not isinstance(row, Exception)]))
-                return [row if isinstance(row, Exception) else next(sampled) for row in prepared]
+                return self._sample(self.weights.chat, bodies)
             except UserError as error:
                 return [RequestFailed("cannot be loaded", error.message, hint=error.hint or "") for _ in bodies]
             except Exception as error:
                 return [error] * len(bodies)
 
-    def _sample(self, chat: Chat, rows: list[Any]) -> list[Reply | Exception]:
-        """Answer one batch, or its two halves if it does not fit into the memory."""
+    def _sample(self, chat: Chat, bodies: list[dict[str, Any]]) -> list[Reply | Exception]:
+        """Answer one batch, or its two halves if the memory is too small or a conversation cannot be asked."""
         import torch
 
-        if not rows or self._stop.is_set():
-            return [RequestFailed("stopped", "the job was stopped") for _ in rows]
+        from ..chat.generate import Sampling
+
         adapters = None if self.spec.model is None else chat.live.models[self.spec.model]
-        ids, settings = [row[0] for row in rows], [row[1] for row in rows]
+        rows = [Sampling(b["max_tokens"], b["temperature"], b.get("top_p"), b.get("seed", 0)) for b in bodies]
         try:
-            sampled = chat.sample(ids, settings, adapters=adapters, stop=self._stop.is_set)
-        except torch.OutOfMemoryError:
-            sampled = None  # the halves are tried outside: the exception holds the batch's tensors
-        if sampled is None and len(rows) == 1:
-            detail = f"{len(ids[0]):,} tokens and {settings[0].max_new_tokens:,} new ones do not fit into the memory"
-            return [RequestFailed("out of memory", detail)]
-        if sampled is None:
-            half = len(rows) // 2
-            return [*self._sample(chat, rows[:half]), *self._sample(chat, rows[half:])]
-        if self._stop.is_set():  # an answer that was cut off is none
-            return [RequestFailed("stopped", "the job was stopped") for _ in rows]
-        return [Reply(s.text, s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in sampled]
+            ids = [chat.prompt_ids(body["messages"]) for body in bodies]
+            sampled = chat.sample(ids, rows, adapters=adapters, stop=self._stop.is_set)
+        except UserError as error:
+            failed = RequestFailed("cannot be asked", error.message)
+        except torch.OutOfMemoryError:  # which holds the batch's tensors: the halves are tried outside
+            failed = RequestFailed("out of memory", f"prompt and {rows[0].max_new_tokens:,} tokens do not fit into it")
+        else:
+            if self._stop.is_set():  # an answer that was cut off is none
+                return [RequestFailed("stopped", "the job was stopped") for _ in bodies]
+            return [Reply(s.text, s.finish_reason, s.prompt_tokens, s.completion_tokens) for s in sampled]
+        if len(bodies) == 1:
+            return [failed]
+        half = len(bodies) // 2
+        return [*self._sample(chat, bodies[:half]), *self._sample(chat, bodies[half:])]
 
 
-def _prepare(chat: Chat, body: dict[str, Any]) -> Any:
-    """(prompt's ids, sampling settings), or the RequestFailed of a conversation that cannot be asked."""
-    from ..chat.generate import Sampling, TooLong
-
-    try:
-        ids = chat.prompt_ids(body["messages"])
-    except TooLong as error:
-        return RequestFailed("longer than the context", error.message)
-    except UserError as error:
-        return RequestFailed("refused by the chat template", error.message)
-    return ids, Sampling(body["max_tokens"], body["temperature"], body.get("top_p"), body.get("seed", 0))
-
-
-def open_local_models(specs: Sequence[EndpointSpec], known: Mapping[str, Weights]) -> list[LocalModel]:
+def open_local_models(specs: Sequence[EndpointSpec], known: Weights | None = None) -> list[LocalModel]:
     """The models of local endpoints; those of one folder, or of a run and its last stage, share their weights.
 
     Args:
-        known: ``path`` of an endpoint → weights that are open already.
+        known: weights that are open already.
     """
-    opened = {weights.source: weights for weights in known.values()}
+    opened = {} if known is None else {known.source: known}
     models: list[LocalModel] = []
     for spec in specs:
         try:
-            weights = known.get(str(spec.path)) or Weights(spec.path)
+            weights = opened.get(str(spec.path)) or Weights(spec.path)
             models.append(LocalModel(spec, opened.setdefault(weights.source, weights)))
         except UserError as error:
             raise UserError(f"endpoint {spec.name}: {error.message}", error.hint) from None

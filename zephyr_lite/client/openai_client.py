@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, optional
-from ..io.redact import remember
+from ..io.redact import redact, remember
 from ..io.text import shown
 from .client import RequestFailed, prompt_token_bound
 from .endpoints import EndpointSpec
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import openai
 
 MAX_SERVER_WAIT = 600.0  # seconds that a server may ask to wait before the job stops instead
-SHORT_KEY = 8  # characters; a shorter key is a placeholder ("ollama"), and not removed from replies
 BUSY = (429, 503, 529)  # the last one is not in the standard, but used
 NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "ProxyError")  # of httpx: nothing was sent
 # what to do where no other request would do better, by the status
@@ -81,11 +80,13 @@ class OpenAIModel:
             choice = done.choices[0]
             text = choice.message.content or choice.message.refusal or ""
             # a server may send half of a surrogate pair (a reply cut within an emoji), which UTF-8 cannot encode
-            text = self._without_key(text.encode("utf-8", "replace").decode())
+            text = text.encode("utf-8", "replace").decode()
+            if self._key and self._key in text:
+                text = redact(text)
         except openai.APIStatusError as error:
             self._reached = True
             message = error.body.get("message") if isinstance(error.body, dict) else None
-            message = self._shown(str(message or error.message))
+            message = _line(str(message or error.message))
             for name, complaint in (("max_tokens", "max_completion_tokens"), ("seed", "seed")):
                 if error.status_code in (400, 422) and name in sent and complaint in message:
                     self._unknown.add(name)
@@ -94,7 +95,7 @@ class OpenAIModel:
         except (TimeoutError, openai.APIConnectionError) as error:
             if type(error.__cause__).__name__ in NOT_CONNECTED:
                 hint = "Is the server running at that URL? `ollama serve` starts Ollama (port 11434)."
-                detail = f"{self.spec.url}: {self._shown(str(error.__cause__))}"
+                detail = f"{self.spec.url}: {_line(str(error.__cause__))}"
                 # a server that answered before may come back; one that never did is a mistake in the command
                 raise RequestFailed("cannot be reached", detail, retry=self._reached, hint=hint) from None
             raise RequestFailed(
@@ -129,12 +130,10 @@ class OpenAIModel:
             hint=HINTS.get(status),
         )
 
-    def _without_key(self, text: str) -> str:
-        return text if self._key is None or len(self._key) < SHORT_KEY else text.replace(self._key, "[key]")
 
-    def _shown(self, text: str) -> str:
-        """A server's message on one line, shortened, without the key."""
-        return shown(self._without_key(" ".join(text.split())), 300)
+def _line(text: str) -> str:
+    """A server's message on one line, shortened, without keys."""
+    return shown(redact(" ".join(text.split())), 300)
 
 
 def read_key(spec: EndpointSpec) -> str | None:

@@ -12,7 +12,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,12 @@ from ..errors import UserError
 
 NAME = "requests.sqlite"
 KILLED = "killed before the reply"  # reason of a failed try
-SCHEMA = """
-CREATE TABLE requests (
+OPENING = f"""
+PRAGMA locking_mode = EXCLUSIVE;      -- until the connection is closed
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS requests (
     id INTEGER PRIMARY KEY,
     digest TEXT NOT NULL,
     key TEXT NOT NULL,
@@ -37,7 +41,9 @@ CREATE TABLE requests (
     reason TEXT,
     detail TEXT
 );
-CREATE INDEX by_digest ON requests (digest);
+CREATE INDEX IF NOT EXISTS by_digest ON requests (digest);
+UPDATE requests SET state = 'failed', reason = '{KILLED}' WHERE state = 'sent';
+COMMIT;
 """
 
 
@@ -91,7 +97,6 @@ class RequestLog:
 
     Attributes:
         totals: of all rows.
-        answered: the endpoints that have replied.
 
     Raises:
         UserError: another process has the folder open, the file is no request log, or the disk fails.
@@ -100,20 +105,11 @@ class RequestLog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.totals = Totals()
-        self.answered: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._db.row_factory = sqlite3.Row
         with self._errors_named():
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # held until the connection is closed
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("BEGIN IMMEDIATE")
-            if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'requests'").fetchone() is None:
-                for statement in SCHEMA.split(";\n"):
-                    self._db.execute(statement)
-            self._db.execute("UPDATE requests SET state = 'failed', reason = ? WHERE state = 'sent'", (KILLED,))
-            self._db.execute("COMMIT")
+            self._db.executescript(OPENING)
             for row in self._db.execute("SELECT * FROM requests ORDER BY id"):
                 self.totals.requests += 1
                 self._count(row)
@@ -136,25 +132,8 @@ class RequestLog:
         assert done.lastrowid is not None
         return done.lastrowid
 
-    def replied(self, number: int, reply: Reply, dollars: float) -> None:
-        """Record a reply; on the disk when this returns."""
-        tokens = reply.prompt_tokens + reply.completion_tokens
-        self._end(number, state="replied", tokens=tokens, dollars=dollars, **asdict(reply))
-
-    def failed(self, number: int, reason: str, detail: str, *, charged: bool) -> None:
-        """Record a failed try.
-
-        Args:
-            charged: whether its tokens may have been paid for; the bound counts as spent then.
-        """
-        spent = {} if charged else {"tokens": 0, "dollars": 0.0}
-        self._end(number, state="failed", reason=reason, detail=detail, **spent)
-
-    def close(self) -> None:
-        """Release the folder."""
-        self._db.close()
-
-    def _end(self, number: int, **values: Any) -> None:
+    def end(self, number: int, **values: Any) -> None:
+        """Record a reply or a failure: values of the row's columns; on the disk when this returns."""
         columns = ", ".join(f"{name} = ?" for name in values)
         with self._errors_named():
             self._db.execute(f"UPDATE requests SET {columns} WHERE id = ?", (*values.values(), number))
@@ -162,19 +141,22 @@ class RequestLog:
         self.totals.held -= row["bound"]
         self._count(row)
 
+    def close(self) -> None:
+        """Release the folder."""
+        self._db.close()
+
     def _count(self, row: sqlite3.Row) -> None:
         """Add a request that has ended."""
         totals = self.totals
         if row["state"] == "replied":
-            self.answered.add(row["endpoint"])
             totals.replies += 1
             totals.prompt_tokens += row["prompt_tokens"]
             totals.completion_tokens += row["completion_tokens"]
             totals.dollars += row["dollars"]
-            return
-        totals.lost_tokens += row["tokens"]
-        totals.lost_dollars += row["dollars"]
-        totals.failed_tries[row["reason"]] += 1
+        else:
+            totals.lost_tokens += row["tokens"]
+            totals.lost_dollars += row["dollars"]
+            totals.failed_tries[row["reason"]] += 1
 
     @contextmanager
     def _errors_named(self) -> Iterator[None]:

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from ..client.client import ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import CostClient, Meter, bound_lines
+from ..client.cost import CostClient, cost_lines
 from ..client.endpoints import EndpointKey, EndpointSpec, Message, parse_endpoint
-from ..client.jobs import CONTINUES, JobConfig, claim_folder, in_order, nothing_made, refuse_equal_names, run_job
+from ..client.jobs import CONTINUES, JobConfig, Meter, in_order, nothing_made, refuse_equal_names, run_job
 from ..client.local_model import Weights
 from ..config.load import DatasetSpec
 from ..data.sources import open_source
@@ -262,16 +262,13 @@ class Benchmark(ABC):
 
     def dry_run_lines(self) -> list[str]:
         """Upper bounds of what the job costs, with every answer of ``max_tokens``."""
-        specs = {spec.name: spec for spec in self.answering.endpoints()}
-        client = CostClient(specs)
 
-        async def ask_all() -> None:
+        async def work(client: CostClient) -> None:
             for model in self.models():
                 for item in self.items:
                     await self._outcome(client, model, item)
 
-        run_job(ask_all())
-        return bound_lines(client.bounds, specs.values())
+        return cost_lines(self.answering.endpoints(), work, self.config.budget, self.job)
 
     def run(self, meter: Meter) -> Judged:
         """Ask models and judge, and write the result and all texts; the result only if the budget reached all items.
@@ -280,31 +277,23 @@ class Benchmark(ABC):
             UserError: the job's folder holds something else, an endpoint cannot answer at all, or there is no verdict.
         """
         config, answering, judge = self.config, self.answering, self.answering.judge
-        claim_folder(self.job, f"eval {self.kind}", config)
         outcomes: dict[str, list[Outcome]] = {model: [] for model in self.models()}
         spent: list[str] = []  # a message for each item that the budget did not reach, or reached in part
         # enough items to keep every endpoint busy, and few enough that little is half done when a budget ends
         window = 2 * max(spec.concurrency for spec in answering.endpoints())
 
-        async def main() -> dict[str, Any]:
-            async with ModelClient(
-                answering.endpoints(),
-                self.job,
-                weights={answering.weights.source: answering.weights} if answering.weights else {},
-                max_requests=config.budget.requests,
-                max_tokens=config.budget.tokens,
-            ) as client:
-                meter.totals = client.totals
-                pairs = [(model, item) for model in outcomes for item in self.items]
-                async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
-                    if isinstance(found, Outcome):
-                        outcomes[model].append(found)
-                    else:
-                        spent.append(str(found))
-                    meter.advance()
-                return client.totals.as_dict()
+        async def work(client: ModelClient) -> dict[str, Any]:
+            pairs = [(model, item) for model in outcomes for item in self.items]
+            async for (model, _), found in in_order(pairs, lambda pair: self._outcome(client, *pair), window):
+                if isinstance(found, Outcome):
+                    outcomes[model].append(found)
+                else:
+                    spent.append(str(found))
+                meter.advance()
+            return client.totals.as_dict()
 
-        totals = run_job(main())
+        command, endpoints = f"eval {self.kind}", answering.endpoints()
+        totals = run_job(config, command, work, meter, self.job, endpoints, answering.weights)
         asked = len(self.items)
         ending = "" if asked == self.whole else "".join(f"-{name}" for name in self.part) + f"-limit-{asked}"
         self.write_texts(self.job / ending[1:], outcomes)

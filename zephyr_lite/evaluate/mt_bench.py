@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from ..client.cost import Meter
 from ..client.endpoints import Message
-from ..client.jobs import json_line
+from ..client.jobs import Meter, json_line
 from ..errors import UserError
 from ..io.atomic import bytes_aside, file_aside
 from ..io.text import is_file, is_folder

@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from ..client.endpoints import validated
 from ..config.load import (
@@ -40,6 +39,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import load_rows
 from ..errors import UserError
+from ..evaluate.judge import standard_error
 from ..evaluate.likelihood import Logps, chat_loss, row_logps, scorer_of
 from ..io.atomic import alone, write_json, write_text
 from ..io.run_dir import StageDir
@@ -52,6 +52,7 @@ from ..train.stage import Observer
 
 logger = logging.getLogger(__name__)
 
+METHODS: tuple[Method, Method] = ("sft", "dpo")
 OneStage = Annotated[dict[Method, str], Field(min_length=1, max_length=1)]
 ONE_BASE = ("model_name_or_path", "model_revision", "load_in_4bit", "bnb_4bit_use_double_quant", "dtype")
 # the two published sets; ``--chat`` and ``--preferences`` name copies of them
@@ -206,12 +207,9 @@ def run_ablation(table: Table, *, observers: Sequence[Observer] = ()) -> Ablatio
     """
     stages = table.stages()
     for key in ONE_BASE:
-        found = list(dict.fromkeys(str(getattr(stage.loaded.config, key)) for stage in stages))
+        found = {str(getattr(stage.loaded.config, key)) for stage in stages}
         if len(found) > 1:
-            raise UserError(
-                f"{table.name}: {key} is not the same in all stages: {', '.join(found)}.",
-                f"Give one for all of them: {key}={found[0]}",
-            )
+            raise UserError(f"{table.name}: {key} differs between stages: {', '.join(sorted(found))}.", f"Add {key}=…")
     with alone(table.run):
         _check_rows(table)
         for number, stage in enumerate(stages, 1):
@@ -239,19 +237,17 @@ def run_ablation(table: Table, *, observers: Sequence[Observer] = ()) -> Ablatio
 def _free() -> None:
     """Free the base that was used last before the next one is loaded."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _check_rows(table: Table) -> None:
     """Open every data set before hours of training."""
-    methods: tuple[Method, Method] = ("sft", "dpo")
     for stage in table.stages():
         if not StageDir(table.run / stage.name).complete():
             config = stage.loaded.config
             for specs in filter(None, (config.dataset, config.eval_dataset)):
                 load_rows(specs, stage.method, seed=config.seed, system=config.system)
-    for method in methods:
+    for method in METHODS:
         spec, config = table.held_out(method)
         load_rows([spec], method, seed=config.seed, system=config.system)
 
@@ -277,9 +273,9 @@ def _score(table: Table) -> Ablation:
             chat_loss=chat_loss(scorer_of(live, live.policy), chats),
             likelier=_likelier(logps),
             accuracy=won.mean().item(),
-            accuracy_error=_standard_error(won),
+            accuracy_error=standard_error(won.tolist()),
             margin=margins.mean().item(),
-            margin_error=_standard_error(margins),
+            margin_error=standard_error(margins.tolist()),
         )
         del live
         _free()
@@ -297,10 +293,6 @@ def _held_out(table: Table, method: Method, template: ChatTemplate) -> Tokenized
 def _likelier(logps: Logps) -> float:
     means = logps.means()
     return (means[:, 0] > means[:, 1]).double().mean().item()
-
-
-def _standard_error(values: Tensor) -> float | None:
-    return (torch.std(values) / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
 # -- the table as text -----------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,19 +22,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from .. import __version__
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import Bound, CostClient, Meter
-from ..client.endpoints import EndpointKey, EndpointSpec, Message
+from ..client.cost import CostClient, cost_lines
+from ..client.endpoints import EndpointKey, EndpointSpec, Message, validated
 from ..client.jobs import (
     CONTINUES,
     JobConfig,
+    Meter,
     NotBlank,
-    claim_folder,
     distinct_name,
     in_order,
     json_line,
     nothing_made,
     run_job,
-    validated,
 )
 from ..client.request_log import Totals
 from ..config.strict_yaml import read_yaml
@@ -130,102 +128,238 @@ def read_grid(path: Path | None, seed: int) -> Grid:
     return grid
 
 
-# -- requests --------------------------------------------------------------------------------------------------------
-
-
-def opening_request(
-    config: DistillConfig, grid: Grid, number: int, attempt: int, examples: Sequence[str], avoid: str | None
-) -> Request:
-    """The request for the first question of a dialogue.
-
-    Args:
-        number: the dialogue's; it determines the cell.
-        attempt: number of openings of this dialogue that were turned down before.
-        examples: prompts that show what messages look like.
-        avoid: an earlier opening that the last attempt was too similar to.
-    """
-    topic, kind = grid.cell(number)
-    part = ""
-    if parts := grid.topics[topic]:  # the parts of a topic take turns from one visit of the cell to the next
-        start = seed_of(config.seed, "part", number % grid.size)
-        part = f", in particular {parts[(start + number // grid.size + attempt) % len(parts)]}"
-    lines = [
-        "Write one message to an assistant.",
-        f"It is about {topic}{part}.",
-        f"What the person wants from the assistant is {grid.kinds[kind] or kind}.",
-        random.Random(f"opening {config.seed} {number} {attempt}").choice(grid.manners),
-    ]
-    lines.append("Everything that the assistant needs for the task must stand in the message.")
-    if examples:
-        shown = "\n".join(f"<example>\n{text}\n</example>" for text in examples)
-        lines.append(f"Messages of other people, to show how they write (the subject is another one):\n{shown}")
-    if avoid is not None:
-        lines.append(f"This has been asked already; ask for something clearly different:\n<asked>\n{avoid}\n</asked>")
-    return _user_request(config, "\n\n".join(lines), "opening", number, attempt)
-
-
-def follow_up_request(
-    config: DistillConfig, grid: Grid, number: int, attempt: int, turns: Sequence[Message]
-) -> Request:
-    """The request for the user's next message, which refines or extends what was asked."""
-    round_ = len(turns) // 2
-    move = random.Random(f"move {config.seed} {number} {attempt} {round_}").choice(grid.moves).strip().rstrip(".")
-    history = "\n\n".join(f"[{'You' if t['role'] == 'user' else 'The assistant'}]\n{t['content']}" for t in turns)
-    asked = (
-        f"This is your conversation with an assistant so far.\n\n{history}\n\n[End]\n\n"
-        f"Write your next message, in the same language. In it you {move}. It builds on the "
-        "last answer and can be understood from the conversation alone. No thanks, no praise, no goodbye."
-    )
-    return _user_request(config, asked, "question", number, attempt, round_)
-
-
-def _user_request(config: DistillConfig, text: str, *key: str | int) -> Request:
-    user = config.user_endpoint
-    return Request(
-        key="/".join(map(str, key)),
-        endpoint=user.name,
-        messages=({"role": "system", "content": USER}, {"role": "user", "content": text}),
-        max_tokens=min(QUESTION_TOKENS, user.max_tokens),
-        seed=seed_of(config.seed, *key),
-    )
-
-
 # -- dialogues -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Distilled:
-    """The result of a run."""
+class DistillJob:
+    """Dialogues of a grid or of seeds, and what is counted meanwhile.
 
-    out: Path
-    wanted: int  # dialogues
-    grid: Grid
-    seeds: Prompts | None
-    train: int = 0  # dialogues written
-    test: int = 0
-    openings: int = 0  # asked for
-    turned_down: Counter[str] = field(default_factory=Counter)  # of the openings, by reason
-    ended: Counter[str] = field(default_factory=Counter)  # dialogues shorter than asked for, by reason
-    rounds: Counter[int] = field(default_factory=Counter)  # dialogues by their number of rounds
-    unreached: int = 0  # dialogues that the budget did not reach
-    budget_message: str = ""
-    totals: Totals = field(default_factory=Totals)
+    Attributes:
+        wanted: number of dialogues to make.
+        made: number of dialogues by split's file.
+        openings: number of openings asked for.
+        turned_down: of the openings, by reason.
+        ended: dialogues shorter than asked for, by reason.
+        rounds: dialogues by their number of rounds.
+        unreached: number of dialogues that the budget did not reach.
 
-    @property
-    def made(self) -> int:
-        return self.train + self.test
+    Raises:
+        UserError: the grid cannot be read.
+    """
+
+    def __init__(self, config: DistillConfig, seeds: Prompts | None) -> None:
+        self.config, self.seeds, self.out = config, seeds, Path(config.out)
+        self.grid = read_grid(Path(config.grid) if config.grid else None, config.seed)
+        self.examples = [] if seeds is None else [prompt.text for prompt in seeds.prompts]
+        self.wanted = config.count or self.grid.size
+        if config.openings == "seeds":
+            self.wanted = min(config.count or len(self.examples), len(self.examples))
+        self.made, self.openings, self.unreached, self.budget_message = Counter[str](), 0, 0, ""
+        self.turned_down, self.ended, self.rounds = Counter[str](), Counter[str](), Counter[int]()
+        self.totals = Totals()
+
+    def cost_lines(self) -> list[str]:
+        """What the job costs at most, if every first opening can be used."""
+
+        async def work(client: CostClient) -> None:
+            await self._make(client, lambda: None)
+
+        return cost_lines(self.config.endpoints(), work, self.config.budget, self.out)
+
+    def run(self, meter: Meter) -> None:
+        """Make the data set in ``config.out``: train_sft.jsonl, test_sft.jsonl, report.json, requests.sqlite, config.yaml.
+
+        The columns are ultrachat_200k's (prompt, prompt_id, messages), and topic and kind.
+
+        Raises:
+            UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
+        """
+
+        async def work(client: ModelClient) -> dict[int, list[Message]]:
+            self.totals = client.totals
+            return await self._make(client, meter.advance)
+
+        self._write(run_job(self.config, COMMAND, work, meter))
+        write_json(self.out / REPORT, self.report())
+
+    async def _make(
+        self, client: ModelClient | CostClient, on_dialogue: Callable[[], None]
+    ) -> dict[int, list[Message]]:
+        """{number: messages} of all dialogues, in up to ``config.tries`` passes over the missing ones."""
+        config = self.config
+        earlier = Openings(config.similarity)
+        missing = list(range(self.wanted))
+        if config.openings == "seeds":
+            missing = [number for number in missing if earlier.take(self.examples[number]) is None]
+            self.openings = near = self.wanted - len(missing)
+            self.turned_down.update([NEAR] * near)
+        else:
+            for text in self.examples:  # an example that is handed back is no opening
+                earlier.take(text)
+        dialogues: dict[int, list[Message]] = {}
+        avoid: dict[int, str] = {}  # number → the opening that its last one was too similar to
+        # a number waits for those before it: twice as many as can be asked at once
+        window = 2 * sum(spec.concurrency for spec in config.endpoints())
+
+        async def one_pass(numbers: list[int], attempt: int) -> None:
+            """Try each number once."""
+            turns = [asyncio.Event() for _ in range(len(numbers) + 1)]
+            turns[0].set()
+
+            async def dialogue_of(place: int) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
+                number, opening = numbers[place], ""
+                problem: RequestFailed | BudgetSpent | None = None
+                try:
+                    opening = await self._opening(client, number, attempt, avoid.get(number))
+                except (RequestFailed, BudgetSpent) as error:
+                    problem = error
+                await turns[place].wait()
+                if opening and config.openings == "grid" and (near := earlier.take(opening)) is not None:
+                    avoid[number], problem = near, RequestFailed(NEAR)
+                turns[place + 1].set()
+                if problem is not None:
+                    raise problem
+                return await self._grow(client, number, attempt, opening)
+
+            async for place, found in in_order(range(len(numbers)), dialogue_of, window):
+                self.openings += not isinstance(found, BudgetSpent)
+                messages, problem = found if isinstance(found, tuple) else ([], found)
+                if isinstance(problem, BudgetSpent):
+                    self.budget_message = str(problem)
+                if messages:
+                    dialogues[numbers[place]] = messages
+                    self.rounds[len(messages) // 2] += 1
+                    self.ended.update([problem.reason] if problem else [])
+                    on_dialogue()
+                elif isinstance(problem, RequestFailed):
+                    self.turned_down[problem.reason] += 1
+
+        for attempt in range(config.tries):
+            await one_pass(missing, attempt)
+            missing = [number for number in missing if number not in dialogues]
+            if not missing or self.budget_message:
+                break
+        self.unreached = len(missing) if self.budget_message else 0
+        return dialogues
+
+    async def _opening(self, client: ModelClient | CostClient, number: int, attempt: int, avoid: str | None) -> str:
+        """The first question of a dialogue.
+
+        Args:
+            number: the dialogue's; it determines the cell.
+            attempt: number of openings of this dialogue that were turned down before.
+            avoid: an earlier opening that the last attempt was too similar to.
+        """
+        config, grid = self.config, self.grid
+        if config.openings == "seeds":
+            return self.examples[number]
+        topic, kind = grid.cell(number)
+        part = ""
+        if parts := grid.topics[topic]:  # the parts of a topic take turns from one visit of the cell to the next
+            start = seed_of(config.seed, "part", number % grid.size)
+            part = f", in particular {parts[(start + number // grid.size + attempt) % len(parts)]}"
+        lines = [
+            "Write one message to an assistant.",
+            f"It is about {topic}{part}.",
+            f"What the person wants from the assistant is {grid.kinds[kind] or kind}.",
+            random.Random(f"opening {config.seed} {number} {attempt}").choice(grid.manners),
+            "Everything that the assistant needs for the task must stand in the message.",
+        ]
+        quoted = random.Random(f"examples {config.seed} {number} {attempt}").sample(
+            self.examples, min(config.examples, len(self.examples))
+        )
+        if quoted:
+            shown = "\n".join(f"<example>\n{text}\n</example>" for text in quoted)
+            lines.append(f"Messages of other people, to show how they write (the subject is another one):\n{shown}")
+        if avoid is not None:
+            quoted.append(avoid)
+            lines.append(
+                f"This has been asked already; ask for something clearly different:\n<asked>\n{avoid}\n</asked>"
+            )
+        request = self._user_request("\n\n".join(lines), "opening", number, attempt)
+        return await ask_message(client, request, quoted=quoted)
+
+    async def _follow_up(
+        self, client: ModelClient | CostClient, number: int, attempt: int, messages: Sequence[Message]
+    ) -> str:
+        """The user's next message, which refines or extends what was asked."""
+        round_ = len(messages) // 2
+        draw = random.Random(f"move {self.config.seed} {number} {attempt} {round_}")
+        move = draw.choice(self.grid.moves).strip().rstrip(".")
+        history = "\n\n".join(
+            f"[{'You' if turn['role'] == 'user' else 'The assistant'}]\n{turn['content']}" for turn in messages
+        )
+        asked = (
+            f"This is your conversation with an assistant so far.\n\n{history}\n\n[End]\n\n"
+            f"Write your next message, in the same language. In it you {move}. It builds on the "
+            "last answer and can be understood from the conversation alone. No thanks, no praise, no goodbye."
+        )
+        request = self._user_request(asked, "question", number, attempt, round_)
+        return await ask_message(client, request, turns=[turn["content"] for turn in messages])
+
+    def _user_request(self, text: str, *key: str | int) -> Request:
+        user = self.config.user_endpoint
+        return Request(
+            key="/".join(map(str, key)),
+            endpoint=user.name,
+            messages=({"role": "system", "content": USER}, {"role": "user", "content": text}),
+            max_tokens=min(QUESTION_TOKENS, user.max_tokens),
+            seed=seed_of(self.config.seed, *key),
+        )
+
+    async def _grow(
+        self, client: ModelClient | CostClient, number: int, attempt: int, opening: str
+    ) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
+        """User and assistant in turn, up to ``config.rounds`` rounds; and why it has fewer, down to none."""
+        messages: list[Message] = []
+        try:
+            for round_ in range(self.config.rounds):
+                question = await self._follow_up(client, number, attempt, messages) if round_ else opening
+                turns = [*messages, {"content": question, "role": "user"}]
+                key = ("answer", number, attempt, round_)
+                seed = seed_of(self.config.seed, *key)
+                request = Request("/".join(map(str, key)), self.config.teacher.name, tuple(turns), seed=seed)
+                reply = await client.ask(request)
+                if reply.finish_reason == "length":
+                    raise RequestFailed("an answer cut at max_tokens")
+                if not reply.text.strip():
+                    raise RequestFailed("an empty answer")
+                messages = [*turns, {"content": reply.text.strip(), "role": "assistant"}]
+        except RequestFailed as error:
+            return messages, error if messages else RequestFailed(f"no first answer: {error.reason}")
+        except BudgetSpent as error:
+            return messages, error
+        return messages, None
+
+    def _write(self, dialogues: dict[int, list[Message]]) -> None:
+        """train_sft.jsonl and test_sft.jsonl; a split without rows has no file, since readers refuse one."""
+        if not dialogues:
+            down = ", ".join(f"{reason}: {n:,}" for reason, n in self.turned_down.most_common())
+            raise nothing_made(self.out, f"dialogue came out of {self.wanted:,}", [down, self.budget_message])
+        lines: dict[str, list[str]] = {TRAIN: [], TEST: []}
+        for number, messages in sorted(dialogues.items()):
+            prompt = messages[0]["content"]
+            prompt_id = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
+            topic, kind = self.grid.cell(number) if self.config.openings == "grid" else ("", "")
+            row = {"prompt": prompt, "prompt_id": prompt_id, "messages": messages, "topic": topic, "kind": kind}
+            held_out = int(prompt_id[:8], 16) < self.config.test_share * 2**32
+            lines[TEST if held_out else TRAIN].append(json_line(row))
+        for name, rows in lines.items():
+            self.made[name] = len(rows)
+            if not rows:
+                (self.out / name).unlink(missing_ok=True)
+                continue
+            with file_aside(self.out / name) as file:
+                file.writelines(rows)
 
     def report(self) -> dict[str, Any]:
         """For report.json."""
         return {
             "command": COMMAND,
             "version": __version__,
-            "dialogues": {"wanted": self.wanted, "train_sft": self.train, "test_sft": self.test},
+            "dialogues": {"wanted": self.wanted, "train_sft": self.made[TRAIN], "test_sft": self.made[TEST]},
             "not_reached_by_the_budget": self.unreached,
-            "openings": {
-                "asked": self.openings,
-                "turned_down": dict(self.turned_down.most_common()),
-            },
+            "openings": {"asked": self.openings, "turned_down": dict(self.turned_down.most_common())},
             "rounds": {str(rounds): count for rounds, count in sorted(self.rounds.items())},
             "ended_early": dict(self.ended.most_common()),
             "seeds": None if self.seeds is None else self.seeds.note(),
@@ -234,10 +368,10 @@ class Distilled:
 
     def lines(self) -> list[str]:
         """The result, one fact a line."""
-        test = f", {self.test:,} in {TEST}" if self.test else ""
+        files = " and ".join(f"{count:,} in {name}" for name, count in self.made.items() if count)
         rounds = ", ".join(f"{count:,} of {n}" for n, count in sorted(self.rounds.items(), reverse=True))
         result = [
-            f"{self.out}: {self.made:,} of {self.wanted:,} dialogues: {self.train:,} in {TRAIN}{test}",
+            f"{self.out}: {self.made.total():,} of {self.wanted:,} dialogues: {files}",
             f"questions and answers: {rounds}",
         ]
         for title, counts in (("openings turned down", self.turned_down), ("ended early", self.ended)):
@@ -249,158 +383,3 @@ class Distilled:
                 f"{self.unreached:,} dialogues are missing, {shorter:,} are shorter: {self.budget_message} {CONTINUES}"
             )
         return result
-
-
-def plan_distill(config: DistillConfig, seeds: Prompts | None) -> Distilled:
-    """What a run is to make. Raises UserError if the grid cannot be read."""
-    grid = read_grid(Path(config.grid) if config.grid else None, config.seed)
-    most = len(seeds.prompts) if seeds is not None and config.openings == "seeds" else None
-    wanted = config.count or most or grid.size
-    return Distilled(Path(config.out), wanted if most is None else min(wanted, most), grid, seeds)
-
-
-def run_distill(config: DistillConfig, result: Distilled, meter: Meter) -> Distilled:
-    """Make the data set in ``config.out``: train_sft.jsonl, test_sft.jsonl, report.json, requests.sqlite, config.yaml.
-
-    The columns are ultrachat_200k's (prompt, prompt_id, messages), and topic and kind.
-
-    Args:
-        result: of ``plan_distill``; filled in.
-
-    Raises:
-        UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
-    """
-    claim_folder(result.out, COMMAND, config)
-
-    async def run() -> dict[int, list[Message]]:
-        async with config.client() as client:
-            result.totals = meter.totals = client.totals
-            return await make_dialogues(client, config, result, meter.advance)
-
-    _write(config, result, run_job(run()))
-    write_json(result.out / REPORT, result.report())
-    return result
-
-
-async def make_dialogues(
-    client: ModelClient | CostClient, config: DistillConfig, result: Distilled, on_dialogue: Callable[[], None]
-) -> dict[int, list[Message]]:
-    """{number: messages} of all dialogues, in up to ``config.tries`` passes over the missing ones; counts into ``result``."""
-    examples = [prompt.text for prompt in result.seeds.prompts] if result.seeds is not None else []
-    earlier = Openings(config.similarity)
-    missing = list(range(result.wanted))
-    if config.openings == "seeds":
-        missing = [number for number in missing if earlier.take(examples[number]) is None]
-        result.openings = near = result.wanted - len(missing)
-        result.turned_down.update([NEAR] * near)
-    else:
-        for text in examples:  # an example that is handed back is no opening
-            earlier.take(text)
-    dialogues: dict[int, list[Message]] = {}
-    avoid: dict[int, str] = {}  # number → the opening that its last one was too similar to
-    # a number waits for those before it: twice as many as can be asked at once
-    window = 2 * sum(spec.concurrency for spec in config.endpoints().values())
-
-    async def opening_of(number: int, attempt: int) -> str:
-        if config.openings == "seeds":
-            return examples[number]
-        rng = random.Random(f"examples {config.seed} {number} {attempt}")
-        shown = rng.sample(examples, min(config.examples, len(examples)))
-        request = opening_request(config, result.grid, number, attempt, shown, avoid.get(number))
-        return await ask_message(client, request, quoted=[*shown, avoid.get(number, "")])
-
-    async def one_pass(numbers: list[int], attempt: int) -> None:
-        """Try each number once."""
-        turns = [asyncio.Event() for _ in range(len(numbers) + 1)]
-        turns[0].set()
-
-        async def dialogue_of(place: int) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
-            number, opening = numbers[place], ""
-            problem: RequestFailed | BudgetSpent | None = None
-            try:
-                opening = await opening_of(number, attempt)
-            except (RequestFailed, BudgetSpent) as error:
-                problem = error
-            await turns[place].wait()
-            if opening and config.openings == "grid" and (near := earlier.take(opening)) is not None:
-                avoid[number], problem = near, RequestFailed(NEAR)
-            turns[place + 1].set()
-            if problem is not None:
-                raise problem
-            return await grow(client, config, result.grid, number, attempt, opening)
-
-        async for place, found in in_order(range(len(numbers)), dialogue_of, window):
-            result.openings += not isinstance(found, BudgetSpent)
-            messages, problem = found if isinstance(found, tuple) else ([], found)
-            if isinstance(problem, BudgetSpent):
-                result.budget_message = str(problem)
-            if messages:
-                dialogues[numbers[place]] = messages
-                result.rounds[len(messages) // 2] += 1
-                result.ended.update([problem.reason] if problem else [])
-                on_dialogue()
-            elif isinstance(problem, RequestFailed):
-                result.turned_down[problem.reason] += 1
-
-    for attempt in range(config.tries):
-        await one_pass(missing, attempt)
-        missing = [number for number in missing if number not in dialogues]
-        if not missing or result.budget_message:
-            break
-    result.unreached = len(missing) if result.budget_message else 0
-    return dialogues
-
-
-async def grow(
-    client: ModelClient | CostClient, config: DistillConfig, grid: Grid, number: int, attempt: int, opening: str
-) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
-    """User and assistant in turn, up to ``config.rounds`` rounds; and why it has fewer, down to none."""
-    messages: list[Message] = []
-    question = opening
-    try:
-        for round_ in range(config.rounds):
-            if round_:
-                request = follow_up_request(config, grid, number, attempt, messages)
-                question = await ask_message(client, request, turns=[turn["content"] for turn in messages])
-            turns = [*messages, {"content": question, "role": "user"}]
-            key = ("answer", number, attempt, round_)
-            seed = seed_of(config.seed, *key)
-            reply = await client.ask(Request("/".join(map(str, key)), config.teacher.name, tuple(turns), seed=seed))
-            if reply.finish_reason == "length":
-                raise RequestFailed("an answer cut at max_tokens")
-            if not reply.text.strip():
-                raise RequestFailed("an empty answer")
-            messages = [*turns, {"content": reply.text.strip(), "role": "assistant"}]
-    except RequestFailed as error:
-        return messages, error if messages else RequestFailed(f"no first answer: {error.reason}")
-    except BudgetSpent as error:
-        return messages, error
-    return messages, None
-
-
-def _write(config: DistillConfig, result: Distilled, dialogues: dict[int, list[Message]]) -> None:
-    """train_sft.jsonl and test_sft.jsonl; a split without rows has no file, since readers refuse one."""
-    if not dialogues:
-        down = ", ".join(f"{reason}: {n:,}" for reason, n in result.turned_down.most_common())
-        what = f"dialogue came out of {result.wanted:,}"
-        raise nothing_made(result.out, what, [down, result.budget_message])
-    with file_aside(result.out / TRAIN) as train, file_aside(result.out / TEST) as test:
-        for number, messages in sorted(dialogues.items()):
-            prompt = messages[0]["content"]
-            prompt_id = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
-            topic, kind = result.grid.cell(number) if config.openings == "grid" else ("", "")
-            row = {"prompt": prompt, "prompt_id": prompt_id, "messages": messages, "topic": topic, "kind": kind}
-            held_out = int(prompt_id[:8], 16) < config.test_share * 2**32
-            (test if held_out else train).write(json_line(row))
-            result.test += held_out
-            result.train += not held_out
-    for count, name in ((result.train, TRAIN), (result.test, TEST)):
-        if not count:
-            (result.out / name).unlink()
-
-
-def distill_bounds(config: DistillConfig, plan: Distilled) -> dict[str, Bound]:
-    """{endpoint: upper bounds of what a job costs, if every first opening can be used}; counts into ``plan``."""
-    client = CostClient(config.endpoints())
-    asyncio.run(make_dialogues(client, config, plan, lambda: None))
-    return client.bounds

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,20 +18,19 @@ from pydantic import BeforeValidator, Field, RootModel, model_validator
 
 from .. import __version__
 from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import Bound, CostClient, Meter
-from ..client.endpoints import EndpointKey, EndpointSpec, Message
+from ..client.cost import CostClient, cost_lines
+from ..client.endpoints import EndpointKey, EndpointSpec, Message, validated
 from ..client.jobs import (
     CONTINUES,
     JobConfig,
+    Meter,
     NotBlank,
-    claim_folder,
     distinct_name,
     in_order,
     json_line,
     nothing_made,
     refuse_equal_names,
     run_job,
-    validated,
 )
 from ..client.request_log import Totals
 from ..config.strict_yaml import read_yaml
@@ -42,7 +42,6 @@ from .judge import (
     NOT_RATED,
     Aspect,
     Overall,
-    Rating,
     aspect_messages,
     overall_messages,
     parse_overall,
@@ -56,7 +55,6 @@ T = TypeVar("T")
 COMMAND = "feedback"
 ROWS, REPORT, PAIRS = "train.jsonl", "report.json", "pairs"
 PRINCIPLES = Path(__file__).parent / "principles.yaml"
-PARSED_TRIES = 3  # draws of a rating that cannot be parsed
 PLACES = 20  # of left out prompts, in the report
 
 
@@ -146,28 +144,166 @@ def draw_slots(config: FeedbackConfig, principles: Mapping[str, Sequence[str]], 
     return slots
 
 
-# -- one prompt ------------------------------------------------------------------------------------------------------
+# -- the job ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Feedback:
-    """The result of a run."""
+async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
+    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
+    results: list[T | RequestFailed] = []
+    for found in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(found, BaseException) and not isinstance(found, RequestFailed):
+            raise found
+        results.append(found)
+    return results
 
-    out: Path
-    read: Prompts
-    rows: int = 0  # written to train.jsonl
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → the places of the prompts without a row
-    unreached: int = 0  # prompts that the budget did not reach, or reached in part
-    budget_message: str = ""
-    totals: Totals = field(default_factory=Totals)
-    completions: Counter[str] = field(default_factory=Counter)  # by model
-    # missing completions by reason, the judge's ratings by aspect
-    failed: Counter[str] = field(default_factory=Counter)
-    # how often each rating was given, by (model, aspect)
-    ratings: defaultdict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Count a row."""
+class FeedbackJob:
+    """Completions and ratings of prompts, and what is counted meanwhile.
+
+    Args:
+        read: the prompts.
+
+    Attributes:
+        rows: number of rows in train.jsonl.
+        dropped: reason → the places of the prompts without a row.
+        unreached: number of prompts that the budget did not reach, or reached in part.
+        failed: missing completions by reason, the judge's ratings by aspect.
+        completions: number of each model's completions.
+        ratings: how often each rating was given, by (model, aspect).
+    """
+
+    def __init__(self, config: FeedbackConfig, read: Prompts) -> None:
+        self.config, self.read, self.out = config, read, Path(config.out)
+        self.principles = read_principles(Path(config.principles_file) if config.principles_file else None)
+        self.rows, self.unreached, self.budget_message, self.totals = 0, 0, "", Totals()
+        self.dropped: dict[str, list[str]] = {}
+        self.failed: Counter[str] = Counter()
+        self.completions: Counter[str] = Counter()
+        self.ratings: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+
+    def cost_lines(self) -> list[str]:
+        """What the job costs at most."""
+
+        async def work(client: CostClient) -> None:
+            for prompt in self.read.prompts:
+                with suppress(RequestFailed):  # nothing is rated
+                    await self.rate(client, prompt)
+
+        return cost_lines(self.config.endpoints(), work, self.config.budget, self.out)
+
+    def run(self, meter: Meter) -> None:
+        """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
+
+        The rows are in the prompts' order, and the same however many requests run at once and however often the job was
+        interrupted, if the servers give the same replies.
+
+        Raises:
+            UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
+        """
+        run_job(self.config, COMMAND, partial(self._write_rows, meter), meter)
+        write_json(self.out / REPORT, self.report())
+
+    async def _write_rows(self, meter: Meter, client: ModelClient) -> None:
+        self.totals, prompts, config = client.totals, self.read.prompts, self.config
+        # enough prompts in progress to keep all endpoints busy, and few enough that little is half done when the budget ends
+        answering = math.ceil(sum(spec.concurrency for spec in config.models) / config.completions)
+        window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
+        with file_aside(self.out / ROWS) as file:
+            async for prompt, row in in_order(prompts, partial(self.rate, client), window):
+                if isinstance(row, BudgetSpent):
+                    self.unreached += 1
+                    self.budget_message = str(row)
+                elif isinstance(row, RequestFailed):
+                    self.dropped.setdefault(row.reason, []).append(prompt.where)
+                else:
+                    self._count(row)
+                    file.write(json_line(row))
+                meter.advance()
+            if not self.rows:  # an earlier file stays as it is
+                failures = ", ".join(f"{reason}: {count:,}" for reason, count in self.failed.items())
+                reasons = [summarise(self.dropped), self.budget_message, failures]
+                raise nothing_made(self.out, f"row came out of {len(prompts):,} prompts", reasons)
+
+    async def rate(self, client: ModelClient | CostClient, prompt: Prompt) -> dict[str, Any]:
+        """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
+
+        Two completions are enough for a row. An aspect whose ratings cannot be parsed is "N/A" for all of them.
+
+        Raises:
+            RequestFailed: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
+        """
+        slots = draw_slots(self.config, self.principles, prompt.id)
+        answered: list[tuple[Slot, dict[str, Any]]] = []
+        for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
+            if isinstance(reply, RequestFailed) or not reply.text.strip():
+                reason = reply.reason if isinstance(reply, RequestFailed) else "an empty answer"
+                self.failed[f"{slot.endpoint}: {reason}"] += 1
+                continue
+            completion: dict[str, Any] = {
+                "annotations": {},
+                "custom_system_prompt": slot.system,
+                "model": slot.endpoint,
+                "principle": slot.principle,
+                "response": reply.text.strip(),
+                "critique": "",
+                "overall_score": None,
+            }
+            answered.append((slot, completion))
+        if len(answered) < 2:
+            raise RequestFailed("fewer than two completions")
+        completions = [completion for _, completion in answered]
+        texts = [completion["response"] for completion in completions]
+        for aspect, found in zip(ASPECTS, await together(self._rate(client, prompt, texts, a) for a in ASPECTS)):
+            if isinstance(found, RequestFailed):
+                self.failed[f"judge, {aspect.name}"] += 1
+                found = [{"Rating": NOT_RATED, "Rationale": ""} for _ in texts]
+            for completion, annotation in zip(completions, found):
+                completion["annotations"][aspect.name] = annotation
+        if self.config.overall:
+            scores = await together(self._score(client, prompt, slot, each["response"]) for slot, each in answered)
+            for completion, score in zip(completions, scores):
+                if isinstance(score, RequestFailed):
+                    self.failed[f"judge, overall: {score.reason}"] += 1
+                else:
+                    completion["critique"], completion["overall_score"] = score.critique, score.overall_score
+        for completion in completions:
+            ratings = Counter(annotation["Rating"] for annotation in completion["annotations"].values())
+            completion["fine-grained_score"] = _mean(ratings)
+        if all(completion["fine-grained_score"] is None for completion in completions):
+            raise RequestFailed("the judge rated nothing")
+        return {
+            "source": prompt.source,
+            "instruction": prompt.text,
+            "models": [slot.endpoint for slot, _ in answered],
+            "completions": completions,
+            "correct_answers": prompt.correct,
+            "incorrect_answers": prompt.incorrect,
+        }
+
+    async def _rate(
+        self, client: ModelClient | CostClient, prompt: Prompt, texts: Sequence[str], aspect: Aspect
+    ) -> list[dict[str, str]]:
+        """Each text's rating on one aspect; the judge sees them in a drawn order."""
+        order = shown_order(prompt.id, aspect.name, len(texts), self.config.seed)
+        messages = aspect_messages(aspect, prompt.text, [texts[place] for place in order])
+        request = self._judge_request(f"rating/{prompt.id[:16]}/{aspect.name}", messages, prompt.id, aspect.name)
+        na = bool(aspect.not_rated)
+        shown = await client.ask_parsed(request, lambda reply: parse_ratings(reply, len(texts), na))
+        rated = {place: {"Rating": str(r.rating), "Rationale": r.rationale} for place, r in zip(order, shown)}
+        return [rated[place] for place in range(len(texts))]
+
+    async def _score(self, client: ModelClient | CostClient, prompt: Prompt, slot: Slot, text: str) -> Overall:
+        key = f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}"
+        request = self._judge_request(key, overall_messages(prompt.text, text), prompt.id, "overall", slot.number)
+        return await client.ask_parsed(request, parse_overall)
+
+    def _judge_request(self, key: str, messages: tuple[Message, ...], *seed: object) -> Request:
+        """At temperature 0, unless the configuration sets another."""
+        judge = self.config.judge
+        temperature = None if "temperature" in judge.model_fields_set else 0.0
+        return Request(key, judge.name, messages, temperature, seed=seed_of(self.config.seed, *seed))
+
+    def _count(self, row: Mapping[str, Any]) -> None:
         self.rows += 1
         for completion in row["completions"]:
             self.completions[completion["model"]] += 1
@@ -176,6 +312,12 @@ class Feedback:
 
     def report(self) -> dict[str, Any]:
         """For report.json."""
+        ratings: dict[str, dict[str, Any]] = {}
+        for model in sorted(self.completions):
+            counts = {aspect.name: self.ratings[model, aspect.name] for aspect in ASPECTS}
+            ratings[model] = {
+                name: {"mean": _mean(given), "counts": dict(sorted(given.items()))} for name, given in counts.items()
+            }
         return {
             "command": COMMAND,
             "version": __version__,
@@ -190,10 +332,7 @@ class Feedback:
             "not_reached_by_the_budget": self.unreached,
             "completions": dict(sorted(self.completions.items())),
             "failed": dict(self.failed.most_common()),
-            "ratings": {
-                model: {aspect.name: _rating_report(self.ratings[model, aspect.name]) for aspect in ASPECTS}
-                for model in sorted(self.completions)
-            },
+            "ratings": ratings,
             "spent": self.totals.as_dict(),
         }
 
@@ -220,177 +359,8 @@ class Feedback:
 
 def _mean(ratings: Mapping[str, int]) -> float | None:
     """The mean of the ratings that are numbers."""
-    given = {int(rating): count for rating, count in ratings.items() if rating != NOT_RATED}
-    count = sum(given.values())
-    return sum(rating * often for rating, often in given.items()) / count if count else None
-
-
-def _rating_report(ratings: Mapping[str, int]) -> dict[str, Any]:
-    mean = _mean(ratings)
-    return {"mean": None if mean is None else round(mean, 4), "counts": dict(sorted(ratings.items()))}
-
-
-async def together(work: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
-    """All results, with RequestFailed in the place of those that failed by it; any other error is raised."""
-    results: list[T | RequestFailed] = []
-    for found in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(found, BaseException) and not isinstance(found, RequestFailed):
-            raise found
-        results.append(found)
-    return results
-
-
-async def rate_prompt(
-    client: ModelClient | CostClient,
-    config: FeedbackConfig,
-    principles: Mapping[str, Sequence[str]],
-    result: Feedback,
-    prompt: Prompt,
-) -> dict[str, Any]:
-    """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
-
-    Two completions are enough for a row. An aspect whose ratings cannot be parsed is "N/A" for all of them.
-
-    Raises:
-        RequestFailed: fewer than two completions, or no rating. BudgetSpent, UserError: of the client.
-    """
-    slots = draw_slots(config, principles, prompt.id)
-    answered: list[Slot] = []
-    completions: list[dict[str, Any]] = []
-    for slot, reply in zip(slots, await together(client.ask(slot.request(prompt)) for slot in slots)):
-        text = "" if isinstance(reply, RequestFailed) else reply.text.strip()
-        if not text:
-            reason = reply.reason if isinstance(reply, RequestFailed) else "an empty answer"
-            result.failed[f"{slot.endpoint}: {reason}"] += 1
-            continue
-        answered.append(slot)
-        completions.append(
-            {
-                "annotations": {},
-                "custom_system_prompt": slot.system,
-                "model": slot.endpoint,
-                "principle": slot.principle,
-                "response": text,
-                "critique": "",
-                "overall_score": None,
-            }
-        )
-    if len(completions) < 2:
-        raise RequestFailed("fewer than two completions")
-    texts = [completion["response"] for completion in completions]
-
-    def judge_request(key: str, messages: tuple[Message, ...], *parts: object) -> Request:
-        """At temperature 0, unless the configuration sets another."""
-        temperature = None if "temperature" in config.judge.model_fields_set else 0.0
-        return Request(key, config.judge.name, messages, temperature, seed=seed_of(config.seed, prompt.id, *parts))
-
-    async def rate(aspect: Aspect) -> list[tuple[int, Rating]]:
-        """(place among the completions, rating) on one aspect; they are shown to the judge in a drawn order."""
-        order = shown_order(prompt.id, aspect.name, len(texts), config.seed)
-        messages = aspect_messages(aspect, prompt.text, [texts[place] for place in order])
-        request = judge_request(f"rating/{prompt.id[:16]}/{aspect.name}", messages, aspect.name)
-        na = bool(aspect.not_rated)
-        shown = await client.ask_parsed(request, lambda reply: parse_ratings(reply, len(texts), na), PARSED_TRIES)
-        return list(zip(order, shown))
-
-    async def score(slot: Slot, text: str) -> Overall:
-        key = f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}"
-        request = judge_request(key, overall_messages(prompt.text, text), "overall", slot.number)
-        return await client.ask_parsed(request, parse_overall, PARSED_TRIES)
-
-    rated_any = False
-    for aspect, rated in zip(ASPECTS, await together(rate(aspect) for aspect in ASPECTS)):
-        for completion in completions:
-            completion["annotations"][aspect.name] = {"Rating": NOT_RATED, "Rationale": ""}
-        if isinstance(rated, RequestFailed):
-            result.failed[f"judge, {aspect.name}"] += 1
-            continue
-        for place, rating in rated:
-            annotation = {"Rating": str(rating.rating), "Rationale": rating.rationale}
-            completions[place]["annotations"][aspect.name] = annotation
-            rated_any = rated_any or annotation["Rating"] != NOT_RATED
-    if config.overall:
-        scores = await together(score(slot, text) for slot, text in zip(answered, texts))
-        for completion, found in zip(completions, scores):
-            if isinstance(found, RequestFailed):
-                result.failed[f"judge, overall: {found.reason}"] += 1
-            else:
-                completion["critique"], completion["overall_score"] = found.critique, found.overall_score
-    if not rated_any:
-        raise RequestFailed("the judge rated nothing")
-    for completion in completions:
-        ratings = Counter(annotation["Rating"] for annotation in completion["annotations"].values())
-        completion["fine-grained_score"] = _mean(ratings)
-    return {
-        "source": prompt.source,
-        "instruction": prompt.text,
-        "models": [slot.endpoint for slot in answered],
-        "completions": completions,
-        "correct_answers": prompt.correct,
-        "incorrect_answers": prompt.incorrect,
-    }
-
-
-# -- all prompts -----------------------------------------------------------------------------------------------------
-
-
-def run_feedback(config: FeedbackConfig, read: Prompts, meter: Meter) -> Feedback:
-    """Make the data set in ``config.out``: train.jsonl, report.json, requests.sqlite, config.yaml.
-
-    The rows are in the prompts' order, and the same however many requests run at once and however often the job was
-    interrupted, if the servers give the same replies.
-
-    Raises:
-        UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
-    """
-    out = Path(config.out)
-    principles = read_principles(Path(config.principles_file) if config.principles_file else None)
-    claim_folder(out, COMMAND, config)
-    result = Feedback(out, read)
-    # enough prompts in progress to keep all endpoints busy, and few enough that little is half done when the budget ends
-    answering = math.ceil(sum(spec.concurrency for spec in config.models) / config.completions)
-    window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
-
-    async def run() -> None:
-        async with config.client() as client:
-            result.totals = meter.totals = client.totals
-            rate = partial(rate_prompt, client, config, principles, result)
-            with file_aside(out / ROWS) as file:
-                async for prompt, row in in_order(read.prompts, rate, window):
-                    if isinstance(row, BudgetSpent):
-                        result.unreached += 1
-                        result.budget_message = str(row)
-                    elif isinstance(row, RequestFailed):
-                        result.dropped.setdefault(row.reason, []).append(prompt.where)
-                    else:
-                        result.add(row)
-                        file.write(json_line(row))
-                    meter.advance()
-                if not result.rows:  # an earlier file stays as it is
-                    failures = ", ".join(f"{reason}: {count:,}" for reason, count in result.failed.items())
-                    reasons = [summarise(result.dropped), result.budget_message, failures]
-                    what = f"row came out of {len(read.prompts):,} prompts"
-                    raise nothing_made(out, what, reasons)
-
-    run_job(run())
-    write_json(out / REPORT, result.report())
-    return result
-
-
-def feedback_bounds(
-    config: FeedbackConfig, prompts: Iterable[Prompt], principles: Mapping[str, Sequence[str]]
-) -> dict[str, Bound]:
-    """{endpoint: upper bounds of what a job costs}."""
-    client = CostClient(config.endpoints())
-    unused = Feedback(Path(config.out), Prompts(""))
-
-    async def ask_all() -> None:
-        for prompt in prompts:
-            with suppress(RequestFailed):  # nothing is rated
-                await rate_prompt(client, config, principles, unused, prompt)
-
-    asyncio.run(ask_all())
-    return client.bounds
+    given = Counter({int(rating): count for rating, count in ratings.items() if rating != NOT_RATED})
+    return statistics.fmean(given.elements()) if given else None
 
 
 def make_pair_folder(config: FeedbackConfig) -> list[str]:
