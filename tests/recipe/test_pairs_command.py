@@ -123,7 +123,8 @@ def test_excluded_questions_come_from_any_file(tmp_path, name, content):
     source = write(tmp_path / "raw.jsonl", raw_rows(8))
     (tmp_path / name).write_text(content)
     report = make_pairs([str(source)], tmp_path / "out", exclude=[str(tmp_path / name)], test=0)
-    assert [place.split()[-1] for place in report.dropped["is an excluded question"]] == ["4", "6"]
+    places = report["dropped"]["is an excluded question"]["first"]
+    assert [place.split()[-1] for place in places] == ["4", "6"]
 
 
 def test_equal_prompts_are_held_out_together_and_stay_held_out_as_the_set_grows(tmp_path):
@@ -153,7 +154,7 @@ def test_an_earlier_result_is_replaced_only_when_asked_and_nothing_else_ever(inv
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert "(it holds thesis.txt)" in invoke("raw.jsonl --out mine --overwrite", fails=True)
     assert "would replace" in invoke("raw.jsonl --out . --overwrite", fails=True)
-    assert "raw.jsonl/below: cannot be made" in invoke("raw.jsonl --out raw.jsonl/below", fails=True)
+    assert "raw.jsonl: cannot be created" in invoke("raw.jsonl --out raw.jsonl/below", fails=True)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def pairs(
 ) -> None:
     """Scored completions (UltraFeedback's raw schema) → preference pairs like ultrafeedback_binarized."""
     from ..io.redact import refuse_secrets
-    from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs
+    from ..recipe.ultrafeedback import TRAIN, PairRules, make_pairs, report_lines
 
     # the report and dropped.tsv name them
     refuse_secrets({"SOURCE": list(inputs), "--exclude": exclude or []}, "the command line")
@@ -110,7 +110,7 @@ def pairs(
     if report is None:
         console.say(f"{out} is complete already.")
     else:
-        _say_made(out, report.lines(), report.files, "report.md, report.json and dropped.tsv")
+        _say_made(out, report_lines(report), report["files"], "report.md, report.json and dropped.tsv")
     console.say(next_lines(["dpo", f"dataset.path={out}", f"dataset.split={TRAIN}"]))
 
 

@@ -57,7 +57,7 @@ StageConfig = Annotated[
 # of `data chat` and `data pairs`
 NewFolder = Annotated[Path, Option("--out", help="The folder to make.")]
 FileFormat = Annotated[Literal["parquet", "jsonl"], Option("--format", help="File format.")]
-NumProc = Annotated[int | None, Option(help="Number of processes; the result is the same.")]
+NumProc = Annotated[int | None, Option(min=1, help="Number of processes; the result is the same.")]
 Replace = Annotated[bool, Option("--overwrite", help="Replace an earlier result.")]
 # of jobs that ask models
 JobConfig = Annotated[str | None, Option("--config", "-c", help="A YAML file, or a preset; options take precedence.")]

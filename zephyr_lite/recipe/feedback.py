@@ -49,7 +49,7 @@ from .judge import (
     shown_order,
 )
 from .prompts import Prompt, Prompts, PromptsKey
-from .ultrafeedback import PairRules, make_pairs
+from .ultrafeedback import PairRules, make_pairs, report_lines
 
 T = TypeVar("T")
 COMMAND = "feedback"
@@ -375,4 +375,4 @@ def make_pair_folder(config: FeedbackConfig) -> list[str]:
         earlier = f" {pairs} is from an earlier run." if pairs.exists() else ""
         return [f"no pairs: {error.message}{earlier}", f"With other rules: zephyr-lite data pairs {rows} --out {pairs}"]
     assert report is not None  # overwritten
-    return [*report.lines(), f"Next: zephyr-lite dpo dataset.path={pairs} dataset.split=train_prefs"]
+    return [*report_lines(report), f"Next: zephyr-lite dpo dataset.path={pairs} dataset.split=train_prefs"]

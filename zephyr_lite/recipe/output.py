@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +18,7 @@ from rich.progress import track
 
 from ..data.workers import interruptible
 from ..errors import UserError
-from ..io.atomic import refuse_others, sweep
+from ..io.atomic import make_folder, refuse_others, sweep
 from ..io.run_dir import read_json
 
 FileFormat = Literal["parquet", "jsonl"]
@@ -29,68 +28,50 @@ REPORT, DROPPED = "report.json", "dropped.tsv"
 _job: Callable[[Any], Any]
 
 
-def request_of(out: Path, sources: Sequence[str], **options: Any) -> str:
-    """A hash of a command's options and input, saved as ``request`` in ``report.json``.
-
-    Of ``sources`` (hub ids, or paths, ``PATH#SPLIT`` too) the files' sizes and dates are part of the hash.
-    """
-    files = []
-    for source in sources:
-        path = Path(source if Path(source).expanduser().exists() else source.partition("#")[0]).expanduser()
-        found = [path] if path.is_file() else sorted(path.rglob("[!.]*")) if path.is_dir() else []
-        read = [file for file in found if file.is_file() and out.resolve() not in file.resolve().parents]
-        files.append([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in read])
-    return hashlib.sha256(repr((list(sources), sorted(options.items()), files)).encode()).hexdigest()
-
-
-def check_output(
-    out: Path,
-    sources: Sequence[str],
-    made_by: str,
-    overwrite: bool,
-    request: str,
-    *,
-    test: float | None,
-    num_proc: int | None,
-) -> bool:
-    """Check a data command's output folder and options before any work.
+def claim(
+    out: Path, sources: Sequence[str], made_by: str, overwrite: bool, test: float | None, **options: Any
+) -> str | None:
+    """Check a data command's output folder before any work.
 
     Args:
-        sources: paths (or hub ids) that are read.
+        sources: paths (``PATH#SPLIT`` too) or hub ids that are read.
         made_by: the field of ``report.json`` in an earlier result, which ``overwrite`` allows to replace.
+        test: size of the test split.
+        options: everything else that the result depends on.
 
     Returns:
-        Whether the folder has the result of the same request already.
+        A hash of the options, the sources, and the sizes and dates of their files, to be saved as ``request`` in
+        ``report.json``; None: the folder has the result of the same request already.
 
     Raises:
-        UserError: the folder cannot be made, or holds a source or anything but an earlier result; an option is invalid.
+        UserError: the folder cannot be made, or holds a source or anything but an earlier result; ``test`` is invalid.
     """
     if test is not None and not (0 <= test < 1 or (test >= 1 and float(test).is_integer())):
         raise UserError(f"test {test:g}: is neither a share below 1 nor a number of rows.", "Write --test 0.1.")
-    if num_proc is not None and num_proc < 1:
-        raise UserError(f"num-proc {num_proc}: has to be at least 1.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder.", "Choose another --out.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made: {error.strerror}.", "Choose another --out.") from None
+    make_folder(out.parent)
+    files = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = Path(source if Path(source).expanduser().exists() else source.partition("#")[0]).expanduser()
         if path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"{out} holds the source {source}, which it would replace.", "Choose another --out.")
+        for file in [path, *(sorted(path.rglob("[!.]*")) if path.is_dir() else [])]:
+            if file.is_file() and out.resolve() not in file.resolve().parents:
+                files.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    values = (list(sources), sorted((options | {"test": test}).items()), files)
+    request = hashlib.sha256(repr(values).encode()).hexdigest()
     sweep(out.absolute().parent, out.name)
     if not out.is_dir() or not any(out.iterdir()):
-        return False
+        return request
     report = read_json(out / REPORT) or {}
     refuse_others(out, report.get("made_by") == made_by, f"a result of {made_by}")
-    if overwrite or report.get("request") == request:
-        return not overwrite
-    raise UserError(
-        f"{out} holds a set that {made_by} made with other options, or of other files.",
-        "Replace it with --overwrite, or choose another --out.",
-    )
+    if not overwrite and report.get("request") != request:
+        raise UserError(
+            f"{out} holds a set that {made_by} made with other options, or of other files.",
+            "Replace it with --overwrite, or choose another --out.",
+        )
+    return request if overwrite else None
 
 
 def held_out(keys: np.ndarray, test: float) -> np.ndarray:

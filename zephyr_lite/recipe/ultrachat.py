@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from .dedup import NGRAM, PERMUTATIONS, EvalSets, first_of_equal, join_near, read_eval_sets, signatures, words_of
 from .lexicon import Lexicon, is_english
-from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
+from .output import DROPPED, REPORT, FileFormat, claim, held_out, in_processes, shards, write_rows
 from .prompts import open_rows
 from .refusals import refusal
 from .truecase import is_broken, restore
@@ -102,11 +102,11 @@ def clean_chat(
     Raises:
         UserError: the source or the folder is invalid, or no row is left.
     """
-    read = [source, *options.decontaminate, *([str(options.lexicon)] if options.lexicon is not None else [])]
-    request = request_of(out, read, options=options, split=split)
-    if check_output(out, [source], MADE_BY, overwrite, request, test=options.test, num_proc=num_proc):
-        return None
     lexicon = Lexicon() if options.lexicon is None else Lexicon.load(options.lexicon)
+    read = [source, *options.decontaminate]
+    request = claim(out, read, MADE_BY, overwrite, options.test, options=options, split=split, lexicon=lexicon)
+    if request is None:
+        return None
     raw = open_raw(source, split)
     sets = read_eval_sets(options.decontaminate, options.ngram)
     processes = num_proc or cores()

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from ..data.workers import cores
 from ..errors import UserError
 from ..io.atomic import folder_aside, write_json, write_text
 from ..io.text import shown
-from .output import DROPPED, REPORT, FileFormat, check_output, held_out, in_processes, request_of, shards, write_rows
+from .output import DROPPED, REPORT, FileFormat, claim, held_out, in_processes, shards, write_rows
 from .prompts import Questions, open_rows, read_questions
 
 MADE_BY = "zephyr-lite data pairs"
@@ -234,40 +234,6 @@ def _number(value: Any, scale: tuple[float, float], counts: Counter[str]) -> flo
 # -- all rows ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class PairsReport:
-    """The result; ``report.json`` has the same."""
-
-    inputs: list[str]  # what was read, with the number of rows
-    rules: PairRules
-    questions: int  # excluded ones
-    rows: int = 0  # read
-    pairs: int = 0  # made
-    train: int = 0
-    test: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason → places of rows ("flan.jsonl row 17")
-    notes: dict[str, int] = field(default_factory=dict)  # ``NOTES`` that occurred
-    score_chosen: float = 0.0  # means over the pairs
-    score_rejected: float = 0.0
-    chosen_longer: float = 0.0  # share of the pairs whose chosen response has more characters than the rejected one
-    files: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """For the terminal and report.md."""
-        result = [f"read {text}" for text in self.inputs]
-        for reason, where in sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0])):
-            result.append(f"left out, {summarise({reason: where}, PLACES)}")
-        result += [f"{note}: {count:,}" for note, count in self.notes.items()]
-        if self.questions:
-            result.append(f"excluded questions looked for: {self.questions:,}")
-        result.append(
-            f"{self.pairs:,} pairs of {self.rows:,} rows: {self.train:,} {TRAIN}, {self.test:,} {TEST}; score "
-            f"{self.score_chosen:.2f} against {self.score_rejected:.2f} on average; the chosen response is the longer one in "
-            f"{self.chosen_longer:.1%}"
-        )
-        return result
-
-
 def make_pairs(
     inputs: Sequence[str],
     out: Path,
@@ -279,7 +245,7 @@ def make_pairs(
     file_format: FileFormat = "parquet",
     num_proc: int | None = None,
     overwrite: bool = False,
-) -> PairsReport | None:
+) -> dict[str, Any] | None:
     """Read scored completions, choose pairs, split and write them; the folder appears complete or not at all.
 
     Rows keep their order. The pairs with the smallest hashes of seed and prompt are held out, so that equal prompts are in the
@@ -295,64 +261,90 @@ def make_pairs(
         overwrite: replace a folder of an earlier run.
 
     Returns:
-        None: ``out`` is the result of this very request already.
+        What report.json holds. None: ``out`` is the result of this very request already.
     """
     rules = rules or PairRules()
     if not rules.margin > 0:
         raise UserError(f"margin {rules.margin:g}: must be above 0.", "Half a point is --margin 0.5.")
-    specs = [DatasetSpec(path=path, split=split) for path in inputs]
-    request = request_of(out, [*inputs, *exclude], rules=rules, specs=specs, test=test, file_format=file_format)
-    if check_output(out, inputs, MADE_BY, overwrite, request, test=test, num_proc=num_proc):
+    options = {"rules": rules, "split": split, "file_format": file_format}
+    request = claim(out, [*inputs, *exclude], MADE_BY, overwrite, test, **options)
+    if request is None:
         return None
     listed = [text for name in exclude for text in read_questions(name)]
-    opened = [source for spec in specs for source in _open(spec)]
+    opened = [source for path in inputs for source in _open(DatasetSpec(path=path, split=split))]
     for raw in opened:
         for row in raw.select_columns(["source", "instruction"]):
             if row.get("source") == TRUTHFUL_QA:
                 listed.append(str(row.get("instruction") or ""))
     questions = Questions(listed)
-    report = PairsReport([f"{raw.label}: {len(raw):,} rows" for raw in opened], rules, len(questions))
     tables: list[pa.Table] = []
+    dropped: dict[str, list[str]] = {}  # reason → places of rows ("flan.jsonl row 17")
     counts: Counter[str] = Counter()
     longer = 0
     for raw in opened:
         blocks = [range(start, min(start + BLOCK, len(raw))) for start in range(0, len(raw), BLOCK)]
         job = partial(_choose, raw, rules, questions)
-        for pairs, dropped, found in in_processes(job, blocks, num_proc or cores(), f"choosing pairs in {raw.label}"):
+        for pairs, left_out, found in in_processes(job, blocks, num_proc or cores(), f"choosing pairs in {raw.label}"):
             tables.append(pa.Table.from_pylist(pairs, SCHEMA.arrow_schema))
             longer += sum(len(p["chosen"][-1]["content"]) > len(p["rejected"][-1]["content"]) for p in pairs)
-            for reason, number in dropped:
-                report.dropped.setdefault(reason, []).append(f"{raw.label} row {number + 1}")
+            for reason, number in left_out:
+                dropped.setdefault(reason, []).append(f"{raw.label} row {number + 1}")
             counts += found
     table = pa.concat_tables(tables)
-    report.rows, report.pairs = sum(map(len, opened)), len(table)
-    report.notes = {note: counts[note] for note in NOTES if counts[note]}
     texts = [f"{rules.seed} test {prompt_id}" for prompt_id in table["prompt_id"].to_pylist()]
     keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
     default = min(TEST_ROWS, int(len(table) * TEST_SHARE))
     is_test = held_out(np.array(keys, np.uint64), default if test is None else test)
-    report.train, report.test = int((~is_test).sum()), int(is_test.sum())
-    if not report.train:
+    splits = {TRAIN: np.flatnonzero(~is_test), TEST: np.flatnonzero(is_test)}
+    rows = sum(map(len, opened))
+    if not len(splits[TRAIN]):
         raise UserError(
-            f"no pair is left of {report.rows:,} rows: {summarise(report.dropped) or 'none was left out'}; {report.test:,} "
+            f"no pair is left of {rows:,} rows: {summarise(dropped) or 'none was left out'}; {len(splits[TEST]):,} "
             "would be held out.",
             "Correct the rows, or choose other rules (--chosen-by, --rejected, --margin, --system-prompt, --test).",
         )
-    report.score_chosen = float(table["score_chosen"].to_numpy().mean())
-    report.score_rejected = float(table["score_rejected"].to_numpy().mean())
-    report.chosen_longer = longer / report.pairs
+    files = [file for name, part in splits.items() for file in shards(name, part, SHARD_ROWS, file_format)]
+    report = {
+        "inputs": [f"{raw.label}: {len(raw):,} rows" for raw in opened],
+        "rules": asdict(rules),
+        "questions": len(questions),  # excluded ones
+        "rows": rows,
+        "pairs": len(table),
+        "train": len(splits[TRAIN]),
+        "test": len(splits[TEST]),
+        "dropped": first_places(dict(sorted(dropped.items())), PLACES),
+        "notes": {note: counts[note] for note in NOTES if counts[note]},
+        "score_chosen": float(table["score_chosen"].to_numpy().mean()),
+        "score_rejected": float(table["score_rejected"].to_numpy().mean()),
+        "chosen_longer": longer / len(table),  # share of the pairs whose chosen response has more characters
+        "files": [name for name, _ in files],
+    }
     with folder_aside(out) as folder:
-        for name, rows in ((TRAIN, np.flatnonzero(~is_test)), (TEST, np.flatnonzero(is_test))):
-            for file, part in shards(name, rows, SHARD_ROWS, file_format):
-                write_rows(folder / file, table.take(pa.array(part)))
-                report.files.append(file)
-        write_text(folder / DROPPED, "".join(f"{r}\t{p}\n" for r, where in report.dropped.items() for p in where))
+        for name, part in files:
+            write_rows(folder / name, table.take(pa.array(part)))
+        write_text(folder / DROPPED, "".join(f"{r}\t{place}\n" for r, where in dropped.items() for place in where))
         used = ", ".join(f"{key} {value}" for key, value in asdict(rules).items())
-        facts = "\n".join(f"- {line}" for line in report.lines())
+        facts = "\n".join(f"- {line}" for line in report_lines(report))
         write_text(folder / "report.md", f"# Preference pairs\n\nMade by `{MADE_BY}`: {used}.\n\n{facts}\n")
-        left_out = first_places(dict(sorted(report.dropped.items())))
-        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **asdict(report), "dropped": left_out})
+        write_json(folder / REPORT, {"made_by": MADE_BY, "request": request, **report})
     return report
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report for the terminal and report.md."""
+    result = [f"read {text}" for text in report["inputs"]]
+    for reason, where in sorted(report["dropped"].items(), key=lambda item: -item[1]["count"]):
+        more = ", …" if where["count"] > len(where["first"]) else ""
+        result.append(f"left out, {reason}: {where['count']:,} ({', '.join(where['first'])}{more})")
+    result += [f"{note}: {count:,}" for note, count in report["notes"].items()]
+    if report["questions"]:
+        result.append(f"excluded questions looked for: {report['questions']:,}")
+    result.append(
+        f"{report['pairs']:,} pairs of {report['rows']:,} rows: {report['train']:,} {TRAIN}, {report['test']:,} {TEST}; score "
+        f"{report['score_chosen']:.2f} against {report['score_rejected']:.2f} on average; the chosen response is the longer "
+        f"one in {report['chosen_longer']:.1%}"
+    )
+    return result
 
 
 def _open(spec: DatasetSpec) -> list[Source]:

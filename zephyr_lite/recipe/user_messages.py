@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,7 +18,6 @@ _QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“", "'": "'"}
 _WORD = re.compile(r"\w+")
 _RUN = 8  # words in a row that are no coincidence
 _REPEATED = 0.8  # of a message's shingles that an earlier turn has too
-_FEW_WORDS = 4
 
 
 def read_message(text: str) -> str:
@@ -71,7 +68,7 @@ def shingles(text: str) -> set[str]:
     """Words and pairs of words in lower case; of a text of few words (or a script without spaces) runs of three
     characters."""
     words = _WORD.findall(text.lower())
-    if len(words) >= _FEW_WORDS:
+    if len(words) >= 4:
         return {*words, *(f"{a} {b}" for a, b in pairwise(words))}
     joined = " ".join(words)
     return {joined[i : i + 3] for i in range(max(1, len(joined) - 2))}
@@ -92,28 +89,18 @@ def _runs(text: str) -> set[tuple[str, ...]]:
 
 
 class Openings:
-    """The openings taken so far, compared by the Jaccard similarity of their shingles.
-
-    Two sets of similarity s share one of the first ⌊(1 - s) n⌋ + 1 elements of each, in any fixed order (Chaudhuri et al.
-    2006); only openings that share such an element are compared.
-    """
+    """The openings taken so far, compared by the Jaccard similarity of their shingles."""
 
     def __init__(self, similarity: float) -> None:
         self._similarity = similarity
         self._taken: list[tuple[str, set[str]]] = []
-        self._index: defaultdict[str, list[int]] = defaultdict(list)
 
     def take(self, text: str) -> str | None:
         """Take a text that is new and return None; or return the earliest one that it is too similar to."""
         mine = shingles(text)
-        ordered = sorted(mine, key=lambda s: (" " not in s, s))  # pairs of words are rarer than words, and come first
-        prefix = ordered[: len(mine) - math.ceil(self._similarity * len(mine) - 1e-9) + 1]
-        for number in sorted({number for each in prefix for number in self._index[each]}):
-            earlier, its = self._taken[number]
+        for earlier, its in self._taken:
             shared = len(mine & its)
             if shared >= self._similarity * (len(mine) + len(its) - shared):
                 return earlier
-        for each in prefix:
-            self._index[each].append(len(self._taken))
         self._taken.append((text[:500], mine))
         return None
