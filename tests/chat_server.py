@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 
@@ -122,6 +123,10 @@ class ChatServer:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 128  # of 5, a burst of connections would wait for a second
+
+            def server_bind(self) -> None:  # HTTPServer's asks for the name of 127.0.0.1, which may wait for a DNS
+                TCPServer.server_bind(self)
+                self.server_name, self.server_port = self.server_address[:2]
 
             def handle_error(self, request: Any, client_address: Any) -> None:
                 if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed is no fault

@@ -192,21 +192,3 @@ def test_on_the_command_line(raw: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run([*arguments, "--no-refusals", "--overwrite"]) == 0
     assert cli.run(["data", "chat", str(raw), "--split", "train_1", "--out", str(tmp_path / "one")]) == 0
     assert "30 rows" in capsys.readouterr().out
-
-
-def test_an_interruption_leaves_the_earlier_result(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    clean_chat(str(raw), out, Options())
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-
-    def interrupt(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ultrachat, "markdown", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            clean_chat(str(raw), out, Options(), overwrite=True)
-        with pytest.raises(KeyboardInterrupt):
-            clean_chat(str(raw), tmp_path / "new", Options())
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]

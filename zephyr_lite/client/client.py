@@ -53,12 +53,14 @@ class Request:
         messages = [{"role": m["role"], "content": m["content"]} for m in self.messages]
         if spec.system is not None and (not messages or messages[0]["role"] != "system"):
             messages.insert(0, {"role": "system", "content": spec.system})
-        body: dict[str, Any] = {
+        body = {
             "messages": messages,
             "max_tokens": spec.max_tokens if self.max_tokens is None else self.max_tokens,
             "temperature": spec.temperature if self.temperature is None else self.temperature,
+            "top_p": spec.top_p,
+            "seed": self.seed,
         }
-        return body | {k: v for k, v in (("top_p", spec.top_p), ("seed", self.seed)) if v is not None}
+        return {key: value for key, value in body.items() if value is not None}
 
 
 class BudgetSpent(Exception):
@@ -91,8 +93,7 @@ class _Endpoint:
         self.model, self.spec = model, model.spec
         self.slots = asyncio.Semaphore(self.spec.concurrency)
         self.next_at = 0.0  # when the next request may leave, on the monotonic clock
-        self.answered = False
-        self.failed_in_a_row = 0
+        self.answered, self.failed_in_a_row = False, 0
         self.fatal: UserError | None = None
 
 
@@ -160,7 +161,7 @@ class ModelClient:
         """
         endpoint = self._endpoints[request.endpoint]
         spec, body = endpoint.spec, request.body(endpoint.spec)
-        parts = [request.key, request.endpoint, endpoint.model.identity, body]
+        parts = [request.key, spec.name, endpoint.model.identity, body]
         digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         if (reply := self._log.reply(digest)) is not None:
             endpoint.answered = True
@@ -197,9 +198,9 @@ class ModelClient:
         Raises:
             RequestFailed: no reply of ``tries`` could be parsed; or as ``ask``.
         """
-        usual = self._endpoints[request.endpoint].spec.temperature
-        usual = usual if request.temperature is None else request.temperature
-        problem: ValueError | None = None
+        usual = (
+            self._endpoints[request.endpoint].spec.temperature if request.temperature is None else request.temperature
+        )
         for draw in range(tries):
             asked = request
             if draw:
@@ -210,8 +211,8 @@ class ModelClient:
             try:
                 return parse(reply.text)
             except ValueError as error:
-                problem = error
-        raise RequestFailed("unreadable reply", f"{request.key}: no reply of {tries} could be read: {problem}")
+                failed = RequestFailed("unreadable reply", f"{request.key}: no reply of {tries} could be read: {error}")
+        raise failed
 
     async def _wait_for_turn(self, endpoint: _Endpoint, bound: int) -> None:
         """Wait until a request of at most ``bound`` tokens fits into the budget and the rate limit."""

@@ -87,38 +87,23 @@ def aspect_messages(aspect: Aspect, instruction: str, texts: Sequence[str]) -> t
     )
     # a rating of 0 is off the scale: a model that only copies the form gives no rating
     form = ", ".join(f'{{"id": {n}, "rationale": "{_RATIONALE}", "rating": 0}}' for n in range(1, len(texts) + 1))
-    return (
-        {"role": "system", "content": SYSTEM},
-        {
-            "role": "user",
-            "content": (
-                f"Rate {len(texts)} answers to the same instruction on one scale.\n\n"
-                f"{aspect.question}\n\n" + "\n".join(lines) + "\n\n"
-                f"[Instruction]\n{_within(instruction)}\n[End of the instruction]\n\n{shown}\n\n"
-                "Give every answer its own rationale, then its own rating, by its number as id. Reply with this JSON "
-                f'object, filled in, and nothing else:\n{{"ratings": [{form}]}}'
-            ),
-        },
-    )
+    values = {
+        "count": len(texts),
+        "question": aspect.question,
+        "scale": "\n".join(lines),
+        "answers": shown,
+        "form": form,
+    }
+    return _messages("rate", instruction=_within(instruction), **values)
 
 
 def overall_messages(instruction: str, text: str) -> tuple[Message, ...]:
     """The request for a critique of one completion and a score from 1 to 10."""
-    return (
-        {"role": "system", "content": SYSTEM},
-        {
-            "role": "user",
-            "content": (
-                "Judge this answer as a whole: what is good about it, what is wrong or missing, and how it could be "
-                "made better. Speak to its author. Then score it from 1 (useless or harmful) over 5 (acceptable with "
-                "clear faults) to 10 (could not be better).\n\n"
-                f"[Instruction]\n{_within(instruction)}\n[End of the instruction]\n\n"
-                f"[Answer]\n{_within(text)}\n[End of the answer]\n\n"
-                "Reply with this JSON object, filled in, and nothing else:\n"
-                f'{{"critique": "{_CRITIQUE}", "overall_score": 0}}'
-            ),
-        },
-    )
+    return _messages("score", instruction=_within(instruction), answer=_within(text), critique=_CRITIQUE)
+
+
+def _messages(name: str, **values: Any) -> tuple[Message, ...]:
+    return {"role": "system", "content": SYSTEM}, {"role": "user", "content": _TEXTS[name].format(**values)}
 
 
 def _within(text: str) -> str:

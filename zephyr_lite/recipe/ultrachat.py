@@ -147,7 +147,7 @@ def clean_chat(
                 examples[rule] = [*examples.get(rule, []), *found][:_EXAMPLES]
         report |= {
             "files": [name for name, _ in files],
-            "restored": {"dialogues": restored, "words": _by_count(words)},
+            "restored": {"dialogues": restored, "words": dict(words.most_common())},
             "eval_sets": sets.rows,
             "examples": examples,
         }
@@ -324,11 +324,7 @@ def _list_dropped(
                 cut[refusal] += 1
                 reason = f"cut before a refusal ({refusal}); the rest stays"
             file.write(f"{reason}\t{place_of(raw, row)}\t{' '.join(detail.split())}\n")
-    return {"dropped": _by_count(dropped), "cut": _by_count(cut)}
-
-
-def _by_count(counts: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return {"dropped": dict(dropped.most_common()), "cut": dict(cut.most_common())}
 
 
 # -- the second pass ---------------------------------------------------------------------------------------------------
