@@ -156,17 +156,10 @@ def test_what_the_judge_garbles_is_asked_again_then_not_rated(tmp_path: Path) ->
 
 
 def test_missing_completions_and_rows_that_cannot_be_made(tmp_path: Path) -> None:
+    acts = {("b", "1"): error(400, "no"), ("b", "2"): ok("   "), ("a", "3"): error(400, "no"), ("b", "3"): ok("")}
+
     def failing(seen: Seen) -> Act:
-        if not is_judge(seen) and seen.body["model"] == "b":
-            if "number 1?" in seen.question:
-                return error(400, "this model does not like the question")
-            if "number 2?" in seen.question:
-                return ok("   ")
-        if not is_judge(seen) and "number 3?" in seen.question and seen.body["model"] == "a":
-            return error(400, "too long")
-        if not is_judge(seen) and "number 3?" in seen.question:
-            return ok("")
-        return script(seen)
+        return script(seen) if is_judge(seen) else acts.get((seen.body["model"], seen.question[-2]), script(seen))
 
     with ChatServer(failing) as server:
         config = settings(tmp_path, server.url, count=5)

@@ -18,10 +18,11 @@ from zephyr_lite.recipe import ultrachat
 from zephyr_lite.recipe.lexicon import Lexicon
 from zephyr_lite.recipe.ultrachat import Options, clean_chat
 
-WORDS = """
+_WORDS = """
 river stone garden window music letter engine winter pepper ladder forest market planet copper silver orange velvet
 meadow harbor bridge kitchen castle shadow thunder pocket basket candle mirror button carpet
-""".split()  # noqa: SIM905
+"""
+WORDS = _WORDS.split()
 
 
 @pytest.fixture(autouse=True)

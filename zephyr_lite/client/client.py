@@ -50,8 +50,8 @@ class Request:
 
     def body(self, spec: EndpointSpec) -> dict[str, Any]:
         """What is sent: messages, max_tokens, temperature, and top_p and seed if they are set."""
-        messages = [{"role": m["role"], "content": m["content"]} for m in self.messages]
-        if spec.system is not None and (not messages or messages[0]["role"] != "system"):
+        messages = list(self.messages)
+        if spec.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": spec.system})
         body = {
             "messages": messages,
@@ -71,8 +71,7 @@ class BudgetSpent(Exception):
 
 @dataclass(eq=False)
 class RequestFailed(Exception):
-    """A request has no usable reply: all tries failed, the server refuses it, or the reply cannot be used. Models raise it
-    for one try."""
+    """A request has no usable reply: all tries failed, the server refuses it, or the reply cannot be used."""
 
     reason: str  # the same few words for requests that failed alike ("HTTP 500"), for counting
     detail: str = ""  # the server's message, without keys
@@ -190,13 +189,10 @@ class ModelClient:
                 attempt += 1
 
     async def ask_parsed(self, request: Request, parse: Callable[[str], T], tries: int = 3) -> T:
-        """Ask until ``parse``, which raises ValueError, accepts the reply's text.
+        """Ask until ``parse``, which raises ValueError, accepts the reply's text; RequestFailed after ``tries``.
 
         A further draw is a request of its own (key + "/again1") with the next seed and a temperature of at least
         ``RETRY_TEMPERATURE``, since a greedy server would repeat itself.
-
-        Raises:
-            RequestFailed: no reply of ``tries`` could be parsed; or as ``ask``.
         """
         usual = (
             self._endpoints[request.endpoint].spec.temperature if request.temperature is None else request.temperature

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
-from .client import Request, RequestFailed, prompt_token_bound
+from .client import ModelClient, Request, RequestFailed, prompt_token_bound
 from .endpoints import EndpointSpec
 from .jobs import Budget
 from .request_log import NAME, Reply
@@ -44,6 +44,9 @@ class CostClient:
     async def ask_parsed(self, request: Request, parse: Callable[[str], Any], tries: int = 3) -> Any:
         await self.ask(request)
         raise RequestFailed("nothing is sent")
+
+
+Client = ModelClient | CostClient
 
 
 def cost_lines(

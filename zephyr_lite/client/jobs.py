@@ -155,16 +155,14 @@ def run_job(
     endpoints: Sequence[EndpointSpec] | None = None,
     weights: Weights | None = None,
 ) -> R:
-    """What ``work`` returns, with a client whose request log is in the job's folder. Ctrl-C cancels it and waits for the
-    replies in flight; a second one does not wait.
+    """What ``work`` returns, with a client whose request log is in the job's folder.
+
+    Ctrl-C cancels it, waits for the replies in flight, and raises KeyboardInterrupt; a second one does not wait.
 
     Args:
         command: that makes the folder: "feedback".
         folder, endpoints: instead of the configuration's ``out`` and endpoints.
         weights: see ``ModelClient``.
-
-    Raises:
-        KeyboardInterrupt: after an interrupt.
     """
     folder = folder or Path(config.out)
     claim_folder(folder, command, config)

@@ -33,10 +33,7 @@ HINTS = {
 
 
 class OpenAIModel:
-    """A server's model.
-
-    The package's own retries are off: ``client.py`` repeats failed tries, because each try is recorded and counts
-    against the budget before it leaves.
+    """A server's model. The package's own retries are off: each try is recorded and counts before it leaves.
 
     Attributes:
         identity: of the model, for the request log. The server's address is no part of it: a server may move.
@@ -58,14 +55,7 @@ class OpenAIModel:
         await self._client.close()
 
     async def ask(self, body: dict[str, Any]) -> Reply:
-        """One try.
-
-        Args:
-            body: of ``Request.body``.
-
-        Raises:
-            RequestFailed: with the server's message, without the key.
-        """
+        """The answer to ``Request.body``, by one try. Raises RequestFailed: with the server's message, without the key."""
         import openai
 
         sent = {"model": self.spec.model, **body}
@@ -95,12 +85,11 @@ class OpenAIModel:
         except (TimeoutError, openai.APIConnectionError) as error:
             if type(error.__cause__).__name__ in NOT_CONNECTED:
                 hint = "Is the server running at that URL? `ollama serve` starts Ollama (port 11434)."
-                detail = f"{self.spec.url}: {_line(str(error.__cause__))}"
                 # a server that answered before may come back; one that never did is a mistake in the command
-                raise RequestFailed("cannot be reached", detail, retry=self._reached, hint=hint) from None
-            raise RequestFailed(
-                "no reply", f"nothing within {self.spec.timeout:g} s", retry=True, charged=True
-            ) from None
+                where = f"{self.spec.url}: {_line(str(error.__cause__))}"
+                raise RequestFailed("cannot be reached", where, retry=self._reached, hint=hint) from None
+            detail = f"nothing within {self.spec.timeout:g} s"
+            raise RequestFailed("no reply", detail, retry=True, charged=True) from None
         except (ValueError, TypeError, LookupError, AttributeError):  # not JSON, or JSON of another form
             raise RequestFailed("reply holds no answer", retry=True, charged=True) from None
         usage, reason = done.usage, choice.finish_reason or "stop"

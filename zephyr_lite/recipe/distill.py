@@ -15,14 +15,15 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import __version__
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import CostClient, cost_lines
+from ..client.client import BudgetSpent, Request, RequestFailed, seed_of
+from ..client.cost import Client, cost_lines
 from ..client.endpoints import EndpointKey, EndpointSpec, Message, validated
 from ..client.jobs import (
     CONTINUES,
@@ -160,10 +161,7 @@ class DistillJob:
 
     def cost_lines(self) -> list[str]:
         """What the job costs at most, if every first opening can be used."""
-
-        async def work(client: CostClient) -> None:
-            await self._make(client, lambda: None)
-
+        work = partial(self._make, lambda: None)
         return cost_lines(self.config.endpoints(), work, self.config.budget, self.out)
 
     def run(self, meter: Meter) -> None:
@@ -174,17 +172,11 @@ class DistillJob:
         Raises:
             UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
         """
-
-        async def work(client: ModelClient) -> dict[int, list[Message]]:
-            self.totals = client.totals
-            return await self._make(client, meter.advance)
-
-        self._write(run_job(self.config, COMMAND, work, meter))
+        self._write(run_job(self.config, COMMAND, partial(self._make, meter.advance), meter))
+        self.totals = meter.totals
         write_json(self.out / REPORT, self.report())
 
-    async def _make(
-        self, client: ModelClient | CostClient, on_dialogue: Callable[[], None]
-    ) -> dict[int, list[Message]]:
+    async def _make(self, on_dialogue: Callable[[], None], client: Client) -> dict[int, list[Message]]:
         """{number: messages} of all dialogues, in up to ``config.tries`` passes over the missing ones."""
         config = self.config
         earlier = Openings(config.similarity)
@@ -242,7 +234,7 @@ class DistillJob:
         self.unreached = len(missing) if self.budget_message else 0
         return dialogues
 
-    async def _opening(self, client: ModelClient | CostClient, number: int, attempt: int, avoid: str | None) -> str:
+    async def _opening(self, client: Client, number: int, attempt: int, avoid: str | None) -> str:
         """The first question of a dialogue.
 
         Args:
@@ -279,9 +271,7 @@ class DistillJob:
         request = self._user_request("\n\n".join(lines), "opening", number, attempt)
         return await ask_message(client, request, quoted=quoted)
 
-    async def _follow_up(
-        self, client: ModelClient | CostClient, number: int, attempt: int, messages: Sequence[Message]
-    ) -> str:
+    async def _follow_up(self, client: Client, number: int, attempt: int, messages: Sequence[Message]) -> str:
         """The user's next message, which refines or extends what was asked."""
         round_ = len(messages) // 2
         draw = random.Random(f"move {self.config.seed} {number} {attempt} {round_}")
@@ -308,7 +298,7 @@ class DistillJob:
         )
 
     async def _grow(
-        self, client: ModelClient | CostClient, number: int, attempt: int, opening: str
+        self, client: Client, number: int, attempt: int, opening: str
     ) -> tuple[list[Message], RequestFailed | BudgetSpent | None]:
         """User and assistant in turn, up to ``config.rounds`` rounds; and why it has fewer, down to none."""
         messages: list[Message] = []

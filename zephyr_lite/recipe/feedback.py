@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, RootModel, model_validator
 
 from .. import __version__
-from ..client.client import BudgetSpent, ModelClient, Request, RequestFailed, seed_of
-from ..client.cost import CostClient, cost_lines
+from ..client.client import BudgetSpent, Request, RequestFailed, seed_of
+from ..client.cost import Client, cost_lines
 from ..client.endpoints import EndpointKey, EndpointSpec, Message, validated
 from ..client.jobs import (
     CONTINUES,
@@ -184,7 +184,7 @@ class FeedbackJob:
     def cost_lines(self) -> list[str]:
         """What the job costs at most."""
 
-        async def work(client: CostClient) -> None:
+        async def work(client: Client) -> None:
             for prompt in self.read.prompts:
                 with suppress(RequestFailed):  # nothing is rated
                     await self.rate(client, prompt)
@@ -200,11 +200,12 @@ class FeedbackJob:
         Raises:
             UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
         """
-        run_job(self.config, COMMAND, partial(self._write_rows, meter), meter)
+        run_job(self.config, COMMAND, partial(self._write_rows, meter.advance), meter)
+        self.totals = meter.totals
         write_json(self.out / REPORT, self.report())
 
-    async def _write_rows(self, meter: Meter, client: ModelClient) -> None:
-        self.totals, prompts, config = client.totals, self.read.prompts, self.config
+    async def _write_rows(self, on_prompt: Callable[[], None], client: Client) -> None:
+        prompts, config = self.read.prompts, self.config
         # enough prompts in progress to keep all endpoints busy, and few enough that little is half done when the budget ends
         answering = math.ceil(sum(spec.concurrency for spec in config.models) / config.completions)
         window = 2 * (answering + math.ceil(config.judge.concurrency / len(ASPECTS)))
@@ -218,13 +219,13 @@ class FeedbackJob:
                 else:
                     self._count(row)
                     file.write(json_line(row))
-                meter.advance()
+                on_prompt()
             if not self.rows:  # an earlier file stays as it is
                 failures = ", ".join(f"{reason}: {count:,}" for reason, count in self.failed.items())
                 reasons = [summarise(self.dropped), self.budget_message, failures]
                 raise nothing_made(self.out, f"row came out of {len(prompts):,} prompts", reasons)
 
-    async def rate(self, client: ModelClient | CostClient, prompt: Prompt) -> dict[str, Any]:
+    async def rate(self, client: Client, prompt: Prompt) -> dict[str, Any]:
         """Ask for the completions of a prompt, then for their ratings; returns the row in UltraFeedback's raw schema.
 
         Two completions are enough for a row. An aspect whose ratings cannot be parsed is "N/A" for all of them.
@@ -280,9 +281,7 @@ class FeedbackJob:
             "incorrect_answers": prompt.incorrect,
         }
 
-    async def _rate(
-        self, client: ModelClient | CostClient, prompt: Prompt, texts: Sequence[str], aspect: Aspect
-    ) -> list[dict[str, str]]:
+    async def _rate(self, client: Client, prompt: Prompt, texts: Sequence[str], aspect: Aspect) -> list[dict[str, str]]:
         """Each text's rating on one aspect; the judge sees them in a drawn order."""
         order = shown_order(prompt.id, aspect.name, len(texts), self.config.seed)
         messages = aspect_messages(aspect, prompt.text, [texts[place] for place in order])
@@ -292,7 +291,7 @@ class FeedbackJob:
         rated = {place: {"Rating": str(r.rating), "Rationale": r.rationale} for place, r in zip(order, shown)}
         return [rated[place] for place in range(len(texts))]
 
-    async def _score(self, client: ModelClient | CostClient, prompt: Prompt, slot: Slot, text: str) -> Overall:
+    async def _score(self, client: Client, prompt: Prompt, slot: Slot, text: str) -> Overall:
         key = f"overall/{prompt.id[:16]}/{slot.number}/{slot.endpoint}"
         request = self._judge_request(key, overall_messages(prompt.text, text), prompt.id, "overall", slot.number)
         return await client.ask_parsed(request, parse_overall)

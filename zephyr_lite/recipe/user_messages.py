@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ..client.client import ModelClient, Request, RequestFailed
-from ..client.cost import CostClient
+from ..client.client import Request, RequestFailed
+from ..client.cost import Client
 
 MAX_CHARACTERS = 6000
 _LABEL = re.compile(r"^\W{0,3}(?:user|human|message|prompt|question)\W{0,3}:\W{0,3}\s*", re.IGNORECASE)
@@ -38,9 +38,7 @@ def read_message(text: str) -> str:
     return text
 
 
-async def ask_message(
-    client: ModelClient | CostClient, request: Request, quoted: Sequence[str] = (), turns: Sequence[str] = ()
-) -> str:
+async def ask_message(client: Client, request: Request, quoted: Sequence[str] = (), turns: Sequence[str] = ()) -> str:
     """The user's message in the reply to a request.
 
     Args:
