@@ -132,8 +132,6 @@ def read_table(
     """
     path = find_config(name, "tables")
     spec = validated(TableSpec, read_yaml(path), str(path))
-    if BASE in spec.arms:
-        raise UserError(f"{path}: an arm cannot be called {BASE!r}, which is the name of the bare base.")
     if unknown := [arm for arm in only if arm not in spec.arms]:
         raise UserError(f"{path}: there is no arm {unknown[0]!r}.", f"There are {', '.join(spec.arms)}.")
     run, scoped = Path(out or spec.output_dir), words_by_scope(words)

@@ -73,10 +73,8 @@ class DistillConfig(JobConfig):
 
     @model_validator(mode="after")
     def _named(self) -> DistillConfig:
-        if self.openings == "seeds" and self.seeds is None:
-            raise UserError("openings: seeds needs seeds.", "Give --seeds FILE, or leave openings out.")
-        if self.openings == "seeds" and self.grid is not None:
-            raise UserError("openings: seeds uses no grid.", "Leave one of them out.")
+        if self.openings == "seeds" and (self.seeds is None or self.grid is not None):
+            raise UserError("openings: seeds needs seeds, and uses no grid.", "Give --seeds FILE without --grid.")
         self.user = self.teacher if self.user is None else distinct_name(self.user, [self.teacher], "user")
         return self
 

@@ -184,8 +184,6 @@ def read_questions(name: str) -> list[str]:
             (truthfulqa/truthful_qa:generation:validation).
     """
     source, *rest = [name] if Path(name).expanduser().exists() else name.split(":")
-    if len(rest) > 2 or not all([source, *rest]):
-        raise UserError(f"{name}: is neither a path nor ID, ID:SPLIT or ID:NAME:SPLIT.")
     spec = DatasetSpec(path=source, split=rest[-1] if rest else None, name=rest[0] if len(rest) == 2 else None)
     rows = open_rows(spec, f"--exclude {name}:{{}}")
     column = column_of(rows.columns, QUESTIONS, name, "Rename it, or give a .txt file with one question a line.")

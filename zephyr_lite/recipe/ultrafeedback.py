@@ -264,8 +264,6 @@ def make_pairs(
         What report.json holds. None: ``out`` is the result of this very request already.
     """
     rules = rules or PairRules()
-    if not rules.margin > 0:
-        raise UserError(f"margin {rules.margin:g}: must be above 0.", "Half a point is --margin 0.5.")
     options = {"rules": rules, "split": split, "file_format": file_format}
     request = claim(out, [*inputs, *exclude], MADE_BY, overwrite, test, **options)
     if request is None:
