@@ -182,7 +182,7 @@ def run_job(
         return asyncio.run(main())
 
 
-class Meter:
+class Meter(Progress):
     """Items done, requests, tokens, dollars and the time left: a bar in a terminal, a line now and then in a pipe.
 
     Args:
@@ -194,30 +194,21 @@ class Meter:
     """
 
     def __init__(self, console: Console, total: int, unit: str) -> None:
-        self.totals = Totals()
-        self._console, self._unit = console, unit
-        self._last_line = time.monotonic()
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[spent]}")
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task(unit, total=total, spent="")
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.totals, self._last_line = Totals(), time.monotonic()
+        self.add_task(unit, total=total, spent="")
 
-    def __enter__(self) -> Meter:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def advance(self) -> None:
+    def count_one(self) -> None:
         """Count one more item as done, and show ``412 requests  98,313 tokens  $0.0421  12 min left``."""
-        totals, task = self.totals, self._progress.tasks[self._task]
+        totals, task = self.totals, self.tasks[0]
         parts = [f"{totals.requests:,} requests", f"{totals.tokens - totals.held:,} tokens"]
         if dollars := totals.dollars + totals.lost_dollars:
             parts.append(f"${dollars:,.4f}")
         if left := task.time_remaining:
             parts.append(f"{duration(left)} left")
         spent = "  ".join(parts)
-        self._progress.update(self._task, advance=1, spent=spent)
-        if not self._console.is_terminal and time.monotonic() - self._last_line >= PIPE_SECONDS:
+        self.update(task.id, advance=1, spent=spent)
+        if not self.console.is_terminal and time.monotonic() - self._last_line >= PIPE_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(f"{self._unit} {task.completed:,.0f}/{task.total:,.0f}  {spent}")
+            self.console.print(f"{task.description} {task.completed:,.0f}/{task.total:,.0f}  {spent}")

@@ -289,7 +289,7 @@ class Benchmark(ABC):
                     outcomes[model].append(found)
                 else:
                     spent.append(str(found))
-                meter.advance()
+                meter.count_one()
             return client.totals.as_dict()
 
         command, endpoints = f"eval {self.kind}", answering.endpoints()

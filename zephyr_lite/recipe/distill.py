@@ -170,7 +170,7 @@ class DistillJob:
         Raises:
             UserError: the folder holds something else, an endpoint cannot answer at all, or no dialogue came out.
         """
-        self._write(run_job(self.config, COMMAND, partial(self._make, meter.advance), meter))
+        self._write(run_job(self.config, COMMAND, partial(self._make, meter.count_one), meter))
         self.totals = meter.totals
         write_json(self.out / REPORT, self.report())
 

@@ -200,7 +200,7 @@ class FeedbackJob:
         Raises:
             UserError: the folder holds something else, an endpoint cannot answer at all, or no row came out.
         """
-        run_job(self.config, COMMAND, partial(self._write_rows, meter.advance), meter)
+        run_job(self.config, COMMAND, partial(self._write_rows, meter.count_one), meter)
         self.totals = meter.totals
         write_json(self.out / REPORT, self.report())
 
