@@ -133,7 +133,7 @@ def validated(kind: type[Model], values: Any, where: str, hint: str = "") -> Mod
                 problems.append(f"there is no key {place!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
                 continue
             message = expected(item)
-            if not kind.model_config.get("hide_input_in_errors"):
+            if item["type"] != "missing" and not kind.model_config.get("hide_input_in_errors"):
                 message += f" (found {str(item['input'])[:60]!r})"
             problems.append(f"{place}: {message}." if place else f"{message}.")
         raise UserError(f"{where}: " + "\n".join(problems), hint) from None
