@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .. import __version__
 from ..client.client import BudgetSpent, Request, RequestFailed, seed_of
 from ..client.cost import Client, cost_lines
-from ..client.endpoints import EndpointKey, EndpointSpec, Message, validated
+from ..client.endpoints import EndpointKey, Message, validated
 from ..client.jobs import (
     CONTINUES,
     JobConfig,
@@ -77,12 +77,6 @@ class DistillConfig(JobConfig):
             raise UserError("openings: seeds needs seeds, and uses no grid.", "Give --seeds FILE without --grid.")
         self.user = self.teacher if self.user is None else distinct_name(self.user, [self.teacher], "user")
         return self
-
-    @property
-    def user_endpoint(self) -> EndpointSpec:
-        """The endpoint that writes the user's turns."""
-        assert self.user is not None
-        return self.user
 
 
 # -- the grid --------------------------------------------------------------------------------------------------------
@@ -286,7 +280,8 @@ class DistillJob:
         return await ask_message(client, request, turns=[turn["content"] for turn in messages])
 
     def _user_request(self, text: str, *key: str | int) -> Request:
-        user = self.config.user_endpoint
+        user = self.config.user
+        assert user is not None
         return Request(
             key="/".join(map(str, key)),
             endpoint=user.name,

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,13 +102,13 @@ def write_rows(path: Path, table: pa.Table) -> None:
 def in_processes(job: Callable[[Item], Result], items: Iterable[Item], processes: int, title: str) -> Iterator[Result]:
     """``map(job, items)`` in order, with a progress bar in a terminal; the job is sent to each process once."""
     items = list(items)
-    bar = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    bar = partial(track, description=title, total=len(items), console=Console(stderr=True), transient=True)
     processes = min(processes, len(items))
     if processes <= 1:
-        yield from track(map(job, items), title, len(items), **bar)  # type: ignore[arg-type]
+        yield from bar(map(job, items), disable=not sys.stderr.isatty())
         return
     with interruptible(), multiprocessing.Pool(processes, _start, (job,)) as pool:
-        yield from track(pool.imap(_run, items), title, len(items), **bar)  # type: ignore[arg-type]
+        yield from bar(pool.imap(_run, items), disable=not sys.stderr.isatty())
 
 
 def _start(job: Callable[[Any], Any]) -> None:
