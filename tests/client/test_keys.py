@@ -12,7 +12,7 @@ import pytest
 from tests.chat_server import Act, ChatServer, answer_json, error, ok
 from tests.client.test_client import ask_all, run, spec
 from zephyr_lite.client.client import Request, RequestFailed
-from zephyr_lite.client.endpoints import EndpointSpec, endpoint_spec
+from zephyr_lite.client.endpoints import EndpointSpec, parse_endpoint
 from zephyr_lite.client.request_log import Reply
 from zephyr_lite.errors import UserError
 
@@ -92,7 +92,7 @@ def test_each_server_gets_its_own_key_alone(tmp_path, monkeypatch):
 )
 def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(settings):
     with pytest.raises(UserError) as info:
-        endpoint_spec(settings)
+        parse_endpoint(settings)
     assert not leaks(str(info.value))
     with pytest.raises(ValueError) as info:
         EndpointSpec(**settings)

@@ -71,49 +71,45 @@ class EndpointSpec(BaseModel):
 _SETTINGS = [key for key in EndpointSpec.model_fields if key not in ("url", "model", "path", "system")]
 
 
-def parse_endpoint(text: str) -> EndpointSpec:
-    """An endpoint from one word: ``URL#MODEL``, ``FOLDER`` or ``FOLDER#MODEL``, then ``,key=value`` settings.
+def parse_endpoint(value: Any, where: str = "endpoint") -> EndpointSpec:
+    """An endpoint from a mapping of a YAML file, or from one word: ``URL#MODEL``, ``FOLDER`` or ``FOLDER#MODEL``, then
+    ``,key=value`` settings.
 
     ``http://localhost:11434/v1#llama3.2,concurrency=8`` · ``https://…/v1#NAME,api_key_env=MY_KEY`` ·
     ``runs/zephyr-7b,max_tokens=512``.
 
+    Args:
+        where: the key in the file, for errors.
+
     Raises:
         UserError: the word is none of these, or a setting is unknown or wrong; its value is not repeated.
     """
+    if isinstance(value, dict | EndpointSpec):
+        return validated(EndpointSpec, value, where)
+    text = str(value)
     place, *words = [text] if Path(text).expanduser().exists() else text.split(",")
     settings: dict[str, Any] = dict(word.partition("=")[::2] for word in words)
     if not settings.keys() <= set(_SETTINGS):
         raise UserError(
-            "endpoint: expected key=value after the comma.",
+            f"{where}: expected key=value after the comma.",
             f"Known keys: {', '.join(_SETTINGS)}; as in {_EXAMPLE},concurrency=8.",
         )
-    where, _, model = (place, "", "") if Path(place).expanduser().is_dir() else place.partition("#")
+    folder, _, model = (place, "", "") if Path(place).expanduser().is_dir() else place.partition("#")
     settings |= {"model": model} if model else {}
     if re.match(r"https?://", place, re.IGNORECASE):
-        settings["url"] = where
-    elif Path(where).expanduser().is_dir():
-        settings["path"] = where
+        settings["url"] = folder
+    elif Path(folder).expanduser().is_dir():
+        settings["path"] = folder
     else:
         raise UserError(
             f"{place}: no such folder, and no URL.",
             f"Give a run's or a model's folder (runs/NAME, runs/NAME#base), or URL#MODEL as in {_EXAMPLE}.",
         )
-    return endpoint_spec(settings)
-
-
-def endpoint_spec(value: Any, where: str = "endpoint") -> EndpointSpec:
-    """An endpoint from a word (see ``parse_endpoint``) or from a mapping of a YAML file.
-
-    Args:
-        where: the key in the file, for errors.
-    """
-    if isinstance(value, dict | EndpointSpec):
-        return validated(EndpointSpec, value, where)
-    return parse_endpoint(str(value))
+    return validated(EndpointSpec, settings, where)
 
 
 # the type of a configuration's key that is an endpoint
-EndpointKey = Annotated[EndpointSpec, BeforeValidator(lambda value, info: endpoint_spec(value, str(info.field_name)))]
+EndpointKey = Annotated[EndpointSpec, BeforeValidator(lambda value, info: parse_endpoint(value, str(info.field_name)))]
 
 
 def validated(kind: type[Model], values: Any, where: str, hint: str = "") -> Model:
