@@ -31,7 +31,7 @@ def test_both_stages_in_int8(tiny_base, chat_rows, pair_rows, tmp_path, monkeypa
 
     with killed_at(1):
         run_sft(sft("run", **INT8))
-    with pytest.raises(UserError, match=r"memory\.compute: int8 then, auto now"):
+    with pytest.raises(UserError, match="memory: compute=int8 then, auto now"):
         run_sft(sft("run"))
     with monkeypatch.context() as patch:
         patch.setattr(setup, "this_machine", lambda *_, **__: of_card(find_gpu("t4"), torch.float16, MemorySpec()))

@@ -22,14 +22,8 @@ def places(data: TokenizedDataset) -> datasets.Dataset:
 
 
 class Rows(DataCollatorForLanguageModeling):
-    """TRL's collator, fed with packed rows: one flat row of conversations, or a padded batch of them.
-
-    Args:
-        parts: the data sets that rows may be of.
-        pad: the padding token's id.
-        packed: one flat row.
-        with_lengths: add the lengths of a packed row's conversations, int32 [conversations].
-    """
+    """TRL's collator, fed with packed rows: one flat row of conversations (``packed``), or a padded batch of them. ``with_lengths``
+    adds the lengths of a packed row's conversations, int32 [conversations]."""
 
     def __init__(
         self, parts: Sequence[TokenizedDataset], pad: int, *, packed: bool, with_lengths: bool = False

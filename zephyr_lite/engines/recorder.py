@@ -14,9 +14,8 @@ from transformers import TrainerCallback
 from ..config.load import RunConfig
 from ..io.atomic import write_manifest
 from ..io.interrupts import StopRequest
-from ..io.logging import output_fault
-from ..memory.machine import peak_memory
-from ..train.checkpoint import MetricsLog
+from ..train.checkpoint import MetricsLog, replay
+from ..train.loop import add_speed
 from ..train.monitors import DpoCollapseMonitor, SkippedSteps
 from ..train.stage import Metrics, Observer, Observers, Stage
 from ..train.steps import rows_of_step, step_schedule
@@ -47,35 +46,25 @@ class Order(torch.utils.data.Sampler[int]):
 
 class Recorder(TrainerCallback):
     """Writes ``metrics.jsonl`` under the fused engine's names; evaluates and saves at the last step; skips a step whose
-    gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came.
-
-    Args:
-        stage: what is trained.
-        observers: are told of steps and evaluations.
-    """
+    gradients are not finite, and stops after three in a row; stops with a checkpoint when a signal came."""
 
     def __init__(self, stage: Stage, observers: Sequence[Observer] = ()) -> None:
         self.stage, self.observers = stage, Observers(observers)
         self.unit = "tokens" if stage.method == "sft" else "pairs"
         self.log, self.left_out = MetricsLog(stage.dir.metrics), SkippedSteps(stage.dir.path)
-        self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
+        _, self.total = step_schedule(stage.config, len(stage.data.rows))
         self.stop: StopRequest | None = None
         self.last: Metrics = {}
         self.evaluations: list[Metrics] = []
         self.warnings: list[str] = []
         self.collapse = DpoCollapseMonitor() if stage.method == "dpo" else None
-        self.begun = self.seconds = self.tokens = 0.0
+        self.begun = self.tokens = 0.0
+        self.seconds: list[float] = []  # of each step
         self.trainer: Any = None  # set when there is one
 
     def resume(self, step: int) -> None:
         """Take over what was logged up to a checkpoint's step."""
-        for record in self.log.truncate(step):
-            if "eval_loss" in record:
-                self.evaluations.append(record)
-            elif "loss" in record:
-                self.last = {key: value for key, value in record.items() if key != "step"}
-                if self.collapse is not None:
-                    self.collapse.saw(record["step"], record)
+        self.evaluations, self.last = replay(self.log.truncate(step), self.collapse)
         self.left_out.count = len(self.left_out.log.truncate(step))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,7 +78,7 @@ class Recorder(TrainerCallback):
                 parameter.grad = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds.append(time.perf_counter() - self.begun)
         if state.global_step == self.total:
             control.should_evaluate = self.stage.eval_data is not None
             control.should_save = True
@@ -110,12 +99,12 @@ class Recorder(TrainerCallback):
             self.observers.tell("on_evaluate", step, found)
         elif "loss" in logs:
             self._training(step, logs)
-        ends = self.fault is not None or (self.stop is not None and self.stop.name is not None)
+        ends = self.observers.fault is not None or (self.stop is not None and self.stop.name is not None)
         if ends and step < self.total:
             control.should_save = control.should_training_stop = True
 
     def _training(self, step: int, logs: Metrics) -> None:
-        data, device = self.stage.data, self.stage.base.device
+        data = self.stage.data
         rows = rows_of_step(self.stage.config, len(data.rows), step - 1)
         # accelerate's scaler does not tell its scale: every step before the first update counts as its search
         kind = self.left_out.kind(logs, 1.0 if self.stage.base.dtype == torch.float16 else None)
@@ -134,21 +123,11 @@ class Recorder(TrainerCallback):
         logs["num_tokens"] = self.tokens - before
         if self.unit == "pairs":
             logs["num_pairs"] = float(len(rows))
-        logs |= {
-            "epoch": round(step / self.per_epoch, 4),
-            "seconds": round(self.seconds, 4),
-            f"{self.unit}_per_second": round(logs[f"num_{self.unit}"] / max(self.seconds, 1e-9), 3),
-            "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
-        }
+        add_speed(logs, self.stage, self.unit, step, self.seconds[-1])
         self.last = logs
         self.observers.tell("on_step_end", step, logs)
         if step % self.stage.config.logging_steps == 0 or step in (1, self.total):
             self._write(step, logs)
-
-    @property
-    def fault(self) -> OSError | None:
-        """The error of the first print or message that failed."""
-        return self.observers.fault or output_fault()
 
     def _write(self, step: int, metrics: Metrics) -> None:
         self.log.append({"step": step, **metrics})

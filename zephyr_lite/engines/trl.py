@@ -65,14 +65,11 @@ def check_supported(method: Method, config: RunConfig) -> None:
 
 
 def train_on_trl(stage: Stage, observers: Sequence[Observer]) -> tuple[Outcome, dict[str, LoraWeights]]:
-    """Train a stage on TRL, from its last checkpoint if there is one; the outcome and the trained adapter's weights.
+    """Train a stage on TRL, from its last checkpoint if there is one (see ``loop.train``); the outcome and the trained adapter's
+    weights.
 
     ``metrics.jsonl`` has the fused engine's names. TRL adds ``entropy`` and ``mean_token_accuracy`` (means over
     micro-batches), and its ``num_tokens`` counts a pair's prompt twice, because it computes it twice.
-
-    Raises:
-        UserError: Unsloth would load another model, or loss or gradients are not finite three steps in a row.
-        Interrupted: a signal came; there is a checkpoint.
     """
     torch.set_num_threads(stage.plan.threads)
     reset_peak_memory(stage.base.device)
@@ -100,20 +97,18 @@ def train_on_trl(stage: Stage, observers: Sequence[Observer]) -> tuple[Outcome, 
     if state.global_step < recorder.total:
         if stop.name is not None:
             raise interrupted(stop.name, stage.dir, state.global_step, recorder.total)
-        if recorder.fault is not None:
-            raise recorder.fault
-    best = None
-    if state.best_metric is not None and state.best_global_step:
-        best = (float(state.best_metric), int(state.best_global_step))
+        if recorder.observers.fault is not None:
+            raise recorder.observers.fault
     outcome = Outcome(
         state.global_step,
         recorder.last,
-        best,
+        (float(state.best_metric), int(state.best_global_step)) if state.best_global_step else None,
         time.perf_counter() - started,
         recorder.left_out.count,
         recorder.evaluations,
         recorder.warnings,
         stop.name,
+        step_seconds=recorder.seconds,
     )
     return outcome, AdapterStack(trainer.model).weights(ADAPTER)
 
@@ -261,14 +256,8 @@ def longest_sequence(stage: Stage) -> int:
 
 
 def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None, Mapping[str, LoraWeights] | None]:
-    """The model for TRL.
-
-    Args:
-        checkpointing: recompute activations in the backward pass, in Unsloth's way.
-
-    Returns:
-        the model; the adapter that TRL is to put on it, None where the model brings its own; the weights to start from, None
-        for those of a fresh adapter.
+    """The model for TRL; the adapter that TRL is to put on it, None where the model brings its own; the weights to start from, None
+    for those of a fresh adapter. ``checkpointing``: recompute activations in the backward pass, in Unsloth's way.
     """
     config, model = stage.config, stage.base.model
     targets, head = config.lora_target_modules, model.get_output_embeddings()
@@ -324,11 +313,8 @@ def attach(stage: Stage, *, checkpointing: bool) -> tuple[Any, LoraConfig | None
 
 
 def put_weights(model: Any, stage: Stage, weights: Mapping[str, LoraWeights] | None, *, dropout: float) -> None:
-    """Give the adapter, and TRL's reference copy of it, their initial weights in float32 at least: TRL rounds to bfloat16.
-
-    Args:
-        weights: by module; None: the fused engine's fresh ones (``AdapterStack.add_trainable``).
-    """
+    """Give the adapter, and TRL's reference copy of it, their initial weights in float32 at least: TRL rounds to bfloat16. None:
+    the fused engine's fresh ones (``AdapterStack.add_trainable``)."""
     wide = torch.promote_types(stage.base.dtype, torch.float32)
     generator = torch.Generator().manual_seed(stage.config.seed)
     for module, layer in AdapterStack(model).lora_layers():

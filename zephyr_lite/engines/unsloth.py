@@ -119,13 +119,8 @@ def load_unsloth(config: RunConfig) -> Base:
 
 
 def unsloth_model(model: Any, shape: dict[str, Any], *, dropout: float, seed: int, checkpointing: bool) -> Any:
-    """``FastLanguageModel.get_peft_model``: Unsloth's PeftModel with a fresh adapter.
-
-    Args:
-        shape: the adapter's rank, alpha, patterns and targets; targets are projections, or the full names of modules where
-            there is a rank_pattern.
-        checkpointing: recompute activations in the backward pass, in Unsloth's way.
-    """
+    """``FastLanguageModel.get_peft_model``: Unsloth's PeftModel with a fresh adapter. ``shape``: its rank, alpha, patterns and
+    targets; targets are projections, or the full names of modules where there is a rank_pattern."""
     from unsloth import FastLanguageModel
 
     from ..model.adapters import AdapterStack

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,12 +18,6 @@ from .distributed import world
 from .stage import Metrics, Observer, Outcome, Stage
 from .steps import step_schedule
 
-# tracker → the extra that installs it, and the packages of which one is needed
-EXTRAS = {
-    "tensorboard": ("trackers", ("tensorboard", "tensorboardX")),
-    "wandb": ("wandb", ("wandb",)),
-    "trackio": ("trackio", ("trackio",)),
-}
 # keys that transformers' arguments have too, which trackers log
 SAME = (
     *("num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1"),
@@ -35,17 +28,13 @@ SAME = (
 def trackers(config: RunConfig) -> list[TrainerCallback]:
     """transformers' callbacks for the trackers of ``report_to``; none in processes that do not write."""
     names = config.report_to if world().is_main_process else []
-    for name in names:
-        extra, packages = EXTRAS.get(name, ("", ()))
-        # a plain folder of the package's name, which a tracker leaves, has no origin
-        if extra and not any((spec := find_spec(package)) and spec.origin for package in packages):
-            raise UserError(
-                f"report_to: {name} is not installed.", f'Run: pip install "zephyr-lite[{extra}]", or leave it out.'
-            )
     try:
         return [cls() for cls in get_reporting_integration_callbacks(names)]
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"report_to {names}: {error}", "Install the tracker, or leave it out.") from None
+        extras = "trackers (tensorboard), wandb, trackio"
+        raise UserError(
+            f"report_to: {error}", f"Install it (extras of zephyr-lite: {extras}), or leave it out."
+        ) from None
 
 
 def open_wandb(stage: Stage) -> None:

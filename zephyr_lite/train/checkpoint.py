@@ -32,6 +32,8 @@ from .optim import restore_state, state_of
 
 if TYPE_CHECKING:
     from .loop import TrainState
+    from .monitors import DpoCollapseMonitor
+    from .stage import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,8 @@ STATE = "state.json"
 
 
 def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
-    """Write ``checkpoint-STEP``, tensor by tensor: everything that a run needs to resume bit for bit. (Dropout and the order of
-    rows are functions of seed and step, so there is no state of a generator to keep.)
-
-    Args:
-        extra: more keys of its ``state.json``.
-    """
+    """Write ``checkpoint-STEP``, tensor by tensor, with these keys more in its ``state.json``: all that a run needs to resume
+    bit for bit. Dropout and the order of rows are functions of seed and step, so there is no generator's state to keep."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in state.parameters.items():
@@ -55,11 +53,9 @@ def write_checkpoint(state: TrainState, extra: dict[str, Any]) -> Path:
                 tensors[f"optimizer.{key}.{name}"] = value.detach()
             else:
                 plain.setdefault(key, {})[name] = value
-    header = {}
-    for size in (8, 4, 2, 1):  # the largest items first, so that every tensor is aligned to its own
-        for name, tensor in tensors.items():
-            if tensor.dtype.itemsize == size:
-                header[name] = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+    # the largest items first, so that every tensor is aligned to its own
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    header = {name: (DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names}
 
     def put(name: str, out: BinaryIO) -> None:
         out.write(tensor_bytes(tensors[name].cpu()))
@@ -86,11 +82,12 @@ def read_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
     tensors = load_file(folder / TENSORS)
     _load_adapter(state.parameters, tensors)
     states: dict[nn.Parameter, dict[str, Any]] = {parameter: {} for parameter in state.parameters.values()}
-    found = [(*name.split(".", 2)[1:], tensor) for name, tensor in tensors.items() if name.startswith("optimizer.")]
-    found += [
-        (key, name, value) for key, values in content["optimizer"]["plain"].items() for name, value in values.items()
-    ]
-    for key, name, value in found:
+    plain = content["optimizer"]["plain"]
+    found = {f"optimizer.{key}.{name}": value for key, values in plain.items() for name, value in values.items()}
+    for place, value in {**found, **tensors}.items():
+        kind, key, name = place.split(".", 2)
+        if kind == "adapter":
+            continue
         # older versions wrote bitsandbytes' nested state as outer/key
         states[state.parameters[name]][key.rsplit("/", 1)[-1]] = value
     try:
@@ -114,11 +111,8 @@ def _load_adapter(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor
 
 
 def save(state: TrainState, *, pending: bool = False) -> None:
-    """Write a checkpoint, then delete older ones. The logs are on the disk before it is.
-
-    Args:
-        pending: this step's evaluation was not finished.
-    """
+    """Write a checkpoint (``pending``: this step's evaluation was not finished), then delete older ones. The logs are on the
+    disk before it is."""
     if not state.stage.writes:
         return
     for log in (state.log, state.skipped.log, state.sample_log):
@@ -174,14 +168,19 @@ def resume(state: TrainState) -> bool:
     state.skipped.log.truncate(state.step)
     for record in state.sample_log.truncate(state.step):
         state.sampled.add(record["step"])
-    for record in state.log.truncate(state.step, pending=pending):
-        if "eval_loss" in record:
-            state.evaluations.append(record)
-        elif "loss" in record:
-            state.metrics = {k: v for k, v in record.items() if k != "step"}
-            if state.objective.collapse is not None:
-                state.objective.collapse.saw(record["step"], record)
+    records = state.log.truncate(state.step, pending=pending)
+    state.evaluations, state.metrics = replay(records, state.objective.collapse)
     return pending
+
+
+def replay(records: list[Metrics], collapse: DpoCollapseMonitor | None) -> tuple[list[Metrics], Metrics]:
+    """The evaluations among logged records, and the metrics of the last step; ``collapse`` sees the steps again."""
+    steps = [record for record in records if "loss" in record]
+    if collapse is not None:
+        for record in steps:
+            collapse.saw(int(record["step"]), record)
+    last = {key: value for key, value in steps[-1].items() if key != "step"} if steps else {}
+    return [record for record in records if "eval_loss" in record], last
 
 
 def restore_best(state: TrainState) -> None:
@@ -222,11 +221,7 @@ def resume_point(stage: StageDir) -> Path | None:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object per logged step.
-
-    Args:
-        writes: False in processes other than rank 0.
-    """
+    """``metrics.jsonl``: one JSON object per logged step; ``writes``: False in processes other than rank 0."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
@@ -246,11 +241,8 @@ class MetricsLog:
             sync_file(self.path)
 
     def truncate(self, step: int, *, pending: bool = False) -> list[dict[str, Any]]:
-        """Keep the records up to this step, and return them; a resumed run repeats the rest.
-
-        Args:
-            pending: this step's evaluation will be repeated, so one that is there is removed.
-        """
+        """Keep the records up to this step, and return them; a resumed run repeats the rest, and with ``pending`` this step's
+        evaluation."""
         if not self.path.exists():
             return []
         kept: list[tuple[str, dict[str, Any]]] = []

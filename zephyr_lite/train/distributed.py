@@ -37,17 +37,11 @@ class PeerEnded(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. Every method is a collective call, which all processes make at the same point.
-
-    Attributes:
-        rank, size: of all processes.
-        local_rank, local_size: of those on this machine.
-    """
+    """This process among those of the run. Every method is a collective call, which all processes make at the same point."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    local_rank: int = 0  # among those on this machine
 
     @property
     def is_main_process(self) -> bool:
@@ -198,7 +192,7 @@ def joined() -> Iterator[World]:
             f"process {rank} of {launched()} cannot connect to the others: {str(error).splitlines()[0]}",
             "Start all of them with torchrun or accelerate launch; on several machines with the same --rdzv-endpoint.",
         ) from None
-    _world = World(rank, launched(), local_rank, local_size or 1)
+    _world = World(rank, launched(), local_rank)
     try:
         yield _world
     finally:

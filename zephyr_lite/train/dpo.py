@@ -2,12 +2,7 @@
 
 The policy is base + frozen adapters + the adapter under training; the reference is the same weights with that
 adapter's columns set to zero. Prompts are computed once for both responses.
-
-Supports: the losses of ``losses.preference_loss`` and their weighted sums; a live reference, one computed once and kept on
-disk, or none, if no loss needs it; evaluation, best checkpoint, early stopping.
-
-Raises ``UserError`` for a user's mistake, and if policy and reference differ at step 0; ``StageComplete`` for a finished
-stage.
+The reference is live, or computed once and kept on disk, or there is none, if no loss needs it.
 """
 
 from __future__ import annotations
@@ -15,17 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..data.batch import Batch, collate_pairs
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
 from ..model.decoder import Dropout
-from .distributed import sum_by_name
 from .losses import Preference, loss_of
 from .main import run
 from .monitors import DpoCollapseMonitor
@@ -56,6 +49,11 @@ class DpoObjective(Objective):
         self.collapse = DpoCollapseMonitor()
         self.cache = self._fill_cache() if stage.config.precompute_ref_log_probs is True else None
 
+    @cached_property
+    def eval_total(self) -> PairTotals:
+        assert self.stage.eval_data is not None
+        return _totals(self.stage.eval_data, range(len(self.stage.eval_data.lengths)))
+
     def num_targets(self, examples: Sequence[int]) -> PairTotals:
         return _totals(self.data, examples)
 
@@ -74,21 +72,13 @@ class DpoObjective(Objective):
         means = {k: v / total.pairs for k, v in sums.items() if k.startswith(("rewards/", "logps/"))}
         return {"loss": sums["loss"], **means, "num_tokens": sums["num_tokens"], "num_pairs": float(total.pairs)}
 
-    @torch.no_grad()
-    def evaluate(self) -> Metrics:
-        """Sums over this process's held-out pairs: loss, rewards, accuracy, margin."""
-        data = self.stage.eval_data
-        assert data is not None
-        total = _totals(data, range(len(data.lengths)))
-
-        def of_group(group: list[int]) -> Metrics:
-            batch = self._batch(data, group)
-            policy, reference = self._sums(batch)
-            found = self._preference(policy, reference, batch, total)
-            sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
-            return {name: value.item() for name, value in sums.items()}
-
-        return sum_by_name(self.oom.groups(data, of_group))
+    def eval_sums(self, group: list[int]) -> Metrics:
+        assert self.stage.eval_data is not None
+        batch = self._batch(self.stage.eval_data, group)
+        policy, reference = self._sums(batch)
+        found = self._preference(policy, reference, batch, self.eval_total)
+        sums = {"loss": found.losses.sum(), **_metric_sums(found, policy)}
+        return {name: value.item() for name, value in sums.items()}
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
         assert self.stage.eval_data is not None
@@ -146,8 +136,7 @@ class DpoObjective(Objective):
         if cache.load():
             logger.info(f"reference log-probabilities read from {cache.path}")
             return cache
-        rest = f"the other {cache.missing:,} of " if cache.missing < cache.pairs else ""
-        logger.info(f"computing the reference log-probabilities of {rest}{cache.pairs:,} pairs once")
+        logger.info(f"computing the reference log-probabilities of {cache.missing:,} pairs once")
         cache.compute(self.decoder, self.data, self.oom)
         return cache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 
@@ -14,13 +15,12 @@ from ..config.load import Loaded, Method
 from ..errors import UserError
 from ..io.logging import RESULT
 from ..memory.machine import peak_memory, reset_peak_memory
-from .dpo import DpoObjective, preference_objective
+from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update, warmup_largest_batch
-from .reference import ReferenceCache
 from .setup import setup_stage
 from .sft import SftObjective
 from .stage import Objective, Stage
-from .steps import micro_batches, rows_of_step
+from .steps import rows_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +46,16 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
         )
     loaded.config = loaded.config.model_copy(update={"report_to": []})  # a tracker would start a run
     stage = setup_stage(method, loaded, claim=False)
-    # the run computes all pairs' reference and writes it; here only the first step's pairs have theirs, in memory
-    cached = stage.config.precompute_ref_log_probs is True
-    stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": False})
+    # the run computes all pairs' reference and writes it; here the first step's pairs have a live one, in a pass of its own
+    if cached := stage.config.precompute_ref_log_probs is True:
+        stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": False})
+        stage.plan = replace(stage.plan, reference="own")
     for line in stage.plan.lines():
         logger.info(line, extra=RESULT)
     if show is not None:
         for title, spans in first_row(stage):
             show(title, spans)
     objective: Objective = SftObjective(stage) if method == "sft" else preference_objective(stage)
-    if cached:
-        assert isinstance(objective, DpoObjective)
-        objective.cache = reference_of_step(objective)
     state = TrainState(stage, objective)
     if stage.base.device.type == "cuda":
         warmup_largest_batch(state)
@@ -78,19 +76,6 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
         extra=RESULT,
     )
     logger.info(f"`zephyr-lite suggest {method} …` explains the values and can probe learning rates")
-
-
-def reference_of_step(objective: DpoObjective) -> ReferenceCache:
-    """The cached reference of the first step's pairs alone; those of other pairs are NaN."""
-    stage, data = objective.stage, objective.data
-    cache = ReferenceCache(stage.dir.path, len(data.lengths))
-    examples = [i for row in rows_of_step(stage.config, len(data.rows), 0) for i in data.rows[row]]
-    for attempt in objective.oom.attempts():
-        with attempt:
-            for group in micro_batches(examples, data.lengths, stage.plan.micro_tokens):
-                objective.oom.begin(data, group, training=False)
-                cache.add(objective.decoder, data, group)
-    return cache
 
 
 def first_row(stage: Stage) -> list[tuple[str, Spans]]:

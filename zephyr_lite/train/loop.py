@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..errors import Interrupted
 from ..io.interrupts import StopRequest
-from ..io.logging import output_fault
 from ..io.run_dir import StageDir
 from ..memory.machine import peak_memory, reset_peak_memory
 from .checkpoint import MetricsLog, restore_best, resume, save
@@ -33,31 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrainState:
-    """A run in progress, before its first step, with the optimizer's state allocated.
-
-    Args:
-        stage, objective: what is trained.
-        observers: are told of steps, evaluations and samples.
-
-    Attributes:
-        parameters: the adapter's float32 weights, by name.
-        optimizer, scheduler, scaler: of these weights; the scaler is disabled but for float16.
-        per_epoch, total: steps of an epoch, and of the run.
-        log, sample_log, skipped: the stage's JSON lines.
-        step: optimizer steps done.
-        metrics: of the last step.
-        evaluations: metrics of every evaluation so far.
-        sampled: steps at which samples were drawn.
-        best, stale: the lowest eval_loss with its step, and evaluations since.
-        warnings: printed about the run's numbers.
-        before_skips: while steps are being skipped, the step of the checkpoint from before the first of them.
-        gradients: all gradients in one tensor, of which the parameters' are views. One all-reduce sums them in place.
-    """
+    """A run in progress, before its first step, with the optimizer's state allocated."""
 
     def __init__(self, stage: Stage, objective: Objective, *, observers: Sequence[Observer] = ()) -> None:
         self.stage, self.objective, self.observers = stage, objective, Observers(observers)
-        self.parameters = stage.stack.parameters()
-        self.per_epoch, self.total = step_schedule(stage.config, len(stage.data.rows))
+        self.parameters = stage.stack.parameters()  # the adapter's float32 weights, by name
+        _, self.total = step_schedule(stage.config, len(stage.data.rows))
+        # all gradients in one tensor, of which the parameters' are views: one all-reduce sums them in place
         buffers, self.gradients = make_buffers(stage.config, self.parameters)
         self.optimizer = make_optimizer(stage.config, buffers)
         self.scheduler = make_scheduler(stage.config, self.optimizer, self.total)
@@ -65,13 +46,17 @@ class TrainState:
         self.log = MetricsLog(stage.dir.metrics, writes=stage.writes)
         self.sample_log = MetricsLog(stage.dir.samples, writes=stage.writes)
         self.skipped = SkippedSteps(stage.dir.path, writes=stage.writes)
-        self.step = self.stale = 0
-        self.metrics: Metrics = {}
+        self.step = 0  # optimizer steps done
+        self.metrics: Metrics = {}  # of the last step
         self.evaluations: list[Metrics] = []
-        self.sampled: set[int] = set()
-        self.best: tuple[float, int] | None = None
-        self.warnings: list[str] = []
-        self.before_skips: int | None = None
+        self.sampled: set[int] = set()  # steps at which samples were drawn
+        self.best: tuple[float, int] | None = None  # the lowest eval_loss with its step
+        self.stale = 0  # evaluations since
+        self.warnings: list[str] = []  # printed about the run's numbers
+        self.seconds: list[float] = []  # of each step of this process, evaluations aside
+        self.before_skips: int | None = (
+            None  # while steps are skipped, the step of the checkpoint from before the first
+        )
         zero_gradients(self)
 
 
@@ -110,13 +95,8 @@ def train(state: TrainState) -> Outcome:
             _check_numbers(state)
             update(state, state.metrics)
             state.step += 1
-            seconds, counted = time.perf_counter() - begun, state.metrics.get(f"num_{objective.unit}", 0.0)
-            state.metrics |= {
-                "epoch": round(state.step / state.per_epoch, 4),
-                "seconds": round(seconds, 4),
-                f"{objective.unit}_per_second": round(counted / max(seconds, 1e-9), 3),
-                "peak_memory_gib": round(peak_memory(stage.base.device) / 2**30, 3),
-            }
+            state.seconds.append(time.perf_counter() - begun)
+            add_speed(state.metrics, stage, objective.unit, state.step, state.seconds[-1])
             if state.step % config.logging_steps == 0 or state.step in (1, state.total):
                 _log(state, state.metrics)
             state.observers.tell("on_step_end", state.step, state.metrics)
@@ -133,7 +113,19 @@ def train(state: TrainState) -> Outcome:
             state.evaluations,
             state.warnings,
             _asked_to_stop(state, stop)[0],
+            step_seconds=state.seconds,
         )
+
+
+def add_speed(metrics: Metrics, stage: Stage, unit: str, step: int, seconds: float) -> None:
+    """Add a step's epoch, time, throughput and peak memory to its metrics."""
+    per_epoch, _ = step_schedule(stage.config, len(stage.data.rows))
+    metrics |= {
+        "epoch": round(step / per_epoch, 4),
+        "seconds": round(seconds, 4),
+        f"{unit}_per_second": round(metrics.get(f"num_{unit}", 0.0) / max(seconds, 1e-9), 3),
+        "peak_memory_gib": round(peak_memory(stage.base.device) / 2**30, 3),
+    }
 
 
 # One step
@@ -150,57 +142,31 @@ def examples_of_step(state: TrainState, step: int) -> list[int]:
 
 def accumulate_gradients(state: TrainState, step: int) -> Metrics:
     """Everything of a step before its update: unscaled and clipped gradients are left on the parameters. Where memory runs
-    out the forward and backward passes are done again under a smaller plan.
-
-    Returns:
-        the step's metrics; its update must not be applied if ``loss`` or ``grad_norm`` is not finite.
-    """
-    objective, here, oom = state.objective, world(), state.objective.oom
-    lengths, examples = objective.data.lengths, list[int]()
-    for attempt in oom.attempts():
-        with attempt:
-            examples = examples_of_step(state, step)
+    out the passes are done again under a smaller plan. Returns the step's metrics."""
+    objective, here, retry = state.objective, world(), state.objective.oom.retry
+    lengths, examples = objective.data.lengths, examples_of_step(state, step)
     total = objective.num_targets(examples)
     objective.begin_step(examples)
-    sums: dict[str, Any] = {}
-    for attempt in oom.attempts():
+
+    def passes() -> Metrics:
         zero_gradients(state)
-        sums.clear()
-        with attempt:
-            for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
-                for name, value in forward_backward(state, group, step, total).items():
-                    sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
-            for name, value in sums.items():
-                sums[name] = float(value)
+        sums: dict[str, Any] = {}
+        for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
+            for name, value in forward_backward(state, group, step, total).items():
+                sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
+        return {name: float(value) for name, value in sums.items()}
+
+    sums = retry(passes)
     here.all_reduce(state.gradients)
     metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
-
-    # remove the loss scale, clip to max_grad_norm (0: no clipping)
-    for attempt in oom.attempts():
-        with attempt:
-            state.scaler.unscale_(state.optimizer)
-    max_norm = state.stage.config.max_grad_norm
-    for attempt in oom.attempts():
-        with attempt:
-            norm = gradient_norm(state)
-            metrics["grad_norm"] = norm.item()
-            if max_norm and math.isfinite(metrics["grad_norm"]):
-                state.gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    retry(state.scaler.unscale_, state.optimizer)
+    metrics["grad_norm"] = retry(clip_gradients, state)
     metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
     return metrics
 
 
 def forward_backward(state: TrainState, group: Sequence[int], step: int, total: Any) -> dict[str, float | Tensor]:
-    """Add the gradients of one micro-batch, times the loss scale.
-
-    Args:
-        group: indices of its examples.
-        step: from 0.
-        total: ``num_targets`` of the whole step.
-
-    Returns:
-        the micro-batch's sums for the metrics.
-    """
+    """Add the gradients of one micro-batch, times the loss scale; returns its sums for the metrics."""
     loss, sums = state.objective.loss(group, step, total)
     state.scaler.scale(loss).backward()
     return {"loss": loss.detach(), **sums}
@@ -212,9 +178,6 @@ def update(state: TrainState, metrics: Metrics) -> bool:
 
     An update is not retried: what was changed already would change twice. The fused AdamW and bitsandbytes' kernels for GPUs
     allocate nothing.
-
-    Args:
-        metrics: of ``accumulate_gradients``.
     """
     applied = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
     if applied:
@@ -223,6 +186,15 @@ def update(state: TrainState, metrics: Metrics) -> bool:
         state.scaler.update()
     state.scheduler.step()
     return applied
+
+
+def clip_gradients(state: TrainState) -> float:
+    """Scale the gradients down to a norm of ``max_grad_norm`` (0: never); returns their norm."""
+    max_norm, norm = state.stage.config.max_grad_norm, gradient_norm(state)
+    found = norm.item()
+    if max_norm and math.isfinite(found):
+        state.gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return found
 
 
 def gradient_norm(state: TrainState) -> Tensor:
@@ -238,19 +210,17 @@ def zero_gradients(state: TrainState) -> None:
 
 def warmup_largest_batch(state: TrainState) -> list[list[int]]:
     """Forward and backward of the largest possible micro-batches (that of the longest example, and the one of most tokens),
-    without an update: what does not fit shows before the first step, and the plan adapts.
-
-    Returns:
-        the examples of each micro-batch.
-    """
+    without an update: what does not fit shows before the first step, and the plan adapts. Returns their examples."""
     objective = state.objective
-    groups: list[list[int]] = []
-    for attempt in objective.oom.attempts():
+
+    def passes() -> list[list[int]]:
         zero_gradients(state)
         groups = largest_micro_batches(objective.data.lengths, state.stage.plan.micro_tokens)
-        with attempt:
-            for group in groups:
-                forward_backward(state, group, state.total, objective.num_targets(group))
+        for group in groups:
+            forward_backward(state, group, state.total, objective.num_targets(group))
+        return groups
+
+    groups = objective.oom.retry(passes)
     zero_gradients(state)
     return groups
 
@@ -285,9 +255,7 @@ def _check_numbers(state: TrainState) -> None:
         )
     else:
         rows, alone = world().broadcast(lambda: _rows_not_finite(state))
-        kept = "No step had been applied."
-        if state.before_skips:
-            kept = f"checkpoint-{state.before_skips} has the adapter from before."
+        kept = f"checkpoint-{state.before_skips} has the adapter from before." if state.before_skips else ""
         error = skipped.add(step, metrics, rows, kept, alone=alone)
         if error is not None:
             raise everywhere(error)
@@ -297,16 +265,14 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
     objective, examples = state.objective, examples_of_step(state, state.step)
     total = objective.num_targets(examples)
-    found: list[int] = []
-    for attempt in objective.oom.attempts():
-        found.clear()
-        with attempt:
-            for example in examples:
-                zero_gradients(state)
-                loss, _ = objective.loss([example], state.step, total)
-                loss.backward()  # without the loss scale
-                if not (loss.isfinite() and gradient_norm(state).isfinite()):
-                    found.append(example)
+
+    def is_finite(example: int) -> bool:
+        zero_gradients(state)
+        loss, _ = objective.loss([example], state.step, total)
+        loss.backward()  # without the loss scale
+        return bool(loss.isfinite() and gradient_norm(state).isfinite())
+
+    found = [example for example in examples if not objective.oom.retry(is_finite, example)]
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
 
@@ -371,7 +337,7 @@ def _asked_to_stop(state: TrainState, stop: StopRequest) -> tuple[str | None, OS
     """The signal that came to any process, and the error of any that cannot print any more. All processes call it at the same
     points, and get the same answer."""
     signal, fault = None, None
-    for name, error in world().all_gather((stop.name, state.observers.fault or output_fault())):
+    for name, error in world().all_gather((stop.name, state.observers.fault)):
         signal, fault = signal or name, fault or error
     return signal, fault
 

@@ -17,6 +17,7 @@ from ..config.load import Loaded, Method, RunConfig
 from ..errors import Interrupted, UserError, optional
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
+from ..io.sync import Mirror
 from ..memory.device import in_words
 from ..memory.machine import THE_CPU, add_run, peak_memory
 from ..model.peft_io import LoraWeights, adapter_sha256, compose, read_adapter, write_adapter
@@ -24,9 +25,9 @@ from ..model.tokenizer import save_tokenizer
 from .distributed import everywhere, world
 from .general import measure_general_loss
 from .loop import TrainState, train
-from .resume import StageComplete, machine_now, now
+from .resume import StageComplete, machine_now, utc_now
 from .setup import setup_stage
-from .stage import Metrics, Objective, Observer, Observers, Outcome, Stage
+from .stage import Objective, Observer, Observers, Outcome, Stage
 
 logger = logging.getLogger(__name__)
 # a run of fewer does not tell how fast a machine is
@@ -37,11 +38,7 @@ OVERFIT = 0.05  # nats of the last held-out loss above the lowest one
 
 
 def run(
-    method: Method,
-    objective: Callable[[Stage], Objective],
-    loaded: Loaded,
-    *,
-    observers: Sequence[Observer] = (),
+    method: Method, objective: Callable[[Stage], Objective], loaded: Loaded, *, observers: Sequence[Observer] = ()
 ) -> Outcome:
     """Train the stage of a configuration, from its last checkpoint if there is one, and write its adapter.
 
@@ -52,17 +49,12 @@ def run(
     Raises:
         StageComplete: the stage is finished.
         Interrupted: a signal came; there is a checkpoint, or the stage is complete.
-        UserError: a user's mistake, or a machine does not see the run's folder.
         PeerEnded: another process ended.
     """
     here, config = world(), loaded.config
     if here.size > 1 and config.engine != "fused":
-        raise everywhere(
-            UserError(
-                f"engine {config.engine} runs in one process; {here.size} were started.",
-                "Take engine=fused, or start it without torchrun.",
-            )
-        )
+        refused = f"engine {config.engine} runs in one process; {here.size} were started."
+        raise everywhere(UserError(refused, "Take engine=fused, or start it without torchrun."))
     if not here.is_main_process:
         observers = ()
     with ExitStack() as held:
@@ -73,32 +65,23 @@ def run(
             check_supported(method, config)
         if here.size > 1:
             logger.info(
-                f"{here.size} processes, {here.local_size} of them on this machine: each takes its share of every step "
-                "(the plan and its hours are for one alone)"
+                f"{here.size} processes: each takes its share of every step (the plan and its hours are for one alone)"
             )
             hosts = here.all_gather((socket.gethostname(), Path(config.output_dir).is_dir()))
             if blind := sorted({host for host, there in hosts if not there}):
-                raise everywhere(
-                    UserError(
-                        f"{config.output_dir}: does not exist on {', '.join(blind)}.",
-                        "All machines need the run's folder, the data and the base at the same paths: use a shared disk.",
-                    )
-                )
+                hint = "All machines need the run's folder, the data and the base at the same paths: use a shared disk."
+                raise everywhere(UserError(f"{config.output_dir}: does not exist on {', '.join(blind)}.", hint))
         try:
             stage = here.main_process_first(lambda: setup_stage(method, loaded))
         except StageComplete:
             if here.is_main_process:
                 done = StageDir(Path(config.output_dir) / config.stage)
                 if config.sync is not None:
-                    from ..io.sync import Mirror
-
                     Mirror(config.sync, done).finish()  # the network may have been away at the stage's end
                 push_adapter(config, done)
             raise
-        if stage.mirror is not None:
-            held.enter_context(stage.mirror)
-        timer = StepTimer()
-        observers = [timer, *observers]
+        if config.sync is not None and stage.writes:
+            stage.mirror = held.enter_context(Mirror(config.sync, stage.dir))
         own: dict[str, LoraWeights] | None = None
         if config.engine != "fused":
             outcome, own = train_on_trl(stage, observers)
@@ -108,10 +91,12 @@ def run(
 
                 observers = [*observers, Callbacks(trackers(config))]
             outcome = train(TrainState(stage, objective(stage), observers=observers))
-            measure_general_loss(stage, outcome)
+            # several epochs that were chosen for few rows are meant to change the model
+            warns = "num_train_epochs" not in loaded.automatic or stage.config.num_train_epochs <= 1
+            measure_general_loss(stage, outcome, warns=warns)
         warn_of_overfitting(stage, outcome)
         if stage.writes:
-            save_stage(stage, outcome, seconds=timer.seconds, own=own)
+            save_stage(stage, outcome, own)
         told = Observers(observers)
         told.tell("on_train_end", stage, outcome)
         if outcome.stopped is not None:
@@ -123,23 +108,10 @@ def run(
         return outcome
 
 
-class StepTimer(Observer):
-    """Seconds of each step of this process, evaluations aside."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_end(self, step: int, metrics: Metrics) -> None:
-        self.seconds.append(metrics["seconds"])
-
-
-def save_stage(
-    stage: Stage, outcome: Outcome, *, seconds: Sequence[float] = (), own: dict[str, LoraWeights] | None = None
-) -> None:
+def save_stage(stage: Stage, outcome: Outcome, own: dict[str, LoraWeights] | None = None) -> None:
     """Write what people load: the stage's own adapter, the whole chain as one, the tokenizer; then mark it complete.
 
     Args:
-        seconds: of each step.
         own: the trained adapter's weights, where another engine holds them; None: the stack's.
     """
     own = stage.stack.weights(stage.config.stage) if own is None else own
@@ -155,7 +127,7 @@ def save_stage(
         # a composed adapter has scale 1
         write_adapter(folder, chain, rslora=stage.config.use_rslora and chain is own, **options)
         save_tokenizer(stage.template.tokenizer, folder)
-    peak, speed = peak_memory(stage.base.device), None
+    peak, speed, seconds = peak_memory(stage.base.device), None, outcome.step_seconds
     if seconds and stage.workload.step_tokens:
         # kernels are compiled in the first step
         speed = round(stage.workload.step_tokens / statistics.median(seconds[1:] or seconds), 2)
@@ -175,7 +147,7 @@ def save_stage(
             "peak_memory_bytes": peak,
             "tokens_per_second": speed,
         },
-        finished=now(),
+        finished=utc_now(),
     )
     stage.dir.write_info(stage.info)
     if speed is not None and len(seconds) >= FEWEST_STEPS:
@@ -191,12 +163,10 @@ def warn_of_overfitting(stage: Stage, outcome: Outcome) -> None:
     lowest, step = outcome.best
     last = outcome.evaluations[-1]["eval_loss"]
     if last > lowest + OVERFIT:
-        warning = (
+        outcome.warn(
             f"the held-out loss was lowest at step {step:,} ({lowest:.3f}) and is {last:.3f} at the end: the model learns these "
             "rows by heart. Fewer epochs or more rows may help; load_best_model_at_end=true saves that step's adapter."
         )
-        outcome.warnings.append(warning)
-        logger.warning(warning)
 
 
 def _compare(stage: Stage, speed: float, peak: int) -> None:

@@ -22,35 +22,21 @@ LEFT_OUT = "left_out.jsonl"
 
 
 class SkippedSteps:
-    """Counts and records the steps that were skipped because their loss or gradients were not finite.
+    """Counts the steps that were skipped because their loss or gradients were not finite, and records them and their rows in
+    ``left_out.jsonl`` (not_finite_alone: whether these rows are not finite by themselves; null: not tested).
 
     float16 needs a loss scale at which no gradient overflows; the scaler finds it by halving from 65,536 after each overflow.
     Until the first update that search is no fault: the loss is finite, only the scaled gradients are not.
-
-    Args:
-        folder: of the stage.
-        writes: False in processes other than rank 0.
-
-    Attributes:
-        count: skipped steps, those of the scaler's search included.
-        in_a_row: skipped steps since the last update, without those of the search.
-        settled: an update was applied, so the scaler has found its scale.
-        log: ``left_out.jsonl``: step, loss, grad_norm, rows, and not_finite_alone: true if these rows are not finite by
-            themselves, false if each of the step's rows is finite alone, null if that was not tested.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.log = MetricsLog(folder / LEFT_OUT, writes=writes)
-        self.count = self.in_a_row = 0
-        self.settled = False
+        self.count = 0  # skipped steps, those of the scaler's search included
+        self.in_a_row = 0  # since the last update, without those of the search
+        self.settled = False  # an update was applied, so the scaler has found its scale
 
     def kind(self, metrics: Mapping[str, float], scale: float | None) -> Kind:
-        """Classify a step.
-
-        Args:
-            metrics: its loss and grad_norm.
-            scale: the loss scale after the step, or None without a scaler; a search below 1 has failed.
-        """
+        """Classify a step; ``scale``: the loss scale after it, None without a scaler; a search below 1 has failed."""
         if not math.isfinite(metrics["loss"]):
             return "bad"
         if math.isfinite(metrics["grad_norm"]):
@@ -74,15 +60,11 @@ class SkippedSteps:
     def add(
         self, step: int, metrics: Mapping[str, float], rows: Sequence[str], kept: str, *, alone: bool | None
     ) -> UserError | None:
-        """Record and print a step (from 1).
+        """Record and print a step (from 1) and its rows; returns the error that ends the run after ``IN_A_ROW``.
 
         Args:
-            rows: names of its rows.
             kept: a sentence about the checkpoint from before.
-            alone: see ``log``.
-
-        Returns:
-            the error that ends the run if it is the last of ``IN_A_ROW``.
+            alone: whether these rows are not finite by themselves; None: not tested.
         """
         loss, norm = metrics["loss"], metrics["grad_norm"]
         self.log.append({"step": step, "loss": loss, "grad_norm": norm, "not_finite_alone": alone, "rows": list(rows)})

@@ -10,15 +10,14 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..data.dataset import TokenizedDataset
 from ..errors import UserError
-from ..memory.machine import Machine, this_machine
+from ..memory.machine import this_machine
 from ..memory.plan import Plan, smaller
 from .distributed import world
 from .steps import micro_batches
@@ -36,22 +35,16 @@ WORDS = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",  # of segments that grow
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle could not be allocated
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
-# cuBLAS could not create its handle: out of memory if less than a handle takes is free, else a broken installation.
-CUBLAS_UNINITIALIZED, CUBLAS_BYTES = "CUBLAS_STATUS_NOT_INITIALIZED", 512 * 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device's memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    if CUBLAS_UNINITIALIZED in str(error):
-        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < CUBLAS_BYTES
-    return any(words in str(error) for words in WORDS)
+    known = isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+    return known or isinstance(error, torch.OutOfMemoryError)
 
 
 class OomRetry:
@@ -88,25 +81,17 @@ class OomRetry:
         """
         self._data, self._examples, self._training = data, examples, training
 
-    def attempts(self) -> Iterator[AbstractContextManager[None]]:
-        """Contexts for some work, until it has fit into memory: ``for attempt in oom.attempts(): with attempt: …``.
+    def retry(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function until it has fit into memory; its result.
 
         Raises:
             UserError: a single example does not fit under any plan; the message names it.
         """
-        self._done = False
-        while not self._done:
-            yield self._attempt()
-
-    @contextmanager
-    def _attempt(self) -> Iterator[None]:
-        try:
-            yield
-            self._done = True
-            return
-        except Exception as error:
-            failure = self._failure(error)
-        self._shrink(failure)
+        while True:
+            try:
+                return work(*arguments)
+            except Exception as error:
+                self._shrink(self._failure(error))
 
     def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
         """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
@@ -114,18 +99,15 @@ class OomRetry:
         left = world().shard(range(len(data.lengths)), data.lengths)
         while left:
             done: set[int] = set()
-            failure = None
             for group in micro_batches(left, data.lengths, self.stage.plan.micro_tokens):
                 self.begin(data, group, training=False)
                 try:
                     found = compute(group)
                 except Exception as error:
-                    failure = self._failure(error)
+                    self._shrink(self._failure(error))
                     break
                 yield found
                 done.update(group)
-            if failure is not None:
-                self._shrink(failure)
             left = [i for i in left if i not in done]
 
     def _failure(self, error: Exception) -> str:
@@ -148,32 +130,24 @@ class OomRetry:
             link = link.__cause__ or link.__context__
         return failure
 
-    def _machine(self) -> Machine:
-        """The device's memory as it is now, and the main memory that may be locked, with what the current plan has locked."""
-        stage, memory = self.stage, self.stage.config.memory
-        machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
-        locked = sum(stage.plan.host.values())
-        if not self._lockable:
-            return replace(machine, host=locked - stage.plan.host.get("kept activations", 0))
-        return machine if memory.host is not None else replace(machine, host=machine.host + locked)
-
     def _shrink(self, failure: str) -> None:
         """Free what can be freed, and follow the next smaller plan that can be followed."""
-        stage, count = self.stage, len(self._examples)
+        stage, count, memory = self.stage, len(self._examples), self.stage.config.memory
         stage.decoder.release()
         gc.collect()  # an error that went through autograd may be part of a cycle
         tokens = sum(int(self._data.lengths[i]) for i in self._examples)
         failed = stage.plan
         while True:
-            lockable = self._lockable
+            # main memory that may be locked: with what the current plan has locked
+            machine = this_machine(stage.base.device, stage.base.dtype, memory, measure=False)
+            locked, lockable = sum(stage.plan.host.values()), self._lockable
+            if not lockable:
+                failed = replace(failed, offload=0)
+                machine = replace(machine, host=locked - stage.plan.host.get("kept activations", 0))
+            elif memory.host is None:
+                machine = replace(machine, host=machine.host + locked)
             plan = smaller(
-                failed if lockable else replace(failed, offload=0),
-                stage.workload,
-                self._machine(),
-                stage.config.memory,
-                tokens=tokens,
-                several=count > 1,
-                training=self._training,
+                failed, stage.workload, machine, memory, tokens=tokens, several=count > 1, training=self._training
             )
             if plan is None:
                 raise UserError(

@@ -163,9 +163,7 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer, total_st
         options = [name for name in inspect.signature(function).parameters if name not in GIVEN]
         hint = f"The options of this schedule, in lr_scheduler_kwargs: {', '.join(options) or 'none'}."
         if unknown := config.lr_scheduler_kwargs.keys() - options:
-            schedules = TYPE_TO_SCHEDULER_FUNCTION.items()
-            have = [kind.value for kind, each in schedules if min(unknown) in inspect.signature(each).parameters]
-            raise ValueError(f"it has no option {short(min(unknown))}{f'; {have[0]} has' if have else ''}")
+            raise ValueError(f"it has no option {short(min(unknown))}")
         return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, config.lr_scheduler_kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"lr_scheduler_type {config.lr_scheduler_type!r}: {error}", hint) from None

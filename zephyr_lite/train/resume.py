@@ -9,14 +9,16 @@ import datetime
 import logging
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from .. import __version__
-from ..config.load import DPO_DEFAULTS, DatasetSpec, Loaded, Method, RunConfig
+from ..config.load import DPO_DEFAULTS, Loaded, Method, RunConfig
 from ..config.strict_yaml import read_yaml
 from ..errors import UserError
 from ..io.run_dir import STAGE_FILE, TO_GO_ON, StageDir, checked
@@ -24,7 +26,6 @@ from ..io.text import check_values
 from ..memory.plan import Plan
 from ..model.base import compute_device
 from ..model.base_folder import fingerprint, is_fingerprint_of
-from ..model.peft_io import AdapterFile
 from .distributed import world
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,136 @@ class StageComplete(UserError):
 
     done = True
 
+    def __init__(self, stage: StageDir) -> None:
+        super().__init__(f"{stage.path} is complete already.")
 
-def now() -> str:
+
+def utc_now() -> str:
     """UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def differences(what: str, then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+def compare_config(stage: StageDir, loaded: Loaded, method: Method) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """Compare config.yaml of a stage on the disk with the configuration that would resume it.
+
+    A stage without a checkpoint starts again, with any configuration. Processes other than rank 0 resume what that has
+    written just now. ``loaded.automatic`` keys take the stage's values, and so does ``precompute_ref_log_probs: auto``.
+
+    Returns:
+        stage.json, None of a stage that starts; a line for each key that has changed.
+
+    Raises:
+        StageComplete: the stage is finished.
+        UserError: it cannot be resumed with this configuration, or is a stage of another method.
+    """
+    before, main = stage.info(), world().is_main_process
+    if before is None:
+        return None, {}
+    complete = before.get("status") == "complete"
+    if main and not complete and not stage.checkpoints():
+        return None, {}
+    checked(before, stage.path / STAGE_FILE, needs=TO_GO_ON)
+    if before["method"] != method:
+        raise UserError(
+            f"{stage.path}: is a {before['method']} stage; this is {method}.", "Choose another stage or output_dir."
+        )
+    # an earlier version may not have had a key: it did what the default does
+    values = (DPO_DEFAULTS if method == "dpo" else {}) | read_yaml(stage.config)
+    old = check_values(RunConfig, values, stage.config, "Correct it, or remove it from the file.")
+    kept = {key: getattr(old, key) for key in loaded.automatic}
+    new = RunConfig.model_validate({**loaded.config.model_dump(), **kept})
+    if new.precompute_ref_log_probs == "auto":
+        new = new.model_copy(update={"precompute_ref_log_probs": old.precompute_ref_log_probs})
+    loaded.config = new
+    if not main:
+        return before, {}
+    changed = {
+        key: f"{key}: {_brief(getattr(old, key))} then, {_brief(getattr(new, key))} now"
+        for key in RunConfig.model_fields
+        if key != "output_dir" and getattr(old, key) != getattr(new, key)
+    }
+    if refused := [line for key, line in changed.items() if not _may_change(key, getattr(old, key), getattr(new, key))]:
+        raise _refusal(stage, before, [*refused, *_moved(changed)])
+    if complete and not _moved(changed):
+        raise StageComplete(stage)
+    return before, changed
+
+
+def compare_files(
+    stage: StageDir, before: dict[str, Any], changed: dict[str, str], folder: Path, now: dict[str, Any]
+) -> list[str]:
+    """Compare a stage's base, adapters, rows, machine and libraries with those of now, and print what has changed.
+
+    Args:
+        before, changed: of ``compare_config``.
+        folder: the base's.
+        now: stage.json's ``adapters``, ``data``, ``eval_data``, ``machine`` and ``versions`` as they would be now.
+
+    Returns:
+        the lines that were printed.
+
+    Raises:
+        StageComplete: the stage is finished.
+        UserError: base, adapters or rows differ.
+    """
+    base, refused = before["base"], []
+    if not is_fingerprint_of(base["fingerprint"], folder):
+        weights = {"weights": base["fingerprint"]}, {"weights": fingerprint(folder)}
+        refused += _differences(f"base {base['name_or_path']}: ", *weights, ["weights"])
+    # engine trl lists the adapters that it trains on separately
+    links = (before.get("trl") or {}).get("continues") or before["adapters"]
+    if [link.get("sha256") for link in links] != [link["sha256"] for link in now["adapters"]]:
+        told, found = (
+            ", ".join(f"{link.get('path')} ({str(link.get('sha256'))[:12]})" for link in each) or "none"
+            for each in (links, now["adapters"])
+        )
+        refused.append(f"adapters below: {told} then, {found} now")
+    if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
+        counted = [key for key, value in before["data"].items() if isinstance(value, int | str)]
+        refused += _differences("data: ", before["data"], now["data"], counted)
+    if not world().is_main_process:  # rank 0 has written stage.json just now
+        refused += _differences("", before["machine"], now["machine"], ["dtype"])
+    if refused:
+        raise _refusal(stage, before, [*refused, *_moved(changed)])
+    if before.get("status") == "complete":
+        raise StageComplete(stage)
+    lines = [*changed.values()]
+    if lines:
+        logger.warning(f"changed since this stage was last worked on: {'; '.join(lines)}")
+    if other_rows_held_out(before, now):
+        lines.append(
+            "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
+        )
+        logger.warning(lines[-1])
+    rounding = _differences("", _last(before, "versions"), now["versions"], LIBRARIES)
+    rounding += _differences("", _last(before, "machine"), now["machine"], ROUNDS)
+    if rounding:
+        logger.warning(
+            f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
+        )
+    return lines + rounding
+
+
+def other_rows_held_out(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the evaluations so far used other held-out rows."""
+    return bool(before.get("eval_data")) and before["eval_data"] != now["eval_data"]
+
+
+def _may_change(key: str, then: Any, now: Any) -> bool:
+    """Whether a stage can be resumed with another value of a key."""
+    if key == "memory":
+        return bool(then.int8 == now.int8)
+    if key == "dataset":  # its places
+        then, now = ([spec.model_copy(update={"path": "", "revision": None}) for spec in each] for each in (then, now))
+        return bool(then == now)
+    return key in ALLOWED | PLACES
+
+
+def _moved(changed: dict[str, str]) -> list[str]:
+    return [line for key, line in changed.items() if key in PLACES]
+
+
+def _differences(what: str, then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """A line for every key whose values differ; a key that ``then`` has not is passed over."""
     found = []
     for key in keys:
@@ -76,189 +200,39 @@ def differences(what: str, then: Mapping[str, Any], now: Mapping[str, Any], keys
     return found
 
 
-class Comparison:
-    """A stage on the disk, compared with what would resume it. Every difference is one line.
-
-    A stage without a checkpoint starts again, with any configuration. Processes other than rank 0 resume what that has
-    written just now, so their configuration is not compared. ``loaded.automatic`` keys take the stage's values, and so does
-    ``precompute_ref_log_probs: auto``.
-
-    Attributes:
-        before: stage.json of a stage that can be resumed or is complete, or None.
-        complete: the stage is finished.
-        allowed: differences with which the stage continues.
-        moved: of these, the keys that name a place, whose content is compared (``model``, ``rows``).
-        refused: differences with which it does not.
-
-    Raises:
-        UserError: it is a stage of another method, or stage.json is not one that a run writes.
-    """
-
-    def __init__(self, stage: StageDir, loaded: Loaded, method: Method) -> None:
-        self.stage = stage
-        self.before = stage.info()
-        self.complete = False
-        self.allowed: list[str] = []
-        self.moved: list[str] = []
-        self.refused: list[str] = []
-        if self.before is None:
-            return
-        main = world().is_main_process
-        self.complete = main and self.before.get("status") == "complete"
-        if main and not self.complete and not stage.checkpoints():
-            self.before = None
-            return
-        checked(self.before, stage.path / STAGE_FILE, needs=TO_GO_ON)
-        if self.before["method"] != method:
-            raise UserError(
-                f"{stage.path}: is a {self.before['method']} stage; this is {method}.",
-                "Choose another stage or output_dir.",
-            )
-        # an earlier version may not have had a key: it did what the default does
-        old = RunConfig.model_construct().model_dump(mode="json") | (DPO_DEFAULTS if method == "dpo" else {})
-        old |= read_yaml(stage.config)
-        kept = {key: old[key] for key in loaded.automatic}
-        if loaded.config.precompute_ref_log_probs == "auto":
-            key = "precompute_ref_log_probs"  # a loss without a reference has none: only loss_type is a difference then
-            kept[key] = old[key] = loaded.config.needs_reference and old[key]
-        self.config = loaded.config = RunConfig.model_validate({**loaded.config.model_dump(), **kept})
-        values, hint = {"memory": old["memory"] or {}}, "Correct it, or remove it from the file."
-        self.memory = check_values(RunConfig, values, stage.config, hint).memory
-        if not main:
-            return
-        new = loaded.config.model_dump(mode="json")
-        for key in ("dataset", "eval_dataset"):
-            defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
-            old[key] = [{**defaults, **spec} for spec in old[key] or []]
-        old["memory"] = self.memory.model_dump(mode="json")
-        if self.memory.int8 != loaded.config.memory.int8:
-            self.refused.append(f"memory.compute: {old['memory']['compute']} then, {new['memory']['compute']} now")
-        for key in {**new, **old}:
-            if key == "output_dir" or (key in new and old[key] == new[key]):
-                continue
-            line = f"{key}: {_brief(old[key])} then, {_brief(new[key]) if key in new else 'no such key'} now"
-            if key in ALLOWED:
-                self.allowed.append(line)
-            elif key in PLACES and (key != "dataset" or _but_for_paths(old[key]) == _but_for_paths(new[key])):
-                self.allowed.append(line)
-                self.moved.append(line)
-            else:
-                self.refused.append(line)
-
-    def model(self, folder: Path, frozen: list[AdapterFile]) -> None:
-        """Compare the base's weights and the adapters below with those that the stage was started on.
-
-        Raises:
-            UserError: something differs; the message has all of it.
-        """
-        if self.before is None:
-            return
-        base = self.before["base"]
-        if not is_fingerprint_of(base["fingerprint"], folder):
-            then, now = {"weights": base["fingerprint"]}, {"weights": fingerprint(folder)}
-            self.refused += differences(f"base {base['name_or_path']}: ", then, now, now)
-        # engine trl lists the adapters that it trains on separately
-        links = (self.before.get("trl") or {}).get("continues") or self.before["adapters"]
-        if [link.get("sha256") for link in links] != [adapter.sha256 for adapter in frozen]:
-            told = [f"{link.get('path')} ({str(link.get('sha256'))[:12]})" for link in links]
-            found = [f"{adapter.path} ({adapter.sha256[:12]})" for adapter in frozen]
-            self.refused.append(f"adapters below: {', '.join(told) or 'none'} then, {', '.join(found) or 'none'} now")
-        self.refuse()
-
-    def rows(self, rows: dict[str, Any], held_out: dict[str, str] | None, told: dict[str, dict[str, Any]]) -> bool:
-        """Compare rows, machine and libraries, and print what has changed.
-
-        Args:
-            rows: stage.json's ``data``, as it would be now.
-            held_out: its ``eval_data``.
-            told: ``machine_now`` and ``versions``.
-
-        Returns:
-            whether the evaluations so far used other held-out rows.
-        """
-        if self.before is None:
-            return False
-        then = self.before["data"]
-        if then["fingerprint"] != rows["fingerprint"]:
-            counted = [key for key, value in then.items() if isinstance(value, int | str)]
-            self.refused += differences("data: ", then, rows, counted)
-        if not world().is_main_process:  # rank 0 has written stage.json just now
-            self.refused += differences("", self.before["machine"], told["machine"], ["dtype"])
-        self.refuse()
-        if self.complete:
-            return False
-        if self.allowed:
-            logger.warning(f"changed since this stage was last worked on: {'; '.join(self.allowed)}")
-        evaluated = self.before.get("eval_data")
-        if forget_best := bool(evaluated) and evaluated != held_out:
-            line = (
-                "the held-out rows are others than before: evaluations of before do not count for the best checkpoint"
-            )
-            self.allowed.append(line)
-            logger.warning(line)
-        rounding = differences("", _last(self.before, "versions"), told["versions"], LIBRARIES)
-        rounding += differences("", _last(self.before, "machine"), told["machine"], ROUNDS)
-        if rounding:
-            self.allowed += rounding
-            logger.warning(
-                f"{'; '.join(rounding)}: sums may round otherwise, so the end is not bit for bit that of an undisturbed run"
-            )
-        return forget_best
-
-    def refuse(self) -> None:
-        """Raise a UserError with all differences of ``refused``, if there are any."""
-        if not self.refused:
-            return
-        began = "finished" if self.complete else "started"
-        where = "" if world().is_main_process else f" ({platform.node()} has other files than the first process)"
-        raise UserError(
-            f"{self.stage.path}: was {began} with another configuration or on other files than these{where}:\n  "
-            + "\n  ".join([*self.refused, *self.moved]),
-            "Restore them, or choose another output_dir or stage.",
-        )
+def _refusal(stage: StageDir, before: dict[str, Any], lines: list[str]) -> UserError:
+    began = "finished" if before.get("status") == "complete" else "started"
+    where = "" if world().is_main_process else f" ({platform.node()} has other files than the first process)"
+    return UserError(
+        f"{stage.path}: was {began} with another configuration or on other files than these{where}:\n  "
+        + "\n  ".join(lines),
+        "Restore them, or choose another output_dir or stage.",
+    )
 
 
 def _brief(value: Any) -> str:
     """A key's value in a message; of data sets the path, and what is not the default."""
-    if not value or not isinstance(value, list) or not all(isinstance(spec, dict) for spec in value):
-        return repr(value)
-    defaults = DatasetSpec.model_construct(path="").model_dump(mode="json")
-    words = [[f"{key}={spec[key]}" for key in spec if spec[key] != defaults.get(key)] for spec in value]
-    return " + ".join(" ".join(each).removeprefix("path=") for each in words)
+    if isinstance(value, BaseModel):
+        words = [f"{key}={each}" for key, each in value.model_dump(exclude_defaults=True).items()]
+        return " ".join(words).removeprefix("path=") or "auto"
+    if value and isinstance(value, list) and isinstance(value[0], BaseModel):
+        return " + ".join(map(_brief, value))
+    return repr(value)
 
 
-def _but_for_paths(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in spec.items() if k not in ("path", "revision")} for spec in specs]
-
-
-def kept_plan(compared: Comparison, machine: dict[str, Any], layers: int) -> Plan | None:
+def kept_plan(before: dict[str, Any], changed: dict[str, str], device: str) -> Plan | None:
     """The plan in stage.json, which a resumed stage keeps: another split of its sums would change bits. None where the key
-    ``memory`` or the kind of device has changed, and for a stage that begins.
-
-    Raises:
-        UserError: this version has no such plan, or it is for another number of layers.
-    """
-    before, stage = compared.before, compared.stage
-    if before is None:
-        return None
-    if (
-        compared.memory != compared.config.memory
-        or _last(before, "machine").get("device", machine["device"]) != machine["device"]
-    ):
-        logger.info("memory or the kind of device has changed: a new plan splits sums, and rounds them, in another way")
-        return None
-    try:
-        plan = Plan(**before["plan"])
-        if len(plan.keep) not in (0, layers):
-            raise TypeError(f"it is for {len(plan.keep)} layers, and the base has {layers}")
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{stage.path / STAGE_FILE}: its plan is none of this version's ({error}).",
-            "Resume with the version that began the stage (the file names it), or choose another output_dir or stage.",
-        ) from None
-    for line in ("the plan is the one that the stage was started with", *plan.lines()):
-        logger.info(line)
-    return plan
+    ``memory``, the kind of device or the version has changed."""
+    with suppress(KeyError, TypeError):  # the plan of another version
+        if "memory" not in changed and _last(before, "machine").get("device", device) == device:
+            plan = Plan(**before["plan"])
+            for line in ("the plan is the one that the stage was started with", *plan.lines()):
+                logger.info(line)
+            return plan
+    logger.info(
+        "memory, the kind of device or the version has changed: a new plan splits sums, and rounds them, in another way"
+    )
+    return None
 
 
 def versions() -> dict[str, str]:

@@ -48,7 +48,7 @@ from ..ops.dispatch import check_kernels
 from .below import adapters_below, check_paths, stage_of, template_of
 from .distributed import world
 from .optim import make_scheduler
-from .resume import Comparison, StageComplete, kept_plan, machine_now, now, versions
+from .resume import compare_config, compare_files, kept_plan, machine_now, other_rows_held_out, utc_now, versions
 from .small_data import prepare_parts, settle
 from .stage import Stage
 from .steps import step_schedule
@@ -71,85 +71,66 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         StageComplete: the stage is finished.
         UserError: a user's mistake.
     """
-    config, writes = loaded.config, claim and world().is_main_process
+    writes = claim and world().is_main_process
     device = compute_device()
-    dtype = compute_dtype(config.dtype, device)
+    dtype = compute_dtype(loaded.config.dtype, device)
 
-    # what is on the disk
-    stage = StageDir(Path(config.output_dir) / config.stage)
-    compared = Comparison(stage, loaded, method)
-    before, config = compared.before, loaded.config
-    if compared.complete and not (compared.refused or compared.moved):
-        raise StageComplete(f"{stage.path} is complete already.")
+    # what is on the disk; of a base on the hub the small files, its weights are downloaded last
+    stage = StageDir(Path(loaded.config.output_dir) / loaded.config.stage)
+    before, changed = compare_config(stage, loaded, method)
+    config = loaded.config
     check_paths(config)
     _check_settings(config)
     for note in loaded.notes:
         logger.info(note)
     frozen = adapters_below(method, config, stage)
-    if loaded.announce and not compared.refused and world().is_main_process:
+    if loaded.announce and world().is_main_process:
         for line in needs_lines(method, config):
             logger.info(line)
-
-    # of a base on the hub first the small files: its weights are not downloaded for what is refused without them
     folder = fetch_base(config.model_name_or_path, config.model_revision, weights=False)
     base_config = read_model_config(folder, any_family=config.engine != "fused")
     if config.engine == "fused":
         check_targets(config.lora_target_modules, base_config)
-    stages = [stage_of(adapter) for adapter in frozen]
-    below = stages[-1] if stages else None
-
-    def check_base() -> None:
-        fetch_base(config.model_name_or_path, config.model_revision)
-        check_weights(folder, base_config)
-        for adapter, info in zip(frozen, stages):
-            if info is not None:
-                check_fingerprint(info["base"]["fingerprint"], folder, f"adapter {adapter.path}")
-        compared.model(folder, frozen)
-
-    here = any(folder.glob("*.safetensors"))
-    if not here:
-        compared.refuse()
-        for adapter in frozen if config.engine == "fused" else ():
+        for adapter in frozen:
             check_shapes(adapter, empty_model(folder, base_config))
-    if weights_first := here or before is not None:
-        check_base()
 
     # tokenizer, template, rows
     template = template_of(config, folder, frozen, (before or {}).get("template_time"))
     check_vocabulary(template.tokenizer, base_config.vocab_size, Path(template.tokenizer.name_or_path))
-    if config.chat_template == "auto" and below is not None:
-        check_rendering(below, frozen[-1].path.parent, template.text, template.tokenizer)
+    stages = [stage_of(adapter) for adapter in frozen]
+    if config.chat_template == "auto" and stages and stages[-1] is not None:
+        check_rendering(stages[-1], frozen[-1].path.parent, template.text, template.tokenizer)
     parts = prepare_parts(method, loaded, template)
     data, eval_data = parts[0], parts[1] if len(parts) > 1 else None
-    fresh = loaded.automatic and before is None
-    chosen = settle(method, loaded, parts, base_config.hidden_size) if fresh else []
+    chosen = settle(method, loaded, parts, base_config.hidden_size) if before is None else []
     config = loaded.config
     if config.engine == "fused":
         check_length(base_config, config.max_length, f"{folder}/config.json")
     _log_rows(parts, config, getattr(base_config, "max_position_embeddings", None))
     for line in chosen:
         logger.info(line)
-    rows = {
-        **data.report.as_dict(),
-        "fingerprint": data.fingerprint,
-        "template_sha256": text_sha256(template.text),
-        "tokenizer_sha256": tokenizer_sha256(template.tokenizer),
+    now: dict[str, Any] = {  # what stage.json has of it
+        "adapters": [
+            {"path": _relative_to_run(adapter.path, stage.run), "sha256": adapter.sha256} for adapter in frozen
+        ],
+        "data": {
+            **data.report.as_dict(),
+            "fingerprint": data.fingerprint,
+            "template_sha256": text_sha256(template.text),
+            "tokenizer_sha256": tokenizer_sha256(template.tokenizer),
+        },
+        "eval_data": None if eval_data is None else {"fingerprint": eval_data.fingerprint},
+        "machine": machine_now(dtype),
+        "versions": versions(),
     }
-    held_out = None if eval_data is None else {"fingerprint": eval_data.fingerprint}
-    told = {"machine": machine_now(dtype), "versions": versions()}
-    forget_best = compared.rows(rows, held_out, told)
-    if compared.complete:
-        raise StageComplete(f"{stage.path} is complete already.")
-    if before is not None:
-        template.use(before.get("chat_template") or template.text)
-    elif template.block_end is not None and not data.supervises(template.block_end):
+    if before is None and template.block_end is not None and not data.supervises(template.block_end):
         template.use(NO_THINKING + template.text)
         logger.info("no answer has reasoning: enable_thinking=false becomes the default of the saved chat template")
 
     # plan
     sizes = _row_sizes(method, config, parts)
     workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
-    plan = kept_plan(compared, told["machine"], base_config.num_hidden_layers)
+    plan = None if before is None else kept_plan(before, changed, device.type)
     if plan is None:
         machine = this_machine(device, dtype, config.memory)
         workload, plan, reference = plan_run(workload, machine, config.memory, config)
@@ -160,10 +141,16 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     elif plan.int8:  # it may have begun on another card
         check_int8(workload, this_machine(device, dtype, config.memory, measure=False))
     torch.set_num_threads(plan.threads)
-    if not weights_first:
-        check_base()
 
-    # base, adapters
+    # weights
+    fetch_base(config.model_name_or_path, config.model_revision)
+    check_weights(folder, base_config)
+    for adapter, told in zip(frozen, stages):
+        if told is not None:
+            check_fingerprint(told["base"]["fingerprint"], folder, f"adapter {adapter.path}")
+    if before is not None:
+        lines = compare_files(stage, before, changed, folder, now)
+        template.use(before.get("chat_template") or template.text)
     if writes:
         stage.claim()
     base, decoder = _load(config, plan, frozen, template)
@@ -174,53 +161,37 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
     an_epoch = f"{counted(per_epoch, 'step')} an epoch"
     logger.info(f"{counted(len(data.rows), 'row')}, {an_epoch}, {total:,} in all{trained}")
     if total < FEW_STEPS and config.max_steps is None and before is None:
-        packed = len(data.rows) < len(data.lengths)
-        lower = [f"batch_size ({config.batch_size})"] * (config.batch_size > 1)
-        lower += [f"max_length ({config.max_length})"] * packed
         logger.warning(
-            f"The model can learn little in so few steps: raise num_train_epochs (it is {config.num_train_epochs:g})"
-            + (f", or lower {' or '.join(lower)}." if lower else ".")
+            f"The model can learn little in so few steps: raise num_train_epochs (it is {config.num_train_epochs:g}) or lower "
+            f"batch_size (it is {config.batch_size})."
         )
 
     # stage.json
-    info: dict[str, Any]
+    described = base.describe()
     if before is None:
-        info = {
-            "format": FORMAT,
-            "id": None,
-            "method": method,
-            "stage": config.stage,
-            "status": "running",
-            "engine": config.engine,
-            "base": base.describe(),
-            "chat_template": template.text,
-            **({"template_time": template.now.isoformat()} if template.reads_clock else {}),
-            "data": rows,
-            **told,
-            "created": now(),
-        }
+        time = {"template_time": template.now.isoformat()} if template.reads_clock else {}
+        method_of = {"method": method, "stage": config.stage, "status": "running", "engine": config.engine}
+        info = {**method_of, "base": described, "chat_template": template.text, **time, **now, "created": utc_now()}
     else:
         step = max((int(path.name.split("-")[1]) for path in stage.checkpoints()), default=0)
-        entry = {"step": step, "at": now(), **told, "changed": compared.allowed}
+        entry = {
+            "step": step,
+            "at": utc_now(),
+            "machine": now["machine"],
+            "versions": now["versions"],
+            "changed": lines,
+        }
         # the paths of base and adapters are those of now
-        places = {key: base.describe()[key] for key in ("name_or_path", "revision")}
-        resumed = [*(before.get("resumed") or []), entry]
-        info = {**before, "format": FORMAT, "base": {**before["base"], **places}, "resumed": resumed}
-    links = [{"path": _relative_to_run(adapter.path, stage.run), "sha256": adapter.sha256} for adapter in frozen]
-    if (info.get("trl") or {}).get("continues"):  # engine trl lists the adapters that it trains on separately
-        info["trl"] = {**info["trl"], "continues": links}
-    else:
-        info["adapters"] = links
-    info["id"] = info["id"] if info.get("id") else _run_id(stage.run)
-    info |= {"plan": plan.as_dict(), "eval_data": held_out}
-    mirror = None
+        places = {key: described[key] for key in ("name_or_path", "revision")}
+        below: dict[str, Any] = {"adapters": now["adapters"]}
+        if (before.get("trl") or {}).get("continues"):  # engine trl lists the adapters that it trains on separately
+            below = {"trl": {**before["trl"], "continues": now["adapters"]}}
+        info = {**before, **below, "eval_data": now["eval_data"], "base": {**before["base"], **places}}
+        info["resumed"] = [*(before.get("resumed") or []), entry]
+    info |= {"format": FORMAT, "id": (before or {}).get("id") or _run_id(stage.run), "plan": plan.as_dict()}
     if writes:
         stage.write_info(info)  # first: config.yaml tells a resumed run that ``memory`` was changed
         write_text(stage.config, dump_config(config))
-        if config.sync is not None:
-            from ..io.sync import Mirror
-
-            mirror = Mirror(config.sync, stage)
     return Stage(
         method=method,
         config=config,
@@ -235,8 +206,7 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         plan=plan,
         frozen=frozen,
         info=info,
-        mirror=mirror,
-        forget_best=forget_best,
+        forget_best=before is not None and other_rows_held_out(before, now),
         writes=writes,
     )
 

@@ -1,9 +1,6 @@
 """Distilled supervised fine-tuning (dSFT): the base learns from a teacher's answers.
 
-Supports: packed rows of conversations, loss on the assistant's turns (or the last, or all tokens), LoRA dropout, frozen
-adapters below (a second SFT), evaluation with the token-weighted mean loss, best checkpoint and early stopping.
-
-Raises ``UserError`` for a user's mistake, and ``StageComplete`` for a finished stage.
+Rows are packed conversations, the loss is on the assistant's turns (or the last, or all tokens).
 """
 
 from __future__ import annotations
@@ -11,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..data.batch import Batch, collate_conversations
 from ..data.dataset import TokenizedDataset
 from ..model.decoder import Dropout
-from .distributed import sum_by_name
 from .losses import sft_loss
 from .main import run
 from .stage import Metrics, Objective
@@ -52,22 +47,15 @@ class SftObjective(Objective):
             "num_targets": float(total),
         }
 
-    @torch.no_grad()
-    def evaluate(self) -> Metrics:
-        """Sums over the supervised tokens of this process's held-out rows: loss, top-1 hits, entropy, targets."""
-        data = self.stage.eval_data
-        assert data is not None
-
-        def of_group(group: list[int]) -> Metrics:
-            logps, stats = self.decoder.token_stats(self._batch(data, group))
-            return {
-                "loss": -logps.double().sum().item(),
-                "mean_token_accuracy": stats.correct.sum().item(),
-                "entropy": stats.entropy.double().sum().item(),
-                "targets": float(logps.numel()),
-            }
-
-        return sum_by_name(self.oom.groups(data, of_group))
+    def eval_sums(self, group: list[int]) -> Metrics:
+        assert self.stage.eval_data is not None
+        logps, stats = self.decoder.token_stats(self._batch(self.stage.eval_data, group))
+        return {
+            "loss": -logps.double().sum().item(),
+            "mean_token_accuracy": stats.correct.sum().item(),
+            "entropy": stats.entropy.double().sum().item(),
+            "targets": float(logps.numel()),
+        }
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
         means = {f"eval_{name}": value / sums["targets"] for name, value in sums.items()}

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config.load import Loaded, Method, RunConfig
-from ..data.chat_template import ChatTemplate, resolve_template
+from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
 from ..data.load import NothingHeldOut
 from ..data.packing import best_fit
 from ..data.sources import local_path
 from ..io.text import counted
-from ..model.base_folder import read_model_config
 from ..model.files import local_folder
-from ..model.tokenizer import load_tokenizer
+from .below import open_template
 from .steps import step_schedule
 
 logger = logging.getLogger(__name__)
@@ -78,13 +77,11 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
 
 def settle_before(method: Method, loaded: Loaded) -> None:
     """As ``settle``, for a plan: without lines, and only where base and rows are in local folders and files."""
-    config, folder = loaded.config, local_folder(loaded.config.model_name_or_path)
-    if not loaded.automatic or folder is None or None in map(local_path, config.dataset):
+    config = loaded.config
+    if not loaded.automatic or None in (local_folder(config.model_name_or_path), *map(local_path, config.dataset)):
         return
-    template = resolve_template(config.chat_template, load_tokenizer(folder))
-    settle(
-        method, loaded, prepare_parts(method, loaded, template), read_model_config(folder, any_family=True).hidden_size
-    )
+    template, base_config, _ = open_template(method, config)
+    settle(method, loaded, prepare_parts(method, loaded, template), base_config.hidden_size)
     loaded.automatic = set()
 
 

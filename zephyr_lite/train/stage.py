@@ -2,98 +2,75 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..config.load import Method, RunConfig
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset
+from ..io.logging import output_fault
 from ..io.run_dir import StageDir
+from ..io.sync import Mirror
 from ..memory.plan import Plan
 from ..memory.workload import Workload
 from ..model.adapters import AdapterStack
 from ..model.base import Base
 from ..model.decoder import Decoder
 from ..model.peft_io import AdapterFile
+from .distributed import sum_by_name
 from .oom import OomRetry
 
 if TYPE_CHECKING:
-    from ..io.sync import Mirror
     from .monitors import DpoCollapseMonitor
 
+logger = logging.getLogger(__name__)
 Metrics = dict[str, float]
 
 
 @dataclass
 class Stage:
-    """A stage that is ready to train.
-
-    Attributes:
-        method: sft or dpo.
-        config: its resolved configuration.
-        dir: its folder.
-        base: the loaded base.
-        template: how conversations are rendered.
-        stack: the live adapters.
-        decoder: runs batches through them.
-        data, eval_data: rows to train on, and held-out ones (or None).
-        workload, plan: what a step needs, and how it is split.
-        frozen: the adapters below, from the bottom up.
-        info: the content of stage.json.
-        mirror: copies checkpoints to ``sync``, or None.
-        forget_best: the best checkpoint so far was judged on other held-out rows.
-        draws_samples: False once samples could not be drawn.
-        writes: this process writes the folder: not in a dry run, and in one of several processes.
-    """
+    """A stage that is ready to train."""
 
     method: Method
-    config: RunConfig
+    config: RunConfig  # resolved
     dir: StageDir
     base: Base
     template: ChatTemplate
     stack: AdapterStack
-    decoder: Decoder
+    decoder: Decoder  # runs batches through the stack
     data: TokenizedDataset
-    eval_data: TokenizedDataset | None
-    workload: Workload
-    plan: Plan
-    frozen: list[AdapterFile]
-    info: dict[str, Any] = field(default_factory=dict)
-    mirror: Mirror | None = None
-    forget_best: bool = False
-    draws_samples: bool = True
-    writes: bool = True
+    eval_data: TokenizedDataset | None  # the held-out rows
+    workload: Workload  # what a step needs
+    plan: Plan  # how it is split
+    frozen: list[AdapterFile]  # the adapters below, from the bottom up
+    info: dict[str, Any]  # the content of stage.json
+    mirror: Mirror | None = None  # copies checkpoints to ``sync``
+    forget_best: bool = False  # the best checkpoint so far was judged on other held-out rows
+    draws_samples: bool = True  # False once samples could not be drawn
+    writes: bool = True  # this process writes the folder: not in a dry run, and in one of several processes
 
 
-class Objective(Protocol):
-    """Losses and metrics of a method.
+class Objective:
+    """Losses and metrics of a method."""
 
-    Attributes:
-        unit: what throughput counts: "tokens", "pairs" or "answers".
-        data: the training rows.
-        oom: holds the plan, and replaces it by a smaller one where memory runs out.
-        collapse: looks at every step's metrics, or None.
-    """
-
-    unit: str
-    stage: Stage
-    data: TokenizedDataset
-    decoder: Decoder
-    oom: OomRetry
-    collapse: DpoCollapseMonitor | None = None
+    unit: str  # what throughput counts: "tokens", "pairs" or "answers"
+    collapse: DpoCollapseMonitor | None = None  # looks at every step's metrics
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.data, self.decoder, self.oom = stage, stage.data, stage.decoder, OomRetry(stage)
+        self.stage, self.data, self.decoder = stage, stage.data, stage.decoder
+        self.oom = OomRetry(stage)  # holds the plan, and replaces it by a smaller one where memory runs out
 
     def num_targets(self, examples: Sequence[int]) -> Any:
         """The denominator of a step's loss: the number of supervised tokens, or ``PairTotals``."""
+        raise NotImplementedError
 
     def begin_step(self, examples: Sequence[int]) -> None:
         """Before a step's micro-batches: compute what its losses depend on beside their own rows; by default nothing."""
-        return
 
     def loss(self, examples: Sequence[int], step: int, total: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """A micro-batch's share of the step's loss, differentiable, and sums for the metrics (tensors, so that no step waits
@@ -104,59 +81,56 @@ class Objective(Protocol):
             step: from 0; decides dropout.
             total: ``num_targets`` of the whole step.
         """
+        raise NotImplementedError
 
     def metrics(self, sums: Metrics, total: Any) -> Metrics:
         """The step's metrics from the sums over its micro-batches and processes."""
+        raise NotImplementedError
 
+    @torch.no_grad()
     def evaluate(self) -> Metrics:
         """Sums over this process's share of the held-out rows."""
+        assert self.stage.eval_data is not None
+        return sum_by_name(self.oom.groups(self.stage.eval_data, self.eval_sums))
+
+    def eval_sums(self, group: list[int]) -> Metrics:
+        """Sums over some of the held-out rows."""
+        raise NotImplementedError
 
     def eval_metrics(self, sums: Metrics) -> Metrics:
         """``eval_loss`` and other metrics from the sums over all held-out rows."""
+        raise NotImplementedError
 
 
 @dataclass
 class Outcome:
-    """The result of a run.
+    """The result of a run."""
 
-    Attributes:
-        step: optimizer steps done.
-        metrics: of the last step.
-        best: the lowest eval_loss and its step, or None.
-        seconds: of training in this process.
-        skipped: steps skipped because loss or gradients were not finite, of the whole run.
-        evaluations: of the whole run.
-        warnings: printed about the run's numbers.
-        stopped: the signal that came during the last step, or None.
-        general_loss: on general text, ``before`` and ``after`` the stage, and the text's hash; None: not measured.
-    """
-
-    step: int
-    metrics: Metrics
-    best: tuple[float, int] | None
-    seconds: float
-    skipped: int = 0
-    evaluations: list[Metrics] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    stopped: str | None = None
+    step: int  # optimizer steps done
+    metrics: Metrics  # of the last step
+    best: tuple[float, int] | None  # the lowest eval_loss and its step
+    seconds: float  # of training in this process
+    skipped: int = 0  # steps skipped because loss or gradients were not finite, of the whole run
+    evaluations: list[Metrics] = field(default_factory=list)  # of the whole run
+    warnings: list[str] = field(default_factory=list)  # printed about the run's numbers
+    stopped: str | None = None  # the signal that came during the last step
+    step_seconds: list[float] = field(default_factory=list)  # of each step of this process, evaluations aside
+    # on general text, ``before`` and ``after`` the stage, and the text's hash; None: not measured
     general_loss: dict[str, Any] | None = None
+
+    def warn(self, warning: str) -> None:
+        self.warnings.append(warning)
+        logger.warning(warning)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer of the model under training.
+    """An answer of the model under training."""
 
-    Attributes:
-        step: optimizer steps done; 0 is before the first.
-        prompt: the conversation up to the answer, as the template wrote it.
-        answer: drawn greedily, cut at ``sample_tokens``.
-        reference: what the held-out row has in its place (dpo: the chosen response).
-    """
-
-    step: int
-    prompt: str
-    answer: str
-    reference: str
+    step: int  # optimizer steps done; 0 is before the first
+    prompt: str  # the conversation up to the answer, as the template wrote it
+    answer: str  # drawn greedily, cut at ``sample_tokens``
+    reference: str  # what the held-out row has in its place (dpo: the chosen response)
 
 
 class Observer:
@@ -192,12 +166,16 @@ class Observers:
     write its checkpoint: an OSError does not end it in the middle of a step.
 
     Attributes:
-        fault: the first OSError.
+        fault: the first OSError, of a message too.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
-        self.fault: OSError | None = None
+        self._fault: OSError | None = None
+
+    @property
+    def fault(self) -> OSError | None:
+        return self._fault or output_fault()
 
     def tell(self, event: str, *values: Any) -> None:
         """Call a method of each observer."""
@@ -205,4 +183,4 @@ class Observers:
             try:
                 getattr(observer, event)(*values)
             except OSError as error:
-                self.fault = self.fault or error
+                self._fault = self._fault or error
