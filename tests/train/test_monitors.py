@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.messages import Logged
-from tests.train.test_train import metrics, words
-from zephyr_lite.config.load import load_config
+from tests.train.test_train import metrics
 from zephyr_lite.errors import Interrupted, UserError
 from zephyr_lite.io.run_dir import StageDir
 from zephyr_lite.model.peft_io import read_adapter
@@ -27,11 +26,8 @@ def left_out(stage):
 
 
 @pytest.fixture
-def loaded(tiny_base, chat_rows, tmp_path):
-    def make(name="run", **changes):
-        return load_config("sft", None, words(tiny_base, tmp_path / name, chat_rows, batch_size=2, **changes))
-
-    return make
+def loaded(loaded):
+    return lambda name="run", **keys: loaded(name, **{"batch_size": 2, **keys})
 
 
 @pytest.mark.parametrize("what", ["loss", "gradients"])
@@ -152,8 +148,8 @@ def at_step(step, number):
     return Logged(send)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, number, capfd):
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path, capfd):
+    number = signal.SIGTERM
     handler = signal.getsignal(number)
     options = {"save_steps": 100, "eval_steps": 100, "lora_dropout": 0.1, "optim": "adamw_8bit"}
     with pytest.raises(
@@ -168,20 +164,14 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(loaded, tmp_path
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
 
 
-def test_trl_stops_after_a_step_and_resumes(tiny_base, chat_rows, tmp_path, said):
-    def load(name):
-        return load_config(
-            "sft",
-            None,
-            words(tiny_base, tmp_path / name, chat_rows, engine="trl", max_steps=4, save_steps=100, eval_steps=100),
-        )
-
+def test_trl_stops_after_a_step_and_resumes(loaded, tmp_path, said):
+    keys = {"engine": "trl", "batch_size": 3, "max_steps": 4, "save_steps": 100, "eval_steps": 100}
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        run_sft(load("run"), observers=[at_step(2, signal.SIGTERM)])
+        run_sft(loaded("run", **keys), observers=[at_step(2, signal.SIGTERM)])
     checkpoint = tmp_path / "run/sft/checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
-    run_sft(load("run"))
+    run_sft(loaded("run", **keys))
     assert "going on from checkpoint-2" in said
-    run_sft(load("other"))
+    run_sft(loaded("other", **keys))
     assert metrics(tmp_path / "run/sft") == metrics(tmp_path / "other/sft")
     assert same_adapter(tmp_path / "run/sft/adapter", tmp_path / "other/sft/adapter")

@@ -129,6 +129,9 @@ def test_thirty_chats_are_learned_by_all_defaults(tmp_path):
     run_sft(resolve_run("sft", None, words))
     info = StageDir(tmp_path / "run" / "sft").info()
     assert info["result"]["steps"] >= 60 and info["data"]["kept"] == 25
+    assert not any(
+        "general text" in warning for warning in info["result"]["warnings"]
+    )  # of values that it chose itself
     specs = load_config("sft", None, [*words, "val_size=auto"]).config.dataset
     trained = [row["messages"] for row in load_rows(specs, "sft", seed=42).values()][::5]
     answers = load_chat(tmp_path / "run").ask([turns[0]["content"] for turns in trained], max_new_tokens=8)

@@ -17,7 +17,6 @@ from zephyr_lite.model.peft_io import read_adapter
 from zephyr_lite.train import loop
 from zephyr_lite.train.dpo import DpoObjective, run_dpo
 from zephyr_lite.train.losses import initial_loss, preference_loss
-from zephyr_lite.train.resume import StageComplete
 from zephyr_lite.train.setup import setup_stage
 from zephyr_lite.train.sft import SftObjective, run_sft
 from zephyr_lite.train.steps import micro_batches, rows_of_step, step_schedule
@@ -82,19 +81,8 @@ def test_sft_learns_and_leaves_a_complete_stage(sft_run):
     assert any(w.b.abs().max() > 0 for w in read_adapter(sft_run / "sft" / "adapter").modules.values())
 
 
-def test_dpo_writes_the_composed_chain_and_its_own_part(tiny_base, run, pair_rows):
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)))
-    info = StageDir(run / "dpo").info()
-    assert info["adapters"] == [{"path": "sft/adapter", "sha256": read_adapter(run / "sft" / "adapter").sha256}]
-    whole, own = read_adapter(run / "dpo" / "adapter"), read_adapter(run / "dpo" / "delta")
-    assert {w.a.shape[0] for w in own.modules.values()} == {4} and {w.a.shape[0] for w in whole.modules.values()} == {8}
-    with pytest.raises(StageComplete):
-        run_dpo(load_config("dpo", None, dpo_words(tiny_base, run, pair_rows)))
-
-
-def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_rows, tmp_path, said):
-    loaded = load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
-    stage = setup_stage("dpo", loaded)
+def test_a_stale_or_foreign_reference_cache_is_not_used(dpo_loaded, run, said):
+    stage = setup_stage("dpo", dpo_loaded(run, precompute_ref_log_probs=True))
     first = DpoObjective(stage).cache
     assert DpoObjective(stage).cache.path == first.path and "read from" in said[-1]
     first.path.write_bytes(first.path.read_bytes()[:-7])  # torn
@@ -104,10 +92,9 @@ def test_a_stale_or_foreign_reference_cache_is_not_used(tiny_base, run, pair_row
     assert DpoObjective(stage).cache.path != first.path
 
 
-def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_choice(tiny_base, run, pair_rows, said):
+def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_choice(dpo_loaded, run, said):
     def loaded(**changes):
-        changes = {"precompute_ref_log_probs": "auto", "save_steps": 1, **changes}
-        return load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, **changes))
+        return dpo_loaded(run, **{"precompute_ref_log_probs": "auto", "save_steps": 1, **changes})
 
     one = setup_stage("dpo", loaded(num_train_epochs=1), claim=False)
     assert one.config.precompute_ref_log_probs is False and one.workload.live_reference
@@ -120,7 +107,7 @@ def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_c
     stage = setup_stage("dpo", loaded())
     assert stage.config.precompute_ref_log_probs is True and not stage.workload.live_reference
     few = [line.partition("steps: ")[2] for line in said if "so few steps" in line]  # not of the resumed stage
-    assert few == [f"raise num_train_epochs (it is {epochs}), or lower batch_size (3)." for epochs in (1, 2)]
+    assert few == [f"raise num_train_epochs (it is {epochs}) or lower batch_size (it is 3)." for epochs in (1, 2)]
     with pytest.raises(UserError, match="precompute_ref_log_probs: True then, False now"):
         setup_stage("dpo", loaded(precompute_ref_log_probs=False))
     for loss in ("simpo", "orpo"):
@@ -129,12 +116,9 @@ def test_the_reference_of_several_epochs_is_cached_and_a_resumed_run_keeps_the_c
         assert "precompute" not in error.value.message
 
 
-def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(tiny_base, run, pair_rows):
+def test_a_reference_that_is_not_the_policy_at_step_0_is_refused(dpo_loaded, run):
     """A stale cache would give a loss that is not ln 2; TRL and LLaMA-Factory train on."""
-    stage = setup_stage(
-        "dpo", load_config("dpo", None, dpo_words(tiny_base, run, pair_rows, precompute_ref_log_probs=True))
-    )
-    task = DpoObjective(stage)
+    task = DpoObjective(setup_stage("dpo", dpo_loaded(run, precompute_ref_log_probs=True)))
     task.cache.sums += 40
     with pytest.raises(UserError, match="differ by"):
         task.loss([0, 1], 0, task.num_targets([0, 1]))
@@ -170,25 +154,11 @@ def killed_at(step):
             yield
 
 
-def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monkeypatch):
+def test_best_checkpoint_and_early_stopping(loaded, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(SftObjective, "eval_metrics", lambda self, sums: {"eval_loss": next(losses)})
-    loaded = load_config(
-        "sft",
-        None,
-        words(
-            tiny_base,
-            tmp_path / "r",
-            chat_rows,
-            eval_steps=1,
-            save_steps=1,
-            num_train_epochs=20,
-            save_total_limit=1,
-            load_best_model_at_end="true",
-            early_stopping_patience=2,
-        ),
-    )
-    outcome = run_sft(loaded)
+    keys = {"eval_steps": 1, "save_steps": 1, "num_train_epochs": 20, "save_total_limit": 1}
+    outcome = run_sft(loaded("r", **keys, load_best_model_at_end="true", early_stopping_patience=2))
     assert outcome.best == (2.0, 2) and outcome.step == 4
     assert {p.name for p in StageDir(tmp_path / "r" / "sft").checkpoints()} == {"checkpoint-2", "checkpoint-4"}
     from safetensors.torch import load_file
@@ -199,7 +169,7 @@ def test_best_checkpoint_and_early_stopping(tiny_base, chat_rows, tmp_path, monk
     assert torch.equal(adapter[name].b, best[f"adapter.{name}.lora_B"])
 
 
-def test_a_damaged_best_checkpoint_does_not_lose_the_run(tiny_base, chat_rows, tmp_path, monkeypatch, said):
+def test_a_damaged_best_checkpoint_does_not_lose_the_run(loaded, tmp_path, monkeypatch, said):
     losses, folder = iter([2.0, 3.0]), tmp_path / "r" / "sft" / "checkpoint-1"
 
     def damaged(self, sums):
@@ -208,8 +178,7 @@ def test_a_damaged_best_checkpoint_does_not_lose_the_run(tiny_base, chat_rows, t
         return {"eval_loss": next(losses)}
 
     monkeypatch.setattr(SftObjective, "eval_metrics", damaged)
-    settings = {"eval_steps": 1, "save_steps": 1, "max_steps": 2, "load_best_model_at_end": "true"}
-    outcome = run_sft(load_config("sft", None, words(tiny_base, tmp_path / "r", chat_rows, **settings)))
+    outcome = run_sft(loaded("r", eval_steps=1, save_steps=1, max_steps=2, load_best_model_at_end="true"))
     assert outcome.step == 2 and StageDir(tmp_path / "r" / "sft").complete()
     (warning,) = (line for line in said if "checkpoint-1, the best, is damaged" in line)
     assert warning in outcome.warnings
@@ -236,30 +205,6 @@ def test_plain_texts_are_trained_on_and_some_are_held_out(tiny_base, tmp_path):
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3])
 
 
-def by_equation(beta, eps, gamma):
-    """{loss: its values by the equation in the docstring} of the two pairs below."""
-    r = torch.tensor([[1.0, -1.0], [-1.0, 2.0]], dtype=torch.float64)
-    p = torch.tensor([[-1.5, -1.25], [-3.0, -4.0]], dtype=torch.float64)
-    h, mean_h = torch.tensor([2.0, -3.0]).double(), torch.tensor([1 / 2 + 1 / 4, -1 / 3 - 2 / 1]).double()
-    sigma, (won, lost) = torch.sigmoid, beta * r.T
-    log, odds = lambda x: torch.log(sigma(x)), torch.log(p.exp() / (1 - p.exp()))
-    z, sft = beta * (p[:, 0] - p[:, 1]) - gamma, torch.tensor([3.0, 9.0]).double() / 2.5
-    return {
-        "sigmoid": -(1 - eps) * log(beta * h) - eps * log(-beta * h),
-        "hinge": torch.clamp(1 - beta * h, min=0),
-        "ipo": (mean_h - 1 / (2 * beta)) ** 2,
-        "ipo_sum": (h - 1 / (2 * beta)) ** 2,
-        "robust": (-(1 - eps) * log(beta * h) + eps * log(-beta * h)) / (1 - 2 * eps),
-        "sigmoid_norm": -log(beta * mean_h),
-        "apo_zero": 1 - sigma(won) + sigma(lost),
-        "apo_down": sigma(won) + 1 - sigma(won - lost),
-        "bco_pair": -log(won) - log(-lost),
-        "sft": sft,
-        "simpo": -log(z),
-        "orpo": sft - beta * log(odds[:, 0] - odds[:, 1]),
-    }
-
-
 def test_orpo_is_finite_where_a_response_is_certain():
     policy = torch.tensor([[0.0, -3.0], [-3.0, 0.0], [0.0, 0.0]], requires_grad=True)
     losses = preference_loss(policy, None, torch.tensor([[1, 4], [2, 4], [2, 4]]), beta=0.1, loss_type="orpo").losses
@@ -267,22 +212,19 @@ def test_orpo_is_finite_where_a_response_is_certain():
     assert losses.isfinite().all() and policy.grad.abs().max() < 2000
 
 
-def test_preference_losses_follow_their_equations():
+def test_what_trl_has_no_twin_for():
+    """ipo_sum by the paper's equation, a weighted sum, and a loss that needs no reference."""
     policy = torch.tensor([[-3.0, -5.0], [-9.0, -4.0]], dtype=torch.float64)
     reference = torch.tensor([[-4.0, -4.0], [-8.0, -6.0]], dtype=torch.float64)
-    sizes = torch.tensor([[2, 4], [3, 1]])
-    parameters = {"beta": 0.5, "label_smoothing": 0.1, "simpo_gamma": 0.3}
-    wanted = by_equation(*parameters.values())
-    assert wanted.keys() == set(get_args(PairLoss))
-    for name, want in wanted.items():
-        found = preference_loss(policy, reference, sizes, loss_type=name, **parameters)
-        torch.testing.assert_close(found.losses, want, msg=name)
-        torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
-        free = preference_loss(policy, None, sizes, loss_type=name, **parameters)
-        assert torch.equal(free.losses, found.losses) == (name in REFERENCE_FREE)
+    sizes, keys = torch.tensor([[2, 4], [3, 1]]), {"beta": 0.5, "simpo_gamma": 0.3}
+    found = preference_loss(policy, reference, sizes, loss_type={"ipo_sum": 1, "sft": 0.2}, **keys)
+    gap, nll = torch.tensor([2.0, -3.0]).double(), torch.tensor([3.0, 9.0]).double() / 2.5
+    torch.testing.assert_close(found.losses, (gap - 1 / (2 * 0.5)) ** 2 + 0.2 * nll)
+    torch.testing.assert_close(found.chosen_rewards, torch.tensor([0.5, -0.5], dtype=torch.float64))
+    for name in get_args(PairLoss):
+        with_it, free = (preference_loss(policy, each, sizes, loss_type=name, **keys) for each in (reference, None))
+        assert torch.equal(free.losses, with_it.losses) == (name in REFERENCE_FREE)
         assert free.chosen_rewards.tolist() == [-0.75, -1.5]  # β times the mean log-probability
-    both = preference_loss(policy, reference, sizes, loss_type={"ipo": 1, "sft": 0.2}, **parameters)
-    torch.testing.assert_close(both.losses, wanted["ipo"] + 0.2 * wanted["sft"])
 
 
 @pytest.mark.parametrize(
