@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,9 +26,9 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(str(error))
 
 
-def header(*peers: str, checkout: Path = ROOT) -> dict[str, Any]:
+def header(*peers: str) -> dict[str, Any]:
     """Date, commit, machine and versions, the named packages' included; "not installed" for those that are missing."""
-    from zephyr_lite.train.setup import versions
+    from zephyr_lite.train.resume import versions
 
     found = versions()
     for name in peers:
@@ -37,33 +36,28 @@ def header(*peers: str, checkout: Path = ROOT) -> dict[str, Any]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(checkout),
-        "machine": machine(),
+        "commit": commit(),
+        "machine": {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "load_before": os.getloadavg(),
+        },
         "versions": found,
     }
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, system, and load."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load_before": os.getloadavg()}
-
-
-def commit(checkout: Path = ROOT) -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with a plus if tracked files were changed; None outside a checkout."""
-    if shutil.which("git") is None:
+    try:
+        words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=False)
-
-    head = ask("rev-parse", "HEAD")
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if ask("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 
 
 def save(path: Path | None, results: dict[str, Any]) -> None:

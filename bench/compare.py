@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import header, run, save
-from bench.mistral import tiny_base
-from bench.turns import Runner, Variant, common_values, describe, frozen_adapter, take_turns, times_faster
+from bench.mistral import TINY, prepare
+from bench.turns import Runner, Variant, common_values, describe, frozen_adapter, times_faster
 
 # goals of the quotients
 TARGETS = {"sft": 1.3, "dpo live": 2.0, "dpo cached": 2.5}
@@ -57,13 +57,13 @@ def measure(
     decides whether one of them is the faster."""
     runners = []
     for place, variant in enumerate(chosen):
-        told = {**values, "engine": variant.engine, "precompute_ref_log_probs": variant.cached}
-        told["output_dir"] = str(folder / f"{variant.method}{place}")
-        runners.append(Runner(variant, told, threads=threads).load())
+        told = {**values, "output_dir": str(folder / f"{variant.method}{place}")}
+        runners.append(Runner(variant, told, threads=threads))
+        runners[-1].load()
         for _ in range(WARM_UP):
             runners[-1].step()
     for number in range(rounds):
-        for runner in take_turns(runners, number):
+        for runner in runners if number % 2 == 0 else runners[::-1]:
             if number == 0 or not (runner.variant.recompute or runner.variant.padded or runner.variant.per_device > 1):
                 runner.steps.append(runner.step())
     for runner in runners:
@@ -73,16 +73,14 @@ def measure(
 
 def summarize(runners: Sequence[Runner], unit: str) -> dict[str, Any]:
     """Medians, and quotients against that variant of TRL which the first round found fastest."""
-    variants_of = {runner.variant.name: describe(runner, unit) for runner in runners}
     ratios = {}
-    theirs = [r for r in runners if r.variant.engine == "trl"]
-    for runner in runners:
-        for cached in (False, True):
-            rivals = [r for r in theirs if r.variant.cached == cached]
-            if runner.variant.engine == "fused" and rivals:
-                rival = min(rivals, key=lambda r: r.steps[0]["seconds"])
-                ratios[f"{runner.variant.name} over {rival.variant.name}"] = times_faster(runner, rival)
-    return {"variants": variants_of, "ratios": ratios}
+    for cached in (False, True):
+        rivals = [r for r in runners if r.variant.engine == "trl" and r.variant.cached == cached]
+        rival = min(rivals, key=lambda r: r.steps[0]["seconds"], default=None)
+        for ours in runners:
+            if ours.variant.engine == "fused" and rival is not None:
+                ratios[f"{ours.variant.name} over {rival.variant.name}"] = times_faster(ours, rival)
+    return {"variants": {r.variant.name: describe(r, unit) for r in runners}, "ratios": ratios}
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -116,7 +114,7 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]
     from zephyr_lite.demo import CONVERSATIONS
     from zephyr_lite.demo.base import demo_base
 
-    model = tiny_base(folder / "base") if args.tiny else args.model or demo_base()
+    model = prepare(folder / "base", TINY)["base"]["folder"] if args.tiny else args.model or demo_base()
     steps = WARM_UP + args.rounds
     common = common_values(model, rank=args.rank, steps=steps)
     sft = {

@@ -1,4 +1,4 @@
-"""What ``bench.gpu`` runs and prints: the card and its base, the rows, every engine's settings, targets and table.
+"""``bench.gpu``: the rows, every engine's settings, the matches, and the table.
 
 Every setting is a process of its own that loads, warms up, and does its rounds: optimizer steps on the same rows in the same
 order for all. Running out of memory is a result, not a failure of the bench. The fastest setting of an engine that fits
@@ -12,8 +12,7 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -33,42 +32,37 @@ from bench.turns import (
     common_values,
     describe,
     frozen_adapter,
+    set_environment,
     times_faster,
 )
 from zephyr_lite.data.chat_template import resolve_template
 from zephyr_lite.errors import UserError
-from zephyr_lite.model.base import compute_device
+from zephyr_lite.model.base import compute_device, load_tokenizer
 
 TOKENS_AT_ONCE = 4096
 # under a cap of 24 GiB: quotients over Unsloth, and the share of the matmul ceiling at 4096 tokens
 TARGETS = {"sft": 1.5, "dpo": 3.5, "ceiling": 0.6}
-BASELINES = ("trl", "unsloth")
+ENGINES, METHODS = ("fused", "trl", "unsloth"), ("sft", "dpo")
 WARM_UP = 3  # steps before the rounds: the first is slow, a trial goes by the better of the others
 SKIPS = (24, 16, 8)  # of Mistral's 32 layers, those that Unsloth does not recompute
 MOST_AHEAD = 4  # processes that load while another is tried
 
 
-# -- one method under one cap ------------------------------------------------------------------------------------------
-
-
-def settings(method: Any, engine: str, per_device: Iterable[int], *, liger: bool = False) -> list[Variant]:
-    """A baseline's settings, in the order in which they are tried: what surely fits first.
-
-    Args:
-        liger: TRL with Liger's kernels, too.
-    """
-    sizes = sorted(per_device)
-    found = [Variant(method, engine, recompute=recompute, per_device=n) for n in sizes for recompute in (True, False)]
+def settings(method: Any, engine: str, sizes: Sequence[int]) -> list[Variant]:
+    """An engine's settings, in the order in which they are tried: what surely fits first."""
+    if engine == "fused":
+        other = {"micro_tokens": TOKENS_AT_ONCE} if method == "sft" else {"cached": True}
+        return [Variant(method, engine), Variant(method, engine, **other)]
+    found = [Variant(method, engine, recompute=on, per_device=n) for n in sizes for on in (True, False)]
     if engine == "unsloth":
         found += [Variant(method, engine, recompute=True, per_device=n, skip_layers=k) for n in sizes for k in SKIPS]
-    if engine == "trl" and liger:
+        return found
+    if importlib.util.find_spec("liger_kernel") is not None:
         found += [Variant(method, engine, recompute=True, per_device=n, liger=True) for n in sizes]
         found.append(Variant(method, engine, liger=True))
-    if engine == "trl" and method == "sft":
-        found.append(Variant(method, engine, recompute=True, padded=True))
-    if engine == "trl" and method == "dpo":
-        found += [Variant(method, engine, recompute=recompute, cached=True) for recompute in (True, False)]
-    return found
+    if method == "sft":
+        return [*found, Variant(method, engine, recompute=True, padded=True)]
+    return found + [Variant(method, engine, recompute=on, cached=True) for on in (True, False)]
 
 
 @dataclass
@@ -76,7 +70,6 @@ class Match:
     """One method under one cap.
 
     Args:
-        method: sft or dpo.
         values: the configuration that all engines share.
         rounds: measured steps of each.
         deadline: when the rounds shall end, on ``time.monotonic``; each engine does one round at least.
@@ -92,33 +85,28 @@ class Match:
     deadline: float
     folder: Path
     cap: float | None
-    ahead: int = 0
-    threads: bool = False
+    ahead: int
+    threads: bool
     tried: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, tuple[float, Runner]] = field(default_factory=dict)
-    loading: deque[Runner] = field(default_factory=deque)
-    started: int = 0
 
     def play(self, variants: Sequence[Variant]) -> dict[str, Any]:
         """Run all settings, in this order; of a side's the fastest counts."""
-        waiting = deque(variants)
+        loading: dict[Variant, Runner] = {}
         try:
-            while waiting or self.loading:
-                while waiting and len(self.loading) <= self.ahead:
-                    variant = waiting.popleft()
-                    if why := self._pointless(variant):
-                        self._note(variant, "not tried", why)
-                    else:
-                        self.loading.append(self._start(variant))
-                if self.loading:
-                    runner = self.loading.popleft()
-                    if why := self._pointless(runner.variant):  # as it is known by now
-                        runner.kill()
-                        self._note(runner.variant, "not tried", why)
-                    else:
-                        self._try(runner)
+            for place, variant in enumerate(variants):
+                for later in variants[place : place + 1 + self.ahead]:
+                    if later not in loading and self._pointless(later) is None:
+                        loading[later] = self._start(later)
+                why, runner = self._pointless(variant), loading.pop(variant, None)
+                if runner is not None and why is None:
+                    self._try(runner, loading.values())
+                    continue
+                self._note(variant, "not tried", why or "")
+                if runner is not None:
+                    runner.kill()
         finally:
-            for runner in self.loading:
+            for runner in loading.values():
                 runner.kill()
         return self._result()
 
@@ -140,27 +128,21 @@ class Match:
         return None
 
     def _start(self, variant: Variant) -> Runner:
-        self.started += 1
-        told = {
-            **self.values,
-            "engine": variant.engine,
-            "precompute_ref_log_probs": variant.cached,
-            "output_dir": str(self.folder / f"{self.method}-{self.started}"),
-        }
+        told = {**self.values, "output_dir": str(self.folder / f"{self.method} {variant.name}".replace(" ", "-"))}
         if variant.micro_tokens is not None:
             told["memory"] = {"micro_tokens": variant.micro_tokens}
-        return Runner(variant, told, threads=self.threads, cap=self.cap, own_folder=True)
+        return Runner(variant, told, threads=self.threads, cap=self.cap)
 
     def _patience(self) -> float:
         """How long to wait for an answer."""
         return max(60.0, self.deadline - time.monotonic())
 
-    def _try(self, runner: Runner) -> None:
+    def _try(self, runner: Runner, loading: Any) -> None:
         """Load and warm up; do the rounds if it is the side's fastest."""
         variant = runner.variant
         try:
             runner.load(self._patience())
-            for other in self.loading:
+            for other in loading:
                 other.pipe.poll(self._patience())  # nothing loads while steps are measured
             steps = [runner.step(self._patience()) for _ in range(WARM_UP)]
             seconds = min(step["seconds"] for step in steps[1:])
@@ -173,7 +155,7 @@ class Match:
             self._note(variant, error.kind, error.text)
             runner.kill()
             return
-        self._note(variant, "ran", "", seconds=seconds, peak_bytes=max(s.get("peak_bytes", 0) for s in steps))
+        self._note(variant, "ran", "", seconds=seconds, peak_bytes=max(s["peak_bytes"] for s in steps))
         with suppress(Failed):  # it has measured
             runner.stop()
 
@@ -186,15 +168,14 @@ class Match:
         unit = "tokens" if self.method == "sft" else "pairs"
         runners = {side: runner for side, (_, runner) in self.best.items()}
         ratios = {
-            f"{a} over {b}": times_faster(runners[a], runners[b])
-            for a in runners
-            for b in runners
-            if a in ("fused", "fused live", "fused cached") and not b.startswith("fused")
+            f"{ours} over {theirs}": times_faster(runners[ours], runners[theirs])
+            for ours in runners
+            for theirs in runners
+            if ours in ("fused", "fused live", "fused cached") and not theirs.startswith("fused")
         }
-        for side in ("unsloth", "unsloth live"):  # its fastest setting may be its default
-            for ours in runners:
-                both = [ratios[n] for n in (f"{ours} over {side}", f"{ours} over {side} default") if n in ratios]
-                ratios |= {f"{ours} over {side}": min(both)} if both else {}
+        for name in [name for name in ratios if name.endswith(" default")]:  # Unsloth's fastest may be its default
+            fastest = name.removesuffix(" default")
+            ratios[fastest] = min(ratios[name], ratios.get(fastest, ratios[name]))
         # the last word on each side that has no result
         last = {t["side"]: t for t in self.tried if t["result"] not in ("ran", "not tried")}
         return {
@@ -205,11 +186,8 @@ class Match:
             "variants": {side: {"setting": r.variant.name, **describe(r, unit)} for side, r in runners.items()},
             "ratios": ratios,
             "not_run": {side: f"{t['result']}: {t['why']}" for side, t in last.items() if side not in runners},
-            "tried": [{**{k: v for k, v in t.items() if k != "variant"}, **asdict(t["variant"])} for t in self.tried],
+            "tried": [{**t, **asdict(t["variant"]), "variant": t["variant"].name} for t in self.tried],
         }
-
-
-# -- everything --------------------------------------------------------------------------------------------------------
 
 
 def prepare_card(base: Path | None, shape: dict[str, Any], square: int, tokens: int) -> dict[str, Any]:
@@ -221,51 +199,24 @@ def prepare_card(base: Path | None, shape: dict[str, Any], square: int, tokens: 
 
 def configurations(args: argparse.Namespace, base: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What all engines share, of each method; rows are written to ``folder``."""
-    from zephyr_lite.model.base import load_tokenizer
-
     template = resolve_template("auto", load_tokenizer(base))
     scale = 0.1 if args.tiny else 1.0
     steps = WARM_UP + args.rounds
     common = common_values(base, rank=args.rank, steps=steps)
     length = int(2048 * scale)
-    rows.write_conversations(folder / "sft.jsonl", template, (steps + 1) * args.sft_rows * length, scale=scale)
-    sft = {
-        **common,
-        "stage": "sft",
-        "lora_dropout": args.dropout,
-        "dataset": [{"path": str(folder / "sft.jsonl")}],
-        "max_length": length,
-        "batch_size": args.sft_rows,
-    }
-    pairs = steps * args.dpo_pairs
-    rows.write_pairs(folder / "dpo.jsonl", template, pairs, scale=scale)
+    rows.write_conversations(folder / "sft.jsonl", template, (steps + 1) * args.sft_rows * length, scale)
+    rows.write_pairs(folder / "dpo.jsonl", template, steps * args.dpo_pairs, scale)
+    sft = {"lora_dropout": args.dropout, "max_length": length, "batch_size": args.sft_rows}
     dpo = {
-        **common,
-        "stage": "dpo",
         "lora_dropout": 0.0,
-        "dataset": [{"path": str(folder / "dpo.jsonl")}],
         "max_length": int(1024 * scale),
         "max_prompt_length": int(512 * scale),
         "batch_size": args.dpo_pairs,
         "beta": 0.01,
         "adapters": [str(frozen_adapter(common, folder))],
-        "seed": rows.seed_with_longest_first(rows.pair_sizes(pairs, 1024, 512), args.dpo_pairs),
     }
-    return {"sft": sft, "dpo": dpo}
-
-
-def lineup(method: Any, engines: Sequence[str], per_device: Sequence[int], tokens: int) -> list[Variant]:
-    """Who is tried, the fused engine first and then the baselines in turn, so that each has been tried once soon."""
-    players = []
-    if "fused" in engines:
-        players.append(Variant(method, "fused"))
-        extra = (
-            Variant(method, "fused", micro_tokens=tokens) if method == "sft" else Variant(method, "fused", cached=True)
-        )
-        players.append(extra)
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    tries = [settings(method, engine, per_device, liger=liger) for engine in BASELINES if engine in engines]
-    return players + [player for group in zip_longest(*tries) for player in group if player is not None]
+    own = {"sft": sft, "dpo": dpo}
+    return {m: {**common, "stage": m, "dataset": [{"path": str(folder / f"{m}.jsonl")}], **own[m]} for m in own}
 
 
 def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, deadline: float) -> None:
@@ -276,7 +227,7 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
     idle = sum(p.stat().st_size for p in base.glob("*.safetensors")) + 2 * 2**30  # of a process that has only loaded
     found["matches"] = []
     caps: list[float | None] = [None] if args.tiny else args.cap
-    todo = [(cap, method) for cap in caps for method in ("sft", "dpo") if method in args.methods.split(",")]
+    todo = [(cap, method) for cap in caps for method in METHODS if method in args.methods.split(",")]
     for place, (cap, method) in enumerate(todo):
         now = time.monotonic()
         until = now + (deadline - now) / len(todo[place:])
@@ -285,14 +236,16 @@ def play_all(args: argparse.Namespace, found: dict[str, Any], folder: Path, dead
             cap = min(cap, (room + CONTEXT_BYTES) / 2**30)  # a card that is smaller is its own cap
             ahead = max(0, min(MOST_AHEAD, int((room - cap * 2**30) // idle)))
         match = Match(method, values[method], args.rounds, until, folder, cap, ahead, args.tiny)
-        result = match.play(lineup(method, args.engines.split(","), args.per_device, TOKENS_AT_ONCE))
-        found["matches"].append({**result, "dropout": values[method]["lora_dropout"]})
+        # the fused engine first and then the baselines in turn, so that each has been tried once soon
+        tries = {engine: settings(method, engine, sorted(args.per_device)) for engine in args.engines.split(",")}
+        others = [variants for engine, variants in tries.items() if engine != "fused"]
+        variants = tries.get("fused", []) + [v for group in zip_longest(*others) for v in group if v is not None]
+        found["matches"].append({**match.play(variants), "dropout": values[method]["lora_dropout"]})
         save(args.out, found)  # an interrupt keeps the results so far
 
 
 def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Goals, and what was reached: a number, or None where it could not be measured."""
-    flops = results["flop_per_token"]
     found = []
     for played in results["matches"]:
         where = f"{played['method']}, dropout {played['dropout']}"
@@ -300,9 +253,8 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
         quotient = "fused over unsloth" if played["method"] == "sft" else "fused live over unsloth live"
         reached = played["ratios"].get(quotient)
         found.append({"what": f"{where}: {quotient}", "wanted": TARGETS[played["method"]], "reached": reached})
-        at_once = played["variants"].get(f"fused {TOKENS_AT_ONCE} tokens at once")
-        if at_once is not None:
-            speed = at_once["tokens_per_second"] * flops
+        if at_once := played["variants"].get(f"fused {TOKENS_AT_ONCE} tokens at once"):
+            speed = at_once["tokens_per_second"] * results["flop_per_token"]
             for name in ("square", "layer"):
                 share = speed / results["ceiling"][f"{name}_flop_per_second"]
                 what = f"{where}: share of the matmul ceiling ({name}) at {TOKENS_AT_ONCE} tokens"
@@ -337,22 +289,37 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole bench; see ``gpu.arguments``.
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    from bench import gpu
 
-    Raises:
-        UserError: there is no card, or ``--base`` holds something else.
-    """
-    begun = time.monotonic()
-    if not args.tiny and not torch.cuda.is_available():
-        raise UserError("bench.gpu measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
+    parser = argparse.ArgumentParser(description=(gpu.__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--cap", type=float, nargs="+", default=[24.0], help="GiB of the card imitated; several in turn"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; rounds are dropped to keep it")
+    parser.add_argument("--engines", default="fused,trl,unsloth")
+    parser.add_argument("--methods", default="sft,dpo")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of SFT; DPO has none, as the recipe")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of every engine, where time allows")
+    parser.add_argument("--per-device", type=int, nargs="+", default=[1, 2, 4], help="micro-batches that baselines try")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sft-rows", type=int, default=4, help="packed rows of 2048 tokens in a step")
+    parser.add_argument("--dpo-pairs", type=int, default=8, help="pairs in a step")
+    mistral.add_options(parser)
+    args = parser.parse_args(words)
+    for name, given, known in (("engines", args.engines, ENGINES), ("methods", args.methods, METHODS)):
+        if not set(given.split(",")) <= set(known):
+            raise UserError(f"--{name} {given}: known are {', '.join(known)}.")
+    if any(args.sft_rows % n or args.dpo_pairs % n for n in args.per_device):
+        raise UserError(f"--per-device {args.per_device}: must divide --sft-rows and --dpo-pairs.")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    args, begun = arguments(words), time.monotonic()
+    set_environment()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        if args.tiny:
-            found = prepare_card(args.base or folder / "base", mistral.TINY, 64, 32)
-        else:
-            shape = mistral.MISTRAL_7B | {"num_hidden_layers": args.layers}
-            found = mistral.alone(prepare_card, args.base, shape, 8192, TOKENS_AT_ONCE)
+        found = mistral.on_card(prepare_card, args, *((64, 32) if args.tiny else (8192, TOKENS_AT_ONCE)))
         results: dict[str, Any] = {
             **header("accelerate", "unsloth", "unsloth_zoo", "liger_kernel", "xformers", "flash_attn"),
             "settings": vars(args) | {"out": None, "base": None},
@@ -360,8 +327,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             # forward and the gradient to the inputs: two products of two FLOP each; recomputing is not work done
             "flop_per_token": 4 * mistral.decoder_parameters(found["base"]["shape"]),
         }
-        play_all(args, results, folder, begun + 60 * args.minutes)
+        play_all(args, results, Path(name).resolve(), begun + 60 * args.minutes)
     results["targets"] = targets(results)
     results["minutes"] = round((time.monotonic() - begun) / 60, 2)
     save(args.out, results)
+    print("\n".join(table(results)))
     return results

@@ -1,5 +1,7 @@
 """A Mistral-7B of random weights in NF4, as a folder in the hub's layout, for benches where the real one is not at hand.
 
+    python -m bench.mistral --out base.json [--base FOLDER]      # build it, for other benches
+
 What a step costs does not depend on what the weights are, so nothing is downloaded. Every matrix is drawn and quantized
 on the device by itself. The tensors are those that ``save_pretrained`` of a model in bitsandbytes' NF4 writes, so that
 transformers, TRL and Unsloth load the folder too.
@@ -7,11 +9,12 @@ transformers, TRL and Unsloth load the folder too.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ import torch
 from torch import Tensor
 
 from bench.card import describe_card
+from bench.command import run, save
 from zephyr_lite.demo.base import cache_dir
 from zephyr_lite.errors import UserError
+from zephyr_lite.io.atomic import folder_aside
 from zephyr_lite.model.base import compute_device, compute_dtype
 
 # config.json of mistralai/Mistral-7B-v0.1
@@ -52,49 +57,34 @@ TINY = MISTRAL_7B | {
 STD = 0.02
 
 
-def default_folder(shape: dict[str, Any], dtype: torch.dtype) -> Path:
-    """Where a model of this shape and dtype is kept."""
-    size = f"{shape['num_hidden_layers']}x{shape['hidden_size']}-{str(dtype).removeprefix('torch.')}"
-    return cache_dir() / "bench" / f"mistral-random-nf4-{size}"
-
-
-def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Path, bool]:
-    """The folder of the model, built if it is not there; and whether it was built now.
+def ensure_base(folder: Path, shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> bool:
+    """Build the model of a shape, ``MISTRAL_7B`` or one like it, if the folder does not exist; whether it was built now.
 
     Args:
-        folder: where it lies or shall lie.
-        shape: ``MISTRAL_7B`` or one like it.
         device: where weights are drawn and quantized.
         dtype: of what is not quantized, and what the rest dequantizes to.
-
-    Raises:
-        UserError: the folder holds something else.
     """
-    if (folder / "config.json").is_file():
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        wanted = shape | {"dtype": str(dtype).removeprefix("torch.")}
-        other = [f"{k} {found[k]!r} instead of {v!r}" for k, v in wanted.items() if k in found and found[k] != v]
-        if other or found.get("quantization_config", {}).get("bnb_4bit_quant_type") != "nf4":
-            what = ", ".join(other) or "no NF4"
-            raise UserError(f"{folder}: holds another model ({what}).", "Give another folder, or delete this one.")
-        return folder, False
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is no model and not empty.", "Give another folder, or delete this one.")
-    from zephyr_lite.io.atomic import folder_aside
-
+    if folder.exists():
+        config = folder / "config.json"
+        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if any(found.get(key) != shape[key] for key in ("hidden_size", "num_hidden_layers")):
+            raise UserError(f"{folder}: holds something else.", "Give another folder, or delete this one.")
+        return False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(folder) as aside:
         _write_model(aside, shape, device, dtype)
         make_tokenizer(shape["vocab_size"]).save_pretrained(aside)
-    return folder, True
+    return True
 
 
 def prepare(base: Path | None, shape: dict[str, Any]) -> dict[str, Any]:
     """Build the model if it does not exist; the model and the card, for JSON."""
     device = compute_device()
     dtype = compute_dtype("auto", device)
+    size = f"{shape['num_hidden_layers']}x{shape['hidden_size']}-{str(dtype).removeprefix('torch.')}"
+    path = base or cache_dir() / "bench" / f"mistral-random-nf4-{size}"
     begun = time.monotonic()
-    path, built = ensure_base(base or default_folder(shape, dtype), shape, device, dtype)
+    built = ensure_base(path, shape, device, dtype)
     seconds = round(time.monotonic() - begun, 1)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -106,10 +96,23 @@ def prepare(base: Path | None, shape: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def alone(run: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own, because what a process takes of the card it gives back only when it ends."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the benches on this model."""
+    parser.add_argument("--layers", type=int, default=32, help="fewer than Mistral's, for a small card")
+    parser.add_argument("--base", type=Path, help="the model's folder, built if it does not exist; default: a cache")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model in one process, on a CPU too: does it run?")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+
+
+def on_card(prepare: Callable[..., dict[str, Any]], args: argparse.Namespace, *more: Any) -> dict[str, Any]:
+    """``prepare(base, shape, *more)`` in a process of its own, because what a process takes of the card it gives back only
+    when it ends; a tiny one in this process. Raises UserError: there is no card."""
+    if args.tiny:
+        return prepare(args.base, TINY, *more)
+    if not torch.cuda.is_available():
+        raise UserError("this bench measures an NVIDIA card, and PyTorch finds none here.", "--tiny runs on a CPU.")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
+        return pool.submit(prepare, args.base, MISTRAL_7B | {"num_hidden_layers": args.layers}, *more).result()
 
 
 def matrices(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -160,16 +163,6 @@ def _write_model(folder: Path, shape: dict[str, Any], device: torch.device, dtyp
     config.save_pretrained(folder)
 
 
-def tiny_base(folder: Path) -> Path:
-    """Write a Mistral of two layers and random weights, in 32 bits."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    MistralForCausalLM(MistralConfig(**TINY)).save_pretrained(folder)
-    make_tokenizer(TINY["vocab_size"]).save_pretrained(folder)
-    return folder
-
-
 def make_tokenizer(entries: int) -> Any:
     """A byte-level tokenizer with Zephyr's chat template: a token a byte, filled up to ``entries`` with tokens that no
     text contains."""
@@ -193,3 +186,16 @@ def make_tokenizer(entries: int) -> Any:
     )
     fast.chat_template = TEMPLATES["zephyr"]
     return fast
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
+    args = parser.parse_args(words)
+    found = prepare(args.base, TINY if args.tiny else MISTRAL_7B | {"num_hidden_layers": args.layers})
+    save(args.out, found)
+    return found
+
+
+if __name__ == "__main__":
+    run(main)

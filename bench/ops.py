@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +29,34 @@ from zephyr_lite.model.base import compute_device, compute_dtype
 from zephyr_lite.ops import dispatch
 
 TARGET = 0.8  # of the copy bandwidth, for what is bound by memory
-PEERS = ("bitsandbytes", "torch")
 
 
-def measure(
-    bench: Bench,
-    found: list[Case],
-    clock: Clock,
-    copied: float,
-    results: list[dict[str, Any]],
-    done: Callable[[], None],
-) -> None:
-    """Times of the kernels, of their twins and of other libraries, into ``results``.
+def measure(bench: Bench, case: Case, clock: Clock, copied: float) -> list[dict[str, Any]]:
+    """Times of the kernel, of its twin and of other libraries.
 
     Args:
-        done: called after each of them.
+        copied: bytes a second of a large copy.
     """
-    same_size = {} if clock.device.type == "cpu" else {c.name: copy_bandwidth(clock, c.bytes // 2) for c in found}
-    for who in ("kernel", "twin", *PEERS):
-        for case in found:
-            if who not in ("kernel", "twin", *case.peers):
-                continue
-            record: dict[str, Any] = {"operation": case.name, "by": who}
-            results.append(record)
-            if who == "twin":
-                with dispatch.twins():
-                    record["seconds"] = clock.seconds(case.ours)
-            elif who in PEERS:
-                record["seconds"] = clock.seconds(case.peers[who])
-            elif dispatch.runs_triton(case.op, torch.empty(0, device=bench.device, dtype=bench.dtype)):
-                record["seconds"] = clock.seconds(case.ours)
-            else:
-                record["not_run"] = f"no kernel runs on {bench.device} in {bench.dtype}, so the twin does"
-                continue
-            if case.flops is not None:
-                record["flop_per_second"] = case.flops / record["seconds"]
-                continue
-            record["bytes_per_second"] = case.bytes / record["seconds"]
-            record["share"] = record["bytes_per_second"] / copied
-            if case.name in same_size:
-                record["share_of_same_size"] = record["bytes_per_second"] / same_size[case.name]
-        done()
+    same_size = None if clock.device.type == "cpu" else copy_bandwidth(clock, case.bytes // 2)
+    results = []
+    for who, call in {"kernel": case.ours, "twin": case.ours, **case.peers}.items():
+        record: dict[str, Any] = {"operation": case.name, "by": who}
+        results.append(record)
+        if who == "kernel" and not dispatch.runs_triton(
+            case.op, torch.empty(0, device=bench.device, dtype=bench.dtype)
+        ):
+            record["not_run"] = f"no kernel runs on {bench.device} in {bench.dtype}, so the twin does"
+            continue
+        with dispatch.twins() if who == "twin" else nullcontext():
+            record["seconds"] = clock.seconds(call)
+        if case.flops is not None:
+            record["flop_per_second"] = case.flops / record["seconds"]
+            continue
+        record["bytes_per_second"] = case.bytes / record["seconds"]
+        record["share"] = record["bytes_per_second"] / copied
+        if same_size is not None:
+            record["share_of_same_size"] = record["bytes_per_second"] / same_size
+    return results
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -77,19 +65,17 @@ def table(results: dict[str, Any]) -> list[str]:
         f"{results['copy_bytes_per_second'] / 1e9:,.0f} GB/s; wanted: {TARGET:.0%} of it for what memory bounds",
         f"{'':36}{'by':14}{'µs':>10}{'GB/s':>9}{'share':>8}{'same size':>11}",
     ]
-    order = list(dict.fromkeys(r["operation"] for r in results["operations"]))
-    for name in order:
-        for r in (r for r in results["operations"] if r["operation"] == name):
-            head = f"{name:36}{r['by']:14}"
-            if "not_run" in r:
-                lines.append(f"{head}not run: {r['not_run'][:120]}")
-            elif "flop_per_second" in r:
-                lines.append(f"{head}{r['seconds'] * 1e6:10,.1f}  {r['flop_per_second'] / 1e12:,.1f} TFLOP/s")
-            else:
-                same = f"{r['share_of_same_size']:11.0%}" if "share_of_same_size" in r else ""
-                short = "  below" if same and r["by"] == "kernel" and r["share"] < TARGET else ""
-                speed = f"{r['bytes_per_second'] / 1e9:9,.0f}{r['share']:8.0%}"
-                lines.append(f"{head}{r['seconds'] * 1e6:10,.1f}{speed}{same}{short}")
+    for r in results["operations"]:
+        head = f"{r['operation']:36}{r['by']:14}"
+        if "not_run" in r:
+            lines.append(f"{head}not run: {r['not_run'][:120]}")
+        elif "flop_per_second" in r:
+            lines.append(f"{head}{r['seconds'] * 1e6:10,.1f}  {r['flop_per_second'] / 1e12:,.1f} TFLOP/s")
+        else:
+            same = f"{r['share_of_same_size']:11.0%}" if "share_of_same_size" in r else ""
+            short = "  below" if same and r["by"] == "kernel" and r["share"] < TARGET else ""
+            speed = f"{r['bytes_per_second'] / 1e9:9,.0f}{r['share']:8.0%}"
+            lines.append(f"{head}{r['seconds'] * 1e6:10,.1f}{speed}{same}{short}")
     return [*lines, *results["kernels_replaced"]]
 
 
@@ -125,11 +111,10 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         "operations": [],
     }
 
-    def done() -> None:
+    for case in cases(bench):
+        results["operations"] += measure(bench, case, clock, copied)
         results["minutes"] = round((time.monotonic() - begun) / 60, 2)
         save(args.out, results)
-
-    measure(bench, cases(bench), clock, copied, results["operations"], done)
     print("\n".join(table(results)))
     return results
 

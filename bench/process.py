@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import shutil
 import sys
 from multiprocessing.connection import Connection
 
@@ -41,15 +42,13 @@ def begin(pipe: Connection, engine: str, folder: str | None, packed: bytes) -> N
     """Run ``turns.worker``.
 
     Args:
-        folder: where to work, and where libraries may keep what they generate, which several at once must not share.
+        folder: where libraries may keep what they generate, which several at once must not share; None: a thread.
         packed: the worker's other arguments, pickled: unpickling them imports everything.
     """
     if folder is not None:
-        os.makedirs(folder, exist_ok=True)
-        os.chdir(folder)
         os.environ["UNSLOTH_COMPILE_LOCATION"] = os.path.join(folder, "unsloth")
         os.environ["HF_DATASETS_CACHE"] = os.path.join(folder, "datasets")
-        if engine != "fused":
+        if engine != "fused" and shutil.which("nvidia-smi"):
             install_flash_attn(os.path.join(folder, "packages"))
     if engine == "unsloth":
         from zephyr_lite.engines import start_unsloth

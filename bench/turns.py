@@ -7,15 +7,16 @@ that slows down for a while slows all of them, and a quotient of two times of th
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ from bench.process import begin
 from zephyr_lite.config.load import Loaded, Method, RunConfig
 from zephyr_lite.errors import UserError
 from zephyr_lite.io.logging import messages_to
+from zephyr_lite.model.allocator import set_allocator
 from zephyr_lite.train.callbacks import Callbacks
 from zephyr_lite.train.loop import TrainState, train
 from zephyr_lite.train.setup import setup_stage
@@ -96,14 +98,11 @@ class Variant:
 
 
 class Failed(UserError):
-    """A variant could not be run.
+    """A variant could not be run; ``kind``: ``memory`` (it does not fit), ``refused`` (the engine says why), ``late``,
+    ``died`` or ``error``."""
 
-    Attributes:
-        kind: ``memory`` (it does not fit), ``refused`` (the engine says why), ``late``, ``died`` or ``error``.
-    """
-
-    def __init__(self, name: str, kind: str, text: str) -> None:
-        super().__init__(f"{name}: {text}")
+    def __init__(self, variant: Variant, kind: str, text: str) -> None:
+        super().__init__(f"{variant.name}: {text}")
         self.kind, self.text = kind, text
 
 
@@ -216,30 +215,20 @@ def worker(pipe: Connection, variant: Variant, values: dict[str, Any], cap: floa
         except Stop:
             pipe.send({"stopped": True})
     except BaseException as error:
-        pipe.send({"kind": _kind(error), "error": _words(error)})
-
-
-def _kind(error: BaseException) -> str:
-    text = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "cublas_status_alloc_failed" in text:
-        return "memory"
-    return "refused" if isinstance(error, UserError) else "error"
-
-
-def _words(error: BaseException) -> str:
-    if _kind(error) == "error":
-        return "\n" + traceback.format_exc()
-    return str(error)
+        text = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "cublas_status_alloc_failed" in text:
+            pipe.send({"kind": "memory", "error": str(error)})
+        elif isinstance(error, UserError):
+            pipe.send({"kind": "refused", "error": str(error)})
+        else:
+            pipe.send({"kind": "error", "error": "\n" + traceback.format_exc()})
 
 
 def attention(stage: Stage, engine: str) -> str:
     """Which attention a baseline runs, and whether the FlashAttention package is the real one."""
     if engine == "fused":
-        return "fused"
-    try:
-        package = f"flash_attn {metadata.version('flash_attn')}"
-    except metadata.PackageNotFoundError:
-        package = "no flash_attn"
+        return engine
+    package = f"flash_attn {metadata.version('flash_attn')}" if find_spec("flash_attn") else "no flash_attn"
     return f"{stage.base.model.config._attn_implementation}, {package}"
 
 
@@ -287,32 +276,22 @@ def baseline(stage: Stage, turns: Turns, variant: Variant) -> Any:
 
 
 class Runner:
-    """A variant's process, or a thread of this one (a test of a bench, where memory means nothing).
+    """A variant's process, or a thread of this one (a test of a bench, where memory means nothing). It starts at once;
+    ``load`` waits until it is ready. All methods but ``kill`` raise ``Failed``.
 
-    Raises ``Failed`` from every method but the first, once.
+    Args:
+        values: the configuration; paths in it must be absolute where it is a process.
+        cap: GiB of the card that the process sees; None: all.
     """
 
-    def __init__(
-        self,
-        variant: Variant,
-        values: dict[str, Any],
-        *,
-        threads: bool,
-        cap: float | None = None,
-        own_folder: bool = False,
-    ) -> None:
-        """Start it; ``load`` waits until it is ready.
-
-        Args:
-            cap: GiB of the card that the process sees; None: all.
-            own_folder: it works in its output_dir; paths in ``values`` must be absolute.
-        """
+    def __init__(self, variant: Variant, values: dict[str, Any], *, threads: bool, cap: float | None = None) -> None:
         self.variant = variant
         self.steps: list[dict[str, Any]] = []
         self.ready: dict[str, Any] = {}
         self.pipe, far = multiprocessing.Pipe()
         self.process: Any = None
-        folder = values["output_dir"] if own_folder and not threads else None
+        values = {**values, "engine": variant.engine, "precompute_ref_log_probs": variant.cached}
+        folder = None if threads else values["output_dir"]
         arguments = (far, variant.engine, folder, pickle.dumps((variant, values, cap)))
         if threads:
             threading.Thread(target=begin, args=arguments, daemon=True).start()
@@ -321,9 +300,8 @@ class Runner:
             self.process.start()
             far.close()  # the only other end is the worker's: its death is an EOFError here
 
-    def load(self, timeout: float | None = None) -> Runner:
+    def load(self, timeout: float | None = None) -> None:
         self.ready = self._receive(timeout)
-        return self
 
     def step(self, timeout: float | None = None) -> dict[str, Any]:
         """One optimizer step; what ``Turns`` tells of it."""
@@ -349,19 +327,19 @@ class Runner:
         try:
             self.pipe.send(word)
         except OSError:
-            raise Failed(self.variant.name, "died", "its process died (out of memory?).") from None
+            raise Failed(self.variant, "died", "its process died (out of memory?).") from None
 
     def _receive(self, timeout: float | None) -> dict[str, Any]:
         try:
             if not self.pipe.poll(timeout):
                 self.kill()
-                raise Failed(self.variant.name, "late", f"no answer within {timeout:.0f} s.")
+                raise Failed(self.variant, "late", f"no answer within {timeout:.0f} s.")
             found = self.pipe.recv()
         except (EOFError, OSError):
-            raise Failed(self.variant.name, "died", "its process died (out of memory?).") from None
+            raise Failed(self.variant, "died", "its process died (out of memory?).") from None
         if "error" in found:
             self.kill()
-            raise Failed(self.variant.name, found["kind"], found["error"])
+            raise Failed(self.variant, found["kind"], found["error"])
         return found
 
 
@@ -390,9 +368,15 @@ def times_faster(ours: Runner, theirs: Runner) -> float:
     return median(b["seconds"] / a["seconds"] for a, b in zip(ours.steps, theirs.steps))
 
 
-def take_turns(runners: Sequence[Runner], number: int) -> Sequence[Runner]:
-    """The order of a round: forwards, then backwards."""
-    return runners if number % 2 == 0 else runners[::-1]
+def set_environment() -> None:
+    """For the engines' processes, before they start: no downloads, no telemetry, and the allocator as the commands set it."""
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"),
+        ("UNSLOTH_DISABLE_STATISTICS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    set_allocator()
 
 
 def common_values(base: str | Path, *, rank: int, steps: int) -> dict[str, Any]:
@@ -419,10 +403,8 @@ def frozen_adapter(values: dict[str, Any], folder: Path) -> Path:
     from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 
     config = AutoConfig.from_pretrained(values["model_name_or_path"])
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    # the model's shapes are all that is needed
-    with torch.device("meta"):
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):  # the model's shapes are all that is needed
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     weights = {}

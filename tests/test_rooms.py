@@ -45,8 +45,13 @@ ONLY_IN = {
 }
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """{file: the modules that it imports}; those of the package as ``.room.module``."""
+    return {path.relative_to(PACKAGE): set(imports(path)) for path in PACKAGE.rglob("*.py")}
+
+
 def imports(path):
-    """The modules that a file imports; those of the package as ``.room.module``."""
     folder = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -59,13 +64,13 @@ def imports(path):
             yield from ["." + ".".join(parts)] if parts else ["." + alias.name for alias in node.names]
 
 
-def test_a_room_imports_only_from_rooms_before_it():
+def test_a_room_imports_only_from_rooms_before_it(imported):
     seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for path, names in imported.items():
+        room = path.with_suffix("").parts[0]
         if room.startswith("__"):
             continue
-        for name in imports(path):
+        for name in names:
             target = name[1:].split(".")[0]
             if name.startswith(".") and target in ROOMS:
                 seen.add((room, target))
@@ -75,11 +80,9 @@ def test_a_room_imports_only_from_rooms_before_it():
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_libraries_that_only_some_files_import(library):
+def test_libraries_that_only_some_files_import(imported, library):
     users = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if any(name.split(".")[0] == library for name in imports(path))
+        path.as_posix() for path, names in imported.items() if any(name.split(".")[0] == library for name in names)
     }
     assert {user for user in users if not user.startswith(tuple(ONLY_IN[library]))} == set()
 

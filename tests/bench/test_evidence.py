@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import evidence, stages
+from bench import contest, evidence
 
 ROOT = Path(__file__).parents[2]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
@@ -64,43 +64,46 @@ class Forked:
 
 @NO_CUDA
 def test_the_whole_at_a_tiny_size(tmp_path, monkeypatch, capsys):
-    for name in ("contest", "memory_parts", "cases"):
-        importlib.import_module(f"bench.{name}")
-    importlib.import_module("zephyr_lite.engines.trl")
+    for name in ("bench.contest", "bench.memory", "bench.cases", "zephyr_lite.engines.trl"):
+        importlib.import_module(name)
     monkeypatch.setattr(evidence, "start", Forked)
     code = evidence.main(["--out", str(tmp_path), "--tiny", "--minutes", "30"])
     found = json.loads((tmp_path / "evidence.json").read_text())
     red = {n: s.get("last_lines") for n, s in found["stages"].items() if s["status"] != "ok"}
     assert not red and code == 0
-    assert list(found["stages"]) == [stage.name for stage in evidence.STAGES]
-    told = {stage.name: json.loads((tmp_path / f"{stage.name}.json").read_text()) for stage in evidence.STAGES}
+    names = [stage.name for stage in evidence.STAGES]
+    assert list(found["stages"]) == names
+    told = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names if name != "tests"}
     assert found["machine"]["torch"] == torch.__version__ and found["machine"]["imports"]["trl"].startswith("in ")
     assert told["base"]["base"]["built_now"] and not told["gpu"]["base"]["built_now"]
-    assert told["tests"]["passed"] >= 1 and told["tests"]["failed"] == 0
+    assert " passed" in (tmp_path / "tests.log").read_text()
     assert told["ops"]["operations"] and told["memory"]["cases"]["sft at 24 GB"]["measured"]
     assert [m["method"] for m in told["gpu"]["matches"]] == ["sft", "dpo"]
     assert "unsloth" in told["cap12"]["matches"][0]["not_run"]
     assert "cap12     ok" in capsys.readouterr().out
 
 
-# -- stages that fail, hang, or are cut short --------------------------------------------------------------------------
+def test_a_stage_that_fails_or_hangs_is_named(tmp_path):
+    (tmp_path / "hangs.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "fails.py").write_text("raise SystemExit('no card')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for name, seconds, status, last in (("fails", 60, "failed", "no card"), ("hangs", 3, "timed out", "begun")):
+        record = evidence.run_stage([name], tmp_path / "log", seconds, environment)
+        assert record["status"] == status and record["last_lines"] == [last]
 
 
 def test_the_commands_are_ones_that_the_benches_take(tmp_path):
-    from bench import gpu, memory
-
-    parsers = {"bench.gpu": gpu.arguments, "bench.memory": memory.arguments}
-    args = evidence.argparse.Namespace(tiny=False, out=tmp_path, base=None)
+    args = evidence.argparse.Namespace(tiny=False, out=tmp_path, base=tmp_path / "base")
     for stage in evidence.STAGES:
-        module, *words = evidence.words_of(stage, args, 100)
-        if module in parsers:
-            parsers[module](words)
+        module, *words = evidence.command(stage, args, 100)
+        if module == "bench.gpu":
+            assert contest.arguments(words).base == tmp_path / "base"
 
 
 @NO_CUDA
 def test_the_selection_reaches_every_topic(tmp_path):
     """Names of GPU tests may change: what is to be run must still be found. (Collecting needs no card.)"""
-    words = ["pytest", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "-k", stages.selection(stages.TESTS)]
+    words = ["pytest", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "-k", evidence.TESTS]
     with (tmp_path / "log").open("wb") as log:
         assert Forked([*words, "tests/test_gpu.py", "tests/memory/test_gpu_memory.py"], log, {}).wait(600) == 0
     found = (tmp_path / "log").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from zephyr_lite.cli.app import run
 from zephyr_lite.evaluate import harness
 from zephyr_lite.model.loaded import open_live
 
-pytest.importorskip("lm_eval")
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
 QUESTIONS = [
     ("What is two plus two?", ["four", "a river and a dog"], 0),
@@ -45,14 +46,6 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_base, chat_rows):
-    folder = tmp_path_factory.mktemp("harness") / "run"
-    words = ["max_steps=3", "lora_r=4", "batch_size=4", "learning_rate=1e-2", "max_length=128", "eval_dataset=null"]
-    assert run(["sft", f"model_name_or_path={tiny_base}", f"dataset={chat_rows}", f"output_dir={folder}", *words]) == 0
-    return folder
-
-
 def asked(capsys, *words):
     code = run(["eval", "harness", *map(str, words)])
     shown = capsys.readouterr()
@@ -74,14 +67,15 @@ def right(live, model):
     return hits / len(QUESTIONS)
 
 
-def test_every_model_of_the_chain_and_finished_tasks_are_kept(trained, tasks, capsys, monkeypatch):
-    words = [trained, "--tasks", "tiny_choice", "--include-path", tasks]
+def test_every_model_of_the_chain_and_finished_tasks_are_kept(talk_run, tasks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))  # thousands of files
+    words = [talk_run, "--tasks", "tiny_choice", "--include-path", tasks, "--out", tmp_path]
     code, out, err = asked(capsys, *words)
     assert code == 0, err
-    path = trained / "sft" / "eval" / "harness.json"
+    path = tmp_path / "harness.json"
     told = json.loads(path.read_text())
-    live = open_live(trained)
-    for model in ("base", "sft"):
+    live = open_live(talk_run)
+    for model in ("base", "sft", "dpo"):
         entry = told["models"][model]["tasks"]["tiny_choice"]
         assert entry["value"] == pytest.approx(right(live, model)) and entry["metric"] == "acc"
         assert (entry["shots"], entry["questions"]) == (0, 5) and entry["stderr"] > 0
@@ -90,7 +84,7 @@ def test_every_model_of_the_chain_and_finished_tasks_are_kept(trained, tasks, ca
 
     monkeypatch.setattr(harness, "_run", None)  # nothing is asked twice
     code, out, err = asked(capsys, *words)
-    assert code == 0 and out.count("kept from") == 2, err
+    assert code == 0 and out.count("kept from") == 3, err
     assert json.loads(path.read_text())["models"] == told["models"]
     # another file of the task is another task
     (tasks / "questions.jsonl").write_text((tasks / "questions.jsonl").read_text().replace("Rhine", "Nile"))

