@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ class Match:
             other: Variant = t["variant"]
             if t["result"] == "refused":
                 return f"the engine refused {other.name}"
-            if t["result"] == "memory" and other.per_device < variant.per_device and other.kind == variant.kind:
+            smaller = other.per_device < variant.per_device and replace(other, per_device=variant.per_device) == variant
+            if t["result"] == "memory" and smaller:
                 return f"{other.name} did not fit"
             less = not other.recompute or other.skip_layers > variant.skip_layers
             if variant.skip_layers and t["result"] == "ran" and other.per_device == variant.per_device and less:

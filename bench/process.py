@@ -39,7 +39,7 @@ def install_flash_attn(folder: str) -> None:
 
 
 def begin(pipe: Connection, engine: str, folder: str | None, packed: bytes) -> None:
-    """Run ``turns.worker``.
+    """Run ``worker.worker``.
 
     Args:
         folder: where libraries may keep what they generate, which several at once must not share; None: a thread.
@@ -58,6 +58,6 @@ def begin(pipe: Connection, engine: str, folder: str | None, packed: bytes) -> N
         except UserError as error:
             pipe.send({"kind": "refused", "error": str(error)})
             return
-    from bench.turns import worker
+    from bench.worker import worker
 
     worker(pipe, *pickle.loads(packed))

@@ -48,35 +48,24 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to one question.
+    """The answer to one question."""
 
-    Attributes:
-        topic: one of ``TOPICS``.
-        evidence: numbers and files that it follows from.
-        advice: what to do.
-    """
-
-    topic: str
+    topic: str  # one of ``TOPICS``
     level: Level
     text: str
-    evidence: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()  # numbers and files that it follows from
     advice: str = ""
 
 
 @dataclass
 class Audit:
-    """All findings on an adapter.
+    """All findings on an adapter."""
 
-    Attributes:
-        adapter: its folder; tool: zephyr-lite, or another tool; method: sft, dpo, or None if unknown.
-        numbers: measurements, for the JSON.
-    """
-
-    adapter: str
+    adapter: str  # its folder
     tool: str
     method: str | None
     findings: list[Finding] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)  # measurements, for the JSON
 
     def add(self, level: Level, topic: str, text: str, *evidence: str, advice: str = "") -> None:
         self.findings.append(Finding(topic, level, text, evidence, advice))
@@ -112,29 +101,18 @@ class Audit:
 
 @dataclass
 class Evidence:
-    """An adapter's files, read before a model is loaded.
-
-    Attributes:
-        adapter: its weights and adapter_config.json.
-        stage, info: the stage of a run that it belongs to, and its stage.json (None and {} elsewhere).
-        tool: zephyr-lite and its engine, or another tool; method: sft, dpo, a loss without a reference, …, None if unknown.
-        base: the base that it names.
-        tuned_from: the model that its card says it was fine-tuned from.
-        settings: config.yaml of the stage.
-        log: records of its trainer: step, loss, rewards/accuracies, …
-        tokenizer_from: the folder of its tokenizer, or None.
-    """
+    """An adapter's files, read before a model is loaded."""
 
     adapter: AdapterFile
-    stage: StageDir | None = None
-    info: dict[str, Any] = field(default_factory=dict)
+    stage: StageDir | None = None  # of a run that it belongs to
+    info: dict[str, Any] = field(default_factory=dict)  # its stage.json
     tool: str = "another tool (PEFT)"
-    method: str | None = None
-    base: str | None = None
-    tuned_from: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)
-    tokenizer_from: Path | None = None
+    method: str | None = None  # sft, dpo, a loss without a reference, …
+    base: str | None = None  # that it names
+    tuned_from: str | None = None  # the model that its card says it was fine-tuned from
+    settings: dict[str, Any] = field(default_factory=dict)  # config.yaml of the stage
+    log: list[dict[str, Any]] = field(default_factory=list)  # records of its trainer: step, loss, rewards/accuracies, …
+    tokenizer_from: Path | None = None  # the folder of its tokenizer
 
     @property
     def links(self) -> list[dict[str, Any]]:
@@ -197,11 +175,7 @@ def adapter_folder(name: str) -> Path:
 
 
 def check_files(evidence: Evidence, below: Sequence[AdapterFile], start: AdapterFile | None, audit: Audit) -> None:
-    """All checks that need no model.
-
-    Args:
-        below: adapters that are claimed to be below it; start: the adapter that it is claimed to be continued from.
-    """
+    """All checks that need no model; ``below`` and ``start`` (which it was continued from) are claimed."""
     modules = list(evidence.adapter.modules.values())
     untrained = sum(not bool(weights.b.any()) for weights in modules)
     ranks = ", ".join(map(str, sorted({weights.rank for weights in modules})))

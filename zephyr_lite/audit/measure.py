@@ -190,8 +190,8 @@ def check_pairs(
         won = (now > 0).double()
         loss, accuracy, margin = float(F.softplus(-at_start).mean()), float(won.mean()), float(now.mean())
         error = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf
-        numbers[model] = {"loss": loss, "accuracy": accuracy, "accuracy_error": error, "margin": margin}
-        numbers[model]["pairs"] = len(won)
+        measured = {"loss": loss, "accuracy": accuracy, "accuracy_error": error, "margin": margin}
+        numbers[model] = {**measured, "pairs": len(won)}
         facts.append(
             f"against {labels.get(model, model)}: step 0 at {loss:.6f}, now accuracy {accuracy:.3f} ± {error:.3f}, margin "
             f"{margin:+.3f} ({len(won)} pairs, β {beta:g})"

