@@ -25,7 +25,7 @@ demo: setup
 	$(RUN)/zephyr-lite demo
 
 test: setup
-	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 3 --dist loadscope $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Folders that this environment makes, loaded with transformers 4 in an environment of its own; torch is shared.
 test-compat: setup

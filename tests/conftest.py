@@ -50,6 +50,25 @@ CONVERSATIONS = [
 ]
 
 
+# The files that take longest. They begin first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "train/test_small_data",
+    "contract/test_kill",
+    "ops/test_dispatch",
+    "engines/test_baselines",
+    "contract/test_streaming",
+    "ui/test_page",
+    "merge/test_merge_measure",
+    "io/test_faults",
+    "contract/test_foreign_code",
+    "recipe/test_ablations",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+
+
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE of some 400 tokens with <s> and </s>, as fast tokenizers of hub models are built."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
