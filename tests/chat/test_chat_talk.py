@@ -81,12 +81,9 @@ def test_rows_of_different_lengths_and_a_kept_cache_change_no_logit(chat, monkey
                 assert torch.allclose(after[step][place], logits[step], atol=2e-4), (turn, place, step)
         assert steps > 0
         for place, row in enumerate(drawn):
-            if turn == 2 and place == 0:
-                sequences[place] = sequences[place][:9]  # an undo
-            else:
-                sequences[place] = (
-                    sequences[place] + row.tokens + [draw.randrange(3, 400) for _ in range(3 + 4 * place)]
-                )
+            sequences[place] += row.tokens + [draw.randrange(3, 400) for _ in range(3 + 4 * place)]
+        if turn == 2:
+            sequences[0] = sequences[0][:9]  # an undo
     assert reused[0] == [0] * len(adapters) and all((turn[0] > 5) == (len(adapters) == 1) for turn in reused[1:])
 
 
@@ -161,7 +158,7 @@ def said(text, finish="stop"):
     return Drawn(text, [1, 2, 3], finish)
 
 
-def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
+def test_a_saved_conversation_is_trained_on(chat, tmp_path):
     talk = session(chat, ("base", "dpo"), system="Be kind.")
     for question in ("Who are you?", "Name a river — 河."):
         talk.ask(question)
@@ -174,7 +171,7 @@ def test_a_saved_conversation_is_trained_on(chat, talk_run, tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row.get("model") for row in rows] == [None, "base", "dpo"]
     assert [turn["role"] for turn in rows[1]["messages"]] == ["system", *["user", "assistant"] * 2]
-    base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
+    base = chat.live.chain.base["name_or_path"]
     outcome = run_sft(load_config("sft", None, words(base, tmp_path / "r", file, load_in_4bit="false", max_steps=1)))
     assert outcome.step == 1
 
@@ -193,10 +190,9 @@ def test_votes_are_pairs_that_dpo_trains_on(chat, talk_run, tmp_path):
     assert len(rows) == 6 and voted[2:4] == [("sft", "base"), ("sft", "dpo")]
     assert rows[4]["chosen"][:-1] == rows[4]["rejected"][:-1] and len(rows[4]["chosen"]) == 6
     assert rows[4]["chosen"][1] == rows[0]["chosen"][1]  # the conversation continues from what was liked
-    base = json.loads((talk_run / "sft" / "stage.json").read_text())["base"]["name_or_path"]
     run = shutil.copytree(talk_run, tmp_path / "run")
     small = {"load_in_4bit": "false", "max_steps": 2, "max_prompt_length": 120, "max_length": 240}
-    again = dpo_words(base, run, file, stage="voted", **small)
+    again = dpo_words(chat.live.chain.base["name_or_path"], run, file, stage="voted", **small)
     assert run_dpo(load_config("dpo", None, again)).step == 2
 
 
@@ -208,17 +204,10 @@ def test_a_vote_makes_no_pair_of_equal_or_empty_answers():
     assert row["vote"]["rejected_finish"] == "length" and row["chosen"][-1]["content"] == "y"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("v.txt", None, "from a .jsonl file"),
-        ("v.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "has no chosen"),
-    ],
-)
-def test_a_file_of_something_else_is_left_alone(tmp_path, name, content, match):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=match):
-        check_file(path, "chosen", "--vote")
-    assert content is None or path.stat().st_size == len(content)
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "v.jsonl"
+    path.write_text('{"messages": []}\n')
+    for file, match in ((path, "has no chosen"), (tmp_path / "v.txt", "from a .jsonl file")):
+        with pytest.raises(UserError, match=match):
+            check_file(file, "chosen", "--vote")
+    assert path.read_text() == '{"messages": []}\n'

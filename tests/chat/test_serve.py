@@ -75,9 +75,7 @@ def test_a_conversation_is_answered_as_by_chat_from_the_ids_of_training(chat, as
     settings = {"temperature": 1.2, "top_p": 0.9, "seed": 4}
     session = Session(chat, [model], Settings(**settings, max_new_tokens=12, system="Answer in one line."))
     seen, draw = [], Streamer.draw
-    monkeypatch.setattr(
-        Streamer, "draw", lambda self, prompts, *rest: seen.append(prompts[0]) or draw(self, prompts, *rest)
-    )
+    monkeypatch.setattr(Streamer, "draw", lambda self, ids, *rest: seen.append(ids[0]) or draw(self, ids, *rest))
     for question in ("Who are you?", "Name three rivers."):
         (answer,) = session.ask(question)
         *messages, said = session.columns[0].messages("Answer in one line.")
@@ -120,8 +118,9 @@ def test_a_stop_sequence_ends_the_answer_before_it(ask):
             400,
             "a system turn at most at the begin",
         ),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "messages: a turn is empty."),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "the model's context is 256"),
-        ({"temperature": -1}, 400, "temperature: "),
+        ({"temperature": -1}, 400, "temperature: expected a number greater"),
         ({"logprobs": True}, 400, "logprobs: not supported"),
     ],
 )
@@ -146,9 +145,12 @@ def test_other_paths_methods_and_hosts_are_refused(url):
 
 def test_a_client_that_leaves_ends_its_answer(chat, ask, monkeypatch, said):
     choose, eos = RowSampler.choose, torch.tensor([chat.template.tokenizer.eos_token_id])
-    monkeypatch.setattr(
-        RowSampler, "choose", lambda self, s: time.sleep(0.05) or choose(self, s.index_fill(-1, eos, -1e9))
-    )
+
+    def endless(self, scores):
+        time.sleep(0.05)
+        return choose(self, scores.index_fill(-1, eos, -1e9))
+
+    monkeypatch.setattr(RowSampler, "choose", endless)
     settings = {"model": "base", "messages": HI, "max_tokens": 200, "temperature": 3.0}
     with ask.client.chat.completions.create(**settings, stream=True) as stream:
         next(stream)

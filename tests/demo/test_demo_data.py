@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -14,7 +12,7 @@ from zephyr_lite.demo import base
 from zephyr_lite.recipe.refusals import refusal
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -22,16 +20,16 @@ CONVERSATIONS, CONVERSATIONS_TEST = read(demo.CONVERSATIONS), read(demo.CONVERSA
 FEEDBACK, FEEDBACK_TEST = read(demo.FEEDBACK), read(demo.FEEDBACK_TEST)
 
 
-def plain(text: str) -> str:
+def plain(text):
     """Letters and digits only, so that punctuation and case do not hide a repetition."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def questions(rows: list[dict[str, Any]]) -> set[str]:
+def questions(rows):
     return {plain(m["content"]) for row in rows for m in row["messages"] if m["role"] == "user"}
 
 
-def test_the_best_completion_does_not_dodge() -> None:
+def test_the_best_completion_does_not_dodge():
     for row in FEEDBACK + FEEDBACK_TEST:
         assert [c["model"] for c in row["completions"]] == row["models"] and len(set(row["models"])) == 4
         assert len({c["response"] for c in row["completions"]}) == 4
@@ -41,7 +39,7 @@ def test_the_best_completion_does_not_dodge() -> None:
             assert all(c[score] < top - 1 for c in row["completions"] if refusal("", c["response"]))
 
 
-def test_nothing_held_out_is_trained_on() -> None:
+def test_nothing_held_out_is_trained_on():
     trained = questions(CONVERSATIONS) | {plain(row["instruction"]) for row in FEEDBACK}
     held_out = questions(CONVERSATIONS_TEST) | {plain(row["instruction"]) for row in FEEDBACK_TEST}
     asked = {plain(question) for question in demo.QUESTIONS}
@@ -53,13 +51,13 @@ def test_nothing_held_out_is_trained_on() -> None:
     assert len(set(answers)) == len(answers)
 
 
-def test_an_interrupted_conversion_is_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_is_repeated(monkeypatch, tmp_path):
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(base, "find_gguf", lambda: tmp_path / "weights.gguf")
     calls = []
 
-    def convert(source: Path, into: Path) -> None:
+    def convert(source, into):
         calls.append(source)
         (into / "model.safetensors").write_text("x")
         if len(calls) == 1:
@@ -74,20 +72,12 @@ def test_an_interrupted_conversion_is_repeated(monkeypatch: pytest.MonkeyPatch, 
     assert [p.name for p in folder.parent.iterdir()] == [base.FOLDER], "no temporary folder is left"
 
 
-@pytest.fixture(scope="module")
-def source() -> Path:
+def test_the_base_speaks_plain_chatml():
+    """``make demo`` converts the weights too (20 s)."""
     if importlib.util.find_spec(base.PACKAGE) is None or importlib.util.find_spec("gguf") is None:
         pytest.skip(f"{base.REQUIREMENT} and gguf are not installed")
-    return base.find_gguf()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(source: Path) -> Any:
-    """Of the demo's base; ``make demo`` converts the weights too (20 s)."""
-    return base._tokenizer(source)
-
-
-def test_the_base_speaks_plain_chatml(source: Path, tokenizer: Any) -> None:
+    source = base.find_gguf()
+    tokenizer = base._tokenizer(source)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import _messages
 from zephyr_lite.demo.base import demo_base
 
 pytestmark = pytest.mark.browser
 CHATS = [(f"Who is number {n}?", f"Number {n} is a baker at Larkfield, and likes rye bread.") for n in range(24)]
-PICTURES = os.environ.get("CHROMIUM_PICTURES")  # a folder for pictures of the tabs
 
 
 @pytest.fixture
@@ -35,10 +35,6 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -47,9 +43,9 @@ def write(path: Path, rows: list[dict]) -> Path:
 def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     from zephyr_lite.ui.server import open_page
 
-    chats = write(tmp_path / "chats.jsonl", [{"messages": turns(*chat)} for chat in CHATS])
+    chats = write(tmp_path / "chats.jsonl", [{"messages": _messages(*chat)} for chat in CHATS])
     pairs = [
-        {"prompt": question, "chosen": turns(question, answer), "rejected": turns(question, "I do not know.")}
+        {"prompt": question, "chosen": _messages(question, answer), "rejected": _messages(question, "I do not know.")}
         for question, answer in CHATS[:8]
     ]
     pairs = write(tmp_path / "pairs.jsonl", pairs)
@@ -61,10 +57,6 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
 
     def tab(name: str) -> None:
         page.get_by_role("tab", name=name, exact=True).click()
-
-    def picture(name: str) -> None:
-        if PICTURES:
-            page.screenshot(path=f"{PICTURES}/{name}.png", full_page=True)
 
     def press(name: str) -> None:
         page.get_by_role("button", name=name, exact=True).click()
@@ -91,7 +83,6 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     first = page.locator(".zl-turn").first.inner_text()
     press("Next")
     page.wait_for_function("first => document.querySelector('.zl-turn').innerText !== first", arg=first)
-    picture("data")
     # plan
     tab("Plan")
     page.get_by_label("learning_rate").fill("1e-3")
@@ -100,7 +91,6 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     page.get_by_label("Other keys").fill("max_steps=10 save_steps=2 lora_r=4 samples=0")
     press("Plan")
     output("tokens/s")
-    picture("plan")
     # train, stop, resume
     tab("Train")
     press("Start")
@@ -110,10 +100,8 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     see("in training, at step ")
     press("Stop")
     see("Resume continues from checkpoint-")
-    picture("stopped")
     press("Resume")
     see("runs/mine/sft is complete.")
-    picture("train")
     link = page.get_by_role("link", name="Open the report").get_attribute("href")
     assert "<svg" in page.request.get(address.rstrip("/") + link).text()
     # DPO on top of it
@@ -135,36 +123,28 @@ def test_from_an_empty_folder_to_an_exported_model(browser, tmp_path):
     press("Ask")
     see("Which answer is best?")
     see("Answer 3")
-    picture("vote")
     question = page.get_by_placeholder("Write a question")
     page.wait_for_function("box => box.value === ''", arg=question.element_handle())
     question.fill("Who is number 4?")
     press("Ask")
     see("the last answers wait for your vote.")
-    assert (
-        page.get_by_label("skip", exact=True).is_visible()
-        and not page.locator(".wrap > .error >> visible=true").count()
-    )
+    assert page.get_by_label("skip", exact=True).is_visible()
+    assert not page.locator(".wrap > .error >> visible=true").count()
     page.reload()
     tab("Chat")
     see("Which answer is best?")
     see("Answer 3")
     page.get_by_label("1", exact=True).check()
     see("Pairs added to votes.jsonl:")
-    picture("chat")
     row = json.loads(Path("votes.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert row["prompt"] == "Who is number 3?" and {row["vote"]["chosen_model"], row["vote"]["rejected_model"]} <= {
-        "base",
-        "sft",
-        "dpo",
-    }
+    voted = {row["vote"]["chosen_model"], row["vote"]["rejected_model"]}
+    assert row["prompt"] == "Who is number 3?" and voted <= {"base", "sft", "dpo"}
     # merge and export
     tab("Merge and export")
     press("Merge")
     see(f"The merged model is in {Path('model').absolute()}.")
     press("Export GGUF")
     see("The GGUF file is ")
-    picture("merge")
     assert Path("model-q8_0.gguf").stat().st_size > 10**8
     assert hosts == {address.split("/")[2]}
     server.close(verbose=False)

@@ -151,7 +151,7 @@ class Repl:
             tokens, seconds = len(answers[0].tokens), time.monotonic() - started
             self._note(answers[0].note or f"{tokens:,} tokens, {tokens / seconds:.1f} tokens/s")
         if not session.holds(answers):
-            self._note("stopped: nothing of it is kept")
+            self._note("stopped: nothing was added to the conversation")
         elif session.waiting:
             self._vote(len(answers))
         elif self._votes is not None:

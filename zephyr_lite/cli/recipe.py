@@ -32,9 +32,7 @@ Settings = TypeVar("Settings", bound="Configuration")
 ENDPOINT = "URL#MODEL of a server, or a folder (runs/NAME); key=value settings may follow, after commas"
 
 
-def demo(
-    out: Annotated[Path, Option(help="Output folder of the run and the model.")] = Path("demo"),
-) -> None:
+def demo(out: Annotated[Path, Option(help="Output folder of the run and the model.")] = Path("demo")) -> None:
     """The whole recipe in three minutes on a CPU: a small real model, before and after."""
     from ..demo.run import print_result, run_demo
     from ..monitor.report import REPORT
@@ -43,14 +41,9 @@ def demo(
     with open_screen(console) as screen, messages_to(screen.log):
         result = run_demo(out, observers=[screen])
     print_result(console, result)
-    say_all(
-        [
-            "",
-            f"report: {out / REPORT} (open it in a browser)",
-            f"model: {out / 'merged'} (for transformers' AutoModelForCausalLM)",
-            next_lines(["chat", str(out), "--compare"]),
-        ]
-    )
+    console.say(f"\nreport: {out / REPORT} (open it in a browser)")
+    console.say(f"model: {out / 'merged'} (for transformers' AutoModelForCausalLM)")
+    console.say(next_lines(["chat", str(out), "--compare"]))
 
 
 def feedback(

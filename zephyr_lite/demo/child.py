@@ -10,8 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 POLL_SECONDS = 0.02
+
+
+def start(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start ``python -m zephyr_lite WORDS``; by default without standard input, with one stream of output, and in a session of
+    its own, so that Ctrl-C in the terminal is not for it. ``options``: of Popen."""
+    usual: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "zephyr_lite", *words],
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # the log of a killed process would lack what it had buffered
+        **usual | options,
+    )
 
 
 def child(
@@ -22,7 +34,7 @@ def child(
     answer: Path | None = None,
     kill_when: Callable[[], bool] | None = None,
 ) -> int:
-    """Run ``python -m zephyr_lite WORDS`` in its own session, and wait for its end.
+    """Run a command, and wait for its end.
 
     Args:
         log: a file to which its output is appended; None: its output is this process's.
@@ -37,15 +49,10 @@ def child(
         KeyboardInterrupt: this process was interrupted; the child was too, and has ended.
     """
     with ExitStack() as files:
-        stderr = files.enter_context(log.open("ab")) if log else None
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "zephyr_lite", *words],
-            stdin=files.enter_context(asked.open("rb")) if asked else subprocess.DEVNULL,
-            stdout=files.enter_context(answer.open("wb")) if answer else stderr,
-            stderr=stderr,
-            start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # the log of a killed process would lack what it had buffered
-        )
+        output = files.enter_context(log.open("ab")) if log else None
+        stdin = files.enter_context(asked.open("rb")) if asked else subprocess.DEVNULL
+        stdout = files.enter_context(answer.open("wb")) if answer else output
+        process = start(words, stdin=stdin, stdout=stdout, stderr=output)
         interrupted = False
         while process.poll() is None:
             try:

@@ -6,12 +6,10 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
@@ -19,6 +17,7 @@ import psutil
 
 from ..config.load import Method
 from ..config.resolve import resolve_run
+from ..demo import child
 from ..errors import UserError
 from ..io.atomic import LOCK_FILE
 from ..io.run_dir import STAGE_FILE, StageDir
@@ -61,7 +60,7 @@ def words_of(*fields: str) -> list[str]:
 
 def run_command(*words: str) -> Iterator[str]:
     """Run a command; yields what it has printed so far, at every line. It is interrupted if the iterator is closed."""
-    process, text = _popen(words, subprocess.PIPE), _title(words)
+    process, text = child.start(words, stdout=subprocess.PIPE, start_new_session=False), _title(words)
     assert process.stdout is not None
     try:
         yield text
@@ -73,17 +72,6 @@ def run_command(*words: str) -> Iterator[str]:
     finally:
         if process.poll() is None:
             process.terminate()
-
-
-def _popen(words: Sequence[str], output: Any, **how: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "zephyr_lite", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        **how,
-    )
 
 
 def start(method: Method, config: str | None, words: list[str]) -> Path:
@@ -98,7 +86,7 @@ def start(method: Method, config: str | None, words: list[str]) -> Path:
     with log_of(stage.path).open("ab") as log:
         log.write(_title(command).encode())
         log.flush()
-        _children[stage.path] = _popen(command, log, start_new_session=True)  # Ctrl-C in the terminal is not for it
+        _children[stage.path] = child.start(command, stdout=log)
     return stage.path
 
 
@@ -120,9 +108,9 @@ def stop(folder: Path) -> None:
 
 def process_of(run: Path) -> psutil.Process | None:
     """The process that works on a run, also one that was started in a terminal."""
-    for stage, child in _children.items():
-        if stage.parent == run and child.poll() is None:
-            return psutil.Process(child.pid)  # it may not have locked the folder yet
+    for stage, started in _children.items():
+        if stage.parent == run and started.poll() is None:
+            return psutil.Process(started.pid)  # it may not have locked the folder yet
     lock = run / LOCK_FILE
     with suppress(OSError, ValueError, psutil.NoSuchProcess):
         pid, host = lock.read_text(encoding="utf-8").split()[:2]
@@ -148,7 +136,7 @@ def refuse_while_training() -> None:
 def state_of(folder: Path) -> tuple[str, Columns, str, bool]:
     """A stage as it stands: (Markdown, the columns of its metrics, the end of its output, whether it is in training)."""
     stage, log, columns = StageDir(folder), log_text(folder), {}
-    child, process = _children.get(folder), process_of(folder.parent)
+    started, process = _children.get(folder), process_of(folder.parent)
     if stage.info() is not None:
         record = StageRecord(folder)
         text, columns = _standing(record, stage, process is not None), record.columns
@@ -156,7 +144,7 @@ def state_of(folder: Path) -> tuple[str, Columns, str, bool]:
         text = "is starting."
     else:
         text = "was not begun; the output below says why." if log else "is no stage of a run."
-    if child is not None and child.poll() not in (None, 0, 130):
+    if started is not None and started.poll() not in (None, 0, 130):
         text += f'\n\n<p class="zl-failed">{error_html(_failure(log))}</p>'
     return f"**{folder}** {text}", columns, log, process is not None
 
