@@ -8,7 +8,7 @@ always, runs the twin.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -32,21 +32,6 @@ except ImportError:
 
     def next_power_of_2(n: int) -> int:  # type: ignore[misc]
         return 1 << max(0, n - 1).bit_length()
-
-
-class Comparison(NamedTuple):
-    """One result of a kernel beside its twin's.
-
-    Attributes:
-        what: the result, in words.
-        kernel, twin: of one shape.
-        exact: the same in float64, computed apart from both; None where kernel and twin must be equal to the bit.
-    """
-
-    what: str
-    kernel: Tensor
-    twin: Tensor
-    exact: Tensor | None
 
 
 class Widths(NamedTuple):
@@ -79,7 +64,7 @@ class Widths(NamedTuple):
 
 SMALL = Widths()
 
-# the files with a kernel; ``comparisons`` in each runs kernel and twin side by side on a few rows, whatever the dispatch
+# the files with a kernel; ``sample`` in each runs the operation on a few rows, as the layer does
 OPERATIONS = ("nf4", "int8", "int8_weights", "rms_norm", "rope", "swiglu", "dropout", "dropout_products", "token_logps")
 _failed: set[tuple[str, torch.device, torch.dtype]] = set()
 _twins_only = False
@@ -94,18 +79,11 @@ def runs_triton(op: str, x: Tensor, dtype: torch.dtype | None = None) -> bool:
     dtype = x.dtype if dtype is None else dtype
     if not HAVE_TRITON or _twins_only or dtype == torch.float64:
         return False
-    if x.device.type == "cuda":
-        return (op, x.device, dtype) not in _failed
-    return _interpreted(x.device) and (op, x.device, dtype) not in _failed
+    return (x.device.type == "cuda" or _interpreted(x.device)) and (op, x.device, dtype) not in _failed
 
 
 def _interpreted(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def truncates(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels round towards zero here: triton's interpreter does in bfloat16."""
-    return dtype == torch.bfloat16 and _interpreted(device)
 
 
 @contextmanager
@@ -129,30 +107,39 @@ def rows_dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def samples(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """A source of normal values for checks: ``draw(*shape)``, the same at every call, apart from the run's generator."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+def truncates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels round towards zero here: triton's interpreter does in bfloat16."""
+    return dtype == torch.bfloat16 and _interpreted(device)
 
 
-def disagreement(comparison: Comparison) -> str | None:
-    """How a kernel breaks its bound, or None.
+class Draw:
+    """Normal values for ``sample``, the same for every instance: ``draw(*shape)``."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, wide: bool = False) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.device, self.dtype, self.wide = device, dtype, wide
+
+    def __call__(self, *shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
+        return x.double() if self.wide else x
+
+
+def _disagreement(kernel: Tensor, twin: Tensor, exact: Tensor) -> str | None:
+    """How a kernel breaks its bound, or None. Integers are equal; else
 
     ‖kernel - exact‖ ≤ 1.1 ‖twin - exact‖ + 1e-6 ‖exact‖ in float32, 1e-3 ‖exact‖ in 16 bits; two units in the last
     place of bfloat16 in the interpreter.
     """
-    what, kernel, twin, exact = comparison
     if kernel.shape != twin.shape or kernel.dtype != twin.dtype:
-        return f"{what}: {list(kernel.shape)} {kernel.dtype} instead of {list(twin.shape)} {twin.dtype}"
-    if exact is None:
+        return f"{list(kernel.shape)} {kernel.dtype} instead of {list(twin.shape)} {twin.dtype}"
+    if not kernel.is_floating_point():
         wrong = int((kernel != twin).sum())
-        return f"{what}: {wrong} of {twin.numel()} values differ" if wrong else None
+        return f"{wrong} of {twin.numel()} values differ" if wrong else None
     norm = float(exact.norm())
     share = 2.0**-6 if truncates(kernel.device, kernel.dtype) else 1e-6 if kernel.dtype == torch.float32 else 1e-3
     error, allowed = float((kernel - exact).norm()), 1.1 * float((twin - exact).norm()) + share * norm
-    if error <= allowed:  # false for a NaN
-        return None
-    return f"{what}: an error of {error:.2e} where {allowed:.2e} is allowed (norm {norm:.2e})"
+    # false for a NaN
+    return None if error <= allowed else f"an error of {error:.2e} where {allowed:.2e} is allowed (norm {norm:.2e})"
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, widths: Widths = SMALL) -> list[str]:
@@ -165,20 +152,23 @@ def check_kernels(device: torch.device, dtype: torch.dtype, widths: Widths = SMA
     Returns:
         A sentence for each operation whose kernel is not used though kernels run here; empty where none do.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.empty(0, device=device).device  # with its index
     if not HAVE_TRITON or dtype == torch.float64 or not (device.type == "cuda" or _interpreted(device)):
         return []
     notes = []
     for op in OPERATIONS:
+        sample = import_module(f".{op}", __package__).sample
+        _failed.discard((op, device, dtype))
         try:
-            compared = import_module(f".{op}", __package__).comparisons(device, dtype, widths)
-            faults = [fault for comparison in compared if (fault := disagreement(comparison)) is not None]
+            kernel = sample(Draw(device, dtype), widths)
+            with twins():
+                twin, exact = sample(Draw(device, dtype), widths), sample(Draw(device, dtype, wide=True), widths)
+            found = map(_disagreement, kernel, twin, exact)
+            fault = next((f"result {place}: {fault}" for place, fault in enumerate(found) if fault), None)
         except Exception as error:  # a compiler's failure has no common class
             first = (str(error).strip().splitlines() or [""])[0]
-            faults = [f"{type(error).__name__}: {first}"[:300]]
-        if faults:
+            fault = f"{type(error).__name__}: {first}"[:300]
+        if fault is not None:
             _failed.add((op, device, dtype))
-            notes.append(f"The Triton kernel {op} is not used in {dtype} on {device}; plain PyTorch is ({faults[0]}).")
+            notes.append(f"The Triton kernel {op} is not used in {dtype} on {device}; plain PyTorch is ({fault}).")
     return notes

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    Comparison,
-    Widths,
-    jit,
-    next_power_of_2,
-    on_device,
-    rows_dense,
-    runs_triton,
-    samples,
-    tl,
-)
+from .dispatch import Draw, Widths, jit, next_power_of_2, on_device, rows_dense, runs_triton, tl
 
 _M32 = 0xFFFFFFFF
 
@@ -88,14 +77,8 @@ def _hash(key: DropoutKey, channels: int) -> Tensor:
 
 
 def dropout_mask(key: DropoutKey, channels: int) -> Tensor:
-    """Which elements of an input of [T, channels] stay: int32 [T, channels], -1 (all bits set) where one stays, 0 where it
-    is dropped.
-
-    There is no comparison in it: on a CPU one takes longer than all the rest, because only integer arithmetic is
-    vectorized.
-    """
-    # halved, so that the difference cannot overflow: its sign then fills the word
-    return _hash(key, channels).bitwise_right_shift_(1).sub_(_threshold(key)).bitwise_right_shift_(31)
+    """Which elements of an input of [T, channels] stay: bool [T, channels]."""
+    return _hash(key, channels).bitwise_right_shift_(1) < _threshold(key)
 
 
 def uniform(key: DropoutKey, channels: int) -> Tensor:
@@ -110,7 +93,7 @@ def _threshold(key: DropoutKey) -> int:
 
 def dropout_scale(key: DropoutKey, channels: int, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies an input of [T, channels] with: 0 where an element is dropped, 1 / (1 - p) elsewhere."""
-    return dropout_mask(key, channels).neg_().to(dtype).mul_(1.0 / (1.0 - key.p))
+    return dropout_mask(key, channels).to(dtype).mul_(1.0 / (1.0 - key.p))
 
 
 def drop(x: Tensor, key: DropoutKey, out: Tensor | None = None) -> Tensor:
@@ -125,41 +108,15 @@ def drop(x: Tensor, key: DropoutKey, out: Tensor | None = None) -> Tensor:
     """
     if runs_triton("dropout", x):
         return _kernel(x, key, torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out, add=False)
-    return _twin(x, key, out)
+    dropped = x.masked_fill(~dropout_mask(key, x.shape[1]), 0)
+    return dropped if out is None else out.copy_(dropped)
 
 
 def add_dropped_(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
     """target += ``drop(x, key)``, in place; both [T, channels] in one dtype. Returns target."""
     if runs_triton("dropout", x):
         return _kernel(x, key, target, add=True)
-    return target.add_(_twin(x, key, None))
-
-
-# A site's backward pass asks for the same mask two or three times in a row, and on a CPU the hash costs more than what
-# applies it: the last one is kept there (12 MB for 2,048 tokens of 1,536 channels).
-_last: tuple[DropoutKey, int, Tensor] | None = None
-
-
-def _mask(key: DropoutKey, channels: int) -> Tensor:
-    global _last
-    if _last is None or _last[0] is not key or _last[1] != channels:
-        mask = dropout_mask(key, channels)
-        if mask.device.type != "cpu":
-            return mask
-        _last = (key, channels, mask)
-    return _last[2]
-
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _twin(x: Tensor, key: DropoutKey, out: Tensor | None) -> Tensor:
-    bits = _BITS[x.element_size()]
-    mask = _mask(key, x.shape[1]).to(bits)  # -1 stays -1
-    if out is None:
-        return (x.view(bits) & mask).view(x.dtype)
-    (out if out is x else out.copy_(x)).view(bits).bitwise_and_(mask)
-    return out
+    return target.add_(drop(x, key))
 
 
 @jit
@@ -238,10 +195,7 @@ _ROWS = 8
 
 def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
     rows, width = x.shape
-    if out.shape != x.shape or (width > 1 and out.stride(1) != 1):
-        raise ValueError(
-            f"the result lies in {list(out.shape)} at strides {out.stride()}; dense rows of {list(x.shape)}"
-        )
+    assert out.shape == x.shape and (width == 1 or out.stride(1) == 1), "the result has dense rows"
     if x.numel():
         x = rows_dense(x)
         block = min(1024, next_power_of_2(width))
@@ -263,16 +217,15 @@ def _kernel(x: Tensor, key: DropoutKey, out: Tensor, *, add: bool) -> Tensor:
     return out
 
 
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw = samples(device, dtype)
-    rows = 4
-    for width, p in {widths.hidden: 0.05, widths.inner: 0.5, widths.queries: 0.05}.items():
-        streams, positions = torch.arange(rows, device=device) * 2**33 + 5, torch.arange(rows, device=device)
-        key = DropoutKey(p, 2**40 + 7, 3, streams, positions, 31, 2)
-        x, target = draw(rows, width), draw(rows, width)
-        yield Comparison(
-            f"[{rows}, {width}]", _kernel(x, key, torch.empty_like(x), add=False), _twin(x, key, None), None
-        )
-        added = _kernel(x, key, target.clone(), add=True), target + _twin(x, key, None)
-        yield Comparison(f"added [{rows}, {width}]", *added, target.double() + _twin(x, key, None).double())
+def sample_key(draw: Draw, rows: int, p: float) -> DropoutKey:
+    streams, positions = torch.arange(rows, device=draw.device) * 2**33 + 5, torch.arange(rows, device=draw.device)
+    return DropoutKey(p, 2**40 + 7, 3, streams, positions, 31, 2)
+
+
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares."""
+    found = []
+    for width, p in ((widths.hidden, 0.05), (widths.inner, 0.5), (widths.queries, 0.05)):
+        x, target, key = draw(4, width), draw(4, width), sample_key(draw, 4, p)
+        found += [drop(x, key), add_dropped_(target, x, key)]
+    return found

@@ -7,21 +7,20 @@ triton compiles (before compute capability 8.0), and 32 bits, run ``drop`` and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, Widths, jit, on_device, rows_dense, runs_triton, samples, tl, truncates
+from .dispatch import Draw, Widths, jit, on_device, rows_dense, runs_triton, tl, truncates
 from .dropout import (
     DropoutKey,
     add_dropped_,
     drop,
-    dropout_scale,
     hash_channels,
     hash_tokens,
     kernel_words,
+    sample_key,
     zero_dropped,
 )
 from .wide_mm import wide_mm
@@ -49,11 +48,8 @@ def matrix_gradient(d_z: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
 
 
 def _in_kernel(x: Tensor) -> bool:
-    return runs_triton("dropout_products", x) and _has_kernel(x)
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.dtype.itemsize == 2 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    compiles = x.dtype.itemsize == 2 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    return runs_triton("dropout_products", x) and compiles
 
 
 # The factor 1 / (1 - p) goes to the narrow side.
@@ -255,19 +251,11 @@ def _kernel_matrix(d_z: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
     return d_a[0] if splits == 1 else d_a.sum(0)
 
 
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``): every size of tile, not all of them full."""
-    draw, rows = samples(device, dtype), 5
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares: every size of tile, not all of them full."""
+    rows, found = 5, []
     for width, rank, p in ((widths.hidden, 48, 0.05), (widths.inner, 16, 0.5), (widths.queries, 144, 0.05)):
         x, d_x, a, d_z = draw(rows, width), draw(rows, width), draw(rank, width), draw(rows, rank)
-        if not _has_kernel(x):
-            return
-        streams, positions = torch.arange(rows, device=device) * 2**33 + 5, torch.arange(rows, device=device)
-        key = DropoutKey(p, 2**40 + 7, 3, streams, positions, 31, 2)
-        scale, of_x, of_z, of_a = dropout_scale(key, width, torch.float64), x.double(), d_z.double(), a.double()
-        of, exact = f"[{rows}, {width}], rank {rank}", (of_x * scale) @ of_a.T
-        yield Comparison(f"product of {of}", _kernel_product(x, a, key), _twin_product(x, a, key), exact)
-        kernel, twin = (run(d_x.clone(), d_z, a, key) for run in (_kernel_input, _twin_input))
-        yield Comparison(f"input gradient of {of}", kernel, twin, d_x.double() + of_z @ of_a * scale)
-        kernel, twin = _kernel_matrix(d_z, x, key), _twin_matrix(d_z, x, key)
-        yield Comparison(f"matrix gradient of {of}", kernel, twin, of_z.T @ (of_x * scale))
+        key = sample_key(draw, rows, p)
+        found += [dropped_product(x, a, key), add_input_gradient_(d_x, d_z, a, key), matrix_gradient(d_z, x, key)]
+    return found

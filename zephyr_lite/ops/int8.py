@@ -10,24 +10,12 @@ and scales of its own, and no outliers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    Comparison,
-    Widths,
-    jit,
-    next_power_of_2,
-    on_device,
-    rows_dense,
-    runs_triton,
-    samples,
-    tl,
-    truncates,
-)
+from .dispatch import Draw, Widths, jit, next_power_of_2, on_device, rows_dense, runs_triton, tl, truncates
 
 
 class Int8Matrix(NamedTuple):
@@ -42,11 +30,6 @@ class Int8Matrix(NamedTuple):
     codes: Tensor
     scale: Tensor
     outliers: Tensor | None = None
-
-    def double(self) -> Tensor:
-        """[rows, K + R] in float64, the outliers' columns last."""
-        whole = self.codes.double() * self.scale.double()[:, None]
-        return whole if self.outliers is None else torch.cat([whole, self.outliers.double()], 1)
 
 
 class OutlierChannels(NamedTuple):
@@ -317,37 +300,23 @@ def _kernel_mm(
     return out
 
 
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares: products as the layer launches them."""
     if not widths.int8:
-        return
-    draw, wide = samples(device, dtype), samples(device, torch.float32)
-    rows, height, rank = 3, 256, 16
-    for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:
+        return []
+    rows, height, rank, found = 3, 256, 16, []
+    for width in (-(-width // 64) * 64 for width in (widths.hidden, widths.inner)):
         x, grad = draw(rows, width), draw(rows, height)
         outliers = largest_channels(x.abs().amax(0))
-        x8, grad8 = _twin_quantize(x, outliers), _twin_quantize(grad, None)
-        for name, got, want in (
-            (f"[{rows}, {width}]", _kernel_quantize(x, outliers), x8),
-            (f"[{rows}, {height}]", _kernel_quantize(grad, None), grad8),
-        ):
-            yield Comparison(f"codes {name}", got.codes, want.codes, None)
-            yield Comparison(f"scales {name}", got.scale, want.scale, None)
-            if got.outliers is not None and want.outliers is not None:
-                yield Comparison(f"outliers {name}", got.outliers, want.outliers, None)
-        weight = _twin_quantize(wide(height, width), None)
-        forward = weight._replace(outliers=draw(height, len(outliers.channels)))
-        backward = _twin_quantize(wide(width, height), None)
-        forward_pair = draw(rows, rank), draw(height, rank)
-        for left, right, low_rank, add in (  # as the layer launches them
-            (x8, forward, forward_pair, False),
-            (x8, forward, forward_pair, True),
+        x8, grad8 = quantize_rows(x, outliers), quantize_rows(grad)
+        forward = quantize_rows(draw(height, width))._replace(outliers=draw(height, len(outliers.channels)))
+        backward = quantize_rows(draw(width, height))
+        found += [*x8, grad8.codes, grad8.scale]
+        for left, right, low_rank, add in (
+            (x8, forward, (draw(rows, rank), draw(height, rank)), False),
+            (x8, forward, (draw(rows, rank), draw(height, rank)), True),
             (grad8, backward, (draw(rows, rank), draw(rank, width).T), False),
             (grad8, backward, None, True),
         ):
-            before = draw(rows, len(right.codes))
-            exact = left.double() @ right.double().T + add * before.double()
-            if low_rank is not None:
-                exact += low_rank[0].double() @ low_rank[1].double().T
-            kernel, twin = (run(left, right, before.clone(), low_rank, add) for run in (_kernel_mm, _twin_mm))
-            yield Comparison(f"{name} · {list(left.codes.shape)} {add=}", kernel, twin, exact)
+            found.append(int8_mm(left, right, draw(rows, len(right.codes)), low_rank, add=add))
+    return found

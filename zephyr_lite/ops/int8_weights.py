@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, Widths, jit, on_device, runs_triton, samples, tl, truncates
+from .dispatch import Draw, Widths, jit, on_device, runs_triton, tl, twins
 from .int8 import Int8Matrix, OutlierChannels, largest_channels, nearest
-from .nf4 import block_values, row_pieces, sample_weight, state_of, storage_addresses, table_on_device
+from .nf4 import block_values, dequantize, sample_weight, state_of, storage_addresses, table_on_device
 
 
 def static_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The scales of a 4-bit matrix's rows and of its columns: absolute maximum / 127, float32 [out] and [in]."""
-    of_rows, of_columns = [], None
-    for _, values in row_pieces(weight):
-        values.abs_()
-        of_rows.append(values.amax(1))
-        top = values.amax(0)
-        of_columns = top if of_columns is None else torch.maximum(of_columns, top)
-    assert of_columns is not None
-    return torch.cat(of_rows).mul_(1 / 127), of_columns.mul_(1 / 127)
+    values = _values(weight).abs_()
+    return values.amax(1).mul_(1 / 127), values.amax(0).mul_(1 / 127)
+
+
+def _values(weight: Tensor) -> Tensor:
+    with twins():  # what is checked is the kernel in the compute dtype
+        return dequantize(weight, torch.float32)
 
 
 Places = Sequence[tuple[Tensor, Int8Matrix, OutlierChannels | None]]
@@ -40,17 +39,16 @@ def requantize(places: Places, dtype: torch.dtype, *, transposed: bool) -> None:
     run(places, transposed)
 
 
-def _twin(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
+def _twin(places: Places, transposed: bool) -> None:
     for weight, to, outliers in places:
         inverse = torch.where(to.scale > 0, 1 / to.scale, 0)
-        for rows, values in row_pieces(weight):
-            if outliers is not None:
-                assert to.outliers is not None
-                to.outliers[rows] = values[:, outliers.channels].to(to.outliers.dtype)
-                values.index_fill_(1, outliers.channels, 0)
-            codes = values.mul_(inverse if transposed else inverse[rows, None]).round_()
-            (to.codes[:, rows].T if transposed else to.codes[rows]).copy_(codes)
-    return tuple(to for _, to, _ in places)
+        values = _values(weight)
+        if outliers is not None:
+            assert to.outliers is not None
+            to.outliers.copy_(values[:, outliers.channels])
+            values.index_fill_(1, outliers.channels, 0)
+        codes = values.mul_(inverse if transposed else inverse[:, None]).round_()
+        to.codes.copy_(codes.T if transposed else codes)
 
 
 @jit(do_not_specialize=["count"])
@@ -103,7 +101,7 @@ def _requantize(
 _ROWS = 64
 
 
-def _kernel(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
+def _kernel(places: Places, transposed: bool) -> None:
     first, device = state_of(places[0][0]), places[0][1].codes.device
     numbers: list[int] = []
     programs, like = 0, places[0][1].codes
@@ -124,28 +122,21 @@ def _kernel(places: Places, transposed: bool) -> tuple[Int8Matrix, ...]:
     options = {"TRANSPOSED": transposed, "NESTED": first.nested, "HALF": first.blocksize // 2, "NESTED_BLOCK": nested}
     with on_device(like):
         _requantize[(programs,)](table, like, len(places), **options, ROWS=_ROWS, num_warps=8, enable_fp_fusion=False)
-    return tuple(to for _, to, _ in places)
 
 
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares."""
     if not widths.int8:
-        return
-    draw, height = samples(device, torch.float32), 256
-    for width in {-(-width // 64) * 64 for width in (widths.hidden, widths.inner)}:  # whole blocks
+        return []
+    height, found = 256, []
+    for width in (-(-width // 64) * 64 for width in (widths.hidden, widths.inner)):  # whole blocks
         weight = sample_weight(draw(height, width))
         scales, outliers = static_scales(weight), largest_channels(draw(width).abs())
-        found = []
-        for run in (_kernel, _twin):
-            codes = torch.zeros(2, height * width, dtype=torch.int8, device=device)
-            kept = torch.zeros(height, len(outliers.channels), dtype=dtype, device=device)
-            forward = Int8Matrix(codes[0].view(height, width), scales[0], kept)
-            backward = Int8Matrix(codes[1].view(width, height), scales[1])
-            found.append((*run([(weight, forward, outliers)], False), *run([(weight, backward, None)], True)))
-        (forward, backward), (want, want_backward) = found
-        name = f"[{height}, {width}]"
-        yield Comparison(f"codes {name}", forward.codes, want.codes, None)
-        yield Comparison(f"transposed codes {name}", backward.codes, want_backward.codes, None)
-        assert forward.outliers is not None and want.outliers is not None
-        exact = want.outliers.double() if truncates(device, dtype) else None
-        yield Comparison(f"outliers {name}", forward.outliers, want.outliers, exact)
+        codes = torch.zeros(2, height * width, dtype=torch.int8, device=draw.device)
+        kept = torch.zeros_like(draw(height, len(outliers.channels)))
+        forward = Int8Matrix(codes[0].view(height, width), scales[0], kept)
+        backward = Int8Matrix(codes[1].view(width, height), scales[1])
+        requantize([(weight, forward, outliers)], kept.dtype, transposed=False)
+        requantize([(weight, backward, None)], kept.dtype, transposed=True)
+        found += [codes, kept]
+    return found

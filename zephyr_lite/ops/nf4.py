@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .compile_later import compile_later
-from .dispatch import Comparison, Widths, jit, on_device, runs_triton, samples, tl, truncates
+from .dispatch import Draw, Widths, jit, on_device, runs_triton, tl
 from .hub_kernels import no_hub_kernels
 
 with compile_later(), no_hub_kernels():
@@ -133,27 +133,6 @@ def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         result = bnb.dequantize_4bit(weight.data, wanted).view(state.shape)
     result = result.to(dtype)
     return result if out is None else out.copy_(result)
-
-
-def row_pieces(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a 4-bit matrix in float32, 16 MB at a time: (rows, values). Its rows are whole blocks."""
-    state = state_of(weight)
-    height, width = state.shape
-    assert width % state.blocksize == 0, f"rows of {width} values in blocks of {state.blocksize}"
-    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    absmax = absmax.view(height, -1)
-    packed = weight.data.reshape(-1).view(torch.uint8).view(height, -1)
-    for rows in torch.arange(height).split(max(1, _PIECE // width)):
-        piece = slice(int(rows[0]), int(rows[-1]) + 1)
-        part = bnb.QuantState(
-            absmax=absmax[piece].reshape(-1),
-            shape=torch.Size((len(rows), width)),
-            code=state.code,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=torch.float32,
-        )
-        yield piece, bnb.dequantize_4bit(packed[piece].reshape(-1, 1), part)
 
 
 def _block_by_block(
@@ -284,26 +263,20 @@ def _kernel(weights: Sequence[tuple[int, Tensor]], out: Tensor) -> Tensor:
 
 def sample_weight(values: Tensor, *, nested: bool = True) -> Tensor:
     """A 4-bit weight for checks."""
-    data, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    data, state = bnb.quantize_4bit(values.float(), blocksize=64, quant_type="nf4", compress_statistics=nested)
     return Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True)
 
 
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw = samples(device, torch.float32)
-    shapes = [torch.Size((rows, widths.inner)) for rows in (33, 3)]
-    starts = [0, -(-shapes[0].numel() // 16) * 16]
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        return torch.zeros(starts[1] + shapes[1].numel(), dtype=dtype, device=device)
-
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares: two weights in one launch."""
+    found = []
     for nested in (True, False):
-        weights = []
-        for start, shape in zip(starts, shapes):
-            weights.append((start, sample_weight(draw(*shape), nested=nested)))
-        name = f"{[list(shape) for shape in shapes]} {'nested' if nested else 'plain'}"
-        exact = _twins(weights, empty(torch.float64)) if truncates(device, dtype) else None
-        yield Comparison(name, _kernel(weights, empty(dtype)), _twins(weights, empty(dtype)), exact)
+        first, second = (sample_weight(draw(rows, widths.inner), nested=nested) for rows in (33, 3))
+        start = -(-33 * widths.inner // 16) * 16
+        buffer = torch.zeros_like(draw(start + 3 * widths.inner))
+        dequantize_into(buffer, [(0, first), (start, second)])
+        found.append(buffer)
+    return found
 
 
 BLOCK = 64

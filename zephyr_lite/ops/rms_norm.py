@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    Comparison,
-    Widths,
-    jit,
-    next_power_of_2,
-    on_device,
-    rows_dense,
-    runs_triton,
-    samples,
-    tl,
-)
+from .dispatch import Draw, Widths, jit, next_power_of_2, on_device, rows_dense, runs_triton, tl
 
 
 class Norm(NamedTuple):
@@ -53,8 +42,24 @@ class Norm(NamedTuple):
             y like x = weight · round(h · inverse), rounded to x's dtype where the Hugging Face layer rounds; h like x, the
             sum rounded to x's dtype (x itself without a residual); inverse [T] or [T, H] in max(float32, x's dtype).
         """
-        run = _kernel_forward if runs_triton("rms_norm", x) else _twin_forward
-        return run(self, x, residual, out, h, copy)
+        if not runs_triton("rms_norm", x):
+            return _twin_forward(self, x, residual, out, h, copy)
+        x = rows_dense(x)
+        other = x if residual is None else rows_dense(residual)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+        if residual is None:
+            h = x
+        elif h is None:
+            h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        if y.numel():
+            tensors = (x, other, self.weight.contiguous(), y, h, h if copy is None else copy, inverse)
+            rows = (x.stride(0), other.stride(0), y.stride(0))
+            grid, options = _grid(x)
+            options |= {"ADD": residual is not None, "COPY": copy is not None, "OFFSET": self.offset}
+            with on_device(x):
+                _forward[grid](*tensors, self.eps, *rows, **options)
+        return y, h, inverse
 
     def backward(
         self, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None = None, out: Tensor | None = None
@@ -69,8 +74,18 @@ class Norm(NamedTuple):
         Returns:
             A tensor of h's shape and dtype: `out`, or new.
         """
-        run = _kernel_backward if runs_triton("rms_norm", h) else _twin_backward
-        return run(self, grad, h, inverse, residual_grad, out)
+        if not runs_triton("rms_norm", h):
+            return _twin_backward(self, grad, h, inverse, residual_grad, out)
+        grad, h = rows_dense(grad), rows_dense(h)
+        other = h if residual_grad is None else rows_dense(residual_grad)
+        dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if out is None else out
+        if dx.numel():
+            tensors = (grad, h, self.weight.contiguous(), inverse, other, dx)
+            rows = (t.stride(0) for t in (grad, h, other, dx))
+            grid, options = _grid(h)
+            with on_device(h):
+                _backward[grid](*tensors, *rows, ADD=residual_grad is not None, OFFSET=self.offset, **options)
+        return dx
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
@@ -89,9 +104,9 @@ def _twin_forward(
     norm: Norm,
     x: Tensor,
     residual: Tensor | None,
-    out: Tensor | None = None,
-    h: Tensor | None = None,
-    copy: Tensor | None = None,
+    out: Tensor | None,
+    h: Tensor | None,
+    copy: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else torch.add(x, residual, out=h)
     if copy is not None:
@@ -108,7 +123,7 @@ def _twin_forward(
 
 
 def _twin_backward(
-    norm: Norm, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None, out: Tensor | None = None
+    norm: Norm, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None, out: Tensor | None
 ) -> Tensor:
     # with n = h · inverse: dx = inverse · (w · grad - n · mean(w · grad · n)) = inverse · w · grad - h · inverse² · mean
     wide, scale = inverse.dtype, inverse[..., None]
@@ -204,95 +219,25 @@ def _grid(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     return (x.shape[0], heads), options
 
 
-def _kernel_forward(
-    norm: Norm,
-    x: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None = None,
-    h: Tensor | None = None,
-    copy: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = rows_dense(x)
-    residual = None if residual is None else rows_dense(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    if residual is None:
-        h = x
-    elif h is None:
-        h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if y.numel():
-        other = x if residual is None else residual
-        tensors = (x, other, norm.weight.contiguous(), y, h, h if copy is None else copy, inverse)
-        rows = (x.stride(0), other.stride(0), y.stride(0))
-        grid, options = _grid(x)
-        options |= {"ADD": residual is not None, "COPY": copy is not None, "OFFSET": norm.offset}
-        with on_device(x):
-            _forward[grid](*tensors, norm.eps, *rows, **options)
-    return y, h, inverse
-
-
-def _kernel_backward(
-    norm: Norm, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None, out: Tensor | None = None
-) -> Tensor:
-    grad, h = rows_dense(grad), rows_dense(h)
-    other = h if residual_grad is None else rows_dense(residual_grad)
-    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if out is None else out
-    if dx.numel():
-        tensors = (grad, h, norm.weight.contiguous(), inverse, other, dx)
-        rows = (t.stride(0) for t in (grad, h, other, dx))
-        grid, options = _grid(h)
-        with on_device(h):
-            _backward[grid](*tensors, *rows, ADD=residual_grad is not None, OFFSET=norm.offset, **options)
-    return dx
-
-
-def _exact(norm: Norm, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, inverse and the gradient to h in float64 by autograd."""
-    h = h.detach().double().requires_grad_()
-    with torch.enable_grad():
-        inverse = (h.square().mean(-1) + norm.eps).rsqrt()
-        y = (norm.weight.double() + norm.offset) * h * inverse[..., None]
-        (dx,) = torch.autograd.grad(y, h, grad.double())
-    return y.detach(), inverse.detach(), dx
-
-
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw = samples(device, dtype)
-    shape = [3, widths.hidden]
-    x, residual, grad = draw(*shape), draw(*shape), draw(*shape)
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares."""
+    x, residual, grad = (draw(3, widths.hidden) for _ in range(3))
     # of one channel only eps leaves a gradient
-    norm = Norm(draw(shape[1]), 1.0 if shape[1] == 1 else 1e-5, widths.norm_offset)
-    for other in (residual, None):
-        got, want = _kernel_forward(norm, x, other), _twin_forward(norm, x, other)
-        total = x.double() if other is None else x.double() + other.double()
-        name = f"{shape}{'' if other is None else ', adding'}"
-        yield Comparison(f"y {name}", got[0], want[0], _exact(norm, total, grad)[0])
-        yield Comparison(f"h {name}", got[1], want[1], total)
-        _, inverse, dx = _exact(norm, want[1], grad)
-        if other is None:  # of another sum, which truncation rounds otherwise
-            yield Comparison(f"inverse {name}", got[2], want[2], inverse)
-        back = (norm, grad, want[1], want[2], None if other is None else grad)
-        exact = dx if other is None else dx + grad.double()
-        yield Comparison(f"dx {name}", _kernel_backward(*back), _twin_backward(*back), exact)
-    again = x.clone(), torch.empty_like(x)  # the sum over x, and a copy of it
-    y = _kernel_forward(norm, again[0], residual, None, *again)[0]
-    want = _kernel_forward(norm, x, residual)
-    for what, found, wanted in zip(("y", "h", "copy"), (y, *again), (*want[:2], want[1])):
-        yield Comparison(f"{what} {shape}, adding in place", found, wanted, None)
+    norm = Norm(draw(widths.hidden), 1.0 if widths.hidden == 1 else 1e-5, widths.norm_offset)
+    y, h, inverse = norm.forward(x, residual)
+    found = [y, h, norm.backward(grad, h, inverse, residual)]
+    y, h, inverse = norm.forward(x)
+    found += [y, h, inverse, norm.backward(grad, h, inverse)]
+    again, copy = x.clone(), torch.empty_like(x)  # the sum over x, and a copy of it
+    found += [*norm.forward(again, residual, h=again, copy=copy)[:2], copy]
     if widths.head_norms:  # of a buffer with other values beside them
-        heads, width = widths.rotated, widths.head
-        wide, both = draw(3, heads + 2, width), draw(3, heads + 2, width)
-        norm, x = Norm(draw(width), 1e-5, norm.offset), wide[:, :heads]
-        runs = []
-        for forward, backward in ((_kernel_forward, _kernel_backward), (_twin_forward, _twin_backward)):
-            y, dx = torch.empty_like(wide)[:, :heads], both.clone()
-            inverse = forward(norm, x, None, y)[2]
-            backward(norm, dx[:, :heads], x, inverse, None, dx[:, :heads])
-            runs.append((y, inverse, dx[:, :heads], dx[:, heads:]))
-        results = zip(("y", "inverse", "dx", "beside dx"), *runs, (*_exact(norm, x, both[:, :heads]), None))
-        for what, kernel, twin, right in results:
-            yield Comparison(f"{what} of {heads} heads of {width}", kernel, twin, right)
+        heads = widths.rotated
+        wide, d_wide = (draw(3, heads + 2, widths.head) for _ in range(2))
+        norm, out = Norm(draw(widths.head), 1e-5, norm.offset), wide.clone()
+        inverse = norm.forward(wide[:, :heads], out=out[:, :heads])[2]
+        norm.backward(d_wide[:, :heads], wide[:, :heads], inverse, out=d_wide[:, :heads])
+        found += [inverse, out, d_wide]
+    return found
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
-from .dispatch import (
-    Comparison,
-    Widths,
-    jit,
-    next_power_of_2,
-    on_device,
-    rows_dense,
-    runs_triton,
-    samples,
-    tl,
-)
+from .dispatch import Draw, Widths, jit, next_power_of_2, on_device, runs_triton, tl
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -31,8 +18,34 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     Returns:
         x.
     """
-    run = _kernel if runs_triton("rope", x) else _twin
-    return run(x, cos, sin, inverse)
+    if not runs_triton("rope", x):
+        return _twin(x, cos, sin, inverse)
+    tokens, heads, width = x.shape
+    if not x.numel():
+        return x
+    if x.stride(2) != 1 or (heads > 1 and x.stride(1) != width):
+        raise ValueError(f"heads lie at strides {x.stride()}, not dense beside each other")
+    cos, sin = cos.contiguous(), sin.contiguous()
+    half = cos.shape[-1] // 2
+    block = next_power_of_2(half)
+    together = min(next_power_of_2(heads), max(1, 1024 // block))
+    with on_device(x):
+        _rotate[(tokens, -(-heads // together))](
+            x,
+            cos,
+            sin,
+            x.stride(0),
+            cos.stride(0),
+            heads,
+            WIDTH=width,
+            HALF=half,
+            BLOCK=block,
+            HEADS=together,
+            INVERSE=inverse,
+            num_warps=max(1, block * together // 256),
+            enable_fp_fusion=True,
+        )
+    return x
 
 
 def _twin(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -76,52 +89,12 @@ def _rotate(
     tl.store(first + HALF, (b * c + a * s).to(x.dtype.element_ty), mask=there)
 
 
-def _kernel(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    tokens, heads, width = x.shape
-    if not x.numel():
-        return x
-    if x.stride(2) != 1 or (heads > 1 and x.stride(1) != width):
-        raise ValueError(f"heads lie at strides {x.stride()}, not dense beside each other")
-    cos, sin = rows_dense(cos), rows_dense(sin)
-    if cos.stride(0) != sin.stride(0):
-        cos, sin = cos.contiguous(), sin.contiguous()
-    half = cos.shape[-1] // 2
-    block = next_power_of_2(half)
-    together = min(next_power_of_2(heads), max(1, 1024 // block))
-    with on_device(x):
-        _rotate[(tokens, -(-heads // together))](
-            x,
-            cos,
-            sin,
-            x.stride(0),
-            cos.stride(0),
-            heads,
-            WIDTH=width,
-            HALF=half,
-            BLOCK=block,
-            HEADS=together,
-            INVERSE=inverse,
-            num_warps=max(1, block * together // 256),
-            enable_fp_fusion=True,
-        )
-    return x
-
-
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw = samples(device, dtype)
-    tokens, heads, width, rotary = 3, widths.rotated, widths.head, widths.rotary or widths.head
-    wide = draw(tokens, heads + 2, width)  # values beside the heads that are rotated
-    angle = draw(tokens, rotary // 2).float()
-    cos, sin = (torch.cat([f(angle), f(angle)], -1).to(dtype) for f in (torch.cos, torch.sin))
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares."""
+    rotary, found = widths.rotary or widths.head, []
     for inverse in (False, True):
-        got, want = wide.clone(), wide.clone()
-        _kernel(got[:, :heads], cos, sin, inverse)
-        _twin(want[:, :heads], cos, sin, inverse)
-        exact = wide.double()
-        a, b = exact[:, :heads, :rotary].chunk(2, -1)
-        c, s = cos[:, None, : rotary // 2].double(), sin[:, None, : rotary // 2].double() * (-1 if inverse else 1)
-        exact[:, :heads, :rotary] = torch.cat([a * c - b * s, b * c + a * s], -1)
-        name = f"{rotary} channels of {heads} heads of {width}{', back' if inverse else ''}"
-        yield Comparison(name, got[:, :heads], want[:, :heads], exact[:, :heads])
-        yield Comparison(f"beside {name}", got[:, heads:], wide[:, heads:], None)
+        wide = draw(3, widths.rotated + 2, widths.head)  # values beside the heads that are rotated
+        cos, sin = (draw(3, rotary // 2).repeat(1, 2) for _ in range(2))
+        rope_(wide[:, : widths.rotated], cos, sin, inverse)
+        found.append(wide)
+    return found

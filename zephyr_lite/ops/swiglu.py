@@ -6,24 +6,12 @@ itself, or of 2 sqrt(2 / pi) (gate + 0.044715 gate³), because (1 + tanh(z)) / 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 
-from .dispatch import (
-    Comparison,
-    Widths,
-    jit,
-    next_power_of_2,
-    on_device,
-    rows_dense,
-    runs_triton,
-    samples,
-    tl,
-)
+from .dispatch import Draw, Widths, jit, next_power_of_2, on_device, rows_dense, runs_triton, tl
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None, *, activation: str = "silu") -> Tensor:
@@ -35,8 +23,16 @@ def swiglu_forward(gate: Tensor, up: Tensor, out: Tensor | None = None, *, activ
     Returns:
         [T, I]: `out`, or new.
     """
-    run = _kernel_forward if runs_triton("swiglu", gate) else _twin_forward
-    return run(gate, up, out, activation)
+    if not runs_triton("swiglu", gate):
+        act = _activated(gate, activation).mul_(up)
+        return act if out is None else out.copy_(act)
+    gate, up = rows_dense(gate), rows_dense(up)
+    out = _output(out, gate)
+    if gate.numel():
+        grid, options = _grid(gate, activation)
+        with on_device(gate):
+            _forward[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), **options)
+    return out
 
 
 def swiglu_backward(
@@ -59,13 +55,14 @@ def swiglu_backward(
     Returns:
         (d_gate, d_up, act).
     """
-    run = _kernel_backward if runs_triton("swiglu", gate) else _twin_backward
-    return run(grad_act, gate, up, d_gate, d_up, act, activation)
-
-
-def _twin_forward(gate: Tensor, up: Tensor, out: Tensor | None, activation: str = "silu") -> Tensor:
-    act = _activated(gate, activation).mul_(up)
-    return act if out is None else out.copy_(act)
+    if not runs_triton("swiglu", gate):
+        return _twin_backward(grad_act, gate, up, d_gate, d_up, act, activation)
+    tensors = [rows_dense(t) for t in (grad_act, gate, up)] + [_output(t, gate) for t in (d_gate, d_up, act)]
+    if gate.numel():
+        grid, options = _grid(gate, activation)
+        with on_device(gate):
+            _backward[grid](*tensors, *(t.stride(0) for t in tensors), **options)
+    return tensors[3], tensors[4], tensors[5]
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
@@ -83,7 +80,7 @@ def _twin_backward(
     d_gate: Tensor | None,
     d_up: Tensor | None,
     act: Tensor | None,
-    activation: str = "silu",
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # two buffers of our own, and every input is read for the last time before an output may lie over it
     activated = _activated(gate, activation)
@@ -169,56 +166,13 @@ def _grid(like: Tensor, activation: str) -> tuple[tuple[int, int], dict[str, Any
 def _output(given: Tensor | None, like: Tensor) -> Tensor:
     if given is None:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    if given.shape != like.shape or (given.shape[1] > 1 and given.stride(1) != 1):
-        raise ValueError(
-            f"an output is {list(given.shape)} at strides {given.stride()}; dense rows of {list(like.shape)}"
-        )
+    assert given.shape == like.shape and (given.shape[1] == 1 or given.stride(1) == 1), "an output has dense rows"
     return given
 
 
-def _kernel_forward(gate: Tensor, up: Tensor, out: Tensor | None, activation: str = "silu") -> Tensor:
-    gate, up = rows_dense(gate), rows_dense(up)
-    out = _output(out, gate)
-    if gate.numel():
-        grid, options = _grid(gate, activation)
-        with on_device(gate):
-            _forward[grid](gate, up, out, gate.stride(0), up.stride(0), out.stride(0), **options)
-    return out
-
-
-def _kernel_backward(
-    grad_act: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    d_gate: Tensor | None,
-    d_up: Tensor | None,
-    act: Tensor | None,
-    activation: str = "silu",
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [rows_dense(t) for t in (grad_act, gate, up)] + [_output(t, gate) for t in (d_gate, d_up, act)]
-    if gate.numel():
-        grid, options = _grid(gate, activation)
-        with on_device(gate):
-            _backward[grid](*tensors, *(t.stride(0) for t in tensors), **options)
-    return tensors[3], tensors[4], tensors[5]
-
-
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw, activation = samples(device, dtype), widths.activation
-    rows, width = 3, widths.inner
-    both, grad = draw(rows, 2 * width) * 3, draw(rows, width)
-    gate, up = both.chunk(2, -1)
-    g, u, d = gate.double().requires_grad_(), up.double().requires_grad_(), grad.double()
-    with torch.enable_grad():
-        act = (silu(g) if activation == "silu" else gelu(g, approximate="tanh")) * u
-        exact = (*torch.autograd.grad(act, (g, u), d), act.detach())
-    name = f"{activation} [{rows}, {width}]"
-    forward = (gate, up, None, activation)
-    yield Comparison(f"forward {name}", _kernel_forward(*forward), _twin_forward(*forward), exact[2])
-    want = _twin_backward(grad, gate, up, None, None, None, activation)
-    got = _kernel_backward(grad, gate, up, None, None, None, activation)
-    _kernel_backward(grad, gate, up, gate, up, grad, activation)  # over the inputs
-    for what, kernel, over, twin, right in zip(("d_gate", "d_up", "act"), got, (gate, up, grad), want, exact):
-        yield Comparison(f"{what} {name}", kernel, twin, right)
-        yield Comparison(f"{what} {name} in place", over, kernel, None)
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares."""
+    act = {"activation": widths.activation}
+    (gate, up), grad = (draw(3, 2 * widths.inner) * 2).chunk(2, -1), draw(3, widths.inner)
+    forward, backward = swiglu_forward(gate, up, **act), swiglu_backward(grad, gate, up, **act)
+    return [forward, *backward, *swiglu_backward(grad, gate, up, gate, up, grad, **act)]  # the last over the inputs

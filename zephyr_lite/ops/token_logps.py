@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import Comparison, Widths, jit, next_power_of_2, on_device, runs_triton, samples, tl
+from .dispatch import Draw, Widths, jit, next_power_of_2, on_device, runs_triton, tl
 
 # The logits of one chunk, in bytes of the dtype that the softmax is computed in. Small enough for a processor's
 # outer caches to help, large enough for the product to run at full speed: on a GPU that takes four times as many rows.
@@ -219,29 +218,20 @@ def _kernel(logits: Tensor, targets: Tensor, stats: bool, write: bool) -> _Chunk
     return _Chunk(logps, entropy, correct, logits if write else None, divisor[:, None] if limit > 1 else 1.0)
 
 
-def comparisons(device: torch.device, dtype: torch.dtype, widths: Widths) -> Iterator[Comparison]:
-    """Kernel and twin side by side (``dispatch.check_kernels``)."""
-    draw = samples(device, dtype)
-    rows, vocabulary = 3, widths.vocabulary
-    for spread in (3.0, 1e4):
-        logits = draw(rows, vocabulary) * spread
-        targets = torch.arange(rows, device=device) * 7 % vocabulary
+def sample(draw: Draw, widths: Widths) -> list[Tensor]:
+    """What ``dispatch.check_kernels`` compares; each choice of stats and weights is a kernel of its own."""
+    found = []
+    for spread in (2, 2**13):
+        logits = draw(3, widths.vocabulary) * spread
+        targets = torch.arange(3, device=logits.device) * 7 % widths.vocabulary
         targets[-1] = logits[-1].argmax()
-        got, want = (f(logits.clone(), targets, True, True) for f in (_kernel, _twin))
-        exact = logits.double().log_softmax(-1)
-        name = f"[{rows}, {vocabulary}] spread {spread:g}"
-        logps = exact.gather(1, targets[:, None])[:, 0]
-        yield Comparison(f"logps {name}", got.logps, want.logps, logps)
-        for stats, weights in ((False, False), (False, True), (True, False)):  # each is a kernel of its own
-            bare = _kernel(logits.clone(), targets, stats, weights)
-            yield Comparison(f"logps {name}, {stats=} {weights=}", bare.logps, want.logps, logps)
-        assert got.weights is not None and want.weights is not None  # all of it was asked for
-        softmaxes = (got.weights / got.divisor).to(dtype), (want.weights / want.divisor).to(dtype)
-        yield Comparison(f"softmax {name}", softmaxes[0], softmaxes[1], exact.exp())
-        assert got.entropy is not None and want.entropy is not None and got.correct is not None
-        assert want.correct is not None
-        yield Comparison(f"entropy {name}", got.entropy, want.entropy, -(exact.exp() * exact).sum(-1))
-        yield Comparison(f"correct {name}", got.correct, want.correct, None)
+        run = _kernel if runs_triton("token_logps", logits) else _twin
+        for stats in (False, True):
+            for write in (False, True):
+                logps, entropy, correct, weights, divisor = run(logits.clone(), targets, stats, write)
+                softmax = None if weights is None else (weights / divisor).to(logits.dtype)
+                found += [result for result in (logps, entropy, correct, softmax) if result is not None]
+    return found
 
 
 class _TokenLogps(torch.autograd.Function):
