@@ -16,7 +16,7 @@ from ..io.text import read_object
 from ..model.base_folder import NF4_STATE, empty_model, read_model_config, stored_settings
 from ..model.files import INDEX, SINGLE, again, check_config_file, has_text_model, open_shards
 from ..model.tokenizer import check_vocabulary, copy_files, load_tokenizer, save_tokenizer
-from ..ops.nf4 import StoredNf4, read_stored
+from ..ops.nf4 import read_stored
 
 GENERATION = "generation_config.json"
 
@@ -95,8 +95,8 @@ class BaseFiles:
     def copy_bytes(self, name: str, out: BinaryIO) -> None:
         self._holds[name].copy_bytes(name, out)
 
-    def stored_nf4(self, weight: str) -> StoredNf4:
-        """A weight that the base keeps in NF4."""
+    def stored_nf4(self, weight: str) -> Tensor:
+        """A weight that the base keeps in NF4, dequantized."""
         parts = {name.removeprefix(f"{weight}."): name for name in self._holds if name.startswith(f"{weight}.")}
         return read_stored({"": self.tensor(weight), **{part: self.tensor(name) for part, name in parts.items()}})
 

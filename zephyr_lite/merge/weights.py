@@ -22,7 +22,7 @@ from ..io.safetensors import Entry, row_blocks, tensor_bytes, write_stream
 from ..model.files import fetch_base
 from ..model.peft_io import AdapterFile, LoraWeights, compose, write_adapter
 from ..model.tokenizer import load_tokenizer, save_tokenizer
-from ..ops.nf4 import quantize_stored
+from ..ops.nf4 import through_nf4
 from .base_files import BaseFiles, model_files
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,9 @@ def merge(
             files.copy_bytes(name, file)
             return
         if name in files.quantized:
-            read = files.stored_nf4(name).rows
+            read = files.stored_nf4(name).__getitem__
         elif name in in_nf4:
-            read = quantize_stored(files.tensor(name), double_quant=double_quant, dtype=quant_dtype).rows
+            read = through_nf4(files.tensor(name), double_quant=double_quant, dtype=quant_dtype).__getitem__
         else:
             read = files.tensor(name).__getitem__
         module = name.removesuffix(".weight")

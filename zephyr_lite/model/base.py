@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..io.atomic import folder_aside, remove_tree, write_json
 from ..io.run_dir import cache_dir, read_json
 from ..io.text import shown
-from ..ops.nf4 import Linear4bit  # not from bitsandbytes: see ops/compile_later.py
+from ..ops.nf4 import Linear4bit  # not from bitsandbytes, whose import ops/nf4.py makes faster
 from .base_folder import (
     OTHER_MODEL,
     check_weights,

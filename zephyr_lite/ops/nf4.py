@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compile_later import compile_later
 from .dispatch import Draw, Widths, jit, on_device, runs_triton, tl
 from .hub_kernels import no_hub_kernels
 
-with compile_later(), no_hub_kernels():
+
+@contextmanager
+def _compile_later() -> Iterator[None]:
+    """``torch.compile`` of a function waits for its first call, for whatever is imported within.
+
+    bitsandbytes compiles its CPU implementation of the 8-bit optimizers while it is imported. That alone imports PyTorch's
+    compiler: importing bitsandbytes took 2.4 seconds of processor time instead of 0.2, for functions that
+    a run on a GPU never calls. What is computed is the same.
+    """
+    now: Any = torch.compile
+
+    def later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled = cache(lambda: now(function, **options))
+        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = now
+
+
+with _compile_later(), no_hub_kernels():
     import bitsandbytes.functional as bnb
     from bitsandbytes.nn import Linear4bit as Linear4bit  # for model/base.py
     from bitsandbytes.nn import Params4bit
@@ -34,8 +57,8 @@ def stored_tensors(weight: Tensor) -> dict[str, Tensor]:
     """All that a frozen weight is read from, by name: "" its own storage, and of a 4-bit one its quantization state's
     tensors as well."""
     found = {"": weight.data}
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
+    if is_quantized(weight):
+        state = state_of(weight)
         found |= {"absmax": state.absmax, "code": state.code}
         if state.nested:
             found |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
@@ -46,26 +69,13 @@ def weight_over(weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """A weight as ``dequantize`` takes it, read from other tensors than the ones that ``stored_tensors(weight)`` names:
     of the same shapes and dtypes, on any device."""
     result = tensors[""]
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        nested = None
+    if is_quantized(weight):
+        state = copy(state_of(weight))
+        state.absmax, state.code = tensors["absmax"], tensors["code"]
         if state.nested:
-            nested = bnb.QuantState(
-                absmax=tensors["nested_absmax"],
-                code=tensors["nested_code"],
-                blocksize=state.state2.blocksize,
-                dtype=state.state2.dtype,
-            )
-        result.quant_state = bnb.QuantState(  # type: ignore[attr-defined]
-            absmax=tensors["absmax"],
-            shape=state.shape,
-            code=tensors["code"],
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=state.dtype,
-            offset=tensors.get("offset"),
-            state2=nested,
-        )
+            state.offset, state.state2 = tensors["offset"], copy(state.state2)
+            state.state2.absmax, state.state2.code = tensors["nested_absmax"], tensors["nested_code"]
+        result.quant_state = state  # type: ignore[attr-defined]
     return result
 
 
@@ -117,17 +127,8 @@ def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         packed, count = weight.data.reshape(-1).view(torch.uint8), state.shape.numel()
         result = _block_by_block(packed, absmax, count, state.blocksize, state.quant_type, kind).view(state.shape)
     else:
-        # a state of our own, because the result's dtype is read from it, and the weight's is shared
-        wanted = bnb.QuantState(
-            absmax=state.absmax,
-            shape=state.shape,
-            code=state.code,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=kind,
-            offset=state.offset,
-            state2=state.state2,
-        )
+        wanted = copy(state)  # the result's dtype is read from it, and the weight's is shared
+        wanted.dtype = kind
         if out is not None and out.is_cuda and out.dtype == kind:
             return bnb.dequantize_4bit(weight.data, wanted, out=out)
         result = bnb.dequantize_4bit(weight.data, wanted).view(state.shape)
@@ -284,44 +285,21 @@ BLOCK = 64
 _PIECE = 4 * 2**20
 
 
-@dataclass(frozen=True)
-class StoredNf4:
-    """A matrix in NF4 outside a model, dequantized a few rows at a time.
-
-    Attributes:
-        packed: uint8 [ceil(out * in / 2)], two values a byte.
-        absmax: float32 [ceil(out * in / 64)], a scale for each block of the flattened matrix.
-        shape: (out, in).
-        dtype: what it dequantizes to.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def rows(self, rows: slice) -> Tensor:
-        """Rows [start, stop), dequantized to a new [stop - start, in] tensor of `dtype`."""
-        width = self.shape[1]
-        first, last = rows.start * width, rows.stop * width
-        # blocks run over the flattened matrix: the whole blocks around the rows are taken, then cut
-        low, high = first // BLOCK, -(-last // BLOCK)
-        start, end = low * BLOCK, min(high * BLOCK, self.shape[0] * width)
-        packed, absmax = self.packed[start // 2 :], self.absmax[low:high]
-        values = _block_by_block(packed, absmax, end - start, BLOCK, "nf4", self.dtype)
-        return values[first - start : last - start].view(-1, width)
+def _stored(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _block_by_block(packed, absmax, math.prod(shape), BLOCK, "nf4", dtype).view(shape)
 
 
-def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -> StoredNf4:
-    """What a matrix becomes when transformers loads it in 4 bits with `dtype=dtype`.
+def through_nf4(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -> Tensor:
+    """The values that a matrix has after transformers loads it in 4 bits with `dtype=dtype`.
 
     It is cast to `dtype` first, then quantized over its flattened values in blocks of 64; with `double_quant` the
-    scales are themselves quantized to 8 bits around their mean, in blocks of 256. Works in pieces: besides the result
-    it needs about 100 MB, whatever the size (`weight` may be mapped from a file).
+    scales are themselves quantized to 8 bits around their mean, in blocks of 256.
 
     Args:
-        weight: [out, in], floating point, on the CPU.
+        weight: [out, in], floating point, on the CPU; may be mapped from a file.
         dtype: float32, float16 or bfloat16.
+    Returns:
+        [out, in] of `dtype`.
     """
     packed, absmax = [], []
     for piece in weight.reshape(-1).split(_PIECE):
@@ -333,11 +311,11 @@ def quantize_stored(weight: Tensor, *, double_quant: bool, dtype: torch.dtype) -
         offset = scales.mean()
         codes, nested = bnb.quantize_blockwise(scales - offset, blocksize=256)
         scales = bnb.dequantize_blockwise(codes, nested) + offset
-    return StoredNf4(torch.cat(packed), scales, tuple(weight.shape), dtype)
+    return _stored(torch.cat(packed), scales, tuple(weight.shape), dtype)
 
 
-def read_stored(tensors: Mapping[str, Tensor]) -> StoredNf4:
-    """A matrix from the tensors under which a quantized checkpoint keeps it.
+def read_stored(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A matrix from the tensors under which a quantized checkpoint keeps it, dequantized to the checkpoint's dtype.
 
     Args:
         tensors: "" → the packed weight, "absmax", "quant_map", "quant_state.bitsandbytes__nf4", and with double
@@ -353,4 +331,4 @@ def read_stored(tensors: Mapping[str, Tensor]) -> StoredNf4:
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-    return StoredNf4(tensors[""].reshape(-1).view(torch.uint8), absmax.float(), tuple(state.shape), state.dtype)
+    return _stored(tensors[""].reshape(-1).view(torch.uint8), absmax.float(), tuple(state.shape), state.dtype)
