@@ -75,15 +75,15 @@ class DequantBuffer:
 
     def _fill(self, buffer: int, places: Sequence[tuple[int, Tensor]]) -> None:
         """Dequantize weights to their places in a buffer, unless it holds them already."""
-        missing = []
-        for start, weight in places:
-            held = self._held.get((buffer, start))
-            if held is None or held[0] is not weight or held[1] != weight._version:
-                missing.append((start, weight))
+        missing = [(start, weight) for start, weight in places if not self._holds((buffer, start), weight)]
         if missing:
             dequantize_into(self._buffers[buffer], missing)
         for start, weight in missing:
             self._held[buffer, start] = (weight, weight._version)
+
+    def _holds(self, place: tuple[int, int], weight: Tensor) -> bool:
+        held = self._held.get(place)
+        return held is not None and held[0] is weight and held[1] == weight._version
 
 
 def _places(start: int, site: LinearGroup) -> Iterator[tuple[int, Tensor]]:

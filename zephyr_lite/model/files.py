@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
@@ -101,15 +94,10 @@ def download(kind: str, name: str, revision: str | None, patterns: Sequence[str]
             f"Open https://huggingface.co/{name}, accept, then run `hf auth login`.",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = f"it could not be downloaded ({type(error).__name__})"
-        if constants.HF_HUB_OFFLINE:
-            why = "HF_HUB_OFFLINE is set"
-        elif isinstance(error, RepositoryNotFoundError):
-            why = "the hub has none of this name, or a private one"
-        elif isinstance(error, RevisionNotFoundError):
-            why = f"the hub's has no revision {shown(revision)}"
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else shown(what, 300)
         raise UserError(
-            f"{kind} {name}: there is no such folder, it is not in the hub's cache, and {why}.",
+            f"{kind} {name}: there is no such folder, it is not in the hub's cache, and could not be downloaded ({why}).",
             "Check the name and the connection; for a private repository run `hf auth login`; or give a folder.",
         ) from None
 

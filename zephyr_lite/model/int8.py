@@ -85,8 +85,7 @@ class Int8Buffer(DequantBuffer):
         for index, projection in wanted:
             site, into = sites[index], self._matrix(sites, index, projection, backward)
             weight, place = site.weights[projection], (index // 2, into.codes.storage_offset())
-            held = self._held.get(place)
-            if held is None or held[0] is not weight or held[1] != weight._version:
+            if not self._holds(place, weight):
                 assert site.int8 is not None
                 missing.append((weight, into, None if backward else site.int8.outliers))
                 filled[place] = (weight, weight._version)

@@ -34,17 +34,54 @@ def dropped_product(x: Tensor, a: Tensor, key: DropoutKey) -> Tensor:
         a: [R, channels] in x's dtype.
         key: with layer and site set (``DropoutKey.at``).
     """
-    return (_kernel_product if _in_kernel(x) else _twin_product)(x, a, key)
+    if not _in_kernel(x):
+        return _twin_product(x, a, key)
+    x, a = rows_dense(x), a.contiguous()
+    (rows, width), rank = x.shape, a.shape[0]
+    z = x.new_empty(rows, rank)
+    tile = _tile(rank)
+    # with more columns more rows, so that a is read less often
+    m, k, warps = (64, 64, 8) if tile == 128 else (32, 128, 4)
+    sizes = {"rows": rows, "width": width, "rank": rank, "x_row": x.stride(0), "M": m, "N": tile, "K": k}
+    if rows:
+        with on_device(x):
+            grid = (-(-rank // tile), -(-rows // m))
+            _product[grid](x, a, z, *kernel_words(key), **sizes, **_options(x, key, warps, 4))
+    return z
 
 
 def add_input_gradient_(d_x: Tensor, d_z: Tensor, a: Tensor, key: DropoutKey) -> Tensor:
     """d_x += drop(d_z · a) / (1 - p), in place; all in one dtype. Returns d_x [T, channels], whose rows are dense."""
-    return (_kernel_input if _in_kernel(d_x) else _twin_input)(d_x, d_z, a, key)
+    if not _in_kernel(d_x):
+        return _twin_input(d_x, d_z, a, key)
+    assert d_x.stride(1) == 1 or d_x.shape[1] == 1, "rows are dense"
+    d_z, a = d_z.contiguous(), a.contiguous()
+    (rows, width), rank = d_x.shape, a.shape[0]
+    m, n, k = 64, 128, min(64, _tile(rank))
+    sizes = {"rows": rows, "width": width, "rank": rank, "d_x_row": d_x.stride(0), "M": m, "N": n, "K": k}
+    if rows:
+        with on_device(d_x):
+            grid = (-(-rows // m), -(-width // n))
+            _input[grid](d_x, d_z, a, *kernel_words(key), **sizes, **_options(d_x, key, 8, 3))
+    return d_x
 
 
 def matrix_gradient(d_z: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
     """The gradient of a, d_zᵀ · drop(x) / (1 - p): [R, channels], of at least 32 bits."""
-    return (_kernel_matrix if _in_kernel(x) else _twin_matrix)(d_z, x, key)
+    if not _in_kernel(x):
+        return _twin_matrix(d_z, x, key)
+    d_z, x = d_z.contiguous(), rows_dense(x)
+    (rows, width), rank = x.shape, d_z.shape[1]
+    splits = matrix_gradient_sums(rows)
+    d_a = torch.empty(splits, rank, width, dtype=torch.float32, device=x.device)
+    tile, n, k = _tile(rank), 64, 64
+    sizes = {"rows": rows, "width": width, "rank": rank, "x_row": x.stride(0), "M": tile, "N": n, "K": k}
+    with on_device(x):
+        grid = (-(-width // n), -(-rank // tile), splits)
+        steps = -(-rows // (k * splits))
+        options = _options(x, key, 8 if tile == 128 else 4, 3)
+        _matrix[grid](d_z, x, d_a, *kernel_words(key), steps=steps, **sizes, **options)
+    return d_a[0] if splits == 1 else d_a.sum(0)
 
 
 def _in_kernel(x: Tensor) -> bool:
@@ -202,53 +239,10 @@ def _options(x: Tensor, key: DropoutKey, warps: int, stages: int) -> dict[str, A
     }
 
 
-def _kernel_product(x: Tensor, a: Tensor, key: DropoutKey) -> Tensor:
-    x, a = rows_dense(x), a.contiguous()
-    (rows, width), rank = x.shape, a.shape[0]
-    z = x.new_empty(rows, rank)
-    tile = _tile(rank)
-    # with more columns more rows, so that a is read less often
-    m, k, warps = (64, 64, 8) if tile == 128 else (32, 128, 4)
-    sizes = {"rows": rows, "width": width, "rank": rank, "x_row": x.stride(0), "M": m, "N": tile, "K": k}
-    if rows:
-        with on_device(x):
-            grid = (-(-rank // tile), -(-rows // m))
-            _product[grid](x, a, z, *kernel_words(key), **sizes, **_options(x, key, warps, 4))
-    return z
-
-
-def _kernel_input(d_x: Tensor, d_z: Tensor, a: Tensor, key: DropoutKey) -> Tensor:
-    assert d_x.stride(1) == 1 or d_x.shape[1] == 1, "rows are dense"
-    d_z, a = d_z.contiguous(), a.contiguous()
-    (rows, width), rank = d_x.shape, a.shape[0]
-    m, n, k = 64, 128, min(64, _tile(rank))
-    sizes = {"rows": rows, "width": width, "rank": rank, "d_x_row": d_x.stride(0), "M": m, "N": n, "K": k}
-    if rows:
-        with on_device(d_x):
-            grid = (-(-rows // m), -(-width // n))
-            _input[grid](d_x, d_z, a, *kernel_words(key), **sizes, **_options(d_x, key, 8, 3))
-    return d_x
-
-
 def matrix_gradient_sums(rows: int) -> int:
     """Into how many sums ``matrix_gradient`` splits its sum over the tokens: enough programs for a card; of 1,024 tokens at
     least, so that they take less memory than a dropped copy of x would."""
     return max(1, min(4, rows // 1024))
-
-
-def _kernel_matrix(d_z: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
-    d_z, x = d_z.contiguous(), rows_dense(x)
-    (rows, width), rank = x.shape, d_z.shape[1]
-    splits = matrix_gradient_sums(rows)
-    d_a = torch.empty(splits, rank, width, dtype=torch.float32, device=x.device)
-    tile, n, k = _tile(rank), 64, 64
-    sizes = {"rows": rows, "width": width, "rank": rank, "x_row": x.stride(0), "M": tile, "N": n, "K": k}
-    with on_device(x):
-        grid = (-(-width // n), -(-rank // tile), splits)
-        steps = -(-rows // (k * splits))
-        options = _options(x, key, 8 if tile == 128 else 4, 3)
-        _matrix[grid](d_z, x, d_a, *kernel_words(key), steps=steps, **sizes, **options)
-    return d_a[0] if splits == 1 else d_a.sum(0)
 
 
 def sample(draw: Draw, widths: Widths) -> list[Tensor]:

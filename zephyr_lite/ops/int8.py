@@ -70,8 +70,29 @@ def quantize_rows(x: Tensor, outliers: OutlierChannels | None = None) -> Int8Mat
     Args:
         x: [T, K], rows dense, any distance apart.
     """
-    run = _kernel_quantize if runs_triton("int8", x) else _twin_quantize
-    return run(x, outliers)
+    if not runs_triton("int8", x):
+        wide, kept = x.float(), None
+        if outliers is not None:
+            kept = x[:, outliers.channels]
+            wide = wide.index_fill(1, outliers.channels, 0)
+        top = wide.abs().amax(1)
+        top = torch.where(top < 1e-30, 0, top)  # its reciprocal could not be computed
+        inverse = torch.where(top == 0, 0, 1 / top * 127)
+        codes = (wide * inverse[:, None]).round_().to(torch.int8)
+        return Int8Matrix(codes, top * (1 / 127), kept)
+    x = rows_dense(x)
+    rows, width = x.shape
+    codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    kept = None if outliers is None else torch.empty(rows, len(outliers.channels), dtype=x.dtype, device=x.device)
+    if rows:
+        tensors = (x, *((None, None) if outliers is None else outliers), codes, scale, kept)
+        block, count = next_power_of_2(width), 0 if kept is None else kept.shape[1]
+        options = {"K": width, "R": count, "BLOCK": block, "KEPT": next_power_of_2(count)}
+        warps = min(32, max(1, block // 512))
+        with on_device(x):
+            _quantize[(rows,)](*tensors, x.stride(0), **options, num_warps=warps, enable_fp_fusion=False)
+    return Int8Matrix(codes, scale, kept)
 
 
 def int8_mm(
@@ -97,24 +118,23 @@ def int8_mm(
     # the largest sum of products is exact in int32
     assert inner == width and inner % 16 == 0 and inner * 127**2 < 2**31 and out.shape == (rows, columns)
     assert (x.outliers is None) == (weight.outliers is None)
-    run = _kernel_mm if runs_triton("int8", out) else _twin_mm
-    return run(x, weight, out, low_rank, add)
-
-
-# a row whose largest value is less counts as zero: its reciprocal could not be computed
-_TINY = 1e-30
-
-
-def _twin_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
-    wide, kept = x.float(), None
-    if outliers is not None:
-        kept = x[:, outliers.channels]
-        wide = wide.index_fill(1, outliers.channels, 0)
-    top = wide.abs().amax(1)
-    top = torch.where(top < _TINY, 0, top)
-    inverse = torch.where(top == 0, 0, 1 / top * 127)
-    codes = (wide * inverse[:, None]).round_().to(torch.int8)
-    return Int8Matrix(codes, top * (1 / 127), kept)
+    if not runs_triton("int8", out):
+        return _twin_mm(x, weight, out, low_rank, add)
+    nothing = out[:0, :0]
+    kept = (nothing, nothing) if x.outliers is None or weight.outliers is None else (x.outliers, weight.outliers)
+    left, right = (nothing, nothing) if low_rank is None else low_rank
+    assert all(t.is_contiguous() for t in (x.codes, weight.codes, *kept)) and out.stride(1) == left.stride(1) == 1
+    assert kept[0].shape[1] == kept[1].shape[1] and left.shape[1] == right.shape[1]
+    bm, bn, bk, stages = _TILES.get(_major(out.device), _TILE)
+    if rows:
+        tensors = (x.codes, weight.codes, x.scale, weight.scale, *kept, left, right, out)
+        sizes = (rows, columns, inner, kept[0].shape[1], left.shape[1])
+        strides = (left.stride(0), *right.stride(), out.stride(0))
+        options = {"ADD": add, "EVEN": inner % bk == 0, "WIDEN": truncates(out.device, out.dtype)}
+        tile = {"BM": bm, "BN": bn, "BK": bk, "num_stages": stages, "num_warps": 8}
+        with on_device(out):
+            _mm[(-(-rows // bm) * -(-columns // bn),)](*tensors, *sizes, *strides, **options, **tile)
+    return out
 
 
 def _twin_mm(
@@ -172,22 +192,6 @@ def _quantize(
     tl.store(scale + row, top * (1 / 127))
     code = nearest(wide * tl.where(top == 0, 0.0, tl.div_rn(1.0, top) * 127.0))
     tl.store(codes + row * K + column, code, mask=there)
-
-
-def _kernel_quantize(x: Tensor, outliers: OutlierChannels | None) -> Int8Matrix:
-    x = rows_dense(x)
-    rows, width = x.shape
-    codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    kept = None if outliers is None else torch.empty(rows, len(outliers.channels), dtype=x.dtype, device=x.device)
-    if rows:
-        tensors = (x, *((None, None) if outliers is None else outliers), codes, scale, kept)
-        block, count = next_power_of_2(width), 0 if kept is None else kept.shape[1]
-        options = {"K": width, "R": count, "BLOCK": block, "KEPT": next_power_of_2(count)}
-        warps = min(32, max(1, block // 512))
-        with on_device(x):
-            _quantize[(rows,)](*tensors, x.stride(0), **options, num_warps=warps, enable_fp_fusion=False)
-    return Int8Matrix(codes, scale, kept)
 
 
 @jit
@@ -278,26 +282,6 @@ _TILE = (128, 256, 64, 3)
 
 def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-def _kernel_mm(
-    x: Int8Matrix, weight: Int8Matrix, out: Tensor, low_rank: tuple[Tensor, Tensor] | None, add: bool
-) -> Tensor:
-    (rows, inner), columns, nothing = x.codes.shape, weight.codes.shape[0], out[:0, :0]
-    kept = (nothing, nothing) if x.outliers is None or weight.outliers is None else (x.outliers, weight.outliers)
-    left, right = (nothing, nothing) if low_rank is None else low_rank
-    assert all(t.is_contiguous() for t in (x.codes, weight.codes, *kept)) and out.stride(1) == left.stride(1) == 1
-    assert kept[0].shape[1] == kept[1].shape[1] and left.shape[1] == right.shape[1]
-    bm, bn, bk, stages = _TILES.get(_major(out.device), _TILE)
-    if rows:
-        tensors = (x.codes, weight.codes, x.scale, weight.scale, *kept, left, right, out)
-        sizes = (rows, columns, inner, kept[0].shape[1], left.shape[1])
-        strides = (left.stride(0), *right.stride(), out.stride(0))
-        options = {"ADD": add, "EVEN": inner % bk == 0, "WIDEN": truncates(out.device, out.dtype)}
-        tile = {"BM": bm, "BN": bn, "BK": bk, "num_stages": stages, "num_warps": 8}
-        with on_device(out):
-            _mm[(-(-rows // bm) * -(-columns // bn),)](*tensors, *sizes, *strides, **options, **tile)
-    return out
 
 
 def sample(draw: Draw, widths: Widths) -> list[Tensor]:

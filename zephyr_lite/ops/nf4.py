@@ -108,15 +108,12 @@ def dequantize_into(buffer: Tensor, weights: Sequence[tuple[int, Tensor]]) -> No
         buffer: contiguous, in the dtype of the products.
         weights: (first element of its place in the buffer, weight).
     """
-    run = _kernel if runs_triton("nf4", buffer) else _twins
-    run(weights, buffer)
-
-
-def _twins(weights: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
+    if runs_triton("nf4", buffer):
+        _kernel(weights, buffer)
+        return
     for start, weight in weights:
         shape = state_of(weight).shape
         _twin(weight, buffer.dtype, buffer[start : start + shape.numel()].view(shape))
-    return buffer
 
 
 def _twin(weight: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -43,7 +43,19 @@ class Norm(NamedTuple):
             sum rounded to x's dtype (x itself without a residual); inverse [T] or [T, H] in max(float32, x's dtype).
         """
         if not runs_triton("rms_norm", x):
-            return _twin_forward(self, x, residual, out, h, copy)
+            h = x if residual is None else torch.add(x, residual, out=h)
+            if copy is not None:
+                copy.copy_(h)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(h, dim=-1, dtype=wide)
+            inverse = norm.square_().div_(h.shape[-1]).add_(self.eps).rsqrt_()
+            normalized = h * inverse[..., None]
+            # the Hugging Face layers round the normalized value before they multiply it by the weight; Gemma's afterwards
+            if self.offset:
+                y = normalized.mul_(self.weight.to(wide) + 1).to(x.dtype)
+            else:
+                y = normalized.to(x.dtype).mul_(self.weight)
+            return y if out is None else out.copy_(y), h, inverse
         x = rows_dense(x)
         other = x if residual is None else rows_dense(residual)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
@@ -75,7 +87,14 @@ class Norm(NamedTuple):
             A tensor of h's shape and dtype: `out`, or new.
         """
         if not runs_triton("rms_norm", h):
-            return _twin_backward(self, grad, h, inverse, residual_grad, out)
+            # with n = h · inverse: dx = inverse · (w · grad - n · mean(w · grad · n)) = inverse · w · grad - h · inverse² · mean
+            wide, scale = inverse.dtype, inverse[..., None]
+            weighted = (grad.to(wide) * (self.weight.to(wide) + 1 if self.offset else self.weight)).mul_(scale)
+            mean = (weighted * h).sum(-1, keepdim=True).mul_(scale.square()).div_(h.shape[-1])
+            weighted.addcmul_(h.to(wide), mean, value=-1)
+            if residual_grad is not None:
+                weighted.add_(residual_grad)
+            return weighted.to(h.dtype) if out is None else out.copy_(weighted)
         grad, h = rows_dense(grad), rows_dense(h)
         other = h if residual_grad is None else rows_dense(residual_grad)
         dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if out is None else out
@@ -98,41 +117,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Ten
         [T, D] in x's dtype. Kept for the backward pass: x and one number a row.
     """
     return _RMSNorm.apply(x, Norm(weight, eps, offset))
-
-
-def _twin_forward(
-    norm: Norm,
-    x: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    h: Tensor | None,
-    copy: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    h = x if residual is None else torch.add(x, residual, out=h)
-    if copy is not None:
-        copy.copy_(h)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    inverse = torch.linalg.vector_norm(h, dim=-1, dtype=wide).square_().div_(h.shape[-1]).add_(norm.eps).rsqrt_()
-    normalized = h * inverse[..., None]
-    # the Hugging Face layers round the normalized value before they multiply it by the weight; Gemma's afterwards
-    if norm.offset:
-        y = normalized.mul_(norm.weight.to(wide) + 1).to(x.dtype)
-    else:
-        y = normalized.to(x.dtype).mul_(norm.weight)
-    return y if out is None else out.copy_(y), h, inverse
-
-
-def _twin_backward(
-    norm: Norm, grad: Tensor, h: Tensor, inverse: Tensor, residual_grad: Tensor | None, out: Tensor | None
-) -> Tensor:
-    # with n = h · inverse: dx = inverse · (w · grad - n · mean(w · grad · n)) = inverse · w · grad - h · inverse² · mean
-    wide, scale = inverse.dtype, inverse[..., None]
-    weighted = (grad.to(wide) * (norm.weight.to(wide) + 1 if norm.offset else norm.weight)).mul_(scale)
-    mean = (weighted * h).sum(-1, keepdim=True).mul_(scale.square()).div_(h.shape[-1])
-    weighted.addcmul_(h.to(wide), mean, value=-1)
-    if residual_grad is not None:
-        weighted.add_(residual_grad)
-    return weighted.to(h.dtype) if out is None else out.copy_(weighted)
 
 
 @jit

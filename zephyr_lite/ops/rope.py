@@ -19,7 +19,13 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
         x.
     """
     if not runs_triton("rope", x):
-        return _twin(x, cos, sin, inverse)
+        half, sign = cos.shape[-1] // 2, -1 if inverse else 1
+        c, s = cos[:, None, :half], sin[:, None, :half]
+        first, second = x[..., :half], x[..., half : 2 * half]
+        crossed = first * s
+        first.mul_(c).addcmul_(second, s, value=-sign)
+        second.mul_(c).add_(crossed, alpha=sign)
+        return x
     tokens, heads, width = x.shape
     if not x.numel():
         return x
@@ -45,17 +51,6 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
             num_warps=max(1, block * together // 256),
             enable_fp_fusion=True,
         )
-    return x
-
-
-def _twin(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    half = cos.shape[-1] // 2
-    c, s = cos[:, None, :half], sin[:, None, :half]
-    sign = -1 if inverse else 1
-    first, second = x[..., :half], x[..., half : 2 * half]
-    crossed = first * s
-    first.mul_(c).addcmul_(second, s, value=-sign)
-    second.mul_(c).add_(crossed, alpha=sign)
     return x
 
 

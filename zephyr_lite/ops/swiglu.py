@@ -56,7 +56,18 @@ def swiglu_backward(
         (d_gate, d_up, act).
     """
     if not runs_triton("swiglu", gate):
-        return _twin_backward(grad_act, gate, up, d_gate, d_up, act, activation)
+        # two buffers of our own, and every input is read for the last time before an output may lie over it
+        activated = _activated(gate, activation)
+        product = torch.mul(grad_act, up, out=torch.empty_like(activated))
+        if d_gate is None:
+            d_gate = torch.empty_like(product)
+        if activation == "silu":
+            torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=d_gate)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(product, gate, approximate="tanh", grad_input=d_gate)
+        torch.mul(activated, up, out=product)
+        d_up = torch.mul(activated, grad_act, out=activated if d_up is None else d_up)
+        return d_gate, d_up, product if act is None else act.copy_(product)
     tensors = [rows_dense(t) for t in (grad_act, gate, up)] + [_output(t, gate) for t in (d_gate, d_up, act)]
     if gate.numel():
         grid, options = _grid(gate, activation)
@@ -71,29 +82,6 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.ops.aten.silu.out(gate, out=out)
     return torch.ops.aten.gelu.out(gate, approximate="tanh", out=out)
-
-
-def _twin_backward(
-    grad_act: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    d_gate: Tensor | None,
-    d_up: Tensor | None,
-    act: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # two buffers of our own, and every input is read for the last time before an output may lie over it
-    activated = _activated(gate, activation)
-    product = torch.mul(grad_act, up, out=torch.empty_like(activated))
-    if d_gate is None:
-        d_gate = torch.empty_like(product)
-    if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=d_gate)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(product, gate, approximate="tanh", grad_input=d_gate)
-    torch.mul(activated, up, out=product)
-    d_up = torch.mul(activated, grad_act, out=activated if d_up is None else d_up)
-    return d_gate, d_up, product if act is None else act.copy_(product)
 
 
 @jit
