@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -127,34 +127,27 @@ class LinearGroup:
         found = []
         for dropped in (False, True):
             pairs: list[tuple[LoraPair, slice]] = []
-            trained: list[tuple[LoraPair, slice]] = []
             blocks: list[tuple[int, slice, list[LoraPair]]] = []
-            end, off = 0, True
+            end = 0
             for projection in range(len(self.outs)):
                 start, of_projection = end, []
                 for pair in self.stack:
-                    if pair.projection != projection or (pair.dropout and self.dropout is not None) != dropped:
-                        continue
-                    columns = slice(end, end + pair.a.shape[0])
-                    pairs.append((pair, columns))
-                    if (pair.a.requires_grad or pair.b.requires_grad) and not pair.off:
-                        trained.append((pair, columns))
-                    of_projection.append(pair)
-                    end, off = columns.stop, off and pair.off
+                    if pair.projection == projection and (pair.dropout and self.dropout is not None) == dropped:
+                        of_projection.append(pair)
+                        pairs.append((pair, slice(end, end + pair.a.shape[0])))
+                        end += pair.a.shape[0]
                 if of_projection:
                     blocks.append((projection, slice(start, end), of_projection))
             if pairs:
+                trained = [p for p in pairs if (p[0].a.requires_grad or p[0].b.requires_grad) and not p[0].off]
+                off = all(pair.off for pair, _ in pairs)
                 found.append(_Group(self.dropout if dropped else None, pairs, trained, blocks, end, off))
         return found
 
     @cached_property
     def slices(self) -> list[slice]:
-        """Where each projection's columns of y lie."""
-        result, start = [], 0
-        for out in self.outs:
-            result.append(slice(start, start + out))
-            start += out
-        return result
+        """Where each projection's columns of y are."""
+        return [slice(*ends) for ends in pairwise(accumulate(self.outs, initial=0))]
 
     def rows(self, rows: slice) -> LinearGroup:
         """For some of the tokens: only dropout knows which they are."""
@@ -163,11 +156,7 @@ class LinearGroup:
     @property
     def trained(self) -> list[Tensor]:
         """a and b of every trained pair, in the order in which ``grad_adapters`` returns their gradients."""
-        found = []
-        for group in self.groups:
-            for pair, _ in group.trained:
-                found += [pair.a, pair.b]
-        return found
+        return [matrix for group in self.groups for pair, _ in group.trained for matrix in (pair.a, pair.b)]
 
 
 def cast_adapters(sites: Sequence[LinearGroup], dtype: torch.dtype) -> tuple[LinearGroup, ...]:
