@@ -129,10 +129,7 @@ def check_weights(folder: Path, config: Any) -> None:
     holds = {name: file for file in open_shards(folder).values() for name in file.entries}
     if config.model_type not in FAMILIES:
         return
-    layers = 0
-    for name in holds:
-        if match := _LAYER.match(name):
-            layers = max(layers, 1 + int(match[1]))
+    layers = max((1 + int(match[1]) for match in map(_LAYER.match, holds) if match), default=0)
     if layers not in (0, config.num_hidden_layers):
         raise UserError(
             f"{folder}: config.json says {config.num_hidden_layers} layers, the weights have {layers}.", OTHER_MODEL

@@ -62,7 +62,12 @@ class DequantBuffer:
             starts = list(accumulate((sum(other.outs) * width_of(other) for other in beside), initial=0))
             # in one launch on CUDA; elsewhere no sooner than they are read: the first layer's backward pass may not read q, k, v
             at_once = range(len(beside)) if runs_triton("nf4", self._buffers[0]) else [index]
-            self._fill(0, [place for i in at_once for place in _places(starts[i], beside[i])])
+            places = []
+            for i in at_once:
+                for weight, columns in zip(beside[i].weights, beside[i].slices):
+                    if is_quantized(weight):
+                        places.append((starts[i] + columns.start * width_of(beside[i]), weight))
+            self._fill(0, places)
             yield 0, self._buffers[0][starts[index] : starts[index + 1]].view(-1, width_of(site))
             return
         for weight, out, columns in zip(site.weights, site.outs, site.slices):
@@ -84,13 +89,6 @@ class DequantBuffer:
     def _holds(self, place: tuple[int, int], weight: Tensor) -> bool:
         held = self._held.get(place)
         return held is not None and held[0] is weight and held[1] == weight._version
-
-
-def _places(start: int, site: LinearGroup) -> Iterator[tuple[int, Tensor]]:
-    """Where a site's quantized weights go, beside each other."""
-    for weight, columns in zip(site.weights, site.slices):
-        if is_quantized(weight):
-            yield start + columns.start * width_of(site), weight
 
 
 def scratch_elements(sites: Sequence[LinearGroup], mode: ScratchMode) -> list[int]:

@@ -55,11 +55,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
         vocab_size: rows of the model's embedding.
         folder: the tokenizer's, for the message.
     """
-    above = []
-    for token, index in tokenizer.get_vocab().items():
-        if index >= vocab_size:
-            above.append((index, token))
-    above.sort()
+    above = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= vocab_size)
     added = tokenizer.added_tokens_decoder
     written = f"{tokenizer.chat_template or ''} {tokenizer.bos_token} {tokenizer.eos_token} {tokenizer.unk_token}"
     for index, token in above:
