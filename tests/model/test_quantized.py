@@ -95,7 +95,7 @@ def test_bits_are_those_of_from_pretrained(tmp_path, cache, kind, dtype, double,
         found = load_base(asked)
         assert_same(found.model, wanted)
         assert (found.path, found.model.name_or_path, found.double_quant) == (folder, str(folder), double)
-        assert found.model.config._name_or_path == str(folder) and not found.streamed
+        assert found.model.config._name_or_path == str(folder)
     assert (found.model.lm_head.weight is found.model.model.embed_tokens.weight) is tied
     kept = entries(cache)
     assert len(kept) == 1

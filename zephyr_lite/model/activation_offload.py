@@ -148,11 +148,6 @@ class ActivationOffload:
         ] = {}  # copies on the device, and the event when they are done
         self._leaving: list[tuple[Any, Sequence[Tensor]]] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the host."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
-
     def put(self, layer: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Start copying a layer's tensors to the host. They stay alive until the copy is done.
 

@@ -63,7 +63,6 @@ class Base:
         device: where it computes; its parameters are there too, unless it is streamed.
         fingerprint: of its files (see ``fingerprint``).
         load_in_4bit, double_quant: how its linear layers are stored.
-        streamed: the parameters are on the host, whatever `device` is.
     """
 
     model: Any
@@ -76,7 +75,6 @@ class Base:
     fingerprint: str
     load_in_4bit: bool
     double_quant: bool
-    streamed: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The base's entry in stage.json."""
@@ -171,7 +169,7 @@ def load_base(config: RunConfig, *, device: torch.device | None = None, stream: 
         for parameter in model.parameters():
             if not hasattr(parameter, "quant_state"):
                 parameter.data = parameter.data.to(dtype)
-    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double, streamed=stream)
+    return frozen_base(model, config, folder, dtype, device, four_bit=four_bit, double_quant=double)
 
 
 def _from_pretrained(
@@ -273,7 +271,6 @@ def frozen_base(
     *,
     four_bit: bool,
     double_quant: bool,
-    streamed: bool = False,
 ) -> Base:
     """A loaded model as the base of a run: parameters frozen, no key-value cache, the folder's tokenizer."""
     model.requires_grad_(False)
@@ -291,5 +288,4 @@ def frozen_base(
         fingerprint=fingerprint(folder),
         load_in_4bit=four_bit,
         double_quant=double_quant,
-        streamed=streamed,
     )

@@ -284,7 +284,7 @@ def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], template: Ch
     else:
         base = load_base(config, stream=plan.stream)
     stream = None
-    if base.streamed:
+    if plan.stream:
         from ..model.weight_streaming import WeightStreamer
 
         stream = WeightStreamer(base.model, base.device)
