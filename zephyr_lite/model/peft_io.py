@@ -142,20 +142,16 @@ def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
             "Give the folder that PEFT's save_pretrained wrote; for a run, a stage's adapter/.",
         )
     config = read_object(checked_place(path), hint=_AGAIN)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only LORA is supported.", _AGAIN)
-    if config.get("bias", "none") != "none":
-        what = f"bias={config['bias']}"
-    else:
-        what = next(filter(config.get, UNSUPPORTED), "")
-    if what:
-        raise UserError(f"{path}: the adapter uses {shown(what)}, which cannot be stacked here.", _by_peft(folder))
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(RESIDUAL_INITS):
-        raise UserError(
-            f"{path}: init_lora_weights is {shown(repr(init))}: this adapter belongs on a base with changed weights.",
-            "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…).",
-        )
+    other = [key for key, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(key, "none") != plain]
+    other += filter(config.get, UNSUPPORTED)
+    if str(config.get("init_lora_weights")).lower().startswith(RESIDUAL_INITS):
+        other.append("init_lora_weights")
+    if other:
+        hint = _by_peft(folder)
+        if other == ["init_lora_weights"]:
+            hint = "Convert it to a plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)."
+        told = shown(repr(config.get(other[0])))
+        raise UserError(f"{path}: {other[0]} is {told}; such an adapter cannot be stacked here.", hint)
     check_values(_Settings, config, path, _AGAIN)
     if not weights.is_symlink() and not weights.exists():
         raise UserError(
