@@ -125,8 +125,8 @@ def test_segments_of_like_length_run_together():
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     segments = [Seg(a, b, (0, 7) if i == 3 else None) for i, (a, b) in enumerate(pairwise(starts))]
     runs = attention_file._like_lengths(SegmentTable.build(segments, None, segment_starts(segments)))
-    assert [n for run in runs for n in run.queries] == lengths and 1 < len(runs) < len(lengths)
-    assert all(len(run.queries) * max(run.queries) <= 2 * sum(run.queries) for run in runs)
+    assert [n for run in runs for n in run.query_lengths] == lengths and 1 < len(runs) < len(lengths)
+    assert all(len(n) * max(n) <= 2 * sum(n) for n in (run.query_lengths for run in runs))
 
 
 class MemoryEfficientKernel:

@@ -17,7 +17,6 @@ computes is one of PyTorch's kernels (``backend``):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -79,23 +78,24 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, table: SegmentTable, scal
     if kind == "efficient":
         wide_k, wide_v = _repeated(k, q), _repeated(v, q)
         for run in _like_lengths(table):
+            rows, keys = run.rows
             found, padded, *_ = torch.ops.aten._efficient_attention_forward(
-                q[None, run.q],
-                wide_k[None, run.k],
-                wide_v[None, run.k],
+                q[None, rows],
+                wide_k[None, keys],
+                wide_v[None, keys],
                 None,
                 run.cu_queries,
                 run.cu_keys,
-                max(run.queries),
-                max(run.keys),
+                max(run.query_lengths),
+                max(run.key_lengths),
                 0.0,
                 _CAUSAL_FROM_BOTTOM_RIGHT,
                 True,
                 scale=scale,
-                window_size=run.window,
+                window_size=run.effective_window,
             )
-            out[run.q] = found[0]
-            lse[run.q] = _by_token(padded, run.queries)
+            out[rows] = found[0]
+            lse[rows] = _by_token(padded, run.query_lengths)
     forward = _cpu_forward if kind == "cpu" else _plain_forward
     for rows, keys, window in _pieces(table, kind, q.shape[1]):
         here = forward(_grouped(q, k, rows), _heads(k, keys), _heads(v, keys), window, scale)
@@ -156,28 +156,29 @@ def attention_backward(
             seed = torch.zeros((), dtype=torch.int64, device=q.device)
             wide_k, wide_v = _repeated(k, q), _repeated(v, q)
             for run in _like_lengths(table):
+                rows, keys = run.rows
                 gq, gk, gv, _ = torch.ops.aten._efficient_attention_backward(
-                    grad[None, run.q],
-                    q[None, run.q],
-                    wide_k[None, run.k],
-                    wide_v[None, run.k],
+                    grad[None, rows],
+                    q[None, rows],
+                    wide_k[None, keys],
+                    wide_v[None, keys],
                     None,
-                    out[None, run.q],
+                    out[None, rows],
                     run.cu_queries,
                     run.cu_keys,
-                    max(run.queries),
-                    max(run.keys),
-                    _padded(lse[run.q], run.queries),
+                    max(run.query_lengths),
+                    max(run.key_lengths),
+                    _padded(lse[rows], run.query_lengths),
                     0.0,
                     seed,
                     seed,
                     _CAUSAL_FROM_BOTTOM_RIGHT,
                     False,
                     scale=scale,
-                    window_size=run.window,
+                    window_size=run.effective_window,
                 )
-                d_q[run.q] = gq[0]
-                b[run.k], c[run.k] = _summed(gk[0], k), _summed(gv[0], k)
+                d_q[rows] = gq[0]
+                b[keys], c[keys] = _summed(gk[0], k), _summed(gv[0], k)
         backward = _cpu_backward if kind == "cpu" else _plain_backward
         for rows, keys, window in _pieces(table, kind, q.shape[1]):
             gq, gk, gv = backward(
@@ -225,51 +226,18 @@ def _pieces(table: SegmentTable, kind: Backend, heads: int) -> Iterator[tuple[sl
             yield slice(here, there), slice(begin, stop), window
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive segments: their place among queries and keys, their lengths, and these cumulated on the device; the
-    window, or None where all of its keys are within it."""
-
-    q: slice
-    k: slice
-    queries: list[int]
-    keys: list[int]
-    cu_queries: Tensor
-    cu_keys: Tensor
-    window: int | None
-
-
-def _like_lengths(table: SegmentTable) -> list[_Run]:
+def _like_lengths(table: SegmentTable) -> list[SegmentTable]:
     """The segments but the misaligned ones, in runs of like length: the memory-efficient kernel takes room for every segment
     as if it were the longest of its call, and one long conversation among many short ones would take ten times what it needs.
     """
-    runs: list[_Run] = []
-    first = 0
-
-    def close(end: int) -> None:
-        if first in table.misaligned:
-            return
-        keys = table.key_lengths[first:end]
-        q, k = table.query_starts[first], table.key_starts[first]
-        runs.append(
-            _Run(
-                slice(q, table.query_starts[end]),
-                slice(k, table.key_starts[end]),
-                table.query_lengths[first:end],
-                keys,
-                table.cu_queries[first : end + 1] - q,
-                table.cu_keys[first : end + 1] - k,
-                table.window if table.window is not None and table.window < max(keys) else None,
-            )
-        )
-
+    borders = [0]
     for end in range(1, len(table.query_lengths)):
-        lengths = table.query_lengths[first : end + 1]
-        if len(lengths) * max(lengths) > 2 * sum(lengths) or not table.misaligned.isdisjoint((first, end)):
-            close(end)
-            first = end
-    close(len(table.query_lengths))
-    return runs
+        lengths = table.query_lengths[borders[-1] : end + 1]
+        apart = not table.misaligned.isdisjoint((borders[-1], end))
+        if apart or len(lengths) * max(lengths) > 2 * sum(lengths):
+            borders.append(end)
+    borders.append(len(table.query_lengths))
+    return [table.part(first, end) for first, end in pairwise(borders) if first not in table.misaligned]
 
 
 def _by_token(padded: Tensor, lengths: list[int]) -> Tensor:
@@ -288,7 +256,8 @@ def _padded(lse: Tensor, lengths: list[int]) -> Tensor:
 
 def _window(table: SegmentTable) -> tuple[int, int]:
     """FlashAttention counts the keys to the left of a query's own; -1: all."""
-    return (-1 if table.window is None or table.window >= max(table.key_lengths) else table.window - 1), 0
+    window = table.effective_window
+    return (-1 if window is None else window - 1), 0
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from .dropout import (
     sample_key,
     zero_dropped,
 )
-from .wide_mm import wide_mm
 
 
 def dropped_product(x: Tensor, a: Tensor, key: DropoutKey) -> Tensor:
@@ -87,6 +86,15 @@ def matrix_gradient(d_z: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
 def _in_kernel(x: Tensor) -> bool:
     compiles = x.dtype.itemsize == 2 and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
     return runs_triton("dropout_products", x) and compiles
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a result of at least 32 bits: a sum over all tokens, rounded to 16 bits, would lose small gradients."""
+    if a.dtype.itemsize >= 4:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 # The factor 1 / (1 - p) goes to the narrow side.

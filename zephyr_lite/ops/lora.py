@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from .dropout import DropoutKey
-from .dropout_products import add_input_gradient_, dropped_product, matrix_gradient
+from .dropout_products import add_input_gradient_, dropped_product, matrix_gradient, wide_mm
 from .int8 import OutlierChannels, int8_mm, quantize_rows
-from .wide_mm import wide_mm
 
 Parts = Iterable[tuple[int, Any]]
 # bitsandbytes' 8-bit optimizers scale blocks of 256 numbers, to which an adapter's matrices are aligned in its buffer, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -32,6 +32,28 @@ class SegmentTable:
     window: int | None
     cu_queries: Tensor
     cu_keys: Tensor
+
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """The places of all queries, and of all gathered keys."""
+        return slice(self.query_starts[0], self.query_starts[-1]), slice(self.key_starts[0], self.key_starts[-1])
+
+    @property
+    def effective_window(self) -> int | None:
+        """The window, or None where all keys of every segment are within it."""
+        return self.window if self.window is not None and self.window < max(self.key_lengths) else None
+
+    def part(self, first: int, end: int) -> SegmentTable:
+        """Consecutive segments alone; they stay where they are among queries and gathered keys."""
+        return replace(
+            self,
+            query_lengths=self.query_lengths[first:end],
+            key_lengths=self.key_lengths[first:end],
+            query_starts=self.query_starts[first : end + 1],
+            key_starts=self.key_starts[first : end + 1],
+            cu_queries=self.cu_queries[first : end + 1] - self.query_starts[first],
+            cu_keys=self.cu_keys[first : end + 1] - self.key_starts[first],
+        )
 
     @cached_property
     def misaligned(self) -> frozenset[int]:
