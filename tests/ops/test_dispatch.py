@@ -65,15 +65,21 @@ class _WritesNothing:
 def test_a_kernel_that_fails_its_check_is_replaced(op, kernel, monkeypatch):
     module = import_module(f"zephyr_lite.ops.{op}")
     dtype, other, widths = torch.float16, torch.float32, Widths(64, 64, int8=True)
+    monkeypatch.setattr(module, kernel, _WritesNothing())
+    (note,) = check_kernels(DEVICE, dtype, widths)
+    assert f"kernel {op} is not used in {dtype}" in note and "plain PyTorch" in note
+    x = torch.empty(1, device=DEVICE, dtype=dtype)
+    assert [o for o in OPS if not runs_triton(o, x)] == [op]
+    assert runs_triton(op, x.to(other))  # another dtype has its own check
+
+
+def test_a_second_check_says_it_again(monkeypatch):
+    monkeypatch.setattr(dispatch, "OPERATIONS", ("rope",))
     with monkeypatch.context() as broken:
-        broken.setattr(module, kernel, _WritesNothing())
-        for _ in range(2):  # a second check says it again
-            (note,) = check_kernels(DEVICE, dtype, widths)
-            assert f"kernel {op} is not used in {dtype}" in note and "plain PyTorch" in note
-        x = torch.empty(1, device=DEVICE, dtype=dtype)
-        assert [o for o in OPS if not runs_triton(o, x)] == [op]
-        assert runs_triton(op, x.to(other))  # another dtype has its own check
-    assert check_kernels(DEVICE, dtype, widths) == [] and runs_triton(op, x)
+        broken.setattr(rope, "_rotate", _WritesNothing())
+        first, second = (check_kernels(DEVICE, torch.float32) for _ in range(2))
+    assert len(first) == 1 and first == second
+    assert check_kernels(DEVICE, torch.float32) == [] and runs_triton("rope", torch.empty(1, device=DEVICE))
 
 
 def test_a_processor_and_float64_run_the_twins(monkeypatch):
