@@ -119,9 +119,8 @@ def test_a_dumped_configuration_reads_back_to_the_same(method, tmp_path):
 
 
 def test_transformers_switch_and_name_are_one_key(tmp_path):
-    text = "push_to_hub: true\nhub_model_id: me/model\nassistant_only_loss: true\n"
-    config = load(file=write(tmp_path, text)).config
-    assert (config.push_to_hub, config.loss_on) == ("me/model", "assistant")
+    text = "push_to_hub: true\nhub_model_id: me/model\n"
+    assert load(file=write(tmp_path, text)).config.push_to_hub == "me/model"
     assert load("hub_model_id=me/model").config.push_to_hub is None  # named, but not asked for
     assert load("assistant_only_loss=false").config.loss_on == "all"
     with pytest.raises(UserError, match="OWNER/NAME"):

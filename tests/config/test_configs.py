@@ -86,7 +86,7 @@ def test_the_schemas_defaults_are_the_shipped_recipe(stage):
     assert differing <= {"eval_dataset", "eval_steps", "save_steps"}
 
 
-@pytest.mark.parametrize("name", FACTS | ABLATIONS)  # FAMILIES: tests/contract/test_more_families_folders.py
+@pytest.mark.parametrize("name", FACTS)  # FAMILIES: tests/contract/test_more_families_folders.py
 def test_it_runs_in_small(name, tmp_path, tiny_base, chat_rows, pair_rows):
     kind = method(name)
     rows = pair_rows if kind == "dpo" else chat_rows

@@ -115,20 +115,6 @@ def test_dataset_text_field(field, columns, tmp_path):
 # -- values ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "steps", "ratio"),
-    [
-        ("warmup_steps: 100", 100, 0.1),
-        ("warmup_steps: 0.05", None, 0.05),
-        ("warmup_steps: 0", None, 0),
-        ("warmup_steps: 0\nwarmup_ratio: 0.2", None, 0.2),
-    ],
-)
-def test_warm_up(text, steps, ratio, tmp_path):
-    config = load(tmp_path, text).config
-    assert (config.warmup_steps, config.warmup_ratio) == (steps, ratio)
-
-
 def test_a_part_of_the_batch_on_the_command_line_keeps_the_files_other(tmp_path):
     theirs = "per_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n"
     assert load(tmp_path, theirs, "sft", "per_device_train_batch_size=2").config.batch_size == 8
@@ -145,7 +131,13 @@ def test_null_is_not_set(key, tmp_path):
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
+        ("warmup_steps: 100", "warmup_steps", 100),
+        ("warmup_steps: 0.05", "warmup_ratio", 0.05),
+        ("warmup_steps: 0", "warmup_ratio", 0),
+        ("warmup_steps: 0\nwarmup_ratio: 0.2", "warmup_ratio", 0.2),
         ("optim: adamw_bnb_8bit", "optim", "adamw_8bit"),
+        ("report_to: [none]", "report_to", []),
+        ("push_to_hub: false", "push_to_hub", None),
         ("lora_target_modules: [all-linear]", "lora_target_modules", "all-linear"),
         ("lora_target: q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
         ("lora_rank: 8\nnum_epochs: 3.0\nlr: 1e-4", "num_train_epochs", 3),
@@ -183,20 +175,10 @@ def test_dpo_has_no_dropout_unless_the_file_says_so(tmp_path):
 
 # -- the handbook's recipes ------------------------------------------------------------------------------------------------
 
-COMMON = """
-{bf16: true, gradient_checkpointing: true, log_level: info, lr_scheduler_type: cosine, num_train_epochs: 1, seed: 42,
- torch_dtype: bfloat16, load_in_4bit: true, use_peft: true, lora_r: 16, lora_alpha: 16, lora_dropout: 0.05,
- lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj], push_to_hub: true, do_eval: true}
-"""
-SFT = yaml.safe_load(COMMON) | yaml.safe_load("""
-{attn_implementation: flash_attention_2, dataset_num_proc: 12, eval_strategy: epoch, hub_strategy: every_save,
- gradient_checkpointing_kwargs: {use_reentrant: false}, logging_steps: 5, logging_strategy: steps, max_steps: -1,
- overwrite_output_dir: true, per_device_eval_batch_size: 8, report_to: [tensorboard, wandb], save_strategy: steps,
- save_steps: 100, save_total_limit: 1, warmup_ratio: 0.1, learning_rate: 2.0e-4, model_revision: main, max_length: 2048}
-""")
-DPO = yaml.safe_load(COMMON) | yaml.safe_load("""
-{eval_strategy: steps, eval_steps: 100, max_length: 1024, max_prompt_length: 512, optim: adamw_torch, beta: 0.01,
- save_strategy: "no", warmup_ratio: 0.1, preprocessing_num_workers: 12}
+COMMON = yaml.safe_load("""
+{bf16: true, torch_dtype: bfloat16, load_in_4bit: true, use_peft: true, lora_r: 16, lora_alpha: 16, lora_dropout: 0.05,
+ lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj], push_to_hub: true,
+ hub_model_id: some-model, output_dir: data/some-model, per_device_train_batch_size: 4, max_steps: -1}
 """)
 TEMPLATE = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
 SETS = [
@@ -205,22 +187,19 @@ SETS = [
 ]
 
 
-def recipe(shared, batch, **keys):
-    values = {**shared, "hub_model_id": "some-model", "output_dir": "data/some-model", **keys}
-    return {**values, **dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), batch))}
-
-
 # name -> (method, keys and values, what it resolves to)
 RECIPES = {
     "zephyr-7b-beta/sft/config_qlora": (
         "sft",
-        recipe(SFT, (4, 2), model_name_or_path="mistralai/Mistral-7B-v0.1", chat_template=TEMPLATE)
+        {"model_name_or_path": "mistralai/Mistral-7B-v0.1", "chat_template": TEMPLATE, "learning_rate": 2e-4}
+        | {"gradient_accumulation_steps": 2, "eval_strategy": "epoch", "report_to": ["tensorboard", "wandb"]}
         | {"dataset_mixture": {"datasets": SETS, "test_split_size": 1000, "seed": 0}},
         {"batch_size": 8, "learning_rate": 2e-4, "lora_r": 16, "lora_dropout": 0.05, "held_out": [500, 500]},
     ),
     "zephyr-7b-beta/dpo/config_qlora, until 2025": (
         "dpo",
-        recipe(DPO, (4, 4), model_name_or_path="alignment-handbook/zephyr-7b-sft-qlora")
+        {"model_name_or_path": "alignment-handbook/zephyr-7b-sft-qlora", "gradient_accumulation_steps": 4}
+        | {"eval_strategy": "steps", "save_strategy": "no", "beta": 0.01, "max_prompt_length": 512}
         | {"dataset_mixer": {"HuggingFaceH4/ultrafeedback_binarized": 1.0}}
         | {"dataset_splits": ["train_prefs", "test_prefs"]},
         {"batch_size": 16, "lora_dropout": 0, "held_out": [None]},
@@ -231,7 +210,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_of_the_handbook_runs_as_it_is(name, tmp_path):
     method, values, wanted = RECIPES[name]
-    loaded = load(tmp_path, values, method)
+    loaded = load(tmp_path, COMMON | values, method)
     found = {key: getattr(loaded.config, key) for key in wanted if key != "held_out"}
     assert found | {"held_out": [spec.test_size for spec in loaded.config.eval_dataset]} == wanted
     assert loaded.config.model_name_or_path == values["model_name_or_path"]
@@ -300,13 +279,7 @@ special_tokens:
 def test_a_file_of_llama_factory(tmp_path):
     loaded = load(tmp_path, LLAMA_FACTORY + "pref_loss: sigmoid\n", "dpo")
     config, notes = loaded.config, "\n".join(loaded.notes)
-    assert (config.stage, config.loss_type, config.beta, config.lora_r, config.max_length) == (
-        "dpo",
-        "kto",
-        0.2,
-        8,
-        256,
-    )
+    assert (config.stage, config.loss_type, config.beta, config.lora_r) == ("dpo", "kto", 0.2, 8)
     assert [(s.path, s.limit, s.val_size) for s in config.dataset] == [("a.jsonl", 1000, 0.1), ("b.jsonl", 1000, 0.1)]
     assert (config.batch_size, config.lora_dropout) == (8, 0.1)
     assert (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import make_tokenizer
+from tests.data.test_sources import turns
 from zephyr_lite.data.chat_template import ChatTemplate, resolve_template
 from zephyr_lite.data.formats import TEXT
 from zephyr_lite.data.messages import RowError
 from zephyr_lite.data.templates import BOS, LLAMA3, ZEPHYR
 from zephyr_lite.errors import UserError
-
-
-def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return head + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-@pytest.fixture(scope="module")
-def mistral_folder(tmp_path_factory) -> Path:
-    spec = importlib.util.find_spec("mistral_common")
-    if spec is None:
-        pytest.skip("mistral-common is not installed; pip install zephyr-lite[dev]")
-    folder = tmp_path_factory.mktemp("mistral")
-    shutil.copy(Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
-    return folder
-
-
-@pytest.fixture
-def mistral(mistral_folder):
-    return AutoTokenizer.from_pretrained(mistral_folder)
 
 
 @pytest.fixture(scope="module")

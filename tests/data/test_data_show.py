@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import make_tokenizer
 from zephyr_lite.cli import app as cli
@@ -90,13 +89,7 @@ def test_a_pair_shows_the_prompt_once_and_responses_that_go_on_from_it(show, pai
 
 @pytest.fixture(params=["byte level", "mistral"])
 def tokenizer(request, tmp_path):
-    if request.param == "byte level":
-        return make_tokenizer(tmp_path)
-    package = pytest.importorskip("mistral_common", reason="pip install zephyr-lite[dev]")
-    shutil.copy(Path(package.__file__).parent / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
-    return AutoTokenizer.from_pretrained(tmp_path)
+    return make_tokenizer(tmp_path) if request.param == "byte level" else request.getfixturevalue("mistral")
 
 
 def tokens_of(template, turns):

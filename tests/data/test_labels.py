@@ -34,12 +34,13 @@ def load(folder, *rows, method="kto", **options):
         ({"instruction": "Hi", "output": "Hello"}, "Alpaca with labels"),
     ],
 )
-@pytest.mark.parametrize(("label", "side"), [(True, "chosen"), ("false", "rejected")])
-def test_formats(tmp_path, row, kind, label, side):
-    rows = load(tmp_path, {**row, "label": label})
-    other = {"chosen": "rejected", "rejected": "chosen"}[side]
-    assert list(rows.values()) == [{"prompt": [HI], side: [HELLO], other: []}]
-    assert f"read as {kind}, 1 row" in rows.notes[0] and "not read" not in str(rows.notes)
+def test_formats(tmp_path, row, kind):
+    rows = load(tmp_path, {**row, "label": True}, {**row, "label": "false"})
+    assert list(rows.values()) == [
+        {"prompt": [HI], "chosen": [HELLO], "rejected": []},
+        {"prompt": [HI], "chosen": [], "rejected": [HELLO]},
+    ]
+    assert f"read as {kind}, 2 rows" in rows.notes[0] and "not read" not in str(rows.notes)
 
 
 def test_the_last_answer_has_the_label_and_pairs_have_both(tmp_path):

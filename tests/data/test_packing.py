@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from zephyr_lite.data.chat_template import Pair
+from zephyr_lite.data.chat_template import PairExample
 from zephyr_lite.data.messages import RowError
 from zephyr_lite.data.packing import best_fit, cut_pair
 
@@ -38,11 +38,13 @@ def test_every_item_lies_in_one_bin_and_no_bin_overflows():
         assert [items[0] for items in bins] == sorted(items[0] for items in bins)
 
 
-def make_pair(prompt: int, chosen: int, rejected: int) -> Pair:
+def make_pair(prompt: int, chosen: int, rejected: int) -> PairExample:
     def ids(start: int, count: int) -> np.ndarray:
         return np.arange(start, start + count, dtype=np.int32)
 
-    return Pair(ids(1, prompt), ids(1000, chosen), np.ones(chosen, bool), ids(2000, rejected), np.ones(rejected, bool))
+    return PairExample(
+        ids(1, prompt), ids(1000, chosen), np.ones(chosen, bool), ids(2000, rejected), np.ones(rejected, bool)
+    )
 
 
 def test_a_long_pair_is_cut_on_the_prompts_left_then_on_each_responses_right():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_tokenizer
+from tests.data.test_sources import turns, write
 from zephyr_lite.config.load import DatasetSpec, RunConfig
 from zephyr_lite.data import workers
 from zephyr_lite.data.chat_template import Example, resolve_template
@@ -21,13 +22,8 @@ def template(tmp_path):
     return resolve_template("zephyr", make_tokenizer(tmp_path / "tokenizer"))
 
 
-def turns(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-
-
-def write(path: Path, rows: list[dict]) -> list[DatasetSpec]:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [DatasetSpec(path=str(path))]
+def specs_of(path: Path, rows: list[object]) -> list[DatasetSpec]:
+    return [DatasetSpec(path=write(path, rows))]
 
 
 def test_conversations(chat_rows, template):
@@ -61,7 +57,7 @@ def test_long_pairs(template, tmp_path):
         {"prompt": "Hi", "chosen": answer, "rejected": "b"},
         {"prompt": "Hi", "chosen": answer + "a", "rejected": answer + "b"},
     ]
-    specs = write(tmp_path / "a.jsonl", pairs)
+    specs = specs_of(tmp_path / "a.jsonl", pairs)
     data = prepare(specs, "dpo", RunConfig(max_length=100, max_prompt_length=60), template)
     assert [e.where[-1] for e in data.examples] == ["1", "2", "3"]
     assert data.report.dropped == {"chosen equals rejected within max_length 100": [f"{tmp_path}/a.jsonl row 4"]}
@@ -109,7 +105,7 @@ def test_other_rows_under_the_old_name_size_and_time_are_read(tmp_path, template
     """As ``cp -p``, ``rsync -t`` and archives leave them: the time alone tells nothing."""
 
     def answer(text: str) -> str:
-        specs = write(tmp_path / "rows.jsonl", [{"messages": turns("Who?", text)}])
+        specs = specs_of(tmp_path / "rows.jsonl", [{"messages": turns("Who?", text)}])
         os.utime(specs[0].path, (1e9, 1e9))
         data = prepare(specs, "sft", RunConfig(), template)
         return template.tokenizer.decode(data.examples[0].ids[data.examples[0].mask])

@@ -93,12 +93,6 @@ def test_a_folder_in_the_hubs_layout(tmp_path):
         (tmp_path / leftover).write_text("{}")
     rows = load(tmp_path, split="test_sft")
     assert messages(rows) == [turns("Hi", "b")] and rows.dataset["where"][0].endswith("test_sft.jsonl row 1")
-    for options, says in (
-        ({"split": "train"}, r"no split 'train'(.|\n)*There are test_sft, train_sft"),
-        ({}, r"which split\? There are test_sft, train_sft"),
-    ):
-        with pytest.raises(UserError, match=says):
-            load(tmp_path, **options)
 
 
 def numbered(tmp_path, count: int, name: str = "n", tag: str = "") -> str:
@@ -148,16 +142,13 @@ def test_a_folder_with_one_file_of_any_name_is_read(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("text", "rows"),
-    [("[{0},\n{0}]", 2), ("\n[{0}\n{0}]", r"a\.json line 2: broken JSON"), ("[" * 100_000, r"a\.json: broken JSON")],
+    ("text", "says"),
+    [("\n[{0}\n{0}]", r"a\.json line 3: broken JSON"), ("[" * 100_000, r"a\.json: broken JSON")],
 )
-def test_json_arrays(tmp_path, text, rows):
+def test_broken_json_arrays(tmp_path, text, says):
     (tmp_path / "a.json").write_text(text.replace("{0}", LINE.strip()))
-    if isinstance(rows, int):
-        assert len(open_source(DatasetSpec(path=str(tmp_path / "a.json")))) == rows
-    else:
-        with pytest.raises(UserError, match=rows):
-            open_source(DatasetSpec(path=str(tmp_path / "a.json")))
+    with pytest.raises(UserError, match=says):
+        open_source(DatasetSpec(path=str(tmp_path / "a.json")))
 
 
 def test_columns_are_renamed(tmp_path):
@@ -170,25 +161,15 @@ def test_columns_are_renamed(tmp_path):
 
 
 def test_system_turns_from_the_rows_a_column_and_the_configuration(tmp_path):
-    own = {"messages": turns("Hi", "Hello", system="own"), "system": "column"}
     column = {"messages": turns("Hi", "Hello"), "system": "column"}
-    neither = {"messages": turns("Hi", "Hello"), "system": None}
-    path = write(tmp_path / "a.jsonl", [own, column, neither])
-    assert [m[0]["content"] for m in messages(load(path, system="default"))] == ["own", "column", "default"]
-    assert messages(load(path))[2] == turns("Hi", "Hello")
+    path = write(tmp_path / "a.jsonl", [column, {**column, "system": None}])
+    assert [m[0]["content"] for m in messages(load(path, system="default"))] == ["column", "default"]
 
 
 def test_one_response_may_be_the_others_beginning(tmp_path):
     row = {"chosen": turns("One", "1"), "rejected": turns("One", "1", "Two", "2")}
     (found,) = list(load(write(tmp_path / "a.jsonl", [row]), "dpo").values())
     assert found["prompt"] == turns("One") and found["rejected"] == turns("One", "1", "Two", "2")[1:]
-
-
-def test_a_changed_file_is_read_again(tmp_path):
-    path = numbered(tmp_path, 3)
-    assert answers(load(path)) == ["0", "1", "2"]
-    numbered(tmp_path, 4, tag="new")
-    assert answers(load(path)) == ["new0", "new1", "new2", "new3"]
 
 
 @pytest.mark.parametrize(("split", "rows"), [("my-chats", 4), ("my-chats[:2]", 2), ("train[:50%]", 4), ("[x]", 1)])

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..io.text import comma_list, short
 from .foreign_keys import ACCEPTED, ALIASES, DATASETS, REFUSED, SFT_WEIGHTS, TOOLS, TRANSLATED
-from .schema import MemorySpec
+from .schema import MemorySpec, RunConfig
 
 # Axolotl's formats of rows that are found by their columns here
 _FORMATS = ("chat_template", "sharegpt", "alpaca", "completion", "chatml", "llama3", "zephyr")
@@ -47,25 +47,19 @@ BATCH_PARTS = ("per_device_train_batch_size", "micro_batch_size", "gradient_accu
 
 
 def rename(
-    values: dict[str, Any],
-    own: Collection[str],
-    notes: list[str],
-    faults: list[str],
-    *,
-    file: bool = False,
-    dpo: bool = False,
+    values: dict[str, Any], notes: list[str], faults: list[str], *, file: bool = False, dpo: bool = False
 ) -> dict[str, Any]:
     """Other tools' keys as this project's; combinations first (micro-batch × accumulation, data-set mixtures).
 
     Args:
         values: keys and values of a file or of the command line.
-        own: the keys of the schema.
-        notes: one line is added for each key that was renamed or has no effect.
+        notes: a line with the renamed keys, one with those without effect, and what the user should check are added.
         faults: one line is added for each key that is unknown or refused, or has a value that cannot be translated;
             these keys are left out of the result.
         file: the values are a whole file, so TRL's defaults for missing keys count too.
         dpo: the stage is dpo.
     """
+    own = RunConfig.model_fields
     taken = {key: comma_list(value) if ALIASES.get(key, key) in _LISTS else value for key, value in values.items()}
     for kind, (what, keys) in _TYPES.items():
         for key in keys.split():
@@ -73,7 +67,9 @@ def rename(
                 faults.append(f"{key}: {short(taken.pop(key))} is not {what}.")
     for key in ("model_init_kwargs", "dataset_kwargs", "special_tokens"):
         taken = {**(taken.pop(key, None) or {}), **taken}
-    tool, renamed, unused = tool_of(taken), [], []
+    tool = tool_of(taken)
+    renamed: list[str] = []
+    unused: list[str] = []
     if file and tool == "LLaMA-Factory" and (stage := taken.get("stage")):
         renamed.append(f"stage → {'loss_type=kto' if stage == 'kto' else f'the command zephyr-lite {stage}'}")
         if stage == "kto":
@@ -230,17 +226,19 @@ def _datasets(
             result["eval_dataset"] = [{**spec, "split": test, "weight": 1.0} for spec in specs]
     if tests := theirs["test_datasets"]:
         result["eval_dataset"] = [spec for entry in tests for spec in _entry(entry, faults)]
-    if (limit := theirs["max_samples"]) is not None:
-        if not _specs(result.get("dataset")):
-            faults.append("max_samples: limits the rows of dataset, which is not there. Set dataset.limit.")
+    limit = theirs["max_samples"]
+    column = None if column in ("text", "messages", "conversations") else column  # these are found without a name
+    about = {"max_samples": limit, "test_split_size": size, "dataset_text_field": column}
+    belongs = ", ".join(key for key, value in about.items() if value is not None)
+    if belongs and not _specs(result.get("dataset")):
+        faults.append(f"{belongs}: about the rows of dataset, which is not there. Name both.")
+    if limit is not None:
         for key in ("dataset", "eval_dataset"):
             if specs := _specs(result.get(key)):
                 result[key] = [{"limit": limit, **spec} for spec in specs]
     if size is not None:
         _hold_out(size, result, faults, notes)
-    if column not in (None, "text", "messages", "conversations"):  # these are found without a name
-        if not _specs(result.get("dataset")):
-            faults.append("dataset_text_field: names a column of dataset, which is not there. Name both.")
+    if column is not None:
         for key in ("dataset", "eval_dataset"):
             if specs := _specs(result.get(key)):
                 named = {"columns": {"text": column}}
@@ -291,9 +289,7 @@ def _hold_out(size: Any, result: dict[str, Any], faults: list[str], notes: list[
     rows, specs = number(size), _specs(result.get("dataset"))
     if rows is None or not 0 < rows < math.inf or (rows >= 1 and rows != int(rows)):
         faults.append(f"test_split_size: {short(size)} is neither a share below 1 nor a number of rows.")
-    elif not specs:
-        faults.append("test_split_size: holds rows of dataset out, which is not there. Name both.")
-    else:
+    elif specs:
         share = rows if rows < 1 else math.ceil(rows / len(specs))
         result["dataset"] = [{**spec, "test_size": share} for spec in specs]
         # a number of held-out rows does not scale with the data set's weight

@@ -108,7 +108,7 @@ def load_config(
     own, is_dpo = RunConfig.model_fields, method == "dpo"
     defaults = {**(DPO_DEFAULTS if is_dpo else {}), **(base or {})}
     written = read_yaml(path) if path is not None else {}
-    given = rename(written, own, notes, faults[str(path)], file=True, dpo=is_dpo)
+    given = rename(written, notes, faults[str(path)], file=True, dpo=is_dpo)
     elsewhere: Method = "sft" if is_dpo else "dpo"
     if given.get("stage") == elsewhere:
         raise UserError(
@@ -121,7 +121,7 @@ def load_config(
         flat = {key: written[key] for key in BATCH_PARTS if key in written} | flat
     if flat.keys() & SFT_WEIGHTS and "loss_type" in written:  # it is added to the file's loss
         flat = {"loss_type": written["loss_type"], **flat}
-    said = rename(flat, own, notes, faults[WORDS], dpo=is_dpo)
+    said = rename(flat, notes, faults[WORDS], dpo=is_dpo)
     for key, other in (("warmup_ratio", "warmup_steps"), ("loss_type", "loss_weights")):
         if key in said:  # the file's other key would override it, or belongs to another value
             given.pop(other, None)

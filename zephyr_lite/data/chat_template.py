@@ -47,18 +47,8 @@ class PairExample:
     chosen_mask: np.ndarray  # [C] bool
     rejected_ids: np.ndarray  # [R] int32
     rejected_mask: np.ndarray  # [R] bool
-    where: str
-    index: int
-
-
-class Pair(NamedTuple):
-    """The arrays of a ``PairExample``."""
-
-    prompt_ids: np.ndarray
-    chosen_ids: np.ndarray
-    chosen_mask: np.ndarray
-    rejected_ids: np.ndarray
-    rejected_mask: np.ndarray
+    where: str = ""
+    index: int = -1
 
 
 class Encoding(NamedTuple):
@@ -168,7 +158,7 @@ class ChatTemplate(Renderer):
         loss_on: LossOn = "assistant",
         tools: list[Any] | None = None,
         notes: list[str] | None = None,
-    ) -> Pair:
+    ) -> PairExample:
         """The ids of a preference pair, as ``encode``; answers in the prompt are never supervised. ``chosen`` or ``rejected`` may
         be []."""
         both = (chosen or rejected, rejected or chosen)
@@ -179,7 +169,7 @@ class ChatTemplate(Renderer):
         if length == 0:
             raise RowError("no token of the prompt is the same before both answers")
         c, r = (slice(length, None if turns else length) for turns in (chosen, rejected))
-        return Pair(a.ids[:length], a.ids[c], a.mask[c], b.ids[r], b.mask[r])
+        return PairExample(a.ids[:length], a.ids[c], a.mask[c], b.ids[r], b.mask[r])
 
     def encoding(
         self,

@@ -19,7 +19,7 @@ import transformers
 from ..config.load import DatasetSpec, RunConfig
 from ..errors import UserError
 from ..io.text import counted
-from .chat_template import ChatTemplate, Example, Pair, PairExample
+from .chat_template import ChatTemplate, Example, PairExample
 from .formats import Method
 from .load import PLACES, first_places, load_rows, summarise
 from .messages import RowError
@@ -28,7 +28,8 @@ from .workers import map_rows
 
 # columns of arrays
 _COUNTS, _TEXTS = ("length", "supervised", "lost", "cut"), ("where", "fault", "note")
-_ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": Pair._fields, "kto": Pair._fields}
+_PAIR = ("prompt_ids", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
+_ARRAYS: dict[Method, tuple[str, ...]] = {"sft": ("ids", "mask"), "dpo": _PAIR, "kto": _PAIR}
 
 
 @dataclass
@@ -53,10 +54,9 @@ class DataReport:
 
     def lines(self, places: int | None = PLACES) -> list[str]:
         """One fact a line. ``places``: how many rows to name for each reason; None: all."""
-        result = [f"{self.what} data: {note}" for note in self.notes]
-        result += self.dropped_lines(places)
-        for reason, where in sorted(self.changed.items(), key=lambda item: -len(item[1])):
-            result.append(summarise({reason: where}, places))
+        result = [f"{self.what} data: {note}" for note in self.notes] + self.dropped_lines(places)
+        changed = sorted(self.changed.items(), key=lambda item: -len(item[1]))
+        result += [summarise({change: where}, places) for change, where in changed]
         if self.cut:
             extra = f", {self.prompts_cut:,} of them on the prompt's left" if self.prompts_cut else ""
             result.append(
@@ -183,13 +183,12 @@ def prepare(
         desc=f"tokenizing {what} data",
     )
     stats = table.select_columns([*_COUNTS, *_TEXTS]).with_format("numpy")[:]
-    for index in np.flatnonzero((stats["fault"] != "") | (stats["note"] != "")):
-        fault, where = str(stats["fault"][index]), str(stats["where"][index])
+    for fault, note, where in zip(stats["fault"].tolist(), stats["note"].tolist(), stats["where"].tolist()):
         if fault:
             report.dropped.setdefault(fault, []).append(where)
             continue
-        for note in str(stats["note"][index]).split("\n"):
-            report.changed.setdefault(note, []).append(where)
+        for each in note.split("\n") if note else []:
+            report.changed.setdefault(each, []).append(where)
     kept = np.flatnonzero(stats["fault"] == "")
     if len(kept) == 0:
         raise UserError(
@@ -197,8 +196,7 @@ def prepare(
             f"Raise max_length ({config.max_length}) or lower max_prompt_length ({config.max_prompt_length}) if they are "
             "too long; otherwise correct the rows, or choose others or another chat_template.",
         )
-    if len(kept) < len(table):
-        table = table.select(kept)
+    table = table.select(kept)
     lengths = stats["length"][kept].astype(np.int64)
     report.kept = report.rows = len(kept)
     report.cut, report.prompts_cut = int((stats["cut"][kept] > 0).sum()), int((stats["cut"][kept] > 1).sum())
@@ -240,7 +238,7 @@ def _encode(
     """A batch of normalised rows as arrays, counts and texts. ``cut`` is 1 for a cut example, 2 with a cut prompt."""
     columns: dict[str, list[Any]] = defaultdict(list)
     no_ids, no_mask = np.zeros(0, np.int32), np.zeros(0, bool)
-    no_arrays = (no_ids, no_mask) if method == "sft" else Pair(no_ids, no_ids, no_mask, no_ids, no_mask)
+    no_arrays = (no_ids, no_mask) if method == "sft" else (no_ids, no_ids, no_mask, no_ids, no_mask)
     for where, text in zip(batch["where"], batch["row"]):
         row, fault = json.loads(text), ""
         notes: list[str] = []
@@ -255,11 +253,12 @@ def _encode(
             else:
                 turns = row["prompt"], row["chosen"], row["rejected"]
                 pair = template.encode_pair(*turns, loss_on, row.get("tools"), notes)
-                short = cut_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
-                sides = (pair.chosen_mask, short.chosen_mask), (pair.rejected_mask, short.rejected_mask)
+                fitting = cut_pair(pair, max_length, max_prompt_length, template.bos_token_id is not None)
+                sides = (pair.chosen_mask, fitting.chosen_mask), (pair.rejected_mask, fitting.rejected_mask)
                 masks = tuple(mask for side, turn in zip(sides, turns[1:]) if turn for mask in side)
-                if short is not pair:
-                    cut = 2 if len(short.prompt_ids) < len(pair.prompt_ids) else 1
+                if fitting is not pair:
+                    cut = 2 if len(fitting.prompt_ids) < len(pair.prompt_ids) else 1
+                short = tuple(getattr(fitting, name) for name in _PAIR)
             counts = [int(mask.sum()) for mask in masks]  # of each response, before and after the cut
             if not all(counts[::2]):
                 raise RowError("no supervised token")

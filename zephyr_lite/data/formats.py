@@ -67,10 +67,7 @@ class Row:
         self.kind = ""
         self.changes: list[str] = []
         self.unread_keys: list[str] = []
-        self.filled: dict[str, Any] = {}
-        for column, value in values.items():
-            if has_value(value):
-                self.filled[column] = value
+        self.filled = {column: value for column, value in values.items() if has_value(value)}
         self.read: set[str] = set()
 
     @property
@@ -80,10 +77,7 @@ class Row:
 
     def holds(self, *columns: str) -> str | None:
         """The first of these columns with a value."""
-        for column in columns:
-            if column in self.filled:
-                return column
-        return None
+        return next((column for column in columns if column in self.filled), None)
 
     def take(self, *columns: str) -> Any:
         """The value of the first of these columns with one, else None."""
@@ -113,8 +107,8 @@ def normalise(values: Mapping[str, Any], method: Method) -> Row:
     row.value = read(row)
     if method == "sft" and "label" in row.filled:
         # KTO's; in other rows a number or another word may be a class
-        is_class = row.kind != "prompt and completion" and str(values["label"]).strip().lower() not in ("true", "false")
-        if not (is_class or _is_good(row)):
+        is_labelled = row.kind == "prompt and completion" or str(values["label"]).strip().lower() in ("true", "false")
+        if is_labelled and not _is_good(row):
             raise RowError("label is false: a rejected answer")
     if tools := as_tools(row.take("tools", "functions")):
         row.value["tools"] = tools
@@ -160,10 +154,7 @@ def mapping_hint(columns: list[str], method: Method) -> str:
 
 def _format(have: set[str], method: Method) -> tuple[str, Callable[[Row], dict[str, Any]]] | None:
     """The name and the reader of the first format whose columns are there."""
-    for columns, name, read in _FORMATS[method]:
-        if columns <= have:
-            return name, read
-    return None
+    return next(((name, read) for columns, name, read in _FORMATS[method] if columns <= have), None)
 
 
 # -- conversations -------------------------------------------------------------------------------------------------------
@@ -176,12 +167,8 @@ def _read_messages(row: Row, column: str) -> dict[str, Any]:
     return _conversation(row, messages, "instruction")
 
 
-def _read_alpaca(row: Row) -> dict[str, Any]:
-    return _conversation(row, [*_prompt(row), *_answer(row, "output")])
-
-
-def _read_completion(row: Row) -> dict[str, Any]:
-    prompt, answer = _prompt(row), _answer(row, "completion")
+def _read_answer(row: Row, column: str) -> dict[str, Any]:
+    prompt, answer = _prompt(row), _answer(row, column)
     if answer[0]["role"] == "assistant":
         _refuse_answered(prompt)
     return _conversation(row, [*prompt, *answer])
@@ -210,10 +197,8 @@ def _conversation(row: Row, messages: list[Message], *system_columns: str) -> di
 
 
 def _refuse_untrained(messages: list[Message], what: str) -> None:
-    for turn in messages:
-        if turn["role"] == "assistant" and turn.get("train", True):
-            return
-    raise RowError(f"{what} is marked as not to be trained")
+    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in messages):
+        raise RowError(f"{what} is marked as not to be trained")
 
 
 # -- pairs ---------------------------------------------------------------------------------------------------------------
@@ -303,8 +288,8 @@ _FORMATS: dict[Method, list[tuple[set[str], str, Callable[[Row], dict[str, Any]]
         ({"messages"}, TURNS["messages"], partial(_read_messages, column="messages")),
         ({"conversations"}, TURNS["conversations"], partial(_read_messages, column="conversations")),
         ({"conversation"}, TURNS["conversation"], partial(_read_messages, column="conversation")),
-        ({"instruction", "output"}, "Alpaca", _read_alpaca),
-        ({"prompt", "completion"}, "prompt and completion", _read_completion),
+        ({"instruction", "output"}, "Alpaca", partial(_read_answer, column="output")),
+        ({"prompt", "completion"}, "prompt and completion", partial(_read_answer, column="completion")),
         ({"data"}, "raw UltraChat", _read_ultrachat),
         ({"text"}, PLAIN, _read_text),
     ],

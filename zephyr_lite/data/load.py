@@ -101,17 +101,12 @@ def _load_source(
         detect(source.columns, method, label)  # raises
     numbers = np.arange(total) if spec.val_size is not None else _drawn_rows(spec, total, label, rng)
     raw = raw if len(numbers) == total else raw.select(numbers)
-    options: dict[str, Any] = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only}
-    options["numbers"] = None if len(numbers) == total else numbers
+    options = {"method": method, "label": label, "system": system, "mapping": mapping, "only": only, "numbers": numbers}
     mapped = map_rows(raw, _normalise, _NORMALISED, options, options, f"reading {label}", with_indices=True)
     facts = [json.loads(text) for text in mapped["facts"]]
-    kinds: Counter[str] = Counter()
-    for fact in facts:
-        kinds[fact.get("kind", "")] += 1
-    del kinds[""]
-    not_read: dict[str, set[str]] = {"columns": set(), "message keys": set()}
-    if not source.is_text:
-        not_read["columns"] = set(source.columns) - {*COLUMNS, *mapping.values()}
+    kinds = Counter(fact["kind"] for fact in facts if "kind" in fact)
+    decoded = [] if source.is_text else source.columns
+    not_read = {"columns": set(decoded) - {*COLUMNS, *mapping.values()}, "message keys": set[str]()}
     good: list[int] = []
     dropped: dict[str, list[str]] = {}
     for index, (fact, where) in enumerate(zip(facts, mapped["where"])):
@@ -138,16 +133,14 @@ def _load_source(
     if len(kinds) > 1:
         del kinds[PLAIN]
     known = " and ".join(dict(kinds.most_common()))
-    note = f"{label}: read as {known}, {counted(len(mapped), 'row')}" + (
-        f" of {total:,}" if len(mapped) < total else ""
-    )
+    note = f"{label}: read as {known}, {counted(len(mapped), 'row')}"
+    note += f" of {total:,}" if len(mapped) < total else ""
     note += f", {len(mapped) - len(good):,} left out" if len(good) < len(mapped) else ""
-    rows.notes.append(note + (f", weight {spec.weight:g}" if spec.weight != 1 else ""))
-    if any(not_read.values()):
-        unread = [f"{what} {shown(', '.join(sorted(names)), 1000)}" for what, names in not_read.items() if names]
+    note += f", weight {spec.weight:g}" if spec.weight != 1 else ""
+    rows.notes.append(note)
+    if unread := [f"{what} {shown(', '.join(sorted(names)), 1000)}" for what, names in not_read.items() if names]:
         rows.notes.append(f"{label}: not read: {'; '.join(unread)}")
-    mapped = mapped.select_columns(["row", "where"])
-    return mapped if len(good) == len(mapped) else mapped.select(np.asarray(good))
+    return mapped.select_columns(["row", "where"]).select(np.asarray(good))
 
 
 def _repeated(part: datasets.Dataset, weight: float, rng: np.random.Generator) -> datasets.Dataset:
@@ -192,14 +185,12 @@ def _take_side(
         drawn = _drawn_rows(spec, len(side), spec.path, rng)
         parts[place] = parts[place].select(np.asarray(side, dtype=np.int64)[drawn])
         rows.read += len(drawn)
-    copies = ""
-    if twice := total - distinct:
-        copies = f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side"
-    how = (
-        ", which are not trained on"
-        if part == "test"
-        else f" are held out, and not learned; val_size=0 trains on all{copies}"
-    )
+    twice = total - distinct
+    how = ", which are not trained on"
+    if part == "train":
+        how = " are held out, and not learned; val_size=0 trains on all"
+        if twice:
+            how += f"; {twice:,} row{'s are copies' if twice > 1 else ' is a copy'} of others, on the same side"
     if count:
         what = "rows" if len(keys) == total else "different rows"
         rows.notes.append(f"{count:,} of {len(keys):,} {what}{how}")
@@ -259,7 +250,7 @@ def _normalise(
     system: str | None,
     mapping: dict[str, str],
     only: list[str] | None,
-    numbers: np.ndarray | None,
+    numbers: np.ndarray,
 ) -> dict[str, list[str]]:
     """A batch of raw rows as ``_NORMALISED``."""
     result: dict[str, list[str]] = {"row": [], "where": [], "facts": []}
@@ -276,7 +267,7 @@ def _normalise(
         except RowError as error:
             facts = {"fault": str(error)}
         result["row"].append(text)
-        result["where"].append(f"{label} row {(index if numbers is None else int(numbers[index])) + 1}")
+        result["where"].append(f"{label} row {numbers[index] + 1}")
         result["facts"].append(json.dumps(facts))
     return result
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .chat_template import Pair
+from .chat_template import PairExample
 from .messages import RowError
 
 
@@ -49,7 +49,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
     return sorted(map(sorted, bins))
 
 
-def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: bool) -> Pair:
+def cut_pair(pair: PairExample, max_length: int, max_prompt_length: int, keeps_first: bool) -> PairExample:
     """A pair within the budget of prompt + one response.
 
     A pair that fits is not changed, however long its prompt. Otherwise the prompt is cut on its left to
@@ -65,7 +65,7 @@ def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: b
     Raises:
         RowError: the prompt leaves no room for a response.
     """
-    prompt, chosen, chosen_mask, rejected, rejected_mask = pair
+    prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
     if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
         return pair
     if len(prompt) > max_prompt_length:
@@ -77,4 +77,4 @@ def cut_pair(pair: Pair, max_length: int, max_prompt_length: int, keeps_first: b
             f"the prompt is longer than the budget: max_prompt_length {max_prompt_length} leaves no room in max_length "
             f"{max_length}"
         )
-    return Pair(prompt, chosen[:room], chosen_mask[:room], rejected[:room], rejected_mask[:room])
+    return PairExample(prompt, chosen[:room], pair.chosen_mask[:room], rejected[:room], pair.rejected_mask[:room])

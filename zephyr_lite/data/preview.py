@@ -162,8 +162,6 @@ def _own_prefix(template: ChatTemplate, messages: list[Message], text: str) -> i
 
 
 def _visible(char: str) -> str:
-    if (
-        unicodedata.category(char)[0] in "CZ"
-    ):  # control and format characters would move the cursor or change the direction
+    if unicodedata.category(char)[0] in "CZ":  # would move the cursor or change the direction
         return _SIGNS.get(char, f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
     return char

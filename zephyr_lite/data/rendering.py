@@ -10,8 +10,10 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateSyntaxError
@@ -205,14 +207,10 @@ class Renderer:
             form.append(turn)
         if not has_calls:
             return form
-        for as_text in (False, True):
-            for empty in ("", None):
-                tried = [_call_form(turn, empty, as_text) for turn in form]
-                try:
-                    text = self._render(tried, False, tools)
-                except RowError:
-                    continue
-                if self._writes_calls(tried, text, tools):
+        for as_text, empty in product((False, True), ("", None)):
+            tried = [_call_form(turn, empty, as_text) for turn in form]
+            with suppress(RowError):
+                if self._writes_calls(tried, self._render(tried, False, tools), tools):
                     return tried
         return form
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ COMPRESSED = (".gz", ".zst", ".bz2")  # of text files
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 # a row of a text file: its JSON, and its place for messages ("rows.jsonl line 3")
 TEXT_ROWS = datasets.Features({"json": datasets.Value("large_string"), "place": datasets.Value("string")})
+_NO_SPACE = re.compile(r"\S")
 BATCH = 1000  # rows of a Parquet file that are read at once
 
 
@@ -55,9 +57,7 @@ def _lines(file: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, decompressed if its content is compressed, whatever its name."""
     with file.open("rb") as opened:
         start = opened.read(4)
-    compression = None
-    for magic, name in _MAGIC.items():
-        compression = name if start.startswith(magic) else compression
+    compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
     with io.BufferedReader(pa.input_stream(str(file), compression=compression), 2**20) as opened:
         for number, line in enumerate(opened, 1):
             try:
@@ -71,20 +71,18 @@ def _lines(file: Path) -> Iterator[str]:
 
 def _json_rows(file: Path) -> Iterator[tuple[str, str]]:
     """A row a line; or, if the first line is not a row, the values of one array, or objects over several lines."""
-    is_first = True
-    for number, line in enumerate(_lines(file), 1):
-        text = line.strip()
-        if text and is_first:
-            try:
-                is_document = text.startswith("[") or _wrapped_rows(json.loads(text)) is not None
-            except (ValueError, RecursionError):
-                is_document = True
-            if is_document:
-                yield from _document_rows(file)
-                return
-            is_first = False
-        if text:
-            yield f"line {number}", text
+    lines = ((f"line {number}", text) for number, line in enumerate(_lines(file), 1) if (text := line.strip()))
+    first = next(lines, None)
+    if first is None:
+        return
+    try:
+        is_row = not first[1].startswith("[") and _wrapped_rows(json.loads(first[1])) is None
+    except (ValueError, RecursionError):
+        is_row = False
+    if is_row:
+        yield from chain([first], lines)
+    else:
+        yield from ((f"row {number}", json.dumps(row)) for number, row in enumerate(_document_rows(file), 1))
 
 
 def _wrapped_rows(value: Any) -> list[Any] | None:
@@ -100,27 +98,14 @@ def _wrapped_rows(value: Any) -> list[Any] | None:
     return lists[0]
 
 
-def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """The rows of a JSON array, or of JSON values one after another."""
-    text = "".join(_lines(file))
-    start = len(text) - len(text.lstrip())
-    is_array = text.startswith("[", start)
-    decoder, gap = json.JSONDecoder(), re.compile(r"\s*,\s*" if is_array else r"\s*")
-    position, number = len(text) - len(text[start + is_array :].lstrip()), 0
+def _document_rows(file: Path) -> list[Any]:
+    """The values of a JSON array, or JSON values one after another."""
+    values: list[Any] = []
+    text, position = "".join(_lines(file)), 0
     try:
-        while position < len(text) and not (is_array and text.startswith("]", position)):
-            value, end = decoder.raw_decode(text, position)
-            if number == 0 and not text[end:].strip() and (rows := _wrapped_rows(value)) is not None:
-                yield from ((f"row {place}", json.dumps(row, ensure_ascii=False)) for place, row in enumerate(rows, 1))
-                return
-            number += 1
-            yield f"row {number}", text[position:end]
-            found = gap.match(text, end)
-            position = end if found is None else found.end()
-            if found is None:
-                break
-        if text[position:].strip() != ("]" if is_array else ""):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        while found := _NO_SPACE.search(text, position):
+            value, position = json.JSONDecoder().raw_decode(text, found.start())
+            values.append(value)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file} line {error.lineno}: broken JSON: {error.msg}: {text[error.pos : error.pos + 60]!r}.",
@@ -128,6 +113,9 @@ def _document_rows(file: Path) -> Iterator[tuple[str, str]]:
         ) from None
     except (RecursionError, ValueError) as error:  # too many brackets, or digits of a number
         raise UserError(f"{file}: broken JSON: {error}.", "Correct the file, or remove it.") from None
+    if len(values) > 1:
+        return values
+    return values[0] if isinstance(values[0], list) else _wrapped_rows(values[0]) or values
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, str]]:
@@ -142,10 +130,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
     """Every cell is text, except lists of turns, which a CSV can only hold as JSON."""
     csv.field_size_limit(2**31 - 1)
     first = next(_lines(file), "")
-    delimiter = "\t" if kind_and_stem(file)[0] == "tsv" else ","
-    for other in (";", "\t"):
-        if delimiter == "," and other in first and "," not in first:
-            delimiter = other
+    delimiter = next((sign for sign in ",;\t" if sign in first), ",") if kind_and_stem(file)[0] == "csv" else "\t"
     reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
     start = 1
     try:
