@@ -35,7 +35,7 @@ def test_both_stages_in_int8(tiny_base, chat_rows, pair_rows, tmp_path, monkeypa
         run_sft(sft("run"))
     with monkeypatch.context() as patch:
         patch.setattr(setup, "this_machine", lambda *_, **__: of_card(find_gpu("t4"), torch.float16, MemorySpec()))
-        with pytest.raises(UserError, match=r"t4 has compute capability 7\.5; int8 needs 8\.0"):
+        with pytest.raises(UserError, match=r"T4 has compute capability 7\.5; int8 needs 8\.0"):
             setup_stage("sft", sft("run", **INT8))
     run_sft(sft("run", **INT8))
     run_sft(sft("other", **INT8))

@@ -9,7 +9,6 @@ import torch
 from huggingface_hub import RepoUrl
 
 from tests.fake_hub import FakeHub
-from tests.messages import messages_to
 from tests.train.test_train import killed_at, words
 from zephyr_lite.config.load import load_config
 from zephyr_lite.errors import UserError
@@ -125,13 +124,12 @@ def test_the_next_plan_is_corrected_by_a_run(loaded, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ['{"x": ', '{"x": "fast"}'])
-def test_a_damaged_file_is_named_and_started_anew(content):
-    shape, said = SimpleNamespace(layers=2, hidden=64), []
+def test_a_damaged_file_is_started_anew(content):
+    shape = SimpleNamespace(layers=2, hidden=64)
     job = SimpleNamespace(dtype=torch.float32, engine="fused", int8=False, shape=shape)
     file = cache_dir() / "measured.json"
     file.parent.mkdir()
     file.write_text(content)
-    with messages_to(said.append):
-        assert earlier_runs("here", job) == [] and said[0].startswith(f"{file}: damaged, ")
-        add_run("here", job, 0.5)
+    assert earlier_runs("here", job) == []
+    add_run("here", job, 0.5)
     assert earlier_runs("here", job) == [0.5]

@@ -1,5 +1,6 @@
 """`zephyr-lite suggest`: values with reasons, the command that it prints, and the probe of learning rates."""
 
+import re
 import shlex
 
 import numpy as np
@@ -59,6 +60,19 @@ def test_the_printed_command_and_the_file_have_the_suggested_values(own, invoke,
     config = setup_stage(method, resolve_run(method, None, rest), claim=False).config
     assert invoke("suggest", "sft", *own, "lora_alpha=4", "-o", "a/b.yaml")[1].endswith("sft --config a/b.yaml\n")
     assert load_config("sft", "a/b.yaml").config == config and not (tmp_path / "run").exists()
+
+
+def test_the_plan_has_the_rows_sizes(own, invoke):
+    """Tokenized where the base is a folder, as for a run; else by their characters. A step takes no row twice."""
+    changes = ["max_steps=3", "val_size=0", "max_length=2048"]
+    code, out, err = invoke("plan", "sft", *own, *changes, "--details")
+    assert code == 0 and "by their characters" not in out, err
+    (exact,) = re.findall(r"longest row ([\d,]+) tokens", out)
+    assert int(exact) < 100
+    code, out, err = invoke("plan", "sft", *own[1:], *changes, "--gpu", "3060", "--details")
+    assert code == 0 and "30 rows of about" in " ".join(out.split()), err
+    a_step, together = (int(re.search(rf"([\d,]+) {w}", out)[1].replace(",", "")) for w in ("a step", "tokens in all"))
+    assert a_step < 2048 and together == 3 * a_step
 
 
 def test_a_probe_picks_a_rate_that_trains_and_leaves_nothing(own, invoke, tmp_path):

@@ -119,7 +119,7 @@ def plan(
     vram: Annotated[
         str | None, Option(help="Memory of the card, such as 8GiB. Without --gpu: a generic card of that size.")
     ] = None,
-    price: Annotated[float | None, Option(help="US dollars an hour for the card.")] = None,
+    price: Annotated[float | None, Option(min=0, help="US dollars an hour for the card.")] = None,
     details: Annotated[bool, Option("--details", help="Memory by name, what was chosen, and disk.")] = False,
     ladder: Annotated[bool, Option("--ladder", help="A Markdown table of cards from 6 to 24 GB.")] = False,
 ) -> None:
@@ -132,15 +132,16 @@ def plan(
     if len(methods) > 1 and any(word.lstrip("-").startswith("dataset") for word in words):
         raise UserError("a data set is for one stage.", "Name it: `zephyr-lite plan sft …` or `plan dpo …`.")
     if ladder:
-        stage = None if words == context.args else context.args[0]
-        others = {"--gpu": gpu, "--vram": vram, "--price": price, "--config": config, f"a stage ({stage})": stage}
-        others["--details"] = details or None
-        console.plan(ladder_lines(words, others))
+        if words != context.args or config or gpu or vram or price is not None or details:
+            raise UserError(
+                "plan --ladder takes only key=value.", "Its cards and stages are its own; leave the others out."
+            )
+        console.plan(ladder_lines(words))
         return
     for method in methods:
         loaded = resolve_run(method, config, words, runs_root=None)
-        settle_before(method, loaded)
-        console.plan(planned_lines(method, loaded, gpu=gpu, vram=vram, price=price, details=details))
+        rows = settle_before(method, loaded)
+        console.plan(planned_lines(method, loaded, rows=rows, gpu=gpu, vram=vram, price=price, details=details))
     if not details:
         console.plan(["details: add --details"])
 
@@ -164,12 +165,12 @@ def suggest(
         make_folder(out.parent)  # before anything is computed
     loaded = resolve_run(method, config, words)
     before = loaded.config
-    rows = suggestions.suggest(method, loaded, loaded.given if config else loaded.typed)
-    console.plan(suggestions.table_lines(rows))
+    table, rows = suggestions.suggest(method, loaded, loaded.given if config else loaded.typed)
+    console.plan(suggestions.table_lines(table))
     if probe:
         console.plan(suggestions.probe(method, loaded))
     else:
-        console.plan(planned_lines(method, loaded, gpu=gpu, vram=None, price=None))
+        console.plan(planned_lines(method, loaded, rows=rows, gpu=gpu))
     if out is None:
         file = ["--config", config] if config else []
         console.say(next_lines([method, *file, *words, *suggestions.changed_words(loaded.config, before)]))

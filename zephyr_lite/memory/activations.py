@@ -14,7 +14,7 @@ from ..model.families import Shape
 from ..ops.dropout_products import matrix_gradient_sums
 from ..ops.int8 import outlier_count
 from ..ops.token_logps import CHUNK_BYTES
-from .device import Device
+from .gpus import Device
 from .workload import Workload
 
 # what a layer may keep, and whether that goes to the host
@@ -65,7 +65,7 @@ def layer_bytes(
     rows = tokens if tiles == 1 else tile or tokens
     keys = tokens if job.method == "sft" else round(tokens * job.keys)
     ranks = job.site_ranks
-    (qkv_rank, qkv_trained), (out_rank, out_trained), (mlp_rank, mlp_trained), (down_rank, down_trained) = ranks
+    qkv_rank, out_rank, mlp_rank, down_rank = (rank for rank, _ in ranks)
     qkv, both = s.queries + 2 * s.keys, 2 * s.inner
     in_qkv, _, in_mlp, _ = map(len, s.family.sites)  # matrices of a site
 
@@ -109,30 +109,24 @@ def layer_bytes(
         """The matrices of a stack's adapters beside each other."""
         return rank * width * size * (stacked and not job.dropout)
 
-    def numbers(rank: int, width: int, outs: int, projections: int) -> int:
-        """Of a site's adapters: all A (width 0: without them), and the B of each projection."""
-        return rank * width + rank * outs // projections
-
-    def products(rank: int, trained: int, width: int, outs: int, projections: int, count: int) -> int:
-        """Beside the rest while a site's adapters are differentiated: the adapters beside each other, or the gradients and the
-        trained adapter's columns; the dropped input, or the sums over the tokens; on a CPU 16-bit factors are copied to 32 bits."""
-        dropped = of(width, count) if copied else 0
-        columns = of(trained, count) if stacked and not job.dropout else 0
-        copies = 4 * count * (max(width, outs // projections) + trained) if size < 4 and not device.cuda else 0
-        splits = matrix_gradient_sums(count) if job.dropout and not copied else 1
-        sums = 4 * (splits + 1) * trained * width if splits > 1 else 0
-        gradients = columns + copies + wide * numbers(trained, width, outs, projections)
-        return dropped + max(concatenated(rank, width), gradients, sums)
-
-    # the gradients of the sites' adapters
-    of_mlp = wide * numbers(mlp_trained, s.hidden, both, in_mlp)
-    of_down = wide * numbers(down_trained, s.inner, s.hidden, 1)
-    of_out = wide * numbers(out_trained, s.queries, s.hidden, 1)
+    # of each site: the width of its input, those of its outputs together, and its matrices
+    sites = ((s.hidden, qkv, in_qkv), (s.queries, s.hidden, 1), (s.hidden, both, in_mlp), (s.inner, s.hidden, 1))
+    # the gradients of the trained adapters: all A, and the B of each matrix
+    gradients = [wide * (r * width + r * outs // count) for (_, r), (width, outs, count) in zip(ranks, sites)]
+    _, of_out, of_mlp, of_down = gradients
     # the adapters in the compute dtype, which a pass of the layer makes once; in 32 bits B only, for its scale
     half = size < 4
-    casts = numbers(qkv_rank, half * s.hidden, qkv, in_qkv) + numbers(out_rank, half * s.queries, s.hidden, 1)
-    casts += numbers(mlp_rank, half * s.hidden, both, in_mlp) + numbers(down_rank, half * s.inner, s.hidden, 1)
-    casts *= size
+    casts = size * sum(r * half * width + r * outs // count for (r, _), (width, outs, count) in zip(ranks, sites))
+
+    def products(site: int, count: int) -> int:
+        """Beside the rest while a site's adapters are differentiated: the adapters beside each other, or the gradients and the
+        trained adapter's columns; the dropped input, or the sums over the tokens; on a CPU 16-bit factors are copied to 32 bits."""
+        (rank, trained), (width, outs, projections) = ranks[site], sites[site]
+        columns = of(trained, count) if stacked and not job.dropout else 0
+        copies = 4 * count * (max(width, outs // projections) + trained) if half and not device.cuda else 0
+        splits = matrix_gradient_sums(count) if job.dropout and not copied else 1
+        sums = 4 * (splits + 1) * trained * width if splits > 1 else 0
+        return of(width, count) * copied + max(concatenated(rank, width), columns + copies + gradients[site], sums)
 
     forward: dict[Keep | None, int] = {}
     policies: tuple[Keep | None, ...] = (None, "input", "attention", "all")
@@ -170,11 +164,9 @@ def layer_bytes(
         if tiles > 1:  # the whole gradient, the one of the tile before, and its adapters' gradients and their sums
             work += of(s.hidden) + of(s.hidden, rows) + min(2, tiles - 1) * (of_mlp + of_down)
         down = of(down_rank + s.inner + down_rank * (not whole), rows)
-        down += max(
-            products(down_rank, down_trained, s.inner, s.hidden, 1, rows), codes(s.hidden, rows, outliers=False)
-        )
+        down += max(products(3, rows), codes(s.hidden, rows, outliers=False))
         up = of(mlp_rank + down_rank * (not whole) + s.hidden, rows) + of_down
-        trained = of(s.hidden, rows) + products(mlp_rank, mlp_trained, s.hidden, both, in_mlp, rows)
+        trained = of(s.hidden, rows) + products(2, rows)
         up += max(trained, codes(s.inner, rows, outliers=False))
         if post:  # down is computed again, before the gradient of gate and up; its gradient is there until theirs is
             again = of(s.inner + s.hidden, rows) + codes(s.inner, rows) - of(both, rows) * (whole and not owned)
@@ -185,14 +177,10 @@ def layer_bytes(
         if s.family.head_norms:
             after += wide * tokens * (s.heads + s.kv_heads)
         out = of(out_rank + s.queries + s.hidden * post)
-        out += max(products(out_rank, out_trained, s.queries, s.hidden, 1, tokens), codes(s.hidden, outliers=False))
+        out += max(products(1, tokens), codes(s.hidden, outliers=False))
         attention = of(out_rank + s.queries + qkv) + of_out + attention_backward
         last = of(qkv + qkv_rank + s.hidden) + of_out
-        last += max(
-            products(qkv_rank, qkv_trained, s.hidden, qkv, in_qkv, tokens),
-            of(2 * s.hidden),
-            of(s.hidden) + codes(s.queries, outliers=False),
-        )
+        last += max(products(0, tokens), of(2 * s.hidden), of(s.hidden) + codes(s.queries, outliers=False))
         backward[keep, owned] = casts + max(recompute, mlp, after + max(out, attention, last))
     return kept, forward, backward
 

@@ -18,7 +18,7 @@ from ..model.families import Shape
 from ..ops.int8 import outlier_count
 from ..ops.lora import ALIGNMENT, SMALL
 from .activations import head_bytes, layer_bytes
-from .device import MIB, Device
+from .gpus import MIB, Device
 from .workload import Workload
 
 SLAB_ALIGNMENT = 256  # of a tensor in a streamed layer's block (``weight_streaming``)
@@ -141,23 +141,19 @@ def resident_bytes(job: Workload, stream: bool, scratch: ScratchMode, device: De
     """(bytes by name on the device from the first step to the last; optimizer states that CUDA may move to the host)."""
     optimizer, managed = optimizer_bytes(job.optim, job.trained_tensors, cuda=device.cuda)
     adapters = sum(4 * buffer_numbers(adapter.tensors(job.shape)) for adapter in job.adapters)
-    parts = base_bytes(job, stream=stream)
-    for name, size in (
-        (
-            "dequantized weights",
-            0 if job.storage == "dense" else scratch_bytes(job.shape, job.dtype.itemsize, scratch, job.int8),
-        ),
-        ("int8 scales", job.int8 and int8_bytes(job.shape)),
-        ("adapters", adapters),
-        ("gradients", 4 * buffer_numbers(job.trained_tensors)),
-        ("optimizer's state", optimizer),
+    scratch_size = scratch_bytes(job.shape, job.dtype.itemsize, scratch, job.int8)
+    parts = {
+        **base_bytes(job, stream=stream),
+        "dequantized weights": 0 if job.storage == "dense" else scratch_size,
+        "int8 scales": int8_bytes(job.shape) if job.int8 else 0,
+        "adapters": adapters,
+        "gradients": 4 * buffer_numbers(job.trained_tensors),
+        "optimizer's state": optimizer,
         # the forward pass has one, and the backward pass, which runs in autograd's thread, another
-        ("matrix products' workspace", 2 * device.workspace),
-        ("CUDA context" if device.cuda else "process", device.context),
-    ):
-        if size:
-            parts[name] = size
-    return parts, managed
+        "matrix products' workspace": 2 * device.workspace,
+        "CUDA context" if device.cuda else "process": device.context,
+    }
+    return {name: size for name, size in parts.items() if size}, managed
 
 
 def estimate(job: Workload, execution: ExecutionConfig, device: Device, *, training: bool = True) -> MemoryBreakdown:

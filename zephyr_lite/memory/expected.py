@@ -9,19 +9,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from transformers import MistralConfig
 
 from ..config.load import Loaded, Method, RunConfig
 from ..data.load import load_rows
 from ..data.sources import local_path
-from ..errors import UserError
 from ..io.run_dir import StageDir
 from ..model.base_folder import read_model_config
 from ..model.families import Shape
-from ..model.files import named_folder
+from ..model.files import fetch_base, named_folder
 from ..model.peft_io import read_adapter
 from .estimate import base_bytes, optimizer_bytes
 from .workload import AdapterSpec, Workload, longest_of, make_workload
@@ -29,20 +28,7 @@ from .workload import AdapterSpec, Workload, longest_of, make_workload
 GB = 1e9
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 MISTRAL_BYTES = 14_483_000_000  # its safetensors files
-MISTRAL_SHAPE: Any = SimpleNamespace(
-    model_type="mistral",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=32000,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-    rope_parameters=None,
-    hidden_act="silu",
-)
+MISTRAL_SHAPE = MistralConfig()  # its defaults
 
 
 class KnownData(NamedTuple):
@@ -85,6 +71,34 @@ def counted_rows(method: Method, config: RunConfig) -> list[KnownData | None]:
     return found
 
 
+def expected_rows(method: Method, config: RunConfig, data: Sequence[KnownData | None]) -> dict[str, Any]:
+    """The fields of ``Workload`` that describe the rows, before these are read: each as long as it may be."""
+    longest, size, pairs = longest_of(config, method), config.batch_size, config.row_kind(method) == "dpo"
+    parts = [(spec, known) for spec, known in zip(config.dataset, data, strict=True) if known is not None]
+    means = [min(known.tokens, longest) for _, known in parts]
+    mean = sum(means) / len(means) if means else config.max_length
+    step_tokens = size * (config.max_length if method == "sft" else mean)
+    rows: dict[str, Any] = {
+        "longest": longest,
+        "segment": int(mean / 2 if pairs else mean),
+        "step_most": size * longest,
+    }
+    if pairs:
+        rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
+    if len(parts) == len(data):
+        counts = [min(spec.limit or known.rows, known.rows) * spec.weight for spec, known in parts]
+        epoch = sum(count * tokens for count, tokens in zip(counts, means))
+        step_tokens = min(step_tokens, epoch)  # a step takes no row twice
+        tokens = epoch * config.num_train_epochs if config.max_steps is None else config.max_steps * step_tokens
+        steps = config.max_steps or max(1, round(tokens / step_tokens))
+        rows |= {"run_tokens": int(tokens), "steps": steps, "epochs": tokens / epoch}
+    elif config.max_steps is not None:
+        rows |= {"run_tokens": int(config.max_steps * step_tokens), "steps": config.max_steps}
+    else:
+        rows["epochs"] = config.num_train_epochs
+    return {**rows, "step_tokens": int(step_tokens)}
+
+
 def expected_job(
     method: Method,
     config: RunConfig,
@@ -92,37 +106,16 @@ def expected_job(
     dtype: torch.dtype,
     *,
     below: Sequence[AdapterSpec] | None = None,
-    data: Sequence[KnownData | None] | None = None,
+    rows: dict[str, Any] | None = None,
 ) -> Workload:
-    """The workload of a configuration before its rows are read: each as long as it may be.
+    """The workload of a configuration.
 
     Args:
         below: the frozen adapters; None: they are not here, and their rank is assumed.
-        data: of the training sets; None: as published.
+        rows: fields of ``Workload`` that describe the rows; None: ``expected_rows`` of the published data sets.
     """
-    longest, size, pairs = longest_of(config, method), config.batch_size, config.row_kind(method) == "dpo"
-    data = [KNOWN_DATA.get(spec.path) for spec in config.dataset] if data is None else data
-    parts = [(spec, known) for spec, known in zip(config.dataset, data, strict=True) if known is not None]
-    means = [known.tokens for _, known in parts]
-    mean = sum(means) / len(means) if means else config.max_length
-    step_tokens = size * (config.max_length if method == "sft" else min(mean, longest))
-    rows: dict[str, Any] = {
-        "longest": longest,
-        "segment": int(mean / 2 if pairs else min(mean, config.max_length)),
-        "step_tokens": int(step_tokens),
-        "step_most": size * longest,
-    }
-    if config.max_steps is not None:
-        rows |= {"run_tokens": int(config.max_steps * step_tokens), "steps": config.max_steps}
-    if len(parts) == len(data):
-        epoch = sum(min(spec.limit or known.rows, known.rows) * spec.weight * known.tokens for spec, known in parts)
-        tokens = rows.setdefault("run_tokens", int(epoch * config.num_train_epochs))
-        rows.setdefault("steps", max(1, round(tokens / step_tokens)))
-        rows["epochs"] = tokens / epoch
-    elif config.max_steps is None:
-        rows["epochs"] = config.num_train_epochs
-    if pairs:
-        rows["keys"] = 1 + min(config.max_prompt_length, config.max_length // 2) / longest
+    if rows is None:
+        rows = expected_rows(method, config, [KNOWN_DATA.get(spec.path) for spec in config.dataset])
     job = make_workload(config, method, base_config, dtype, **rows)
     if below is None:
         stacked = config.adapters != "none" and (method == "dpo" or bool(config.adapters))
@@ -139,24 +132,19 @@ def adapters_below(method: Method, loaded: Loaded, shape: Shape) -> tuple[list[A
     """(the adapters below, from folders and from the finished SFT stage of a run that was named, or assumed where they are not
     here; notes)."""
     config = loaded.config
-    assumed = assumed_adapter(shape, config)
     if config.adapters == "none" or (method == "sft" and not config.adapters):
         return [], []
-    found, notes = [], []
-    for name in config.adapters:
-        if (folder := named_folder("adapter", name)) is None:
-            found.append(assumed)
-            notes.append(f"adapter {name} is not downloaded: assuming rank {RANK_BELOW}")
-        else:
-            found.append(AdapterSpec.read(shape, read_adapter(folder).modules))
-    if found:
-        return found, notes
-    if "output_dir" not in loaded.given or not StageDir(Path(config.output_dir) / "sft").complete():
-        return [assumed], [f"assuming rank {RANK_BELOW} for the SFT adapter below"]
-    from ..model.chain import chain_of_run
+    if not config.adapters and "output_dir" in loaded.given and StageDir(Path(config.output_dir) / "sft").complete():
+        from ..model.chain import chain_of_run
 
-    adapters = chain_of_run(config.output_dir, stage="sft").adapters
-    return [AdapterSpec.read(shape, a.modules) for a in adapters], [f"on {', '.join(str(a.path) for a in adapters)}"]
+        adapters = chain_of_run(config.output_dir, stage="sft").adapters
+        return [AdapterSpec.read(shape, a.modules) for a in adapters], [
+            f"on {', '.join(str(a.path) for a in adapters)}"
+        ]
+    assumed = assumed_adapter(shape, config)
+    folders = [named_folder("adapter", name) for name in config.adapters] or [None]
+    notes = [f"assuming rank {RANK_BELOW} for an adapter below, which is not here"] * (None in folders)
+    return [AdapterSpec.read(shape, read_adapter(f).modules) if f else assumed for f in folders], notes
 
 
 def disk_bytes(job: Workload, config: RunConfig) -> dict[str, int]:
@@ -177,22 +165,7 @@ def base_shape(name: str, revision: str = "main", *, any_family: bool = False) -
 
     Args:
         any_family: one that the fused engine does not know, too.
-
-    Raises:
-        UserError: there is none, the hub cannot be reached, or the fused engine does not know its family.
     """
-    if (folder := named_folder("model", name)) is not None:
-        return read_model_config(folder, any_family=any_family)
-    if name == MISTRAL:
+    if name == MISTRAL and named_folder("model", name) is None:
         return MISTRAL_SHAPE
-    from transformers.utils import cached_file
-
-    try:
-        path = Path(cached_file(name, "config.json", revision=revision))
-    except OSError:
-        raise UserError(
-            f"model {name}: its config.json is neither in a folder of that name nor in the hub's cache, and the hub does "
-            "not have it or could not be reached.",
-            "Check the name and the connection, or give a local folder.",
-        ) from None
-    return read_model_config(path.parent, any_family=any_family)
+    return read_model_config(fetch_base(name, revision, weights=False), any_family=any_family)

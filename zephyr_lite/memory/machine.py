@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
-import platform
 import re
 import resource
 import time
@@ -14,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -26,11 +25,9 @@ from ..io.atomic import write_json
 from ..io.run_dir import cache_dir
 from ..model.allocator import is_wsl
 from ..ops.nf4 import dequantize
-from .device import CONTEXT_BYTES, CPU, GIB, Device
-from .gpus import PROCESSOR, Gpu
+from .gpus import CONTEXT_BYTES, CPU, GIB, PROCESSOR, Device, Gpu
 from .workload import Workload
 
-logger = logging.getLogger(__name__)
 # Share of the available main memory that a run may lock for what is offloaded or streamed.
 HOST_SHARE = 0.5
 # Main memory to spare on a machine that is not this one, unless memory.host says otherwise.
@@ -40,8 +37,6 @@ THE_CPU = "the CPU"
 SECONDS, CALLS = 0.15, 25
 COPY_BYTES = 128 * 2**20
 RUNS = 5  # the newest ones of a kind whose measured speed corrects the predicted one
-# of a CPU's measurements: each takes a millisecond or two, which other processes seldom interrupt
-TOKENS, WIDTH, ELEMENTS = 256, 512, 2**20
 
 
 @dataclass(frozen=True)
@@ -72,63 +67,44 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
             is the main memory that may be locked.
         measure: measure the speed; False: it does not matter.
     """
-    vram = None if memory.vram is None else parse_size(memory.vram, "memory.vram")
     host = None if memory.host is None else parse_size(memory.host, "memory.host")
     if device.type == "cpu":
-        card = _processor(dtype, torch.get_num_threads()) if measure else PROCESSOR
+        card = _measured(device, dtype, torch.get_num_threads()) if measure else PROCESSOR
         # the process is a part of the measured peak, so of the plan too; it has taken its memory already
-        process = process_memory(device)
-        free = process + (free_memory(device) if vram is None else min(free_memory(device), vram))
+        process = psutil.Process().memory_info().rss
+        free = process + usable_memory(device, memory)
         # offloaded bytes are in the memory that is planned with
         return Machine(THE_CPU, card, free, free if host is None else host, replace(CPU, context=process))
-    capability = torch.cuda.get_device_capability(device)
-    if measure:
-        card = _measured_card(device, dtype)  # first: the libraries that it loads take memory too
-    else:
-        card = Gpu(torch.cuda.get_device_name(device), 0, 50, 500, 12, capability)
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    card = Gpu(name, 0, 50, 500, 12, capability)
+    if measure:  # first: the libraries that it loads take memory too
+        card = _measured(device, dtype, 1)
     if host is None:
         host = int(main_memory() * HOST_SHARE)
         if is_wsl():
             from ..model.activation_offload import lockable
 
             host = lockable(host, device)
-    free = free_memory(device)
-    free = free if vram is None else min(free, vram - CONTEXT_BYTES)
-    return Machine(card.name, card, free, host, Device.of(capability, dtype.itemsize == 2, context=0))
+    how = Device.of(capability, dtype.itemsize == 2, context=0)
+    return Machine(name, card, usable_memory(device, memory), host, how)
 
 
-def _card_rates(device: torch.device, dtype: torch.dtype, free: int) -> tuple[float, float, float]:
-    """(10^12 operations of a product, 10^9 bytes through the card's memory, 10^9 between it and locked memory) a second."""
-    from ..model.activation_offload import host_bytes
-
-    rows, width = (4096, 4096) if free > 2**30 else (1024, 2048)
-    a, b = (torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(rows, rows, device=device, dtype=dtype)
-    size = min(COPY_BYTES, free // 8)
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    host, there = host_bytes(size // 2, device), source[: size // 2]
-    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * rows * width / 1e12)
-    memory = _rate(device, lambda: target.copy_(source), 2 * size / 1e9)
-    up = _rate(device, lambda: there.copy_(host, non_blocking=True), size // 2 / 1e9)
-    down = _rate(device, lambda: host.copy_(there, non_blocking=True), size // 2 / 1e9)
-    return products, memory, min(up, down)
-
-
-def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
-    """The speed of a card, in about two seconds: matrix products, and copies on it and to locked memory."""
-    properties = torch.cuda.get_device_properties(device)
-    products, memory, link = _card_rates(device, dtype, torch.cuda.mem_get_info(device)[0])
+@cache
+def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Gpu:
+    """The speed of the device, on a CPU with this number of threads; takes about two seconds."""
+    rates = _rates(device, dtype)
+    if device.type == "cpu":
+        return replace(PROCESSOR, **rates, measured=True)
     # autograd's thread has a handle and a workspace of its own, which are to be there when free memory is asked for
-    weight = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
     (weight @ weight).sum().backward()
     torch._C._cuda_clearCublasWorkspaces()  # the plan counts them
     torch.cuda.empty_cache()
+    properties = torch.cuda.get_device_properties(device)
     return Gpu(
         name=properties.name,
         memory=properties.total_memory / 2**30,
-        tflops=products,
-        bandwidth=memory,
-        pcie=link,
+        **rates,
         capability=torch.cuda.get_device_capability(device),
         int8=4.0 if "GeForce" in properties.name else 2.0,
         share=0.9,  # of what one product alone reaches: others are smaller, and the card gets warm
@@ -136,31 +112,29 @@ def _measured_card(device: torch.device, dtype: torch.dtype) -> Gpu:
     )
 
 
-@cache
-def _processor(dtype: torch.dtype, threads: int) -> Gpu:
-    """The speed of the CPU with this number of threads, in less than a second, once in a process: a matrix product, an
-    exponential and the dequantization of a weight."""
-    cpu = torch.device("cpu")
-    # no random numbers: the generators are the run's
-    a, b = torch.ones(TOKENS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
-    out = torch.empty(TOKENS, WIDTH, dtype=dtype)
-    products = _rate(cpu, lambda: torch.mm(a, b.T, out=out), 2 * TOKENS * WIDTH * WIDTH / 1e12)
-    # not a copy: what only moves bytes on a card is bound by its arithmetic here, SiLU and softmax most of all
-    logits = torch.ones(ELEMENTS, dtype=dtype)
-    weights = torch.empty_like(logits)
-    memory = _rate(cpu, lambda: torch.exp(logits, out=weights), 2 * ELEMENTS * dtype.itemsize / 1e9)
+def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of ``Gpu`` that are measured: matrix products; exponentials, which the memory bounds on a card and the arithmetic
+    on a CPU, as it does SiLU and softmax; copies to a card, or on a CPU the dequantization of a weight."""
+    from ..model.activation_offload import host_bytes
+
+    # on a CPU each call takes a millisecond or two, which other processes seldom interrupt
+    rows, width = (4096, 4096) if device.type == "cuda" else (256, 512)
+    own = torch.Generator(device).manual_seed(0)  # the default generators are the run's
+    a, b = (torch.randn(n, width, device=device, dtype=dtype, generator=own) for n in (rows, width))
+    out, numbers = torch.empty_like(a), torch.zeros(4 * width**2, device=device, dtype=dtype)
+    exponentials = torch.empty_like(numbers)
+    products = _rate(device, lambda: torch.mm(a, b.T, out=out), 2 * rows * width**2 / 1e12)
+    memory = _rate(device, lambda: torch.exp(numbers, out=exponentials), 2 * numbers.nbytes / 1e9)
+    found = {"tflops": products, "bandwidth": memory}
+    if device.type == "cuda":
+        host, there = host_bytes(COPY_BYTES, device), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+        link = _rate(device, lambda: there.copy_(host, non_blocking=True), COPY_BYTES / 1e9)
+        return {**found, "pcie": link}
     values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
-    weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
-    buffer = torch.empty(WIDTH, WIDTH, dtype=dtype)
-    unpacked = _rate(cpu, lambda: dequantize(weight, dtype, out=buffer), WIDTH * WIDTH / 1e9)
-    return replace(
-        PROCESSOR,
-        tflops=products,
-        bandwidth=memory,
-        pcie=memory,  # what is offloaded or streamed is a copy in the same memory
-        unpacking=unpacked,
-        measured=True,
-    )
+    weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to(device)
+    unpacked = _rate(device, lambda: dequantize(weight, dtype, out=b), width**2 / 1e9)
+    # what is offloaded or streamed is a copy in the same memory
+    return {**found, "pcie": memory, "unpacking": unpacked}
 
 
 def _rate(device: torch.device, run: Callable[[], object], amount: float) -> float:
@@ -181,32 +155,27 @@ def _rate(device: torch.device, run: Callable[[], object], amount: float) -> flo
 
 
 def _kind(machine: str, job: Workload) -> str:
-    dtype = str(job.dtype).removeprefix("torch.")
-    return (
-        f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}{', int8' * job.int8}"
-    )
+    dtype, int8 = str(job.dtype).removeprefix("torch."), ", int8" * job.int8
+    return f"{machine}, engine {job.engine}, {dtype}, {job.shape.layers} layers of {job.shape.hidden}{int8}"
 
 
 def earlier_runs(machine: str, job: Workload) -> list[float]:
     """Measured over predicted speed of the last runs of a base of this size on a machine, oldest first."""
-    return _measured().get(_kind(machine, job), [])
+    return _all_runs().get(_kind(machine, job), [])
 
 
 def add_run(machine: str, job: Workload, ratio: float) -> None:
     """Record a run's measured over predicted speed, in ``measured.json`` in the cache."""
-    file = cache_dir() / "measured.json"
-    found, kind = _measured(), _kind(machine, job)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**found, kind: [*found.get(kind, []), round(ratio, 4)][-RUNS:]})
+    found, kind = _all_runs(), _kind(machine, job)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    write_json(cache_dir() / "measured.json", {**found, kind: [*found.get(kind, []), round(ratio, 4)][-RUNS:]})
 
 
-def _measured() -> dict[str, list[float]]:
-    file = cache_dir() / "measured.json"
-    try:
-        return TypeAdapter(dict[str, list[float]]).validate_json(file.read_bytes()) if file.exists() else {}
-    except ValueError:
-        logger.warning(f"{file}: damaged, so earlier runs do not correct the plan; the next run starts it anew")
-        return {}
+def _all_runs() -> dict[str, list[float]]:
+    """Kind → ratios, of ``measured.json``; a missing or damaged file is empty."""
+    with suppress(OSError, ValueError):
+        return TypeAdapter(dict[str, list[float]]).validate_json((cache_dir() / "measured.json").read_bytes())
+    return {}
 
 
 def free_memory(device: torch.device) -> int:
@@ -217,16 +186,21 @@ def free_memory(device: torch.device) -> int:
     return main_memory()
 
 
+def usable_memory(device: torch.device, memory: MemorySpec) -> int:
+    """Bytes that can still be taken on the device, at most those of a card of the size ``memory.vram``, less its context."""
+    free = free_memory(device)
+    if memory.vram is None:
+        return free
+    return min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES * (device.type == "cuda"))
+
+
 def cap_allocator(device: torch.device, memory: MemorySpec) -> None:
     """Under WSL2, refuse PyTorch's allocator more than the plan was made for. The driver there moves what does not fit to main
     memory, and the run would be ten times slower, where an allocation that fails leads to a smaller plan."""
-    if device.type != "cuda" or not is_wsl():
-        return
-    free = free_memory(device)
-    if memory.vram is not None:
-        free = min(free, parse_size(memory.vram, "memory.vram") - CONTEXT_BYTES)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (free + torch.cuda.memory_allocated(device)) / total), device)
+    if device.type == "cuda" and is_wsl():
+        total = torch.cuda.get_device_properties(device).total_memory
+        most = usable_memory(device, memory) + torch.cuda.memory_allocated(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
 
 
 def keep_freed_pages() -> None:
@@ -253,22 +227,18 @@ def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
     rooms = []
     for line in groups.read_text().splitlines() if groups.is_file() else ():
         _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            top, files = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in kinds.split(","):
-            top, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
+        if kinds and "memory" not in kinds.split(","):
             continue
+        top, names = root, ("memory.max", "memory.current", "inactive_file")
+        if kinds:
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         folder = top / path.strip("/")
-        if not folder.is_dir():  # inside a container the path may be the host's, and the group itself is the top
-            folder = top
-        while folder.is_relative_to(top):
-            limit = folder / files[0]
-            if limit.is_file() and (most := limit.read_text().strip()) != "max":
-                stat = (folder / "memory.stat").read_text().split()
-                cached = int(stat[stat.index(files[2]) + 1]) if files[2] in stat else 0
-                rooms.append(int(most) - int((folder / files[1]).read_text()) + cached)
-            folder = folder.parent
+        # inside a container the path may be the host's: of it and the folders above, the top is there
+        for place in (folder, *folder.parents):
+            limit, used = (place / name for name in names[:2])
+            if place.is_relative_to(top) and limit.is_file() and (most := limit.read_text().strip()) != "max":
+                cached = re.search(rf"^{names[2]} (\d+)$", (place / "memory.stat").read_text(), re.MULTILINE)
+                rooms.append(int(most) - int(used.read_text()) + int(cached[1] if cached else 0))
     return max(0, min(rooms)) if rooms else None
 
 
@@ -283,26 +253,14 @@ def parse_size(text: str, what: str) -> int:
     return int(float(found[1]) * _UNITS[found[2][:1]])
 
 
-def process_memory(device: torch.device) -> int:
-    """Resident bytes of this process on a CPU, after memory that is no longer used was returned to the system; 0 on a GPU,
-    where the allocator's statistics do not include the process."""
-    if device.type == "cuda":
-        return 0
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return psutil.Process().memory_info().rss
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes: on a GPU what its allocator reserved at most, on a CPU the largest resident set of the process since
     ``reset_peak_memory``. What a plan's ``peak`` counts, too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
-    if found is not None:
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    with suppress(OSError):
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def reset_peak_memory(device: torch.device) -> None:

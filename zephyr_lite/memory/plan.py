@@ -13,9 +13,8 @@ from ..errors import UserError
 from ..model.execution import ExecutionConfig, Keep
 from ..ops.int8 import CAPABILITY
 from .activations import kept_per_token
-from .changes import refusal, single_changes
 from .estimate import NF4_BLOCK, MemoryBreakdown, estimate
-from .fitting import WANTED_TOKENS, fitting, is_exact
+from .fitting import WANTED_TOKENS, fitting, is_exact, least, refusal, single_changes
 from .gpus import PROCESSOR
 from .machine import Machine, earlier_runs
 from .speed import step_time
@@ -119,7 +118,7 @@ def make_plan(job: Workload, machine: Machine, memory: MemorySpec) -> Plan:
         check_int8(job, machine)
     fastest = min(fitting(job, machine, memory), key=lambda found: _cost(job, found[0], machine), default=None)
     if fastest is None and not is_exact(job, machine):
-        smallest = fitting(job, machine, memory, most=math.inf, least=True)
+        smallest = fitting(job, machine, least(job, memory), most=math.inf)
         fastest = min(smallest, key=lambda found: found[1].peak, default=None)
     if fastest is None:
         raise refusal(job, machine, memory)
@@ -140,11 +139,14 @@ def plan_run(job: Workload, machine: Machine, memory: MemorySpec, config: RunCon
     cached = replace(job, live_reference=False, cached_reference=True)
     cached_plan = make_plan(cached, machine, memory)
     saved = 1 - _seconds_per_token(cached, cached_plan, machine) / _seconds_per_token(job, plan, machine)
-    once = "once, before the first step"
     if saved < WORTH_CACHING:
-        return job, plan, f"the reference is computed in every step: computing it {once}, would not save time"
+        return (
+            job,
+            plan,
+            "the reference is computed in every step: computing it once before the first would not save time",
+        )
     run = f"{job.epochs:.3g} epochs" if round(job.epochs, 2) > 1 else "the run"
-    why = f"the reference is computed {once}: that makes {run} {saved:.0%} shorter"
+    why = f"the reference is computed once, before the first step: that makes {run} {saved:.0%} shorter"
     return cached, cached_plan, why
 
 
@@ -161,22 +163,18 @@ def _seconds_per_token(job: Workload, plan: Plan, machine: Machine) -> float:
 
 
 def check_int8(job: Workload, machine: Machine) -> None:
-    """Refuse a run in int8 that the kernels do not serve."""
-    matrices = job.shape.matrices.items()
-    uneven = [f"{name} {width}" for name, (_, width) in matrices if width % NF4_BLOCK]
-    # the product of the backward pass sums over the outputs
-    uneven_outputs = [f"{name} {out}" for name, (out, _) in matrices if out % 16]
-    if job.storage == "dense":
-        what = "the base is not in 4 bits"
-    elif machine.device.cuda and machine.card.capability < CAPABILITY:
+    """Refuse a run in int8 that the kernels do not serve: the backward pass sums over the outputs."""
+    uneven = [
+        f"{name} {out} × {width}" for name, (out, width) in job.shape.matrices.items() if out % 16 or width % NF4_BLOCK
+    ]
+    if machine.device.cuda and machine.card.capability < CAPABILITY:
         what = f"{machine.name} has compute capability {'.'.join(map(str, machine.card.capability))}; int8 needs 8.0"
     elif uneven:
-        what = f"inputs of this base are no multiple of {NF4_BLOCK} channels wide ({', '.join(uneven)})"
-    elif uneven_outputs:
-        what = f"outputs of this base are no multiple of 16 channels wide ({', '.join(uneven_outputs)})"
+        what = f"matrices of this base are no multiples of 16 × {NF4_BLOCK} ({', '.join(uneven)})"
     else:
         return
-    raise UserError(f"memory.compute=int8: {what}.", "Set memory.compute=16bit.")
+    hint = "Set memory.compute=16bit; a stage that began in int8 stays in int8, so give another output_dir, too."
+    raise UserError(f"memory.compute=int8: {what}.", hint)
 
 
 def smaller(
@@ -195,16 +193,12 @@ def smaller(
     failed = replace(plan, micro_tokens=min(plan.micro_tokens, tokens))
     now = estimate(job, failed, machine.device, training=training)
     longest = max(failed.micro_tokens, job.longest)
-    for most, least in ((now.peak - SAVING * sum(now.transient.values()), False), (now.peak - 1, True)):
-        found = [
-            (execution, account)
-            for execution, account in fitting(job, machine, memory, most=most, least=least, training=training)
-            # a streamed base does not come back
-            if execution.micro_tokens <= longest and execution.stream >= plan.stream
-        ]
+    for most, last in ((now.peak - SAVING * sum(now.transient.values()), False), (now.peak - 1, True)):
+        settings = fitting(job, machine, least(job, memory) if last else memory, most=most, training=training)
+        # a streamed base does not come back
+        found = [each for each in settings if each[0].micro_tokens <= longest and each[0].stream >= plan.stream]
         if found:
-            key = (lambda f: f[1].peak) if least else (lambda f: _cost(job, f[0], machine))
-            execution, _ = min(found, key=key)
+            execution, _ = min(found, key=lambda f: f[1].peak if last else _cost(job, f[0], machine))
             found_plan = _plan(job, execution, estimate(job, execution, machine.device), machine)
             # its speed was not measured again
             return replace(found_plan, seconds_per_step=0.0, tokens_per_second=0.0)
@@ -235,8 +229,9 @@ def fastest_change(plan: Plan, job: Workload, machine: Machine, memory: MemorySp
     """(how many times as fast, text) of the change of a setting, the optimizer or the products that makes a run the fastest;
     (0, "") without one."""
     changes = [(text, to) for kind, text, to in single_changes(job, machine, memory) if kind in ("memory", "optim")]
-    compute = f"by estimate, memory.compute={'16bit' if job.int8 else 'int8'}"
-    changes.append((compute, (replace(job, int8=not job.int8), machine, memory)))
+    if job.storage != "dense":
+        compute = f"by estimate, memory.compute={'16bit' if job.int8 else 'int8'}"
+        changes.append((compute, (replace(job, int8=not job.int8), machine, memory)))
     tried = []
     for text, changed in changes:
         with suppress(UserError):  # it does not fit, or cannot run in int8

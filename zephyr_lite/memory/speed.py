@@ -13,9 +13,8 @@ from ..model.dequant_buffer import ScratchMode
 from ..model.execution import ExecutionConfig, Keep
 from ..ops.int8 import outlier_count
 from .activations import Kind, kept_bytes
-from .device import Device
 from .estimate import optimizer_bytes, slab_bytes
-from .gpus import Gpu
+from .gpus import Device, Gpu
 from .workload import Workload
 
 # Kernels that a layer with one adapter launches in its forward and in its backward pass, by what is kept, and how many more a

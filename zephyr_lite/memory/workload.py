@@ -31,14 +31,10 @@ class AdapterSpec:
         cls, shape: Shape, r: int, targets: Sequence[str] | str = "all-linear", *, trained: bool = True
     ) -> AdapterSpec:
         """An adapter as ``AdapterStack.add_trainable`` makes it."""
-        suffixes = tuple(map(".{}".format, shape.matrices if isinstance(targets, str) else targets))
-        layers: list[dict[str, int]] = []
-        for index in range(shape.layers):
-            layers.append({})
-            for parent, site in zip(PARENTS, shape.family.sites):
-                for name in site:
-                    if f".model.layers.{index}.{parent}.{name}".endswith(suffixes):
-                        layers[index][name] = r
+        suffixes = tuple(f".{target}" for target in (shape.matrices if isinstance(targets, str) else targets))
+        places = [(f"{parent}.{name}", name) for parent, site in zip(PARENTS, shape.family.sites) for name in site]
+        names = [f".model.layers.{index}." for index in range(shape.layers)]
+        layers = ({name: r for place, name in places if f"{at}{place}".endswith(suffixes)} for at in names)
         return cls(tuple(layers), trained)
 
     @classmethod
@@ -53,12 +49,8 @@ class AdapterSpec:
 
     def tensors(self, shape: Shape) -> list[int]:
         """Numbers in each A and B, layer by layer."""
-        found = []
-        for layer in self.ranks:
-            for name, r in layer.items():
-                out, width = shape.matrices[name]
-                found += [r * width, out * r]
-        return found
+        sizes = ((r, shape.matrices[name]) for layer in self.ranks for name, r in layer.items())
+        return [n for r, (out, width) in sizes for n in (r * width, out * r)]
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: the planner's caches have it as a key
@@ -109,15 +101,12 @@ class Workload:
         """(rank of all adapters, rank of the trained one) on each site, of the layer that has most."""
         found = []
         for site in self.shape.family.sites:
-            most = most_trained = 0
-            for index in range(self.shape.layers):
-                ranks = trained = 0
-                for adapter in self.adapters:
-                    for name in site:
-                        r = adapter.ranks[index].get(name, 0)
-                        ranks, trained = ranks + r, trained + r * adapter.trained
-                most, most_trained = max(most, ranks), max(most_trained, trained)
-            found.append((most, most_trained))
+            layers = range(self.shape.layers)
+            all_ranks, trained = (
+                [sum(a.ranks[i].get(name, 0) for a in adapters for name in site) for i in layers]
+                for adapters in (self.adapters, [a for a in self.adapters if a.trained])
+            )
+            found.append((max(all_ranks), max(trained)))
         return found
 
 
@@ -128,7 +117,6 @@ def make_workload(
     dtype: torch.dtype,
     *,
     frozen: Sequence[AdapterFile] = (),
-    folder: Path | None = None,
     **fields: Any,
 ) -> Workload:
     """The workload of a configuration.
@@ -137,33 +125,25 @@ def make_workload(
         base_config: the base's Hugging Face configuration.
         dtype: of the computation.
         frozen: the adapters below.
-        folder: of the base, for messages.
         fields: others of ``Workload``, most of all those that describe the rows: ``longest``, ``targets``, ``step_tokens`` ...
     """
     shape = Shape.of(base_config)
-    if "storage" not in fields:
-        stored = getattr(base_config, "quantization_config", None)
-        _, four_bit, nested = quantization_of(config, stored, folder or Path(config.model_name_or_path), dtype)
-        fields["storage"] = "dense" if not four_bit else "nf4 nested" if nested else "nf4"
-    adapters = [AdapterSpec.fresh(shape, config.lora_r, config.lora_target_modules)]
-    for adapter in reversed(frozen):
-        adapters.insert(0, AdapterSpec.read(shape, adapter.modules))
-    fields.setdefault("longest", longest_of(config, method))
-    kind = config.row_kind(method)
+    stored = getattr(base_config, "quantization_config", None)
+    _, four_bit, nested = quantization_of(config, stored, Path(config.model_name_or_path), dtype)
+    below = (AdapterSpec.read(shape, adapter.modules) for adapter in frozen)
     reference = method == "dpo" and config.needs_reference
     cached = reference and config.precompute_ref_log_probs is True
-    if kind == "dpo":
-        fields.setdefault("keys", 4 / 3)  # a prompt as long as each response
     return Workload(
         shape=shape,
         dtype=dtype,
-        adapters=tuple(adapters),
+        storage="dense" if not four_bit else "nf4 nested" if nested else "nf4",
+        adapters=(*below, AdapterSpec.fresh(shape, config.lora_r, config.lora_target_modules)),
         optim=config.optim,
         dropout=config.lora_dropout > 0,
         method=method,
         live_reference=reference and not cached,
         cached_reference=cached,
-        mismatched=kind == "kto",
+        mismatched=config.row_kind(method) == "kto",
         engine=config.engine,
         int8=config.memory.int8,
         **fields,

@@ -18,7 +18,7 @@ from ..errors import Interrupted, UserError, optional
 from ..io.atomic import alone, folder_aside
 from ..io.run_dir import StageDir
 from ..io.sync import Mirror
-from ..memory.device import in_words
+from ..memory.gpus import in_words
 from ..memory.machine import THE_CPU, add_run, peak_memory
 from ..model.peft_io import LoraWeights, adapter_sha256, compose, read_adapter, write_adapter
 from ..model.tokenizer import save_tokenizer

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -32,9 +30,8 @@ from ..io.run_dir import (
     tokenizer_sha256,
 )
 from ..io.text import counted
-from ..memory.forecast import forecast_lines
+from ..memory.forecast import forecast_lines, needs_lines
 from ..memory.machine import cap_allocator, keep_freed_pages, this_machine
-from ..memory.needs import needs_lines
 from ..memory.plan import Plan, check_int8, plan_run
 from ..memory.workload import make_workload
 from ..model.adapters import AdapterStack, check_shapes, check_targets, resolve_frozen_names
@@ -49,7 +46,7 @@ from .below import adapters_below, check_paths, stage_of, template_of
 from .distributed import world
 from .optim import make_scheduler
 from .resume import compare_config, compare_files, kept_plan, machine_now, other_rows_held_out, utc_now, versions
-from .small_data import prepare_parts, settle
+from .small_data import prepare_parts, row_sizes, settle
 from .stage import Stage
 from .steps import step_schedule
 
@@ -128,15 +125,15 @@ def setup_stage(method: Method, loaded: Loaded, *, claim: bool = True) -> Stage:
         logger.info("no answer has reasoning: enable_thinking=false becomes the default of the saved chat template")
 
     # plan
-    sizes = _row_sizes(method, config, parts)
-    workload = make_workload(config, method, base_config, dtype, frozen=frozen, folder=folder, **sizes)
+    sizes = row_sizes(method, config, parts)
+    workload = make_workload(config, method, base_config, dtype, frozen=frozen, **sizes)
     plan = None if before is None else kept_plan(before, changed, device.type)
     if plan is None:
         machine = this_machine(device, dtype, config.memory)
         workload, plan, reference = plan_run(workload, machine, config.memory, config)
         if method == "dpo":
             loaded.config = config = config.model_copy(update={"precompute_ref_log_probs": workload.cached_reference})
-        for line in forecast_lines(workload, machine, plan, config, reference=reference):
+        for line in forecast_lines(workload, machine, plan, config, notes=[reference] if reference else []):
             logger.info(line, extra=None if claim else RESULT)  # a dry run has no other
     elif plan.int8:  # it may have begun on another card
         check_int8(workload, this_machine(device, dtype, config.memory, measure=False))
@@ -238,39 +235,6 @@ def _log_rows(parts: list[TokenizedDataset], config: RunConfig, context: int | N
                 f"{counted(longer, 'row')} {'is' if longer == 1 else 'are'} longer than the {context:,} tokens "
                 "that the base was made for (max_position_embeddings). Lower max_length to cut them."
             )
-
-
-def _row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset]) -> dict[str, Any]:
-    """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
-    data = parts[0]
-    rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
-    per_epoch, steps = step_schedule(config, len(rows))
-    in_a_step = min(config.batch_size, len(rows)) * rows.mean()
-    columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids"]
-    table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
-    lengths = np.concatenate([part.lengths for part in parts])
-    found: dict[str, Any] = {
-        "longest": int(max(lengths.max(), 0 if config.engine == "fused" else rows.max())),  # TRL takes whole rows
-        "step_tokens": int(np.ceil(in_a_step)),
-        "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
-        "run_tokens": int(steps * in_a_step),
-        "steps": steps,
-        "epochs": steps / per_epoch,
-        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else data.answers().sum(1).mean()))),
-        "targets": _largest_share(table["supervised"].to_numpy(), lengths),
-    }
-    if method == "dpo":
-        # a prompt's keys are gathered twice if it has two answers
-        pairs = np.concatenate([part.answers().all(1) for part in parts])
-        found["keys"] = 1 + _largest_share(pc.list_value_length(table["prompt_ids"]).to_numpy() * pairs, lengths)
-    return found
-
-
-def _largest_share(counted: np.ndarray, lengths: np.ndarray) -> float:
-    """The share of a micro-batch's tokens that is counted: of all examples together, or of a long one, which may run alone,
-    whichever is larger."""
-    long = lengths >= 0.75 * lengths.max()
-    return float(max((counted[long] / lengths[long]).max(), counted.sum() / lengths.sum()))
 
 
 def _load(config: RunConfig, plan: Plan, frozen: list[AdapterFile], template: ChatTemplate) -> tuple[Base, Decoder]:

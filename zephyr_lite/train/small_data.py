@@ -7,6 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ..config.load import Loaded, Method, RunConfig
 from ..data.chat_template import ChatTemplate
 from ..data.dataset import TokenizedDataset, prepare
@@ -75,14 +79,50 @@ def settle(method: Method, loaded: Loaded, parts: Sequence[TokenizedDataset], wi
     ]
 
 
-def settle_before(method: Method, loaded: Loaded) -> None:
-    """As ``settle``, for a plan: without lines, and only where base and rows are in local folders and files."""
+def settle_before(method: Method, loaded: Loaded) -> dict[str, Any] | None:
+    """As ``settle``, for a plan: without lines, and only where base and rows are in local folders and files. Returns
+    ``row_sizes``, or None."""
     config = loaded.config
-    if not loaded.automatic or None in (local_folder(config.model_name_or_path), *map(local_path, config.dataset)):
-        return
+    if None in (local_folder(config.model_name_or_path), *map(local_path, config.dataset)):
+        return None
     template, base_config, _ = open_template(method, config)
-    settle(method, loaded, prepare_parts(method, loaded, template), base_config.hidden_size)
+    parts = prepare_parts(method, loaded, template)
+    settle(method, loaded, parts, base_config.hidden_size)
     loaded.automatic = set()
+    return row_sizes(method, loaded.config, parts)
+
+
+def row_sizes(method: Method, config: RunConfig, parts: list[TokenizedDataset]) -> dict[str, Any]:
+    """The fields of ``Workload`` that depend on the training rows, the first of the parts, and the held-out ones."""
+    data = parts[0]
+    rows = np.array([int(data.lengths[row].sum()) for row in data.rows])
+    per_epoch, steps = step_schedule(config, len(rows))
+    in_a_step = min(config.batch_size, len(rows)) * rows.mean()
+    columns = ["supervised"] if method == "sft" else ["supervised", "prompt_ids"]
+    table = pa.concat_tables([part.examples.columns(*columns)[:] for part in parts])
+    lengths = np.concatenate([part.lengths for part in parts])
+    found: dict[str, Any] = {
+        "longest": int(max(lengths.max(), 0 if config.engine == "fused" else rows.max())),  # TRL takes whole rows
+        "step_tokens": int(np.ceil(in_a_step)),
+        "step_most": int(np.sort(rows)[-config.batch_size :].sum()),
+        "run_tokens": int(steps * in_a_step),
+        "steps": steps,
+        "epochs": steps / per_epoch,
+        "segment": max(1, int(data.lengths.mean() / (1 if method == "sft" else data.answers().sum(1).mean()))),
+        "targets": _largest_share(table["supervised"].to_numpy(), lengths),
+    }
+    if method == "dpo":
+        # a prompt's keys are gathered twice if it has two answers
+        pairs = np.concatenate([part.answers().all(1) for part in parts])
+        found["keys"] = 1 + _largest_share(pc.list_value_length(table["prompt_ids"]).to_numpy() * pairs, lengths)
+    return found
+
+
+def _largest_share(counted: np.ndarray, lengths: np.ndarray) -> float:
+    """The share of a micro-batch's tokens that is counted: of all examples together, or of a long one, which may run alone,
+    whichever is larger."""
+    long = lengths >= 0.75 * lengths.max()
+    return float(max((counted[long] / lengths[long]).max(), counted.sum() / lengths.sum()))
 
 
 def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:

@@ -21,7 +21,7 @@ from .dpo import preference_objective
 from .loop import TrainState, accumulate_gradients, update
 from .setup import setup_stage
 from .sft import SftObjective
-from .small_data import STEPS, WIDTH, prepare_parts, settle
+from .small_data import STEPS, WIDTH, prepare_parts, row_sizes, settle
 from .stage import Objective
 from .steps import step_schedule
 
@@ -37,8 +37,9 @@ MOST_RANK, PROBE_STEPS, MOST_RATES = 256, 20, 5
 HORIZON = 0.32  # the best rate falls with the steps of a run to this power
 
 
-def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[tuple[str, str, str]]:
-    """Choose values for the keys ``SUGGESTED`` except ``own``, which the user set; returns key, value and reason of each."""
+def suggest(method: Method, loaded: Loaded, own: set[str]) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
+    """Choose values for the keys ``SUGGESTED`` except ``own``, which the user set; returns key, value and reason of each, and
+    ``row_sizes``."""
     template, base_config, notes = open_template(method, loaded.config)
     for note in (*loaded.notes, *notes):
         logger.info(note)
@@ -46,7 +47,7 @@ def suggest(method: Method, loaded: Loaded, own: set[str]) -> list[tuple[str, st
     parts = prepare_parts(method, loaded, template)
     rows, report, loaded.automatic = choose(method, loaded, own, parts, base_config), parts[0].report, set()
     logger.info(f"{counted(report.kept, report.unit)}, {report.tokens:,} tokens:")
-    return rows
+    return rows, row_sizes(method, loaded.config, parts)
 
 
 def choose(
