@@ -152,7 +152,7 @@ def gather(name: str) -> Evidence:
         # transformers' Trainer writes it into the folder, or into its checkpoints only
         states = [place / LOG for place in (folder, Path(get_last_checkpoint(folder) or folder))]
         if (state := next(filter(Path.is_file, states), None)) is not None:
-            found.log = read_object(state, strict=False).get("log_history") or []
+            found.log = read_object(state).get("log_history") or []
         if found.method is None and found.log:
             rewards = any(str(key).endswith("rewards/accuracies") for record in found.log for key in record)
             found.method = "dpo" if rewards else "sft"

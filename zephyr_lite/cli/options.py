@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -12,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
-from ..io.text import parse
 from ..monitor.console import Console
 
 console = Console()
@@ -21,7 +21,7 @@ console = Console()
 def json_object(text: str) -> dict[str, Any]:
     """Parse an option's JSON object; raises BadParameter."""
     with suppress(ValueError):
-        if isinstance(value := parse(text.encode()), dict):
+        if isinstance(value := json.loads(text), dict):
             return value
     raise BadParameter('expected a JSON object, such as {"enable_thinking": false}.')
 

@@ -164,7 +164,7 @@ def check_place(out: Path, folder: Path) -> None:
 def end_ids(folder: Path, config: Any) -> list[int]:
     """The ids at which generation stops: of generation_config.json, or else of config.json."""
     path = folder / GENERATION
-    told: Any = read_object(path, strict=False).get("eos_token_id") if path.is_file() else None
+    told: Any = read_object(path).get("eos_token_id") if path.is_file() else None
     told = config.eos_token_id if told is None else told
     return list(told) if isinstance(told, list) else [] if told is None else [told]
 

@@ -60,12 +60,8 @@ class StageDir:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = {}
-        for path in self.path.glob("checkpoint-*"):
-            step = path.name.removeprefix("checkpoint-")
-            if step.isdigit() and path.is_dir():
-                found[int(step)] = path
-        return list(dict(sorted(found.items())).values())
+        found = [path for path in self.path.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name[11:]))
 
     def claim(self) -> None:
         """Make the folder, and remove temporary files of killed processes from it."""
@@ -100,8 +96,7 @@ def newest_run(
                 changed[run] = max((each.path / STAGE_FILE).stat().st_mtime for each in stages)
     recent = sorted((run for run in changed if changed[run] > max(changed.values()) - RECENT), key=changed.__getitem__)
     if len(recent) > 1:
-        now, wide = time.time(), max(len(str(run)) for run in recent)
-        lines = [f"  {option}{run!s:{wide}}  changed {duration(now - changed[run])} ago" for run in recent[:-10:-1]]
+        lines = [f"  {option}{run}  changed {duration(time.time() - changed[run])} ago" for run in recent[:-10:-1]]
         raise UserError(
             f"which run? These {len(recent)} changed within a day:\n" + "\n".join(lines),
             f"Add one to the command, such as {option}{recent[-1]}.",
@@ -121,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object, or None if there is no such file."""
     if not path.exists():
         return None
-    return read_object(path, strict=False, hint="Restore the file, or start in another folder.")
+    return read_object(path, hint="Restore the file, or start in another folder.")
 
 
 def cache_dir() -> Path:

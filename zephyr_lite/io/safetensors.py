@@ -39,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES: dict[torch.dtype, str] = dict(zip(DTYPES.values(), DTYPES))
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16", "F64")
 # The first bytes of torch.save's files: a zip archive, or (before torch 1.6) a pickle of protocol 2 to 5.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -124,10 +124,6 @@ class SafetensorsFile:
     def forget(self) -> None:
         """Unmap the pages that were read (as soon as no tensor uses them); they are mapped again when needed."""
         self._file = None
-
-    def copy_bytes(self, name: str, out: BinaryIO) -> None:
-        """Write a tensor's bytes to ``out``."""
-        out.write(tensor_bytes(self.tensor(name)))
 
 
 def write_stream(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,47 +82,21 @@ def check_values(kind: type[T], values: Mapping[str, Any], file: Path, hint: str
         raise UserError(f"{file}: {shown(key)} is {short(first['input'], 40)}: {expected(first)}.", hint) from None
 
 
-def parse(raw: bytes, *, strict: bool = True) -> Any:
-    """Parse a JSON document in UTF-8.
-
-    Args:
-        strict: refuse an object with two equal keys.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-    try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique if strict else None)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply") from None
-
-
-def read_object(path: Path, *, strict: bool = True, hint: str = AGAIN) -> dict[str, Any]:
+def read_object(path: Path, *, hint: str = AGAIN) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
-        strict: see ``parse``.
         hint: what to do if it cannot be read.
     """
     if not path.is_file():  # a pipe would block
         raise UserError(f"{path}: there is no such file.", hint)
     try:
-        value = parse(path.read_bytes(), strict=strict)
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}).", hint) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}.", hint)
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {shown(twice)} occurs twice in one object")
-    return result
 
 
 def place(value: str) -> str:
@@ -182,13 +155,12 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES, name: str | None = None) -
         raise UserError(f"{name}: cannot be read: {why}.", f"The working directory is {Path.cwd()}.") from None
     if len(data) > limit:
         raise UserError(f"{name}: larger than {limit:,} bytes.", "Name the right file.")
+    at = data.find(b"\0")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        number = data[: error.start].count(b"\n") + 1
-        byte = data[error.start]
-        raise UserError(f"{name} line {number}: not UTF-8 (byte 0x{byte:02x}).", "Save the file as UTF-8.") from None
-    if "\0" in text:
-        number = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{name} line {number}: a NUL byte; this is no text file.", "Save the file as UTF-8.")
+        at = error.start
+    if at >= 0:
+        number, byte = data[:at].count(b"\n") + 1, data[at]
+        raise UserError(f"{name} line {number}: not text in UTF-8 (byte 0x{byte:02x}).", "Save the file as UTF-8.")
     return text

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,6 @@ class BaseFiles:
             name = next((other for other in self.entries if other.endswith("embed_tokens.weight")), name)
         return self.tensor(name) if name in self.entries else None
 
-    def copy_bytes(self, name: str, out: BinaryIO) -> None:
-        self._holds[name].copy_bytes(name, out)
-
     def stored_nf4(self, weight: str) -> Tensor:
         """A weight that the base keeps in NF4, dequantized."""
         parts = {name.removeprefix(f"{weight}."): name for name in self._holds if name.startswith(f"{weight}.")}
@@ -144,7 +141,7 @@ def model_files(files: BaseFiles, out: Path, tokenizer_from: Path | None) -> lis
     path = files.folder / GENERATION
     generation: dict[str, Any] = {"_from_model_config": False}
     if path.is_file():
-        generation = read_object(path, strict=False, hint=again(path))
+        generation = read_object(path, hint=again(path))
     if config.get("bos_token_id") is not None:
         generation.setdefault("bos_token_id", config["bos_token_id"])
     known = generation.get("eos_token_id", config.get("eos_token_id"))

@@ -108,7 +108,7 @@ def merge(
 
     def write(name: str, file: BinaryIO) -> None:
         if name in copied:
-            files.copy_bytes(name, file)
+            file.write(tensor_bytes(files.tensor(name)))
             return
         if name in files.quantized:
             read = files.stored_nf4(name).__getitem__

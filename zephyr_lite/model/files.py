@@ -188,7 +188,7 @@ def check_config_file(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: holds no config.json, so it is not a model.", "Give a model's folder or hub id.")
-    found = read_object(path, strict=False, hint=again(path))
+    found = read_object(path, hint=again(path))
     if not isinstance(found.get("model_type"), str):
         raise UserError(f"{path}: has no model_type, so it is no model's configuration.", again(path))
     if (folder / "adapter_config.json").is_file():

@@ -105,7 +105,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
             copy_files(more, out / more.name, ("*.jinja",))
     else:
         tokenizer.save_pretrained(out)
-    config = read_object(out / "tokenizer_config.json", strict=False)
+    config = read_object(out / "tokenizer_config.json")
     if not same or config.get("tokenizer_class") in _ONLY_5:
         config["tokenizer_class"] = ANY_CLASS
     if isinstance(config.get("extra_special_tokens"), list):

@@ -6,9 +6,8 @@ import logging
 import os
 import re
 import traceback
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO
 
 from rich.console import Console as RichConsole
 from rich.segment import Segment
@@ -33,15 +32,6 @@ class _Rich(RichConsole):
         """The one place that all output passes through, tables and live displays included."""
         text = redact(super()._render_buffer(buffer))
         return text if self.encoding.startswith("utf") else text.translate(_ASCII)
-
-    def print(self, *objects: Any, **how: Any) -> None:
-        """As rich's; an OSError names the stream."""
-        try:
-            super().print(*objects, **how)
-        except OSError as error:
-            if error.filename is None and error.errno is not None:
-                error.filename = "standard error" if self.stderr else "standard output"
-            raise
 
     def show_cursor(self, show: bool = True) -> bool:
         """The cursor stays visible: a killed process could not restore it."""
@@ -74,8 +64,6 @@ class Console:
         if not self.out.is_terminal:
             self.out.width = PIPE_WIDTH
         self.err = _Rich(file=err, stderr=err is None, highlight=False, soft_wrap=True, force_jupyter=False)
-        self._seconds: deque[float] = deque(maxlen=20)
-        self._step = 0
 
     def say(self, text: str = "") -> None:
         """Print plain text."""
@@ -121,21 +109,6 @@ class Console:
             heading = bool(line) and not line.startswith((" ", "|"))
             dim = line.startswith(("  note", "details"))
             self.out.print(Text(line, style="dim" if dim else "bold" if heading else ""))
-
-    def metrics(self, step: int, total: int, metrics: Metrics) -> None:
-        """Print a logged step or an evaluation as one line."""
-        left = self.seconds_left(step, total, metrics) if step < total else None
-        style = "bold" if is_evaluation(metrics) else ""
-        self.out.print(Text(metrics_line(step, total, metrics, left), style=style))
-
-    def seconds_left(self, step: int, total: int, metrics: Metrics) -> float | None:
-        """Seconds of the remaining steps at the speed of the last ones, ``step`` included; None if unknown."""
-        if step < self._step:  # another stage
-            self._seconds.clear()
-        self._step = step
-        if "seconds" in metrics and not is_evaluation(metrics):
-            self._seconds.append(metrics["seconds"])
-        return sum(self._seconds) / len(self._seconds) * (total - step) if self._seconds else None
 
     def row(self, title: str, spans: Spans) -> None:
         """Print a row as training sees it; supervised text is green in a terminal, and in ⟦ ⟧ elsewhere."""

@@ -46,7 +46,7 @@ class LiveScreen(Screen):
         self._live: Live | None = None
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self.total = total
+        super().on_train_begin(stage, unit, total, step)
         progress = self.progress = Progress(stage, unit, total, step)
         published = published_of(stage)
 
@@ -70,9 +70,7 @@ class LiveScreen(Screen):
         assert self.progress is not None
         self.progress.add(step, metrics)
 
-    def on_evaluate(self, step: int, metrics: Metrics) -> None:
-        assert self.progress is not None
-        self.progress.add(step, metrics)
+    on_evaluate = on_step_end
 
     def on_sample(self, step: int, samples: Sequence[Sample]) -> None:
         assert self.progress is not None

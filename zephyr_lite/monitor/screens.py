@@ -8,16 +8,19 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout, suppress
 from typing import Any
+
+from rich.text import Text
 
 from ..errors import Interrupted, UserError
 from ..io.redact import redact
 from ..io.text import counted, duration
 from ..train.distributed import PeerEnded
 from ..train.stage import Observer, Outcome, Sample, Stage
-from .console import Console, Metrics, is_evaluation
+from .console import Console, Metrics, is_evaluation, metrics_line
 
 # Set by the kernels of Jupyter, Colab and Kaggle. `!command` gives its process a terminal there, but the cell only
 # appends: cursor movements would flood it.
@@ -34,7 +37,6 @@ class Screen(Observer, AbstractContextManager["Screen"]):
 
     def __init__(self, console: Console, most: int | None = None) -> None:
         self.console, self.most = console, most
-        self.total = 0  # steps of the stage
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Release the output; ``error`` ended the command."""
@@ -45,12 +47,21 @@ class Screen(Observer, AbstractContextManager["Screen"]):
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
         self.total = total
+        self._seconds: deque[float] = deque(maxlen=20)  # of the last logged steps
 
     def on_log(self, step: int, metrics: Metrics) -> None:
         """Print a logged step or an evaluation."""
+        left = self.seconds_left(step, metrics)
         every = 1 if self.most is None else max(1, -(-self.total // self.most))
         if is_evaluation(metrics) or step in (1, self.total) or step % every == 0:
-            self.console.metrics(step, self.total, metrics)
+            line = metrics_line(step, self.total, metrics, left if step < self.total else None)
+            self.console.out.print(Text(line, style="bold" if is_evaluation(metrics) else ""))
+
+    def seconds_left(self, step: int, metrics: Metrics) -> float | None:
+        """Seconds of the remaining steps at the speed of the last ones, ``step`` included; None if unknown."""
+        if "seconds" in metrics and not is_evaluation(metrics):
+            self._seconds.append(metrics["seconds"])
+        return sum(self._seconds) / len(self._seconds) * (self.total - step) if self._seconds else None
 
 
 class QuietScreen(Screen):
@@ -128,11 +139,10 @@ class JsonScreen(Screen):
         if is_evaluation(metrics):
             self._emit("eval", step=step, total=self.total, **metrics)
         elif not self.quiet:
-            left = self.console.seconds_left(step, self.total, metrics)
-            self._emit("step", step=step, total=self.total, seconds_left=left, **metrics)
+            self._emit("step", step=step, total=self.total, seconds_left=self.seconds_left(step, metrics), **metrics)
 
     def on_train_begin(self, stage: Stage, unit: str, total: int, step: int) -> None:
-        self.total = total
+        super().on_train_begin(stage, unit, total, step)
         self._emit(
             "begin",
             stage=stage.config.stage,

@@ -151,7 +151,7 @@ class Lexicon:
     def load(cls, path: Path) -> Lexicon:
         """Read a file written by ``save``."""
         hint = "Name a lexicon.txt of an earlier run."
-        value = read_object(path, strict=False, hint=hint)
+        value = read_object(path, hint=hint)
         if value.get("format") != FORMAT:
             raise UserError(f"{path}: not a lexicon ({FORMAT!r}).", hint)
         return cls(Counter(value["forms"]), Counter(value["pairs"]), Counter(value["both"]))
