@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -64,10 +64,13 @@ class FolderPlace:
             copy = target / path.name
             if path.is_file():
                 copy_file(path, copy)
-            elif not _have_equal_manifests(path, copy):
-                if (path / MANIFEST).is_file() and (fault := manifest_fault(path)):  # do not replace a good copy
-                    raise OSError(f"{path.name}: {fault}")
-                _copy_folder(path, copy)
+                continue
+            manifest, copied = path / MANIFEST, copy / MANIFEST
+            if manifest.is_file() and copied.is_file() and manifest.read_bytes() == copied.read_bytes():
+                continue
+            if manifest.is_file() and (fault := manifest_fault(path)):  # do not replace a good copy
+                raise OSError(f"{path.name}: {fault}")
+            _copy_folder(path, copy)
         for old in StageDir(target).checkpoints():
             if old.name not in checkpoints:
                 remove_folder(old)
@@ -122,10 +125,7 @@ def check_repo(repo: str, prefix: str = "") -> None:
         )
 
 
-Place = FolderPlace | HubPlace
-
-
-def place_of(sync: str, run: Path) -> Place:
+def place_of(sync: str, run: Path) -> FolderPlace | HubPlace:
     """The place that the key ``sync`` names, for copies of ``run``."""
     if sync.startswith("hub:"):
         return HubPlace(sync.removeprefix("hub:"))
@@ -150,17 +150,12 @@ def _is_copied(name: str) -> bool:
     return not name.startswith(".") and any(fnmatch(name, pattern) for pattern in FILES)
 
 
-def _have_equal_manifests(source: Path, target: Path) -> bool:
-    manifests = [folder / MANIFEST for folder in (source, target)]
-    return all(file.is_file() for file in manifests) and manifests[0].read_bytes() == manifests[1].read_bytes()
-
-
 def _copy_folder(source: Path, target: Path) -> None:
     with folder_aside(target) as aside:
         shutil.copytree(source, aside, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-class Mirror:
+class Mirror(AbstractContextManager["Mirror"]):
     """Copies a stage to a place in the background: the newest and the best checkpoint. Only ``finish`` waits. A copy that
     fails is logged once, and the next checkpoint's copy makes up for it. A stage is trained and saved within it as a
     context; at the end, and when it is interrupted, its last state is copied too.
@@ -180,12 +175,9 @@ class Mirror:
         self._wanted: tuple[str, ...] = ()  # checkpoints to be copied next
         self._running: tuple[str, ...] = ()  # checkpoints being copied
         self._fault: str | None = None  # of the last copy
-        self._others_sent = self._closed = False
+        self._others_sent = self._closed = False  # the run's other stages are at the place; nothing is copied any more
         self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Mirror:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
@@ -227,10 +219,9 @@ class Mirror:
                 return True
             if self._thread.is_alive():
                 break
-        fault = f": {self._fault}" if self._fault else ""
         logger.warning(
-            f"sync: {self.place.name} does not have the last state of the stage{fault}. It is here; the same command copies "
-            "it there when it is started again."
+            f"sync: {self.place.name} does not have the last state of the stage ({self._fault or 'it is too slow'}). The same "
+            "command copies it there when it is started again."
         )
         return False
 
@@ -240,7 +231,10 @@ class Mirror:
                 return
             self._running, before = wanted, self._fault
             try:
-                self._push_other_stages()
+                for other in stages_of(self.stage.run):  # may have been trained without ``sync``
+                    if not self._others_sent and other.path != self.stage.path and other.complete():
+                        self.place.push(other, f"{self.stage.run.resolve().name}/{other.path.name}", ())
+                self._others_sent = True
                 self.place.push(self.stage, self.folder, wanted)
                 self._fault = None
             except Exception as error:  # of any library: a copy is no reason to lose the run
@@ -250,15 +244,6 @@ class Mirror:
             logger.info(f"sync: {self.place.name} is up to date again")
         elif self._fault is not None and before is None:
             logger.warning(f"sync: {self.place.name}: {self._fault}; training continues, and the copy is tried again")
-
-    def _push_other_stages(self) -> None:
-        """Copy the run's complete stages, which may have been trained without ``sync``."""
-        if self._others_sent:
-            return
-        for other in stages_of(self.stage.run):
-            if other.path != self.stage.path and other.complete():
-                self.place.push(other, f"{self.stage.run.resolve().name}/{other.path.name}", ())
-        self._others_sent = True
 
 
 def restore(sync: str, stage: StageDir) -> None:
@@ -287,12 +272,10 @@ def restore(sync: str, stage: StageDir) -> None:
                 logger.info(
                     f"sync: {place.name} has nothing of {name} yet, so it starts here. If it should, is that place mounted?"
                 )
-            patterns = [f"{name}/{folder}/{file}" for folder in missing for file in (STAGE_FILE, *FILES)]
-            patterns += [f"{name}/{folder}/{part}/*" for folder, parts in missing.items() for part in parts]
-            if missing:
-                with place.files(patterns) as there:
-                    for folder, parts in missing.items():
-                        _fetch(place, StageDir(there / name / folder), StageDir(stage.run / folder), parts)
+            for folder, parts in missing.items():
+                wanted = (STAGE_FILE, *FILES, *(f"{part}/*" for part in parts))
+                with place.files([f"{name}/{folder}/{file}" for file in wanted]) as there:
+                    _fetch(place, StageDir(there / name / folder), StageDir(stage.run / folder), parts)
         except (OSError, HTTPError) as error:
             if not is_here:
                 raise _unreadable(place, error) from None
@@ -334,7 +317,7 @@ def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
     return max(found)[1] if found else None
 
 
-def _fetch(place: Place, copy: StageDir, here: StageDir, folders: list[str]) -> None:
+def _fetch(place: FolderPlace | HubPlace, copy: StageDir, here: StageDir, folders: list[str]) -> None:
     """Replace a stage here by its copy: its files and the undamaged ones of these folders."""
     if here.path.exists():
         here.claim()
