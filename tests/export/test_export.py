@@ -1,19 +1,16 @@
-"""A trained run taken elsewhere: its card, the hub, what vLLM asks for, PEFT, and transformers' own server."""
+"""A trained run taken elsewhere: its card, the hub, what vLLM asks for, and PEFT."""
 
 import json
 import re
 import shutil
-import socket
-import time
 from pathlib import Path
 
 import matplotlib.image
-import openai
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.fake_hub import FakeHub
 from tests.messages import messages_to
@@ -202,52 +199,3 @@ def test_what_is_not_pushed(place, tmp_path, monkeypatch):
     (model / "README.md").write_text("use it with hf_abcdefghijklmnop1234\n")
     with pytest.raises(UserError, match="environment variable HF_TOKEN"):
         prepare(model, "me/model")
-
-
-def test_transformers_serve_feeds_the_ids_of_training(place, monkeypatch):
-    """The server of ``transformers serve`` on a port of this machine, asked by the openai client."""
-    from transformers import generation
-    from transformers.cli.serve import Serve
-
-    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # the server scans it
-    model, fed = str(place / "my-model"), []
-    real = generation.GenerationMixin.generate
-
-    def generate(self, *arguments, **settings):
-        fed.append(settings["input_ids"][0].tolist())
-        return real(self, *arguments, **settings)
-
-    monkeypatch.setattr(generation.GenerationMixin, "generate", generate)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Serve(
-        model, host="127.0.0.1", port=port, device="cpu", dtype="float32", log_level="error", non_blocking=True
-    )
-    try:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        for _ in range(100):
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.1)
-        template = open_live(model).template
-        for messages in (
-            [{"role": "user", "content": "Who are  you?\n é"}],
-            [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "One"},
-                {"role": "assistant", "content": "Two"},
-                {"role": "user", "content": "Three"},
-            ],
-        ):
-            reply = client.chat.completions.create(model=model, messages=messages, max_tokens=6, temperature=0)
-            ids = template.prompt_ids(messages).tolist()
-            assert fed[-1] == ids and reply.usage.prompt_tokens == len(ids)
-            own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-            answer = real(own, torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :]
-            text = AutoTokenizer.from_pretrained(model).decode(answer, skip_special_tokens=True)
-            assert reply.choices[0].message.content == text
-    finally:
-        server.kill_server()
