@@ -348,7 +348,7 @@ def _marks(stages: list[StageDir]) -> set[str]:
     return {str(info["id"]) for _, info in infos if "id" in info} | {f"{n} {i.get('created')}" for n, i in infos}
 
 
-def _unreadable(place: Place, error: Exception) -> UserError:
+def _unreadable(place: FolderPlace | HubPlace, error: Exception) -> UserError:
     return UserError(
         f"sync {place.name}: {_line(error)}. Whether it has the run is not known.",
         "Try again when it can be reached, or leave sync out to start here.",
