@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,16 +21,14 @@ with alone(Path(sys.argv[1])):
 """
 
 
-def start(folder, code=HOLDER):
+@contextmanager
+def held(folder, code=HOLDER):
+    """Another process holds the lock of the folder; it is killed at the end."""
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def end(process):
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def test_the_same_process_may_enter_again_and_nothing_is_left(tmp_path):
@@ -44,12 +43,8 @@ def test_the_same_process_may_enter_again_and_nothing_is_left(tmp_path):
 
 
 def test_a_living_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
-    holder = start(tmp_path / "run")
-    try:
-        with pytest.raises(UserError) as refused, alone(tmp_path / "run"):
-            pass
-    finally:
-        end(holder)
+    with held(tmp_path / "run") as holder, pytest.raises(UserError) as refused, alone(tmp_path / "run"):
+        pass
     assert refused.value.message == f"{tmp_path / 'run'}: process {holder.pid} on {platform.node()} works here."
     with alone(tmp_path / "run"):
         pass
@@ -57,9 +52,8 @@ def test_a_living_process_is_named_and_a_killed_one_holds_nothing(tmp_path):
 
 def test_a_forked_worker_that_outlives_its_parent_holds_nothing(tmp_path):
     """Loading and tokenizing fork workers."""
-    forks = "import os\n    if os.fork() == 0:\n        time.sleep(20)\n    time.sleep(60)"
-    holder = start(tmp_path / "run", HOLDER.replace("time.sleep(60)", forks))
-    time.sleep(0.3)
-    end(holder)
+    forks = "import os\n    if os.fork() == 0:\n        os.close(1)\n        time.sleep(20)\n    time.sleep(60)"
+    with held(tmp_path / "run", HOLDER.replace("time.sleep(60)", forks)):
+        time.sleep(0.3)
     with alone(tmp_path / "run"):
         pass
