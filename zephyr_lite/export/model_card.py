@@ -64,17 +64,14 @@ def write_card(
     plots: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write README.md into a folder that ``merge`` made.
+    """Write README.md into a folder that ``merge`` made; returns its path.
 
     Args:
-        folder: a merged model, or an adapter of ``merge --adapter-only``.
         run: the run's folder, if it was moved since.
         license: its SPDX name as the hub writes it; the base's by default, if its files say.
         plots: draw the curves; None: if matplotlib is installed.
         overwrite: replace a README.md that zephyr-lite did not write.
 
-    Returns:
-        the card.
     Raises:
         UserError: ``merge`` did not make the folder, ``run`` is not what it was merged from, or it has a README.md that
             zephyr-lite did not write.
@@ -118,12 +115,7 @@ def hub_id(name: str) -> str | None:
 
 
 def _stages(mark: dict[str, Any], run: Path | None) -> tuple[list[StageRecord], list[dict[str, Any]]]:
-    """The finished stages of the merged adapters, from the bottom up, and the adapters without one.
-
-    Args:
-        mark: the folder's zephyr_lite.json.
-        run: where the run is now; None: where it was merged.
-    """
+    """The finished stages of the merged adapters, from the bottom up, and the adapters without one."""
     stages, lost = [], []
     for link in mark["adapters"]:
         place = Path(link["path"]).parent

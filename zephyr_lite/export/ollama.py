@@ -133,18 +133,13 @@ def write_modelfile(
     chat_template: str | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write a Modelfile for a GGUF file of a model's folder.
+    """Write a Modelfile ``out`` for a GGUF file of a model's folder; returns lines for the console.
 
     Args:
-        folder: the model's.
-        gguf: the file that it was exported to.
-        out: the Modelfile.
         temperature: Ollama's default for sampling.
         chat_template: instead of the folder's own, as the configuration's key.
         overwrite: replace a different ``out``, which may have been edited.
 
-    Returns:
-        lines for the console.
     Raises:
         UserError: a missing file; a GGUF file with another template or tokenizer, or whose servers would add a BOS;
             a template that cannot be written for Ollama; ``out`` exists and differs.

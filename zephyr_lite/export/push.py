@@ -74,14 +74,10 @@ def prepare(folder: str | Path, repo: str) -> Upload:
 
 
 def push(upload: Upload, *, private: bool = False) -> None:
-    """Upload in one commit; the repository is made if it does not exist.
-
-    Args:
-        private: make it a private one.
+    """Upload in one commit; the repository is made (private, if so asked) if it does not exist.
 
     Raises:
-        UserError: no token, the hub is switched off, not permitted, no connection; or ``private``, and the repository
-            exists and is public.
+        UserError: the hub cannot be written, or ``private``, and the repository exists and is public.
     """
     check_repo(upload.repo)
     api = HfApi()

@@ -81,9 +81,6 @@ def newest_run(
         complete: only runs in which it (or, without a name, any stage) is complete.
         option: what the command's words for a run begin with: ``--run ``, ``output_dir=``, or nothing.
 
-    Returns:
-        the run's folder; None: there is none.
-
     Raises:
         UserError: another run changed within a day of it.
     """
@@ -180,12 +177,7 @@ def checked(info: dict[str, Any], file: Path, *, needs: Sequence[str] = ()) -> d
 
 
 def check_rendering(info: dict[str, Any], stage: Path, template: str, tokenizer: Any) -> None:
-    """Compare the template and tokenizer in a finished stage's ``adapter/`` with those that it was trained with.
-
-    Args:
-        info: of the stage.
-        stage: its folder.
-    """
+    """Compare the template and tokenizer in a finished stage's ``adapter/`` with those that it was trained with."""
     trained_with = (info.get("data") or {}).get("tokenizer_sha256")
     for name, then, now in (
         ("chat template", info.get("chat_template"), template),

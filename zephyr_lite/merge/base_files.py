@@ -25,12 +25,12 @@ class BaseFiles:
     """A base's weights on disk, and the layout of the merged folder's weights.
 
     Attributes:
-        folder: the base's folder.
-        config: its config.json; of a multimodal base the text model's.
+        config: config.json; of a multimodal base the text model's.
         shards: output file name → tensor names, in the order of the bytes.
         entries: tensor name → Entry of the output. Of weights in NF4 (`quantized`), which are written dequantized, only dtype
             (the base's compute dtype) and shape are meaningful.
         quantized: names of the weights that the base keeps in NF4.
+        files: name → SafetensorsFile of the base.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,8 +38,8 @@ class BaseFiles:
         self.config = check_config_file(folder)
         if has_text_model(self.config):
             self.config = json.loads(read_model_config(folder, any_family=True).to_json_string())
-        self._files = open_shards(folder)
-        self._holds = {tensor: file for file in self._files.values() for tensor in file.entries}
+        self.files = open_shards(folder)
+        self._holds = {tensor: file for file in self.files.values() for tensor in file.entries}
         nf4_dtype = ""
         if (settings := self.config.get("quantization_config")) is not None:
             stored_settings(settings, folder)
@@ -97,12 +97,9 @@ class BaseFiles:
         parts = {name.removeprefix(f"{weight}."): name for name in self._holds if name.startswith(f"{weight}.")}
         return read_stored({"": self.tensor(weight), **{part: self.tensor(name) for part, name in parts.items()}})
 
-    def metadata(self, shard: str) -> dict[str, str]:
-        return self._files[shard].metadata
-
     def forget(self) -> None:
         """Release the file pages that were read."""
-        for file in self._files.values():
+        for file in self.files.values():
             file.forget()
 
     def linears(self) -> set[str]:
@@ -116,7 +113,7 @@ class BaseFiles:
 
     def write_index(self, out: Path) -> None:
         """The shards' index."""
-        if SINGLE in self._files:
+        if SINGLE in self.files:
             return
         weight_map = {name: shard for shard, names in self.shards.items() for name in names}
         write_json(out / INDEX, {"weight_map": weight_map, "metadata": {"total_size": self.nbytes}})

@@ -41,22 +41,14 @@ def run_merge(
     both: bool = False,
     rows: int | None = None,
 ) -> MergeMeasure | None:
-    """Merge a run's chain, or explicit adapters, into ``out``.
+    """Merge a run's chain, or explicit adapters, into ``out``; returns the comparison with the live stack, if one was made now.
 
     Args:
-        run, stage: the newest run's last complete stage by default.
-        adapters: instead of a run, from the bottom up.
-        base: the adapters' base; for a run, where its base is now.
         onto: see ``merge.merge``; None: the 16-bit base, and where a chain trained in 4 bits is worse on it than live (the
             interval of the difference on its own held-out rows excludes 0), NF4, which keeps the live stack.
-        overwrite: see ``merge.merge``.
         as_adapter: write one PEFT adapter instead of a model.
-        check: compare the result with the live stack, and write the numbers to the folder's zephyr_lite.json.
         both: measure the other way of merging too; its folder is removed again.
         rows: held-out conversations to compare on; None: few for a check of a given way, more to choose or for ``both``.
-
-    Returns:
-        the comparison, where one was made now.
 
     Raises:
         UserError: there is nothing to merge, the chain or its base has changed since, or ``out`` is not an earlier merge.
@@ -102,8 +94,10 @@ def run_merge(
     way: Way = mark["onto"] if merged else onto or ("nf4" if stored_in_4bit else "base")
     measured = mark.get("measured", {}) if merged else {}
     wanted: set[Way] = {"base", "nf4"} if both and two_ways else {way}
-    # an earlier --onto base may have been the worse way
-    settled = onto is not None or not two_ways or way == "nf4" or mark.get("chosen", False)
+    choose = onto is None and two_ways
+    settled = (
+        not choose or way == "nf4" or mark.get("chosen", False)
+    )  # an earlier --onto base may have been the worse way
     done = not check or (settled and wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
     if merged:
         logger.info(
@@ -114,7 +108,6 @@ def run_merge(
     if done:
         return None
 
-    choose = onto is None and two_ways
     found = MergeMeasure(chain, rows or (MEASURE_ROWS if choose or both else CHECK_ROWS), trained=choose)
     found.add(way, out)
     logger.info(found.live_line())
@@ -130,11 +123,7 @@ def run_merge(
             make(out, way)
             found.add(way, out)
     logger.info(found.line(way) + verdict)
-    if onto is None and stored_in_4bit:
-        logger.info("The base is stored in NF4, without 16-bit weights to merge onto.")
-    elif onto is None and not two_ways:
-        logger.info("Training used the base in 16 bits, so there is no other way to merge.")
-    elif onto is None and found.lost is not None:
+    if choose and found.lost is not None:
         logger.info(f"{found.lost.rstrip('.')}, so the 16-bit base is kept; --onto nf4 is the other way.")
     mark = {**(read_json(out / MARK) or {}), **({"chosen": True} if choose else {})}
     write_json(out / MARK, {**mark, "measured": found.as_dict()})

@@ -37,19 +37,12 @@ Way = Literal["base", "nf4"]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of a merge.
+    """The result of a merge."""
 
-    Attributes:
-        merged: number of weights that an adapter changed.
-        requantized: number of weights that went through NF4 (with adapters or without).
-        copied: number of tensors that were copied as bytes.
-        eos_token_ids: where generation stops.
-    """
-
-    merged: int
-    requantized: int
-    copied: int
-    eos_token_ids: list[int]
+    merged: int  # weights that an adapter changed
+    requantized: int  # weights that went through NF4, with adapters or without
+    copied: int  # tensors that were copied as bytes
+    eos_token_ids: list[int]  # where generation stops
 
 
 def merge(
@@ -125,7 +118,7 @@ def merge(
         ends = model_files(files, aside, Path(tokenizer_from) if tokenizer_from else None)
         for shard, names in files.shards.items():
             header = {name: (files.entries[name].dtype, files.entries[name].shape) for name in names}
-            metadata = {**files.metadata(shard), "format": "pt", "zephyr_lite": json.dumps(marks, default=str)}
+            metadata = {**files.files[shard].metadata, "format": "pt", "zephyr_lite": json.dumps(marks, default=str)}
             write_stream(aside / shard, header, write, metadata)
             if len(files.shards) > 1:
                 logger.info(f"written {shard}")

@@ -67,14 +67,7 @@ def stage_of_words(words: list[str], file: str | None) -> tuple[Method, list[str
 
 
 def open_rows(method: Method, file: str | None, words: list[str], *, held_out: bool = False) -> TrainedRows:
-    """Prepare a run's rows.
-
-    Args:
-        method: the stage.
-        file: its configuration.
-        words: ``key=value`` overrides.
-        held_out: the rows of ``eval_dataset`` instead.
-    """
+    """Prepare the rows of a configuration's ``dataset``, or of its ``eval_dataset``."""
     loaded = resolve_run(method, file, words)
     if held_out and not loaded.config.eval_dataset:
         raise UserError("nothing is held out: the configuration has no eval_dataset.", "Add eval_dataset=FILE.")
@@ -99,11 +92,7 @@ def segments_of_row(rows: TrainedRows, number: int) -> list[Segment]:
 
 
 def segments_from(rows: TrainedRows, place: str) -> tuple[int, list[Segment]]:
-    """The segments made of one row of the source, and the number of the row that holds them.
-
-    Args:
-        place: "train.jsonl row 17", or its end, such as 17.
-    """
+    """The segments made of one row of the source ("train.jsonl row 17", or 17), and the number of the row with them."""
     wanted = place.strip()
     end = f"row {wanted}" if wanted.isdigit() else wanted
 
@@ -146,13 +135,7 @@ def view_lines(
     rows: TrainedRows, number: int, segments: list[Segment], width: int, most: int | None = None
 ) -> Iterator[Text]:
     """A row with every token above its id, in lines of at most ``width`` cells (a longer token has a line of its own).
-    Supervised tokens are green and in ⟦ ⟧, which are closed in every line.
-
-    Args:
-        number: the row's.
-        width: in cells.
-        most: show this many conversations of a packed row; None: all.
-    """
+    Supervised tokens are green and in ⟦ ⟧, which are closed in every line. ``most``: conversations shown of a packed row."""
     yield _heading(rows, number, segments)
     eos = (rows.template.tokenizer.eos_token, _SPECIAL)
     yield Text.assemble(
