@@ -68,7 +68,7 @@ def resolve_run(
         if run is None and fetch and loaded.config.sync is not None:
             from ..io.sync import newest_there
 
-            name = newest_there(loaded.config.sync, runs_root / "new", stage_complete="sft")
+            name = newest_there(loaded.config.sync, runs_root)
             run = runs_root / name if name else None
             if run is not None:
                 loaded.notes.append(f"continuing {run}, the newest run in {loaded.config.sync}")

@@ -82,7 +82,8 @@ def folder_aside(target: Path) -> Iterator[Path]:
 def _aside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """A temporary file or folder beside ``path``, which replaces it when the block ends without an error."""
     sweep(path.parent, path.name)
-    aside, old = (path.with_name(f".{kind}{path.name}.{secrets.token_hex(4)}") for kind in ("", "old-"))
+    suffix = f"{path.name}.{secrets.token_hex(4)}"
+    aside, old = path.with_name(f".{suffix}"), path.with_name(f".old-{suffix}")
     with _named(path, aside):
         try:
             make(aside)

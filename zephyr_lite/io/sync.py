@@ -299,16 +299,13 @@ def _missing(copy: StageDir, stage: StageDir) -> list[str]:
     return names if names and int(names[0].removeprefix("checkpoint-")) > newest else []
 
 
-def newest_there(sync: str, run: Path, *, stage_complete: str) -> str | None:
-    """The name of the run at the place whose stage of this name was finished last; None: there is none.
-
-    Args:
-        run: a run's folder here.
-    """
-    place, found = place_of(sync, run), []
+def newest_there(sync: str, runs: Path) -> str | None:
+    """The name of the run at the place whose stage ``sft`` was finished last; None: there is none. ``runs``: the folder of
+    the runs here."""
+    place, found = place_of(sync, runs / "new"), []
     try:
-        with place.files([f"*/{stage_complete}/{STAGE_FILE}"]) as there:
-            for file in there.glob(f"*/{stage_complete}/{STAGE_FILE}"):
+        with place.files([f"*/sft/{STAGE_FILE}"]) as there:
+            for file in there.glob(f"*/sft/{STAGE_FILE}"):
                 stage = StageDir(file.parent)
                 if stage.complete():
                     found.append((str((stage.info() or {}).get("finished", "")), stage.run.name))
