@@ -95,9 +95,8 @@ def run_merge(
     measured = mark.get("measured", {}) if merged else {}
     wanted: set[Way] = {"base", "nf4"} if both and two_ways else {way}
     choose = onto is None and two_ways
-    settled = (
-        not choose or way == "nf4" or mark.get("chosen", False)
-    )  # an earlier --onto base may have been the worse way
+    # an earlier --onto base may have been the worse way
+    settled = not choose or way == "nf4" or mark.get("chosen", False)
     done = not check or (settled and wanted <= measured.keys() and rows in (None, measured["data"]["rows"]))
     if merged:
         logger.info(
