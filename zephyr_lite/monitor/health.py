@@ -74,7 +74,7 @@ class Progress:
         self.evaluations: list[Mapping[str, Any]] = []
         self.sample: Sample | None = None
         self.general_loss: dict[str, Any] | None = None
-        self.begun = time.monotonic()
+        self.begun, self._first_step = time.monotonic(), step
         for record in json_lines(stage.dir.metrics) if step else []:
             if record["step"] <= step:
                 self.add(record["step"], record)
@@ -86,6 +86,11 @@ class Progress:
         else:
             self.steps.append({**metrics, "step": step})
             self.step = max(self.step, step)
+
+    def seconds_left(self) -> float | None:
+        """Seconds of the remaining steps at this process's speed, evaluations included; None if unknown."""
+        done, left = self.step - self._first_step, self.total - self.step
+        return (time.monotonic() - self.begun) / done * left if done and left > 0 else None
 
 
 def mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:

@@ -103,9 +103,8 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
     grid.add_column(width=LABEL, style="dim", no_wrap=True, overflow="crop")
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
 
-    step, total = progress.step, max(1, progress.total)
-    seconds, done = mean(recent, "seconds"), mean(recent, f"num_{progress.unit}")
-    ends = ", done" if step >= total else f", {duration(seconds * (total - step))} left" if seconds else ""
+    step, total, left = progress.step, max(1, progress.total), progress.seconds_left()
+    ends = f", {duration(left)} left" if left is not None else ", done" if step >= total else ""
     line = Table.grid(*(Column(no_wrap=True, overflow="ellipsis") for _ in range(3)))
     line.add_row(
         Text(f"{step:,}/{progress.total:,} ", style="bold"),
@@ -140,6 +139,7 @@ def render(progress: Progress, verdict: Verdict, width: int) -> RenderableType:
         grid.add_row(progress.unit, Text.assemble(f"accuracy {accuracy:.3f}  margin {margin:.4f}  ", (curve, "cyan")))
 
     parts = []
+    seconds, done = mean(recent, "seconds"), mean(recent, f"num_{progress.unit}")
     if seconds and done:
         parts.append(rate(done / seconds, progress.unit))
     if "peak_memory_gib" in last:
