@@ -16,15 +16,9 @@ from zephyr_lite.model.loaded import find_chain
 from zephyr_lite.model.peft_io import LoraWeights, write_adapter
 
 
-def test_output_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_an_earlier_merge_is_replaced_only_if_asked(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     chain = read(make_chain(base, tmp_path))
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"thesis\.tex"):
-        merge(base, chain, foreign, overwrite=True)
-    assert (foreign / "thesis.tex").read_text() == "years of work"
     out = tmp_path / "out"
     merge(base, chain, out)
     with pytest.raises(UserError, match="earlier merge") as caught:
