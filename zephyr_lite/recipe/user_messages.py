@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -87,18 +89,28 @@ def _runs(text: str) -> set[tuple[str, ...]]:
 
 
 class Openings:
-    """The openings taken so far, compared by the Jaccard similarity of their shingles."""
+    """The openings taken so far, compared by the Jaccard similarity of their shingles.
+
+    Two sets of similarity s share one of the first ⌊(1 - s) n⌋ + 1 elements of each, in any fixed order (Chaudhuri et al.
+    2006); only openings that share such an element are compared.
+    """
 
     def __init__(self, similarity: float) -> None:
         self._similarity = similarity
         self._taken: list[tuple[str, set[str]]] = []
+        self._index: defaultdict[str, list[int]] = defaultdict(list)
 
     def take(self, text: str) -> str | None:
         """Take a text that is new and return None; or return the earliest one that it is too similar to."""
         mine = shingles(text)
-        for earlier, its in self._taken:
+        ordered = sorted(mine, key=lambda s: (" " not in s, s))  # pairs of words are rarer than words, and come first
+        prefix = ordered[: len(mine) - math.ceil(self._similarity * len(mine) - 1e-9) + 1]
+        for number in sorted({number for each in prefix for number in self._index[each]}):
+            earlier, its = self._taken[number]
             shared = len(mine & its)
             if shared >= self._similarity * (len(mine) + len(its) - shared):
                 return earlier
+        for each in prefix:
+            self._index[each].append(len(self._taken))
         self._taken.append((text[:500], mine))
         return None
