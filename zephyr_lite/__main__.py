@@ -29,11 +29,14 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and shells set it for background jobs
             signal.signal(number, _end)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell (2>&-) or by a service
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     from .cli import app
     from .io.interrupts import take_signals
 
     take_signals()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII only still gets the rest of a line
     app.leave(app.run(sys.argv[1:] if arguments is None else arguments))

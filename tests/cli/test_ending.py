@@ -81,3 +81,9 @@ def test_control_characters_are_shown_as_they_are_written(capsys):
     out, err = capsys.readouterr()
     assert out == "a\\x1b[2Jb\\x9b\\u202e\\ud800\nd\n"
     assert err == "error: runs/\\x07: no\n\\x1b]0;title\\x07\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed):
+    command = f"exec {sys.executable} -P -m zephyr_lite keys {closed}"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True).returncode == 0
