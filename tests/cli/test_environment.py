@@ -92,3 +92,8 @@ def test_windows_is_refused_before_anything_is_imported(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: zephyr-lite does not run on native Windows.\nInstall it and run it inside WSL2.\n"
     )
+
+
+def test_a_module_of_another_package_has_no_version(monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", "torch yaml")  # of PyYAML, as ROCm's triton is of pytorch-triton-rocm
+    assert environment.packages().found == f"torch {torch.__version__}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import TextWrapper
@@ -69,7 +70,10 @@ def system() -> Finding:
 
 
 def packages() -> Finding:
-    found = (f"{name} {version(name)}" for name in _PACKAGES.split() if find_spec(name))
+    found = []
+    for name in _PACKAGES.split():
+        with suppress(PackageNotFoundError):  # also of a module from another package, such as ROCm's triton
+            found.append(f"{name} {version(name)}")
     return Finding("packages", ", ".join(found))
 
 
