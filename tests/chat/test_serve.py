@@ -138,6 +138,8 @@ def test_other_paths_methods_and_hosts_are_refused(url):
         answer = httpx.get(url + path)
         error = answer.json()["error"]
         assert answer.status_code == status and error["type"] == "invalid_request_error" and path in error["message"]
+    torn = httpx.post(f"{url}/chat/completions", content=b'{"mess', headers={"Content-Type": "application/json"})
+    assert torn.status_code == 400 and torn.json()["error"]["message"].startswith("the request: ")
     port = url.split(":")[-1].removesuffix("/v1")
     assert httpx.get(f"http://localhost:{port}/v1/models").status_code == 200
     assert httpx.get(f"{url}/models", headers={"Host": f"evil.example:{port}"}).status_code == 400

@@ -183,7 +183,8 @@ def make_app(chat: Chat, is_ending: Callable[[], bool], host: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
         fault = error.errors()[0]
-        param = ".".join(str(place) for place in fault["loc"][1:])
+        # of a document that is no JSON the place is a byte's
+        param = None if fault["type"] == "json_invalid" else ".".join(map(str, fault["loc"][1:])) or None
         why = "not supported by this server" if fault["type"] == "extra_forbidden" else expected(fault)
         return await refuse(request, refusal(400, f"{param or 'the request'}: {why}.", param))
 

@@ -69,7 +69,7 @@ def claim(
     refuse_others(out, report.get("made_by") == made_by, f"a result of {made_by}")
     if not overwrite and report.get("request") != request:
         raise UserError(
-            f"{out} holds a set that {made_by} made with other options, or of other files.",
+            f"{out} holds a set that {made_by} made with other options, of other files, or in an earlier version.",
             "Replace it with --overwrite, or choose another --out.",
         )
     return request if overwrite else None
