@@ -25,6 +25,7 @@ from zephyr_lite.memory.machine import (
     HOST_ELSEWHERE,
     Machine,
     of_card,
+    peak_memory,
     this_machine,
 )
 from zephyr_lite.memory.plan import TIE, WORTH_THE_HOST, Plan, fastest_change, make_plan, plan_run, run_seconds, smaller
@@ -192,6 +193,11 @@ def test_too_little_main_memory_is_said():
 )
 def test_cards_are_found_as_people_spell_them(said, name):
     assert find_gpu(said) == CARDS[name]
+
+
+def test_the_peak_of_a_cpu_run_where_the_system_does_not_record_it(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: "VmRSS:\t1 kB\n")
+    assert peak_memory(torch.device("cpu")) > 2**25
 
 
 @pytest.mark.gpu

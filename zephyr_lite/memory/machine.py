@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,6 +37,8 @@ THE_CPU = "the CPU"
 # of each measurement of speed, at least
 SECONDS, CALLS = 0.15, 25
 COPY_BYTES = 128 * 2**20
+# bytes that a card has free where its speed is measured; into less no run fits whose speed matters
+MEASURABLE = 2 * GIB
 RUNS = 5  # the newest ones of a kind whose measured speed corrects the predicted one
 
 
@@ -71,14 +74,21 @@ def this_machine(device: torch.device, dtype: torch.dtype, memory: MemorySpec, *
     if device.type == "cpu":
         card = _measured(device, dtype, torch.get_num_threads()) if measure else PROCESSOR
         # the process is a part of the measured peak, so of the plan too; it has taken its memory already
+        with suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free in the process is not its memory
         process = psutil.Process().memory_info().rss
         free = process + usable_memory(device, memory)
         # offloaded bytes are in the memory that is planned with
         return Machine(THE_CPU, card, free, free if host is None else host, replace(CPU, context=process))
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     card = Gpu(name, 0, 50, 500, 12, capability)
-    if measure:  # first: the libraries that it loads take memory too
+    if measure and free_memory(device) > MEASURABLE:  # first: the libraries that it loads take memory too
         card = _measured(device, dtype, 1)
+        # autograd's thread has a handle and a workspace of its own, which are to be there when free memory is asked for
+        weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+        (weight @ weight).sum().backward()
+        torch._C._cuda_clearCublasWorkspaces()  # the plan counts them
+        torch.cuda.empty_cache()
     if host is None:
         host = int(main_memory() * HOST_SHARE)
         if is_wsl():
@@ -95,11 +105,6 @@ def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Gpu:
     rates = _rates(device, dtype)
     if device.type == "cpu":
         return replace(PROCESSOR, **rates, measured=True)
-    # autograd's thread has a handle and a workspace of its own, which are to be there when free memory is asked for
-    weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
-    (weight @ weight).sum().backward()
-    torch._C._cuda_clearCublasWorkspaces()  # the plan counts them
-    torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(device)
     return Gpu(
         name=properties.name,
@@ -114,7 +119,7 @@ def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Gpu:
 
 def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of ``Gpu`` that are measured: matrix products; exponentials, which the memory bounds on a card and the arithmetic
-    on a CPU, as it does SiLU and softmax; copies to a card, or on a CPU the dequantization of a weight."""
+    on a CPU, as it does SiLU and softmax; copies to a card and back, or on a CPU the dequantization of a weight."""
     from ..model.activation_offload import host_bytes
 
     # on a CPU each call takes a millisecond or two, which other processes seldom interrupt
@@ -128,8 +133,9 @@ def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     found = {"tflops": products, "bandwidth": memory}
     if device.type == "cuda":
         host, there = host_bytes(COPY_BYTES, device), torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-        link = _rate(device, lambda: there.copy_(host, non_blocking=True), COPY_BYTES / 1e9)
-        return {**found, "pcie": link}
+        up = _rate(device, lambda: there.copy_(host, non_blocking=True), COPY_BYTES / 1e9)
+        down = _rate(device, lambda: host.copy_(there, non_blocking=True), COPY_BYTES / 1e9)
+        return {**found, "pcie": min(up, down)}
     values = b if dtype.itemsize <= 4 else b.float()  # bitsandbytes knows no float64
     weight = Params4bit(values, quant_type="nf4", compress_statistics=True, requires_grad=False).to(device)
     unpacked = _rate(device, lambda: dequantize(weight, dtype, out=b), width**2 / 1e9)
@@ -258,9 +264,9 @@ def peak_memory(device: torch.device) -> int:
     ``reset_peak_memory``. What a plan's ``peak`` counts, too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    with suppress(OSError):
+    with suppress(OSError, IndexError):  # not Linux, or a sandbox that does not tell it
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak_memory(device: torch.device) -> None:
