@@ -137,7 +137,8 @@ def _change(job: Workload, machine: Machine, plan: Plan, config: RunConfig, memo
     if whole and night.limit and (job.run_tokens or 0) > 86400 * plan.tokens_per_second:
         known = KNOWN_DATA[night.path]
         seconds = run_seconds(replace(job, run_tokens=night.limit * known.tokens, epochs=1.0), plan, machine)
-        return f"--config {name}: {night.limit:,} of {known.rows:,} rows, {duration(seconds)}"
+        words = f"--config {name}" if config.model_name_or_path == MISTRAL else f"dataset.limit={night.limit}"
+        return f"{words}: {night.limit:,} of {known.rows:,} rows, {duration(seconds)}"
     times, text = fastest_change(plan, job, machine, memory)
     faster = f"{text} makes it {times - 1:.0%} faster"
     return faster if times > WORTH_SAYING else f"nothing: no single setting makes it {WORTH_SAYING - 1:.0%} faster"
