@@ -46,12 +46,12 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
         )
     loaded.config = loaded.config.model_copy(update={"report_to": []})  # a tracker would start a run
     stage = setup_stage(method, loaded, claim=False)
+    for line in stage.plan.lines():
+        logger.info(line, extra=RESULT)
     # the run computes all pairs' reference and writes it; here the first step's pairs have a live one, in a pass of its own
     if cached := stage.config.precompute_ref_log_probs is True:
         stage.config = stage.config.model_copy(update={"precompute_ref_log_probs": False})
         stage.plan = replace(stage.plan, reference="own")
-    for line in stage.plan.lines():
-        logger.info(line, extra=RESULT)
     if show is not None:
         for title, spans in first_row(stage):
             show(title, spans)
@@ -72,7 +72,7 @@ def run_dry(method: Method, loaded: Loaded, *, show: Callable[[str, Spans], None
     )
     logger.info(
         f"at this pace {state.total:,} steps take {timedelta(seconds=round(seconds * state.total))} at most, "
-        f"{'the reference and ' * cached}evaluations aside; nothing was written to {loaded.config.output_dir}",
+        f"{'the reference included, ' * cached}evaluations aside; nothing was written to {loaded.config.output_dir}",
         extra=RESULT,
     )
     logger.info(f"`zephyr-lite suggest {method} …` explains the values and can probe learning rates")
