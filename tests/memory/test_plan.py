@@ -345,8 +345,8 @@ def test_the_faster_products_are_suggested_by_estimate(name, compute, shape, bet
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        (["engine=trl", "memory.stream=true"], "memory.stream has no effect with engine trl"),
-        (["engine=unsloth", "memory.vram=8GiB"], "memory.vram has no effect with engine unsloth"),
+        (["engine=trl", "memory.stream=true"], "no effect with engine trl: memory.stream; only"),
+        (["engine=unsloth", "memory.vram=8GiB"], "no effect with engine unsloth: memory.vram; only"),
         (["engine=trl", "memory.compute=int8"], "memory.compute int8 is for engine fused and a 4-bit base, not for"),
         (
             ["load_in_4bit=false", "memory.compute=int8"],

@@ -317,8 +317,8 @@ class RunConfig(BaseModel):
             ),
             (
                 not_fused and planned,
-                f"memory.{', memory.'.join(planned)} has no effect with {not_fused}; only memory.keep and "
-                "memory.micro_tokens do",
+                f"no effect with {not_fused}: memory.{', memory.'.join(planned)}; only memory.keep and "
+                "memory.micro_tokens have one",
             ),
             (
                 self.memory.int8 and (not_fused or not self.load_in_4bit),

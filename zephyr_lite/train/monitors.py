@@ -74,7 +74,7 @@ class SkippedSteps:
         if self.in_a_row < IN_A_ROW:
             return None
         return UserError(
-            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. {kept}",
+            f"step {step}: loss or gradients were not finite three times in a row; rows of the last: {named}. {kept}".rstrip(),
             f"{self.log.path} names the rows of each such step. If the rows are sound, lower learning_rate (in another "
             "output_dir: a run keeps its learning_rate).",
         )
