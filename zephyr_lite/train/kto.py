@@ -82,18 +82,15 @@ class KtoObjective(DpoObjective):
         """
         rows = mismatched([data.examples[index] for index in examples], self.stage.config.max_length)
         lengths = [len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows]
-        own = world().shard(range(len(rows)), lengths) if shared else list(range(len(rows)))
-
-        def log_ratios() -> float:
+        own, total = world().shard(range(len(rows)), lengths) if shared else list(range(len(rows))), 0.0
+        for attempt in self.oom.attempts():
             total = 0.0
-            for group in micro_batches(own, lengths, self.stage.plan.micro_tokens):
-                self.oom.begin(data, [rows[place].index for place in group], training=False)
-                policy, reference = self._sums(collate_pairs([rows[i] for i in group]).to(self.decoder.device))
-                assert reference is not None
-                total += (policy - reference).double().sum().item()
-            return total
-
-        total = self.oom.retry(log_ratios)
+            with attempt:
+                for group in micro_batches(own, lengths, self.stage.plan.micro_tokens):
+                    self.oom.begin(data, [rows[place].index for place in group], training=False)
+                    policy, reference = self._sums(collate_pairs([rows[i] for i in group]).to(self.decoder.device))
+                    assert reference is not None
+                    total += (policy - reference).double().sum().item()
         parts = world().all_gather(total) if shared else [total]
         count = sum(len(ids) > 0 for row in rows for ids in (row.chosen_ids, row.rejected_ids))
         return max(0.0, sum(parts) / max(1, count))

@@ -143,24 +143,28 @@ def examples_of_step(state: TrainState, step: int) -> list[int]:
 def accumulate_gradients(state: TrainState, step: int) -> Metrics:
     """Everything of a step before its update: unscaled and clipped gradients are left on the parameters. Where memory runs
     out the passes are done again under a smaller plan. Returns the step's metrics."""
-    objective, here, retry = state.objective, world(), state.objective.oom.retry
+    objective, here, oom = state.objective, world(), state.objective.oom
     lengths, examples = objective.data.lengths, examples_of_step(state, step)
     total = objective.num_targets(examples)
     objective.begin_step(examples)
-
-    def passes() -> Metrics:
+    sums: dict[str, Any] = {}
+    for attempt in oom.attempts():
         zero_gradients(state)
-        sums: dict[str, Any] = {}
-        for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
-            for name, value in forward_backward(state, group, step, total).items():
-                sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
-        return {name: float(value) for name, value in sums.items()}
-
-    sums = retry(passes)
+        sums.clear()
+        with attempt:
+            for group in micro_batches(here.shard(examples, lengths), lengths, state.stage.plan.micro_tokens):
+                for name, value in forward_backward(state, group, step, total).items():
+                    sums[name] = sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
+            for name, value in sums.items():
+                sums[name] = float(value)
     here.all_reduce(state.gradients)
     metrics = objective.metrics(sum_by_name(here.all_gather(sums)), total)
-    retry(state.scaler.unscale_, state.optimizer)
-    metrics["grad_norm"] = retry(clip_gradients, state)
+    for attempt in oom.attempts():
+        with attempt:
+            state.scaler.unscale_(state.optimizer)
+    for attempt in oom.attempts():
+        with attempt:
+            metrics["grad_norm"] = clip_gradients(state)
     metrics["learning_rate"] = state.scheduler.get_last_lr()[0]
     return metrics
 
@@ -212,15 +216,13 @@ def warmup_largest_batch(state: TrainState) -> list[list[int]]:
     """Forward and backward of the largest possible micro-batches (that of the longest example, and the one of most tokens),
     without an update: what does not fit shows before the first step, and the plan adapts. Returns their examples."""
     objective = state.objective
-
-    def passes() -> list[list[int]]:
+    groups: list[list[int]] = []
+    for attempt in objective.oom.attempts():
         zero_gradients(state)
         groups = largest_micro_batches(objective.data.lengths, state.stage.plan.micro_tokens)
-        for group in groups:
-            forward_backward(state, group, state.total, objective.num_targets(group))
-        return groups
-
-    groups = objective.oom.retry(passes)
+        with attempt:
+            for group in groups:
+                forward_backward(state, group, state.total, objective.num_targets(group))
     zero_gradients(state)
     return groups
 
@@ -265,14 +267,16 @@ def _rows_not_finite(state: TrainState) -> tuple[list[str], bool]:
     """The rows of a step whose own loss or gradients are not finite, and True; or all its rows and False."""
     objective, examples = state.objective, examples_of_step(state, state.step)
     total = objective.num_targets(examples)
-
-    def is_finite(example: int) -> bool:
-        zero_gradients(state)
-        loss, _ = objective.loss([example], state.step, total)
-        loss.backward()  # without the loss scale
-        return bool(loss.isfinite() and gradient_norm(state).isfinite())
-
-    found = [example for example in examples if not objective.oom.retry(is_finite, example)]
+    found: list[int] = []
+    for attempt in objective.oom.attempts():
+        found.clear()
+        with attempt:
+            for example in examples:
+                zero_gradients(state)
+                loss, _ = objective.loss([example], state.step, total)
+                loss.backward()  # without the loss scale
+                if not (loss.isfinite() and gradient_norm(state).isfinite()):
+                    found.append(example)
     zero_gradients(state)
     return [objective.data.examples[example].where for example in found or examples], bool(found)
 

@@ -10,8 +10,9 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -81,17 +82,25 @@ class OomRetry:
         """
         self._data, self._examples, self._training = data, examples, training
 
-    def retry(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a function until it has fit into memory; its result.
+    def attempts(self) -> Iterator[AbstractContextManager[None]]:
+        """Contexts for some work, until it has fit into memory: ``for attempt in oom.attempts(): with attempt: …``.
 
         Raises:
             UserError: a single example does not fit under any plan; the message names it.
         """
-        while True:
-            try:
-                return work(*arguments)
-            except Exception as error:
-                self._shrink(self._failure(error))
+        self._done = False
+        while not self._done:
+            yield self._attempt()
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        try:
+            yield
+            self._done = True
+            return
+        except Exception as error:
+            failure = self._failure(error)
+        self._shrink(failure)  # after the error, and what it holds, is gone
 
     def groups(self, data: TokenizedDataset, compute: Callable[[list[int]], T]) -> Iterator[T]:
         """Call a function, without gradients, with groups of the plan's size that hold every example of this process's share
@@ -99,15 +108,18 @@ class OomRetry:
         left = world().shard(range(len(data.lengths)), data.lengths)
         while left:
             done: set[int] = set()
+            failure = None
             for group in micro_batches(left, data.lengths, self.stage.plan.micro_tokens):
                 self.begin(data, group, training=False)
                 try:
                     found = compute(group)
                 except Exception as error:
-                    self._shrink(self._failure(error))
+                    failure = self._failure(error)
                     break
                 yield found
                 done.update(group)
+            if failure is not None:
+                self._shrink(failure)
             left = [i for i in left if i not in done]
 
     def _failure(self, error: Exception) -> str:
