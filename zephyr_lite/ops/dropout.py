@@ -108,7 +108,7 @@ def drop(x: Tensor, key: DropoutKey, out: Tensor | None = None) -> Tensor:
     """
     if runs_triton("dropout", x):
         return _kernel(x, key, torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out, add=False)
-    dropped = x.masked_fill(~dropout_mask(key, x.shape[1]), 0)
+    dropped = x.masked_fill(~_mask(key, x.shape[1]), 0)
     return dropped if out is None else out.copy_(dropped)
 
 
@@ -117,6 +117,21 @@ def add_dropped_(target: Tensor, x: Tensor, key: DropoutKey) -> Tensor:
     if runs_triton("dropout", x):
         return _kernel(x, key, target, add=True)
     return target.add_(drop(x, key))
+
+
+# A site's backward pass asks for the same mask two or three times in a row, and on a CPU the hash costs more than what
+# applies it: the last one is kept there (3 MB for 2,048 tokens of 1,536 channels).
+_last: tuple[DropoutKey, int, Tensor] | None = None
+
+
+def _mask(key: DropoutKey, channels: int) -> Tensor:
+    global _last
+    if _last is None or _last[0] is not key or _last[1] != channels:
+        mask = dropout_mask(key, channels)
+        if mask.device.type != "cpu":
+            return mask
+        _last = (key, channels, mask)
+    return _last[2]
 
 
 @jit
