@@ -93,7 +93,8 @@ def newest_run(
                 changed[run] = max((each.path / STAGE_FILE).stat().st_mtime for each in stages)
     recent = sorted((run for run in changed if changed[run] > max(changed.values()) - RECENT), key=changed.__getitem__)
     if len(recent) > 1:
-        lines = [f"  {option}{run}  changed {duration(time.time() - changed[run])} ago" for run in recent[:-10:-1]]
+        now, wide = time.time(), max(len(str(run)) for run in recent)
+        lines = [f"  {option}{run!s:{wide}}  changed {duration(now - changed[run])} ago" for run in recent[:-10:-1]]
         raise UserError(
             f"which run? These {len(recent)} changed within a day:\n" + "\n".join(lines),
             f"Add one to the command, such as {option}{recent[-1]}.",
